@@ -1,0 +1,4 @@
+"""TODO."""
+
+if __name__ != "tokenprune.experiments":
+    raise ImportError("import tokenprune.experiments, not experiments: the folder is part of the tokenprune package")

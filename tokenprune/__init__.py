@@ -1,0 +1,60 @@
+"""tokenprune: pluggable visual token reduction for vision-language models.
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenprune.account import TokenAccount as TokenAccount
+    from tokenprune.adapter import Adapter as Adapter
+    from tokenprune.attach import Run as Run
+    from tokenprune.budget import Budget as Budget
+    from tokenprune.budget import apportion as apportion
+    from tokenprune.components import AllocationPolicy as AllocationPolicy
+    from tokenprune.components import SelectionPolicy as SelectionPolicy
+    from tokenprune.image import EncodedImage as EncodedImage
+    from tokenprune.image import Signal as Signal
+    from tokenprune.image import TileGeometry as TileGeometry
+    from tokenprune.layers import LayerChoice as LayerChoice
+    from tokenprune.reducer import ComponentReducer as ComponentReducer
+    from tokenprune.reducer import ScoreReducer as ScoreReducer
+    from tokenprune.reducer import TokenReducer as TokenReducer
+    from tokenprune.selection import Selection as Selection
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "AllocationPolicy": "components",
+    "Budget": "budget",
+    "ComponentReducer": "reducer",
+    "EncodedImage": "image",
+    "LayerChoice": "layers",
+    "Run": "attach",
+    "ScoreReducer": "reducer",
+    "Selection": "selection",
+    "SelectionPolicy": "components",
+    "Signal": "image",
+    "TileGeometry": "image",
+    "TokenAccount": "account",
+    "TokenReducer": "reducer",
+    "apportion": "budget",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tokenprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tokenprune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List public names before they are loaded."""
+    return sorted(__all__)
