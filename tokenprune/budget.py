@@ -1,0 +1,121 @@
+"""Budgets: how many visual tokens may enter the LLM, and how they are divided exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from tokenprune.image import TileGeometry
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens of an image may enter the LLM.
+
+    Every meaning found in the field can be said by name. ``Budget(0.2)`` is HiRED's: 20 % of tiles x tokens.
+
+    Args:
+        amount: a float is a ratio from 0.0 to 1.0, an int is a number of tokens.
+        per: ``"image"``, or ``"tile"``: the amount is granted once for each tile; the allocation still divides the sum.
+        of: what a ratio refers to: all ``"encoded"`` tokens, or those of the model's ``"unpadded"`` layout.
+        newlines: learned row separators are ``"free"``, or ``"counted"`` as tokens (also in what a ratio refers to).
+    """
+
+    amount: int | float
+    per: Literal["image", "tile"] = "image"
+    of: Literal["encoded", "unpadded"] = "encoded"
+    newlines: Literal["free", "counted"] = "free"
+
+    def __post_init__(self) -> None:
+        """Refuse amounts that are neither a ratio nor a count."""
+        is_number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
+        if not is_number or self.amount < 0 or (isinstance(self.amount, float) and not self.amount <= 1.0):
+            raise ValueError(
+                f"budget {self.amount!r} is neither a ratio nor a count; write a float from 0.0 to 1.0 for a ratio of "
+                "the tokens (0.2 is 20 %), or an int for a number of tokens (160)"
+            )
+        for name, value, allowed in (
+            ("per", self.per, ("image", "tile")),
+            ("of", self.of, ("encoded", "unpadded")),
+            ("newlines", self.newlines, ("free", "counted")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"budget {name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+    def asked(self, geometry: TileGeometry) -> int:
+        """Return the number of tokens this budget grants an image.
+
+        A ratio is rounded down, in exact decimal arithmetic (``int(100 * 0.29)`` would be 28).
+
+        Args:
+            geometry: the layout of the image.
+        """
+        if isinstance(self.amount, int):
+            return self.amount * (geometry.tiles if self.per == "tile" else 1)
+        ratio = Fraction(repr(float(self.amount)))
+        per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid.sum(dim=1).tolist()
+        separators = geometry.separators if self.newlines == "counted" else 0
+        if self.per == "tile":
+            return sum(int(ratio * tokens) for tokens in per_tile) + int(ratio * separators)
+        return int(ratio * (sum(per_tile) + separators))
+
+
+def as_budget(value: Budget | float | int) -> Budget:
+    """Return ``value`` as a budget; plain numbers take the default meaning.
+
+    Raises:
+        ValueError: if the number is neither a ratio nor a count.
+    """
+    return value if isinstance(value, Budget) else Budget(value)
+
+
+def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> list[int]:
+    """Divide ``total`` in proportion to ``weights`` without exceeding any ``capacity``.
+
+    Largest remainder method (Hamilton) with spill-over: what a full part cannot take goes to the others in proportion
+    to their weights. Parts of weight zero are served only when all others are full. Ties go to the lower index.
+
+    Args:
+        total: units to divide; more than the capacities hold is cut.
+        weights: non-negative weight of each part.
+        capacity: most units that each part can take.
+
+    Returns:
+        Units per part; they sum to ``min(total, sum(capacity))``.
+
+    Raises:
+        ValueError: if lengths differ, or a number is negative or not finite.
+    """
+    if len(weights) != len(capacity):
+        raise ValueError(f"{len(weights)} weights but {len(capacity)} capacities; give one of each per part")
+    if total < 0 or any(room < 0 for room in capacity) or not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(
+            f"total {total}, weights {list(weights)} and capacity {list(capacity)} must be finite and >= 0"
+        )
+    share = [0] * len(weights)
+    exact = [Fraction(weight) for weight in weights]
+    left = min(total, sum(capacity))
+    while left > 0:
+        open_parts = [part for part in range(len(share)) if share[part] < capacity[part]]
+        paying = [part for part in open_parts if exact[part] > 0]
+        if not paying:  # only parts of weight zero have room: fill them in proportion to that room
+            exact = [Fraction(room) for room in capacity]
+            continue
+        weight_sum = sum(exact[part] for part in paying)
+        quota = {part: left * exact[part] / weight_sum for part in paying}
+        overfull = [part for part in paying if quota[part] >= capacity[part] - share[part]]
+        if overfull:
+            for part in overfull:
+                left -= capacity[part] - share[part]
+                share[part] = capacity[part]
+            continue
+        for part in paying:
+            share[part] += int(quota[part])
+        left -= sum(int(value) for value in quota.values())
+        by_remainder = sorted(paying, key=lambda part: (-(quota[part] - int(quota[part])), part))
+        for part in by_remainder[:left]:
+            share[part] += 1
+        left = 0
+    return share

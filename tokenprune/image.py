@@ -1,0 +1,245 @@
+"""What a strategy sees: the layout of an image's tiles and the signals of its encoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tokenprune.layers import LayerChoice, resolve_layers
+
+SEPARATOR = -1
+"""Marks a learned newline token in `TileGeometry.packed`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileGeometry:
+    """How the tiles of one image are laid out, and in which order the model packs their tokens.
+
+    Tile 0 is the base tile (the downscaled whole image); tiles 1.. are the sub-images in row-major order.
+
+    Args:
+        tile_grid: rows x cols of the sub-images; (0, 0) if there is only the base tile.
+        token_grid: height x width of the visual tokens of one tile.
+        regions: the part of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of the
+            base tile, `[sub_images, 4]`. Sub-images that hold only padding cover nothing.
+        packed: what stands at each image position of the prompt, `[length]`: the flat index ``tile * tokens + token``
+            of a token, or `SEPARATOR` for a learned newline. Tokens that are missing here were removed by the model's
+            own unpadding: they are not valid.
+    """
+
+    tile_grid: tuple[int, int]
+    token_grid: tuple[int, int]
+    regions: Tensor
+    packed: Tensor
+
+    @property
+    def sub_images(self) -> int:
+        """Number of sub-images."""
+        return self.tile_grid[0] * self.tile_grid[1]
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, the base tile included."""
+        return 1 + self.sub_images
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of one tile."""
+        return self.token_grid[0] * self.token_grid[1]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Which tokens survive the model's own unpadding, bool `[tiles, tokens]`."""
+        mask = torch.zeros(self.tiles * self.tokens, dtype=torch.bool, device=self.packed.device)
+        mask[self.packed[self.packed != SEPARATOR]] = True
+        return mask.view(self.tiles, self.tokens)
+
+    @cached_property
+    def separators(self) -> int:
+        """Number of learned newline tokens."""
+        return int((self.packed == SEPARATOR).sum())
+
+    @cached_property
+    def separator_of(self) -> Tensor:
+        """Which separator closes the row of each packed position, `[length]`; -1 where none does.
+
+        A row is the run of tokens since the separator before. Base tile tokens that stand before the first row of the
+        sub-images belong to no row.
+        """
+        is_separator = self.packed == SEPARATOR
+        row = torch.cumsum(is_separator, dim=0) - is_separator.long()
+        outside = row >= self.separators
+        if self.sub_images:
+            outside |= (self.packed < self.tokens) & ~is_separator
+        return row.masked_fill(outside, -1)
+
+    @classmethod
+    def single(cls, token_grid: tuple[int, int]) -> TileGeometry:
+        """Return the layout of one tile without separators, as in LLaVA-1.5."""
+        return cls((0, 0), token_grid, torch.zeros(0, 4), torch.arange(token_grid[0] * token_grid[1]))
+
+    @classmethod
+    def anyres(
+        cls, image_size: tuple[int, int], tile_grid: tuple[int, int], token_grid: tuple[int, int], tile_size: int
+    ) -> TileGeometry:
+        """Return the layout that LLaVA-NeXT's AnyRes gives an image.
+
+        The base tile is the whole image squeezed into a square; the sub-images cut a canvas on which the image is
+        scaled to fit and centred. Rows of the canvas end with a newline token.
+
+        Args:
+            image_size: height x width of the picture in pixels.
+            tile_grid: rows x cols of the sub-images.
+            token_grid: height x width of the tokens of a tile.
+            tile_size: side of a tile in pixels.
+        """
+        rows, cols = tile_grid
+        canvas = torch.arange(1, 1 + rows * cols).view(rows, cols)
+        index = rearrange(
+            canvas[..., None, None] * math.prod(token_grid) + torch.arange(math.prod(token_grid)).view(*token_grid),
+            "rows cols height width -> (rows height) (cols width)",
+        )
+        top, left = _unpadding(image_size, (index.shape[0], index.shape[1]))
+        index = index[top : index.shape[0] - top, left : index.shape[1] - left]
+        newline = torch.full((index.shape[0], 1), SEPARATOR)
+        packed = torch.cat([torch.arange(math.prod(token_grid)), torch.cat([index, newline], dim=1).flatten()])
+        return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
+
+
+def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of tokens that LLaVA-NeXT removes at each side of the canvas.
+
+    The rounding is the one of the original `unpad_image`, kept as it is: token counts depend on it.
+    """
+    height, width = image_size
+    if width / height > canvas[1] / canvas[0]:
+        return (canvas[0] - int(round(height * (canvas[1] / width), 7))) // 2, 0
+    return 0, (canvas[1] - int(round(width * (canvas[0] / height), 7))) // 2
+
+
+def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile_size: int) -> Tensor:
+    """Return which part of the whole image each sub-image of an AnyRes canvas shows.
+
+    Args:
+        image_size: height x width of the picture in pixels.
+        tile_grid: rows x cols of the sub-images.
+        tile_size: side of a tile in pixels.
+
+    Returns:
+        (top, left, bottom, right) in fractions of the image, `[sub_images, 4]`.
+    """
+    canvas = (tile_grid[0] * tile_size, tile_grid[1] * tile_size)
+    scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
+    edges = []
+    for cells, side, original in zip(tile_grid, canvas, image_size, strict=True):
+        content = min(math.ceil(round(original * scale, 7)), side)
+        offset = (side - content) // 2
+        edges.append(((torch.arange(cells + 1) * tile_size - offset) / content).clamp(0.0, 1.0))
+    rows, cols = edges
+    return torch.stack(
+        [
+            torch.stack([rows[row], cols[col], rows[row + 1], cols[col + 1]])
+            for row in range(tile_grid[0])
+            for col in range(tile_grid[1])
+        ]
+    )
+
+
+def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
+    """Return how much of each base tile token lies inside each region.
+
+    Args:
+        regions: (top, left, bottom, right) in fractions of the tile, `[regions, 4]`.
+        token_grid: height x width of the tokens of the tile.
+
+    Returns:
+        Fractions of a token's area, `[regions, tokens]`.
+    """
+
+    def overlap(start: Tensor, stop: Tensor, cells: int) -> Tensor:
+        cell = torch.arange(cells, dtype=regions.dtype, device=regions.device)
+        inside = torch.minimum(stop[:, None] * cells, cell + 1) - torch.maximum(start[:, None] * cells, cell)
+        return inside.clamp(0.0, 1.0)
+
+    top, left, bottom, right = regions.unbind(dim=1)
+    rows, cols = overlap(top, bottom, token_grid[0]), overlap(left, right, token_grid[1])
+    return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
+
+
+class Signal(NamedTuple):
+    """Something that a strategy reads from the vision tower.
+
+    Args:
+        kind: ``"cls_attention"``, ``"received_attention"``, ``"keys"`` or ``"vision_features"``.
+        layer: the layer or layers that it is read from.
+    """
+
+    kind: str
+    layer: LayerChoice
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """One encoded image: geometry, features and the signals that were asked for. Tensors only; easy to build by hand.
+
+    Args:
+        geometry: the layout of the tiles.
+        features: visual tokens as they would enter the LLM, `[tiles, tokens, dim]`; zeros where a token is not valid.
+        signals: captured tensors by (kind, layer index).
+        layers: number of layers of the vision tower.
+        feature_layer: index of the layer whose output the model uses.
+        pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
+    """
+
+    geometry: TileGeometry
+    features: Tensor
+    signals: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    layers: int = 1
+    feature_layer: int = 0
+    pixels: Tensor | None = None
+
+    def read(self, signal: Signal) -> Tensor:
+        """Return a captured signal, averaged over its layers in float32.
+
+        Raises:
+            LookupError: if the signal was not captured because no `needs` declared it.
+        """
+        found = []
+        for layer in resolve_layers(signal.layer, self.layers, self.feature_layer):
+            if (signal.kind, layer) not in self.signals:
+                have = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
+                raise LookupError(
+                    f"{signal.kind} of layer {layer} was not captured (captured: {have}); "
+                    f"declare Signal({signal.kind!r}, {signal.layer!r}) in the strategy's `needs`"
+                )
+            found.append(self.signals[signal.kind, layer].float())
+        return found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
+
+    def cls_attention(self, layer: LayerChoice) -> Tensor:
+        """Return the attention that CLS pays to each token, `[tiles, heads, tokens]`.
+
+        Rows are softmaxed over all keys and the CLS key is removed, so that they sum to less than 1.
+
+        Args:
+            layer: the layer to read, or several to average.
+        """
+        return self.read(Signal("cls_attention", layer))
+
+    def received_attention(self, layer: LayerChoice) -> Tensor:
+        """Return the attention each token receives, averaged over all queries, `[tiles, heads, tokens]`."""
+        return self.read(Signal("received_attention", layer))
+
+    def keys(self, layer: LayerChoice) -> Tensor:
+        """Return the attention keys of a layer, `[tiles, heads, tokens, head_dim]`."""
+        return self.read(Signal("keys", layer))
+
+    def vision_features(self, layer: LayerChoice) -> Tensor:
+        """Return the output of a layer of the vision tower, before the projector, `[tiles, tokens, width]`."""
+        return self.read(Signal("vision_features", layer))

@@ -1,0 +1,47 @@
+"""Layer choice: which layers of the vision tower a signal is read from."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+LayerChoice: TypeAlias = Literal["first", "feature"] | int | float | list[int | float | str]
+"""A layer of the vision tower, in one of five forms.
+
+* ``"first"``: the first layer;
+* ``"feature"``: the layer whose output the model uses as visual features;
+* an int: a layer index, negative ones from the end as in timm;
+* a float between 0 and 1: a relative depth (0.0 the first layer, 1.0 the last one);
+* a list of these: the mean over several layers.
+"""
+
+
+def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tuple[int, ...]:
+    """Turn a layer choice into layer indices of one tower.
+
+    Args:
+        choice: the layer choice.
+        layers: number of layers of the tower.
+        feature_layer: index of the layer whose output the model uses.
+
+    Returns:
+        Layer indices in ``range(layers)``; several of them mean "average over these".
+
+    Raises:
+        ValueError: if the choice names no layer of this tower.
+    """
+    if isinstance(choice, (list, tuple)):
+        if not choice:
+            raise ValueError("a layer choice that is a list needs at least one layer")
+        return tuple(index for part in choice for index in resolve_layers(part, layers, feature_layer))  # type: ignore[arg-type]
+    if choice == "first":
+        return (0,)
+    if choice == "feature":
+        return (feature_layer,)
+    if isinstance(choice, float) and 0.0 <= choice <= 1.0:
+        return (round(choice * (layers - 1)),)
+    if isinstance(choice, int) and not isinstance(choice, bool) and -layers <= choice < layers:
+        return (choice % layers,)
+    raise ValueError(
+        f"layer {choice!r} is no layer of a vision tower with {layers} layers; use 'first', 'feature', an index from "
+        f"{-layers} to {layers - 1}, a relative depth from 0.0 to 1.0, or a list of these"
+    )

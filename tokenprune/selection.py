@@ -1,0 +1,151 @@
+"""What a strategy answers: which tokens of an image stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tokenprune.image import SEPARATOR, TileGeometry
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Newlines: TypeAlias = Literal["keep_rows", "drop", "keep"]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The tokens of one image that enter the LLM.
+
+    Args:
+        geometry: the layout of the image.
+        kept: the kept tokens, bool `[tiles, tokens]`.
+        asked: number of tokens that the budget granted.
+        budgets: tokens that each tile was granted, `[tiles]`; what was kept per tile where the strategy has no budgets.
+        scores: the scores behind the choice, `[tiles, tokens]`, for drawing.
+        separators: which learned newlines stay, bool `[separators]`; None leaves it to the reducer's `newlines` option.
+        mixing: for merging methods, the kept tokens as mixtures of all tokens, `[kept, tiles * tokens]` (may be
+            sparse), rows in the order of the kept tokens in the prompt. None drops the others, as one-hot rows would.
+        pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
+    """
+
+    geometry: TileGeometry
+    kept: Tensor
+    asked: int
+    budgets: Tensor | None = None
+    scores: Tensor | None = None
+    separators: Tensor | None = None
+    mixing: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def kept_per_tile(self) -> list[int]:
+        """Number of kept tokens of each tile, base tile first."""
+        counts: list[int] = self.kept.sum(dim=1).tolist()
+        return counts
+
+    @property
+    def granted_per_tile(self) -> list[int]:
+        """Number of tokens that each tile was granted, base tile first."""
+        granted: list[int] = self.kept_per_tile if self.budgets is None else self.budgets.tolist()
+        return granted
+
+    @property
+    def kept_tokens(self) -> int:
+        """Number of kept visual tokens, newlines not counted."""
+        return int(self.kept.sum())
+
+    @property
+    def kept_separators(self) -> int:
+        """Number of kept newline tokens."""
+        return 0 if self.separators is None else int(self.separators.sum())
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is dropped and nothing is mixed."""
+        return self.mixing is None and bool(self.packed_mask().all())
+
+    def packed_mask(self) -> Tensor:
+        """Return which positions of the packed image stay, bool `[length]`."""
+        packed = self.geometry.packed
+        mask = self.kept.flatten()[packed.clamp(min=0)]
+        if self.separators is not None:
+            mask[packed == SEPARATOR] = self.separators
+        else:
+            mask[packed == SEPARATOR] = False
+        return mask
+
+    def overlay(self, picture: Image.Image | None = None) -> Image.Image:
+        """Draw the kept tokens of every tile, base tile first.
+
+        Args:
+            picture: unused pixels can be replaced by nothing else than the tiles the model saw; give the original
+                picture to put it beside them.
+
+        Raises:
+            ValueError: if the selection carries no pixels (long runs keep those of the latest images only).
+        """
+        from tokenprune.viz import overlay
+
+        return overlay(self, picture)
+
+
+def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+    """Keep the best tokens of each tile.
+
+    Args:
+        scores: the larger the better, `[tiles, tokens]`.
+        budgets: tokens to keep in each tile, `[tiles]`.
+        candidates: tokens that may be kept, bool `[tiles, tokens]`.
+
+    Returns:
+        Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
+    """
+    order = scores.float().masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return (rank < budgets.to(rank.device)[:, None]) & candidates
+
+
+def top_of_image(scores: Tensor, total: int, candidates: Tensor) -> Tensor:
+    """Keep the best tokens of all tiles in one pool.
+
+    Args:
+        scores: the larger the better, `[tiles, tokens]`.
+        total: tokens to keep.
+        candidates: tokens that may be kept, bool `[tiles, tokens]`.
+
+    Returns:
+        Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
+    """
+    budget = torch.tensor([total], device=scores.device)
+    return top_per_tile(scores.reshape(1, -1), budget, candidates.reshape(1, -1)).view_as(candidates)
+
+
+def kept_separators(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> Tensor:
+    """Return which learned newline tokens stay.
+
+    Args:
+        geometry: the layout of the image.
+        kept: the kept tokens, bool `[tiles, tokens]`.
+        newlines: ``"keep"`` all, ``"drop"`` all, or ``"keep_rows"``: those that close a row with a kept token.
+
+    Returns:
+        Bool `[separators]`.
+
+    Raises:
+        ValueError: if the option is not known.
+    """
+    if newlines in ("keep", "drop"):
+        return torch.full((geometry.separators,), newlines == "keep", device=kept.device)
+    if newlines != "keep_rows":
+        raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
+    row, packed = geometry.separator_of.to(kept.device), geometry.packed.to(kept.device)
+    rows_with_token = row[(packed != SEPARATOR) & (row >= 0) & kept.flatten()[packed.clamp(min=0)]]
+    stays = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
+    stays[rows_with_token] = True
+    return stays
