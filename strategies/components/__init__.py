@@ -1,0 +1,24 @@
+"""Exchangeable parts of strategies: allocation policies and selection policies."""
+
+from tokenprune.strategies.components.allocation import (
+    BaseTileOnly,
+    GlobalTopAllocation,
+    ProportionalAllocation,
+    SubImagesOnly,
+    UniformAllocation,
+    VisualContentAllocation,
+)
+from tokenprune.strategies.components.selection import RandomSelection, TopAttention, TopNorm, UniformStride
+
+__all__ = [
+    "BaseTileOnly",
+    "GlobalTopAllocation",
+    "ProportionalAllocation",
+    "RandomSelection",
+    "SubImagesOnly",
+    "TopAttention",
+    "TopNorm",
+    "UniformAllocation",
+    "UniformStride",
+    "VisualContentAllocation",
+]

@@ -1,0 +1,170 @@
+"""Allocation policies: how the budget of an image is divided over its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from tokenprune.budget import apportion
+from tokenprune.components import AllocationPolicy
+from tokenprune.image import EncodedImage, Signal, TileGeometry, region_coverage
+from tokenprune.layers import LayerChoice
+from tokenprune.selection import top_of_image
+
+
+def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
+    """Return which part of the base tile stands for each sub-image, `[sub_images, tokens]`.
+
+    Args:
+        geometry: the layout of the image.
+        region: ``"exact"`` is the part of the picture that a sub-image really shows, by area; ``"quadrant"`` cuts the
+            base tile evenly into the tile grid; ``"stripe"`` cuts the flat row-major token sequence into equal runs, as
+            HiRED's release does: horizontal stripes whatever the grid.
+
+    Raises:
+        ValueError: if the region is not known.
+    """
+    rows, cols = geometry.tile_grid
+    if region == "exact":
+        return region_coverage(geometry.regions, geometry.token_grid)
+    if region == "quadrant":
+        cell = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).reshape(-1, 2)
+        grid = torch.tensor([rows, cols])
+        return region_coverage(torch.cat([cell / grid, (cell + 1) / grid], dim=1), geometry.token_grid)
+    if region == "stripe":
+        run = geometry.tokens // (rows * cols)
+        stripe = torch.arange(geometry.tokens) // run
+        return (stripe == torch.arange(rows * cols)[:, None]).float()
+    raise ValueError(f"region={region!r} is not known; use 'exact', 'quadrant' or 'stripe'")
+
+
+@dataclass
+class VisualContentAllocation(AllocationPolicy):
+    """HiRED: a fixed share for the base tile, the rest by the visual content that early CLS attention sees.
+
+    ``N_0 = base_share * N`` and ``N_i = (N - N_0) * s_i / sum(s)``, where ``s_i`` is what the base tile's CLS
+    attention, summed over heads, puts on the part that sub-image ``i`` covers (arXiv 2408.10945, Eq. 1 and Alg. 1).
+
+    Args:
+        base_share: share of the budget for the base tile (alpha), 0.0 to 1.0.
+        layer: layer of the vision tower whose CLS attention is read.
+        region: how sub-images map to the base tile; see `base_tile_coverage`.
+        statistic: ``"mass"`` sums attention; ``"top_count"`` counts, as the release does, how many of the
+            ``(1 - base_share) * tokens`` most attended base tokens fall on the sub-image.
+        rounding: ``"largest_remainder"`` spends the budget exactly and lets full tiles spill over; ``"floor"`` rounds
+            each tile down and redistributes nothing.
+    """
+
+    base_share: float = 0.5
+    layer: LayerChoice = "first"
+    region: Literal["exact", "quadrant", "stripe"] = "exact"
+    statistic: Literal["mass", "top_count"] = "mass"
+    rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
+
+    def __post_init__(self) -> None:
+        """Check the options once."""
+        if not 0.0 <= self.base_share <= 1.0:
+            raise ValueError(f"base_share={self.base_share!r} must be from 0.0 to 1.0")
+        for name, value, allowed in (
+            ("region", self.region, ("exact", "quadrant", "stripe")),
+            ("statistic", self.statistic, ("mass", "top_count")),
+            ("rounding", self.rounding, ("largest_remainder", "floor")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """The CLS attention of the chosen layer."""
+        return (Signal("cls_attention", self.layer),)
+
+    def content(self, image: EncodedImage) -> list[float]:
+        """Return the visual content ``s_i`` of each sub-image, `[sub_images]`."""
+        attention = reduce(image.cls_attention(self.layer)[0], "heads tokens -> tokens", "sum").double().cpu()
+        if self.statistic == "top_count":
+            number = int(attention.numel() * (1 - self.base_share))
+            attention = top_of_image(attention[None], number, torch.ones(1, attention.numel(), dtype=torch.bool))[
+                0
+            ].double()
+        coverage = base_tile_coverage(image.geometry, self.region).double().cpu()
+        content: list[float] = (coverage @ attention).tolist()
+        return content
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Divide the budget by visual content."""
+        content = self.content(image) if image.geometry.sub_images else []
+        mass = sum(content)
+        if self.rounding == "floor":
+            base = min(int(total * self.base_share) if content else total, capacity[0])
+            rest = min(total - base, sum(capacity[1:]))
+            shares = [int(rest * part / mass) if mass else 0 for part in content]
+            return [base, *(min(share, room) for share, room in zip(shares, capacity[1:], strict=True))]
+        if not content:
+            return apportion(total, [1.0], capacity)
+        if not mass:  # no attention on any sub-image: treat them alike
+            content, mass = [float(room) for room in capacity[1:]], float(sum(capacity[1:])) or 1.0
+        return apportion(total, [self.base_share, *((1 - self.base_share) * part / mass for part in content)], capacity)
+
+
+@dataclass
+class UniformAllocation(AllocationPolicy):
+    """The same number of tokens for every tile; what a small tile cannot take goes to the others."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Divide the budget evenly."""
+        return apportion(total, [1.0] * len(capacity), capacity)
+
+
+@dataclass
+class ProportionalAllocation(AllocationPolicy):
+    """Tokens in proportion to the valid tokens of each tile."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Divide the budget by tile size."""
+        return apportion(total, [float(room) for room in capacity], capacity)
+
+
+@dataclass
+class GlobalTopAllocation(AllocationPolicy):
+    """One pool and no tile budgets: each tile gets as many tokens as it has among the best of the whole image."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Count the best tokens of the image in each tile."""
+        counts: list[int] = top_of_image(scores, total, scores > -torch.inf).sum(dim=1).tolist()
+        return counts
+
+
+@dataclass
+class BaseTileOnly(AllocationPolicy):
+    """Everything for the base tile; what it cannot hold is not spent."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Give the base tile the whole budget."""
+        return [min(total, capacity[0]), *(0 for _ in capacity[1:])]
+
+
+@dataclass
+class SubImagesOnly(AllocationPolicy):
+    """Nothing for the base tile; the sub-images share the budget in proportion to their valid tokens.
+
+    Args:
+        pooled: let the best tokens of all sub-images win in one pool, without tile budgets.
+    """
+
+    pooled: bool = False
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Give the sub-images the whole budget."""
+        if not image.geometry.sub_images:
+            raise ValueError(
+                "SubImagesOnly needs sub-images, but this image has only a base tile; use UniformAllocation"
+            )
+        if self.pooled:
+            counts: list[int] = top_of_image(scores[1:], total, scores[1:] > -torch.inf).sum(dim=1).tolist()
+            return [0, *counts]
+        return [0, *apportion(total, [float(room) for room in capacity[1:]], capacity[1:])]

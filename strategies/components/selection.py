@@ -1,0 +1,96 @@
+"""Selection policies: which tokens of a tile are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.components import SelectionPolicy
+from tokenprune.image import EncodedImage, Signal
+from tokenprune.layers import LayerChoice
+
+
+@dataclass
+class TopAttention(SelectionPolicy):
+    """Keep the tokens that CLS attends to most (HiRED, arXiv 2408.10945, Eq. 2).
+
+    Args:
+        layer: layer of the vision tower whose CLS attention is read.
+        heads: how heads are combined: ``"sum"``, ``"max"``, or the index of a single head.
+    """
+
+    layer: LayerChoice = "feature"
+    heads: Literal["sum", "max"] | int = "sum"
+
+    def __post_init__(self) -> None:
+        """Check the options once."""
+        if self.heads not in ("sum", "max") and (not isinstance(self.heads, int) or isinstance(self.heads, bool)):
+            raise ValueError(f"heads={self.heads!r} is not known; use 'sum', 'max' or the index of a head")
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """The CLS attention of the chosen layer."""
+        return (Signal("cls_attention", self.layer),)
+
+    def score(self, image: EncodedImage) -> Tensor:
+        """Return CLS attention, heads combined, `[tiles, tokens]`."""
+        attention = image.cls_attention(self.layer)
+        if isinstance(self.heads, int):
+            if not -attention.shape[1] <= self.heads < attention.shape[1]:
+                raise ValueError(f"heads={self.heads} is no head of a vision tower with {attention.shape[1]} heads")
+            return attention[:, self.heads]
+        return attention.sum(dim=1) if self.heads == "sum" else attention.amax(dim=1)
+
+
+@dataclass
+class RandomSelection(SelectionPolicy):
+    """Keep tokens at random: the same ones for every image of a layout, so that batches change nothing.
+
+    Args:
+        seed: seed of the draw; report several.
+    """
+
+    seed: int = 0
+
+    def score(self, image: EncodedImage) -> Tensor:
+        """Return uniform random numbers, `[tiles, tokens]`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (image.geometry.tiles, image.geometry.tokens)
+        return torch.rand(shape, generator=generator).to(image.features.device)
+
+
+@dataclass
+class UniformStride(SelectionPolicy):
+    """Keep evenly spaced tokens, in row-major order of the valid tokens of a tile."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        """Return a sequence whose largest entries lie evenly spaced at any number, `[tiles, tokens]`.
+
+        Only allocations that pool the tiles read it: multiples of the golden ratio modulo 1 (Weyl's sequence).
+        """
+        index = torch.arange(image.geometry.tiles * image.geometry.tokens, dtype=torch.float64)
+        weyl = (index * ((5**0.5 - 1) / 2)).frac().float()
+        return weyl.view(image.geometry.tiles, image.geometry.tokens).to(image.features.device)
+
+    def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+        """Keep every (candidates / budget)-th candidate of each tile, starting half a step in."""
+        kept = torch.zeros_like(candidates)
+        for tile, budget in enumerate(budgets.tolist()):
+            places = candidates[tile].nonzero()[:, 0]
+            step = (2 * torch.arange(budget, device=places.device) + 1) * len(places) // (2 * max(budget, 1))
+            kept[tile, places[step]] = True
+        return kept
+
+
+@dataclass
+class TopNorm(SelectionPolicy):
+    """Keep the tokens with the largest feature norm; needs no attention."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        """Return the Euclidean norm of the features, `[tiles, tokens]`."""
+        norms: Tensor = torch.linalg.vector_norm(image.features.float(), dim=-1)
+        return norms
