@@ -1,0 +1,50 @@
+"""LLaVA-NeXT (LLaVA-1.6): the base tile first, then the unpadded grid of sub-images with a newline after each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from tokenprune.image import SEPARATOR, TileGeometry, anyres_regions
+from tokenprune.models.placeholder import PlaceholderAdapter
+
+
+class LlavaNextAdapter(PlaceholderAdapter):
+    """`LlavaNextForConditionalGeneration` with a CLIP or SigLIP tower."""
+
+    family: ClassVar[str] = "llava_next"
+    model_class: ClassVar[str] = "LlavaNextForConditionalGeneration"
+
+    @cached_property
+    def _known_layouts(self) -> dict[tuple[int, int], TileGeometry]:
+        return {}
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image by its size."""
+        sizes = [(int(height), int(width)) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+        for size in set(sizes) - set(self._known_layouts):
+            self._known_layouts[size] = self.layout(size)
+        return [self._known_layouts[size] for size in sizes]
+
+    def layout(self, image_size: tuple[int, int]) -> TileGeometry:
+        """Return the layout of an image: token numbers sent through the model's own packing.
+
+        Args:
+            image_size: height x width of the picture in pixels.
+        """
+        tile_size = self.tower.config.image_size
+        tile_grid = get_anyres_image_grid_shape(image_size, self.model.config.image_grid_pinpoints, tile_size)
+        tiles, tokens = 1 + tile_grid[0] * tile_grid[1], self.token_grid[0] * self.token_grid[1]
+        numbers = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
+        packed, _ = self.model.base_model.pack_image_features(
+            [numbers],
+            [image_size],
+            vision_feature_select_strategy="default" if self.has_cls else "full",
+            image_newline=torch.tensor([SEPARATOR], dtype=torch.float64),
+        )
+        regions = anyres_regions(image_size, tile_grid, tile_size)
+        return TileGeometry(tile_grid, self.token_grid, regions, packed[0][:, 0].long())

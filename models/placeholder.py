@@ -1,0 +1,186 @@
+"""What the adapters share whose model replaces placeholder tokens by the output of `get_image_features`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.adapter import Adapter, Encoding, LLMShape
+from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
+from tokenprune.models.probe import probe, wanted_layers
+
+
+class PlaceholderAdapter(Adapter):
+    """An adapter of a model with a tiled ViT whose features fill placeholders in the prompt.
+
+    A family says where its tower is and how it lays out an image; encoding, capturing and handing over are the same.
+    """
+
+    @abstractmethod
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image of a call."""
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether the model is of this family, by class name along its bases."""
+        return any(base.__name__ == cls.model_class for base in type(model).__mro__)
+
+    @cached_property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self.model.base_model.vision_tower
+
+    @cached_property
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """The encoder layers of the vision tower."""
+        layers: Sequence[nn.Module] = self.tower.encoder.layers
+        return layers
+
+    @cached_property
+    def has_cls(self) -> bool:
+        """Whether the tower prepends a CLS token."""
+        return hasattr(self.tower.embeddings, "class_embedding")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Kinds of signals that this model can give."""
+        kinds = {"received_attention", "keys", "vision_features"}
+        return frozenset(kinds | {"cls_attention"} if self.has_cls else kinds)
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id of the image placeholder."""
+        token: int = self.model.config.image_token_id
+        return token
+
+    @cached_property
+    def image_inputs(self) -> frozenset[str]:
+        """The parameters of the model's own `get_image_features`."""
+        return frozenset(inspect.signature(self.model.base_model.get_image_features).parameters) - {"kwargs"}
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the tokens of one tile."""
+        config = self.tower.config
+        side = config.image_size // config.patch_size
+        return side, side
+
+    @cached_property
+    def llm(self) -> LLMShape:
+        """The shape of the language model."""
+        config = self.model.config.get_text_config()
+        linear = [m for m in self.model.base_model.language_model.layers.modules() if isinstance(m, nn.Linear)]
+        return LLMShape(
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            linear_parameters=sum(m.in_features * m.out_features for m in linear),
+            head_parameters=config.hidden_size * config.vocab_size,
+            element_bytes=self.model.dtype.itemsize,
+        )
+
+    def feature_layer(self, inputs: Mapping[str, Any]) -> int:
+        """Return the index of the (deepest) layer whose output the model uses.
+
+        Raises:
+            ValueError: if the model uses the embeddings, which no layer puts out.
+        """
+        chosen = inputs.get("vision_feature_layer")
+        chosen = self.model.config.vision_feature_layer if chosen is None else chosen
+        depth = len(self.tower_layers)
+        index: int = max(
+            depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, list) else [chosen])
+        )
+        if not 0 <= index < depth:
+            raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
+        return index
+
+    def encode(self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0) -> Encoding:
+        """Run the model's own `get_image_features` once, with the needed layers under the probe."""
+        self.check_select_strategy(inputs)
+        feature_layer, prefix = self.feature_layer(inputs), int(self.has_cls)
+        arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
+        wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
+        with probe(self.tower_layers, wanted, prefix) as captured:
+            outputs = self.model.base_model.get_image_features(**arguments, return_dict=True)
+        layouts = self.layouts(inputs)
+        tiles = [layout.tiles for layout in layouts]
+        per_image = {key: torch.split(value, tiles) for key, value in captured.items()}
+        packed = list(outputs.pooler_output)
+        images = [
+            EncodedImage(
+                geometry=layout,
+                features=unpack(layout, packed[number].detach()),
+                signals={key: parts[number] for key, parts in per_image.items()},
+                layers=len(self.tower_layers),
+                feature_layer=feature_layer,
+                pixels=as_pictures(inputs["pixel_values"][number], layout.tiles) if number < pictures else None,
+            )
+            for number, layout in enumerate(layouts)
+        ]
+        return Encoding(images, packed, outputs)
+
+    def hand_over(self, encoding: Encoding, packed: list[Tensor]) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` with the kept features; images of which nothing is left are left out."""
+        packed = [features for features in packed if len(features)]
+        if not packed:
+            return {}
+        outputs = copy.copy(encoding.outputs)  # generate expands the object in place for beams
+        outputs["pooler_output"] = packed
+        outputs.pooler_output = packed
+        return {"mm_encoder_outputs": {"image": outputs}}
+
+    def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a feature selection under which tokens do not form a grid.
+
+        Raises:
+            ValueError: if the CLS token is kept among the visual tokens, or a patch is cut off as if it were CLS.
+        """
+        strategy = inputs.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
+        fitting = "default" if self.has_cls else "full"
+        if strategy != fitting:
+            raise ValueError(
+                f"vision_feature_select_strategy={strategy!r} leaves no grid of patches in a tower "
+                f"{'with' if self.has_cls else 'without'} a CLS token; set it to {fitting!r}"
+            )
+
+
+def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:
+    """Put packed features back at their tiles; tokens that are not valid are zero.
+
+    Args:
+        layout: the layout of the image.
+        packed: the image as it enters the LLM, `[length, dim]`.
+
+    Returns:
+        Features, `[tiles, tokens, dim]`.
+    """
+    places = layout.packed.to(packed.device)
+    features = packed.new_zeros(layout.tiles * layout.tokens, packed.shape[-1])
+    features[places[places != SEPARATOR]] = packed[places != SEPARATOR]
+    return features.view(layout.tiles, layout.tokens, -1)
+
+
+def as_pictures(pixel_values: Tensor, tiles: int) -> Tensor:
+    """Turn normalised pixels into pictures, stretched to the full range: only the processor knows its mean.
+
+    Args:
+        pixel_values: the tiles of an image, `[tiles, 3, height, width]`, or one tile without the first dimension.
+        tiles: number of tiles; what follows is batch padding.
+
+    Returns:
+        uint8 `[tiles, height, width, 3]` on the CPU.
+    """
+    pixels = pixel_values if pixel_values.dim() == 4 else pixel_values[None]
+    pixels = pixels[:tiles].detach().float()
+    low, high = pixels.min(), pixels.max()
+    scaled = (pixels - low) / (high - low).clamp(min=1e-6) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -1,0 +1,114 @@
+"""What makes one model family speak tokenprune's words. Concrete adapters live in `tokenprune.models`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenprune.image import EncodedImage, Signal
+
+
+@dataclass(frozen=True)
+class LLMShape:
+    """The numbers of a decoder that cost accounting needs.
+
+    Args:
+        layers: number of decoder layers.
+        heads: query heads per layer.
+        kv_heads: key and value heads per layer.
+        head_dim: width of a head.
+        linear_parameters: weights of all linear maps in the decoder layers together (biases left out).
+        head_parameters: weights of the language model head.
+        element_bytes: bytes of one cached number.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    linear_parameters: int
+    head_parameters: int
+    element_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """The encoded images of one call, in the order of their places in the prompt.
+
+    Args:
+        images: what strategies see.
+        packed: each image as the model would feed it to the LLM, newlines included, `[length, dim]` each.
+        outputs: the model's own output object, for `Adapter.hand_over`.
+    """
+
+    images: list[EncodedImage]
+    packed: list[Tensor]
+    outputs: Any
+
+
+class Adapter(ABC):
+    """One supported model family, bound to one live model. It knows nothing about methods.
+
+    Args:
+        model: a model for which `matches` is true.
+    """
+
+    family: ClassVar[str]
+    """Name of the family as transformers calls it (`config.model_type`)."""
+
+    model_class: ClassVar[str]
+    """Name of the transformers class."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether this adapter knows the model."""
+
+    @property
+    @abstractmethod
+    def provides(self) -> frozenset[str]:
+        """Kinds of signals that this model can give."""
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """Token id of the image placeholder."""
+
+    @property
+    @abstractmethod
+    def image_inputs(self) -> frozenset[str]:
+        """Names of the model inputs that belong to the vision side; they are replaced by the features."""
+
+    @property
+    @abstractmethod
+    def llm(self) -> LLMShape:
+        """The shape of the language model."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0) -> Encoding:
+        """Run the vision side once and capture the needed signals.
+
+        Args:
+            inputs: the model inputs of the call; only `image_inputs` are read.
+            needs: the signals to capture.
+            pictures: how many of the images keep their pixels for drawing.
+
+        Raises:
+            ValueError: if a signal names a layer that the vision tower does not have.
+        """
+
+    @abstractmethod
+    def hand_over(self, encoding: Encoding, packed: list[Tensor]) -> dict[str, Any]:
+        """Return the model inputs that carry features past the vision side.
+
+        Args:
+            encoding: what `encode` returned.
+            packed: the kept features of each image, `[kept, dim]` each.
+        """

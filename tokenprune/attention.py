@@ -1,0 +1,51 @@
+"""Single attention rows from queries and keys, without the full map. Pure functions; no model in sight."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+
+def cls_rows(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return how CLS, the first token, attends to the others.
+
+    Args:
+        query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
+        key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
+        scaling: factor on the dot products.
+
+    Returns:
+        Softmax over all keys with the CLS key removed, float32 `[tiles, heads, tokens]`.
+    """
+    key = _match_heads(key, query)
+    logits = (query[:, :, :1] @ key.transpose(-1, -2)) * scaling
+    return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:]
+
+
+def received(query: Tensor, key: Tensor, scaling: float, prefix: int, chunk: int = 128) -> Tensor:
+    """Return the attention that each token receives, averaged over all queries.
+
+    Works on `chunk` queries at a time, so that no full map exists.
+
+    Args:
+        query: queries, `[tiles, heads, prefix + tokens, head_dim]`.
+        key: keys, `[tiles, key_heads, prefix + tokens, head_dim]`.
+        scaling: factor on the dot products.
+        prefix: tokens before the visual ones (1 for CLS); they ask, but their own column is removed.
+        chunk: queries per step.
+
+    Returns:
+        Column means of the attention map, float32 `[tiles, heads, tokens]`.
+    """
+    key = _match_heads(key, query).transpose(-1, -2)
+    total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
+    for part in torch.split(query, chunk, dim=2):
+        total += ((part @ key) * scaling).softmax(dim=-1, dtype=torch.float32).sum(dim=2)
+    return total[:, :, prefix:] / query.shape[2]
+
+
+def _match_heads(key: Tensor, query: Tensor) -> Tensor:
+    """Repeat grouped key heads until they match the query heads."""
+    groups = query.shape[1] // key.shape[1]
+    return key if groups == 1 else repeat(key, "tiles heads n dim -> tiles (heads groups) n dim", groups=groups)
