@@ -1,0 +1,161 @@
+"""Tiny random models of the real transformers classes, with real processors built offline."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+TILE, PATCH = 56, 14
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+SENTENCES = [
+    "USER: what is in the picture? ASSISTANT: a red star on a board.",
+    "the number in the star is forty two",
+    "how many shapes are there in the picture and where are they",
+    "describe the picture in one word please",
+    "which shape is left of the blue circle",
+    "a document with many small letters",
+]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few sentences."""
+    raw = Tokenizer(BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(SENTENCES, trainer)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    tok.chat_template = TEMPLATE
+    return tok
+
+
+def _text_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _vision_config(tower: str) -> Any:
+    kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
+    return kind(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=TILE,
+        patch_size=PATCH,
+    )
+
+
+def _sharpen(model: Any) -> Any:
+    """Scale queries and keys up, so that attention rows are far from uniform, and make every parameter differ."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif ("q_proj" in name or "k_proj" in name) and "vision_tower" in name:
+                parameter.mul_(12.0)
+    return model.eval()
+
+
+def tiny_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, tower: str = "clip") -> Any:
+    """A new tiny model of a family, the same weights each time."""
+    torch.manual_seed(0)
+    common = {
+        "vision_config": _vision_config(tower),
+        "text_config": _text_config(),
+        "image_token_index": tokenizer().convert_tokens_to_ids("<image>"),
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "vision_feature_layer": -2,
+    }
+    if family == "llava_next":
+        config: Any = LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
+        model: Any = LlavaNextForConditionalGeneration
+    else:
+        config = LlavaConfig(**common, image_seq_length=(TILE // PATCH) ** 2)
+        model = LlavaForConditionalGeneration
+    config._attn_implementation = attn
+    model = _sharpen(model._from_config(config, attn_implementation=attn))
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = 2
+    return model.to(dtype)
+
+
+def tiny_processor(family: str, tower: str = "clip") -> Any:
+    """The processor of a tiny model."""
+    shared = {
+        "tokenizer": tokenizer(),
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "num_additional_image_tokens": 1 if tower == "clip" else 0,
+        "chat_template": TEMPLATE,
+    }
+    square = {"height": TILE, "width": TILE}
+    if family == "llava_next":
+        images: Any = LlavaNextImageProcessor(
+            size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=PINPOINTS
+        )
+        return LlavaNextProcessor(image_processor=images, **shared)
+    images = CLIPImageProcessor(size={"shortest_edge": TILE}, crop_size=square)
+    return LlavaProcessor(image_processor=images, **shared)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture of smooth random blobs."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def batch(family: str, *rows: list[tuple[int, int]], tower: str = "clip", side: str = "left", seed: int = 0) -> Any:
+    """Model inputs of several prompt rows, each with pictures of the given (height, width)."""
+    processor = tiny_processor(family, tower)
+    texts, pictures = [], []
+    for number, sizes in enumerate(rows):
+        texts.append("USER: " + "<image> " * len(sizes) + SENTENCES[1 + number % 4] + " ASSISTANT:")
+        pictures += [picture(*size, seed=seed + 10 * number + k) for k, size in enumerate(sizes)]
+    return processor(images=pictures or None, text=texts, return_tensors="pt", padding=True, padding_side=side)

@@ -1,0 +1,331 @@
+"""Attaches a strategy to a live transformers model for the length of a `with` block: the only code that touches one.
+
+Two things are put on the model and taken off again: a forward pre-hook, for plain calls (scoring, training), and an
+instance attribute `generate`, which reduces the prompt first and then calls the model's own. The model's code, weights
+and config stay as they are. Features reach the model through transformers' `mm_encoder_outputs`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.account import TokenAccount
+from tokenprune.adapter import Adapter, Encoding
+from tokenprune.image import SEPARATOR
+from tokenprune.reducer import TokenReducer
+from tokenprune.registry import find_adapter
+from tokenprune.rewrite import Rows, padding_side, shorten, shorter_rows
+from tokenprune.selection import Selection
+
+PICTURES = 8
+"""Selections of so many images (the first ones of a run) keep the pixels for drawing."""
+
+
+class Run:
+    """What happened inside the block.
+
+    Args:
+        reducer: the attached strategy.
+        adapter: the adapter of the model.
+    """
+
+    def __init__(self, reducer: TokenReducer, adapter: Adapter) -> None:
+        self.reducer = reducer
+        self.adapter = adapter
+        self.selections: list[Selection] = []
+        """One selection per image, in the order seen."""
+        self.account = TokenAccount(adapter.llm)
+        """Tokens, cache bytes and FLOPs of everything seen."""
+
+    def encode(self, inputs: Mapping[str, Any]) -> Encoding:
+        """Encode the images of a call once, with the signals that the strategy needs."""
+        return self.adapter.encode(inputs, self.reducer.needs, max(0, PICTURES - len(self.selections)))
+
+    def reduced(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Rows | None]:
+        """Return the inputs of one call with its images reduced.
+
+        Args:
+            inputs: keyword inputs of `forward` or `generate`, pixels included.
+            generating: whether they go to `generate`.
+
+        Returns:
+            New inputs, and which prompt positions stayed; None if all did and the prompt is the one that came in.
+
+        Raises:
+            ValueError: if the placeholders do not match the images, or the call cannot be reduced.
+        """
+        encoding = self.encode(inputs)
+        selections = [self.reducer.reduce(image) for image in encoding.images]
+        packed, masks = [], []
+        for selection, features in zip(selections, encoding.packed, strict=True):
+            mask = selection.packed_mask().to(features.device)
+            masks.append(mask)
+            packed.append(_mixed(selection, features, mask) if selection.mixing is not None else features[mask])
+        placeholders = self._placeholders(inputs)
+        kept = torch.cat(masks)
+        if int(placeholders.sum()) != len(kept):
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
+                f"features: {len(kept)}; make the inputs with the processor that belongs to the model"
+            )
+        rest = {name: value for name, value in inputs.items() if name not in self.adapter.image_inputs}
+        attention_mask = inputs.get("attention_mask")
+        mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
+        full = _row_lengths(mask)
+        if all(selection.everything for selection in selections):
+            # The prompt stays exactly as it came: the model must not be able to tell the difference.
+            self._enter(selections, full, full)
+            return {**rest, **self.adapter.hand_over(encoding, encoding.packed)}, None
+        _refuse_what_cannot_be_shortened(inputs, generating)
+        preserve = self.reducer.positions == "preserve"
+        # Without a cache, transformers takes gaps in position ids for packed sequences unless something is masked.
+        spare = int(generating and preserve and inputs.get("use_cache") is False)
+        side = padding_side(mask, inputs.get("labels") is not None)
+        rows = shorter_rows(placeholders, mask, kept, "left" if spare else side, spare)
+        positions = self._full_positions(rest, placeholders, generating) if preserve else None
+        short = shorten(rest, rows, self._pad_token_id(), positions)
+        if generating and not preserve:
+            short.pop("position_ids")  # generate counts them itself, from the mask
+        self._enter(selections, full, _row_lengths(rows.mask))
+        return {**short, **self.adapter.hand_over(encoding, packed)}, rows
+
+    def _enter(self, selections: list[Selection], full: list[int], reduced: list[int]) -> None:
+        self.account.add(selections, list(zip(full, reduced, strict=True)))
+        self.selections += selections
+
+    def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the image positions of the prompt, bool `[rows, length]`."""
+        token = self.adapter.image_token_id
+        ids = inputs.get("input_ids")
+        if ids is not None:
+            return torch.as_tensor(ids == token)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            raise ValueError("images were given without a prompt; pass input_ids (or inputs_embeds) too")
+        embedding = self.adapter.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        return torch.as_tensor((embeds == embedding).all(dim=-1))
+
+    def _full_positions(self, inputs: Mapping[str, Any], placeholders: Tensor, generating: bool) -> Tensor:
+        """Return the position ids that the full prompt would have, `[rows, length]`."""
+        given = inputs.get("position_ids")
+        if given is not None:
+            return torch.as_tensor(given).expand(*given.shape[:-2], *placeholders.shape)
+        if generating:
+            arguments = {name: value for name, value in inputs.items() if value is not None}
+            ids = self.adapter.model._prepare_position_ids_for_generation(placeholders, arguments)
+        else:
+            ids = torch.arange(placeholders.shape[1], device=placeholders.device)[None]
+        return torch.as_tensor(ids).expand(*ids.shape[:-2], *placeholders.shape)
+
+    def _pad_token_id(self) -> int:
+        """Return an id for padding; it is masked, so any id but the placeholder's will do."""
+        model = self.adapter.model
+        for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
+            pad = getattr(config, "pad_token_id", None)
+            if isinstance(pad, int) and pad >= 0 and pad != self.adapter.image_token_id:
+                return pad
+        return 0 if self.adapter.image_token_id else 1
+
+
+def _row_lengths(mask: Tensor) -> list[int]:
+    lengths: list[int] = mask.bool().sum(dim=1).tolist()
+    return lengths
+
+
+def _mixed(selection: Selection, features: Tensor, mask: Tensor) -> Tensor:
+    """Return the kept tokens as the mixtures that a merging strategy asked for, newlines in place, `[kept, dim]`."""
+    assert selection.mixing is not None
+    geometry = selection.geometry
+    places = geometry.packed.to(features.device)
+    source = features.new_zeros(geometry.tiles * geometry.tokens, features.shape[-1])
+    source = source.index_copy(0, places[places != SEPARATOR], features[places != SEPARATOR])
+    mixed = selection.mixing.to(features.device, features.dtype) @ source
+    anchors = places[mask] != SEPARATOR
+    if len(mixed) != int(anchors.sum()):
+        raise ValueError(
+            f"the mixing matrix has {len(mixed)} rows for {int(anchors.sum())} kept tokens; give one row each"
+        )
+    out = features[mask].clone()
+    out[anchors] = mixed
+    return out
+
+
+def _refuse_what_cannot_be_shortened(inputs: Mapping[str, Any], generating: bool) -> None:
+    """Raise for calls whose meaning would silently change on a shorter prompt.
+
+    Raises:
+        ValueError: naming the argument and the way out.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise ValueError("a reduced prompt needs a 2-D attention_mask [rows, length]; leave ready-made masks out")
+    if mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
+        raise ValueError(
+            "position_ids that restart without an attention_mask mean packed sequences; these cannot be reduced. "
+            "Give one sequence per row with an attention_mask"
+        )
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise ValueError("logits_to_keep as positions refers to the full prompt; give a number, or select afterwards")
+    cache = inputs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "images cannot be added to a filled cache while a reducer is attached: the cache holds shorter prompts "
+            "than the ids say. Generate from the whole conversation without past_key_values"
+        )
+    if generating and inputs.get("negative_prompt_ids") is not None:
+        raise ValueError("negative_prompt_ids is not supported below a budget of 100 %")
+
+
+class _PromptStreamer:
+    """Hands a streamer the full prompt instead of the reduced one."""
+
+    def __init__(self, streamer: Any, prompt: Tensor) -> None:
+        self.streamer = streamer
+        self.prompt: Tensor | None = prompt
+
+    def put(self, value: Tensor) -> None:
+        """Pass tokens on; the first ones are the prompt."""
+        self.streamer.put(value if self.prompt is None else self.prompt)
+        self.prompt = None
+
+    def end(self) -> None:
+        """Pass the end on."""
+        self.streamer.end()
+
+
+class _Generate:
+    """The `generate` of a model with a reducer attached: reduce, then call the model's own."""
+
+    def __init__(self, run: Run, original: Any) -> None:
+        self.run = run
+        self.original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model made inside the block is an ordinary model."""
+        model = self.run.adapter.model
+        return type(model).generate.__get__(memo.get(id(model), model))
+
+    def __call__(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate from the reduced prompt; returned sequences begin with the full one."""
+        if inputs is not None and kwargs.get("input_ids") is None:
+            kwargs["input_ids"] = inputs
+        if kwargs.get("pixel_values") is None:
+            self._refuse_reduced_history(kwargs)
+            return self.original(generation_config=generation_config, **kwargs)
+        prompt = kwargs.get("input_ids")
+        with torch.no_grad():
+            reduced, rows = self.run.reduced(kwargs, generating=True)
+        if rows is None or prompt is None:  # with inputs_embeds alone, generate returns new tokens only
+            return self.original(generation_config=generation_config, **reduced)
+        dropped = prompt.shape[1] - rows.index.shape[1]
+        reduced, generation_config = self._with_shorter_limits(reduced, generation_config, dropped)
+        if reduced.get("streamer") is not None:
+            reduced["streamer"] = _PromptStreamer(reduced["streamer"], prompt.cpu())
+        output = self.original(generation_config=generation_config, **reduced)
+        width = rows.index.shape[1]
+        if isinstance(output, Tensor):
+            return _with_full_prompt(output, prompt, width)
+        output["sequences"] = output.sequences = _with_full_prompt(output.sequences, prompt, width)
+        return output
+
+    def _refuse_reduced_history(self, kwargs: Mapping[str, Any]) -> None:
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if cache is None or ids is None or cache.get_seq_length() == 0:
+            return
+        if bool((ids == self.run.adapter.image_token_id).any()):
+            raise ValueError(
+                "this continues a conversation from a cache that holds a reduced prompt, but the ids are those of the "
+                "full one. Generate from the whole conversation, with its images and without past_key_values"
+            )
+
+    def _with_shorter_limits(
+        self, kwargs: dict[str, Any], generation_config: Any, dropped: int
+    ) -> tuple[dict[str, Any], Any]:
+        """Lower total length limits by the dropped width, wherever they are set; `max_new_tokens` needs nothing."""
+        limits = ("max_length", "min_length")
+        default = self.run.adapter.model.generation_config
+        config = default if generation_config is None else generation_config
+        lowered = {name: getattr(config, name) - dropped for name in limits if getattr(config, name, None)}
+        new_tokens = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+        for name in limits:
+            if kwargs.get(name) is not None:
+                kwargs[name] -= dropped
+                lowered.pop(name, None)
+            elif kwargs.get(new_tokens[name], getattr(config, new_tokens[name], None)) is not None:
+                lowered.pop(name, None)
+        if generation_config is not None and lowered:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**lowered)
+        elif lowered:
+            kwargs.update(lowered)
+        return kwargs, generation_config
+
+
+def _with_full_prompt(sequences: Tensor, prompt: Tensor, width: int) -> Tensor:
+    """Replace the reduced prompt at the head of generated sequences by the full one, `[rows * returned, length]`."""
+    repeats = len(sequences) // len(prompt)
+    return torch.cat([prompt.to(sequences.device).repeat_interleave(repeats, dim=0), sequences[:, width:]], dim=1)
+
+
+@contextmanager
+def attach(model: Any, reducer: TokenReducer) -> Iterator[Run]:
+    """Attach a strategy to a model for the length of a block.
+
+    Args:
+        model: a transformers model of a supported family, unmodified.
+        reducer: the strategy.
+
+    Yields:
+        The run: selections and account of everything that goes through the model.
+
+    Raises:
+        TypeError: if no adapter knows the model.
+        ValueError: if the adapter does not provide a signal that the strategy needs.
+        RuntimeError: if the model has a reducer already, or if the block ends and no image was ever reduced.
+    """
+    before = model.__dict__.get("generate") if hasattr(model, "__dict__") else None
+    if isinstance(before, _Generate):
+        raise RuntimeError(
+            f"{type(before.run.reducer).__name__} is attached to this model already; two reducers on one model would "
+            "be a `Composed` strategy, which does not exist yet. Leave the first block before you enter the next"
+        )
+    adapter = find_adapter(model)
+    needed = sorted({signal.kind for signal in reducer.needs})
+    if missing := [kind for kind in needed if kind not in adapter.provides]:
+        raise ValueError(
+            f"{type(reducer).__name__} needs {', '.join(needed)}, but {type(model).__name__} with this vision tower "
+            f"provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
+        )
+    run = Run(reducer, adapter)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    def reduce_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
+        """Reduce a plain forward call. Decoding steps, text-only calls and copies of the model pass."""
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if module is not model or inputs.get("pixel_values") is None:
+            return None
+        return (), run.reduced(inputs, generating=False)[0]
+
+    hook = model.register_forward_pre_hook(reduce_call, with_kwargs=True)
+    try:
+        if hasattr(model, "generate"):
+            model.generate = _Generate(run, model.generate)
+        yield run
+    finally:
+        hook.remove()
+        if before is not None:
+            model.generate = before
+        else:
+            model.__dict__.pop("generate", None)
+    if not run.selections:
+        raise RuntimeError(
+            f"{type(reducer).__name__} was attached, but no image went through the model inside the block, so nothing "
+            "was reduced. Call model.generate(...) or model(...) with pixel_values inside the `with` block"
+        )

@@ -1,0 +1,102 @@
+"""From model inputs and selections to shorter model inputs. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+TEXT_INPUTS: Mapping[str, int] = {"inputs_embeds": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+"""Inputs with one entry per prompt position besides ids and mask, and what fills their padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where the kept positions of each prompt row come from.
+
+    Args:
+        index: position in the full prompt that stands at each position of the shorter one, `[rows, width]`.
+        mask: which positions are real, bool `[rows, width]`; the others are padding.
+    """
+
+    index: Tensor
+    mask: Tensor
+
+    def take(self, value: Tensor, fill: float) -> Tensor:
+        """Return the kept positions of a tensor, padding filled.
+
+        Args:
+            value: `[rows, length, ...]`.
+            fill: what stands at padding.
+        """
+        index, mask = self.index, self.mask
+        for _ in range(value.dim() - 2):
+            index, mask = index.unsqueeze(-1), mask.unsqueeze(-1)
+        taken = value.gather(1, index.expand(*self.index.shape, *value.shape[2:]))
+        return taken.masked_fill(~mask, fill)
+
+
+def shorter_rows(
+    placeholders: Tensor, attention_mask: Tensor, kept: Tensor, side: Literal["left", "right"], spare: int = 0
+) -> Rows:
+    """Return which positions of a batch of prompts stay.
+
+    Old padding goes; the new width is that of the longest row.
+
+    Args:
+        placeholders: image positions, bool `[rows, length]`.
+        attention_mask: real positions, `[rows, length]`.
+        kept: which placeholders stay, in prompt order over all rows, bool `[placeholders]`.
+        side: where padding goes.
+        spare: columns of padding to add beyond that.
+    """
+    stays = attention_mask.bool() & ~placeholders
+    stays = stays.masked_scatter(placeholders, kept.to(stays.device)) & attention_mask.bool()
+    counts = stays.sum(dim=1, keepdim=True)
+    width = int(counts.max()) + spare
+    order = stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    column = torch.arange(width, device=stays.device).expand(len(stays), width)
+    source = column - (width - counts) if side == "left" else column
+    mask = (source >= 0) & (source < counts)
+    return Rows(order.gather(1, source.clamp(0, order.shape[1] - 1)) * mask, mask)
+
+
+def padding_side(attention_mask: Tensor, has_labels: bool) -> Literal["left", "right"]:
+    """Return the side on which a batch is padded; unpadded batches count as right-padded when they train.
+
+    Args:
+        attention_mask: real positions, `[rows, length]`.
+        has_labels: whether the call computes a loss.
+    """
+    if bool((attention_mask[:, -1] == 0).any()):
+        return "right"
+    return "right" if has_labels and bool((attention_mask[:, 0] != 0).all()) else "left"
+
+
+def shorten(
+    inputs: Mapping[str, Any], rows: Rows, pad_token_id: int, position_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the text side of the model inputs with only the kept positions.
+
+    Args:
+        inputs: model inputs of the call.
+        rows: what stays.
+        pad_token_id: id that fills padding.
+        position_ids: ids of the full prompt to preserve, `[..., rows, length]`; None counts the kept tokens anew.
+    """
+    out = dict(inputs)
+    if inputs.get("input_ids") is not None:
+        out["input_ids"] = rows.take(inputs["input_ids"], pad_token_id)
+    for name, fill in TEXT_INPUTS.items():
+        if inputs.get(name) is not None:
+            out[name] = rows.take(inputs[name], fill)
+    out["attention_mask"] = rows.mask.long()
+    if position_ids is None:
+        out["position_ids"] = (rows.mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    else:
+        index = rows.index.expand(*position_ids.shape[:-2], *rows.index.shape)
+        out["position_ids"] = position_ids.gather(-1, index).masked_fill(~rows.mask, 0)
+    return out
