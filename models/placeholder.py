@@ -115,6 +115,8 @@ class PlaceholderAdapter(Adapter):
         tiles = [layout.tiles for layout in layouts]
         per_image = {key: torch.split(value, tiles) for key, value in captured.items()}
         packed = list(outputs.pooler_output)
+        pixels = inputs["pixel_values"]
+        pixels = pixels if pixels.dim() == 5 else torch.split(pixels, tiles)
         images = [
             EncodedImage(
                 geometry=layout,
@@ -122,7 +124,7 @@ class PlaceholderAdapter(Adapter):
                 signals={key: parts[number] for key, parts in per_image.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
-                pixels=as_pictures(inputs["pixel_values"][number], layout.tiles) if number < pictures else None,
+                pixels=as_pictures(pixels[number][: layout.tiles]) if number < pictures else None,
             )
             for number, layout in enumerate(layouts)
         ]
@@ -169,18 +171,16 @@ def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:
     return features.view(layout.tiles, layout.tokens, -1)
 
 
-def as_pictures(pixel_values: Tensor, tiles: int) -> Tensor:
+def as_pictures(pixels: Tensor) -> Tensor:
     """Turn normalised pixels into pictures, stretched to the full range: only the processor knows its mean.
 
     Args:
-        pixel_values: the tiles of an image, `[tiles, 3, height, width]`, or one tile without the first dimension.
-        tiles: number of tiles; what follows is batch padding.
+        pixels: the tiles of an image as the processor made them, `[tiles, 3, height, width]`.
 
     Returns:
         uint8 `[tiles, height, width, 3]` on the CPU.
     """
-    pixels = pixel_values if pixel_values.dim() == 4 else pixel_values[None]
-    pixels = pixels[:tiles].detach().float()
+    pixels = pixels.detach().float()
     low, high = pixels.min(), pixels.max()
     scaled = (pixels - low) / (high - low).clamp(min=1e-6) * 255
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

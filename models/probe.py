@@ -30,14 +30,18 @@ PROBE = "tokenprune_probe"
 def _probed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """Record the wanted rows, then delegate to the kernel that the module's own config names."""
-    config: Any = module.config
+    """Record the wanted rows, then delegate to the kernel that the user's config names."""
+    probing: Any = module.config
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
-        config.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"))
+        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"))
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.tokenprune_kernel, eager)
-    return kernel(module, query, key, value, attention_mask, **kwargs)
+    module.config = probing.tokenprune_original  # kernels look into it: flash attention reads its own name there
+    try:
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        return kernel(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config = probing
 
 
 AttentionInterface.register(PROBE, _probed_attention)
@@ -109,7 +113,7 @@ def probe(
                 attention: Any = layers[index].self_attn
                 undo.callback(setattr, attention, "config", attention.config)
                 config = copy.copy(attention.config)
-                config.tokenprune_kernel = attention.config._attn_implementation
+                config.tokenprune_original = attention.config
                 config.tokenprune_record = recorder(index, kinds)
                 config._attn_implementation_internal = PROBE  # the property would also write to shared sub-configs
                 attention.config = config
