@@ -49,6 +49,10 @@ class Encoding:
     packed: list[Tensor]
     outputs: Any
 
+    def repeated(self, times: int) -> Encoding:
+        """Return the encoding of the same images again and again, for several questions about them."""
+        return Encoding(self.images * times, self.packed * times, self.outputs)
+
 
 class Adapter(ABC):
     """One supported model family, bound to one live model. It knows nothing about methods.

@@ -48,12 +48,16 @@ class Run:
         """Encode the images of a call once, with the signals that the strategy needs."""
         return self.adapter.encode(inputs, self.reducer.needs, max(0, PICTURES - len(self.selections)))
 
-    def reduced(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Rows | None]:
+    def reduced(
+        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None
+    ) -> tuple[dict[str, Any], Rows | None]:
         """Return the inputs of one call with its images reduced.
 
         Args:
-            inputs: keyword inputs of `forward` or `generate`, pixels included.
+            inputs: keyword inputs of `forward` or `generate`.
             generating: whether they go to `generate`.
+            encoding: the encoded images of the call; made from the pixels in `inputs` if left out. Several strategies
+                can share one; an image that stands in several places is reduced once.
 
         Returns:
             New inputs, and which prompt positions stayed; None if all did and the prompt is the one that came in.
@@ -61,8 +65,9 @@ class Run:
         Raises:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
-        encoding = self.encode(inputs)
-        selections = [self.reducer.reduce(image) for image in encoding.images]
+        encoding = self.encode(inputs) if encoding is None else encoding
+        chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in encoding.images}.values()}
+        selections = [chosen[id(image)] for image in encoding.images]
         packed, masks = [], []
         for selection, features in zip(selections, encoding.packed, strict=True):
             mask = selection.packed_mask().to(features.device)
