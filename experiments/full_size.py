@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenprune.pictures import load_picture
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -24,12 +23,13 @@ from transformers import (
 )
 
 from tokenprune.models import mini
+from tokenprune.pictures import load_picture
 from tokenprune.strategies import HiRED
 
 
 def build(llm_layers: int) -> tuple[Any, Any]:
     """Return a LLaVA-NeXT-7B with random weights and ``llm_layers`` decoder layers, and its processor."""
-    tokenizer = AutoTokenizer.from_pretrained(mini.path())
+    tokenizer: Any = AutoTokenizer.from_pretrained(mini.path())
     torch.manual_seed(0)
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(

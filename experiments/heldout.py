@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import find_adapter
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import (
     BaseTileOnly,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.registry import collect
+
+ADAPTERS = "tokenprune.models"
+"""Where adapters live, and the entry point group of plug-ins."""
 
 
 @dataclass(frozen=True)
@@ -116,3 +121,25 @@ class Adapter(ABC):
             encoding: what `encode` returned.
             packed: the kept features of each image, `[kept, dim]` each.
         """
+
+
+@cache
+def adapters() -> Mapping[str, type[Adapter]]:
+    """Return all known adapters by class name."""
+    return collect(ADAPTERS, Adapter)  # type: ignore[type-abstract]
+
+
+def find_adapter(model: Any) -> Adapter:
+    """Return the adapter of a model, bound to it.
+
+    Raises:
+        TypeError: if no adapter knows the model; the error names the supported families.
+    """
+    for adapter in adapters().values():
+        if adapter.matches(model):
+            return adapter(model)
+    families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in adapters().values()))
+    raise TypeError(
+        f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
+        f"tokenprune.Adapter and name the class under the entry point group {ADAPTERS!r}"
+    )

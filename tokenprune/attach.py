@@ -11,18 +11,19 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.account import TokenAccount
-from tokenprune.adapter import Adapter, Encoding
+from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.image import SEPARATOR
-from tokenprune.reducer import TokenReducer
-from tokenprune.registry import find_adapter
 from tokenprune.rewrite import Rows, padding_side, shorten, shorter_rows
 from tokenprune.selection import Selection
+
+if TYPE_CHECKING:
+    from tokenprune.reducer import TokenReducer
 
 PICTURES = 8
 """Selections of so many images (the first ones of a run) keep the pixels for drawing."""

@@ -1,4 +1,4 @@
-"""Names: finds strategies, components and adapters that are shipped, installed as plug-ins, or in a user's file."""
+"""Names: finds classes that are shipped, installed as plug-ins, or in a user's file."""
 
 from __future__ import annotations
 
@@ -10,26 +10,17 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from tokenprune.adapter import Adapter
-from tokenprune.components import AllocationPolicy, Component, SelectionPolicy
-from tokenprune.reducer import TokenReducer
-
 T = TypeVar("T")
-
-STRATEGIES = "tokenprune.strategies"
-MODELS = "tokenprune.models"
 
 
 def kebab(name: str) -> str:
     """Return the kebab-case alias of a class name: `TopAttention` is `top-attention`, `HiRED` is `hired`."""
-    words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", name)
-    return "-".join(words).lower()
+    return re.sub(r"(?<=[A-Za-z0-9])(?=[A-Z][a-z0-9])", "-", name).lower()
 
 
 def _aliases(name: str) -> set[str]:
@@ -47,7 +38,7 @@ def _modules(package: str) -> Iterator[ModuleType]:
             yield from _modules(info.name)
 
 
-def _concrete(module: ModuleType, base: type[T]) -> list[type[T]]:
+def concrete_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
     """Return the concrete subclasses of a base that a module itself defines."""
     return [
         member
@@ -60,14 +51,14 @@ def _concrete(module: ModuleType, base: type[T]) -> list[type[T]]:
     ]
 
 
-def _collect(package: str, base: type[T]) -> Mapping[str, type[T]]:
+def collect(package: str, base: type[T]) -> Mapping[str, type[T]]:
     """Return all classes of a kind by name: those of the package, then those of entry points.
 
     Raises:
         ValueError: if two classes have the same name.
     """
     found: dict[str, type[T]] = {}
-    classes = [member for module in _modules(package) for member in _concrete(module, base)]
+    classes = [member for module in _modules(package) for member in concrete_classes(module, base)]
     for point in entry_points(group=package):
         loaded = point.load()
         if inspect.isclass(loaded) and issubclass(loaded, base):
@@ -79,24 +70,6 @@ def _collect(package: str, base: type[T]) -> Mapping[str, type[T]]:
                 f"two classes are called {member.__name__}: {other.__module__} and {member.__module__}; rename one"
             )
     return found
-
-
-@cache
-def strategies() -> Mapping[str, type[TokenReducer]]:
-    """Return all known strategies by class name."""
-    return _collect(STRATEGIES, TokenReducer)  # type: ignore[type-abstract]
-
-
-@cache
-def components() -> Mapping[str, type[Component]]:
-    """Return all known allocation and selection policies by class name."""
-    return _collect(STRATEGIES, Component)
-
-
-@cache
-def adapters() -> Mapping[str, type[Adapter]]:
-    """Return all known adapters by class name."""
-    return _collect(MODELS, Adapter)  # type: ignore[type-abstract]
 
 
 def lookup(name: str, known: Mapping[str, type[T]], what: str) -> type[T]:
@@ -116,9 +89,9 @@ def lookup(name: str, known: Mapping[str, type[T]], what: str) -> type[T]:
     for class_name, member in known.items():
         if name in _aliases(class_name):
             return member
-    near = difflib.get_close_matches(name.lower(), [known_name.lower() for known_name in known], n=3, cutoff=0.5)
-    hints = [known_name for known_name in known if known_name.lower() in near]
-    hint = f" Did you mean {' or '.join(hints)}?" if hints else ""
+    spelt = {known_name.lower(): known_name for known_name in known}
+    near = [spelt[found] for found in difflib.get_close_matches(name.lower(), spelt, n=2, cutoff=0.6)]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise LookupError(f"no {what} is called {name!r}.{hint} Known: {', '.join(sorted(known))}")
 
 
@@ -131,53 +104,40 @@ def load_from_file(reference: str) -> Any:
     Raises:
         LookupError: if the file or the class is missing.
     """
-    path_text, _, class_name = reference.rpartition(":")
-    path = Path(path_text).expanduser().resolve()
-    if not path.is_file():
-        raise LookupError(f"{path_text} is no file; write path/to/file.py:ClassName")
-    module_name = f"tokenprune_plugin_{path.stem}"
-    if module_name not in sys.modules or getattr(sys.modules[module_name], "__file__", None) != str(path):
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    found = vars(sys.modules[module_name]).get(class_name)
+    path, _, class_name = reference.rpartition(":")
+    module = load_module(path)
+    found = vars(module).get(class_name)
     if not inspect.isclass(found):
-        classes = [name for name, member in vars(sys.modules[module_name]).items() if inspect.isclass(member)]
-        raise LookupError(f"{path_text} has no class {class_name!r}; it has {', '.join(classes) or 'no class at all'}")
+        own = [name for name, one in vars(module).items() if inspect.isclass(one) and one.__module__ == module.__name__]
+        raise LookupError(f"{path} has no class {class_name!r}; it has {', '.join(own) or 'no class at all'}")
     return found
 
 
-def find_adapter(model: Any) -> Adapter:
-    """Return the adapter of a model, bound to it.
+def load_module(path: str) -> ModuleType:
+    """Import a user's file, once.
+
+    Args:
+        path: the Python file.
 
     Raises:
-        TypeError: if no adapter knows the model; the error names the supported families.
+        LookupError: if there is no such file, or it cannot be imported.
     """
-    for adapter in adapters().values():
-        if adapter.matches(model):
-            return adapter(model)
-    families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in adapters().values()))
-    raise TypeError(
-        f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
-        "tokenprune.adapter.Adapter and register it under the entry point group 'tokenprune.models'"
-    )
-
-
-__all__ = [
-    "AllocationPolicy",
-    "SelectionPolicy",
-    "adapters",
-    "components",
-    "find_adapter",
-    "kebab",
-    "load_from_file",
-    "lookup",
-    "strategies",
-]
+    file = Path(path).expanduser().resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise LookupError(f"{path} is no Python file; write path/to/file.py")
+    name = f"tokenprune_plugin_{file.stem}"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception):
+            raise LookupError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise
+    return module

@@ -1,0 +1,144 @@
+"""The package as users get it: what a wheel holds, what an import costs, who knows whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tokenprune
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("strategies", "models", "experiments")
+
+
+def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of a wheel built from a clean copy of the sources."""
+    out = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out / "dist"),
+        str(out / "src"),
+    ]
+    for folder in ("tokenprune", *FOLDERS):
+        shutil.copytree(
+            ROOT / folder, out / "src" / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, out / "src" / file)
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (out / "dist").glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_wheel_holds_one_package(wheel: list[str]) -> None:
+    top = {name.split("/")[0] for name in wheel}
+    assert top == {"tokenprune", f"tokenprune-{tokenprune.__version__}.dist-info"}
+    for needed in ("strategies/hired.py", "strategies/components/selection.py", "models/llava_next.py", "py.typed"):
+        assert f"tokenprune/{needed}" in wheel
+    for needed in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
+        assert f"tokenprune/models/mini/checkpoint/{needed}" in wheel
+    assert "tokenprune/models/mini/pictures/board.png" in wheel
+    assert "tokenprune/experiments/heldout.py" in wheel
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_cannot_be_imported_under_their_bare_names(folder: str) -> None:
+    """From the repository root, `import strategies` would load everything a second time."""
+    done = python(f"import {folder}")
+    assert done.returncode == 1
+    assert f"import tokenprune.{folder}, not {folder}" in done.stderr
+    assert python(f"import tokenprune.{folder}").returncode == 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_are_relative(folder: str) -> None:
+    link = ROOT / "tokenprune" / folder
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / folder
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "torch", "transformers", "timm", "wandb", "matplotlib", "numpy"
+    code = f"import sys, tokenprune, tokenprune.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_strategies_never_load_transformers() -> None:
+    code = "import sys; from tokenprune.catalogue import components, strategies; strategies(), components()"
+    loaded = python(f"{code}; print(sys.modules.keys())").stdout
+    assert "tokenprune.strategies.hired" in loaded
+    assert "'transformers'" not in loaded
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_rooms_know_only_whom_they_may_know() -> None:
+    """experiments -> strategies, models -> core; strategies and models never know each other."""
+    forbidden = {
+        "strategies": ("tokenprune.models", "tokenprune.experiments", "transformers"),
+        "models": ("tokenprune.strategies", "tokenprune.experiments"),
+        "tokenprune": ("tokenprune.strategies", "tokenprune.models.", "tokenprune.experiments"),
+    }
+    for room, others in forbidden.items():
+        files = (ROOT / room).glob("*.py") if room == "tokenprune" else (ROOT / room).rglob("*.py")
+        for path in files:
+            if path == ROOT / "tokenprune" / "cli.py":  # puts everything together
+                continue
+            wrong = [name for name in imports(path) for other in others if f"{name}.".startswith(other)]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_public_names_are_real() -> None:
+    for name in tokenprune.__all__:
+        assert getattr(tokenprune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tokenprune.nothing  # noqa: B018
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = tokenprune.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def readme_code() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_has_code() -> None:
+    assert len(readme_code()) >= 3
+
+
+@pytest.mark.parametrize("number", range(len(readme_code())))
+def test_readme_code_runs(number: int, tmp_path: Path) -> None:
+    """Each block runs as it stands, after the blocks before it, in an empty folder."""
+    code = "\n".join(readme_code()[: number + 1])
+    done = python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
