@@ -163,7 +163,8 @@ def checked_scores(source: ScoreReducer | SelectionPolicy, image: EncodedImage, 
         )
     if bool((scores.isnan() & candidates).any()):
         raise ValueError(f"{type(source).__name__}.score returned NaN; a score must be a number for every valid token")
-    return scores.float().masked_fill(~candidates, -torch.inf)
+    finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # -inf is left to tokens that are no candidates
+    return finite.masked_fill(~candidates, -torch.inf)
 
 
 @dataclass

@@ -82,11 +82,10 @@ class Selection:
         """Draw the kept tokens of every tile, base tile first.
 
         Args:
-            picture: unused pixels can be replaced by nothing else than the tiles the model saw; give the original
-                picture to put it beside them.
+            picture: the original picture, to be drawn beside the tiles that the model saw.
 
         Raises:
-            ValueError: if the selection carries no pixels (long runs keep those of the latest images only).
+            ValueError: if the selection carries no pixels (a run keeps those of its first images only).
         """
         from tokenprune.viz import overlay
 
@@ -104,7 +103,8 @@ def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
     """
-    order = scores.float().masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # a candidate of -inf still precedes all others
+    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
