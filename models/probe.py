@@ -36,9 +36,10 @@ def _probed_attention(
         probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"))
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    module.config = probing.tokenprune_original  # kernels look into it: flash attention reads its own name there
+    original: Any = probing.tokenprune_original
+    module.config = original  # kernels look into it: flash attention reads its own name there
     try:
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)
         return kernel(module, query, key, value, attention_mask, **kwargs)
     finally:
         module.config = probing

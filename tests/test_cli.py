@@ -1,0 +1,338 @@
+"""The command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.tiny import picture, tiny_model, tiny_processor
+from tokenprune import __version__
+from tokenprune.cli import main
+from tokenprune.models import mini
+
+FAST = ["--repeats", "1", "--max-new-tokens", "3"]
+LOUD = '''
+from dataclasses import dataclass
+from torch import Tensor
+from tokenprune import EncodedImage, ScoreReducer
+
+
+@dataclass
+class LoudestTokens(ScoreReducer):
+    """Keep the tokens with the largest feature norm."""
+
+    power: float = 1.0
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1) ** self.power
+
+    @classmethod
+    def quiet(cls) -> "LoudestTokens":
+        return cls(power=-1.0)
+'''
+
+
+@pytest.fixture
+def loud(tmp_path: Path) -> Path:
+    (tmp_path / "loud.py").write_text(LOUD)
+    return tmp_path / "loud.py"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """Run `tokenprune run ... --json` in this process and return the one object on stdout."""
+    code = main(["run", *FAST, "--json", *words])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must fail, and return its one line."""
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("tokenprune: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def parts(found: dict[str, Any], name: str) -> Any:
+    return found["reducer"]["init_args"][name]
+
+
+# --- the main path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program", [[str(Path(sys.executable).parent / "tokenprune")], [sys.executable, "-m", "tokenprune"]]
+)
+def test_run_without_arguments_answers_and_draws(program: list[str], tmp_path: Path) -> None:
+    done = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("all tokens", "HiRED", "right answer", "KV cache", "visual tokens: 100 asked, 100 kept", "overlay:"):
+        assert word in done.stdout
+    with Image.open(tmp_path / "tokenprune-out" / "overlay.png") as overlay:
+        assert overlay.width > 500
+
+
+def test_json_is_one_object_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys)
+    for name in ("answer_full", "answer", "asked", "kept", "budgets", "prompt_length", "overlay", "ttft_ms"):
+        assert name in found
+    assert found["asked"] == found["kept"] == sum(found["budgets"]) == 100
+    assert len(found["budgets"]) == 1 + found["tile_grid"][0] * found["tile_grid"][1] == 5
+    dropped = found["valid"] - found["kept"] + found["newlines_full"] - found["newlines"]
+    assert found["prompt_length_full"] - found["prompt_length"] == dropped
+    assert found["kv_bytes"] / found["kv_bytes_full"] == found["prompt_length"] / found["prompt_length_full"]
+    assert found["prefill_flops"] < found["prefill_flops_full"]
+    assert found["results"][0]["question"] == found["question"]
+    assert len({result["question"] for result in found["results"]}) >= 5
+    assert Path(found["overlay"]).is_file()
+
+
+def test_a_full_budget_gives_the_same_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "--reducer.budget", "1.0")
+    assert all(result["answer"] == result["answer_full"] for result in found["results"])
+    assert found["kept"] == found["valid"] > 400
+
+
+def test_own_pictures_and_questions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture(90, 200).convert("CMYK").save("a.jpg")
+    picture(300, 80).convert("LA").save("b.png")
+    words = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
+    found = run_json(capsys, *words, "--out", "deep/er")
+    assert [(r["image"], r["question"][:4]) for r in found["results"]] == [
+        ("a.jpg", "What"),
+        ("a.jpg", "How "),
+        ("b.png", "What"),
+        ("b.png", "How "),
+    ]
+    assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == ["overlay-2.png", "overlay.png"]
+    assert found["results"][0]["kept_per_tile"] != found["results"][2]["kept_per_tile"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (12_000, 200), (200, 12_000), (3_000, 1)])
+def test_extreme_pictures_work(capsys: pytest.CaptureFixture[str], size: tuple[int, int]) -> None:
+    Image.new("RGB", size, "red").save("odd.png")
+    found = run_json(capsys, "--image", "odd.png")
+    assert 0 < found["kept"] <= found["asked"]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_checkpoint_folder_of_each_family(capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "checkpoint")
+    tiny_processor(family).save_pretrained(tmp_path / "checkpoint")
+    picture(60, 150).save("a.png")
+    found = run_json(capsys, "--model", "checkpoint", "--image", "a.png", "--reducer.budget", "0.5")
+    assert found["kept"] == found["asked"] == (8 if family == "llava" else 32)
+
+
+# --- configuring ------------------------------------------------------------------------------------------------------
+
+
+def test_names_budgets_and_components(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--reducer.selection.seed", "3", "--reducer.selection", "random-selection", "--reducer", "hired"]
+    found = run_json(capsys, *words, "--reducer.budget", "37", "--reducer.allocation=UniformAllocation")
+    assert found["asked"] == found["kept"] == 37
+    assert found["budgets"] == [8, 8, 7, 7, 7]
+    assert parts(found, "selection")["class_path"].endswith("RandomSelection")
+    assert parts(found, "selection")["init_args"] == {"seed": 3}
+
+
+def test_a_parameter_without_its_class_keeps_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "--reducer.selection.layer", "-2", "--reducer.allocation.base_share", "0.25")
+    assert parts(found, "selection")["init_args"] == {"layer": -2, "heads": "sum"}
+    assert parts(found, "allocation")["init_args"]["base_share"] == 0.25
+    assert found["budgets"][0] == 25
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--reducer.budget.amount", "9", "--reducer.budget.per", "tile"],
+        ['--reducer.budget={"amount": 9, "per": "tile"}'],
+    ],
+)
+def test_budgets_in_full(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    found = run_json(capsys, *words)
+    assert found["asked"] == 45
+    assert parts(found, "budget") == {"amount": 9, "per": "tile", "of": "encoded", "newlines": "free"}
+
+
+def test_layers_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+    for written, layer in {"first": "first", "0.5": 0.5, "[first, feature]": ["first", "feature"], "2": 2}.items():
+        found = run_json(capsys, "--reducer.selection.layer", written)
+        assert parts(found, "selection")["init_args"]["layer"] == layer
+
+
+def test_presets_are_names_too(capsys: pytest.CaptureFixture[str]) -> None:
+    release = run_json(capsys, "--reducer", "HiRED.release", "--reducer.budget", "0.3")
+    assert parts(release, "padding") == "ignore"
+    assert parts(release, "allocation")["init_args"]["region"] == "stripe"
+    assert release["newlines"] == 0
+    assert release["asked"] == 150
+    paper = run_json(capsys, "--reducer=hired.paper")
+    assert parts(paper, "allocation")["init_args"]["region"] == "quadrant"
+
+
+def test_a_strategy_from_a_file(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+    found = run_json(capsys, "--reducer", f"{loud}:LoudestTokens", "--reducer.budget", "0.1")
+    assert found["kept"] == 50
+    quiet = run_json(capsys, "--reducer", "loud.py:LoudestTokens.quiet", "--reducer.budget", "0.1")
+    assert parts(quiet, "power") == -1.0
+    assert quiet["kept_per_tile"] != found["kept_per_tile"]
+    again = run_json(capsys, "--plugin", "loud.py", "--reducer", "loudest-tokens", "--reducer.budget", "0.1")
+    assert again["kept_per_tile"] == found["kept_per_tile"]
+
+
+@pytest.mark.parametrize("strategy", ["hired", "loud.py:LoudestTokens"])
+def test_printed_config_runs_again(capsys: pytest.CaptureFixture[str], loud: Path, strategy: str) -> None:
+    words = ["--reducer", strategy, "--reducer.budget", "0.15", "--reducer.positions", "preserve"]
+    assert main(["run", *words, "--print_config"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["reducer"]["init_args"]["budget"] == 0.15
+    Path("run.yaml").write_text(text)
+    sys.modules.pop("tokenprune_plugin_loud", None)
+    found = run_json(capsys, "--config", "run.yaml")
+    assert found["asked"] == 75
+    assert parts(found, "positions") == "preserve"
+    assert run_json(capsys, "--config", "run.yaml", "--reducer.budget", "0.2")["asked"] == 100
+
+
+# --- listing and help -------------------------------------------------------------------------------------------------
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for kind in ("strategies", "components", "models"):
+        assert main(["list", kind]) == 0
+        assert capsys.readouterr().out.strip()
+        assert main(["list", kind, "--json"]) == 0
+        rows[kind] = json.loads(capsys.readouterr().out)
+    hired = next(row for row in rows["strategies"] if row["name"] == "HiRED")
+    assert hired["presets"] == "HiRED.paper, HiRED.release"
+    assert hired["needs"] == "cls_attention(feature), cls_attention(first)"
+    kinds = {row["name"]: row["kind"] for row in rows["components"]}
+    assert kinds["TopAttention"] == "selection"
+    assert kinds["VisualContentAllocation"] == "allocation"
+    assert [row["family"] for row in rows["models"]] == ["llava", "llava_next"]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tokenprune {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "run" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["run", "--help"]) == 0
+    assert "--reducer" in capsys.readouterr().out
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, list"),
+        (["list", "things"], "'strategies', 'components', 'models'"),
+        (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
+        (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),
+        (["run", "--reducer", "HiRED.papr"], "HiRED has no preset 'papr'; it has: paper, release"),
+        (["run", "--reducer.budgt", "3"], "no parameter 'budgt' of HiRED (did you mean budget?)"),
+        (["run", "--reducer.selection.layr", "3"], "--reducer.selection: there is no parameter 'layr' of TopAttention"),
+        (["run", "--reducer.selection", "RandomSelecton"], "Did you mean RandomSelection"),
+        (["run", "--reducer.allocation", "TopAttention"], "does not correspond to a subclass of AllocationPolicy"),
+        (["run", "--reducer.budget", "1.5"], "neither a ratio nor a count"),
+        (["run", "--reducer.budget", "-3"], "neither a ratio nor a count"),
+        (["run", "--reducer.positions", "x"], "--reducer.positions: Expected"),
+        (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
+        (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
+        (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
+        (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
+        (["run", "--reducer", "loud.py:Quiet"], "no strategy is called 'Quiet'"),
+        (["run", "--config", "none.yaml"], "File does not exist"),
+        (["run", "--image", "none.png"], "none.png: no such file"),
+        (["run", "--image", "loud.py"], "loud.py: not a picture"),
+        (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),
+        (["run", "--model", "."], "--model . cannot be loaded"),
+        (["run", "--out", "loud.py"], "--out loud.py cannot be made a folder"),
+        (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
+        (["run", "--dtype", "int9"], "--dtype int9 is no torch dtype"),
+        (["run", "--max-new-tokens", "0"], "must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_error_is_one_line(
+    capsys: pytest.CaptureFixture[str], loud: Path, words: list[str], message: str
+) -> None:
+    Path("broken.py").write_text("import nothing_like_this")
+    assert message in refused(capsys, *words)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match=r"none\.png"):
+        main(["run", "--debug", "--image", "none.png"])
+
+
+def test_a_strategy_that_fails_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.py").write_text(LOUD.replace("return image.features.norm(dim=-1) ** self.power", "return 1 / 0"))
+    assert "division by zero (ZeroDivisionError; --debug shows where)" in refused(
+        capsys, "run", *FAST, "--reducer", "bad.py:LoudestTokens"
+    )
+
+
+def test_a_model_of_no_family_is_answered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenprune import adapter
+
+    monkeypatch.setattr(adapter, "adapters", dict)
+    assert "no adapter knows LlavaNextForConditionalGeneration" in refused(capsys, "run", *FAST)
+
+
+def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left on device" in refused(capsys, "run", *FAST)
+    assert list(Path("tokenprune-out").iterdir()) == []
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """The signal comes while questions are being answered."""
+    command = [sys.executable, "-m", "tokenprune", "run", "--repeats", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not (tmp_path / "tokenprune-out").exists():  # made after the pictures are read
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "tokenprune: stopped"
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_mini_has_its_demo() -> None:
+    assert mini.picture_path().is_file()
+    assert {"question", "answer", "type", "needs"} == set(mini.demo_questions()[0])

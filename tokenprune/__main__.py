@@ -1,0 +1,7 @@
+"""``python -m tokenprune`` is the command ``tokenprune``."""
+
+import sys
+
+from tokenprune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,170 @@
+"""The command line: `tokenprune run` and `tokenprune list`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+USAGE = """usage: tokenprune COMMAND [OPTIONS]
+
+commands:
+  run     answer questions about pictures, with all visual tokens and with a strategy, side by side
+  list    list what is known by name: strategies, components, models
+
+`tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
+
+
+class UserError(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
+def run_parser() -> ArgumentParser:
+    """Return the parser of `tokenprune run`."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.reducer import TokenReducer
+    from tokenprune.strategies import HiRED
+
+    parser = ArgumentParser(
+        prog="tokenprune run",
+        exit_on_error=False,
+        description="Answer questions about pictures with all visual tokens and with a strategy, side by side.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
+    parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
+    parser.add_argument("--image", type=str, nargs="+", help="picture files; left out: the bundled board")
+    parser.add_argument("--question", type=str, nargs="+", help="questions; each is asked about each picture")
+    parser.add_argument(
+        "--reducer",
+        type=TokenReducer,
+        default={"class_path": f"{HiRED.__module__}.{HiRED.__qualname__}"},
+        help="strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class; its parameters follow "
+        "as --reducer.NAME, e.g. --reducer.budget 0.2 (20 %%), --reducer.budget 160 (tokens), "
+        "--reducer.selection RandomSelection --reducer.selection.seed 3",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs for the time to first token")
+    parser.add_argument("--out", default="tokenprune-out", help="folder for the overlay")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    parser.add_argument(
+        "--json",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="print one JSON object: the fields of the first answer, and all answers under `results`",
+    )
+    return parser
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command `run`."""
+    from tokenprune.configure import as_config, one_line, prepare
+
+    parser = run_parser()
+    try:
+        config = parser.parse_args(prepare(argv))
+        chosen = parser.instantiate(config)
+    except (LookupError, ValueError, TypeError, _argument_error()) as error:
+        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+    from tokenprune.demo import Request, answer_all, as_json, as_table
+
+    request = Request(
+        model=chosen.model,
+        images=chosen.image,
+        questions=chosen.question,
+        reducer=chosen.reducer,
+        max_new_tokens=chosen.max_new_tokens,
+        repeats=chosen.repeats,
+        out=chosen.out,
+        device=chosen.device,
+        dtype=chosen.dtype,
+    )
+    answers = answer_all(request)
+    if chosen.json:
+        print(as_json(request, as_config(chosen.reducer), answers))
+    else:
+        as_table(request, answers)
+
+
+def list_names(argv: Sequence[str]) -> None:
+    """Run the command `list`."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line
+    from tokenprune.listing import KINDS, as_json, as_table
+
+    parser = ArgumentParser(
+        prog="tokenprune list", exit_on_error=False, description="List what is known by name, with its parameters."
+    )
+    parser.add_argument("kind", choices=list(KINDS), help="what to list")
+    parser.add_argument("--json", type=bool, nargs="?", const=True, default=False, help="print JSON")
+    try:
+        config = parser.parse_args(list(argv))
+    except _argument_error() as error:
+        raise UserError(one_line(error, ["--json"])) from error
+    rows = KINDS[config.kind]()
+    if config.json:
+        print(as_json(rows))
+    else:
+        as_table(rows)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": run, "list": list_names}
+
+
+def _argument_error() -> type[Exception]:
+    import argparse
+
+    return argparse.ArgumentError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after `tokenprune`; those of the process if left out.
+
+    Returns:
+        The exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if words[:1] == ["--version"]:
+        from tokenprune import __version__
+
+        print(f"tokenprune {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
+        COMMANDS[words[0]](words[1:])
+    except SystemExit as stop:  # --help and --print_config of a command
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("tokenprune: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, (UserError, ValueError, LookupError, TypeError, OSError, RuntimeError))
+        hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
+        print(f"tokenprune: {text}{hint}", file=sys.stderr)
+        return 2
+    return 0

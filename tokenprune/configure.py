@@ -1,0 +1,182 @@
+"""From words on the command line to configured objects: names, presets, user files, and errors of one line.
+
+jsonargparse does the work on the plain dataclasses. What is added: class names may be written in kebab case, a preset
+(`HiRED.release`) or a user's class (`file.py:Class`) may stand for a class, and options may come in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from tokenprune.catalogue import components, strategies
+from tokenprune.components import Component
+from tokenprune.reducer import TokenReducer
+from tokenprune.registry import concrete_classes, load_module, lookup
+
+
+def presets(strategy: type[TokenReducer]) -> list[str]:
+    """Return the names of a strategy's presets: its own public class methods."""
+    own = [name for base in strategy.__mro__ if issubclass(base, TokenReducer) for name in vars(base)]
+    return sorted({n for n in own if isinstance(vars(strategy).get(n), classmethod) and not n.startswith("_")})
+
+
+def import_path(found: type) -> str:
+    """Return the dotted path of a class."""
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def as_config(value: Any) -> Any:
+    """Return a configured object as plain data that jsonargparse can build again.
+
+    Args:
+        value: a strategy or component (class path and arguments), another dataclass (its fields), or plain data.
+    """
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {field.name: as_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (TokenReducer, Component)):
+        return {"class_path": import_path(type(value)), "init_args": fields}
+    return fields
+
+
+def is_given_whole(name: str) -> bool:
+    """Whether a value is something that jsonargparse takes by itself: JSON, a file, or a dotted import path."""
+    return name.lstrip().startswith(("{", "[")) or name.endswith((".yaml", ".yml", ".json")) or name.count(".") > 1
+
+
+def resolve_strategy(name: str, known: Mapping[str, type[TokenReducer]]) -> str:
+    """Return what jsonargparse understands for the name of a strategy.
+
+    Args:
+        name: class name, alias, or preset (`Class.preset`).
+        known: strategies by class name.
+
+    Raises:
+        LookupError: if there is no such strategy or preset.
+    """
+    if is_given_whole(name):
+        return name
+    head, _, preset = name.partition(".")
+    found = lookup(head, known, "strategy")
+    if not preset:
+        return import_path(found)
+    if preset not in presets(found):
+        have = ", ".join(presets(found)) or "none"
+        raise LookupError(f"{found.__name__} has no preset {preset!r}; it has: {have}")
+    return json.dumps(as_config(getattr(found, preset)()))
+
+
+def resolve_component(name: str, known: Mapping[str, type[Component]]) -> str:
+    """Return what jsonargparse understands for the name of a component.
+
+    Args:
+        name: class name or alias.
+        known: components by class name.
+
+    Raises:
+        LookupError: if there is no such component.
+    """
+    return name if is_given_whole(name) else import_path(lookup(name, known, "component"))
+
+
+def component_fields(known: Iterable[type[TokenReducer]]) -> set[str]:
+    """Return the names of all fields of strategies that hold a component."""
+    hints = [hint for strategy in known for hint in get_type_hints(strategy).items()]
+    return {name for name, hint in hints if isinstance(hint, type) and issubclass(hint, Component)}
+
+
+def grouped(argv: Sequence[str]) -> list[list[str]]:
+    """Split arguments into options with their values: `[["--image", "a.png", "b.png"], ["--json"]]`."""
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            groups.append([option, value] if equals else [option])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
+
+
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Return the arguments in the form and order that jsonargparse wants.
+
+    User files are loaded and noted with `--plugin`, so that a printed config can be read again; names are resolved; and
+    whatever the order they were written in, options override the config file and parents come before their children.
+
+    Raises:
+        LookupError: if a name is not known or a file cannot be imported.
+    """
+    groups, plugins = grouped(argv), []
+    for group in groups:
+        option, values = group[0], group[1:]
+        if option == "--plugin":
+            plugins += values
+        elif option == "--config" and values:
+            plugins += plugins_of(values[0])
+        elif option.startswith("--reducer") and len(values) == 1 and ".py:" in values[0]:
+            path, _, group[1] = values[0].rpartition(":")
+            plugins.append(path)
+    known, parts = dict(strategies()), dict(components())
+    for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
+        known |= {found.__name__: found for found in concrete_classes(module, TokenReducer)}  # type: ignore[type-abstract]
+        parts |= {found.__name__: found for found in concrete_classes(module, Component)}
+    fields = component_fields(known.values())
+    for group in groups:
+        if len(group) != 2:
+            continue
+        if group[0] == "--reducer":
+            group[1] = resolve_strategy(group[1], known)
+        elif group[0].removeprefix("--reducer.") in fields:
+            group[1] = resolve_component(group[1], parts)
+    groups = [group for group in groups if group[0] != "--plugin"]
+    groups.sort(key=lambda group: -1 if group[0] == "--config" else group[0].startswith("--") * group[0].count("."))
+    if plugins:
+        groups.append(["--plugin", json.dumps(list(dict.fromkeys(plugins)))])
+    return [word for group in groups for word in group]
+
+
+def plugins_of(config: str) -> list[str]:
+    """Return the user files that a YAML file names under `plugin`."""
+    file = Path(config)
+    content = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return list(content.get("plugin") or []) if isinstance(content, dict) else []
+
+
+def one_line(error: BaseException, options: Iterable[str] = ()) -> str:
+    """Return an error as one line that names the place, what was wrong, and the nearest valid name.
+
+    Args:
+        error: what was raised.
+        options: all valid option names, for a misspelt one.
+    """
+    text = str(error) or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    keys = re.findall(r'Parser key "([\w.]+)"', text)
+    message = lines[-1] if keys and len(lines) > 1 else re.sub(r'^Parser key "[\w.]+":\s*', "", " ".join(lines))
+    if match := re.search(r"Option '([\w.]+)' is not accepted", text):
+        classes = re.findall(r"class_path '([\w.]+)'", text)
+        message = f"there is no parameter {match[1]!r}"
+        if classes:
+            module, _, name = classes[-1].rpartition(".")
+            fields = [field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name))]
+            message += f" of {name}{_nearest(match[1].split('.')[0], fields)}; it has {', '.join(fields)}"
+    elif match := re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", text):
+        message = f"there is no option {match[1]}{_nearest(match[1], options)}"
+    place = "--" + ".".join(keys) + ": " if keys else ""
+    return place + message.replace("typing.Literal", "one of ")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""

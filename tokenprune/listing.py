@@ -1,0 +1,96 @@
+"""What `tokenprune list` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.catalogue import adapters, components, strategies
+from tokenprune.components import AllocationPolicy, Component
+from tokenprune.configure import presets
+
+Row = Mapping[str, str]
+
+
+def first_line(member: type) -> str:
+    """Return the first line of a class's docstring."""
+    return (inspect.getdoc(member) or "").split("\n")[0]
+
+
+def parameters(member: type) -> str:
+    """Return the parameters of a dataclass with their defaults."""
+    parts = []
+    for field in dataclasses.fields(member):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = type(default).__name__ if dataclasses.is_dataclass(default) else repr(default)
+        parts.append(field.name if default is dataclasses.MISSING else f"{field.name}={shown}")
+    return ", ".join(parts)
+
+
+def strategy_rows() -> list[Row]:
+    """Return all strategies."""
+    return [
+        {
+            "name": name,
+            "what": first_line(found),
+            "needs": ", ".join(sorted({f"{s.kind}({s.layer})" for s in found().needs})) or "features",
+            "presets": ", ".join(f"{name}.{preset}" for preset in presets(found)),
+            "parameters": parameters(found),
+        }
+        for name, found in sorted(strategies().items())
+    ]
+
+
+def component_rows() -> list[Row]:
+    """Return all allocation and selection policies."""
+    return [
+        {
+            "name": name,
+            "what": first_line(found),
+            "kind": _kind(found),
+            "parameters": parameters(found),
+        }
+        for name, found in sorted(components().items(), key=lambda item: (_kind(item[1]), item[0]))
+    ]
+
+
+def _kind(component: type[Component]) -> str:
+    return "allocation" if issubclass(component, AllocationPolicy) else "selection"
+
+
+def model_rows() -> list[Row]:
+    """Return all model families."""
+    return [
+        {"family": found.family, "what": first_line(found), "class": found.model_class, "adapter": name}
+        for name, found in sorted(adapters().items())
+    ]
+
+
+KINDS: dict[str, Callable[[], list[Row]]] = {
+    "strategies": strategy_rows,
+    "components": component_rows,
+    "models": model_rows,
+}
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """Return rows as a JSON list."""
+    return json.dumps([dict(row) for row in rows], indent=1)
+
+
+def as_table(rows: Sequence[Row]) -> None:
+    """Print each row as its name, what it is, and its other entries."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
+    for row in rows:
+        name, what, *rest = (escape(value) for value in row.values())
+        details = [f"[dim]{key}:[/dim] {value}" for key, value in zip(list(row)[2:], rest, strict=True) if value]
+        table.add_row(f"[bold]{name}[/bold]", "\n".join([what, *details]))
+    Console().print(table)
