@@ -21,7 +21,7 @@ def kv_bytes(shape: LLMShape, length: int) -> int:
 
 
 def prefill_flops(shape: LLMShape, length: int) -> int:
-    """Return the FLOPs of a prefill that yields one next-token distribution, as torch counts them under eager attention.
+    """Return the FLOPs of a prefill that yields one next token, as torch counts them under eager attention.
 
     A multiply-add is two FLOPs. All linear maps are counted as the model has them (a gated MLP has three), attention as
     the full square. Norms, activations and softmax are left out. The widespread ``4nd^2 + 2n^2d + 2ndm`` per layer
