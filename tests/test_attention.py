@@ -1,0 +1,193 @@
+"""Attention rows under the probe against the full map of an eager tower."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import tiny
+from tokenprune.attention import cls_rows, received
+from tokenprune.image import Signal
+from tokenprune.models.llava import LlavaAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.probe import probe
+
+KINDS = ("cls_attention", "received_attention", "keys", "vision_features")
+
+
+def full_map(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query.double() @ key.double().transpose(-1, -2) * scaling).softmax(-1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tiles=st.integers(1, 3),
+    key_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    length=st.integers(2, 20),
+    prefix=st.integers(0, 1),
+    chunk=st.integers(1, 25),
+    seed=st.integers(0, 99),
+)
+def test_rows_and_columns_of_the_full_map(tiles, key_heads, groups, length, prefix, chunk, seed) -> None:
+    """Grouped heads included: query head h reads key head h // groups, as in transformers' `repeat_kv`."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(tiles, key_heads * groups, length, 4, generator=generator) * 3
+    key = torch.randn(tiles, key_heads, length, 4, generator=generator)
+    attention = full_map(query, key, 0.7)
+    torch.testing.assert_close(cls_rows(query, key, 0.7), attention[:, :, 0, 1:].float(), atol=1e-5, rtol=1e-4)
+    columns = attention.mean(dim=2)[:, :, prefix:].float()
+    torch.testing.assert_close(received(query, key, 0.7, prefix, chunk), columns, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_rows_come_out_in_float32() -> None:
+    query, key = torch.randn(1, 2, 6, 4).bfloat16(), torch.randn(1, 2, 6, 4).bfloat16()
+    for rows in (cls_rows(query, key, 0.5), received(query, key, 0.5, 1)):
+        assert rows.dtype == torch.float32
+        assert rows.shape == (1, 2, 5)
+
+
+def everything(layers: int = 4) -> list[Signal]:
+    return [Signal(kind, layer) for kind in KINDS for layer in range(layers)]
+
+
+def adapter_of(family: str, model: Any) -> Any:
+    return {"llava_next": LlavaNextAdapter, "llava": LlavaAdapter}[family](model)
+
+
+def record(into: dict[int, torch.Tensor], index: int, module: Any, args: Any, output: torch.Tensor) -> None:
+    into[index] = output
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava_next", "llava"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_captured_signals_equal_the_eager_tower(family: str, attn: str, tower: str) -> None:
+    prefix = int(tower == "clip")
+    inputs = tiny.batch(family, [(200, 300), (60, 170)], [(100, 41)], tower=tower)
+    model = tiny.tiny_model(family, attn, tower=tower)
+    needs = [need for need in everything() if need.kind != "cls_attention" or prefix]
+    with torch.no_grad():
+        images = adapter_of(family, model).encode(inputs, needs).images
+        eager: Any = tiny.tiny_model(family, "eager", tower=tower).model.vision_tower
+        for number, image in enumerate(images):
+            pixels = inputs["pixel_values"][number]
+            pixels = pixels[: image.geometry.tiles] if family == "llava_next" else pixels[None]
+            projected: dict[int, torch.Tensor] = {}
+            hooks = [
+                layer.self_attn.k_proj.register_forward_hook(partial(record, projected, index))
+                for index, layer in enumerate(eager.encoder.layers)
+            ]
+            out = eager(pixels, output_attentions=True)
+            for hook in hooks:
+                hook.remove()
+            same_kernel = model.model.vision_tower(pixels, output_hidden_states=True)
+            for layer in range(4):
+                attention = out.attentions[layer]
+                near = {"atol": 1e-4, "rtol": 1e-3}
+                if prefix:
+                    torch.testing.assert_close(image.cls_attention(layer), attention[:, :, 0, 1:], **near)
+                columns = attention.mean(dim=2)[:, :, prefix:]
+                torch.testing.assert_close(image.received_attention(layer), columns, **near)
+                keys = projected[layer].unflatten(-1, (4, -1)).transpose(1, 2)[:, :, prefix:]
+                torch.testing.assert_close(image.keys(layer), keys, **near)
+                hidden = same_kernel.hidden_states[layer + 1][:, prefix:]
+                torch.testing.assert_close(image.vision_features(layer), hidden, **near)
+
+
+def test_attention_rows_here_are_far_from_uniform() -> None:
+    """Otherwise the comparison above could not tell one row from another."""
+    model = tiny.tiny_model("llava")
+    image = LlavaAdapter(model).encode(tiny.batch("llava", [(80, 90)]), everything()).images[0]
+    rows = image.cls_attention("first")
+    assert float((rows.max(-1).values / rows.mean(-1)).mean()) > 2
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava_next", "llava"])
+def test_the_probe_does_not_change_what_the_model_computes(family: str, attn: str) -> None:
+    """Bit for bit: the user's own kernel runs."""
+    inputs = tiny.batch(family, [(200, 300)], [(100, 41)])
+    model = tiny.tiny_model(family, attn)
+    adapter = adapter_of(family, model)
+    arguments = {name: inputs[name] for name in adapter.image_inputs if name in inputs}
+    with torch.no_grad():
+        plain = model.model.get_image_features(**arguments, return_dict=True).pooler_output
+        probed = adapter.encode(inputs, everything()).packed
+    assert len(plain) == len(probed) == 2
+    assert all(torch.equal(one, two) for one, two in zip(plain, probed, strict=True))
+
+
+def state(tower: Any) -> list[tuple[Any, ...]]:
+    return [
+        (layer.self_attn.config, layer.self_attn.config._attn_implementation, len(layer._forward_hooks))
+        for layer in tower.encoder.layers
+    ]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) -> None:
+    model = tiny.tiny_model("llava", attn)
+    tower, adapter = model.model.vision_tower, LlavaAdapter(model)
+    inputs = tiny.batch("llava", [(80, 90)])
+    model.model.get_image_features(inputs["pixel_values"])  # transformers puts hooks of its own on at the first call
+    before = state(tower)
+    adapter.encode(inputs, everything())
+
+    def unchanged() -> bool:
+        return all(
+            one[0] is two[0] and one[1:] == two[1:] for one, two in zip(before, state(tower), strict=True)
+        ) and not any("tokenprune" in name for name in vars(before[0][0]))
+
+    assert unchanged()
+    wanted = {index: set(KINDS) for index in range(4)}
+    with probe(tower.encoder.layers, wanted, 1):
+        inside = state(tower)
+        assert not unchanged()
+        assert all(one[0] is not two[0] for one, two in zip(before, inside, strict=True))
+        assert tower.config._attn_implementation == attn  # masks are built from the tower's own config
+    assert unchanged()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no projector today")
+
+    model.model.multi_modal_projector.forward = fail
+    with pytest.raises(RuntimeError, match="no projector today"):
+        adapter.encode(inputs, everything())
+    assert unchanged()
+    tower.encoder.layers[2].mlp.forward = fail
+    with pytest.raises(RuntimeError, match="no projector today"):
+        adapter.encode(inputs, everything())
+    assert unchanged()
+
+
+def test_only_wanted_layers_are_touched_and_captured() -> None:
+    model = tiny.tiny_model("llava")
+    layers = model.model.vision_tower.encoder.layers
+    with probe(layers, {1: {"keys"}, 2: {"vision_features"}}, 1) as captured:
+        own = model.model.vision_tower.config
+        touched = [layer.self_attn.config is not own for layer in layers]
+        assert touched == [False, True, False, False]
+        model.model.vision_tower(torch.randn(2, 3, 56, 56))
+        assert set(captured) == {("keys", 1), ("vision_features", 2)}
+        model.model.vision_tower(torch.randn(3, 3, 56, 56))
+    assert captured["keys", 1].shape == (5, 4, 16, 8)  # a second run adds tiles
+    assert not captured["keys", 1].requires_grad
+    assert not captured["vision_features", 2].requires_grad
+
+
+def test_signals_of_unknown_layers_are_refused_before_anything_runs() -> None:
+    adapter = LlavaAdapter(tiny.tiny_model("llava"))
+    with pytest.raises(ValueError, match="is no layer of a vision tower with 4 layers"):
+        adapter.encode(tiny.batch("llava", [(80, 90)]), [Signal("keys", 4)])
+
+
+def test_a_tower_without_cls_provides_no_cls_attention() -> None:
+    assert "cls_attention" in LlavaAdapter(tiny.tiny_model("llava")).provides
+    assert "cls_attention" not in LlavaAdapter(tiny.tiny_model("llava", tower="siglip")).provides
