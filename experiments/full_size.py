@@ -53,7 +53,7 @@ def build(llm_layers: int) -> tuple[Any, Any]:
     )
     model = LlavaNextForConditionalGeneration(config).eval()
     processor = LlavaNextProcessor(
-        LlavaNextImageProcessor(),
+        LlavaNextImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
