@@ -181,7 +181,7 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
     permuted = EncodedImage(
         permuted_layout,
         image.features[:, there],
-        {key: value[:, :, there] for key, value in image.signals.items()},
+        {key: value[:, there] if "features" in key[0] else value[:, :, there] for key, value in image.signals.items()},
         layers=image.layers,
         feature_layer=image.feature_layer,
     )
@@ -262,7 +262,7 @@ def test_wrong_scores_are_refused_and_odd_ones_are_not() -> None:
     image = encoded(layout)
 
     def reduce(values: Tensor) -> Selection:
-        return Parts(9, allocation=GlobalTopAllocation(), selection=Scores(values)).reduce(image)
+        return Parts(9, allocation=UniformAllocation(), selection=Scores(values)).reduce(image)
 
     with pytest.raises(ValueError, match=r"Scores.score must return \[tiles, tokens\] = \[3, 16\], not \[48\]"):
         reduce(torch.zeros(48))

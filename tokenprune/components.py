@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ class Component:
 @dataclass
 class AllocationPolicy(Component, ABC):
     """Divides the budget of an image over its tiles."""
+
+    ignores_tiles: ClassVar[bool] = False
+    """Whether tiles do not matter: the selection then sees one sequence (`EncodedImage.in_packed_order`)."""
 
     @abstractmethod
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -204,6 +204,30 @@ class EncodedImage:
     layers: int = 1
     feature_layer: int = 0
     pixels: Tensor | None = None
+
+    def in_packed_order(self) -> EncodedImage:
+        """Return the valid tokens of all tiles as one tile of a single row, in the order in which the model packs them.
+
+        Strategies that treat an image as one sequence see it like this.
+        """
+        places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.features.device)
+
+        def pool(kind: str, value: Tensor) -> Tensor:
+            if kind in ("cls_attention", "received_attention"):
+                flat = rearrange(value, "tiles heads tokens -> heads (tiles tokens)")[None]
+                return flat[..., places.to(flat.device)]
+            if kind == "keys":
+                flat = rearrange(value, "tiles heads tokens dim -> heads (tiles tokens) dim")[None]
+                return flat[:, :, places.to(flat.device)]
+            return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, places.to(value.device)]
+
+        return replace(
+            self,
+            geometry=TileGeometry.single((1, len(places))),
+            features=pool("features", self.features),
+            signals={(kind, layer): pool(kind, value) for (kind, layer), value in self.signals.items()},
+            pixels=None,
+        )
 
     def read(self, signal: Signal) -> Tensor:
         """Return a captured signal, averaged over its layers in float32.

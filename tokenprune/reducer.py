@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import Budget, as_budget
 from tokenprune.components import AllocationPolicy, SelectionPolicy
-from tokenprune.image import EncodedImage, Signal
+from tokenprune.image import SEPARATOR, EncodedImage, Signal
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
 
 if TYPE_CHECKING:
@@ -217,7 +217,9 @@ class ComponentReducer(TokenReducer):
         return (*self.allocation.needs, *self.selection.needs)
 
     def select(self, image: EncodedImage) -> Selection:
-        """Divide the budget over the tiles, then choose inside each tile."""
+        """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""
+        if self.allocation.ignores_tiles and image.geometry.sub_images:
+            return self._select_pooled(image)
         valid = image.geometry.valid.to(image.features.device)
         candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
         scores = checked_scores(self.selection, image, candidates)
@@ -229,3 +231,23 @@ class ComponentReducer(TokenReducer):
             return kept & valid, granted
 
         return self.within_budget(image, choose, scores, limit=sum(capacity))
+
+    def _select_pooled(self, image: EncodedImage) -> Selection:
+        """Choose in the sequence of all valid tokens, and put the choice back at its tiles."""
+        pool, geometry = image.in_packed_order(), image.geometry
+        places = geometry.packed[geometry.packed != SEPARATOR].to(image.features.device)
+        everyone = torch.ones(1, len(places), dtype=torch.bool, device=places.device)
+        scores = checked_scores(self.selection, pool, everyone)
+
+        def at_tiles(values: Tensor, fill: float) -> Tensor:
+            flat = values.new_full((geometry.tiles * geometry.tokens,), fill)
+            flat[places] = values[0]
+            return flat.view(geometry.tiles, geometry.tokens)
+
+        def choose(number: int) -> tuple[Tensor, list[int]]:
+            budget = self.allocation.allocate(pool, number, [len(places)], scores)
+            kept = self.selection.pick(pool, scores, torch.tensor(budget, device=places.device), everyone)
+            kept = at_tiles(kept, False)
+            return kept, kept.sum(dim=1).tolist()
+
+        return self.within_budget(image, choose, at_tiles(scores, -torch.inf))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import reduce
@@ -113,10 +113,19 @@ class VisualContentAllocation(AllocationPolicy):
 
 @dataclass
 class UniformAllocation(AllocationPolicy):
-    """The same number of tokens for every tile; what a small tile cannot take goes to the others."""
+    """The same number of tokens for every tile; what a small tile cannot take goes to the others.
+
+    Args:
+        rounding: ``"largest_remainder"`` spends the budget exactly; ``"floor"`` gives every tile ``total // tiles`` and
+            redistributes nothing.
+    """
+
+    rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget evenly."""
+        if self.rounding == "floor":
+            return [min(total // len(capacity), room) for room in capacity]
         return apportion(total, [1.0] * len(capacity), capacity)
 
 
@@ -132,6 +141,8 @@ class ProportionalAllocation(AllocationPolicy):
 @dataclass
 class GlobalTopAllocation(AllocationPolicy):
     """One pool and no tile budgets: each tile gets as many tokens as it has among the best of the whole image."""
+
+    ignores_tiles: ClassVar[bool] = True
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Count the best tokens of the image in each tile."""
