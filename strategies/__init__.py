@@ -3,6 +3,11 @@
 if __name__ != "tokenprune.strategies":
     raise ImportError("import tokenprune.strategies, not strategies: the folder is part of the tokenprune package")
 
+from tokenprune.strategies.divprune import DivPrune
+from tokenprune.strategies.fastervlm import FasterVLM
+from tokenprune.strategies.hiprune import HiPrune
 from tokenprune.strategies.hired import HiRED
+from tokenprune.strategies.scope import SCOPE
+from tokenprune.strategies.vispruner import VisPruner
 
-__all__ = ["HiRED"]
+__all__ = ["SCOPE", "DivPrune", "FasterVLM", "HiPrune", "HiRED", "VisPruner"]

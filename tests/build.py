@@ -20,6 +20,9 @@ def encoded(geometry: TileGeometry, seed: int = 0, heads: int = 3, dim: int = 5)
         ("cls_attention", layer): torch.randn(tiles, heads, tokens + 1, generator=generator).softmax(-1)[..., 1:]
         for layer in range(LAYERS)
     }
+    for layer in range(LAYERS):
+        signals["received_attention", layer] = torch.rand(tiles, heads, tokens, generator=generator) / tokens
+        signals["vision_features", layer] = torch.randn(tiles, tokens, dim, generator=generator)
     features = torch.randn(tiles, tokens, dim, generator=generator) * geometry.valid[..., None]
     return EncodedImage(geometry, features, signals, layers=LAYERS, feature_layer=FEATURE_LAYER)
 

@@ -8,13 +8,23 @@ from tokenprune.strategies.components.allocation import (
     UniformAllocation,
     VisualContentAllocation,
 )
+from tokenprune.strategies.components.diversity import (
+    AnchorsBuffersRegisters,
+    ImportantThenDiverse,
+    MaxMinDiversity,
+    SaliencyCoverage,
+)
 from tokenprune.strategies.components.selection import RandomSelection, TopAttention, TopNorm, UniformStride
 
 __all__ = [
+    "AnchorsBuffersRegisters",
     "BaseTileOnly",
     "GlobalTopAllocation",
+    "ImportantThenDiverse",
+    "MaxMinDiversity",
     "ProportionalAllocation",
     "RandomSelection",
+    "SaliencyCoverage",
     "SubImagesOnly",
     "TopAttention",
     "TopNorm",

@@ -1,0 +1,36 @@
+"""FasterVLM: keep the tokens that CLS attends to most, the same number in every tile.
+
+Paper: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference
+Faster", arXiv 2412.01818. Repository: Theia-4869/FasterVLM, commit f5d5f12.
+
+``score = mean over heads of CLS attention in the feature layer``; the top T of each tile stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenprune.budget import Budget
+from tokenprune.components import AllocationPolicy, SelectionPolicy
+from tokenprune.reducer import ComponentReducer
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.selection import TopAttention
+
+
+@dataclass
+class FasterVLM(ComponentReducer):
+    """FasterVLM, repaired: padding is never paid for, and newlines of kept rows stay."""
+
+    allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
+
+    @classmethod
+    def release(cls, budget: int | float | Budget = 0.2) -> FasterVLM:
+        """Return FasterVLM as published in code: no unpadding in mind, no newlines.
+
+        The release also replaces LLaVA-NeXT's choice of the tile grid; that is the processor's business, not done here.
+
+        Args:
+            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
+        """
+        return cls(budget, newlines="drop", allocation=UniformAllocation(rounding="floor"), padding="ignore")

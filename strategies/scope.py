@@ -1,0 +1,37 @@
+"""SCOPE: salient tokens that together cover the picture.
+
+Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025.
+Repository: kinredon/SCOPE, commit 6bf7306.
+
+Greedy: pick ``argmax_j  (sum over heads of CLS attention_j)^alpha * sum_i max(0, cos(x_i, x_j) - m_i)``, then raise
+``m_i`` to the similarity with the pick. Features are those before the projector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenprune.budget import Budget
+from tokenprune.components import AllocationPolicy, SelectionPolicy
+from tokenprune.reducer import ComponentReducer
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.diversity import SaliencyCoverage
+
+
+@dataclass
+class SCOPE(ComponentReducer):
+    """SCOPE, repaired: padding neither counts as something to cover nor is it paid for."""
+
+    allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=SaliencyCoverage, kw_only=True)
+
+    @classmethod
+    def release(cls, budget: int | float | Budget = 0.2, alpha: float = 1.0) -> SCOPE:
+        """Return SCOPE as published in code: ``total // tiles`` tokens a tile, no unpadding in mind, no newlines.
+
+        Args:
+            budget: tokens that may enter the LLM.
+            alpha: power of the saliency.
+        """
+        allocation, selection = UniformAllocation(rounding="floor"), SaliencyCoverage(alpha=alpha)
+        return cls(budget, newlines="drop", allocation=allocation, selection=selection, padding="ignore")

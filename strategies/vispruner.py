@@ -1,0 +1,40 @@
+"""VisPruner: half of the budget for attention, half for tokens that repeat nothing.
+
+Paper: Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
+ICCV 2025. Repository: Theia-4869/VisPruner, commit aefa01a.
+
+``int(T * r)`` tokens with the largest CLS attention stay; among the others, ordered by attention, near duplicates are
+dropped in rounds of up to eight until T is reached; see `important_then_diverse`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenprune.budget import Budget
+from tokenprune.components import AllocationPolicy, SelectionPolicy
+from tokenprune.reducer import ComponentReducer
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.diversity import ImportantThenDiverse
+
+
+@dataclass
+class VisPruner(ComponentReducer):
+    """VisPruner, repaired: any budget works (the release fails on odd rests), and padding is never paid for."""
+
+    allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=ImportantThenDiverse, kw_only=True)
+
+    @classmethod
+    def release(cls, budget: int | float | Budget = 0.2, important_share: float = 0.5) -> VisPruner:
+        """Return VisPruner as published in code: no unpadding in mind, no newlines.
+
+        The release also forces a 2 x 2 tile grid; that is the processor's business, not done here.
+
+        Args:
+            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
+            important_share: share of the budget for attention alone (r).
+        """
+        allocation = UniformAllocation(rounding="floor")
+        selection = ImportantThenDiverse(important_share=important_share)
+        return cls(budget, newlines="drop", allocation=allocation, selection=selection, padding="ignore")

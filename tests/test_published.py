@@ -1,0 +1,176 @@
+"""Published methods against outputs recorded from their official implementations; each test says what is compared.
+
+The recorded arrays cover images of several tiles of 24 x 24 tokens; releases choose among all of them, padding
+included, so layouts here have no padding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.build import encoded
+from tests.tiny import batch, tiny_model
+from tokenprune.budget import Budget
+from tokenprune.catalogue import strategies
+from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiPrune, VisPruner
+from tokenprune.strategies.components.diversity import important_then_diverse, max_min_diverse, saliency_coverage
+
+TOKENS = 576
+
+
+class Case:
+    """One recorded case of a method, arrays by name, floats as float32."""
+
+    def __init__(self, method: str, number: int) -> None:
+        self.arrays = np.load(Path(__file__).parent / "data" / f"{method}.npz")
+        self.prefix = f"case{number:02d}/"
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.arrays[self.prefix + name]
+        value = value.astype(np.float32) if value.dtype == np.float16 else value
+        return torch.from_numpy(value) if value.ndim else value.item()
+
+
+def image(tiles: int, signals: dict[tuple[str, int], torch.Tensor]) -> EncodedImage:
+    """An image of a 24-layer tower in which every token is valid; the tile grid is a row of sub-images."""
+    geometry = TileGeometry(
+        (1, tiles - 1) if tiles > 1 else (0, 0), (24, 24), torch.zeros(tiles - 1, 4), torch.arange(tiles * TOKENS)
+    )
+    return EncodedImage(geometry, torch.zeros(tiles, TOKENS, 1), signals, layers=24, feature_layer=22)
+
+
+CASES = range(6)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_fastervlm_release(number: int) -> None:
+    case = Case("fastervlm", number)
+    one = image(len(case["attention"]), {("cls_attention", 22): case["attention"]})
+    kept = FasterVLM.release(Budget(case["budget"], per="tile")).reduce(one).kept
+    assert torch.equal(kept, case["kept"])
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_hiprune_release(number: int) -> None:
+    case = Case("hiprune", number)
+    signals = {
+        ("received_attention", 8): case["object_attention"][:, None],
+        ("received_attention", 22): case["deep_attention"][:, None],
+    }
+    one = image(len(case["kept"]), signals)
+    assert torch.equal(HiPrune.release(case["total_budget"], case["alpha"]).reduce(one).kept, case["kept"])
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_scope_release(number: int) -> None:
+    """The kept tokens, and the order of picking in every tile."""
+    case = Case("scope", number)
+    signals = {("cls_attention", 22): case["attention"], ("vision_features", 22): case["features"]}
+    one = image(len(case["attention"]), signals)
+    assert torch.equal(SCOPE.release(case["total_budget"], case["alpha"]).reduce(one).kept, case["kept"])
+    for tile, picks in enumerate(case["selected"]):
+        saliency = case["attention"][tile].sum(0) ** case["alpha"]
+        assert saliency_coverage(case["features"][tile], saliency, len(picks)).tolist() == picks.tolist()
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_vispruner_release(number: int) -> None:
+    """The kept tokens, and the important ones in their order."""
+    case = Case("vispruner", number)
+    signals = {("cls_attention", 22): case["attention"], ("vision_features", 22): case["features"]}
+    one = image(len(case["attention"]), signals)
+    reducer = VisPruner.release(Budget(case["budget"], per="tile"), case["important_ratio"])
+    assert torch.equal(reducer.reduce(one).kept, case["kept"])
+    for tile, important in enumerate(case["important"]):
+        found = important_then_diverse(
+            case["features"][tile], case["attention"][tile].mean(0), case["budget"], len(important)
+        )
+        assert found[: len(important)].tolist() == important.tolist()
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_divprune_picks(number: int) -> None:
+    """The picks in their order. Recorded newline rows are one vector again and again, so any of them will do."""
+    case = Case("divprune", number)
+    features = case["features"]
+    number_kept = round(case["ratio"] * len(features))
+    same = (features[:, None] == features[None]).all(-1).int().argmax(dim=1)  # the first row of equal ones
+    picks = max_min_diverse(features, number_kept)
+    assert same[picks].tolist() == same[case["selected"].long()].tolist()
+
+
+def test_divprune_pools_all_tiles() -> None:
+    case = Case("divprune", 0)
+    geometry = TileGeometry.single((24, 24))
+    one = EncodedImage(geometry, case["features"][None], layers=24, feature_layer=22)
+    expected = max_min_diverse(case["features"], 56)
+    assert DivPrune(56).reduce(one).kept[0].nonzero()[:, 0].tolist() == sorted(expected.tolist())
+    tiled = TileGeometry((1, 3), (12, 12), torch.zeros(3, 4), torch.arange(576))
+    two = EncodedImage(tiled, case["features"].view(4, 144, -1), layers=24, feature_layer=22)
+    assert DivPrune(56).reduce(two).kept.flatten().nonzero()[:, 0].tolist() == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("budget", [66, 50, 30, 62, 10])
+def test_vispruner_works_where_the_release_fails(budget: int) -> None:
+    """At these budgets an odd number of tokens is left for de-duplication."""
+    case = Case("vispruner", 0)
+    signals = {("cls_attention", 22): case["attention"], ("vision_features", 22): case["features"]}
+    one = image(len(case["attention"]), signals)
+    assert VisPruner(Budget(budget, per="tile")).reduce(one).kept_per_tile == [budget] * one.geometry.tiles
+
+
+# --- every shipped strategy keeps the promises of the library ---------------------------------------------------------
+
+STRATEGIES = sorted(strategies())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(st.integers(10, 300), st.integers(10, 300)),
+    grid=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    budget=st.one_of(st.integers(0, 200), st.floats(0, 1)),
+    newlines=st.sampled_from(["keep_rows", "drop", "keep"]),
+    seed=st.integers(0, 50),
+)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_budget_is_spent_exactly(name, size, grid, budget, newlines, seed) -> None:
+    layout = TileGeometry.single((4, 4)) if not all(grid) else TileGeometry.anyres(size, grid, (4, 4), 56)
+    reducer: Any = strategies()[name]
+    selection = reducer(budget, newlines=newlines).reduce(encoded(layout, seed))
+    assert selection.kept_tokens == min(selection.asked, int(layout.valid.sum()))
+    assert selection.granted_per_tile == selection.kept_per_tile
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_images_without_any_difference_are_no_trouble(name: str, value: float) -> None:
+    """Constant attention and features: ties everywhere, and vectors without direction."""
+    layout = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)
+    one = encoded(layout)
+    flat = {key: torch.full_like(signal, value) for key, signal in one.signals.items()}
+    constant = EncodedImage(layout, torch.full_like(one.features, value), flat, one.layers, one.feature_layer)
+    reducer: Any = strategies()[name]
+    selection = reducer(17).reduce(constant)
+    assert selection.kept_tokens == 17
+    assert torch.equal(selection.kept, reducer(17).reduce(constant).kept)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_on_live_models_an_image_keeps_the_same_tokens_alone_and_beside_others(name: str, family: str) -> None:
+    model, reducer = tiny_model(family), strategies()[name](0.3)  # type: ignore[call-arg]
+    with torch.no_grad(), reducer(model) as together:
+        model(**batch(family, [(112, 112)], [(60, 160), (150, 50)]))
+    with torch.no_grad(), reducer(model) as alone:
+        model(**batch(family, [(60, 160), (150, 50)], seed=10))
+    for one, other in zip(together.selections[1:], alone.selections, strict=True):
+        assert torch.equal(one.kept, other.kept)
+        assert one.kept_tokens == one.asked
