@@ -163,12 +163,31 @@ def test_generation_equals_the_mask_oracle(model: Any, family: str, positions: s
     assert torch.equal(short[:, :width], inputs["input_ids"].repeat_interleave(repeats, 0))
 
 
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+def test_positions_are_preserved_without_a_cache_wherever_that_is_said(family: str, where: str) -> None:
+    """Without cache and padding, transformers would read gaps in positions as packed sequences."""
+    model, inputs = tiny_model(family), batch(family, [WIDE])
+    reducer = HiRED(0.2, positions="preserve")
+    with reducer(model):
+        cached = generate(model, inputs)
+        if where == "argument":
+            assert torch.equal(generate(model, inputs, use_cache=False), cached)
+        elif where == "config":
+            config = copy.deepcopy(model.generation_config)
+            config.use_cache = False
+            assert torch.equal(generate(model, inputs, generation_config=config), cached)
+        else:
+            model.generation_config.use_cache = False
+            assert torch.equal(generate(model, inputs), cached)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("helper", ["prompt lookup", "assistant"])
-def test_assisted_generation_equals_greedy(model: Any, family: str, helper: str) -> None:
+def test_assisted_generation_equals_greedy(model: Any, family: str, helper: str, positions: str) -> None:
     inputs = batch(family, [WIDE])
     assistant = tiny_model(family).eval()
     how = {"prompt_lookup_num_tokens": 2} if helper == "prompt lookup" else {"assistant_model": assistant}
-    with HiRED(0.2)(model):
+    with HiRED(0.2, positions=positions)(model):
         greedy = generate(model, inputs)
         assisted = generate(model, inputs, **how)
     assert torch.equal(greedy, assisted)

@@ -50,7 +50,7 @@ class Run:
         return self.adapter.encode(inputs, self.reducer.needs, max(0, PICTURES - len(self.selections)))
 
     def reduced(
-        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None
+        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None, cached: bool = True
     ) -> tuple[dict[str, Any], Rows | None]:
         """Return the inputs of one call with its images reduced.
 
@@ -59,6 +59,7 @@ class Run:
             generating: whether they go to `generate`.
             encoding: the encoded images of the call; made from the pixels in `inputs` if left out. Several strategies
                 can share one; an image that stands in several places is reduced once.
+            cached: whether `generate` will use a key-value cache.
 
         Returns:
             New inputs, and which prompt positions stayed; None if all did and the prompt is the one that came in.
@@ -92,7 +93,7 @@ class Run:
         _refuse_what_cannot_be_shortened(inputs, generating)
         preserve = self.reducer.positions == "preserve"
         # Without a cache, transformers takes gaps in position ids for packed sequences unless something is masked.
-        spare = int(generating and preserve and inputs.get("use_cache") is False)
+        spare = int(generating and preserve and not cached)
         side = padding_side(mask, inputs.get("labels") is not None)
         rows = shorter_rows(placeholders, mask, kept, "left" if spare else side, spare)
         positions = self._full_positions(rest, placeholders, generating) if preserve else None
@@ -226,8 +227,10 @@ class _Generate:
             self._refuse_reduced_history(kwargs)
             return self.original(generation_config=generation_config, **kwargs)
         prompt = kwargs.get("input_ids")
+        config = self.run.adapter.model.generation_config if generation_config is None else generation_config
+        cached = kwargs["use_cache"] if kwargs.get("use_cache") is not None else config.use_cache is not False
         with torch.no_grad():
-            reduced, rows = self.run.reduced(kwargs, generating=True)
+            reduced, rows = self.run.reduced(kwargs, generating=True, cached=cached)
         if rows is None or prompt is None:  # with inputs_embeds alone, generate returns new tokens only
             return self.original(generation_config=generation_config, **reduced)
         dropped = prompt.shape[1] - rows.index.shape[1]

@@ -113,14 +113,14 @@ def neighbours(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tens
     height, width = token_grid
     if wrap:
         steps = torch.tensor([-1, 1, -width, width], device=anchors.device)
-        around: Tensor = (anchors[:, None] + steps).clamp(0, height * width - 1).unique()
+        around: Tensor = torch.unique((anchors[:, None] + steps).clamp(0, height * width - 1))
         return around
     row, col = anchors // width, anchors % width
     steps = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]], device=anchors.device)
     rows, cols = (row[:, None] + steps[:, 0]).flatten(), (col[:, None] + steps[:, 1]).flatten()
     inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    around = (rows * width + cols)[inside].unique()
-    return around
+    beside: Tensor = torch.unique((rows * width + cols)[inside])
+    return beside
 
 
 def in_each_tile(candidates: Tensor, budgets: Tensor, choose: Callable[[int, Tensor, int], Tensor]) -> Tensor:
