@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tokenprune.image import SEPARATOR, TileGeometry, anyres_regions
-from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.placeholder import (
+    EXAMPLE_TILE,
+    PlaceholderAdapter,
+    example_parts,
+    seeded,
+    with_sharp_attention,
+)
 
 
 class LlavaNextAdapter(PlaceholderAdapter):
@@ -18,6 +25,23 @@ class LlavaNextAdapter(PlaceholderAdapter):
 
     family: ClassVar[str] = "llava_next"
     model_class: ClassVar[str] = "LlavaNextForConditionalGeneration"
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny LLaVA-NeXT with tile grids of up to three tiles a side."""
+        torch.manual_seed(0)
+        grids = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+        pinpoints = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in grids]
+        config = LlavaNextConfig(**example_parts(), image_grid_pinpoints=pinpoints)
+        return with_sharp_attention(LlavaNextForConditionalGeneration(config))
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the tiles of each picture, padded to the largest number of tiles."""
+        numbers = [self.layout(size).tiles for size in sizes]
+        pixels = torch.zeros(len(sizes), max(numbers), 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        for picture, size, number in zip(pixels, sizes, numbers, strict=True):
+            picture[:number] = torch.randn(number, *picture.shape[1:], generator=seeded(size))
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
     @cached_property
     def _known_layouts(self) -> dict[tuple[int, int], TileGeometry]:

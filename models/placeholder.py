@@ -11,10 +11,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from tokenprune.adapter import Adapter, Encoding, LLMShape
 from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
 from tokenprune.models.probe import probe, wanted_layers
+
+EXAMPLE_PAD, EXAMPLE_IMAGE, EXAMPLE_TILE = 0, 3, 56
+"""Padding id, placeholder id and side of a tile in pixels of example models."""
+
+
+def example_parts() -> dict[str, Any]:
+    """Return the configuration of a tiny CLIP tower (4 x 4 tokens a tile) and a tiny Llama, for example models."""
+    return {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=EXAMPLE_TILE,
+            patch_size=14,
+        ),
+        "text_config": LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=EXAMPLE_PAD,
+        ),
+        "image_token_index": EXAMPLE_IMAGE,
+    }
+
+
+def with_sharp_attention(model: Any) -> Any:
+    """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+                parameter.mul_(12.0)
+    return model.eval()
+
+
+def seeded(size: tuple[int, int]) -> torch.Generator:
+    """Return a random generator for the pixels of an example picture."""
+    return torch.Generator().manual_seed(10_000 * size[0] + size[1])
 
 
 class PlaceholderAdapter(Adapter):
@@ -27,10 +68,25 @@ class PlaceholderAdapter(Adapter):
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image of a call."""
 
+    @abstractmethod
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the vision inputs of pictures with random pixels; the same pixels for the same size."""
+
     @classmethod
     def matches(cls, model: Any) -> bool:
         """Whether the model is of this family, by class name along its bases."""
         return any(base.__name__ == cls.model_class for base in type(model).__mro__)
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels and as many placeholders as the layouts say."""
+        sizes = [size for row in rows for size in row]
+        vision = self.example_pixels(sizes)
+        lengths = iter([len(layout.packed) for layout in self.layouts(vision)])
+        text = [5, 6, 7]
+        prompts = [[1, *(token for _ in row for token in [self.image_token_id] * next(lengths) + text)] for row in rows]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        return {"input_ids": ids, "attention_mask": (ids != EXAMPLE_PAD).long(), **vision}
 
     @cached_property
     def tower(self) -> Any:

@@ -33,7 +33,7 @@ class LoudestTokens(ScoreReducer):
     power: float = 1.0
 
     def score(self, image: EncodedImage) -> Tensor:
-        return image.features.norm(dim=-1) ** self.power
+        return image.features.float().norm(dim=-1) ** self.power
 
     @classmethod
     def quiet(cls) -> "LoudestTokens":
@@ -235,6 +235,20 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["family"] for row in rows["models"]] == ["llava", "llava_next"]
 
 
+def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+    assert main(["check", "hired", "--reducer.budget", "0.1"]) == 0
+    assert "HiRED keeps all promises" in capsys.readouterr().out
+    assert main(["check", "loud.py:LoudestTokens", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    Path("bad.py").write_text(LOUD.replace("image.features.float()", "image.features.mul_(2).float()"))
+    assert main(["check", "bad.py:LoudestTokens"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL inputs unchanged: reduced one tile: expected the image as it was, saw features changed" in out
+    assert "LoudestTokens breaks a promise" in out
+    assert "name the strategy" in refused(capsys, "check")
+    assert "no strategy is called 'Hird'. Did you mean HiRED?" in refused(capsys, "check", "Hird")
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"tokenprune {__version__}\n"
@@ -251,7 +265,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frobnicate"], "no command 'frobnicate'; the commands are run, list"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, list, check"),
         (["list", "things"], "'strategies', 'components', 'models'"),
         (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
         (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),
@@ -293,7 +307,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_strategy_that_fails_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("bad.py").write_text(LOUD.replace("return image.features.norm(dim=-1) ** self.power", "return 1 / 0"))
+    Path("bad.py").write_text(LOUD.replace("return image.features.float().norm(dim=-1) ** self.power", "return 1 / 0"))
     assert "division by zero (ZeroDivisionError; --debug shows where)" in refused(
         capsys, "run", *FAST, "--reducer", "bad.py:LoudestTokens"
     )

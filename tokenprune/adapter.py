@@ -100,6 +100,19 @@ class Adapter(ABC):
     def llm(self) -> LLMShape:
         """The shape of the language model."""
 
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Any:
+        """Return a tiny model of the family with random weights, the same ones each time, for checks without a hub."""
+
+    @abstractmethod
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs of `forward` and `generate` with random pixels, left-padded.
+
+        Args:
+            rows: for each prompt, height x width of its pictures in pixels.
+        """
+
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0) -> Encoding:
         """Run the vision side once and capture the needed signals.

@@ -14,6 +14,7 @@ USAGE = """usage: tokenprune COMMAND [OPTIONS]
 commands:
   run     answer questions about pictures, with all visual tokens and with a strategy, side by side
   list    list what is known by name: strategies, components, models
+  check   check that a strategy keeps the promises of the library
 
 `tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
 
@@ -116,7 +117,45 @@ def list_names(argv: Sequence[str]) -> None:
         as_table(rows)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": run, "list": list_names}
+def check(argv: Sequence[str]) -> int:
+    """Run the command `check`; the exit code is 1 if the strategy breaks a promise."""
+    from dataclasses import asdict
+
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line, prepare
+    from tokenprune.conformance import check_reducer
+    from tokenprune.reducer import TokenReducer
+
+    parser = ArgumentParser(
+        prog="tokenprune check",
+        usage="tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--json]",
+        exit_on_error=False,
+        description="Check that a strategy keeps the promises of the library: exact budgets, batch invariance, ...",
+    )
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
+    parser.add_argument("--reducer", type=TokenReducer, help="strategy, if it is not given as NAME")
+    parser.add_argument("--json", type=bool, nargs="?", const=True, default=False, help="print JSON")
+    words = ["--reducer", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    try:
+        chosen = parser.instantiate(parser.parse_args(prepare(words)))
+    except (LookupError, ValueError, TypeError, _argument_error()) as error:
+        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+    if chosen.reducer is None:
+        raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
+    report = check_reducer(chosen.reducer)
+    if chosen.json:
+        import json
+
+        print(json.dumps({"passed": report.passed, **asdict(report)}))
+    else:
+        from tokenprune.listing import print_report
+
+        print_report(report)
+    return 0 if report.passed else 1
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {"run": run, "list": list_names, "check": check}
 
 
 def _argument_error() -> type[Exception]:
@@ -132,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `tokenprune`; those of the process if left out.
 
     Returns:
-        The exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C.
+        The exit code: 0, 1 if a check failed, 2 for an error that the user can mend, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -148,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except SystemExit as stop:  # --help and --print_config of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -167,4 +206,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
         print(f"tokenprune: {text}{hint}", file=sys.stderr)
         return 2
-    return 0

@@ -173,6 +173,10 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
+class MissingSignalError(LookupError):
+    """A signal was read that no `needs` declared."""
+
+
 class Signal(NamedTuple):
     """Something that a strategy reads from the vision tower.
 
@@ -233,13 +237,13 @@ class EncodedImage:
         """Return a captured signal, averaged over its layers in float32.
 
         Raises:
-            LookupError: if the signal was not captured because no `needs` declared it.
+            MissingSignalError: if the signal was not captured because no `needs` declared it.
         """
         found = []
         for layer in resolve_layers(signal.layer, self.layers, self.feature_layer):
             if (signal.kind, layer) not in self.signals:
                 have = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
-                raise LookupError(
+                raise MissingSignalError(
                     f"{signal.kind} of layer {layer} was not captured (captured: {have}); "
                     f"declare Signal({signal.kind!r}, {signal.layer!r}) in the strategy's `needs`"
                 )

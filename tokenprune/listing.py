@@ -14,6 +14,7 @@ from rich.table import Table
 from tokenprune.catalogue import adapters, components, strategies
 from tokenprune.components import AllocationPolicy, Component
 from tokenprune.configure import presets
+from tokenprune.conformance import Report
 
 Row = Mapping[str, str]
 
@@ -84,6 +85,17 @@ KINDS: dict[str, Callable[[], list[Row]]] = {
 def as_json(rows: Sequence[Row]) -> str:
     """Return rows as a JSON list."""
     return json.dumps([dict(row) for row in rows], indent=1)
+
+
+def print_report(report: Report) -> None:
+    """Print a conformance report, a line per check."""
+    console = Console()
+    marks = {True: "[green]ok  [/green]", False: "[red]FAIL[/red]", None: "[dim]-   [/dim]"}
+    for result in report.results:
+        detail = f": {escape(result.detail)}" if result.detail else ""
+        console.print(f"{marks[result.passed]} {result.name}{detail}", soft_wrap=True, highlight=False)
+    verdict = "[green]keeps all promises[/green]" if report.passed else "[red]breaks a promise[/red]"
+    console.print(f"{report.strategy} {verdict}")
 
 
 def as_table(rows: Sequence[Row]) -> None:
