@@ -7,7 +7,8 @@ from tokenprune.strategies.divprune import DivPrune
 from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.hiprune import HiPrune
 from tokenprune.strategies.hired import HiRED
+from tokenprune.strategies.holov import HoloV
 from tokenprune.strategies.scope import SCOPE
 from tokenprune.strategies.vispruner import VisPruner
 
-__all__ = ["SCOPE", "DivPrune", "FasterVLM", "HiPrune", "HiRED", "VisPruner"]
+__all__ = ["SCOPE", "DivPrune", "FasterVLM", "HiPrune", "HiRED", "HoloV", "VisPruner"]

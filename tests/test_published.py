@@ -20,7 +20,7 @@ from tests.tiny import batch, tiny_model
 from tokenprune.budget import Budget
 from tokenprune.catalogue import strategies
 from tokenprune.image import EncodedImage, TileGeometry
-from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiPrune, VisPruner
+from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiPrune, HoloV, VisPruner
 from tokenprune.strategies.components.diversity import important_then_diverse, max_min_diverse, saliency_coverage
 
 TOKENS = 576
@@ -105,6 +105,20 @@ def test_divprune_picks(number: int) -> None:
     same = (features[:, None] == features[None]).all(-1).int().argmax(dim=1)  # the first row of equal ones
     picks = max_min_diverse(features, number_kept)
     assert same[picks].tolist() == same[case["selected"].long()].tolist()
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_holov_release(number: int) -> None:
+    """The kept tokens; places that the release fills with zero vectors are missing here."""
+    case = Case("holov", number)
+    length = len(case["attention"])
+    geometry = TileGeometry((1, 1), (1, length), torch.zeros(1, 4), torch.arange(length, 2 * length))  # one pool
+    attention = torch.cat([torch.zeros(1, 1, length), case["attention"][None, None]])
+    one = EncodedImage(geometry, torch.zeros(2, length, 1), {("cls_attention", 22): attention}, 24, 22)
+    selection = HoloV.release(case["budget"], case["stripes"]).reduce(one)
+    expected = [place for place in case["selected"].tolist() if place >= 0]
+    assert selection.kept[1].nonzero()[:, 0].tolist() == sorted(expected)
+    assert selection.asked - selection.kept_tokens == case["zero_rows"]
 
 
 def test_divprune_pools_all_tiles() -> None:
