@@ -128,17 +128,27 @@ def test_version_is_the_same_everywhere() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def readme_code() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_readme_has_code() -> None:
-    assert len(readme_code()) >= 3
-
-
-@pytest.mark.parametrize("number", range(len(readme_code())))
-def test_readme_code_runs(number: int, tmp_path: Path) -> None:
-    """Each block runs as it stands, after the blocks before it, in an empty folder."""
-    code = "\n".join(readme_code()[: number + 1])
-    done = python(code, cwd=tmp_path)
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 3), ("docs/write-a-strategy.md", 4)])
+def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
+    """The blocks run as they stand, one after another, in an empty folder."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(code) == blocks
+    done = python("\n".join(code), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_strategy_of_the_guide_is_a_file(tmp_path: Path) -> None:
+    """Its first block, saved under the name that it says, is what the commands of the page take."""
+    (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/write-a-strategy.md").read_text(), re.DOTALL)
+    (tmp_path / "edges.py").write_text(first)
+    command = [sys.executable, "-m", "tokenprune", "check", "edges.py:Edges", "--reducer.early", "0.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Edges keeps all promises" in done.stdout
+
+
+def test_readme_names_every_strategy() -> None:
+    from tokenprune.catalogue import strategies
+
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in strategies() if f"| `{name}`" not in text] == []

@@ -74,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
         chosen = parser.instantiate(config)
     except (LookupError, ValueError, TypeError, _argument_error()) as error:
         raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
-    from tokenprune.demo import Request, answer_all, as_json, as_table
+    from tokenprune.experiments.demo import Request, answer_all, as_json, as_table
 
     request = Request(
         model=chosen.model,
