@@ -108,7 +108,7 @@ class PlaceholderAdapter(Adapter):
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model can give."""
         kinds = {"received_attention", "keys", "vision_features"}
-        return frozenset(kinds | {"cls_attention"} if self.has_cls else kinds)
+        return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
     @property
     def image_token_id(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenprune.attention import cls_rows, received
+from tokenprune.attention import cls_logits, cls_rows, received
 from tokenprune.image import Signal
 from tokenprune.layers import resolve_layers
 
@@ -92,6 +92,8 @@ def probe(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             if "cls_attention" in kinds:
                 add("cls_attention", index, cls_rows(query, key, scale))
+            if "cls_logits" in kinds:
+                add("cls_logits", index, cls_logits(query, key, scale))
             if "received_attention" in kinds:
                 add("received_attention", index, received(query, key, scale, prefix))
             if "keys" in kinds:

@@ -5,10 +5,11 @@ if __name__ != "tokenprune.strategies":
 
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.strategies.fastervlm import FasterVLM
+from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.strategies.hiprune import HiPrune
 from tokenprune.strategies.hired import HiRED
 from tokenprune.strategies.holov import HoloV
 from tokenprune.strategies.scope import SCOPE
 from tokenprune.strategies.vispruner import VisPruner
 
-__all__ = ["SCOPE", "DivPrune", "FasterVLM", "HiPrune", "HiRED", "HoloV", "VisPruner"]
+__all__ = ["SCOPE", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VisPruner"]

@@ -21,6 +21,7 @@ def encoded(geometry: TileGeometry, seed: int = 0, heads: int = 3, dim: int = 5)
         for layer in range(LAYERS)
     }
     for layer in range(LAYERS):
+        signals["cls_logits", layer] = torch.randn(tiles, heads, tokens, generator=generator)
         signals["received_attention", layer] = torch.rand(tiles, heads, tokens, generator=generator) / tokens
         signals["vision_features", layer] = torch.randn(tiles, tokens, dim, generator=generator)
     features = torch.randn(tiles, tokens, dim, generator=generator) * geometry.valid[..., None]

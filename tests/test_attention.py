@@ -111,6 +111,23 @@ def test_attention_rows_here_are_far_from_uniform() -> None:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava_next", "llava"])
+def test_cls_logits_are_attention_before_the_softmax(family: str, attn: str) -> None:
+    """Up to one constant per row, which the softmax takes away."""
+    model = tiny.tiny_model(family, attn)
+    inputs = tiny.batch(family, [(112, 112)])
+    needs = [Signal(kind, layer) for kind in ("cls_logits", "cls_attention") for layer in (0, -1)]
+    with torch.no_grad():
+        image = adapter_of(family, model).encode(inputs, needs).images[0]
+    for layer in (0, -1):
+        constant = image.cls_attention(layer).clamp(min=1e-30).log() - image.cls_logits(layer)
+        large = image.cls_attention(layer) > 1e-6
+        spread = (constant - constant.masked_fill(~large, torch.nan).nanmean(-1, keepdim=True))[large]
+        assert spread.abs().max() < 1e-3
+        assert image.cls_logits(layer).std() > 0.5
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava_next", "llava"])
 def test_the_probe_does_not_change_what_the_model_computes(family: str, attn: str) -> None:
     """Bit for bit: the user's own kernel runs."""
     inputs = tiny.batch(family, [(200, 300)], [(100, 41)])

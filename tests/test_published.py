@@ -20,7 +20,7 @@ from tests.tiny import batch, tiny_model
 from tokenprune.budget import Budget
 from tokenprune.catalogue import strategies
 from tokenprune.image import EncodedImage, TileGeometry
-from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiPrune, HoloV, VisPruner
+from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, GlobalCom2, HiPrune, HoloV, VisPruner
 from tokenprune.strategies.components.diversity import important_then_diverse, max_min_diverse, saliency_coverage
 
 TOKENS = 576
@@ -105,6 +105,20 @@ def test_divprune_picks(number: int) -> None:
     same = (features[:, None] == features[None]).all(-1).int().argmax(dim=1)  # the first row of equal ones
     picks = max_min_diverse(features, number_kept)
     assert same[picks].tolist() == same[case["selected"].long()].tolist()
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_globalcom2_release(number: int) -> None:
+    """The kept tokens at their true places, on the true layout; the release places them elsewhere where it unpads."""
+    case = Case("globalcom2", number)
+    height, width = case["image_size"].tolist()
+    rows, cols = case["grid"].tolist()
+    layout = TileGeometry.anyres((height, width), (rows, cols), (24, 24), 336)
+    signals = {("cls_logits", 23): case["cls_logits"][:, None]}
+    one = EncodedImage(layout, torch.zeros(layout.tiles, TOKENS, 1), signals, layers=24, feature_layer=22)
+    selection = GlobalCom2.release(case["retention"]).reduce(one)
+    assert selection.granted_per_tile == case["counts"].tolist()
+    assert torch.equal(selection.kept, case["kept"])
 
 
 @pytest.mark.parametrize("number", CASES)

@@ -7,6 +7,20 @@ from einops import repeat
 from torch import Tensor
 
 
+def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return the scaled dot products of CLS, the first token, with the others, before any softmax.
+
+    Args:
+        query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
+        key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
+        scaling: factor on the dot products.
+
+    Returns:
+        float32 `[tiles, heads, tokens]`.
+    """
+    return (query[:, :, :1] @ _match_heads(key, query).transpose(-1, -2) * scaling)[:, :, 0, 1:].float()
+
+
 def cls_rows(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Return how CLS, the first token, attends to the others.
 

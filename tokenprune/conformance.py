@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.image import EncodedImage, MissingSignalError, TileGeometry
+from tokenprune.image import ROW_SIGNALS, EncodedImage, MissingSignalError, TileGeometry
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
@@ -106,7 +106,7 @@ def example_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) ->
 
     made: dict[tuple[str, int], Tensor] = {}
     for kind, layer in sorted(wanted(reducer)):
-        if kind in ("cls_attention", "received_attention"):
+        if kind in ROW_SIGNALS:
             made[kind, layer] = attention()
         else:
             shape = (tiles, HEADS, tokens, DIM) if kind == "keys" else (tiles, tokens, DIM)

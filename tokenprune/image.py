@@ -16,6 +16,8 @@ from tokenprune.layers import LayerChoice, resolve_layers
 
 SEPARATOR = -1
 """Marks a learned newline token in `TileGeometry.packed`."""
+ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "received_attention"})
+"""Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +183,7 @@ class Signal(NamedTuple):
     """Something that a strategy reads from the vision tower.
 
     Args:
-        kind: ``"cls_attention"``, ``"received_attention"``, ``"keys"`` or ``"vision_features"``.
+        kind: ``"cls_attention"``, ``"cls_logits"``, ``"received_attention"``, ``"keys"`` or ``"vision_features"``.
         layer: the layer or layers that it is read from.
     """
 
@@ -217,7 +219,7 @@ class EncodedImage:
         places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.features.device)
 
         def pool(kind: str, value: Tensor) -> Tensor:
-            if kind in ("cls_attention", "received_attention"):
+            if kind in ROW_SIGNALS:
                 flat = rearrange(value, "tiles heads tokens -> heads (tiles tokens)")[None]
                 return flat[..., places.to(flat.device)]
             if kind == "keys":
@@ -259,6 +261,10 @@ class EncodedImage:
             layer: the layer to read, or several to average.
         """
         return self.read(Signal("cls_attention", layer))
+
+    def cls_logits(self, layer: LayerChoice) -> Tensor:
+        """Return what CLS attention is before the softmax, `[tiles, heads, tokens]`."""
+        return self.read(Signal("cls_logits", layer))
 
     def received_attention(self, layer: LayerChoice) -> Tensor:
         """Return the attention each token receives, averaged over all queries, `[tiles, heads, tokens]`."""
