@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
+from tokenprune.catalogue import strategies
 from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
@@ -39,9 +40,10 @@ from tokenprune.strategies.components import (
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 
 
-def strategies() -> dict[str, TokenReducer]:
+def compared() -> dict[str, TokenReducer]:
     """Return the compared strategies by name; their budget is set later."""
     everywhere = UniformAllocation()
+    shipped: dict[str, Any] = {name: kind for name, kind in strategies().items() if name != "HiRED"}
     return {
         "HiRED": HiRED(),
         "HiRED, positions preserved": HiRED(positions="preserve"),
@@ -50,6 +52,7 @@ def strategies() -> dict[str, TokenReducer]:
         "TopAttention, one pool": HiRED(allocation=GlobalTopAllocation()),
         "TopAttention, sub-images only": HiRED(allocation=SubImagesOnly(pooled=True)),
         "TopAttention, base tile only": HiRED(allocation=BaseTileOnly()),
+        **{name: kind() for name, kind in shipped.items()},
         "UniformStride": HiRED(allocation=everywhere, selection=UniformStride()),
         **{f"Random, seed {s}": HiRED(allocation=everywhere, selection=RandomSelection(s)) for s in range(3)},
     }
@@ -59,7 +62,7 @@ def grid(budgets: Sequence[float]) -> Iterator[tuple[str, float, TokenReducer]]:
     """Yield every compared setting as (name, budget, strategy), full tokens first."""
     yield "full", 1.0, HiRED(1.0)
     for budget in budgets:
-        for name, reducer in strategies().items():
+        for name, reducer in compared().items():
             yield name, budget, replace(reducer, budget=budget)
 
 
@@ -127,7 +130,7 @@ def table(results: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]], budg
         return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
 
     lines = [f"| strategy | {' | '.join(f'{budget:.0%}' for budget in budgets)} |", "|---|" + "---|" * len(budgets)]
-    lines += [f"| {name} | {' | '.join(cell((name, budget)) for budget in budgets)} |" for name in strategies()]
+    lines += [f"| {name} | {' | '.join(cell((name, budget)) for budget in budgets)} |" for name in compared()]
     return "\n".join([f"full tokens: {cell(('full', 1.0))}", "", *lines])
 
 
@@ -160,7 +163,7 @@ def main(number: int = 200, budgets: list[float] | None = None, out: str | None 
     print(table(results, chosen))
     print("\ndifference of HiRED, paired, by budget:")
     for budget in chosen:
-        for other in ("full", *(name for name in strategies() if name != "HiRED")):
+        for other in ("full", *(name for name in compared() if name != "HiRED")):
             against = results[other, 1.0 if other == "full" else budget]
             mean, low, high = interval([a - b for a, b in zip(results["HiRED", budget], against, strict=True)])
             seen = "" if low > 0 or high < 0 else "  (no difference seen)"

@@ -5,8 +5,8 @@ Vision-Language Models", AAAI 2026. Repository: xuyang-liu16/GlobalCom2, commit 
 
 With ``g`` the CLS logits (before softmax, mean over heads) of the last ViT layer and R the retention ratio: the sum of
 the base tile's ``g`` over the part of each sub-image gives ``sigma = softmax(sums / 10)``; sub-image ``i`` keeps the
-share ``min(1, R * (1 + sigma_i - mean(sigma)))`` of its tokens, the base tile the share R. Inside a sub-image tokens are
-ranked by the sum of two vectors of unit length: its own ``g``, and the base tile's ``g`` enlarged to the picture.
+share ``min(1, R * (1 + sigma_i - mean(sigma)))`` of its tokens, the base tile the share R. Inside a sub-image tokens
+are ranked by the sum of two vectors of unit length: its own ``g``, and the base tile's ``g`` enlarged to the picture.
 """
 
 from __future__ import annotations

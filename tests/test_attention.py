@@ -208,3 +208,17 @@ def test_signals_of_unknown_layers_are_refused_before_anything_runs() -> None:
 def test_a_tower_without_cls_provides_no_cls_attention() -> None:
     assert "cls_attention" in LlavaAdapter(tiny.tiny_model("llava")).provides
     assert "cls_attention" not in LlavaAdapter(tiny.tiny_model("llava", tower="siglip")).provides
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava"])
+def test_features_stand_at_their_tiles_and_tokens(family: str) -> None:
+    """What the packed image is taken apart into: the projected output of the feature layer, zero where unpadded."""
+    model = tiny.tiny_model(family)
+    inputs = tiny.batch(family, [(20, 100), (100, 41)], [(112, 112)])
+    with torch.no_grad():
+        encoding = adapter_of(family, model).encode(inputs, [Signal("vision_features", "feature")])
+        for image in encoding.images:
+            projected = model.model.multi_modal_projector(image.vision_features("feature"))
+            valid = image.geometry.valid[..., None]
+            torch.testing.assert_close(image.features, projected * valid, atol=1e-5, rtol=1e-4)
+    assert not all(bool(image.geometry.valid.all()) for image in encoding.images) or family == "llava"

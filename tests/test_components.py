@@ -166,6 +166,21 @@ def test_uniform_stride_is_even(data, tokens: int) -> None:
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
+def test_uniform_stride_starts_half_a_step_in() -> None:
+    def places(budget: int, candidates: list[int]) -> list[int]:
+        mask = torch.zeros(1, 10, dtype=torch.bool)
+        mask[0, candidates] = True
+        image = encoded(TileGeometry.single((2, 5)))
+        kept = UniformStride().pick(image, torch.zeros(1, 10), torch.tensor([budget]), mask)
+        return kept[0].nonzero().flatten().tolist()
+
+    assert places(1, list(range(10))) == [5]
+    assert places(2, list(range(8))) == [2, 6]
+    assert places(5, list(range(10))) == [1, 3, 5, 7, 9]
+    assert places(2, [0, 3, 4, 9]) == [3, 9]
+    assert places(0, [0, 3]) == []
+
+
 def test_random_selection_depends_on_the_seed_and_the_layout_alone() -> None:
     one, two = encoded(SQUARE, 1), encoded(SQUARE, 2)
     assert torch.equal(RandomSelection(3).score(one), RandomSelection(3).score(two))

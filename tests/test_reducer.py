@@ -123,6 +123,36 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
         assert bool((selection.separators | ~closing).all())  # no kept row lost its newline
 
 
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        HiRED(),
+        Norm(),
+        Parts(allocation=SubImagesOnly(), selection=UniformStride()),
+        Parts(allocation=VisualContentAllocation(0.0), selection=TopAttention()),
+    ],
+    ids=["hired", "norm", "stride", "no base tile"],
+)
+@pytest.mark.parametrize("size", [(60, 160), (100, 41)])
+def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) -> None:
+    """Every budget, against all numbers of tokens; what is left over keeps newlines of emptied rows."""
+    layout = TileGeometry.anyres(size, (2, 2), (4, 4), 56)
+    image = encoded(layout, 1)
+    costs = []
+    for tokens in range(int(layout.valid.sum()) + 1):
+        free = replace(reducer, budget=tokens).reduce(image)
+        costs.append((free.kept_tokens + free.kept_separators, free.kept_tokens))
+    spares = 0
+    for asked in range(costs[-1][0] + 3):
+        selection = replace(reducer, budget=Budget(asked, newlines="counted")).reduce(image)
+        assert selection.kept_tokens == max(tokens for cost, tokens in costs if cost <= asked)
+        closing = int(kept_separators(layout, selection.kept, "keep_rows").sum())
+        spare = min(asked - selection.kept_tokens - closing, layout.separators - closing)
+        assert selection.kept_separators == closing + spare
+        spares += spare > 0
+    assert spares > 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     allocation=st.sampled_from(
@@ -283,8 +313,15 @@ def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
         def score(self, image: EncodedImage) -> Tensor:
             return torch.full((3, 16), -torch.inf)
 
+    @dataclass
+    class Worthless(SelectionPolicy):
+        def score(self, image: EncodedImage) -> Tensor:
+            return torch.full(image.features.shape[:2], -torch.inf)
+
     image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
     assert Nothing(9).reduce(image).kept_tokens == 9
+    for allocation in (GlobalTopAllocation(), SubImagesOnly(pooled=True), UniformAllocation()):
+        assert Parts(9, allocation=allocation, selection=Worthless()).reduce(image).kept_tokens == 9
 
 
 @pytest.mark.parametrize(

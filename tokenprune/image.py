@@ -141,7 +141,7 @@ def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile
     scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
     edges = []
     for cells, side, original in zip(tile_grid, canvas, image_size, strict=True):
-        content = min(math.ceil(round(original * scale, 7)), side)
+        content = min(math.ceil(original * scale), side)  # not rounded first: so the processor resizes
         offset = (side - content) // 2
         edges.append(((torch.arange(cells + 1) * tile_size - offset) / content).clamp(0.0, 1.0))
     rows, cols = edges

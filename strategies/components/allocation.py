@@ -38,6 +38,10 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
         return region_coverage(torch.cat([cell / grid, (cell + 1) / grid], dim=1), geometry.token_grid)
     if region == "stripe":
         run = geometry.tokens // (rows * cols)
+        if not run:
+            raise ValueError(
+                f"region='stripe' cannot cut {geometry.tokens} tokens into {rows * cols} stripes; use 'exact'"
+            )
         stripe = torch.arange(geometry.tokens) // run
         return (stripe == torch.arange(rows * cols)[:, None]).float()
     raise ValueError(f"region={region!r} is not known; use 'exact', 'quadrant' or 'stripe'")
