@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tokenprune.adapter import find_adapter
 from tokenprune.attach import Run
 from tokenprune.models import mini
 from tokenprune.pictures import load_picture, save_picture
@@ -93,6 +94,9 @@ def answer_all(request: Request) -> list[Answer]:
         known = mini.demo_questions()
         first = {kind: next((q for q in known if q["type"] == kind), None) for kind in DEMO_TYPES}
         questions = [(q["question"], q["answer"]) for q in first.values() if q is not None]
+    for question, _ in questions:
+        if not question.strip() or "<image>" in question:
+            raise ValueError(f"--question {question!r}: give words; the place of the picture is put in by itself")
     out = Path(request.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,10 @@ def answer_all(request: Request) -> list[Answer]:
             answers.append(answer(model, processor, inputs, request, file, question, expected, overlay))
             run = answers[-1][1]
             if position == 0:
-                save_picture(report(run.selections[0], picture), overlay)
+                try:
+                    save_picture(report(run.selections[0], picture), overlay)
+                except OSError as error:
+                    raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
     return [one for one, _ in answers]
 
 
@@ -136,9 +143,10 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(place)
         model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever is wrong with a checkpoint, it is the checkpoint that is wrong
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
+    find_adapter(model)  # an unsupported family is answered before anything is generated
     try:
         return model.to(device), processor
     except (RuntimeError, AssertionError) as error:

@@ -216,6 +216,32 @@ def test_printed_config_runs_again(capsys: pytest.CaptureFixture[str], loud: Pat
     assert run_json(capsys, "--config", "run.yaml", "--reducer.budget", "0.2")["asked"] == 100
 
 
+def test_names_in_yaml_are_those_of_the_command_line(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+    Path("short.yaml").write_text("reducer: hired.release\n")
+    assert parts(run_json(capsys, "--config", "short.yaml"), "padding") == "ignore"
+    Path("long.yaml").write_text(
+        "plugin: [loud.py]\nreducer:\n  class_path: HiRED.paper\n  init_args:\n    budget: 0.3\n"
+        "    selection: {class_path: random-selection, init_args: {seed: 4}}\n"
+    )
+    found = run_json(capsys, "--config", "long.yaml")
+    assert found["asked"] == 150
+    assert parts(found, "selection")["init_args"] == {"seed": 4}
+    assert parts(found, "allocation")["init_args"]["region"] == "quadrant"
+    dicts = run_json(capsys, "--reducer.selection={class_path: random-selection, init_args: {seed: 5}}")
+    assert parts(dicts, "selection")["init_args"] == {"seed": 5}
+
+
+def test_options_given_twice_add_up_and_parameters_may_be_kebab(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "--question", "One?", "--question", "Two?", "--reducer.allocation.base-share", "0.3")
+    assert [result["question"] for result in found["results"]] == ["One?", "Two?"]
+    assert parts(found, "allocation")["init_args"]["base_share"] == 0.3
+
+
+def test_a_strategy_that_prints_does_not_spoil_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("chatty.py").write_text(LOUD.replace("        return image", "        print('hello')\n        return image"))
+    assert run_json(capsys, "--reducer", "chatty.py:LoudestTokens")["kept"] == 100
+
+
 # --- listing and help -------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +259,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds["TopAttention"] == "selection"
     assert kinds["VisualContentAllocation"] == "allocation"
     assert [row["family"] for row in rows["models"]] == ["llava", "llava_next"]
+    assert all("cls_attention" in row["signals with a CLIP tower"] for row in rows["models"])
 
 
 def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
@@ -276,12 +303,20 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--reducer.allocation", "TopAttention"], "does not correspond to a subclass of AllocationPolicy"),
         (["run", "--reducer.budget", "1.5"], "neither a ratio nor a count"),
         (["run", "--reducer.budget", "-3"], "neither a ratio nor a count"),
-        (["run", "--reducer.positions", "x"], "--reducer.positions: Expected"),
+        (["run", "--reducer.positions", "x"], "--reducer.positions: 'x' is not valid; give 'reindex' or 'preserve'"),
+        (
+            ["run", "--reducer.budget", "abc"],
+            "--reducer.budget: 'abc' is not valid; give a whole number or a number",
+        ),
+        (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
+        (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
+        (["run", "--question", " "], "--question ' ': give words"),
+        (["run", "--question", "<image> what?"], "the place of the picture is put in by itself"),
         (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
         (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
         (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
         (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
-        (["run", "--reducer", "loud.py:Quiet"], "no strategy is called 'Quiet'"),
+        (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
         (["run", "--config", "none.yaml"], "File does not exist"),
         (["run", "--image", "none.png"], "none.png: no such file"),
         (["run", "--image", "loud.py"], "loud.py: not a picture"),
@@ -327,7 +362,7 @@ def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    assert "No space left on device" in refused(capsys, "run", *FAST)
+    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in refused(capsys, "run", *FAST)
     assert list(Path("tokenprune-out").iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def run(argv: Sequence[str]) -> None:
         device=chosen.device,
         dtype=chosen.dtype,
     )
-    answers = answer_all(request)
+    # A strategy of the user's may print; with --json stdout holds the object and nothing else.
+    with redirect_stdout(sys.stderr) if chosen.json else nullcontext():
+        answers = answer_all(request)
     if chosen.json:
         print(as_json(request, as_config(chosen.reducer), answers))
     else:

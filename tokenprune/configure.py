@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,7 +21,7 @@ import yaml
 from tokenprune.catalogue import components, strategies
 from tokenprune.components import Component
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import concrete_classes, load_module, lookup
+from tokenprune.registry import concrete_classes, load_from_file, load_module, lookup
 
 
 def presets(strategy: type[TokenReducer]) -> list[str]:
@@ -50,7 +51,13 @@ def as_config(value: Any) -> Any:
 
 def is_given_whole(name: str) -> bool:
     """Whether a value is something that jsonargparse takes by itself: JSON, a file, or a dotted import path."""
-    return name.lstrip().startswith(("{", "[")) or name.endswith((".yaml", ".yml", ".json")) or name.count(".") > 1
+    module = name.rpartition(".")[0]
+    return (
+        name.lstrip().startswith("{")
+        or name.endswith((".yaml", ".yml", ".json"))
+        or "." in module
+        or module in sys.modules
+    )
 
 
 def resolve_strategy(name: str, known: Mapping[str, type[TokenReducer]]) -> str:
@@ -100,6 +107,8 @@ def grouped(argv: Sequence[str]) -> list[list[str]]:
     for word in argv:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
+            if option.startswith("--reducer."):  # parameters may be written in kebab case, as classes may
+                option = "--" + option[2:].replace("-", "_")
             groups.append([option, value] if equals else [option])
         elif groups:
             groups[-1].append(word)
@@ -123,34 +132,55 @@ def prepare(argv: Sequence[str]) -> list[str]:
         if option == "--plugin":
             plugins += values
         elif option == "--config" and values:
-            plugins += plugins_of(values[0])
+            plugins += content_of(values[0]).get("plugin") or []
         elif option.startswith("--reducer") and len(values) == 1 and ".py:" in values[0]:
             path, _, group[1] = values[0].rpartition(":")
+            load_from_file(f"{path}:{group[1].partition('.')[0]}")  # a wrong name is answered with those of the file
             plugins.append(path)
     known, parts = dict(strategies()), dict(components())
     for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
         known |= {found.__name__: found for found in concrete_classes(module, TokenReducer)}  # type: ignore[type-abstract]
         parts |= {found.__name__: found for found in concrete_classes(module, Component)}
     fields = component_fields(known.values())
+
+    def resolved(value: Any, key: str) -> Any:
+        """Resolve names in a value of a strategy's configuration: `reducer`, or the name of a field."""
+        if isinstance(value, str) and (key == "reducer" or key in fields):
+            return resolve_strategy(value, known) if key == "reducer" else resolve_component(value, parts)
+        if isinstance(value, dict) and "class_path" in value:
+            whole = resolved(value["class_path"], key)
+            whole = json.loads(whole) if whole.startswith("{") else {"class_path": whole}
+            own = {name: resolved(given, name) for name, given in (value.get("init_args") or {}).items()}
+            return {**whole, "init_args": {**whole.get("init_args", {}), **own}}
+        return value
+
     for group in groups:
+        key = group[0].removeprefix("--reducer.").removeprefix("--")
         if len(group) != 2:
             continue
-        if group[0] == "--reducer":
-            group[1] = resolve_strategy(group[1], known)
-        elif group[0].removeprefix("--reducer.") in fields:
-            group[1] = resolve_component(group[1], parts)
+        if key == "reducer" or key in fields:
+            given = yaml.safe_load(group[1]) if group[1].lstrip().startswith("{") else group[1]
+            found = resolved(given, key)
+            group[1] = found if isinstance(found, str) else json.dumps(found)
+        elif key == "config" and (content := content_of(group[1])).get("reducer") is not None:
+            found = resolved(content["reducer"], "reducer")
+            found = json.loads(found) if isinstance(found, str) and found.startswith("{") else found
+            group[1] = json.dumps({**content, "reducer": found})
     groups = [group for group in groups if group[0] != "--plugin"]
+    for option in ("--image", "--question"):  # given several times, they add up
+        values = [value for group in groups if group[0] == option for value in group[1:]]
+        groups = [group for group in groups if group[0] != option] + ([[option, *values]] if values else [])
     groups.sort(key=lambda group: -1 if group[0] == "--config" else group[0].startswith("--") * group[0].count("."))
     if plugins:
         groups.append(["--plugin", json.dumps(list(dict.fromkeys(plugins)))])
     return [word for group in groups for word in group]
 
 
-def plugins_of(config: str) -> list[str]:
-    """Return the user files that a YAML file names under `plugin`."""
+def content_of(config: str) -> dict[str, Any]:
+    """Return what a YAML file says; nothing if it is not there or not a mapping, which jsonargparse reports."""
     file = Path(config)
     content = yaml.safe_load(file.read_text()) if file.is_file() else None
-    return list(content.get("plugin") or []) if isinstance(content, dict) else []
+    return content if isinstance(content, dict) else {}
 
 
 def one_line(error: BaseException, options: Iterable[str] = ()) -> str:
@@ -173,8 +203,23 @@ def one_line(error: BaseException, options: Iterable[str] = ()) -> str:
             message += f" of {name}{_nearest(match[1].split('.')[0], fields)}; it has {', '.join(fields)}"
     elif match := re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", text):
         message = f"there is no option {match[1]}{_nearest(match[1], options)}"
-    place = "--" + ".".join(keys) + ": " if keys else ""
-    return place + message.replace("typing.Literal", "one of ")
+    elif (kinds := re.search(r"Subtypes: \[(.*)\]", text)) and (given := re.search(r"Given value: (.*)", text)):
+        message = f"{given[1]!r} is not valid; give {_readable(kinds[1])}"
+    elif match := re.search(r"Expected a (typing\.Literal\S*.*?|<class '\w+'>)\. Got value: (.*)", text):
+        message = f"{match[2]!r} is not valid; give {_readable(match[1])}"
+    place = "--" + (keys[0].replace("_", "-") if len(keys) == 1 else ".".join(keys)) + ": " if keys else ""
+    return place + message
+
+
+def _readable(types: str) -> str:
+    """Say a list of types in the words of a command line."""
+    words = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text"}
+    for written, word in words.items():
+        types = types.replace(written, word)
+    types = re.sub(r"<class '[\w.]*\.(\w+)'>", r"a \1 such as {amount: 0.2, per: tile}", types)
+    types = re.sub(r"list\[.*\]", "a list of these", types)
+    types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
+    return " or ".join(part.strip() for part in re.split(r",\s*(?![^{]*\})", types))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

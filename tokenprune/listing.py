@@ -70,7 +70,13 @@ def _kind(component: type[Component]) -> str:
 def model_rows() -> list[Row]:
     """Return all model families."""
     return [
-        {"family": found.family, "what": first_line(found), "class": found.model_class, "adapter": name}
+        {
+            "family": found.family,
+            "what": first_line(found),
+            "class": found.model_class,
+            "adapter": name,
+            "signals with a CLIP tower": ", ".join(sorted(found(found.example()).provides)),
+        }
         for name, found in sorted(adapters().items())
     ]
 
