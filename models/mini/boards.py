@@ -1,0 +1,379 @@
+"""Notice boards: a seeded world of pictures and questions, small enough to be drawn on the fly.
+
+A board is a sheet of paper with one to four coloured shapes. Every shape carries a white plate with a two-digit
+number, legible in the full-resolution tiles of an AnyRes model and not in its downscaled base tile. No shape and no
+colour occurs twice on a board. Most of the paper is empty, as in a document: that makes a token budget meaningful.
+
+Two boards with the same ``(split, index)`` are the same board. The splits cannot share a board by construction: what
+is written on a board (the set of its shape, colour and number triples) is hashed, and one sixteenth of all hash values
+belongs to ``heldout``, the rest to ``train``. A draw that falls into the other split is drawn again.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+__all__ = [
+    "COLOURS",
+    "GRIDS",
+    "PAPERS",
+    "SHAPES",
+    "TILE",
+    "Board",
+    "Item",
+    "Question",
+    "all_words",
+    "boards",
+    "make_board",
+    "make_demo",
+    "stencil",
+]
+
+Split = Literal["train", "heldout"]
+Needs = Literal["tiles", "base", "either"]
+
+TILE = 80
+"""Side of a tile in pixels."""
+GRIDS: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+"""Tile grids as (rows, columns)."""
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+PAPERS = ("plain", "ruled", "dotted", "graded")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+
+_RGB = np.array(
+    [(214, 32, 36), (28, 150, 44), (36, 66, 214), (236, 196, 20), (142, 40, 160), (24, 184, 200)], np.float32
+)
+_GRID_SHARES = (0.15, 0.15, 0.4, 0.15, 0.15)
+_MOST_ITEMS = {(1, 2): 2, (2, 1): 2, (2, 2): 4, (1, 3): 3, (3, 1): 3}
+_SIZES = (24, 28)
+_PLATE = (9, 13)
+_DOMAIN = 0x626F6172
+_HELDOUT_SHARE = 16
+
+_WORDS = """
+user assistant : ? . what number is on the shape color how many shapes are there in left or right half top bottom
+of paper it this yes no
+"""
+_FONT = (
+    "01110100011001110101110011000101110 00100011000010000100001000010001110 01110100010000100010001000100011111 "
+    "11111000100010000010000011000101110 00010001100101010010111110001000010 11111100001111000001000011000101110 "
+    "00110010001000011110100011000101110 11111000010001000100010000100001000 01110100011000101110100011000101110 "
+    "01110100011000101111000010001001100"
+)
+_GLYPHS = np.stack([np.array([int(bit) for bit in rows], np.float32).reshape(7, 5) for rows in _FONT.split()])
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape on a board.
+
+    Attributes:
+        shape: Index into `SHAPES`.
+        colour: Index into `COLOURS`.
+        number: The two-digit number on its plate, 10 to 99.
+        box: Top, left, bottom, right in pixels of the picture.
+        digits: The boxes of the tens digit and of the units digit, in pixels of the picture.
+    """
+
+    shape: int
+    colour: int
+    number: int
+    box: tuple[int, int, int, int]
+    digits: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+
+    @property
+    def name(self) -> str:
+        """Colour and shape in words."""
+        return f"{COLOURS[self.colour]} {SHAPES[self.shape]}"
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Vertical and horizontal centre in pixels."""
+        top, left, bottom, right = self.box
+        return (top + bottom) / 2, (left + right) / 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a board.
+
+    Attributes:
+        text: The question.
+        answer: The one correct answer.
+        type: What is asked: ``number_pair``, ``number_shape``, ``number_colour``, ``colour``, ``shape``, ``count``,
+            ``side``, ``height``, ``order`` or ``paper``; places (``side``, ``height``, ``order``) only on demand.
+        needs: Where the answer stands: ``tiles`` (only the full-resolution tiles show it), ``base`` (only the base tile
+            shows it, because a tile does not know where it lies) or ``either``.
+        about: Indices of the items that carry the answer.
+    """
+
+    text: str
+    answer: str
+    type: str
+    needs: Needs
+    about: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Board:
+    """A picture with its items and all questions that can be asked about it.
+
+    Attributes:
+        pixels: The picture `[height, width, 3]`, uint8.
+        grid: Rows and columns of the tiles that it fills.
+        offset: Vertical and horizontal padding that AnyRes puts before the picture, in pixels.
+        paper: Index into `PAPERS`.
+        items: What is on it.
+        questions: What can be asked.
+        index: Its number within the split.
+        split: ``train`` or ``heldout``.
+    """
+
+    pixels: NDArray[np.uint8]
+    grid: tuple[int, int]
+    offset: tuple[int, int]
+    paper: int
+    items: tuple[Item, ...]
+    questions: tuple[Question, ...]
+    index: int
+    split: Split
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as a Pillow image."""
+        return Image.fromarray(self.pixels)
+
+
+def make_board(
+    index: int,
+    split: Split = "heldout",
+    *,
+    grid: tuple[int, int] | None = None,
+    items: int | None = None,
+    crowded: bool = False,
+    places: bool = False,
+) -> Board:
+    """Draw a board.
+
+    Args:
+        index: Its number; the same number gives the same board.
+        split: ``train`` or ``heldout``.
+        grid: Rows and columns of tiles, one of `GRIDS`; drawn at random if not given.
+        items: How many shapes; drawn at random if not given.
+        places: Ask also where things are (``side``, ``height``, ``order``). The shipped model was shown such questions
+            for a part of its training and did not learn to answer them reliably, so they are left out by default.
+        crowded: Put many more shapes on the board, with repeats and without questions (lessons for a vision tower).
+
+    Returns:
+        The board.
+    """
+    seeds = [_DOMAIN, int(split == "heldout"), int(crowded), index]
+    rng = np.random.default_rng(np.random.SeedSequence(seeds))
+    rows, columns = GRIDS[int(rng.choice(len(GRIDS), p=_GRID_SHARES))] if grid is None else grid
+    height, width = rows * TILE, columns * TILE
+    if rng.random() < 0.25:
+        share = rng.uniform(0.8, 0.97)
+        if rng.random() < 0.5:
+            height = int(height * share)
+        else:
+            width = int(width * share)
+    offset = ((rows * TILE - height) // 2, (columns * TILE - width) // 2)
+    paper = int(rng.integers(len(PAPERS)))
+    most = _MOST_ITEMS.get((rows, columns), 4)
+    # The larger of two draws: a board with one shape asks little.
+    count = int(rng.integers(1, most + 1, size=2).max()) if items is None else items
+    if crowded:
+        count = 2 * rows * columns + int(rng.integers(rows * columns + 1))
+    contents = _contents(rng, count, crowded=crowded)
+    while not crowded and _split_of(contents) != split:
+        contents = _contents(rng, count, crowded=crowded)
+    placed = tuple(_place(rng, contents, (rows, columns), (height, width), offset))
+    pixels = _draw(rng, placed, paper, (height, width))
+    questions = () if crowded else tuple(_ask(rng, placed, paper, (rows, columns), (height, width), places=places))
+    return Board(pixels, (rows, columns), offset, paper, placed, questions, index, split)
+
+
+def boards(count: int, split: Split = "heldout", start: int = 0) -> Iterator[Board]:
+    """Yield boards ``start`` to ``start + count - 1`` of a split.
+
+    Args:
+        count: How many.
+        split: ``train`` or ``heldout``.
+        start: The first index.
+
+    Yields:
+        The boards in order.
+    """
+    for index in range(start, start + count):
+        yield make_board(index, split)
+
+
+def make_demo() -> Board:
+    """Return the board of the bundled picture: two by two tiles, four shapes, chosen among ten held-out ones."""
+    return make_board(6, "heldout", grid=(2, 2), items=4)
+
+
+def all_words() -> list[str]:
+    """Return every word and sign of the questions and answers, digits left out, in a fixed order."""
+    return [*_WORDS.split(), *SHAPES, *COLOURS, *PAPERS]
+
+
+def _split_of(contents: list[tuple[int, int, int]]) -> Split:
+    text = ";".join(",".join(map(str, triple)) for triple in sorted(contents))
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return "heldout" if value % _HELDOUT_SHARE == 0 else "train"
+
+
+def _contents(rng: np.random.Generator, count: int, *, crowded: bool) -> list[tuple[int, int, int]]:
+    if crowded:
+        shapes, colours = rng.integers(len(SHAPES), size=count), rng.integers(len(COLOURS), size=count)
+    else:
+        shapes, colours = rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLOURS))[:count]
+    numbers = rng.integers(10, 100, size=count)
+    return [(int(s), int(c), int(n)) for s, c, n in zip(shapes, colours, numbers, strict=True)]
+
+
+def _place(
+    rng: np.random.Generator,
+    contents: list[tuple[int, int, int]],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    offset: tuple[int, int],
+) -> Iterator[Item]:
+    """Find room for each item inside one tile: a tower that reads tiles alone cannot read a number cut in two."""
+    taken: list[tuple[int, int, int, int]] = []
+    for shape, colour, number in contents:
+        for _ in range(200):
+            side = int(rng.integers(_SIZES[0], _SIZES[1] + 1))
+            row, column = int(rng.integers(grid[0])), int(rng.integers(grid[1]))
+            low = max(row * TILE - offset[0], 0) + 1, max(column * TILE - offset[1], 0) + 1
+            high = min((row + 1) * TILE - offset[0], size[0]) - 1, min((column + 1) * TILE - offset[1], size[1]) - 1
+            if high[0] - low[0] < side or high[1] - low[1] < side:
+                continue
+            top = int(rng.integers(low[0], high[0] - side + 1))
+            left = int(rng.integers(low[1], high[1] - side + 1))
+            if all(
+                top + side + 2 <= t or b + 2 <= top or left + side + 2 <= x or r + 2 <= left for t, x, b, r in taken
+            ):
+                break
+        else:
+            continue
+        taken.append((top, left, top + side, left + side))
+        plate_top = top + (side - _PLATE[0]) // 2 + (4 if SHAPES[shape] == "triangle" else 0)
+        plate_left = left + (side - _PLATE[1]) // 2
+        tens = (plate_top + 1, plate_left + 1, plate_top + 8, plate_left + 6)
+        units = (plate_top + 1, plate_left + 7, plate_top + 8, plate_left + 12)
+        yield Item(shape, colour, number, taken[-1], (tens, units))
+
+
+@lru_cache(maxsize=64)
+def stencil(shape: int, side: int) -> NDArray[np.float32]:
+    """Return the covered share of every pixel of a shape `[side, side]`."""
+    fine = 4 * side
+    canvas = Image.new("L", (fine, fine), 0)
+    pen = ImageDraw.Draw(canvas)
+    last, middle = fine - 1, fine / 2
+    name = SHAPES[shape]
+    if name == "circle":
+        pen.ellipse((0, 0, last, last), fill=255)
+    elif name == "square":
+        inset = fine * 0.08
+        pen.rectangle((inset, inset, last - inset, last - inset), fill=255)
+    elif name == "triangle":
+        pen.polygon([(middle, 0), (last, last), (0, last)], fill=255)
+    elif name == "diamond":
+        pen.polygon([(middle, 0), (last, middle), (middle, last), (0, middle)], fill=255)
+    elif name == "star":
+        radii = np.where(np.arange(10) % 2 == 0, middle, middle * 0.45)
+        angles = np.arange(10) * np.pi / 5 - np.pi / 2
+        points = zip(middle + radii * np.cos(angles), middle + radii * np.sin(angles), strict=True)
+        pen.polygon([(float(x), float(y)) for x, y in points], fill=255)
+    else:
+        arm = fine * 0.3
+        pen.rectangle((arm, 0, last - arm, last), fill=255)
+        pen.rectangle((0, arm, last, last - arm), fill=255)
+    coarse = canvas.resize((side, side), Image.Resampling.BOX)
+    share: NDArray[np.float32] = np.asarray(coarse, np.float32) / np.float32(255)
+    return share
+
+
+def _draw(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Paint paper, items, plates and noise. Returns `[height, width, 3]`."""
+    height, width = size
+    sheet = np.empty((height, width, 3), np.float32)
+    sheet[:] = rng.uniform(218, 246) + rng.uniform(-8, 8, size=3)
+    ink = rng.uniform(45, 75)
+    if PAPERS[paper] == "ruled":
+        step = int(rng.integers(7, 11))
+        sheet[int(rng.integers(step)) :: step] -= ink
+    elif PAPERS[paper] == "dotted":
+        step = int(rng.integers(6, 9))
+        row, column = int(rng.integers(step)), int(rng.integers(step))
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            sheet[row + down :: step, column + right :: step] -= ink
+    elif PAPERS[paper] == "graded":
+        ramp = np.linspace(0.1, 1, height if rng.random() < 0.5 else width, dtype=np.float32)
+        ramp = ramp if rng.random() < 0.5 else ramp[::-1]
+        sheet -= 1.3 * ink * (ramp[:, None, None] if len(ramp) == height else ramp[None, :, None])
+    for item in items:
+        top, left, bottom, right = item.box
+        alpha = stencil(item.shape, bottom - top)[..., None]
+        paint = _RGB[item.colour] + rng.uniform(-14, 14, size=3)
+        sheet[top:bottom, left:right] += alpha * (paint - sheet[top:bottom, left:right])
+        (plate_top, plate_left, _, _), _ = item.digits
+        sheet[plate_top - 1 : plate_top + 8, plate_left - 1 : plate_left + 12] = 250
+        for digit, (digit_top, digit_left, digit_bottom, digit_right) in zip(
+            divmod(item.number, 10), item.digits, strict=True
+        ):
+            sheet[digit_top:digit_bottom, digit_left:digit_right] -= 225 * _GLYPHS[digit][..., None]
+    sheet += rng.standard_normal((height, width, 1), dtype=np.float32) * rng.uniform(2, 8)
+    return np.clip(sheet, 0, 255).astype(np.uint8)
+
+
+def _ask(
+    rng: np.random.Generator,
+    items: tuple[Item, ...],
+    paper: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    places: bool,
+) -> Iterator[Question]:
+    """Yield every question that has one clear answer."""
+    height, width = size
+    for index, item in enumerate(items):
+        shape, colour, about = SHAPES[item.shape], COLOURS[item.colour], (index,)
+        for kind, name in (("pair", item.name), ("shape", shape), ("colour", f"{colour} shape")):
+            yield Question(f"What number is on the {name}?", str(item.number), f"number_{kind}", "tiles", about)
+        yield Question(f"What color is the {shape}?", colour, "colour", "either", about)
+        yield Question(f"What shape is {colour}?", shape, "shape", "either", about)
+        down, right = item.centre
+        # A tile does not say where it lies, so only the base tile knows a side that spans several tiles.
+        if places and abs(right - width / 2) >= 6:
+            answer = "left" if right < width / 2 else "right"
+            needs: Needs = "base" if grid[1] > 1 else "either"
+            yield Question(f"Is the {item.name} in the left or right half?", answer, "side", needs, about)
+        if places and abs(down - height / 2) >= 6:
+            answer = "top" if down < height / 2 else "bottom"
+            needs = "base" if grid[0] > 1 else "either"
+            yield Question(f"Is the {item.name} in the top or bottom half?", answer, "height", needs, about)
+    yield Question("How many shapes are there?", str(len(items)), "count", "either", tuple(range(len(items))))
+    yield Question("What paper is this?", PAPERS[paper], "paper", "either", ())
+    for _ in range(min(len(items) - 1, 2) if places else 0):
+        one, two = (int(value) for value in rng.permutation(len(items))[:2])
+        gap = items[two].centre[1] - items[one].centre[1]
+        if abs(gap) >= 10:
+            text = f"Is the {items[one].name} left of the {items[two].name}?"
+            answer = "yes" if gap > 0 else "no"
+            yield Question(text, answer, "order", "base" if grid[1] > 1 else "either", (one, two))
+
+
+def as_dict(question: Question) -> dict[str, Any]:
+    """Return a question as the dictionary that is stored beside the demo picture."""
+    return {"question": question.text, "answer": question.answer, "type": question.type, "needs": question.needs}

@@ -1,0 +1,172 @@
+"""The parts of the miniature model: configuration, tokenizer, processor and the checkpoint folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from tokenprune.models.mini.boards import GRIDS, TILE, all_words, as_dict, make_demo
+
+__all__ = ["PATCH", "SIDE", "export", "make_config", "make_processor", "make_tokenizer", "write_demo"]
+
+PATCH = 8
+"""Side of a patch in pixels."""
+SIDE = TILE // PATCH
+"""Patches along the side of a tile."""
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %} "
+    "ASSISTANT: {% endif %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word-level tokenizer. A number becomes one token a digit (``47`` -> ``4 ##7``).
+
+    Returns:
+        The tokenizer with a chat template; it puts ``<s>`` in front by itself.
+    """
+    digits = [str(digit) for digit in range(10)]
+    entries = [*_SPECIAL, *digits, *(f"##{digit}" for digit in digits), *all_words()]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(entries))}
+    core: Any = Tokenizer(WordPiece(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
+    """Build the configuration: a five-layer CLIP tower, features from its fourth layer, a three-layer Llama."""
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        projection_dim=96,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=TILE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=8 * -(-len(tokenizer) // 8),
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in GRIDS],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
+    """Build the processor that goes with `make_config`."""
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": TILE},
+        crop_size={"height": TILE, "width": TILE},
+        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in GRIDS],
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    # The tower's CLS token is the one additional token; without it the number of placeholders is one too small.
+    return LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+
+
+def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+    """Write an ordinary checkpoint folder in half precision, replacing an older one in one move.
+
+    Args:
+        model: The model in fp32; it is not changed.
+        folder: Where the checkpoint shall stand.
+    """
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    tokenizer = make_tokenizer()
+    twin: Any = LlavaNextForConditionalGeneration(make_config(tokenizer))
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=8,
+        do_sample=False,
+    )
+    twin.to(torch.float16).save_pretrained(fresh)
+    make_processor(tokenizer).save_pretrained(fresh)
+    # Stored in half precision for size, loaded in single precision: half is slow on a CPU.
+    settings = json.loads((fresh / "config.json").read_text())
+    for part in (settings, settings["text_config"], settings["vision_config"]):
+        part["dtype"] = "float32"
+    (fresh / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for file in fresh.iterdir():
+        file.chmod(0o644)
+    AutoTokenizer.from_pretrained(fresh)  # An unreadable folder must not replace a readable one.
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_demo(folder: Path) -> None:
+    """Write the demo picture and its questions.
+
+    Args:
+        folder: The folder of the pictures.
+    """
+    board = make_demo()
+    folder.mkdir(parents=True, exist_ok=True)
+    board.image.save(folder / "board.png")
+    (folder / "board.json").write_text(json.dumps([as_dict(item) for item in board.questions], indent=1) + "\n")
