@@ -1,6 +1,6 @@
 """Accuracy of strategies on the embedded model's held-out boards, with intervals.
 
-Run it: ``python -m tokenprune.experiments.heldout --number 200``
+Run it: ``python -m tokenprune.experiments.heldout --number 125``
 
 Every board is encoded once; all strategies and budgets share that encoding, and only the LLM runs again. Answers are
 generated greedily, all questions of a board in one batch. Questions of one board are not independent, so intervals come
@@ -10,11 +10,10 @@ from a bootstrap that resamples boards.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +37,9 @@ from tokenprune.strategies.components import (
 )
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
+
+Setting: TypeAlias = tuple[str, float]
+Answers: TypeAlias = NDArray[np.int64]
 
 
 def compared() -> dict[str, TokenReducer]:
@@ -106,7 +108,7 @@ def measure_board(
             yield name, budget, right, run
 
 
-def interval(right: Sequence[NDArray[np.int64]], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+def interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
     """Return a mean over questions and its 95 % interval from a bootstrap over boards.
 
     Args:
@@ -122,68 +124,141 @@ def interval(right: Sequence[NDArray[np.int64]], seed: int = 0, draws: int = 200
     return float(sums.sum() / sizes.sum()), float(low), float(high)
 
 
-def table(results: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]], budgets: Sequence[float]) -> str:
-    """Return the results as a Markdown table, strategies by budgets."""
-
-    def cell(key: tuple[str, float]) -> str:
-        mean, low, high = interval(results[key])
-        return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
-
-    lines = [f"| strategy | {' | '.join(f'{budget:.0%}' for budget in budgets)} |", "|---|" + "---|" * len(budgets)]
-    lines += [f"| {name} | {' | '.join(cell((name, budget)) for budget in budgets)} |" for name in compared()]
-    return "\n".join([f"full tokens: {cell(('full', 1.0))}", "", *lines])
-
-
-def main(number: int = 200, budgets: list[float] | None = None, out: str | None = None, start: int = 0) -> None:
-    """Measure all strategies on held-out boards and print the tables.
+@dataclass
+class Results:
+    """Everything that was measured, board by board.
 
     Args:
-        number: number of boards; each has about 20 questions.
+        kinds: type and place of the answer of each question of each board.
+        right: for each setting (name, budget), right (1) or wrong (0) per question of each board.
+        tokens: for each setting, tokens asked and kept of each board.
+    """
+
+    kinds: list[list[tuple[str, str]]] = field(default_factory=list)
+    right: dict[Setting, list[list[int]]] = field(default_factory=dict)
+    tokens: dict[Setting, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def __add__(self, other: Results) -> Results:
+        """Join the results of other boards."""
+        return Results(
+            self.kinds + other.kinds,
+            {key: rows + other.right[key] for key, rows in self.right.items()},
+            {key: rows + other.tokens[key] for key, rows in self.tokens.items()},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the results as JSON."""
+        settings = [[*key, self.right[key], self.tokens[key]] for key in self.right]
+        path.write_text(json.dumps({"kinds": self.kinds, "settings": settings}))
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what `save` wrote."""
+        found = json.loads(path.read_text())
+        out = cls([[(kind, needs) for kind, needs in board] for board in found["kinds"]])
+        for name, budget, right, tokens in found["settings"]:
+            out.right[name, budget] = right
+            out.tokens[name, budget] = [(asked, kept) for asked, kept in tokens]
+        return out
+
+    def of(self, key: Setting, kind: tuple[str, str] | None = None) -> list[Answers]:
+        """Return the answers of a setting per board, of one kind of question or of all."""
+        rows = zip(self.right[key], self.kinds, strict=True)
+        return [np.array([r for r, k in zip(row, ks, strict=True) if kind in (None, k)]) for row, ks in rows]
+
+
+def measure(first: int, number: int, budgets: Sequence[float]) -> Results:
+    """Measure all strategies on held-out boards.
+
+    Args:
+        first: index of the first board.
+        number: number of boards.
         budgets: budgets as ratios.
-        out: file for the results as JSON, one entry per question.
-        start: index of the first board.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    chosen = tuple(budgets or BUDGETS)
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path())
-    results: dict[tuple[str, float], list[NDArray[np.int64]]] = {}
-    kinds: list[list[tuple[str, str]]] = []
-    kept: dict[tuple[str, float], list[tuple[int, int]]] = {}
-    began = time.monotonic()
-    for board in boards(number, "heldout", start):
-        kinds.append([(question.type, question.needs) for question in board.questions])
-        for name, budget, right, run in measure_board(model, processor, board, chosen):
-            results.setdefault((name, budget), []).append(np.array(right, dtype=np.int64))
+    results = Results()
+    for board in boards(number, "heldout", first):
+        results.kinds.append([(question.type, question.needs) for question in board.questions])
+        for name, budget, right, run in measure_board(model, processor, board, budgets):
             image = run.account.images[0]
-            kept.setdefault((name, budget), []).append((image.asked, image.kept))
-    questions = sum(map(len, kinds))
-    print(f"{number} held-out boards, {questions} questions, {time.monotonic() - began:.0f} s")
-    print(table(results, chosen))
-    print("\ndifference of HiRED, paired, by budget:")
-    for budget in chosen:
-        for other in ("full", *(name for name in compared() if name != "HiRED")):
-            against = results[other, 1.0 if other == "full" else budget]
-            mean, low, high = interval([a - b for a, b in zip(results["HiRED", budget], against, strict=True)])
-            seen = "" if low > 0 or high < 0 else "  (no difference seen)"
-            print(f"  {budget:4.0%} against {other:30} {mean:+.1%} [{low:+.1%}, {high:+.1%}]{seen}")
-    print("\nby question type (full | HiRED at each budget):")
-    for kind in sorted({pair for board in kinds for pair in board}):
-        row = []
-        for key in [("full", 1.0), *(("HiRED", budget) for budget in chosen)]:
-            parts = [r[[k == kind for k in ks]] for r, ks in zip(results[key], kinds, strict=True)]
-            row.append(np.concatenate(parts))
-        print(
-            f"  {kind[0]:14} needs {kind[1]:7} n={len(row[0]):5}  " + " | ".join(f"{part.mean():.1%}" for part in row)
-        )
-    print("\ntokens kept of asked, mean over boards:")
-    for key, pairs in kept.items():
-        asked, have = np.array(pairs).mean(axis=0)
-        print(f"  {key[0]:30} {key[1]:4.0%}  {have:.1f} of {asked:.1f}")
+            results.right.setdefault((name, budget), []).append([int(one) for one in right])
+            results.tokens.setdefault((name, budget), []).append((image.asked, image.kept))
+    return results
+
+
+def report(results: Results) -> str:
+    """Return the tables as Markdown: strategies by budgets, paired differences, question types, tokens kept."""
+
+    def cell(rows: Sequence[Answers], sign: str = "") -> str:
+        mean, low, high = interval(rows)
+        return f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+    full, budgets = ("full", 1.0), sorted({budget for name, budget in results.right if name != "full"})
+    names = list(dict.fromkeys(name for name, _ in results.right if name != "full"))
+    head = f"| {' | '.join(f'{budget:.0%}' for budget in budgets)} |\n|---|" + "---|" * len(budgets)
+    questions = sum(map(len, results.kinds))
+    lines = [
+        f"{len(results.kinds)} held-out boards, {questions} questions. Right answers in percent, 95 % intervals from a "
+        "bootstrap over boards.",
+        f"\nFull tokens: {cell(results.of(full))}\n",
+        f"| strategy {head}",
+    ]
+    lines += [f"| {n} | {' | '.join(cell(results.of((n, b))) for b in budgets)} |" for n in names]
+    lines += ["\nHiRED minus others, paired, in points (*: the interval holds zero, no difference seen):\n"]
+    lines += [f"| HiRED minus {head}"]
+    for name in ["full", *(name for name in names if name != "HiRED")]:
+        cells = []
+        for budget in budgets:
+            other = results.of(full if name == "full" else (name, budget))
+            rows = [a - b for a, b in zip(results.of(("HiRED", budget)), other, strict=True)]
+            _, low, high = interval(rows)
+            cells.append(cell(rows, "+") + (" *" if low <= 0 <= high else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "\nBy type of question, full tokens and HiRED:\n",
+        f"| type | answer stands in | n | full {head}---|---|---|",
+    ]
+    for kind in sorted({pair for board in results.kinds for pair in board}):
+        keys = [full, *(("HiRED", budget) for budget in budgets)]
+        rows = [np.concatenate(results.of(key, kind)) for key in keys]
+        shares = " | ".join(f"{100 * row.mean():.1f}" for row in rows)
+        lines.append(f"| {kind[0]} | {kind[1]} | {len(rows[0])} | {shares} |")
+    lines += ["\nTokens kept of 100 asked, mean over boards:\n", f"| strategy {head}"]
+    for name in names:
+        shares = []
+        for budget in budgets:
+            asked, kept = np.array(results.tokens[name, budget]).sum(axis=0)
+            shares.append(f"{100 * kept / asked:.1f}")
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def main(
+    number: int = 125,
+    first: int = 1000,
+    budgets: list[float] | None = None,
+    out: str | None = None,
+    merge: list[str] | None = None,
+) -> None:
+    """Measure all strategies on held-out boards and print the tables.
+
+    Args:
+        number: number of boards; each has about 18 questions.
+        first: index of the first board. The training schedule was chosen with a look at boards 0 to 71.
+        budgets: budgets as ratios; 5, 10, 20 and 40 % if left out.
+        out: file for the results as JSON, question by question.
+        merge: files of earlier runs to report together, instead of measuring.
+    """
+    if merge:
+        results = sum((Results.load(Path(path)) for path in merge[1:]), Results.load(Path(merge[0])))
+    else:
+        results = measure(first, number, tuple(budgets or BUDGETS))
     if out is not None:
-        record = {f"{name} @ {budget}": [r.tolist() for r in rows] for (name, budget), rows in results.items()}
-        Path(out).write_text(json.dumps({"kinds": kinds, "right": record}))
+        results.save(Path(out))
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Question:
         text: The question.
         answer: The one correct answer.
         type: What is asked: ``number_pair``, ``number_shape``, ``number_colour``, ``colour``, ``shape``, ``count``,
-            ``side``, ``height``, ``order`` or ``paper``; places (``side``, ``height``, ``order``) only on demand.
+            ``side``, ``height``, ``paper``, or on demand ``order``.
         needs: Where the answer stands: ``tiles`` (only the full-resolution tiles show it), ``base`` (only the base tile
             shows it, because a tile does not know where it lies) or ``either``.
         about: Indices of the items that carry the answer.
@@ -157,7 +157,8 @@ def make_board(
     grid: tuple[int, int] | None = None,
     items: int | None = None,
     crowded: bool = False,
-    places: bool = False,
+    places: bool = True,
+    orders: bool = False,
 ) -> Board:
     """Draw a board.
 
@@ -166,8 +167,9 @@ def make_board(
         split: ``train`` or ``heldout``.
         grid: Rows and columns of tiles, one of `GRIDS`; drawn at random if not given.
         items: How many shapes; drawn at random if not given.
-        places: Ask also where things are (``side``, ``height``, ``order``). The shipped model was shown such questions
-            for a part of its training and did not learn to answer them reliably, so they are left out by default.
+        places: Ask also in which half of the picture things are (``side``, ``height``).
+        orders: Ask also which of two things is left of the other (``order``). The shipped model was shown such
+            questions for a part of its training and did not learn to answer them, so they are left out by default.
         crowded: Put many more shapes on the board, with repeats and without questions (lessons for a vision tower).
 
     Returns:
@@ -195,7 +197,8 @@ def make_board(
         contents = _contents(rng, count, crowded=crowded)
     placed = tuple(_place(rng, contents, (rows, columns), (height, width), offset))
     pixels = _draw(rng, placed, paper, (height, width))
-    questions = () if crowded else tuple(_ask(rng, placed, paper, (rows, columns), (height, width), places=places))
+    asked = _ask(rng, placed, paper, (rows, columns), (height, width), places=places, orders=orders)
+    questions = () if crowded else tuple(asked)
     return Board(pixels, (rows, columns), offset, paper, placed, questions, index, split)
 
 
@@ -344,6 +347,7 @@ def _ask(
     size: tuple[int, int],
     *,
     places: bool,
+    orders: bool,
 ) -> Iterator[Question]:
     """Yield every question that has one clear answer."""
     height, width = size
@@ -365,7 +369,7 @@ def _ask(
             yield Question(f"Is the {item.name} in the top or bottom half?", answer, "height", needs, about)
     yield Question("How many shapes are there?", str(len(items)), "count", "either", tuple(range(len(items))))
     yield Question("What paper is this?", PAPERS[paper], "paper", "either", ())
-    for _ in range(min(len(items) - 1, 2) if places else 0):
+    for _ in range(min(len(items) - 1, 2) if orders else 0):
         one, two = (int(value) for value in rng.permutation(len(items))[:2])
         gap = items[two].centre[1] - items[one].centre[1]
         if abs(gap) >= 10:

@@ -16,6 +16,7 @@ from tokenprune.models.mini.build import PATCH, SIDE
 __all__ = [
     "DENSE",
     "IGNORE",
+    "PLACES",
     "SEVERAL",
     "TOKENS",
     "Lesson",
@@ -43,6 +44,8 @@ DENSE = {
     "column": SIDE,
 }
 """What every patch has to name, and the number of classes; the last class of the first four means nothing."""
+PLACES = {"side": 3, "height": 3}
+"""What the patches of items have to name in stage 3, and the number of classes."""
 SEVERAL = {"pair": len(SHAPES) * len(COLOURS), "tens": 10, "units": 10}
 """What CLS has to name, several at once."""
 
@@ -56,12 +59,15 @@ class Lesson:
         digits: Whether a patch shows a good part of the tens digit and of the units digit, `[2, items, tiles, tokens]`.
         dense: Class of each patch by head, `[tiles, tokens]`.
         several: What is in a tile by head, 0 or 1, `[tiles, classes]`.
+        places: Half of the picture that the item of a patch lies in, by head, `[tiles, tokens]`: 0 left or top, 1 right
+            or bottom, 2 for items in sub-images, which do not say where they lie.
     """
 
     shown: Flags
     digits: Flags
     dense: dict[str, Integers]
     several: dict[str, Integers]
+    places: dict[str, Integers]
 
 
 def _overlap(edges: Floats, low: int, high: int) -> Floats:
@@ -117,16 +123,20 @@ def lesson(board: Board) -> Lesson:
     dense["paper"][:] = board.paper
     dense["row"][:], dense["column"][:] = np.divmod(np.arange(TOKENS), SIDE)
     several = {name: np.zeros((tiles, size), dtype=np.int64) for name, size in SEVERAL.items()}
+    places = {name: np.full((tiles, TOKENS), IGNORE, dtype=np.int64) for name in PLACES}
     owner = covered[0].argmax(0) if count else np.zeros((tiles, TOKENS), np.int64)
     for number, item in enumerate(board.items):
         mine = shown[number] & (owner == number)
         dense["shape"][mine], dense["colour"][mine] = item.shape, item.colour
+        for name, centre, extent in (("side", item.centre[1], width), ("height", item.centre[0], height)):
+            places[name][mine] = 2
+            places[name][0][mine[0]] = IGNORE if abs(centre - extent / 2) < 6 else int(centre > extent / 2)
         present = shown[number].any(-1)
         several["pair"][present, item.shape * len(COLOURS) + item.colour] = 1
         for name, value, where in zip(("tens", "units"), divmod(item.number, 10), digits[:, number], strict=True):
             dense[name][where] = value
             several[name][where.any(-1), value] = 1
-    return Lesson(shown, digits, dense, several)
+    return Lesson(shown, digits, dense, several, places)
 
 
 def tiles_of(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
@@ -229,7 +239,7 @@ def answerable(question: Question, truth: Lesson, kept: Flags) -> bool:
         in_base, in_tiles = int(shown[0].sum()), int(shown[1:].sum())
         if question.needs == "tiles":
             seen = bool((truth.digits[:, item] & kept).any((-2, -1)).all())
-        elif question.needs == "base":
+        elif question.type in PLACES:
             seen = in_base >= 1
         else:
             seen = in_base + in_tiles / 2 >= 1

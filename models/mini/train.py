@@ -33,6 +33,7 @@ from tokenprune.models.mini.build import export, make_config, make_tokenizer
 from tokenprune.models.mini.lessons import (
     DENSE,
     IGNORE,
+    PLACES,
     SEVERAL,
     TOKENS,
     Integers,
@@ -49,7 +50,7 @@ PICTURES = 16
 QUESTIONS = 10
 """Questions about each picture in a step of stage 2."""
 TOWER_STEPS = 1100
-READER_STEPS = 1820
+READER_STEPS = 2320
 CROWDED_UNTIL = 500
 """Until this step of stage 1 three of four steps show crowded boards: more to learn in every picture."""
 SMALL_UNTIL = 250
@@ -61,12 +62,20 @@ TOGETHER_FROM = 900
 HARD_FROM = 1000
 """From this step of stage 2 fewer steps have gaps, and what is learned late is asked more often."""
 PLACES_UNTIL = 1300
-"""Until this step of stage 2 some questions ask where things are; they were not learned reliably and then left out."""
+"""Until this step of stage 2 some questions ask where things are; they were not learned and then left out."""
+PLACES_FROM = 1820
+"""From this step of stage 2 patches of the base tile are taught to name the half of the picture that their item lies
+in, and questions about it are asked again."""
+FULL_AGAIN_UNTIL = 1980
+"""From PLACES_FROM until this step no token is removed: the tower learns in complete pictures only."""
+READING_PLACES = range(2100, 2160)
+"""In these steps of stage 2 the tower is frozen, the rate high, and most questions ask where things are."""
 TOWER_RATES = ((0, 0.05), (19, 1.0), (605, 1.0), (TOWER_STEPS, 0.03))
 """Rates of stage 1 as (step, factor), linear between."""
 READER_RATES = (
     *((0, 0.05), (19, 1.0), (699, 1.0), (700, 0.3), (1200, 0.25), (1299, 0.2236)),
-    *((1300, 0.1), (READER_STEPS, 0.005)),
+    *((1300, 0.1), (1819, 0.005), (1820, 0.02), (1840, 0.25), (1979, 0.25), (1980, 0.12), (2080, 0.12)),
+    *((2099, 0.1079), (2100, 0.4), (2160, 0.4), (2161, 0.1), (READER_STEPS, 0.005)),
 )
 """Rates of stage 2. At the full rate colours and shapes are learned, and at a third of it which number is whose."""
 
@@ -79,14 +88,18 @@ class Heads(nn.Module):
         self.dense = nn.Linear(width, sum(DENSE.values()))
         several = sum(SEVERAL.values())
         self.cls = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, several)) for _ in range(layers))
+        self.places = nn.Linear(width, sum(PLACES.values()))
         self.weights = [0.3] * (layers - 2) + [1.0] * 2
 
-    def forward(self, hidden: Sequence[Tensor], lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
+    def forward(
+        self, hidden: Sequence[Tensor], lessons: Sequence[Lesson], *, places: bool = False
+    ) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of the tower and the shares of right names.
 
         Args:
             hidden: CLS and patches after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each.
             lessons: The ground truth of the boards that the tiles belong to.
+            places: Whether patches of items also name the half of the picture.
 
         Returns:
             The loss and the shares.
@@ -103,6 +116,14 @@ class Heads(nn.Module):
             loss = loss + (1.0 if empty else 0.15) * part
             asked = (target != IGNORE) & ((target != logits.shape[1] - 1) if empty else True)
             scores[name] = (logits.argmax(1) == target)[asked].float().mean().item()
+        if places:
+            halves = self.places(hidden[-2][:, 1:]).flatten(0, 1).split(list(PLACES.values()), dim=1)
+            weight = torch.tensor([2.0, 2.0, 0.5])
+            for name, logits in zip(PLACES, halves, strict=True):
+                target = torch.from_numpy(np.concatenate([one.places[name] for one in lessons])).flatten()
+                loss = loss + 2.0 * F.cross_entropy(logits, target, weight=weight, ignore_index=IGNORE)
+                known = (target == 0) | (target == 1)
+                scores[name] = (logits.argmax(1) == target)[known].float().mean().item()
         target = torch.from_numpy(
             np.concatenate([np.concatenate([one.several[name] for name in SEVERAL], axis=1) for one in lessons])
         ).float()
@@ -146,7 +167,13 @@ class Prompt:
 
 
 def make_prompt(
-    board: Board, truth: Lesson, rng: np.random.Generator, write: Callable[[str], list[int]], *, gaps: bool, hard: bool
+    board: Board,
+    truth: Lesson,
+    rng: np.random.Generator,
+    write: Callable[[str], list[int]],
+    *,
+    gaps: bool,
+    more: dict[str, float],
 ) -> Prompt:
     """Draw which tokens of a board are there, and questions that they answer.
 
@@ -156,7 +183,7 @@ def make_prompt(
         rng: The source of chance.
         write: Turns text into token ids.
         gaps: Whether tokens are removed.
-        hard: Whether what is learned late is asked more often.
+        more: How much more often than others a type of question is asked.
 
     Returns:
         The sequence.
@@ -176,7 +203,7 @@ def make_prompt(
     positions = before + (np.flatnonzero(stays) if preserve else np.arange(int(stays.sum())))
     text_start = before + (len(order) if preserve else len(positions))
     choices = [question for question in board.questions if answerable(question, truth, kept)]
-    chance = np.array([_chance(question) * (_HARD.get(question.type, 1.0) if hard else 1.0) for question in choices])
+    chance = np.array([_chance(question) * more.get(question.type, 1.0) for question in choices])
     size = min(QUESTIONS, len(choices))
     picked = rng.choice(len(choices), size=size, replace=False, p=chance / chance.sum())
     ids: list[int] = []
@@ -198,6 +225,7 @@ def _chance(question: Question) -> float:
     return 1.0 if len(question.about) == 1 and question.type != "count" else 2.0
 
 
+_PLACES = {"side": 6.0, "height": 6.0}
 _HARD = {"colour": 0.4, "shape": 0.4, "paper": 0.4, "number_colour": 2.0, "side": 2.5, "height": 2.5, "order": 2.5}
 _TOKENIZER = make_tokenizer()
 _END = int(_TOKENIZER.eos_token_id)
@@ -329,25 +357,29 @@ def reader_step(
         gaps = step >= FULL_UNTIL and step % 5 > 1
     else:
         gaps = (step + step // 6) % 3 > 1 if step < PLACES_UNTIL else (step + step // 6) % 2 > 0
+        gaps &= not PLACES_FROM <= step < FULL_AGAIN_UNTIL
     # Grids with the same number of tiles go together, so that sequences are about equally long.
     alike = [grid for grid in GRIDS if grid[0] * grid[1] == (2 if step < SMALL_UNTIL else (2, 4, 3, 4, 2, 4)[step % 6])]
-    places = step < PLACES_UNTIL
-    boards = [make_board(start + k, "train", grid=alike[k % len(alike)], places=places) for k in range(PICTURES)]
+    orders, again = step < PLACES_UNTIL, step >= PLACES_FROM
+    boards = [
+        make_board(start + k, "train", grid=alike[k % len(alike)], places=orders or again, orders=orders)
+        for k in range(PICTURES)
+    ]
     truths = [lesson(board) for board in boards]
     pixels, tiles = tiles_of(boards)
-    together = not gaps and step >= TOGETHER_FROM
+    together = not gaps and step >= TOGETHER_FROM and step not in READING_PLACES
     with torch.set_grad_enabled(together):
         hidden = tower_output(model, pixels)
     features = model.model.multi_modal_projector(hidden[-2][:, 1:]).split(tiles)
+    more = {} if step < HARD_FROM else _HARD if step < READING_PLACES.start else _PLACES
     prompts = [
-        make_prompt(board, truth, rng, write, gaps=gaps, hard=step >= HARD_FROM)
-        for board, truth in zip(boards, truths, strict=True)
+        make_prompt(board, truth, rng, write, gaps=gaps, more=more) for board, truth in zip(boards, truths, strict=True)
     ]
     loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], prompts)
     scores = {"gaps": float(gaps), "answers": loss.item(), "right": right}
     if together:
-        more, names = heads(hidden, truths)
-        loss, scores = loss + 0.3 * more, scores | names
+        tower, names = heads(hidden, truths, places=again)
+        loss, scores = loss + (1.0 if again else 0.3) * tower, scores | names
     return loss, scores
 
 
@@ -384,13 +416,13 @@ def train(
             opts = optimisers(model, heads, reader=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
-        if done != tower_steps:
+        if done not in (tower_steps, tower_steps + PLACES_FROM):
             for opt, saved in zip(opts, state["optimisers"], strict=True):
                 opt.load_state_dict(saved)
     since = time.monotonic() - spent
     model.train()
     while done < min(tower_steps + reader_steps, stop_after or tower_steps + reader_steps):
-        if done == tower_steps:
+        if done in (tower_steps, tower_steps + PLACES_FROM):
             opts = optimisers(model, heads, reader=True)
         if done < tower_steps:
             set_rates(opts, done, TOWER_RATES)
