@@ -228,11 +228,8 @@ def report(results: Results) -> str:
         lines.append(f"| {kind[0]} | {kind[1]} | {len(rows[0])} | {shares} |")
     lines += ["\nTokens kept of 100 asked, mean over boards:\n", f"| strategy {head}"]
     for name in names:
-        shares = []
-        for budget in budgets:
-            asked, kept = np.array(results.tokens[name, budget]).sum(axis=0)
-            shares.append(f"{100 * kept / asked:.1f}")
-        lines.append(f"| {name} | {' | '.join(shares)} |")
+        totals = [np.array(results.tokens[name, budget]).sum(axis=0) for budget in budgets]
+        lines.append(f"| {name} | {' | '.join(f'{100 * kept / asked:.1f}' for asked, kept in totals)} |")
     return "\n".join(lines)
 
 
