@@ -60,12 +60,10 @@ def compared() -> dict[str, TokenReducer]:
     }
 
 
-def grid(budgets: Sequence[float]) -> Iterator[tuple[str, float, TokenReducer]]:
-    """Yield every compared setting as (name, budget, strategy), full tokens first."""
-    yield "full", 1.0, HiRED(1.0)
-    for budget in budgets:
-        for name, reducer in compared().items():
-            yield name, budget, replace(reducer, budget=budget)
+def grid(reducers: Mapping[str, TokenReducer], budgets: Sequence[float]) -> list[tuple[str, float, TokenReducer]]:
+    """Return every compared setting as (name, budget, strategy), full tokens first."""
+    settings = [(n, budget, replace(reducer, budget=budget)) for budget in budgets for n, reducer in reducers.items()]
+    return [("full", 1.0, HiRED(1.0)), *settings]
 
 
 def answer(
@@ -88,7 +86,7 @@ def answer(
 
 
 def measure_board(
-    model: Any, processor: Any, board: Board, budgets: Sequence[float]
+    model: Any, processor: Any, board: Board, settings: Sequence[tuple[str, float, TokenReducer]]
 ) -> Iterator[tuple[str, float, list[bool], Run]]:
     """Yield (name, budget, right or wrong per question, run) of every setting for one board."""
     turns = [
@@ -99,10 +97,10 @@ def measure_board(
     one = processor(images=[board.image], text=prompts[:1], return_tensors="pt")
     every = processor(images=[board.image] * len(prompts), text=prompts, return_tensors="pt", padding=True)
     text = {name: every[name] for name in ("input_ids", "attention_mask")}
-    needs: list[Signal] = [signal for _, _, reducer in grid(budgets) for signal in reducer.needs]
+    needs: list[Signal] = [signal for _, _, reducer in settings for signal in reducer.needs]
     with torch.no_grad():
         encoding = find_adapter(model).encode(one, needs)
-        for name, budget, reducer in grid(budgets):
+        for name, budget, reducer in settings:
             texts, run = answer(model, processor, encoding, text, reducer)
             right = ["".join(t.split()) == q.answer for t, q in zip(texts, board.questions, strict=True)]
             yield name, budget, right, run
@@ -167,22 +165,25 @@ class Results:
         return [np.array([r for r, k in zip(row, ks, strict=True) if kind in (None, k)]) for row, ks in rows]
 
 
-def measure(first: int, number: int, budgets: Sequence[float]) -> Results:
-    """Measure all strategies on held-out boards.
+def measure(
+    first: int, number: int, budgets: Sequence[float], reducers: Mapping[str, TokenReducer] | None = None
+) -> Results:
+    """Measure strategies on held-out boards.
 
     Args:
         first: index of the first board.
         number: number of boards.
         budgets: budgets as ratios.
+        reducers: strategies by name; all of `compared` if left out.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path())
-    results = Results()
+    results, settings = Results(), grid(compared() if reducers is None else reducers, budgets)
     for board in boards(number, "heldout", first):
         results.kinds.append([(question.type, question.needs) for question in board.questions])
-        for name, budget, right, run in measure_board(model, processor, board, budgets):
+        for name, budget, right, run in measure_board(model, processor, board, settings):
             image = run.account.images[0]
             results.right.setdefault((name, budget), []).append([int(one) for one in right])
             results.tokens.setdefault((name, budget), []).append((image.asked, image.kept))
