@@ -25,6 +25,7 @@ from tokenprune.catalogue import strategies
 from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
+from tokenprune.models.mini.evaluate import ask
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import (
@@ -89,13 +90,8 @@ def measure_board(
     model: Any, processor: Any, board: Board, settings: Sequence[tuple[str, float, TokenReducer]]
 ) -> Iterator[tuple[str, float, list[bool], Run]]:
     """Yield (name, budget, right or wrong per question, run) of every setting for one board."""
-    turns = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
-        for question in board.questions
-    ]
-    prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    one = processor(images=[board.image], text=prompts[:1], return_tensors="pt")
-    every = processor(images=[board.image] * len(prompts), text=prompts, return_tensors="pt", padding=True)
+    questions = [question.text for question in board.questions]
+    one, every = ask(processor, board.image, questions[:1]), ask(processor, board.image, questions)
     text = {name: every[name] for name in ("input_ids", "attention_mask")}
     needs: list[Signal] = [signal for _, _, reducer in settings for signal in reducer.needs]
     with torch.no_grad():
