@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,10 @@ def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], m
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     """The signal comes while questions are being answered."""
     command = [sys.executable, "-m", "tokenprune", "run", "--repeats", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    # A shell that runs the tests in the background has Ctrl-C ignored, and children would inherit that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process: Any = subprocess.Popen(command, preexec_fn=heeding, **pipes)  # type: ignore[call-overload]
     while not (tmp_path / "tokenprune-out").exists():  # made after the pictures are read
         assert process.poll() is None
         time.sleep(0.05)
