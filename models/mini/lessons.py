@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as pictures
 
+from tokenprune.image import TileGeometry
 from tokenprune.models.mini.boards import COLOURS, PAPERS, SHAPES, TILE, Board, Question, stencil
 from tokenprune.models.mini.build import PATCH, SIDE
 
@@ -172,21 +173,9 @@ def packing(board: Board) -> tuple[Integers, Integers]:
         The flat tile token at each visual position, -1 for a newline, `[visual]`; and the row of the mosaic that it
         belongs to, -1 in the base tile, `[visual]`.
     """
-    rows, columns = board.grid
-    mosaic = TOKENS + np.arange(rows * columns * TOKENS).reshape(rows, columns, SIDE, SIDE).transpose(0, 2, 1, 3)
-    mosaic = mosaic.reshape(rows * SIDE, columns * SIDE)
-    # The same rounding as unpad_image: the picture in token units, the padding halved and rounded down.
     height, width = board.pixels.shape[:2]
-    if width / height > columns / rows:
-        cut = (rows * SIDE - int(round(height * (columns * SIDE / width), 7))) // 2
-        mosaic = mosaic[cut : rows * SIDE - cut]
-    else:
-        cut = (columns * SIDE - int(round(width * (rows * SIDE / height), 7))) // 2
-        mosaic = mosaic[:, cut : columns * SIDE - cut]
-    lines = np.concatenate([mosaic, np.full((len(mosaic), 1), -1)], axis=1)
-    order = np.concatenate([np.arange(TOKENS), lines.reshape(-1)])
-    line = np.concatenate([np.full(TOKENS, -1), np.repeat(np.arange(len(lines)), lines.shape[1])])
-    return order, line
+    layout = TileGeometry.anyres((height, width), board.grid, (SIDE, SIDE), TILE)
+    return layout.packed.numpy(), layout.separator_of.numpy()
 
 
 def random_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
