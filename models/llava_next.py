@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -42,6 +43,12 @@ class LlavaNextAdapter(PlaceholderAdapter):
         for picture, size, number in zip(pixels, sizes, numbers, strict=True):
             picture[:number] = torch.randn(number, *picture.shape[1:], generator=seeded(size))
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The learned newline token, `[dim]`."""
+        newline: Tensor = self.model.base_model.image_newline
+        return newline
 
     @cached_property
     def _known_layouts(self) -> dict[tuple[int, int], TileGeometry]:

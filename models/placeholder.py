@@ -5,20 +5,36 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Adapter, Encoding, LLMShape
-from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
+from tokenprune.image import (
+    ALIGNED_SIGNALS,
+    SEPARATOR,
+    TEXT_SIGNALS,
+    USED_WHEN_ATTACHED,
+    EncodedImage,
+    Signal,
+    TileGeometry,
+)
 from tokenprune.models.probe import probe, wanted_layers
+from tokenprune.models.text import example_text_model, question_in, text_tower
 
 EXAMPLE_PAD, EXAMPLE_IMAGE, EXAMPLE_TILE = 0, 3, 56
 """Padding id, placeholder id and side of a tile in pixels of example models."""
+
+
+ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
+"""Which captured signal each aligned one is made from."""
 
 
 def example_parts() -> dict[str, Any]:
@@ -107,8 +123,12 @@ class PlaceholderAdapter(Adapter):
     @property
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model can give."""
-        kinds = {"received_attention", "keys", "vision_features"}
-        return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
+        kinds = {"received_attention", "keys", "vision_features", *USED_WHEN_ATTACHED}
+        if self.has_cls:
+            kinds |= {"cls_attention", "cls_logits", "joint_attention", "cls_features"}
+        if self.tower.config.model_type == "clip_vision_model":
+            kinds |= ALIGNED_SIGNALS | TEXT_SIGNALS
+        return frozenset(kinds)
 
     @property
     def image_token_id(self) -> int:
@@ -159,14 +179,66 @@ class PlaceholderAdapter(Adapter):
             raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
         return index
 
-    def encode(self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0) -> Encoding:
+    @cached_property
+    def projector(self) -> nn.Module:
+        """What turns features of the vision tower into visual tokens."""
+        projector: nn.Module = self.model.base_model.multi_modal_projector
+        return projector
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
+        projected: Tensor = self.projector(features.to(self.model.dtype)[None])[0]
+        return projected
+
+    def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
+        """Return a question in the space that the text model shares with the vision tower."""
+        return text_tower(text_model).embed(text, self.model.device)
+
+    def example_text_model(self) -> str:
+        """Return the folder of a tiny CLIP checkpoint whose vision tower is as wide as that of the model."""
+        return example_text_model(self.tower.config.hidden_size)
+
+    def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
+        """Return what the user asks in each prompt row.
+
+        Raises:
+            ValueError: if no tokenizer was given and the model does not say which folder or hub id it comes from.
+        """
+        tokenizer = self._own_tokenizer if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
+        special = [*tokenizer.all_special_tokens, tokenizer.decode([self.image_token_id])]
+        real = input_ids != self.image_token_id
+        real = real if attention_mask is None else real & attention_mask.bool()
+        return [question_in(tokenizer.decode(ids[keep]), special) for ids, keep in zip(input_ids, real, strict=True)]
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        name = getattr(self.model, "name_or_path", "")
+        if not name:
+            raise ValueError(
+                "the question cannot be read from the prompt: the model was not loaded from a folder or hub id with a "
+                "tokenizer. Attach with reducer(model, tokenizer=processor.tokenizer) or question=..."
+            )
+        return AutoTokenizer.from_pretrained(name)
+
+    def encode(
+        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+    ) -> Encoding:
         """Run the model's own `get_image_features` once, with the needed layers under the probe."""
         self.check_select_strategy(inputs)
         feature_layer, prefix = self.feature_layer(inputs), int(self.has_cls)
         arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
         wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
-        with probe(self.tower_layers, wanted, prefix) as captured:
+        for kinds in wanted.values():
+            kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
+        with (
+            probe(self.tower_layers, wanted, prefix) as captured,
+            projector_probe(self.projector, captured, feature_layer, wanted),
+        ):
             outputs = self.model.base_model.get_image_features(**arguments, return_dict=True)
+        for index, kinds in wanted.items():
+            for aligned in kinds & ALIGNED_SIGNALS:
+                source = captured[ALIGNED_FROM[aligned], index]
+                captured[aligned, index] = text_tower(text_model).align(source)
         layouts = self.layouts(inputs)
         tiles = [layout.tiles for layout in layouts]
         per_image = {key: torch.split(value, tiles) for key, value in captured.items()}
@@ -184,14 +256,57 @@ class PlaceholderAdapter(Adapter):
             )
             for number, layout in enumerate(layouts)
         ]
-        return Encoding(images, packed, outputs)
+        return Encoding(images, packed, outputs, arguments)
+
+    def unencoded(self, inputs: Mapping[str, Any]) -> Encoding:
+        """Return an encoding with layouts and no features."""
+        self.check_select_strategy(inputs)
+        arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
+        device, layer = inputs["pixel_values"].device, self.feature_layer(inputs)
+        layouts = self.layouts(inputs)
+        images = [
+            EncodedImage(layout, torch.zeros(layout.tiles, layout.tokens, 0, device=device), feature_layer=layer)
+            for layout in layouts
+        ]
+        return Encoding(images, [torch.zeros(len(one.packed), 0, device=device) for one in layouts], None, arguments)
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The learned newline token, `[dim]`; None if the model has none."""
+        return None
+
+    def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
+        """Shrink the pixels of every tile and run the vision tower with interpolated position embeddings."""
+        layouts, chosen = self.layouts(inputs), inputs.get("vision_feature_layer")
+        chosen = self.model.config.vision_feature_layer if chosen is None else chosen
+        pixels, patch = inputs["pixel_values"], self.tower.config.patch_size
+        pixels = pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
+        packed = []
+        for layout, grid, tiles in zip(layouts, grids, pixels, strict=True):
+            if grid is None:
+                packed.append(torch.zeros(0, self.model.config.get_text_config().hidden_size, device=tiles.device))
+                continue
+            size = (grid[0] * patch, grid[1] * patch)
+            small = F.interpolate(tiles[: layout.tiles].float(), size, mode="bicubic", antialias=True)
+            hidden = self.tower(
+                small.to(self.model.dtype), interpolate_pos_encoding=True, output_hidden_states=True
+            ).hidden_states
+            wanted = [hidden[index] for index in (chosen if isinstance(chosen, list) else [chosen])]
+            features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
+            places = layout.resized(grid)[0].packed.to(features.device)
+            image = features[places.clamp(min=0)]
+            if self.newline is not None:
+                image[places == SEPARATOR] = self.newline.to(image.dtype)
+            packed.append(image)
+        return packed
 
     def hand_over(self, encoding: Encoding, packed: list[Tensor]) -> dict[str, Any]:
         """Return `mm_encoder_outputs` with the kept features; images of which nothing is left are left out."""
         packed = [features for features in packed if len(features)]
         if not packed:
             return {}
-        outputs = copy.copy(encoding.outputs)  # generate expands the object in place for beams
+        # A copy: generate expands the object in place for beams.
+        outputs = copy.copy(encoding.outputs or BaseModelOutputWithPooling())
         outputs["pooler_output"] = packed
         outputs.pooler_output = packed
         return {"mm_encoder_outputs": {"image": outputs}}
@@ -209,6 +324,30 @@ class PlaceholderAdapter(Adapter):
                 f"vision_feature_select_strategy={strategy!r} leaves no grid of patches in a tower "
                 f"{'with' if self.has_cls else 'without'} a CLS token; set it to {fitting!r}"
             )
+
+
+@contextmanager
+def projector_probe(
+    projector: nn.Module, captured: dict[tuple[str, int], Tensor], layer: int, wanted: Mapping[int, set[str]]
+) -> Iterator[None]:
+    """Capture what the projector is given while the block runs, if that is wanted.
+
+    Args:
+        projector: the projector.
+        captured: where to put it, under ``("projector_inputs", layer)``.
+        layer: the feature layer.
+        wanted: kinds of signals per layer index.
+    """
+    if "projector_inputs" not in wanted.get(layer, ()):
+        yield
+        return
+    parts: list[Tensor] = []
+    hook = projector.register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
+    try:
+        yield
+    finally:
+        hook.remove()
+    captured["projector_inputs", layer] = torch.cat(parts)
 
 
 def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenprune.attention import cls_logits, cls_rows, received
-from tokenprune.image import Signal
+from tokenprune.attention import cls_logits, cls_rows, joint_row, received
+from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
 
 PROBE = "tokenprune_probe"
 """The private name in transformers' attention interface."""
+ATTENTION = ROW_SIGNALS | {"keys"}
+"""Kinds of signals that are read inside an attention module."""
+OUTPUTS = frozenset({"vision_features", "cls_features"})
+"""Kinds of signals that are read from the output of a layer."""
 
 
 def _probed_attention(
@@ -94,6 +98,8 @@ def probe(
                 add("cls_attention", index, cls_rows(query, key, scale))
             if "cls_logits" in kinds:
                 add("cls_logits", index, cls_logits(query, key, scale))
+            if "joint_attention" in kinds:
+                add("joint_attention", index, joint_row(query, key))
             if "received_attention" in kinds:
                 add("received_attention", index, received(query, key, scale, prefix))
             if "keys" in kinds:
@@ -101,18 +107,21 @@ def probe(
 
         return record
 
-    def feature_hook(index: int) -> Any:
+    def feature_hook(index: int, kinds: set[str]) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            add("vision_features", index, hidden.detach()[:, prefix:])
+            hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            if "vision_features" in kinds:
+                add("vision_features", index, hidden[:, prefix:])
+            if "cls_features" in kinds:
+                add("cls_features", index, hidden[:, :prefix])
 
         return hook
 
     with ExitStack() as undo:
         for index, kinds in wanted.items():
-            if "vision_features" in kinds:
-                undo.callback(layers[index].register_forward_hook(feature_hook(index)).remove)
-            if kinds - {"vision_features"}:
+            if kinds & OUTPUTS:
+                undo.callback(layers[index].register_forward_hook(feature_hook(index, kinds)).remove)
+            if kinds & ATTENTION:
                 attention: Any = layers[index].self_attn
                 undo.callback(setattr, attention, "config", attention.config)
                 config = copy.copy(attention.config)

@@ -21,9 +21,17 @@ def encoded(geometry: TileGeometry, seed: int = 0, heads: int = 3, dim: int = 5)
         for layer in range(LAYERS)
     }
     for layer in range(LAYERS):
+        signals["joint_attention", layer] = torch.randn(tiles, 1, tokens + 1, generator=generator).softmax(-1)[..., 1:]
+        signals["keys", layer] = torch.randn(tiles, heads, tokens, dim, generator=generator)
+        signals["cls_features", layer] = torch.randn(tiles, 1, dim, generator=generator)
+        signals["aligned_cls", layer] = torch.randn(tiles, 1, dim, generator=generator)
+        signals["aligned_features", layer] = torch.randn(tiles, tokens, dim, generator=generator)
         signals["cls_logits", layer] = torch.randn(tiles, heads, tokens, generator=generator)
         signals["received_attention", layer] = torch.rand(tiles, heads, tokens, generator=generator) / tokens
         signals["vision_features", layer] = torch.randn(tiles, tokens, dim, generator=generator)
+    signals["projector_inputs", FEATURE_LAYER] = torch.randn(tiles, tokens, dim, generator=generator)
+    signals["question", FEATURE_LAYER] = torch.randn(2, dim, generator=generator)
+    signals["question_tokens", FEATURE_LAYER] = torch.randn(4, dim, generator=generator)
     features = torch.randn(tiles, tokens, dim, generator=generator) * geometry.valid[..., None]
     return EncodedImage(geometry, features, signals, layers=LAYERS, feature_layer=FEATURE_LAYER)
 

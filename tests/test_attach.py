@@ -528,7 +528,7 @@ def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
 
 def test_a_missing_signal_is_answered_with_both_sets(family: str) -> None:
     model = tiny_model(family, tower="siglip")
-    with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, received_attention.*missing: cls_att"):
+    with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, projector_.*missing: cls_att"):
         HiRED(0.2)(model).__enter__()
 
 

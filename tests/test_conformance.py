@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -167,11 +167,21 @@ class SpoilsTheModel(Norm):
         model.lm_head.weight.data.mul_(2)
 
 
+@dataclass
+class Backwards(Norm):
+    """Hands tokens over from last to first."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        selection = super().select(image)
+        return replace(selection, order=torch.arange(selection.kept_tokens).flip(0))
+
+
 MISTAKES = {
     "exact budget": OneShort(),
     "deterministic": GlobalSeed(),
     "stateless": Remembers(),
     "layouts": SquareOnly(),
+    "spatial order": Backwards(),
     "precision": LowPrecision(),
     "extreme signals": DividesByZero(),
     "inputs unchanged": WritesIntoTheImage(),
@@ -209,14 +219,14 @@ def test_a_signal_that_no_model_gives_is_not_held_against_a_strategy() -> None:
     class Wishful(Norm):
         @property
         def needs(self) -> Sequence[Signal]:
-            return (Signal("question", "first"),)
+            return (Signal("gaze", "first"),)
 
         def score(self, image: EncodedImage) -> Tensor:
-            return image.read(Signal("question", "first"))[..., 0]
+            return image.read(Signal("gaze", "first"))[..., 0]
 
     results = {result.name: result for result in check_reducer(Wishful()).results}
     assert results["batch invariant"].passed is None
-    assert "no adapter provides question" in results["batch invariant"].detail
+    assert "no adapter provides gaze" in results["batch invariant"].detail
     assert results["exact budget"].passed
 
 

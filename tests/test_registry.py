@@ -11,7 +11,14 @@ from tests import tiny
 from tokenprune import registry
 from tokenprune.adapter import ADAPTERS, Adapter, adapters, find_adapter
 from tokenprune.catalogue import STRATEGIES, components, strategies
-from tokenprune.components import AllocationPolicy, Component, SelectionPolicy
+from tokenprune.components import (
+    AllocationPolicy,
+    Component,
+    MergingPolicy,
+    OrderPolicy,
+    RelevancePolicy,
+    SelectionPolicy,
+)
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.reducer import TokenReducer
@@ -52,11 +59,14 @@ def test_aliases_are_unambiguous() -> None:
         assert len(names) == len(set(names))
 
 
+KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy)
+
+
 def test_what_is_known() -> None:
     assert "HiRED" in strategies()
     assert not {"TokenReducer", "ScoreReducer", "ComponentReducer"} & set(strategies())
     assert {"UniformAllocation", "TopNorm", "VisualContentAllocation"} <= set(components())
-    assert all(issubclass(one, (AllocationPolicy, SelectionPolicy)) for one in components().values())
+    assert all(issubclass(one, KINDS) for one in components().values())
     assert {"LlavaAdapter", "LlavaNextAdapter"} <= set(adapters())
     assert "PlaceholderAdapter" not in adapters()
 

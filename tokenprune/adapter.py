@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -48,15 +48,17 @@ class Encoding:
         images: what strategies see.
         packed: each image as the model would feed it to the LLM, newlines included, `[length, dim]` each.
         outputs: the model's own output object, for `Adapter.hand_over`.
+        inputs: the vision inputs that were encoded, for encoding them anew.
     """
 
     images: list[EncodedImage]
     packed: list[Tensor]
     outputs: Any
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def repeated(self, times: int) -> Encoding:
         """Return the encoding of the same images again and again, for several questions about them."""
-        return Encoding(self.images * times, self.packed * times, self.outputs)
+        return Encoding(self.images * times, self.packed * times, self.outputs, self.inputs)
 
 
 class Adapter(ABC):
@@ -105,6 +107,13 @@ class Adapter(ABC):
     def example(cls) -> Any:
         """Return a tiny model of the family with random weights, the same ones each time, for checks without a hub."""
 
+    def example_text_model(self) -> str:
+        """Return the folder of a tiny CLIP checkpoint with random weights that fits `example`.
+
+        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it has no text model")
+
     @abstractmethod
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
         """Return inputs of `forward` and `generate` with random pixels, left-padded.
@@ -114,16 +123,19 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def encode(self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0) -> Encoding:
-        """Run the vision side once and capture the needed signals.
+    def encode(
+        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+    ) -> Encoding:
+        """Run the vision side once and capture the needed signals; those of the question come from `embed_question`.
 
         Args:
             inputs: the model inputs of the call; only `image_inputs` are read.
             needs: the signals to capture.
             pictures: how many of the images keep their pixels for drawing.
+            text_model: the CLIP checkpoint whose projections align features with text.
 
         Raises:
-            ValueError: if a signal names a layer that the vision tower does not have.
+            ValueError: if a signal names a layer that the vision tower does not have, or the text model does not fit.
         """
 
     @abstractmethod
@@ -134,6 +146,54 @@ class Adapter(ABC):
             encoding: what `encode` returned.
             packed: the kept features of each image, `[kept, dim]` each.
         """
+
+    def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
+        """Return each image encoded at a lower resolution, as it would enter the LLM, `[length, dim]` each.
+
+        Adapters that provide the signal ``"resolution"`` write it.
+
+        Args:
+            inputs: the vision inputs of a call.
+            grids: for each image, height x width of the tokens of a tile; None encodes nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
+
+    def unencoded(self, inputs: Mapping[str, Any]) -> Encoding:
+        """Return an encoding with layouts and no features, before the vision tower has run.
+
+        Adapters that provide the signal ``"resolution"`` write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.
+
+        Adapters that provide the signal ``"projector_inputs"`` write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no projector_inputs, so it cannot project them")
+
+    def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
+        """Return the signals of a question by kind.
+
+        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+
+        Args:
+            text: the question.
+            text_model: the CLIP checkpoint with the text tower.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot embed a question")
+
+    def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
+        """Return what the user asks in each prompt row: the text of the last turn, without template and pictures.
+
+        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+
+        Args:
+            input_ids: prompts, `[rows, length]`.
+            attention_mask: real positions, `[rows, length]`.
+            tokenizer: decodes the ids; that of the model's own folder or hub id if left out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it reads no questions")
 
 
 @cache

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from tokenprune.account import TokenAccount
 from tokenprune.adapter import Adapter, Encoding, find_adapter
-from tokenprune.image import SEPARATOR
+from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage
+from tokenprune.layers import resolve_layers
+from tokenprune.reducer import ImageReducer
 from tokenprune.rewrite import Rows, padding_side, shorten, shorter_rows
 from tokenprune.selection import Selection
 
@@ -35,11 +38,21 @@ class Run:
     Args:
         reducer: the attached strategy.
         adapter: the adapter of the model.
+        question: the question of all prompts, or one per prompt row; None reads it from the prompt.
+        tokenizer: reads the prompt; None takes that of the model's own folder or hub id.
     """
 
-    def __init__(self, reducer: TokenReducer, adapter: Adapter) -> None:
+    def __init__(
+        self,
+        reducer: TokenReducer,
+        adapter: Adapter,
+        question: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         self.reducer = reducer
         self.adapter = adapter
+        self.question = question
+        self.tokenizer = tokenizer
         self.selections: list[Selection] = []
         """One selection per image, in the order seen."""
         self.account = TokenAccount(adapter.llm)
@@ -47,7 +60,10 @@ class Run:
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Encode the images of a call once, with the signals that the strategy needs."""
-        return self.adapter.encode(inputs, self.reducer.needs, max(0, PICTURES - len(self.selections)))
+        if self.reducer.stage == "image":
+            return self.adapter.unencoded(inputs)
+        pictures = max(0, PICTURES - len(self.selections))
+        return self.adapter.encode(inputs, self.reducer.needs, pictures, self.reducer.text_model)
 
     def reduced(
         self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None, cached: bool = True
@@ -68,20 +84,18 @@ class Run:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
         encoding = self.encode(inputs) if encoding is None else encoding
-        chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in encoding.images}.values()}
-        selections = [chosen[id(image)] for image in encoding.images]
-        packed, masks = [], []
-        for selection, features in zip(selections, encoding.packed, strict=True):
-            mask = selection.packed_mask().to(features.device)
-            masks.append(mask)
-            packed.append(_mixed(selection, features, mask) if selection.mixing is not None else features[mask])
         placeholders = self._placeholders(inputs)
-        kept = torch.cat(masks)
-        if int(placeholders.sum()) != len(kept):
+        lengths = [len(features) for features in encoding.packed]
+        if int(placeholders.sum()) != sum(lengths):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
-                f"features: {len(kept)}; make the inputs with the processor that belongs to the model"
+                f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
+        images = self._with_questions(encoding.images, inputs, placeholders, lengths)
+        chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
+        selections = [chosen[id(image)] for image in images]
+        masks = [s.packed_mask().to(f.device) for s, f in zip(selections, encoding.packed, strict=True)]
+        kept = torch.cat(masks)
         rest = {name: value for name, value in inputs.items() if name not in self.adapter.image_inputs}
         attention_mask = inputs.get("attention_mask")
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
@@ -89,8 +103,15 @@ class Run:
         if all(selection.everything for selection in selections):
             # The prompt stays exactly as it came: the model must not be able to tell the difference.
             self._enter(selections, full, full)
+            if self.reducer.stage == "image":
+                encoding = self.adapter.encode(inputs, ())
             return {**rest, **self.adapter.hand_over(encoding, encoding.packed)}, None
         _refuse_what_cannot_be_shortened(inputs, generating)
+        if isinstance(self.reducer, ImageReducer):
+            packed = self._encoded_anew(self.reducer, encoding, selections)
+        else:
+            parts = zip(selections, images, encoding.packed, masks, strict=True)
+            packed = [_kept_features(self.adapter, *one) for one in parts]
         preserve = self.reducer.positions == "preserve"
         # Without a cache, transformers takes gaps in position ids for packed sequences unless something is masked.
         spare = int(generating and preserve and not cached)
@@ -102,6 +123,72 @@ class Run:
             short.pop("position_ids")  # generate counts them itself, from the mask
         self._enter(selections, full, _row_lengths(rows.mask))
         return {**short, **self.adapter.hand_over(encoding, packed)}, rows
+
+    def _encoded_anew(self, reducer: ImageReducer, encoding: Encoding, selections: list[Selection]) -> list[Tensor]:
+        """Return the images at the resolution that an image strategy wants, `[kept, dim]` each."""
+        unique = list({id(image): image for image in encoding.images}.values())
+        grids = [reducer.token_grid(image.geometry) for image in unique]
+        anew = self.adapter.encode_resized(encoding.inputs, grids)
+        made = {id(image): (grid, features) for image, grid, features in zip(unique, grids, anew, strict=True)}
+        packed = []
+        for image, selection in zip(encoding.images, selections, strict=True):
+            grid, features = made[id(image)]
+            if grid is not None and not selection.kept_separators:
+                features = features[image.geometry.resized(grid)[0].packed.to(features.device) != SEPARATOR]
+            packed.append(features)
+        return packed
+
+    def _with_questions(
+        self, images: list[EncodedImage], inputs: Mapping[str, Any], placeholders: Tensor, lengths: list[int]
+    ) -> list[EncodedImage]:
+        """Return the images with the question of their prompt row, if the strategy reads it.
+
+        Raises:
+            ValueError: if there is no question, or not one per row.
+        """
+        needs = [signal for signal in self.reducer.needs if signal.kind in TEXT_SIGNALS]
+        if not needs:
+            return images
+        row_of = placeholders.nonzero()[:, 0].cpu()
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(dim=0)
+        questions = self._questions(inputs, len(placeholders))
+        asked: dict[tuple[int, str], EncodedImage] = {}
+        vectors: dict[str, Mapping[str, Tensor]] = {}
+        out = []
+        for image, row in zip(images, row_of[starts].tolist(), strict=True):
+            text = questions[row]
+            if text not in vectors:
+                vectors[text] = self.adapter.embed_question(text, self.reducer.text_model)
+            if (id(image), text) not in asked:
+                found = {
+                    (signal.kind, layer): vectors[text][signal.kind]
+                    for signal in needs
+                    for layer in resolve_layers(signal.layer, image.layers, image.feature_layer)
+                }
+                asked[id(image), text] = replace(image, signals={**image.signals, **found})
+            out.append(asked[id(image), text])
+        return out
+
+    def _questions(self, inputs: Mapping[str, Any], rows: int) -> list[str]:
+        """Return the question of each prompt row."""
+        if self.question is not None:
+            given = [self.question] * rows if isinstance(self.question, str) else list(self.question)
+            if len(given) != rows:
+                raise ValueError(f"{len(given)} questions were given for a batch of {rows} prompts; give one per row")
+        elif inputs.get("input_ids") is None:
+            raise ValueError(
+                f"{type(self.reducer).__name__} reads the question, but inputs_embeds hold no text; "
+                "attach with reducer(model, question=...)"
+            )
+        else:
+            given = self.adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
+        for row, text in enumerate(given):
+            if not text.strip():
+                raise ValueError(
+                    f"prompt row {row} holds no question beside its pictures, and {type(self.reducer).__name__} reads "
+                    "it; attach with reducer(model, question=...)"
+                )
+        return given
 
     def _enter(self, selections: list[Selection], full: list[int], reduced: list[int]) -> None:
         self.account.add(selections, list(zip(full, reduced, strict=True)))
@@ -146,22 +233,48 @@ def _row_lengths(mask: Tensor) -> list[int]:
     return lengths
 
 
-def _mixed(selection: Selection, features: Tensor, mask: Tensor) -> Tensor:
-    """Return the kept tokens as the mixtures that a merging strategy asked for, newlines in place, `[kept, dim]`."""
-    assert selection.mixing is not None
-    geometry = selection.geometry
-    places = geometry.packed.to(features.device)
-    source = features.new_zeros(geometry.tiles * geometry.tokens, features.shape[-1])
-    source = source.index_copy(0, places[places != SEPARATOR], features[places != SEPARATOR])
-    mixed = selection.mixing.to(features.device, features.dtype) @ source
+def _kept_features(
+    adapter: Adapter, selection: Selection, image: EncodedImage, features: Tensor, mask: Tensor
+) -> Tensor:
+    """Return what enters the LLM: kept or mixed tokens in the wanted order, newlines in place, `[kept, dim]`.
+
+    Args:
+        adapter: the adapter of the model, which can project mixtures.
+        selection: what the strategy answered.
+        image: what it saw.
+        features: the image as the model would feed it, `[length, dim]`.
+        mask: which of these positions stay, bool `[length]`.
+    """
+    out = features[mask]
+    if selection.mixing is None and selection.order is None:
+        return out
+    places = selection.geometry.packed.to(features.device)
     anchors = places[mask] != SEPARATOR
-    if len(mixed) != int(anchors.sum()):
-        raise ValueError(
-            f"the mixing matrix has {len(mixed)} rows for {int(anchors.sum())} kept tokens; give one row each"
-        )
-    out = features[mask].clone()
-    out[anchors] = mixed
+    tokens = out[anchors]
+    if selection.mixing is not None:
+        mixing = selection.mixing.to(features.device)
+        if selection.before_projector:
+            tokens = adapter.project(mix(mixing, projector_sources(image, mixing.shape[1]))).to(features.dtype)
+        else:
+            flat = features.new_zeros(selection.geometry.tiles * selection.geometry.tokens, features.shape[-1])
+            flat = flat.index_copy(0, places[places != SEPARATOR], features[places != SEPARATOR])
+            tokens = mix(mixing, flat)
+    if selection.order is not None:
+        tokens = tokens[selection.order.to(tokens.device)]
+    out = out.clone()
+    out[anchors] = tokens
     return out
+
+
+def mix(mixing: Tensor, sources: Tensor) -> Tensor:
+    """Return mixtures of vectors, computed in float32 where the machine sums half precision badly, `[kept, width]`."""
+    return (mixing.to(torch.float32) @ sources.float()).to(sources.dtype)
+
+
+def projector_sources(image: EncodedImage, columns: int) -> Tensor:
+    """Return what a mixing matrix before the projector mixes, `[columns, width]`: tokens, then CLS tokens if asked."""
+    tokens = image.projector_inputs().flatten(0, 1)
+    return tokens if columns == len(tokens) else torch.cat([tokens, image.cls_features("feature")[:, 0]])
 
 
 def _refuse_what_cannot_be_shortened(inputs: Mapping[str, Any], generating: bool) -> None:
@@ -284,12 +397,16 @@ def _with_full_prompt(sequences: Tensor, prompt: Tensor, width: int) -> Tensor:
 
 
 @contextmanager
-def attach(model: Any, reducer: TokenReducer) -> Iterator[Run]:
+def attach(
+    model: Any, reducer: TokenReducer, question: str | Sequence[str] | None = None, tokenizer: Any = None
+) -> Iterator[Run]:
     """Attach a strategy to a model for the length of a block.
 
     Args:
         model: a transformers model of a supported family, unmodified.
         reducer: the strategy.
+        question: the question of all prompts, or one per prompt row; None reads it from the prompt.
+        tokenizer: reads the prompt; None takes that of the model's own folder or hub id.
 
     Yields:
         The run: selections and account of everything that goes through the model.
@@ -312,7 +429,13 @@ def attach(model: Any, reducer: TokenReducer) -> Iterator[Run]:
             f"{type(reducer).__name__} needs {', '.join(needed)}, but {type(model).__name__} with this vision tower "
             f"provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
         )
-    run = Run(reducer, adapter)
+    if reducer.text_model is None and set(needed) & (TEXT_SIGNALS | ALIGNED_SIGNALS):
+        raise ValueError(
+            f"{type(reducer).__name__} reads the question, which takes the text tower that belongs to the vision "
+            "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
+            "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
+        )
+    run = Run(reducer, adapter, question, tokenizer)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def reduce_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import repeat
+from einops import einsum, repeat
 from torch import Tensor
 
 
@@ -35,6 +35,22 @@ def cls_rows(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     key = _match_heads(key, query)
     logits = (query[:, :, :1] @ key.transpose(-1, -2)) * scaling
     return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:]
+
+
+def joint_row(query: Tensor, key: Tensor) -> Tensor:
+    """Return how CLS, the first token, attends to the others if all heads are taken as one wide head.
+
+    Args:
+        query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
+        key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
+
+    Returns:
+        Softmax over all keys, scaled by the whole width, with the CLS key removed, float32 `[tiles, 1, tokens]`.
+    """
+    key = _match_heads(key, query)
+    width = query.shape[1] * query.shape[3]
+    logits: Tensor = einsum(query[:, :, 0], key, "tiles heads dim, tiles heads n dim -> tiles n") / width**0.5
+    return logits.softmax(dim=-1, dtype=torch.float32)[:, None, 1:]
 
 
 def received(query: Tensor, key: Tensor, scaling: float, prefix: int, chunk: int = 128) -> Tensor:

@@ -1,12 +1,13 @@
-"""The parts a strategy is made of: allocation (tokens per tile) and selection (which tokens in a tile)."""
+"""The kinds of parts a strategy is made of: allocation, selection, merging, relevance and output order."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
@@ -63,3 +64,82 @@ class SelectionPolicy(Component, ABC):
             candidates: tokens that may be kept, bool `[tiles, tokens]`.
         """
         return top_per_tile(scores, budgets, candidates)
+
+
+@dataclass
+class RelevancePolicy(Component, ABC):
+    """Says how much each token has to do with the question; allocations and selections can be given one."""
+
+    @abstractmethod
+    def relevance(self, image: EncodedImage) -> Tensor:
+        """Return the relevance of each token, `[tiles, tokens]`; the larger the better."""
+
+
+class Merged(NamedTuple):
+    """What a merging policy makes of the tokens that a selection picked.
+
+    Args:
+        made: which tokens merging adds to the picked ones, `[tiles, tokens]`: 0 for none, else the number of its kind
+            (1, 2, ...). A merged token stands in the place of a token that was not picked.
+        weights: every output token as a weighted sum, `[tiles, tokens, sources]`: row ``[tile, place]`` belongs to the
+            token that stands there (other rows do not matter), columns are the tokens of the same tile. One more column
+            is the CLS token of the tile, before the projector only.
+    """
+
+    made: Tensor
+    weights: Tensor
+
+
+def unmerged(picked: Tensor) -> Tensor:
+    """Return the weights of tokens that stay what they are, `[tiles, tokens, tokens]`.
+
+    Args:
+        picked: any mask of the image, `[tiles, tokens]`.
+    """
+    return torch.eye(picked.shape[1], device=picked.device).repeat(len(picked), 1, 1)
+
+
+@dataclass
+class MergingPolicy(Component, ABC):
+    """Lets dropped tokens live on in others. Where no token of an image is dropped, it is not asked."""
+
+    before_projector: ClassVar[bool] = False
+    """Whether features are mixed before the projector (declare the signal ``"projector_inputs"`` then) or after it."""
+
+    def reserve(self, budgets: Tensor) -> Tensor:
+        """Return how many tokens of each tile's budget merging makes by itself; the selection picks the others.
+
+        Args:
+            budgets: tokens granted to each tile, `[tiles]`.
+        """
+        return torch.zeros_like(budgets)
+
+    @abstractmethod
+    def merge(
+        self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
+    ) -> Merged:
+        """Return the merged tokens of an image.
+
+        Args:
+            image: the encoded image.
+            scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
+            picked: what the selection picked, bool `[tiles, tokens]`.
+            reserved: tokens to make in each tile, `[tiles]`; there are always that many candidates left.
+            candidates: tokens that may be kept, and be merged into others, bool `[tiles, tokens]`.
+        """
+
+
+@dataclass
+class OrderPolicy(Component, ABC):
+    """Says in which order the tokens of an image enter the LLM; without one they keep the model's packed order."""
+
+    @abstractmethod
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
+        """Return sort keys, `[tiles, tokens]`: the smallest comes first, equal ones keep the packed order.
+
+        Args:
+            image: the encoded image.
+            scores: the selection's scores, `[tiles, tokens]`.
+            kept: kept tokens, merged ones included, bool `[tiles, tokens]`.
+            made: which of them merging made, by kind, 0 for none, `[tiles, tokens]`.
+        """

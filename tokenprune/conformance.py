@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,27 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.image import ROW_SIGNALS, EncodedImage, MissingSignalError, TileGeometry
+from tokenprune.attach import Run
+from tokenprune.image import (
+    ALIGNED_SIGNALS,
+    CLS_SIGNALS,
+    ROW_SIGNALS,
+    SEPARATOR,
+    TEXT_SIGNALS,
+    USED_WHEN_ATTACHED,
+    EncodedImage,
+    MissingSignalError,
+    TileGeometry,
+)
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
 
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
 """The tower that hand-built images come from; as deep as CLIP-L, so that its layer numbers exist."""
+
+QUESTION = "what is in the picture"
+"""Asked of example models by strategies that read the question."""
 
 LAYOUTS: Mapping[str, TileGeometry] = {
     "one tile": TileGeometry.single((6, 6)),
@@ -100,17 +115,23 @@ def example_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     tiles, tokens = layout.tiles, layout.tokens
 
-    def attention() -> Tensor:
-        ranks = torch.rand(tiles, HEADS, tokens, generator=generator).argsort(dim=-1)
+    def attention(heads: int) -> Tensor:
+        ranks = torch.rand(tiles, heads, tokens, generator=generator).argsort(dim=-1)
         return (ranks + 1) / 1024
+
+    def shape(kind: str) -> tuple[int, ...]:
+        if kind == "keys":
+            return tiles, HEADS, tokens, DIM
+        if kind in TEXT_SIGNALS:
+            return (1 if kind == "question" else 5), DIM
+        return tiles, 1 if kind in CLS_SIGNALS else tokens, DIM
 
     made: dict[tuple[str, int], Tensor] = {}
     for kind, layer in sorted(wanted(reducer)):
         if kind in ROW_SIGNALS:
-            made[kind, layer] = attention()
-        else:
-            shape = (tiles, HEADS, tokens, DIM) if kind == "keys" else (tiles, tokens, DIM)
-            made[kind, layer] = torch.randn(shape, generator=generator).bfloat16().float()
+            made[kind, layer] = attention(1 if kind == "joint_attention" else HEADS)
+        elif kind != "resolution":
+            made[kind, layer] = torch.randn(shape(kind), generator=generator).bfloat16().float()
     features = torch.randn(tiles, tokens, DIM, generator=generator).bfloat16().float() * layout.valid[..., None]
     return EncodedImage(layout, features, made, layers=LAYERS, feature_layer=FEATURE_LAYER)
 
@@ -141,22 +162,29 @@ def expect_same(what: str, one: Selection, other: Selection) -> None:
         one: a selection.
         other: the selection that should equal it.
     """
+    same_order = (one.order is None) == (other.order is None)
+    if same_order and one.order is not None and other.order is not None:
+        same_order = torch.equal(one.order, other.order)
+    if not same_order:
+        raise CheckError(f"{what}: expected the same order of tokens, saw another one")
     if not torch.equal(one.kept, other.kept):
         count = int((one.kept != other.kept).sum())
         raise CheckError(f"{what}: expected the same tokens, saw {count} of {one.kept.numel()} decided otherwise")
 
 
 def exact_budget(reducer: TokenReducer) -> None:
-    """The budget is spent exactly: none, one, few, a share, all and more than there is."""
+    """The budget is spent exactly: none, one, few, a share, all and more than there is.
+
+    Strategies that call it a ceiling (`TokenReducer.exact` is false) may spend less.
+    """
     for budget in (0, 1, 7, 0.2, 0.5, 1.0, 10_000):
         asked = replace(reducer, budget=budget)
         for name, image in images(asked):
             selection = asked.reduce(image)
-            expected = min(selection.asked, int(image.geometry.valid.sum()))
-            if selection.kept_tokens != expected:
-                raise CheckError(
-                    f"budget {budget!r} on {name}: expected {expected} kept tokens, saw {selection.kept_tokens}"
-                )
+            expected, kept = min(selection.asked, int(image.geometry.valid.sum())), selection.kept_tokens
+            if kept > expected or (kept < expected and asked.exact):
+                limit = "" if asked.exact else "at most "
+                raise CheckError(f"budget {budget!r} on {name}: expected {limit}{expected} kept tokens, saw {kept}")
 
 
 def deterministic(reducer: TokenReducer) -> None:
@@ -188,6 +216,25 @@ def layouts(reducer: TokenReducer) -> None:
             continue
         except Exception as error:
             raise CheckError(f"reduced {name}: expected a selection, saw {type(error).__name__}: {error}") from error
+
+
+def spatial_order(reducer: TokenReducer) -> None:
+    """Tokens enter the LLM in the model's own order, and a merged token stands where one of its parts stood."""
+    for name, image in images(reducer):
+        selection = reducer.reduce(image)
+        if selection.order is not None and bool((selection.order.diff() < 0).any()):
+            raise CheckError(f"reduced {name}: expected the model's own order of tokens, saw another one")
+        if selection.mixing is None:
+            continue
+        packed = selection.geometry.packed
+        own = packed[packed != SEPARATOR]
+        own = own[selection.kept.flatten()[own]]
+        weights = selection.mixing.to_dense().gather(1, own[:, None])[:, 0]
+        if strangers := int((weights == 0).sum()):
+            raise CheckError(
+                f"reduced {name}: expected every merged token in the place of a token it is made of, saw {strangers} "
+                "elsewhere"
+            )
 
 
 def precision(reducer: TokenReducer) -> None:
@@ -254,7 +301,8 @@ def needs_are_read(reducer: TokenReducer) -> None:
         except Exception:  # `layouts` reports it
             continue
         read |= watched.read
-    if idle := wanted(reducer) - read:
+    used_later = {pair for pair in wanted(reducer) if pair[0] in USED_WHEN_ATTACHED}
+    if idle := wanted(reducer) - read - used_later:
         names = ", ".join(f"{kind} of layer {layer}" for kind, layer in sorted(idle))
         raise CheckError(f"watched which signals it reads: expected all declared ones, never saw {names}")
 
@@ -308,14 +356,21 @@ def _examples(reducer: TokenReducer) -> list[Adapter]:
     return fitting
 
 
+def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:
+    """Attach the strategy to an example model; one that reads the question gets one, and a text tower."""
+    if not any(signal.kind in ALIGNED_SIGNALS | TEXT_SIGNALS for signal in reducer.needs):
+        return reducer(adapter.model)
+    return replace(reducer, text_model=adapter.example_text_model())(adapter.model, question=QUESTION)
+
+
 def batch_invariant(reducer: TokenReducer) -> None:
     """On every fitting model an image keeps the same tokens alone and beside others."""
     sizes = [(112, 112), (60, 160), (150, 50)]
     for adapter in _examples(reducer):
-        with torch.no_grad(), reducer(adapter.model) as together:
+        with torch.no_grad(), _attach(reducer, adapter) as together:
             adapter.model(**adapter.example_inputs([[sizes[0]], [sizes[1], sizes[2]]]))
         for number, size in enumerate(sizes):
-            with torch.no_grad(), reducer(adapter.model) as alone:
+            with torch.no_grad(), _attach(reducer, adapter) as alone:
                 adapter.model(**adapter.example_inputs([[size]]))
             what = f"ran an image on {adapter.model_class} alone and in a batch"
             expect_same(what, alone.selections[0], together.selections[number])
@@ -328,7 +383,7 @@ def leaves_no_trace(reducer: TokenReducer) -> None:
         with torch.no_grad():
             before = adapter.model(**inputs).logits
             try:
-                with reducer(adapter.model):
+                with _attach(reducer, adapter):
                     suppressed = [adapter.image_token_id]
                     adapter.model.generate(**inputs, max_new_tokens=2, num_beams=2, suppress_tokens=suppressed)
             except Exception as error:
@@ -348,6 +403,7 @@ CHECKS: Mapping[str, Callable[[TokenReducer], None]] = {
     "deterministic": deterministic,
     "stateless": stateless,
     "layouts": layouts,
+    "spatial order": spatial_order,
     "precision": precision,
     "extreme signals": extremes,
     "inputs unchanged": inputs_unchanged,

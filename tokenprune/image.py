@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -14,10 +14,20 @@ from torch import Tensor
 
 from tokenprune.layers import LayerChoice, resolve_layers
 
+Key: TypeAlias = tuple[str, int]
+"""Kind and layer of a captured signal."""
 SEPARATOR = -1
 """Marks a learned newline token in `TileGeometry.packed`."""
-ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "received_attention"})
+ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "received_attention"})
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
+CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
+"""Kinds of signals with one vector per tile, `[tiles, 1, width]`."""
+ALIGNED_SIGNALS = frozenset({"aligned_features", "aligned_cls"})
+"""Kinds of signals in the space that the vision tower shares with its text tower."""
+USED_WHEN_ATTACHED = frozenset({"projector_inputs", "resolution"})
+"""Kinds that a strategy declares for what is done with its answer: features are mixed, a picture is encoded anew."""
+TEXT_SIGNALS = frozenset({"question", "question_tokens"})
+"""Kinds of signals that come from the prompt instead of the picture, `[texts, width]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +91,45 @@ class TileGeometry:
         if self.sub_images:
             outside |= (self.packed < self.tokens) & ~is_separator
         return row.masked_fill(outside, -1)
+
+    def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:
+        """Return the layout of the same picture at a lower resolution.
+
+        Args:
+            token_grid: height x width of the tokens of a tile, at most the present ones.
+
+        Returns:
+            The new layout, and the tokens of this one that stand at the centres of the new tokens, in the same order,
+            bool `[tiles, tokens]`. A new token is valid if its centre is.
+        """
+        (rows, cols), (height, width) = self.tile_grid, self.token_grid
+
+        def centres(cells: int, old: int, new: int) -> Tensor:
+            return ((2 * torch.arange(cells * new) + 1) * old).div(2 * new, rounding_mode="floor")
+
+        standing = torch.zeros(self.tiles, height, width, dtype=torch.bool)
+        standing[0][centres(1, height, token_grid[0])[:, None], centres(1, width, token_grid[1])] = True
+        base = torch.arange(math.prod(token_grid))
+        if not self.sub_images:
+            return replace(self, token_grid=token_grid, packed=base), standing.flatten(1)
+        to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
+        sizes = {"rows": rows, "cols": cols}
+        valid = rearrange(self.valid[1:].cpu(), to_canvas, height=height, width=width, **sizes)
+        numbers = torch.arange(len(base), (1 + self.sub_images) * len(base)).view(self.sub_images, -1)
+        numbers = rearrange(numbers, to_canvas, height=token_grid[0], width=token_grid[1], **sizes)
+        down, across = centres(rows, height, token_grid[0]), centres(cols, width, token_grid[1])
+        stay_down, stay_across = valid.any(dim=1)[down], valid.any(dim=0)[across]
+        canvas = torch.zeros_like(valid)
+        canvas[down[stay_down][:, None], across[stay_across]] = True
+        standing[1:] = rearrange(
+            canvas, "(rows height) (cols width) -> (rows cols) height width", height=height, width=width, **sizes
+        )
+        numbers = numbers[stay_down][:, stay_across]
+        if self.separators and numbers.numel():
+            numbers = torch.cat([numbers, torch.full((len(numbers), 1), SEPARATOR)], dim=1)
+        base_first = bool(self.packed[0] < self.tokens)
+        parts = [base, numbers.flatten()] if base_first else [numbers.flatten(), base]
+        return replace(self, token_grid=token_grid, packed=torch.cat(parts)), standing.flatten(1)
 
     @classmethod
     def single(cls, token_grid: tuple[int, int]) -> TileGeometry:
@@ -175,6 +224,25 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
+class _WhenRead(Mapping[Key, Tensor]):
+    """Tensors that are made when they are first read."""
+
+    def __init__(self, makers: Mapping[Key, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+        self._made: dict[Key, Tensor] = {}
+
+    def __getitem__(self, key: Key) -> Tensor:
+        if key not in self._made:
+            self._made[key] = self._makers[key]()
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 class MissingSignalError(LookupError):
     """A signal was read that no `needs` declared."""
 
@@ -183,12 +251,12 @@ class Signal(NamedTuple):
     """Something that a strategy reads from the vision tower.
 
     Args:
-        kind: ``"cls_attention"``, ``"cls_logits"``, ``"received_attention"``, ``"keys"`` or ``"vision_features"``.
-        layer: the layer or layers that it is read from.
+        kind: the name of a method of `EncodedImage` that reads it, such as ``"cls_attention"``.
+        layer: the layer or layers that it is read from; signals that belong to no layer leave it alone.
     """
 
     kind: str
-    layer: LayerChoice
+    layer: LayerChoice = "feature"
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +274,7 @@ class EncodedImage:
 
     geometry: TileGeometry
     features: Tensor
-    signals: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    signals: Mapping[Key, Tensor] = field(default_factory=dict)
     layers: int = 1
     feature_layer: int = 0
     pixels: Tensor | None = None
@@ -225,15 +293,14 @@ class EncodedImage:
             if kind == "keys":
                 flat = rearrange(value, "tiles heads tokens dim -> heads (tiles tokens) dim")[None]
                 return flat[:, :, places.to(flat.device)]
+            if kind in TEXT_SIGNALS:
+                return value
+            if kind in CLS_SIGNALS:
+                return value[:1]
             return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, places.to(value.device)]
 
-        return replace(
-            self,
-            geometry=TileGeometry.single((1, len(places))),
-            features=pool("features", self.features),
-            signals={(kind, layer): pool(kind, value) for (kind, layer), value in self.signals.items()},
-            pixels=None,
-        )
+        signals = _WhenRead({key: partial(pool, key[0], value) for key, value in self.signals.items()})
+        return _PackedImage(self, len(places), partial(pool, "features", self.features), signals)
 
     def read(self, signal: Signal) -> Tensor:
         """Return a captured signal, averaged over its layers in float32.
@@ -274,6 +341,69 @@ class EncodedImage:
         """Return the attention keys of a layer, `[tiles, heads, tokens, head_dim]`."""
         return self.read(Signal("keys", layer))
 
+    def joint_attention(self, layer: LayerChoice) -> Tensor:
+        """Return CLS attention with all heads taken as one wide head, `[tiles, 1, tokens]`."""
+        return self.read(Signal("joint_attention", layer))
+
     def vision_features(self, layer: LayerChoice) -> Tensor:
         """Return the output of a layer of the vision tower, before the projector, `[tiles, tokens, width]`."""
         return self.read(Signal("vision_features", layer))
+
+    def projector_inputs(self) -> Tensor:
+        """Return what the projector is given, `[tiles, tokens, width]`."""
+        return self.read(Signal("projector_inputs"))
+
+    def cls_features(self, layer: LayerChoice) -> Tensor:
+        """Return the CLS token that a layer of the vision tower puts out, `[tiles, 1, width]`."""
+        return self.read(Signal("cls_features", layer))
+
+    def aligned_features(self, layer: LayerChoice) -> Tensor:
+        """Return tokens in the space that the vision tower shares with its text tower, `[tiles, tokens, shared]`.
+
+        They are not normalised: ``visual_projection(post_layernorm(x))`` of CLIP.
+        """
+        return self.read(Signal("aligned_features", layer))
+
+    def aligned_cls(self, layer: LayerChoice) -> Tensor:
+        """Return each tile's CLS token in the space shared with the text tower, not normalised, `[tiles, 1, shared]`.
+
+        Of the last layer, it is what CLIP calls the embedding of an image.
+        """
+        return self.read(Signal("aligned_cls", layer))
+
+    def question(self) -> Tensor:
+        """Return the question in the shared space, one vector per segment of a long text, `[segments, shared]`."""
+        return self.read(Signal("question"))
+
+    def question_tokens(self) -> Tensor:
+        """Return each text token of the question in the shared space, `[text_tokens, shared]`."""
+        return self.read(Signal("question_tokens"))
+
+
+class _PackedImage(EncodedImage):
+    """An image as one sequence; its large tensors are gathered when they are first read, since many strategies do not.
+
+    Args:
+        source: the image by tiles.
+        tokens: number of valid tokens.
+        features: gathers the features.
+        signals: gathers the signals.
+    """
+
+    def __init__(self, source: EncodedImage, tokens: int, features: Callable[[], Tensor], signals: _WhenRead) -> None:
+        known = {
+            "geometry": TileGeometry.single((1, tokens)),
+            "signals": signals,
+            "layers": source.layers,
+            "feature_layer": source.feature_layer,
+            "pixels": None,
+            "_gather": features,
+        }
+        for name, value in known.items():
+            object.__setattr__(self, name, value)  # frozen, like every encoded image
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Visual tokens as they would enter the LLM, `[1, tokens, dim]`."""
+        gathered: Tensor = self._gather()  # type: ignore[attr-defined]
+        return gathered

@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, as_budget
-from tokenprune.components import AllocationPolicy, SelectionPolicy
-from tokenprune.image import SEPARATOR, EncodedImage, Signal
+from tokenprune.components import AllocationPolicy, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
+from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
 
 if TYPE_CHECKING:
@@ -31,11 +31,19 @@ class TokenReducer(ABC):
         budget: tokens that may enter the LLM: a float is a ratio, an int a count, `Budget` says more.
         positions: position ids of what stays: ``"reindex"`` (0, 1, 2, ...) or ``"preserve"`` (as in the full prompt).
         newlines: learned row separators: ``"keep_rows"`` keeps those of rows that keep a token, ``"drop"``, ``"keep"``.
+        text_model: for strategies that read the question: the CLIP checkpoint that the vision tower comes from, with
+            its text tower; a folder, a hub id, or ``"mini"`` for that of the embedded model.
     """
+
+    stage: ClassVar[str] = "projector"
+    """Where the strategy acts: ``"image"`` before the vision tower, ``"projector"`` before the LLM."""
+    exact: ClassVar[bool] = True
+    """Whether the budget is always spent in full; for others it is a ceiling, and their docstring says why."""
 
     budget: int | float | Budget = 0.2
     positions: Literal["reindex", "preserve"] = "reindex"
     newlines: Newlines = "keep_rows"
+    text_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options once, so that a typo does not wait for the first image."""
@@ -74,16 +82,36 @@ class TokenReducer(ABC):
                 f"{type(self).__name__}.select kept tokens that the model's own unpadding removes; "
                 "choose among image.geometry.valid"
             )
+        self._check_mixing(selection)
         separators = selection.separators
         if separators is None:
             separators = kept_separators(geometry, kept, self.newlines)
         return replace(selection, separators=separators, pixels=image.pixels)
 
-    def __call__(self, model: Any) -> AbstractContextManager[Run]:
+    def _check_mixing(self, selection: Selection) -> None:
+        """Raise a `ValueError` if mixing matrix or order do not fit the kept tokens."""
+        geometry, kept = selection.geometry, selection.kept_tokens
+        mixing, order = selection.mixing, selection.order
+        total = geometry.tiles * geometry.tokens
+        widths = {total, total + geometry.tiles} if selection.before_projector else {total}
+        if mixing is not None and (mixing.dim() != 2 or len(mixing) != kept or mixing.shape[1] not in widths):
+            raise ValueError(
+                f"{type(self).__name__}.select returned a mixing matrix of {list(mixing.shape)}; with {kept} kept "
+                f"tokens it must be [{kept}, {' or '.join(map(str, sorted(widths)))}] (kept, sources)"
+            )
+        if order is not None and not torch.equal(order.sort()[0].cpu(), torch.arange(kept)):
+            raise ValueError(f"{type(self).__name__}.select returned an order that is no permutation of {kept} tokens")
+
+    def __call__(
+        self, model: Any, *, question: str | Sequence[str] | None = None, tokenizer: Any = None
+    ) -> AbstractContextManager[Run]:
         """Attach the strategy to a live model: ``with reducer(model) as run: model.generate(...)``.
 
         Args:
             model: an unmodified transformers model of a supported family.
+            question: for strategies that read the question: one for all prompts, or one per row of a batch. Left out,
+                it is read from the prompt.
+            tokenizer: reads the prompt; left out, that of the folder or hub id which the model was loaded from.
 
         Raises:
             TypeError: if no adapter knows the model.
@@ -92,7 +120,7 @@ class TokenReducer(ABC):
         """
         from tokenprune.attach import attach
 
-        return attach(model, self)
+        return attach(model, self, question, tokenizer)
 
     def within_budget(
         self,
@@ -100,6 +128,7 @@ class TokenReducer(ABC):
         choose: Callable[[int], tuple[Tensor, list[int]]],
         scores: Tensor | None = None,
         limit: int | None = None,
+        geometry: TileGeometry | None = None,
     ) -> Selection:
         """Return the selection that spends the budget exactly.
 
@@ -112,8 +141,9 @@ class TokenReducer(ABC):
             choose: from a number of tokens to kept tokens (bool `[tiles, tokens]`) and tokens granted per tile.
             scores: scores to show with the selection, `[tiles, tokens]`.
             limit: most tokens that ``choose`` can be given; the number of valid tokens if left out.
+            geometry: the layout that ``choose`` answers for; that of the image if left out.
         """
-        geometry, budget = image.geometry, as_budget(self.budget)
+        geometry, budget = image.geometry if geometry is None else geometry, as_budget(self.budget)
         asked = budget.asked(geometry)
         limit = int(geometry.valid.sum()) if limit is None else limit
         number = min(asked, limit)
@@ -188,18 +218,55 @@ class ScoreReducer(TokenReducer):
 
 
 @dataclass
+class ImageReducer(TokenReducer):
+    """A strategy that acts before the vision tower: the picture is encoded at a lower resolution.
+
+    The budget is a ceiling: only products of height and width can be encoded.
+    """
+
+    stage: ClassVar[str] = "image"
+    exact: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """A vision tower that takes other resolutions."""
+        return (Signal("resolution"),)
+
+    @abstractmethod
+    def token_grid(self, geometry: TileGeometry) -> tuple[int, int] | None:
+        """Return height x width of the tokens at which every tile is encoded; None if the budget allows none."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Return where the new tokens stand among those of the full resolution."""
+        geometry, grid = image.geometry, self.token_grid(image.geometry)
+        kept = torch.zeros(geometry.tiles, geometry.tokens, dtype=torch.bool)
+        if grid is not None:
+            kept = kept | geometry.valid.cpu() if grid == geometry.token_grid else geometry.resized(grid)[1]
+        kept = kept.to(image.features.device)
+        separators = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
+        if self.newlines != "drop":
+            separators = kept_separators(geometry, kept, "keep_rows")
+        return Selection(geometry, kept, as_budget(self.budget).asked(geometry), separators=separators)
+
+
+@dataclass
 class ComponentReducer(TokenReducer):
     """A strategy made of exchangeable parts: an allocation divides the budget over the tiles, a selection spends it.
 
     Args:
         allocation: tokens per tile.
         selection: which tokens in a tile.
+        merging: how dropped tokens live on in others; None drops them.
+        order: the order in which kept tokens enter the LLM; None keeps the model's own. Other orders need
+            ``positions="reindex"``.
         padding: ``"exclude"`` never pays for tokens that the model's unpadding removes; ``"ignore"`` chooses as if they
             were there and loses them afterwards, as published code does: then fewer tokens are kept than asked.
     """
 
     allocation: AllocationPolicy = field(kw_only=True)
     selection: SelectionPolicy = field(kw_only=True)
+    merging: MergingPolicy | None = field(default=None, kw_only=True)
+    order: OrderPolicy | None = field(default=None, kw_only=True)
     padding: Literal["exclude", "ignore"] = field(default="exclude", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -207,47 +274,97 @@ class ComponentReducer(TokenReducer):
         super().__post_init__()
         if self.padding not in ("exclude", "ignore"):
             raise ValueError(f"padding={self.padding!r} is not known; use 'exclude' or 'ignore'")
-        for name, kind in (("allocation", AllocationPolicy), ("selection", SelectionPolicy)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no {kind.__name__}; give an instance of one")
+        for name, kind, optional in (
+            ("allocation", AllocationPolicy, False),
+            ("selection", SelectionPolicy, False),
+            ("merging", MergingPolicy, True),
+            ("order", OrderPolicy, True),
+        ):
+            part = getattr(self, name)
+            if not isinstance(part, kind) and not (optional and part is None):
+                raise ValueError(f"{name}={part!r} is no {kind.__name__}; give an instance of one")
+        if self.order is not None and self.positions == "preserve":
+            raise ValueError(
+                f"order={self.order!r} moves tokens, so their old position ids mean nothing; "
+                "use positions='reindex', or order=None"
+            )
 
     @property
     def needs(self) -> Sequence[Signal]:
         """The signals that the parts read."""
-        return (*self.allocation.needs, *self.selection.needs)
+        parts = (self.allocation, self.selection, self.merging, self.order)
+        return [signal for part in parts if part is not None for signal in part.needs]
 
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""
-        if self.allocation.ignores_tiles and image.geometry.sub_images:
-            return self._select_pooled(image)
-        valid = image.geometry.valid.to(image.features.device)
+        geometry, device = image.geometry, image.features.device
+        if self.allocation.ignores_tiles and geometry.sub_images:
+            places = geometry.packed[geometry.packed != SEPARATOR].to(device)[None]
+            image = image.in_packed_order()
+        else:
+            places = torch.arange(geometry.tiles * geometry.tokens, device=device).view(geometry.tiles, -1)
+        valid = image.geometry.valid.to(device)
         candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
         scores = checked_scores(self.selection, image, candidates)
         capacity = candidates.sum(dim=1).tolist()
+        chosen: list[tuple[Tensor, Tensor, Merged | None]] = []  # of every try; the last answers for its own mask
+
+        def at_places(values: Tensor, fill: float) -> Tensor:
+            flat = values.new_full((geometry.tiles * geometry.tokens,), fill)
+            return flat.scatter(0, places.flatten(), values.flatten()).view(geometry.tiles, geometry.tokens)
 
         def choose(number: int) -> tuple[Tensor, list[int]]:
             granted = self.allocation.allocate(image, number, capacity, scores)
-            kept = self.selection.pick(image, scores, torch.tensor(granted, device=scores.device), candidates)
-            return kept & valid, granted
+            kept, merged = self._pick(image, scores, torch.tensor(granted, device=device), candidates)
+            kept = kept & valid
+            kept_at = at_places(kept, False)
+            chosen.append((kept_at, kept, merged))
+            return kept_at, kept_at.sum(dim=1).tolist() if self.allocation.ignores_tiles else granted
 
-        return self.within_budget(image, choose, scores, limit=sum(capacity))
+        selection = self.within_budget(image, choose, at_places(scores, -torch.inf), sum(capacity), geometry)
+        kept, merged = next((kept, merged) for mask, kept, merged in chosen if mask is selection.kept)
+        if merged is None and self.order is None:
+            return selection
+        in_prompt = geometry.packed[geometry.packed != SEPARATOR].to(device)
+        in_prompt = in_prompt[selection.kept.flatten()[in_prompt]]  # flat index of each kept token, in packed order
+        slot = torch.empty(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
+        slot[places.flatten()] = torch.arange(places.numel(), device=device)
+        mixing, order = None, None
+        made = torch.zeros_like(kept, dtype=torch.long) if merged is None else merged.made
+        if merged is not None:
+            mixing = _mixing(merged.weights, slot[in_prompt], places, geometry)
+        if self.order is not None:
+            rank = self.order.rank(image, scores, kept, made).flatten()[slot[in_prompt]]
+            order = rank.argsort(stable=True)
+        before = self.merging is not None and self.merging.before_projector
+        return replace(selection, mixing=mixing, before_projector=before and mixing is not None, order=order)
 
-    def _select_pooled(self, image: EncodedImage) -> Selection:
-        """Choose in the sequence of all valid tokens, and put the choice back at its tiles."""
-        pool, geometry = image.in_packed_order(), image.geometry
-        places = geometry.packed[geometry.packed != SEPARATOR].to(image.features.device)
-        everyone = torch.ones(1, len(places), dtype=torch.bool, device=places.device)
-        scores = checked_scores(self.selection, pool, everyone)
+    def _pick(
+        self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Merged | None]:
+        """Return the kept tokens, bool `[tiles, tokens]`, and what merging made of them."""
+        room = candidates.sum(dim=1)
+        if self.merging is None or bool((budgets >= room).all()):
+            return self.selection.pick(image, scores, budgets, candidates), None
+        reserved = torch.where(budgets < room, self.merging.reserve(budgets), 0)
+        picked = self.selection.pick(image, scores, budgets - reserved, candidates)
+        merged = self.merging.merge(image, scores, picked, reserved, candidates)
+        return picked | (merged.made > 0), merged
 
-        def at_tiles(values: Tensor, fill: float) -> Tensor:
-            flat = values.new_full((geometry.tiles * geometry.tokens,), fill)
-            flat[places] = values[0]
-            return flat.view(geometry.tiles, geometry.tokens)
 
-        def choose(number: int) -> tuple[Tensor, list[int]]:
-            budget = self.allocation.allocate(pool, number, [len(places)], scores)
-            kept = self.selection.pick(pool, scores, torch.tensor(budget, device=places.device), everyone)
-            kept = at_tiles(kept, False)
-            return kept, kept.sum(dim=1).tolist()
+def _mixing(weights: Tensor, rows: Tensor, places: Tensor, geometry: TileGeometry) -> Tensor:
+    """Return the mixing matrix of a selection from the weights inside each tile, sparse `[kept, tokens of all tiles]`.
 
-        return self.within_budget(image, choose, at_tiles(scores, -torch.inf))
+    Args:
+        weights: weights inside each tile, `[tiles, tokens, sources]`.
+        rows: the tile and token (``tile * tokens + token``) of each kept token in packed order, `[kept]`.
+        places: the flat index of each token in the image, `[tiles, tokens]`.
+        geometry: the layout of the image.
+    """
+    tiles, tokens = places.shape
+    total = geometry.tiles * geometry.tokens
+    cls_columns = weights.shape[2] - tokens
+    columns = torch.cat([places, total + torch.arange(tiles, device=places.device)[:, None]], dim=1)
+    columns = columns[:, : tokens + cls_columns][rows // tokens]
+    mixing = weights.new_zeros(len(rows), total + cls_columns * geometry.tiles)
+    return mixing.scatter(1, columns, weights.flatten(0, 1)[rows]).to_sparse()

@@ -29,6 +29,10 @@ class Selection:
         separators: which learned newlines stay, bool `[separators]`; None leaves it to the reducer's `newlines` option.
         mixing: for merging methods, the kept tokens as mixtures of all tokens, `[kept, tiles * tokens]` (may be
             sparse), rows in the order of the kept tokens in the prompt. None drops the others, as one-hot rows would.
+            ``tiles`` more columns stand for the CLS tokens of the tiles, before the projector only.
+        before_projector: whether features are mixed before the projector instead of after it.
+        order: the order in which kept tokens enter the LLM, `[kept]`: entry n is the number (in packed order) of the
+            token that comes n-th. None is the packed order. Newlines stay where they are.
         pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
     """
 
@@ -39,6 +43,8 @@ class Selection:
     scores: Tensor | None = None
     separators: Tensor | None = None
     mixing: Tensor | None = None
+    before_projector: bool = False
+    order: Tensor | None = None
     pixels: Tensor | None = None
 
     @property
@@ -65,8 +71,8 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing is dropped and nothing is mixed."""
-        return self.mixing is None and bool(self.packed_mask().all())
+        """Whether nothing is dropped, mixed or moved."""
+        return self.mixing is None and self.order is None and bool(self.packed_mask().all())
 
     def packed_mask(self) -> Tensor:
         """Return which positions of the packed image stay, bool `[length]`."""

@@ -1,0 +1,151 @@
+"""The text side of a CLIP vision tower: what a question and the tower's tokens have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.models import mini
+
+USER = r"\[INST\]|<\|im_start\|>\s*user|<\|start_header_id\|>\s*user\s*<\|end_header_id\|>|\b(?:user|human)\s*:"
+ASSISTANT = (
+    r"\[/INST\]|<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>"
+    r"|\b(?:assistant|gpt)\s*:"
+)
+TURN = re.compile(f"(?P<user>{USER})|(?P<assistant>{ASSISTANT})", re.IGNORECASE)
+"""How chat templates mark turns: LLaVA (Vicuna, Mistral), ChatML (Qwen) and Llama 3."""
+
+
+def question_in(prompt: str, special: Sequence[str]) -> str:
+    """Return what the user asks: the last user turn that holds text, or all text if the prompt has no turns.
+
+    Args:
+        prompt: a decoded prompt.
+        special: special tokens to leave out, the image placeholder among them.
+    """
+    marks = [*TURN.finditer(prompt)]
+    turns = [prompt] if not marks else []
+    for number, mark in enumerate(marks):
+        end = marks[number + 1].start() if number + 1 < len(marks) else len(prompt)
+        if mark["user"]:
+            turns.append(prompt[mark.end() : end])
+    texts = []
+    for turn in turns:
+        for token in sorted(special, key=len, reverse=True):
+            turn = turn.replace(token, " ")
+        texts.append(" ".join(turn.split()))
+    return next((text for text in reversed(texts) if text), "")
+
+
+class TextTower:
+    """The text tower and the projections of a CLIP checkpoint, without its vision tower; runs in float32.
+
+    Args:
+        name: a folder or a hub id of a `CLIPModel`, or ``"mini"``.
+    """
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        folder = str(mini.text_path()) if name == "mini" else name
+        try:
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text_model={name!r} could not be loaded as a CLIP model: {error}") from error
+        self.name = name
+        self.longest: int = model.config.text_config.max_position_embeddings
+        self.width: int = model.config.vision_config.hidden_size
+        self.text: Any = model.text_model
+        self.text_projection: nn.Module = model.text_projection
+        vision: Any = model.vision_model
+        self.norm: nn.Module = vision.post_layernorm
+        self.projection: nn.Module = model.visual_projection
+
+    @torch.no_grad()
+    def embed(self, text: str, device: torch.device) -> Mapping[str, Tensor]:
+        """Return a text in the shared space.
+
+        Long texts are cut into segments of the tower's length, each with its own begin and end.
+
+        Returns:
+            ``question``, a vector per segment `[segments, shared]`, and ``question_tokens``, one per text token
+            `[text_tokens, shared]`; neither is normalised.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        step = self.longest - 2
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        pooled, tokens = [], []
+        self.text.to(device), self.text_projection.to(device)
+        for start in range(0, max(len(ids), 1), step):
+            part = torch.tensor([[begin, *ids[start : start + step], end]], device=device)
+            out = self.text(input_ids=part)
+            pooled.append(self.text_projection(out.pooler_output))
+            tokens.append(self.text_projection(out.last_hidden_state[0, 1:-1]))
+        return {"question": torch.cat(pooled), "question_tokens": torch.cat(tokens)}
+
+    @torch.no_grad()
+    def align(self, features: Tensor) -> Tensor:
+        """Return hidden states of the vision tower in the shared space, `[..., width]` to `[..., shared]`.
+
+        Raises:
+            ValueError: if the width is not that of the checkpoint's own vision tower.
+        """
+        if features.shape[-1] != self.width:
+            raise ValueError(
+                f"text_model={self.name!r} belongs to a vision tower of width {self.width}, but that of the model has "
+                f"width {features.shape[-1]}; name the CLIP checkpoint that the model's tower comes from"
+            )
+        self.norm.to(features.device), self.projection.to(features.device)
+        aligned: Tensor = self.projection(self.norm(features.float()))
+        return aligned
+
+
+@cache
+def text_tower(name: str | None) -> TextTower:
+    """Return a text tower by folder, hub id or ``"mini"``, loaded once.
+
+    Raises:
+        ValueError: if none is named, or it cannot be loaded.
+    """
+    if name is None:
+        raise ValueError("signals of the question were asked for without a text_model; name a CLIP checkpoint")
+    return TextTower(name)
+
+
+@cache
+def example_text_model(width: int) -> str:
+    """Return the folder of a tiny CLIP checkpoint with random weights, the same ones each time; gone with the process.
+
+    Args:
+        width: width of its vision tower.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+
+    folder = _EXAMPLES.setdefault(width, TemporaryDirectory(prefix="tokenprune-"))
+    words = ["<unk>", "<s>", "what", "is", "in", "the", "picture", "</s>"]
+    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    shared: Any = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
+    shared["num_attention_heads"] = 1
+    text = CLIPTextConfig(
+        vocab_size=len(words), bos_token_id=1, eos_token_id=len(words) - 1, max_position_embeddings=12, **shared
+    )
+    vision = CLIPVisionConfig(**shared)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
+    return folder.name
+
+
+_EXAMPLES: dict[int, TemporaryDirectory[str]] = {}
