@@ -8,7 +8,7 @@ The checkpoint is an ordinary folder: ``AutoModelForImageTextToText.from_pretrai
 import json
 from pathlib import Path
 
-__all__ = ["demo_questions", "path", "picture_path"]
+__all__ = ["demo_questions", "path", "picture_path", "text_path"]
 
 _HERE = Path(__file__).parent
 
@@ -16,6 +16,11 @@ _HERE = Path(__file__).parent
 def path() -> Path:
     """Return the folder of the trained checkpoint."""
     return _HERE / "checkpoint"
+
+
+def text_path() -> Path:
+    """Return the folder of the CLIP model whose vision tower is that of the checkpoint, with its text tower."""
+    return _HERE / "text"
 
 
 def picture_path() -> Path:
