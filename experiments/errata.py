@@ -1,46 +1,159 @@
-"""How much each deviation of HiRED's release from its paper matters, one at a time, on the held-out boards.
+"""How much each deviation between a paper, its code and the repaired form matters, one at a time, on held-out boards.
 
 Run it: ``python -m tokenprune.experiments.errata``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from tokenprune.adapter import find_adapter
-from tokenprune.experiments.heldout import interval, measure
-from tokenprune.image import Signal
+from tokenprune.experiments.heldout import Results, interval, measure, text_guided
+from tokenprune.image import TEXT_SIGNALS, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import HiRED
-from tokenprune.strategies.components import VisualContentAllocation
+from tokenprune.strategies import (
+    SCOPE,
+    TOPS,
+    FasterVLM,
+    GlobalCom2,
+    HiPrune,
+    HiRED,
+    HoloV,
+    PruMerge,
+    PruMergePlus,
+    VisionZip,
+    VisPruner,
+)
+from tokenprune.strategies.components import (
+    AnchorsBuffersRegisters,
+    ByScore,
+    ContextualMerging,
+    MergedLast,
+    NeighbourMerging,
+    VisualContentAllocation,
+)
+from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
+from tokenprune.strategies.globalcom2 import GuidedAllocation
+from tokenprune.strategies.tops import OptimalPreservation
+
+Way: TypeAlias = TokenReducer | Callable[[float], TokenReducer]
+"""A strategy whose budget is set later, or how to make one for a budget."""
 
 
-def deviations() -> Mapping[str, TokenReducer]:
-    """Return `HiRED()` with one part each as the release (or the paper) has it."""
-    part = VisualContentAllocation
-    return {
-        "stripes instead of true regions": HiRED(allocation=part(region="stripe")),
-        "even quadrants instead of true regions": HiRED(allocation=part(region="quadrant")),
-        "count of top tokens instead of attention mass": HiRED(
-            allocation=VisualContentAllocation(statistic="top_count")
-        ),
-        "rounding down instead of largest remainder": HiRED(allocation=part(rounding="floor")),
-        "padding paid for instead of excluded": HiRED(padding="ignore"),
-        "newlines dropped instead of kept with their rows": HiRED(newlines="drop"),
-        "the release, all of these": HiRED.release(),
-    }
-
-
-def moved(first: int, number: int, budget: float) -> dict[str, tuple[float, float]]:
-    """Return for each deviation the share of HiRED's tokens that it does not keep, and of the budget that it loses.
+@dataclass(frozen=True)
+class Deviation:
+    """One way in which a method is not as its repaired form has it.
 
     Args:
+        what: the deviation in words.
+        repaired: the strategy that it is compared with.
+        deviating: the strategy at a budget.
+    """
+
+    what: str
+    repaired: TokenReducer
+    deviating: Callable[[float], TokenReducer]
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return type(self.repaired).__name__
+
+
+def deviations() -> list[Deviation]:
+    """Return every deviation that can be measured, method by method."""
+
+    def of(repaired: TokenReducer, ways: Mapping[str, Way]) -> list[Deviation]:
+        def at(way: Way) -> Callable[[float], TokenReducer]:
+            return (lambda budget: replace(way, budget=budget)) if isinstance(way, TokenReducer) else way
+
+        return [Deviation(what, repaired, at(way)) for what, way in ways.items()]
+
+    content = VisualContentAllocation
+    cdpruner, eadp, trim = text_guided()
+    contextual = ContextualMerging(weights="release")
+    few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
+    return [
+        *of(
+            HiRED(),
+            {
+                "stripes instead of true regions": HiRED(allocation=content(region="stripe")),
+                "even quadrants instead of true regions": HiRED(allocation=content(region="quadrant")),
+                "count of top tokens instead of attention mass": HiRED(allocation=content(statistic="top_count")),
+                "rounding down instead of largest remainder": HiRED(allocation=content(rounding="floor")),
+                "padding paid for instead of excluded": HiRED(padding="ignore"),
+                "newlines dropped instead of kept with their rows": HiRED(newlines="drop"),
+                "the release": HiRED.release(),
+            },
+        ),
+        *of(FasterVLM(), {"the release": FasterVLM.release()}),
+        *of(
+            GlobalCom2(),
+            {
+                "quadrants instead of true regions": GlobalCom2(allocation=GuidedAllocation(region="quadrant")),
+                "base tile in the order of its scores": GlobalCom2(order=ByScore(tiles="base")),
+                "the release": lambda budget: GlobalCom2.release(budget),
+            },
+        ),
+        *of(
+            HiPrune(),
+            {
+                "neighbours run over the ends of rows": HiPrune(selection=AnchorsBuffersRegisters(wrap=True)),
+                "newlines dropped": HiPrune(newlines="drop"),
+            },
+        ),
+        *of(HoloV(), {"the release": HoloV.release()}),
+        *of(SCOPE(), {"the release": SCOPE.release()}),
+        *of(VisPruner(), {"the release": VisPruner.release()}),
+        *of(
+            PruMerge(),
+            {
+                "sums instead of means": PruMerge(merging=NeighbourMerging(weights="release")),
+                "order of attention": PruMerge(order=ByScore()),
+                "the release, which sets its own count": PruMerge.release(),
+            },
+        ),
+        *of(
+            PruMergePlus(),
+            {
+                "sums instead of means": PruMergePlus(merging=NeighbourMerging(weights="release")),
+                "the release, which sets its own count": PruMergePlus.release(),
+            },
+        ),
+        *of(
+            VisionZip(),
+            {
+                "sums, targets by whole steps, CLS as a token": VisionZip(merging=contextual),
+                "all of these and the release's order": VisionZip(merging=contextual, order=VisionZip.release().order),
+            },
+        ),
+        *of(trim, {"merged token after the others": replace(trim, order=MergedLast())}),
+        *of(cdpruner, {"padding paid for, newlines dropped": replace(cdpruner, padding="ignore", newlines="drop")}),
+        *of(TOPS(), {"division by the mean": TOPS(selection=OptimalPreservation(rescaling="mean"))}),
+        *of(
+            eadp,
+            {
+                "a fifth of the words instead of half": replace(eadp, selection=Representatives(few_words)),
+                "squared importance": replace(eadp, selection=Representatives(squared)),
+            },
+        ),
+    ]
+
+
+def moved(known: list[Deviation], first: int, number: int, budget: float) -> dict[str, tuple[float, float]]:
+    """Return for each deviation the share of tokens that it does not keep any more, and of the budget that it loses.
+
+    Strategies that read the question are given the first one of each board.
+
+    Args:
+        known: the deviations.
         first: index of the first board.
         number: number of boards.
         budget: budget as a ratio.
@@ -49,41 +162,56 @@ def moved(first: int, number: int, budget: float) -> dict[str, tuple[float, floa
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor, adapter = AutoProcessor.from_pretrained(mini.path()), find_adapter(model)
-    needs = [Signal("cls_attention", "first"), Signal("cls_attention", "feature")]
+    needs: list[Signal] = [s for one in known for r in (one.repaired, one.deviating(budget)) for s in r.needs]
     counts: dict[str, list[tuple[int, int, int, int]]] = {}
     for board in boards(number, "heldout", first):
         inputs = processor(images=[board.image], text=["<image>"], return_tensors="pt")
         with torch.no_grad():
-            image = adapter.encode(inputs, needs).images[0]
-        own = HiRED(budget).reduce(image)
-        for name, reducer in deviations().items():
-            other = replace(reducer, budget=budget).reduce(image)
+            image = adapter.encode(inputs, needs, text_model="mini").images[0]
+        asked = adapter.embed_question(board.questions[0].text, "mini")
+        text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
+        image = replace(image, signals={**image.signals, **text})
+        for one in known:
+            own, other = replace(one.repaired, budget=budget).reduce(image), one.deviating(budget).reduce(image)
             lost = int((own.kept & ~other.kept).sum())
-            counts.setdefault(name, []).append((lost, own.kept_tokens, other.asked - other.kept_tokens, other.asked))
+            rows = counts.setdefault(f"{one.method}: {one.what}", [])
+            rows.append((lost, own.kept_tokens, own.kept_tokens - other.kept_tokens, own.kept_tokens))
     totals = {name: np.array(rows).sum(axis=0) for name, rows in counts.items()}
     return {name: (lost / kept, missing / asked) for name, (lost, kept, missing, asked) in totals.items()}
 
 
+def settings(known: list[Deviation], budget: float) -> Mapping[str, TokenReducer]:
+    """Return the strategies to compare, repaired ones by the name of their method."""
+    repaired = {one.method: one.repaired for one in known}
+    return {**repaired, **{f"{one.method}: {one.what}": one.deviating(budget) for one in known}}
+
+
+def report(known: list[Deviation], results: Results, shares: dict[str, tuple[float, float]], budget: float) -> str:
+    """Return the table of one budget as Markdown."""
+    lines = [f"| at {budget:.0%} | tokens moved | budget lost | accuracy minus repaired, points |\n|---|---|---|---|"]
+    for one in known:
+        name = f"{one.method}: {one.what}"
+        pairs = zip(results.of((name, budget)), results.of((one.method, budget)), strict=True)
+        mean, low, high = interval([a - b for a, b in pairs])
+        seen = "no difference seen" if low <= 0 <= high else "difference seen"
+        points = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {seen}"
+        lines.append(f"| {name} | {shares[name][0]:.1%} | {shares[name][1]:.1%} | {points} |")
+    return "\n".join(lines)
+
+
 def main(number: int = 125, first: int = 1000, budgets: list[float] | None = None) -> None:
-    """Print a table: deviations by tokens moved, budget lost, and accuracy against `HiRED()` with intervals.
+    """Measure every deviation and print the tables.
 
     Args:
         number: number of held-out boards.
         first: index of the first board.
         budgets: budgets as ratios; 5, 10 and 20 % if left out.
     """
-    chosen = budgets or [0.05, 0.1, 0.2]
-    results = measure(first, number, chosen, {"HiRED": HiRED(), **deviations()})
-    print(f"{number} boards, {sum(map(len, results.kinds))} questions\n")
-    for budget in chosen:
-        print(f"| at {budget:.0%} | tokens moved | budget lost | accuracy minus HiRED(), points |\n|---|---|---|---|")
-        for name, (share, missing) in moved(first, number, budget).items():
-            pairs = zip(results.of((name, budget)), results.of(("HiRED", budget)), strict=True)
-            mean, low, high = interval([a - b for a, b in pairs])
-            seen = "no difference seen" if low <= 0 <= high else "difference seen"
-            points = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {seen}"
-            print(f"| {name} | {share:.1%} | {missing:.1%} | {points} |")
-        print()
+    known = deviations()
+    for budget in budgets or [0.05, 0.1, 0.2]:
+        results = measure(first, number, [budget], settings(known, budget))
+        print(f"{number} boards, {sum(map(len, results.kinds))} questions\n")
+        print(report(known, results, moved(known, first, number, budget), budget) + "\n", flush=True)
 
 
 if __name__ == "__main__":

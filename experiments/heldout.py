@@ -22,20 +22,24 @@ from numpy.typing import NDArray
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.catalogue import strategies
-from tokenprune.image import Signal
+from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.models.mini.evaluate import ask
-from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import HiRED
+from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.strategies import EADP, TRIM, CDPruner, HiRED, Random
+from tokenprune.strategies.cdpruner import ConditionalDiversity
 from tokenprune.strategies.components import (
-    BaseTileOnly,
+    BaseTileAllocation,
+    ContextualMerging,
     GlobalTopAllocation,
-    RandomSelection,
-    SubImagesOnly,
-    UniformAllocation,
-    UniformStride,
+    SaliencyCoverage,
+    SubImagesAllocation,
+    TextRelevance,
+    TopRelevance,
 )
+from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
+from tokenprune.strategies.globalcom2 import GuidedAllocation
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 
@@ -45,20 +49,41 @@ Answers: TypeAlias = NDArray[np.int64]
 
 def compared() -> dict[str, TokenReducer]:
     """Return the compared strategies by name; their budget is set later."""
-    everywhere = UniformAllocation()
-    shipped: dict[str, Any] = {name: kind for name, kind in strategies().items() if name != "HiRED"}
+    shipped: dict[str, Any] = {n: kind for n, kind in strategies().items() if n not in ("HiRED", "Random")}
     return {
         "HiRED": HiRED(),
         "HiRED, positions preserved": HiRED(positions="preserve"),
         "HiRED.paper": HiRED.paper(),
         "HiRED.release": HiRED.release(),
         "TopAttention, one pool": HiRED(allocation=GlobalTopAllocation()),
-        "TopAttention, sub-images only": HiRED(allocation=SubImagesOnly(pooled=True)),
-        "TopAttention, base tile only": HiRED(allocation=BaseTileOnly()),
-        **{name: kind() for name, kind in shipped.items()},
-        "UniformStride": HiRED(allocation=everywhere, selection=UniformStride()),
-        **{f"Random, seed {s}": HiRED(allocation=everywhere, selection=RandomSelection(s)) for s in range(3)},
+        "TopAttention, sub-images only": HiRED(allocation=SubImagesAllocation(pooled=True)),
+        "TopAttention, base tile only": HiRED(allocation=BaseTileAllocation()),
+        **{name: kind(text_model="mini" if reads_question(kind()) else None) for name, kind in shipped.items()},
+        **{f"{type(reducer).__name__}, sign of this text tower": reducer for reducer in text_guided()},
+        "GlobalCom2's tiles, SCOPE's tokens, VisionZip's merging": ComponentReducer(
+            allocation=GuidedAllocation(), selection=SaliencyCoverage(), merging=ContextualMerging()
+        ),
+        **{f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)},
     }
+
+
+def reads_question(reducer: TokenReducer) -> bool:
+    """Return whether a strategy needs the text tower."""
+    return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in reducer.needs)
+
+
+def text_guided() -> tuple[CDPruner, EADP, TRIM]:
+    """Return the strategies that compare tokens with the question, with the embedded text tower.
+
+    Patches of OpenAI's CLIP are less like a text that they show than others, so the published methods take the negative
+    likeness. The embedded tower is trained the other way round, so here the likeness itself is taken.
+    """
+    whole, dot = TextRelevance(sign="aligned"), TextRelevance(likeness="dot", sign="aligned")
+    return (
+        CDPruner(selection=ConditionalDiversity(whole), text_model="mini"),
+        EADP(selection=Representatives(DenseTextRelevance(sign="aligned")), text_model="mini"),
+        TRIM(selection=TopRelevance(dot), text_model="mini"),
+    )
 
 
 def grid(reducers: Mapping[str, TokenReducer], budgets: Sequence[float]) -> list[tuple[str, float, TokenReducer]]:
@@ -79,7 +104,7 @@ def answer(
         inputs: text inputs of one prompt per question, `[questions, length]`.
         reducer: the strategy.
     """
-    run = Run(reducer, find_adapter(model))
+    run = Run(reducer, find_adapter(model), tokenizer=processor)
     reduced, rows = run.reduced(dict(inputs), generating=True, encoding=encoding.repeated(len(inputs["input_ids"])))
     out = model.generate(**reduced, max_new_tokens=4, do_sample=False)
     width = inputs["input_ids"].shape[1] if rows is None else rows.index.shape[1]
@@ -95,7 +120,7 @@ def measure_board(
     text = {name: every[name] for name in ("input_ids", "attention_mask")}
     needs: list[Signal] = [signal for _, _, reducer in settings for signal in reducer.needs]
     with torch.no_grad():
-        encoding = find_adapter(model).encode(one, needs)
+        encoding = find_adapter(model).encode(one, needs, text_model="mini")
         for name, budget, reducer in settings:
             texts, run = answer(model, processor, encoding, text, reducer)
             right = ["".join(t.split()) == q.answer for t, q in zip(texts, board.questions, strict=True)]

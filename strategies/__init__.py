@@ -3,13 +3,46 @@
 if __name__ != "tokenprune.strategies":
     raise ImportError("import tokenprune.strategies, not strategies: the folder is part of the tokenprune package")
 
+from tokenprune.strategies.baselines import BaseTileOnly, Random, SpatialPooling, UniformStride
+from tokenprune.strategies.cdpruner import CDPruner
 from tokenprune.strategies.divprune import DivPrune
+from tokenprune.strategies.eadp import EADP
 from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.globalcom2 import GlobalCom2
+from tokenprune.strategies.hero import HERO
 from tokenprune.strategies.hiprune import HiPrune
 from tokenprune.strategies.hired import HiRED
 from tokenprune.strategies.holov import HoloV
+from tokenprune.strategies.image_downsample import ImageDownsample
+from tokenprune.strategies.prumerge import PruMerge, PruMergePlus
 from tokenprune.strategies.scope import SCOPE
+from tokenprune.strategies.tops import TOPS
+from tokenprune.strategies.trim import TRIM
+from tokenprune.strategies.visionzip import VisionZip
 from tokenprune.strategies.vispruner import VisPruner
+from tokenprune.strategies.vtc_cls import VTCCLS
 
-__all__ = ["SCOPE", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VisPruner"]
+__all__ = [
+    "EADP",
+    "HERO",
+    "SCOPE",
+    "TOPS",
+    "TRIM",
+    "VTCCLS",
+    "BaseTileOnly",
+    "CDPruner",
+    "DivPrune",
+    "FasterVLM",
+    "GlobalCom2",
+    "HiPrune",
+    "HiRED",
+    "HoloV",
+    "ImageDownsample",
+    "PruMerge",
+    "PruMergePlus",
+    "Random",
+    "SpatialPooling",
+    "UniformStride",
+    "VisPruner",
+    "VisionZip",
+]

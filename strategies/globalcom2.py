@@ -26,6 +26,7 @@ from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import LayerChoice
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import base_tile_coverage
+from tokenprune.strategies.components.order import ByScore
 
 
 def enlarged(base: Tensor, geometry: TileGeometry) -> Tensor:
@@ -124,11 +125,13 @@ class GlobalCom2(ComponentReducer):
     def release(cls, retention: float = 0.25) -> GlobalCom2:
         """Return GlobalCom2 as published in code: a retention ratio per unpadded tile, all newlines on top.
 
-        Kept tokens stand at their true places here; the release puts them at their number inside the unpadded tile,
-        which is another row where there is padding, and the base tile's tokens in the order of their scores.
+        The base tile's tokens come in the order of their scores. Kept tokens of sub-images stand at their true places
+        here; the release puts them at their number inside the unpadded tile, which is another row where there is
+        padding.
 
         Args:
             retention: share of the unpadded tokens to keep (R).
         """
         allocation = GuidedAllocation(region="quadrant", retention=retention)
-        return cls(Budget(float(retention), of="unpadded"), newlines="keep", allocation=allocation)
+        budget = Budget(float(retention), of="unpadded")
+        return cls(budget, newlines="keep", allocation=allocation, order=ByScore(tiles="base"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion
-from tokenprune.components import AllocationPolicy, SelectionPolicy
+from tokenprune.components import AllocationPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.reducer import ComponentReducer
@@ -40,6 +40,39 @@ def published_stripe_budgets(mass: Sequence[float], total: int) -> list[int]:
         budgets[order[number % len(order)]] += 1
     counts: list[int] = budgets.tolist()
     return counts
+
+
+def stripe_of(length: int, stripes: int) -> Tensor:
+    """Return the number of the stripe of each place of a sequence; the first ones are longer by one, `[length]`.
+
+    Args:
+        length: places of the sequence.
+        stripes: stripes to cut it into; there are never more than places.
+    """
+    parts = torch.arange(length).tensor_split(max(1, min(stripes, length)))
+    return torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])
+
+
+@dataclass
+class StripeOrder(OrderPolicy):
+    """Stripe by stripe, the most attended token first; stripes that are kept whole stay in their order (HoloV).
+
+    Args:
+        stripes: number of stripes of the sequence.
+    """
+
+    stripes: int = 16
+
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
+        """Return the number of the stripe plus the place of the token in it, `[tiles, tokens]`."""
+        rank = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
+        for tile in range(len(kept)):
+            places = (scores[tile] > -torch.inf).nonzero()[:, 0]
+            stripe = stripe_of(len(places), self.stripes).to(places.device)
+            place = scores[tile, places].argsort(descending=True, stable=True).argsort().double() / (1 + len(places))
+            whole = torch.bincount(stripe) == torch.bincount(stripe[kept[tile, places]], minlength=int(stripe[-1]) + 1)
+            rank[tile, places] = stripe + place.masked_fill(whole[stripe], 0)
+        return rank
 
 
 @dataclass
@@ -69,12 +102,19 @@ class StripedAttention(SelectionPolicy):
         """Divide each tile's budget over its stripes and keep the top of each."""
         kept = torch.zeros_like(candidates)
         for tile, budget in enumerate(budgets.tolist()):
-            stripes = [part for part in candidates[tile].nonzero()[:, 0].tensor_split(self.stripes) if len(part)]
-            mass = [float(scores[tile, part].double().clamp(min=0).mean()) for part in stripes]
-            sizes = [len(part) for part in stripes]
-            shares = published_stripe_budgets(mass, budget) if self.rounding == "release" else []
-            for part, share in zip(stripes, shares or apportion(budget, mass, sizes), strict=True):
-                kept[tile, part[scores[tile, part].argsort(descending=True, stable=True)[:share]]] = True
+            places = candidates[tile].nonzero()[:, 0]
+            values, stripe = scores[tile, places], stripe_of(len(places), self.stripes).to(places.device)
+            sizes = torch.bincount(stripe)
+            attention = values.double().clamp(min=0)
+            mass = (attention.new_zeros(len(sizes)).index_add(0, stripe, attention) / sizes).tolist()
+            if self.rounding == "release":
+                shares = published_stripe_budgets(mass, budget)
+            else:
+                shares = apportion(budget, mass, sizes.tolist())
+            best = values.argsort(descending=True, stable=True)
+            best = best[stripe[best].argsort(stable=True)]  # stripe by stripe, the most attended first
+            place_in_stripe = torch.arange(len(best), device=best.device) - (sizes.cumsum(0) - sizes)[stripe]
+            kept[tile, places[best[place_in_stripe < torch.tensor(shares, device=best.device)[stripe]]]] = True
         return kept
 
 
@@ -87,7 +127,7 @@ class HoloV(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | Budget = 0.2, stripes: int = 16) -> HoloV:
-        """Return HoloV as published in code: what a stripe cannot hold is lost, and newlines are dropped.
+        """Return HoloV as published in code: stripes by attention, surplus is lost, and newlines are dropped.
 
         The release fills lost places with zero vectors; here they are simply missing.
 
@@ -95,4 +135,5 @@ class HoloV(ComponentReducer):
             budget: tokens that may enter the LLM.
             stripes: number of stripes of the packed sequence.
         """
-        return cls(budget, newlines="drop", selection=StripedAttention(stripes, rounding="release"))
+        selection = StripedAttention(stripes, rounding="release")
+        return cls(budget, newlines="drop", selection=selection, order=StripeOrder(stripes))

@@ -9,15 +9,15 @@ from tests.build import encoded
 from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.strategies.components import (
-    BaseTileOnly,
+    BaseTileAllocation,
     GlobalTopAllocation,
     ProportionalAllocation,
     RandomSelection,
-    SubImagesOnly,
+    StrideSelection,
+    SubImagesAllocation,
     TopAttention,
     TopNorm,
     UniformAllocation,
-    UniformStride,
     VisualContentAllocation,
 )
 
@@ -30,9 +30,9 @@ ALLOCATIONS: list[AllocationPolicy] = [
     UniformAllocation(),
     ProportionalAllocation(),
     GlobalTopAllocation(),
-    SubImagesOnly(),
-    SubImagesOnly(pooled=True),
-    BaseTileOnly(),
+    SubImagesAllocation(),
+    SubImagesAllocation(pooled=True),
+    BaseTileAllocation(),
     VisualContentAllocation(rounding="floor"),
     VisualContentAllocation(region="quadrant", rounding="floor", statistic="top_count"),
 ]
@@ -54,8 +54,8 @@ def test_allocations_never_grant_more_than_there_is(policy, size, grid, total, s
     granted = policy.allocate(image, total, capacity, scores)
     assert len(granted) == image.geometry.tiles
     assert all(type(one) is int and 0 <= one <= room for one, room in zip(granted, capacity, strict=True))
-    room = capacity[0] if isinstance(policy, BaseTileOnly) else sum(capacity)
-    room = sum(capacity[1:]) if isinstance(policy, SubImagesOnly) else room
+    room = capacity[0] if isinstance(policy, BaseTileAllocation) else sum(capacity)
+    room = sum(capacity[1:]) if isinstance(policy, SubImagesAllocation) else room
     if getattr(policy, "rounding", "") == "floor":
         assert sum(granted) <= min(total, room)
     else:
@@ -73,12 +73,12 @@ def test_simple_allocations_by_hand() -> None:
     assert granted(UniformAllocation(), 20, image) == [4, 4, 4, 4, 4]
     assert granted(UniformAllocation(), 30, padded) == [14, 8, 8]
     assert granted(ProportionalAllocation(), 20, padded) == [10, 5, 5]
-    assert granted(BaseTileOnly(), 20, padded) == [16, 0, 0]
-    assert granted(SubImagesOnly(), 10, padded) == [0, 5, 5]
-    assert granted(SubImagesOnly(), 99, padded) == [0, 8, 8]
+    assert granted(BaseTileAllocation(), 20, padded) == [16, 0, 0]
+    assert granted(SubImagesAllocation(), 10, padded) == [0, 5, 5]
+    assert granted(SubImagesAllocation(), 99, padded) == [0, 8, 8]
     single = encoded(TileGeometry.single((4, 4)))
     with pytest.raises(ValueError, match="needs sub-images"):
-        granted(SubImagesOnly(), 3, single)
+        granted(SubImagesAllocation(), 3, single)
     assert granted(VisualContentAllocation(0.0), 3, single) == [3]
     assert granted(VisualContentAllocation(rounding="floor"), 30, single) == [16]
 
@@ -87,7 +87,7 @@ def test_pooled_allocations_count_the_best_tokens() -> None:
     image, scores = encoded(SQUARE), torch.zeros(5, 16)
     scores[0, :9], scores[2, 3], scores[4, :5] = 5.0, 4.0, 3.0
     assert granted(GlobalTopAllocation(), 12, image, scores) == [9, 0, 1, 0, 2]
-    assert granted(SubImagesOnly(pooled=True), 4, image, scores) == [0, 0, 1, 0, 3]
+    assert granted(SubImagesAllocation(pooled=True), 4, image, scores) == [0, 0, 1, 0, 3]
 
 
 def test_visual_content_reads_the_layer_it_is_told_to() -> None:
@@ -158,7 +158,7 @@ def test_uniform_stride_is_even(data, tokens: int) -> None:
     candidates = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))])
     budget = data.draw(st.integers(0, int(candidates.sum())))
     image = encoded(geometry)
-    kept = UniformStride().pick(image, torch.zeros(1, tokens), torch.tensor([budget]), candidates)
+    kept = StrideSelection().pick(image, torch.zeros(1, tokens), torch.tensor([budget]), candidates)
     assert int(kept.sum()) == budget
     assert not bool((kept & ~candidates).any())
     places = kept[candidates].nonzero().flatten()
@@ -171,7 +171,7 @@ def test_uniform_stride_starts_half_a_step_in() -> None:
         mask = torch.zeros(1, 10, dtype=torch.bool)
         mask[0, candidates] = True
         image = encoded(TileGeometry.single((2, 5)))
-        kept = UniformStride().pick(image, torch.zeros(1, 10), torch.tensor([budget]), mask)
+        kept = StrideSelection().pick(image, torch.zeros(1, 10), torch.tensor([budget]), mask)
         return kept[0].nonzero().flatten().tolist()
 
     assert places(1, list(range(10))) == [5]
@@ -197,7 +197,7 @@ def test_top_norm() -> None:
 
 
 def test_parts_without_signals_need_none() -> None:
-    for part in (UniformAllocation(), ProportionalAllocation(), TopNorm(), RandomSelection(), UniformStride()):
+    for part in (UniformAllocation(), ProportionalAllocation(), TopNorm(), RandomSelection(), StrideSelection()):
         assert part.needs == ()
     with pytest.raises(TypeError, match="abstract"):
         SelectionPolicy()  # type: ignore[abstract]

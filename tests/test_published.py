@@ -6,6 +6,7 @@ included, so layouts here have no padding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.build import encoded
-from tests.tiny import batch, tiny_model
+from tokenprune.attention import joint_row
 from tokenprune.budget import Budget
 from tokenprune.catalogue import strategies
 from tokenprune.image import EncodedImage, TileGeometry
-from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, GlobalCom2, HiPrune, HoloV, VisPruner
-from tokenprune.strategies.components.diversity import important_then_diverse, max_min_diverse, saliency_coverage
+from tokenprune.selection import Selection
+from tokenprune.strategies import (
+    SCOPE,
+    TRIM,
+    CDPruner,
+    DivPrune,
+    FasterVLM,
+    GlobalCom2,
+    HiPrune,
+    HoloV,
+    PruMerge,
+    PruMergePlus,
+    VisionZip,
+    VisPruner,
+)
+from tokenprune.strategies.components.diversity import (
+    determinantal,
+    important_then_diverse,
+    max_min_diverse,
+    saliency_coverage,
+)
 
 TOKENS = 576
 
@@ -119,6 +139,9 @@ def test_globalcom2_release(number: int) -> None:
     selection = GlobalCom2.release(case["retention"]).reduce(one)
     assert selection.granted_per_tile == case["counts"].tolist()
     assert torch.equal(selection.kept, case["kept"])
+    assert selection.order is not None
+    base = selection.kept[0].nonzero()[:, 0]
+    assert base[selection.order[: len(base)]].tolist() == case["thumbnail_order"].tolist()
 
 
 @pytest.mark.parametrize("number", CASES)
@@ -131,8 +154,108 @@ def test_holov_release(number: int) -> None:
     one = EncodedImage(geometry, torch.zeros(2, length, 1), {("cls_attention", 22): attention}, 24, 22)
     selection = HoloV.release(case["budget"], case["stripes"]).reduce(one)
     expected = [place for place in case["selected"].tolist() if place >= 0]
-    assert selection.kept[1].nonzero()[:, 0].tolist() == sorted(expected)
+    assert selection.order is not None
+    assert selection.kept[1].nonzero()[:, 0][selection.order].tolist() == expected
     assert selection.asked - selection.kept_tokens == case["zero_rows"]
+
+
+def outputs(selection: Selection, sources: torch.Tensor) -> torch.Tensor:
+    """The features that enter the projector, in the order in which they do."""
+    assert selection.mixing is not None
+    assert selection.before_projector
+    assert selection.order is not None
+    return (selection.mixing.to_dense() @ sources)[selection.order]
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("number", CASES)
+def test_prumerge_release(number: int, plus: bool) -> None:
+    """The attention, the kept tokens in their order, and every merged feature."""
+    case = Case("prumerge_plus" if plus else "prumerge", number)
+    query, keys = case["cls_query"].view(1, 1, 1, -1), case["keys"][None, None]
+    attention = joint_row(query, keys)
+    assert torch.allclose(attention[0, 0], case["cls_attention"], rtol=1e-4, atol=1e-8)
+    signals = {
+        ("joint_attention", 23): attention,
+        ("keys", 23): keys[:, :, 1:],
+        ("projector_inputs", 22): case["features"][None],
+    }
+    one = image(1, signals)
+    selection = (PruMergePlus if plus else PruMerge).release().reduce(one)
+    assert selection.order is not None
+    places = selection.kept[0].nonzero()[:, 0][selection.order]
+    assert places[:-1].tolist() == case["kept"].tolist()
+    assert torch.allclose(outputs(selection, case["features"]), case["tokens"], rtol=1e-3, atol=1e-3)
+
+
+def on_tiles(case: Case, tiles: int) -> TileGeometry:
+    """The recorded tile grid with all tokens in raster order, nothing unpadded, as the releases pack it."""
+    rows, cols = case["grid"].tolist() if tiles > 1 else (0, 0)
+    if tiles == 1:
+        return TileGeometry.single((24, 24))
+    size = (336 * rows, 336 * cols)
+    return TileGeometry.anyres(size, (rows, cols), (24, 24), 336)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_visionzip_release(number: int) -> None:
+    """Dominant tokens, targets, every feature, and for several tiles the order in which rows reach the LLM."""
+    case = Case("visionzip", number)
+    tiles = len(case["attention"])
+    layout = on_tiles(case, tiles)
+    signals = {
+        ("cls_attention", 22): case["attention"],
+        ("keys", 22): case["keys"][:, None, 1:],
+        ("projector_inputs", 22): case["features"][:, 1:],
+        ("cls_features", 22): case["features"][:, :1],
+    }
+    one = EncodedImage(layout, torch.zeros(tiles, TOKENS, 1), signals, layers=24, feature_layer=22)
+    selection = VisionZip.release(case["dominant"], case["contextual"]).reduce(one)
+    sources = torch.cat([case["features"][:, 1:].flatten(0, 1), case["features"][:, 0]])
+    rows = [(0, row) for row in range(case["tokens"].shape[1])] if tiles == 1 else case["packed"].tolist()
+    expected = torch.stack([case["tokens"][view, row] for view, row in rows])
+    assert torch.allclose(outputs(selection, sources), expected, rtol=1e-3, atol=1e-3)
+    assert selection.kept_per_tile == [case["dominant"] + case["contextual"]] * tiles
+    for tile in range(tiles):
+        assert bool(selection.kept[tile, case["dominant_index"][tile].long()].all())
+        assert bool(selection.kept[tile, case["context_target"][tile].long()].all())
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_trim_release(number: int) -> None:
+    """The count, the kept tokens and the merged one of every view; views of a case are images of one batch."""
+    case = Case("trim", number)
+    views = len(case["features"])
+    share = None if case["k"] < 0 else case["k"]
+    signals = {
+        ("aligned_features", 22): case["projected"],
+        ("question", 22): case["text_embeds"][:1],
+        ("projector_inputs", 22): case["features"],
+    }
+    if views > 1:  # each view has its own text: give its product with the tokens, along one axis
+        products = torch.einsum("vnd,vd->vn", case["projected"], case["text_embeds"])[..., None]
+        signals |= {("aligned_features", 22): products, ("question", 22): torch.ones(1, 1)}
+    selection = TRIM.release(share, text_model="unused").reduce(image(views, signals))
+    assert selection.kept_per_tile == [case["tokens_count"]] * views
+    found = outputs(selection, case["features"].flatten(0, 1)).view(views, case["tokens_count"], -1)
+    for tile, kept in enumerate(case["kept"]):
+        assert torch.allclose(found[tile, :-1], case["features"][tile][kept], rtol=1e-3, atol=1e-3)
+        assert torch.allclose(found[tile, -1], case["merged"][tile], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_cdpruner_release(number: int) -> None:
+    """The relevance, the kept tokens, and the order of picking."""
+    case = Case("cdpruner", number)
+    tiles = len(case["features"])
+    signals = {("aligned_features", 22): case["image_embeds"], ("question", 22): case["text_embeds"]}
+    one = replace(image(tiles, signals), features=case["features"])
+    reducer = CDPruner.release(Budget(case["budget"], per="tile"), text_model="unused")
+    relevance = reducer.selection.score(one)
+    assert torch.allclose(relevance, case["relevance"], rtol=1e-3, atol=1e-3)
+    assert torch.equal(reducer.reduce(one).kept, case["kept"])
+    for tile, picks in enumerate(case["pick_order"]):
+        assert determinantal(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
 
 
 def test_divprune_pools_all_tiles() -> None:
@@ -173,8 +296,13 @@ def test_the_budget_is_spent_exactly(name, size, grid, budget, newlines, seed) -
     layout = TileGeometry.single((4, 4)) if not all(grid) else TileGeometry.anyres(size, grid, (4, 4), 56)
     reducer: Any = strategies()[name]
     selection = reducer(budget, newlines=newlines).reduce(encoded(layout, seed))
-    assert selection.kept_tokens == min(selection.asked, int(layout.valid.sum()))
+    expected = min(selection.asked, int(layout.valid.sum()))
+    assert selection.kept_tokens == expected if reducer.exact else selection.kept_tokens <= expected
     assert selection.granted_per_tile == selection.kept_per_tile
+    if selection.mixing is not None:
+        weights = selection.mixing.to_dense()
+        assert torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-5)  # repaired merging takes means
+        assert bool((weights >= 0).all())
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -187,18 +315,5 @@ def test_images_without_any_difference_are_no_trouble(name: str, value: float) -
     constant = EncodedImage(layout, torch.full_like(one.features, value), flat, one.layers, one.feature_layer)
     reducer: Any = strategies()[name]
     selection = reducer(17).reduce(constant)
-    assert selection.kept_tokens == 17
+    assert selection.kept_tokens == 17 if reducer.exact else selection.kept_tokens <= 17
     assert torch.equal(selection.kept, reducer(17).reduce(constant).kept)
-
-
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_on_live_models_an_image_keeps_the_same_tokens_alone_and_beside_others(name: str, family: str) -> None:
-    model, reducer = tiny_model(family), strategies()[name](0.3)  # type: ignore[call-arg]
-    with torch.no_grad(), reducer(model) as together:
-        model(**batch(family, [(112, 112)], [(60, 160), (150, 50)]))
-    with torch.no_grad(), reducer(model) as alone:
-        model(**batch(family, [(60, 160), (150, 50)], seed=10))
-    for one, other in zip(together.selections[1:], alone.selections, strict=True):
-        assert torch.equal(one.kept, other.kept)
-        assert one.kept_tokens == one.asked

@@ -19,15 +19,15 @@ from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
 from tokenprune.selection import Selection, kept_separators
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import (
-    BaseTileOnly,
+    BaseTileAllocation,
     GlobalTopAllocation,
     ProportionalAllocation,
     RandomSelection,
-    SubImagesOnly,
+    StrideSelection,
+    SubImagesAllocation,
     TopAttention,
     TopNorm,
     UniformAllocation,
-    UniformStride,
     VisualContentAllocation,
 )
 
@@ -53,7 +53,7 @@ SPENDING = [
     ProportionalAllocation(),
     GlobalTopAllocation(),
 ]
-SELECTIONS = [TopAttention(), TopAttention(heads="max", layer=-1), TopNorm(), RandomSelection(1), UniformStride()]
+SELECTIONS = [TopAttention(), TopAttention(heads="max", layer=-1), TopNorm(), RandomSelection(1), StrideSelection()]
 REDUCERS: list[TokenReducer] = [
     Norm(),
     HiRED(),
@@ -128,7 +128,7 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
     [
         HiRED(),
         Norm(),
-        Parts(allocation=SubImagesOnly(), selection=UniformStride()),
+        Parts(allocation=SubImagesAllocation(), selection=StrideSelection()),
         Parts(allocation=VisualContentAllocation(0.0), selection=TopAttention()),
     ],
     ids=["hired", "norm", "stride", "no base tile"],
@@ -156,7 +156,12 @@ def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) ->
 @settings(max_examples=60, deadline=None)
 @given(
     allocation=st.sampled_from(
-        [BaseTileOnly(), VisualContentAllocation(rounding="floor"), SubImagesOnly(), SubImagesOnly(pooled=True)]
+        [
+            BaseTileAllocation(),
+            VisualContentAllocation(rounding="floor"),
+            SubImagesAllocation(),
+            SubImagesAllocation(pooled=True),
+        ]
     ),
     selection=st.sampled_from(SELECTIONS),
     padding=st.sampled_from(["exclude", "ignore"]),
@@ -211,7 +216,7 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
     permuted = EncodedImage(
         permuted_layout,
         image.features[:, there],
-        {key: value[:, there] if "features" in key[0] else value[:, :, there] for key, value in image.signals.items()},
+        {key: value[:, :, there] for key, value in image.signals.items() if key[0] == "cls_attention"},
         layers=image.layers,
         feature_layer=image.feature_layer,
     )
@@ -320,7 +325,7 @@ def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
 
     image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
     assert Nothing(9).reduce(image).kept_tokens == 9
-    for allocation in (GlobalTopAllocation(), SubImagesOnly(pooled=True), UniformAllocation()):
+    for allocation in (GlobalTopAllocation(), SubImagesAllocation(pooled=True), UniformAllocation()):
         assert Parts(9, allocation=allocation, selection=Worthless()).reduce(image).kept_tokens == 9
 
 

@@ -1,10 +1,11 @@
-"""Exchangeable parts of strategies: allocation policies and selection policies."""
+"""Exchangeable parts of strategies: allocation, selection, merging, relevance and output order."""
 
 from tokenprune.strategies.components.allocation import (
-    BaseTileOnly,
+    BaseTileAllocation,
     GlobalTopAllocation,
     ProportionalAllocation,
-    SubImagesOnly,
+    ScoreMassAllocation,
+    SubImagesAllocation,
     UniformAllocation,
     VisualContentAllocation,
 )
@@ -14,21 +15,34 @@ from tokenprune.strategies.components.diversity import (
     MaxMinDiversity,
     SaliencyCoverage,
 )
-from tokenprune.strategies.components.selection import RandomSelection, TopAttention, TopNorm, UniformStride
+from tokenprune.strategies.components.merging import ContextualMerging, MeanOfRest, NeighbourMerging, PooledCells
+from tokenprune.strategies.components.order import ByScore, MergedLast
+from tokenprune.strategies.components.relevance import AttentionRelevance, TextRelevance, TopRelevance
+from tokenprune.strategies.components.selection import RandomSelection, StrideSelection, TopAttention, TopNorm
 
 __all__ = [
     "AnchorsBuffersRegisters",
-    "BaseTileOnly",
+    "AttentionRelevance",
+    "BaseTileAllocation",
+    "ByScore",
+    "ContextualMerging",
     "GlobalTopAllocation",
     "ImportantThenDiverse",
     "MaxMinDiversity",
+    "MeanOfRest",
+    "MergedLast",
+    "NeighbourMerging",
+    "PooledCells",
     "ProportionalAllocation",
     "RandomSelection",
     "SaliencyCoverage",
-    "SubImagesOnly",
+    "ScoreMassAllocation",
+    "StrideSelection",
+    "SubImagesAllocation",
+    "TextRelevance",
     "TopAttention",
     "TopNorm",
+    "TopRelevance",
     "UniformAllocation",
-    "UniformStride",
     "VisualContentAllocation",
 ]

@@ -116,6 +116,16 @@ class VisualContentAllocation(AllocationPolicy):
 
 
 @dataclass
+class ScoreMassAllocation(AllocationPolicy):
+    """Tokens in proportion to the sum of the selection's scores in each tile (EADP); negative scores count nothing."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Divide the budget by score mass."""
+        mass: list[float] = scores.double().clamp(min=0).sum(dim=1).tolist()
+        return apportion(total, mass if sum(mass) > 0 else [float(room) for room in capacity], capacity)
+
+
+@dataclass
 class UniformAllocation(AllocationPolicy):
     """The same number of tokens for every tile; what a small tile cannot take goes to the others.
 
@@ -155,7 +165,7 @@ class GlobalTopAllocation(AllocationPolicy):
 
 
 @dataclass
-class BaseTileOnly(AllocationPolicy):
+class BaseTileAllocation(AllocationPolicy):
     """Everything for the base tile; what it cannot hold is not spent."""
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
@@ -164,7 +174,7 @@ class BaseTileOnly(AllocationPolicy):
 
 
 @dataclass
-class SubImagesOnly(AllocationPolicy):
+class SubImagesAllocation(AllocationPolicy):
     """Nothing for the base tile; the sub-images share the budget in proportion to their valid tokens.
 
     Args:
@@ -177,7 +187,7 @@ class SubImagesOnly(AllocationPolicy):
         """Give the sub-images the whole budget."""
         if not image.geometry.sub_images:
             raise ValueError(
-                "SubImagesOnly needs sub-images, but this image has only a base tile; use UniformAllocation"
+                "SubImagesAllocation needs sub-images, but this image has only a base tile; use UniformAllocation"
             )
         if self.pooled:
             counts: list[int] = top_of_image(scores[1:], total, scores[1:] > -torch.inf).sum(dim=1).tolist()

@@ -12,6 +12,17 @@ from torch import Tensor
 from tokenprune.components import SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.selection import top_per_tile
+
+
+def cosines(features: Tensor) -> Tensor:
+    """Return the cosine similarity of every pair of tokens, 0 for vectors without direction, `[tokens, tokens]`.
+
+    Args:
+        features: one vector per token, `[tokens, dim]`.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    return unit @ unit.T
 
 
 def max_min_diverse(features: Tensor, number: int) -> Tensor:
@@ -26,20 +37,66 @@ def max_min_diverse(features: Tensor, number: int) -> Tensor:
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    unit = F.normalize(features.float(), dim=-1)
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
+    apart = cosines(features).neg_().add_(1)
     # The smallest distance of a token is the one to itself; the second smallest decides the first pick.
-    nearest = torch.cat(
-        [(1 - part @ unit.T).topk(min(2, len(unit)), dim=1, largest=False)[0] for part in unit.split(512)]
-    )
-    picks = [int(nearest[:, -1].argmax())]
-    distance = torch.full_like(unit[:, 0], torch.inf)
+    picks = [int(apart.topk(min(2, len(apart)), dim=1, largest=False)[0][:, -1].argmax())]
+    distance = torch.full_like(apart[0], torch.inf)
     while len(picks) < number:
-        distance = torch.minimum(distance, 1 - unit @ unit[picks[-1]])
+        distance = torch.minimum(distance, apart[picks[-1]])
         distance[picks[-1]] = -torch.inf  # among equal tokens, rounding must not pick one twice
         picks.append(int(distance.argmax()))
     return torch.tensor(picks, device=features.device)
+
+
+def lazy_coverage(
+    similarity: Tensor, number: int, saliency: Tensor | None = None, weights: Tensor | None = None, batch: int = 16
+) -> Tensor:
+    """Pick tokens greedily by the similarity that they add to what is covered, without looking at all each time.
+
+    The gain of token ``u`` is ``saliency_u * sum_i weights_i * max(0, similarity_ui - m_i)``, where ``m_i`` is the
+    largest similarity of token ``i`` to a picked one so far, 0 at first. It only falls as ``m`` grows, rounding
+    included, because every gain is summed in the same order. So an old gain is an upper bound, and a token whose fresh
+    gain is above all others, old or fresh, is the pick of the plain greedy, ties included.
+
+    Args:
+        similarity: of every pair of tokens, `[tokens, tokens]`.
+        number: tokens to pick.
+        saliency: weight of each token as a pick, `[tokens]`; 1 if left out.
+        weights: weight of each token as one to cover, not negative, `[tokens]`; 1 if left out.
+        batch: tokens whose gains are computed first after a pick; more follow in growing numbers.
+
+    Returns:
+        Token indices in the order of picking, `[number]`.
+    """
+    covered = similarity.new_zeros(len(similarity))
+
+    def gain(rows: Tensor) -> Tensor:
+        added = similarity.index_select(0, rows).sub_(covered).clamp_(min=0)  # few rows: faster than indexing
+        total = (added if weights is None else added.mul_(weights)).sum(dim=1)
+        return total if saliency is None else saliency[rows] * total
+
+    order = torch.arange(len(similarity), device=similarity.device)
+    bound = torch.cat([gain(part) for part in order.split(512)])
+    seen, fresh = len(order), torch.ones_like(bound, dtype=torch.bool)
+    picked = torch.zeros_like(fresh)
+    picks: list[int] = []
+    while len(picks) < number:
+        best = int(bound.argmax())
+        if not fresh[best]:
+            stale = order[seen : 2 * seen + batch]
+            bound[stale], fresh[stale] = gain(stale), True
+            seen += len(stale)
+            continue
+        picks.append(best)
+        picked[best] = True
+        covered = torch.maximum(covered, similarity[best])
+        # A negative gain, of a token of negative saliency, may rise to 0.
+        bound = bound.clamp(min=0).masked_fill_(picked, -torch.inf)
+        order = bound.argsort(descending=True, stable=True)[: len(bound) - len(picks)]
+        seen, fresh = 0, picked.clone()
+    return torch.tensor(picks, dtype=torch.long, device=similarity.device)
 
 
 def saliency_coverage(features: Tensor, saliency: Tensor, number: int) -> Tensor:
@@ -56,16 +113,60 @@ def saliency_coverage(features: Tensor, saliency: Tensor, number: int) -> Tensor
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    unit = F.normalize(features.float(), dim=-1)
-    similarity = unit @ unit.T
-    covered = similarity.new_zeros(len(unit))
-    free = torch.ones_like(covered, dtype=torch.bool)
-    picks = []
-    for _ in range(number):
-        gain = saliency.float() * (similarity - covered).clamp(min=0).sum(dim=1)
-        picks.append(int(gain.masked_fill(~free, -torch.inf).argmax()))
-        free[picks[-1]] = False
-        covered = torch.maximum(covered, similarity[picks[-1]])
+    return lazy_coverage(cosines(features), number, saliency=saliency.float())
+
+
+def facility_location(features: Tensor, weights: Tensor, number: int) -> Tensor:
+    """Pick tokens greedily so that each token, by its weight, is similar to one that is picked.
+
+    The gain of token ``u`` is ``sum_j weights_j * max(0, s_uj - m_j)`` with ``s = (1 + cos) / 2``, where ``m_j`` is the
+    largest similarity of token ``j`` to a picked one so far, 0 at first.
+
+    Args:
+        features: one vector per token, `[tokens, dim]`.
+        weights: how much it matters that a token is covered, `[tokens]`; negative ones count as 0.
+        number: tokens to pick.
+
+    Returns:
+        Token indices in the order of picking, `[number]`.
+    """
+    return lazy_coverage(cosines(features).add_(1).div_(2), number, weights=weights.float().clamp(min=0))
+
+
+def determinantal(features: Tensor, relevance: Tensor, number: int, tolerance: float = 1e-5) -> Tensor:
+    """Pick relevant tokens that span a large volume: greedy MAP inference of a DPP (Chen et al., arXiv 1709.05135).
+
+    The kernel is ``L_ij = relevance_i * relevance_j * cos_ij``; each pick has the largest variance in ``L`` that the
+    picks before it leave. Tokens that add nothing to those picked follow when no others are left, most relevant first.
+
+    Args:
+        features: one vector per token, `[tokens, dim]`.
+        relevance: how much each token matters, `[tokens]`.
+        number: tokens to pick.
+        tolerance: share of a token's variance below which the rest is rounding.
+
+    Returns:
+        Token indices in the order of picking, `[number]`.
+    """
+    similarity = cosines(features)
+    # Relevance only scales rows and columns, so the Cholesky steps run on the cosines: there one tolerance fits all.
+    variance, quality = similarity.diagonal().clone(), relevance.float().square()
+    factors = similarity.new_zeros(number, len(similarity))
+    picked = torch.zeros_like(variance, dtype=torch.bool)
+    picks: list[int] = []
+    while len(picks) < number:
+        worth = (quality * variance).masked_fill_(picked | (variance <= tolerance), 0)
+        best = int(worth.argmax())
+        if not worth[best] > 0:
+            rest = relevance.masked_fill(picked, -torch.inf).argsort(descending=True, stable=True)
+            picks += rest[: number - len(picks)].tolist()
+            break
+        done = factors[: len(picks)]
+        step = (similarity[best] - done[:, best] @ done) / variance[best].sqrt()
+        variance -= step.square()
+        factors[len(picks)] = step
+        picked[best] = True
+        picks.append(best)
     return torch.tensor(picks, dtype=torch.long, device=features.device)
 
 
@@ -86,13 +187,13 @@ def important_then_diverse(features: Tensor, scores: Tensor, number: int, import
     Returns:
         Indices of kept tokens, important ones first, `[number]`.
     """
-    unit = F.normalize(features.float(), dim=-1)
     order = scores.argsort(descending=True, stable=True)
     first, rest = order[:important], order[important:]
     diverse = number - important
-    while diverse and len(rest) > diverse:
+    similarity = cosines(features) if diverse and len(rest) > diverse else None
+    while similarity is not None and len(rest) > diverse:
         even, odd = rest[0::2], rest[1::2]
-        likeness = (unit[even] @ unit[odd].T).amax(dim=1)
+        likeness = similarity.index_select(0, even).index_select(1, odd).amax(dim=1)
         drop = min(step, len(rest) - diverse, len(even))
         rest = torch.cat([even[likeness.argsort(descending=True, stable=True)][drop:], odd])
     return torch.cat([first, rest[:diverse]])
@@ -112,15 +213,15 @@ def neighbours(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tens
     """
     height, width = token_grid
     if wrap:
-        steps = torch.tensor([-1, 1, -width, width], device=anchors.device)
-        around: Tensor = torch.unique((anchors[:, None] + steps).clamp(0, height * width - 1))
-        return around
-    row, col = anchors // width, anchors % width
-    steps = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]], device=anchors.device)
-    rows, cols = (row[:, None] + steps[:, 0]).flatten(), (col[:, None] + steps[:, 1]).flatten()
-    inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    beside: Tensor = torch.unique((rows * width + cols)[inside])
-    return beside
+        around = torch.cat([anchors - 1, anchors + 1, anchors - width, anchors + width]).clamp(0, height * width - 1)
+    else:
+        row, col = anchors // width, anchors % width
+        parts = [(anchors - 1, col > 0), (anchors + 1, col < width - 1)]
+        parts += [(anchors - width, row > 0), (anchors + width, row < height - 1)]
+        around = torch.cat([beside[inside] for beside, inside in parts])
+    found = torch.zeros(height * width, dtype=torch.bool, device=anchors.device)
+    found[around] = True
+    return found.nonzero()[:, 0]
 
 
 def in_each_tile(candidates: Tensor, budgets: Tensor, choose: Callable[[int, Tensor, int], Tensor]) -> Tensor:
@@ -242,13 +343,11 @@ class AnchorsBuffersRegisters(SelectionPolicy):
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep anchors, then their neighbours, then the tokens with the largest scores."""
         objects = image.received_attention(self.object_layer).mean(dim=1).masked_fill(~candidates, -torch.inf)
-        kept = torch.zeros_like(candidates)
-        for tile, budget in enumerate(budgets.tolist()):
-            anchors = objects[tile].argsort(descending=True, stable=True)[: round(budget * self.anchor_share / 5)]
+        order = objects.argsort(dim=1, descending=True, stable=True)
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        for own, places, budget in zip(rank, order, budgets.tolist(), strict=True):
+            anchors = places[: round(budget * self.anchor_share / 5)]
             # Anchors rank before their neighbours, and these before everything else.
-            rank = scores[tile].argsort(descending=True, stable=True).argsort()
-            rank[neighbours(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
-            rank[anchors] -= 2 * candidates.shape[1]
-            allowed = candidates[tile].nonzero()[:, 0]
-            kept[tile, allowed[rank[allowed].argsort()[:budget]]] = True
-        return kept
+            own[neighbours(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
+            own[anchors] -= 2 * candidates.shape[1]
+        return top_per_tile(-rank, budgets, candidates)

@@ -20,24 +20,29 @@ class TopAttention(SelectionPolicy):
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
-        heads: how heads are combined: ``"sum"``, ``"max"``, or the index of a single head.
+        heads: how heads are combined: ``"sum"``, ``"max"``, the index of a single head, or ``"joint"`` for the
+            attention of all heads taken as one wide head.
     """
 
     layer: LayerChoice = "feature"
-    heads: Literal["sum", "max"] | int = "sum"
+    heads: Literal["sum", "max", "joint"] | int = "sum"
 
     def __post_init__(self) -> None:
         """Check the options once."""
-        if self.heads not in ("sum", "max") and (not isinstance(self.heads, int) or isinstance(self.heads, bool)):
-            raise ValueError(f"heads={self.heads!r} is not known; use 'sum', 'max' or the index of a head")
+        if self.heads not in ("sum", "max", "joint") and (
+            not isinstance(self.heads, int) or isinstance(self.heads, bool)
+        ):
+            raise ValueError(f"heads={self.heads!r} is not known; use 'sum', 'max', 'joint' or the index of a head")
 
     @property
     def needs(self) -> Sequence[Signal]:
         """The CLS attention of the chosen layer."""
-        return (Signal("cls_attention", self.layer),)
+        return (Signal("joint_attention" if self.heads == "joint" else "cls_attention", self.layer),)
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return CLS attention, heads combined, `[tiles, tokens]`."""
+        if self.heads == "joint":
+            return image.joint_attention(self.layer)[:, 0]
         attention = image.cls_attention(self.layer)
         if isinstance(self.heads, int):
             if not -attention.shape[1] <= self.heads < attention.shape[1]:
@@ -64,7 +69,7 @@ class RandomSelection(SelectionPolicy):
 
 
 @dataclass
-class UniformStride(SelectionPolicy):
+class StrideSelection(SelectionPolicy):
     """Keep evenly spaced tokens, in row-major order of the valid tokens of a tile."""
 
     def score(self, image: EncodedImage) -> Tensor:
