@@ -198,12 +198,12 @@ def answer(
         return (time.perf_counter() - began) * 1000
 
     full = generate(request.max_new_tokens)
-    with request.reducer(model) as run:
+    with request.reducer(model, tokenizer=processor) as run:
         reduced = generate(request.max_new_tokens)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(request.repeats):
         times[0].append(first_token())
-        with request.reducer(model):
+        with request.reducer(model, tokenizer=processor):
             times[1].append(first_token())
     image, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
     made = Answer(

@@ -26,6 +26,7 @@ from tokenprune.catalogue import strategies
 from tokenprune.image import USED_WHEN_ATTACHED, EncodedImage, Signal, TileGeometry
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
+from tokenprune.registry import lookup
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
 """Strategies that rank tokens by attention alone."""
@@ -190,6 +191,7 @@ def measure(
     repeats: int = 5,
     threads: int = 2,
     size: Size | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> list[Cost]:
     """Time strategies and the vision encode of the same image in turns.
 
@@ -199,15 +201,15 @@ def measure(
         repeats: how often each is timed, after one untimed round.
         threads: CPU threads of torch.
         size: the size of the image and of the models; the full one if left out.
+        known: strategies by class name; those that are shipped or installed if left out.
 
     Raises:
-        ValueError: if a strategy is not known, or reads a signal that cannot be made up.
+        LookupError: if a strategy is not known.
+        ValueError: if one reads a signal that cannot be made up.
     """
-    known: Mapping[str, Any] = strategies()
-    chosen = list(known) if names is None else list(names)
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"no strategy {', '.join(unknown)}; known are {', '.join(known)}")
-    reducers: dict[str, TokenReducer] = {name: known[name](budget) for name in chosen}
+    shipped: Mapping[str, Any] = strategies() if known is None else known
+    found = [lookup(name, shipped, "strategy") for name in names or shipped]
+    reducers: dict[str, TokenReducer] = {one.__name__: one(budget) for one in found}
     size = size or Size()
     image = made_up_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])
     signals = {n: {key: image.signals[key] for key in wanted(one.needs, size)} for n, one in reducers.items()}

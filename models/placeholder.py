@@ -242,9 +242,7 @@ class PlaceholderAdapter(Adapter):
         layouts = self.layouts(inputs)
         tiles = [layout.tiles for layout in layouts]
         per_image = {key: torch.split(value, tiles) for key, value in captured.items()}
-        packed = list(outputs.pooler_output)
-        pixels = inputs["pixel_values"]
-        pixels = pixels if pixels.dim() == 5 else torch.split(pixels, tiles)
+        packed, pixels = list(outputs.pooler_output), self.tiles_of(inputs, layouts)
         images = [
             EncodedImage(
                 geometry=layout,
@@ -258,17 +256,27 @@ class PlaceholderAdapter(Adapter):
         ]
         return Encoding(images, packed, outputs, arguments)
 
-    def unencoded(self, inputs: Mapping[str, Any]) -> Encoding:
+    def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
         arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
-        device, layer = inputs["pixel_values"].device, self.feature_layer(inputs)
-        layouts = self.layouts(inputs)
+        device, layouts = inputs["pixel_values"].device, self.layouts(inputs)
         images = [
-            EncodedImage(layout, torch.zeros(layout.tiles, layout.tokens, 0, device=device), feature_layer=layer)
-            for layout in layouts
+            EncodedImage(
+                geometry=layout,
+                features=torch.zeros(layout.tiles, layout.tokens, 0, device=device),
+                layers=len(self.tower_layers),
+                feature_layer=self.feature_layer(inputs),
+                pixels=as_pictures(tiles[: layout.tiles]) if number < pictures else None,
+            )
+            for number, (layout, tiles) in enumerate(zip(layouts, self.tiles_of(inputs, layouts), strict=True))
         ]
         return Encoding(images, [torch.zeros(len(one.packed), 0, device=device) for one in layouts], None, arguments)
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
+        pixels = inputs["pixel_values"]
+        return pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
 
     @property
     def newline(self) -> Tensor | None:
@@ -279,10 +287,8 @@ class PlaceholderAdapter(Adapter):
         """Shrink the pixels of every tile and run the vision tower with interpolated position embeddings."""
         layouts, chosen = self.layouts(inputs), inputs.get("vision_feature_layer")
         chosen = self.model.config.vision_feature_layer if chosen is None else chosen
-        pixels, patch = inputs["pixel_values"], self.tower.config.patch_size
-        pixels = pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
-        packed = []
-        for layout, grid, tiles in zip(layouts, grids, pixels, strict=True):
+        patch, packed = self.tower.config.patch_size, []
+        for layout, grid, tiles in zip(layouts, grids, self.tiles_of(inputs, layouts), strict=True):
             if grid is None:
                 packed.append(torch.zeros(0, self.model.config.get_text_config().hidden_size, device=tiles.device))
                 continue

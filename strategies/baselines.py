@@ -19,7 +19,10 @@ from tokenprune.strategies.components.selection import RandomSelection, StrideSe
 
 @dataclass
 class Random(ComponentReducer):
-    """Random tokens of every tile; `Random.seeded` takes a seed."""
+    """Random tokens of every tile, by seed.
+
+    `Random.seeded` takes the seed.
+    """
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=RandomSelection, kw_only=True)
@@ -45,7 +48,10 @@ class UniformStride(ComponentReducer):
 
 @dataclass
 class BaseTileOnly(ComponentReducer):
-    """Evenly spaced tokens of the base tile; the budget is a ceiling, since the base tile may not hold it."""
+    """Evenly spaced tokens of the base tile alone.
+
+    The budget is a ceiling, since the base tile may not hold it.
+    """
 
     exact: ClassVar[bool] = False
 

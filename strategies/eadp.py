@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,12 @@ class Representatives(SelectionPolicy):
 
 @dataclass
 class EADP(ComponentReducer):
-    """EADP before the LLM, as far as its paper determines it."""
+    """Tokens that represent what the telling words of the question point at.
+
+    As far as paper and code determine it; see the module for what was assumed.
+    """
+
+    published: ClassVar[str] = "ECCV 2026, arXiv 2607.02484"
 
     allocation: AllocationPolicy = field(default_factory=ScoreMassAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=Representatives, kw_only=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,13 @@ class LocalAndGlobal(SelectionPolicy):
 
 @dataclass
 class GlobalCom2(ComponentReducer):
-    """GlobalCom2, repaired: the budget is spent exactly, and sub-images map to what they really show."""
+    """The base tile's CLS logits say how far each sub-image is compressed, and help to rank its tokens.
+
+    Repaired: the budget is spent exactly, and sub-images map to what they really show.
+    """
+
+    published: ClassVar[str] = "AAAI 2026, arXiv 2501.05179"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=GuidedAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=LocalAndGlobal, kw_only=True)

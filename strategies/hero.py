@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,12 @@ class EarlyAndLateAttention(SelectionPolicy):
 
 @dataclass
 class HERO(ComponentReducer):
-    """HERO with a budget that is spent exactly, as far as its sources determine it."""
+    """Tiles paid by likeness to picture and question, ranked by early (base tile: late) CLS attention.
+
+    The budget is spent exactly; see the module for what was assumed.
+    """
+
+    published: ClassVar[str] = "arXiv 2509.13067"
 
     allocation: AllocationPolicy = field(default_factory=SaliencyAndRelevance, kw_only=True)
     selection: SelectionPolicy = field(default_factory=EarlyAndLateAttention, kw_only=True)

@@ -11,6 +11,7 @@ With ``c_l`` the attention received in layer l (mean over heads and queries) and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tokenprune.budget import Budget
 from tokenprune.components import AllocationPolicy, SelectionPolicy
@@ -21,7 +22,13 @@ from tokenprune.strategies.components.diversity import AnchorsBuffersRegisters
 
 @dataclass
 class HiPrune(ComponentReducer):
-    """HiPrune, repaired: neighbours stay inside the grid, padding is never paid for, the budget is spent exactly."""
+    """Objects of a middle layer with their neighbours, and global tokens of a deep layer.
+
+    Repaired: neighbours stay inside the grid, padding is never paid for, the budget is spent exactly.
+    """
+
+    published: ClassVar[str] = "arXiv 2508.00553"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=AnchorsBuffersRegisters, kw_only=True)

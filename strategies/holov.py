@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +120,13 @@ class StripedAttention(SelectionPolicy):
 
 @dataclass
 class HoloV(ComponentReducer):
-    """HoloV, repaired: full stripes pass their surplus on, instead of filling up with zero vectors."""
+    """The most attended tokens of each stripe of the sequence, stripes paid by their attention.
+
+    Repaired: full stripes pass their surplus on, instead of filling up with zero vectors.
+    """
+
+    published: ClassVar[str] = "NeurIPS 2025, arXiv 2510.02912"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=GlobalTopAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=StripedAttention, kw_only=True)

@@ -13,6 +13,7 @@ number of tokens jumps, so the budget is a ceiling. Unlike all others, it also s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokenprune.budget import as_budget
 from tokenprune.image import SEPARATOR, TileGeometry
@@ -21,7 +22,9 @@ from tokenprune.reducer import ImageReducer
 
 @dataclass
 class ImageDownsample(ImageReducer):
-    """Encode the picture at the highest resolution whose tokens fit the budget."""
+    """The picture is encoded at the highest resolution whose tokens fit the budget."""
+
+    published: ClassVar[str] = "compared in ACL 2026, arXiv 2510.07143"
 
     def token_grid(self, geometry: TileGeometry) -> tuple[int, int] | None:
         """Return the largest grid that fits, or None if not even one token a tile does."""

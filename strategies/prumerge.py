@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -130,7 +131,13 @@ class ImportantThenSpaced(TopAttention):
 
 @dataclass
 class PruMerge(ComponentReducer):
-    """PruMerge, repaired: as many tokens as the budget says, weighted means, and the picture's order."""
+    """The most attended tokens take up their nearest neighbours; one more holds the rest.
+
+    Repaired: as many tokens as the budget says, weighted means, and the picture's order.
+    """
+
+    published: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=lambda: TopAttention(layer=-1, heads="joint"), kw_only=True)
@@ -151,7 +158,13 @@ class PruMerge(ComponentReducer):
 
 @dataclass
 class PruMergePlus(ComponentReducer):
-    """PruMerge+, repaired: a quarter of the budget by attention, the rest evenly spaced, weighted means."""
+    """PruMerge with evenly spaced tokens beside the most attended ones.
+
+    Repaired: a quarter of the budget by attention, the rest evenly spaced, weighted means.
+    """
+
+    published: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(

@@ -10,6 +10,7 @@ Greedy: pick ``argmax_j  (sum over heads of CLS attention_j)^alpha * sum_i max(0
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tokenprune.budget import Budget
 from tokenprune.components import AllocationPolicy, SelectionPolicy
@@ -20,7 +21,13 @@ from tokenprune.strategies.components.diversity import SaliencyCoverage
 
 @dataclass
 class SCOPE(ComponentReducer):
-    """SCOPE, repaired: padding neither counts as something to cover nor is it paid for."""
+    """Salient tokens that together cover what the others look like.
+
+    Repaired: padding neither counts as something to cover nor is it paid for.
+    """
+
+    published: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=SaliencyCoverage, kw_only=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -117,7 +117,12 @@ class OptimalPreservation(SelectionPolicy):
 
 @dataclass
 class TOPS(ComponentReducer):
-    """TOPS before the LLM (its first stage), as far as the paper determines it."""
+    """Tokens that are relevant, cover the others and differ from each other.
+
+    The first stage of the paper, before the LLM; see the module for what was assumed.
+    """
+
+    published: ClassVar[str] = "arXiv 2606.27161"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=OptimalPreservation, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +56,13 @@ class OutlierAllocation(AllocationPolicy):
 
 @dataclass
 class TRIM(ComponentReducer):
-    """TRIM, repaired: the merged token is part of the budget and stands in the picture's order."""
+    """The tokens that have most to do with the question, and the mean of the others.
+
+    Repaired: the merged token is part of the budget and stands in the picture's order.
+    """
+
+    published: ClassVar[str] = "COLING 2025, arXiv 2409.10994"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(

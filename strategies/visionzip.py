@@ -13,6 +13,7 @@ CLS takes no part, merged tokens stand where they come from, and the budget is s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,13 @@ class ClsDominantContextual(OrderPolicy):
 
 @dataclass
 class VisionZip(ComponentReducer):
-    """VisionZip, repaired: contextual tokens are means in the picture's order, and the budget is spent exactly."""
+    """The most attended tokens, and contextual ones that gather the others.
+
+    Repaired: contextual tokens are means in the picture's order, and the budget is spent exactly.
+    """
+
+    published: ClassVar[str] = "CVPR 2025, arXiv 2412.04467"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)

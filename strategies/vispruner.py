@@ -10,6 +10,7 @@ dropped in rounds of up to eight until T is reached; see `important_then_diverse
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tokenprune.budget import Budget
 from tokenprune.components import AllocationPolicy, SelectionPolicy
@@ -20,7 +21,13 @@ from tokenprune.strategies.components.diversity import ImportantThenDiverse
 
 @dataclass
 class VisPruner(ComponentReducer):
-    """VisPruner, repaired: any budget works (the release fails on odd rests), and padding is never paid for."""
+    """Half of the budget for attention, half for tokens that repeat nothing.
+
+    Repaired: any budget works (the release fails on odd rests), and padding is never paid for.
+    """
+
+    published: ClassVar[str] = "ICCV 2025, arXiv 2412.01818"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=ImportantThenDiverse, kw_only=True)

@@ -12,6 +12,7 @@ feature layer, the last but one. The method is defined for one tile; here tiles 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
@@ -21,7 +22,12 @@ from tokenprune.strategies.components.selection import TopAttention
 
 @dataclass
 class VTCCLS(ComponentReducer):
-    """VTC-CLS, for any number of tiles and images."""
+    """The tokens that CLS attends to most, averaged over the last layers.
+
+    For any number of tiles and images.
+    """
+
+    published: ClassVar[str] = "arXiv 2412.05819"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=lambda: TopAttention(layer=[-4, -3, -2]), kw_only=True)

@@ -17,8 +17,14 @@ from PIL import Image
 
 from tests.tiny import picture, tiny_model, tiny_processor
 from tokenprune import __version__
+from tokenprune.catalogue import strategies
 from tokenprune.cli import main
+from tokenprune.configure import as_config
+from tokenprune.experiments import selection_cost
+from tokenprune.experiments.selection_cost import Size
 from tokenprune.models import mini
+from tokenprune.strategies import PruMerge
+from tokenprune.strategies.components import MeanOfRest, SaliencyCoverage
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
 LOUD = '''
@@ -243,6 +249,38 @@ def test_a_strategy_that_prints_does_not_spoil_the_json(capsys: pytest.CaptureFi
     assert run_json(capsys, "--reducer", "chatty.py:LoudestTokens")["kept"] == 100
 
 
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_a_strategy_by_name_has_its_own_parts(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """None of those of HiRED, the default, are left over."""
+    assert main(["run", "--reducer", name, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
+    assert printed == as_config(strategies()[name]())  # type: ignore[call-arg]
+    module = strategies()[name].__module__
+    assert main(["run", "--reducer", f"{module}.{name}", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["reducer"] == printed
+
+
+def test_a_part_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--reducer", "PruMerge", "--reducer.selection", "SaliencyCoverage", "--reducer.merging", "mean-of-rest"]
+    assert main(["run", *words, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
+    assert printed == as_config(PruMerge(selection=SaliencyCoverage(), merging=MeanOfRest()))
+
+
+def test_parts_of_parts_are_known_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--reducer", "CDPruner", "--reducer.text-model", "mini", "--reducer.selection.relevance", "text-relevance"]
+    found = run_json(capsys, *words, "--reducer.selection.relevance.sign", "aligned", "--reducer.budget", "0.1")
+    assert parts(found, "selection")["init_args"]["relevance"]["init_args"]["sign"] == "aligned"
+    assert found["answer"] == found["expected"]
+    assert "set text_model to the CLIP checkpoint" in refused(capsys, "run", "--reducer", "CDPruner")
+
+
+def test_a_shrunk_picture_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "--reducer", "image-downsample")
+    assert 0 < found["kept"] <= found["asked"]
+    assert list(Path("tokenprune-out").iterdir())
+
+
 # --- listing and help -------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +299,35 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds["VisualContentAllocation"] == "allocation"
     assert [row["family"] for row in rows["models"]] == ["llava", "llava_next"]
     assert all("cls_attention" in row["signals with a CLIP tower"] for row in rows["models"])
+
+
+def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+    assert main(["list", "strategies", "--plugin", "loud.py", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["LoudestTokens"]["needs"] == "features"
+    assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
+    assert rows["VisionZip"]["dropped tokens"] == "merged"
+    assert rows["ImageDownsample"]["stage"] == "image"
+    assert main(["list", "strategies", "--markdown"]) == 0
+    assert "| `HiRED` |" in capsys.readouterr().out
+    Path("twice.py").write_text(LOUD.replace("LoudestTokens", "HiRED"))
+    message = refused(capsys, "list", "strategies", "--plugin", "twice.py")
+    assert "two classes are called HiRED" in message
+    assert "two classes are called HiRED" in refused(capsys, "run", "--reducer", "twice.py:HiRED")
+    assert "nowhere.py is no Python file" in refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Size(side=3, patch=4, layers=4, heads=2, width=8, intermediate=8, shared=4, dim=8)
+    monkeypatch.setattr(selection_cost, "Size", lambda: tiny)
+    words = ["--names", "hired", "LoudestTokens", "--plugin", "loud.py", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", "strategies", *words]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Vision encode:")
+    assert "| HiRED |" in out
+    assert "| LoudestTokens |" in out
+    assert "Did you mean HiRED" in refused(capsys, "bench", "strategies", "--names", "hird")
+    assert "no option --repeat (did you mean --repeats?)" in refused(capsys, "bench", "strategies", "--repeat", "1")
 
 
 def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
@@ -293,7 +360,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frobnicate"], "no command 'frobnicate'; the commands are run, list, check"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, list, check, bench"),
         (["list", "things"], "'strategies', 'components', 'models'"),
         (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
         (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),

@@ -258,6 +258,35 @@ def test_cdpruner_release(number: int) -> None:
         assert determinantal(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
 
 
+RECORDED = {
+    "HiRED": "hired_release_masks",
+    "FasterVLM": "fastervlm",
+    "GlobalCom2": "globalcom2",
+    "HiPrune": "hiprune",
+    "HoloV": "holov",
+    "SCOPE": "scope",
+    "VisPruner": "vispruner",
+    "DivPrune": "divprune",
+    "TRIM": "trim",
+    "CDPruner": "cdpruner",
+    "VisionZip": "visionzip",
+    "PruMerge": "prumerge",
+    "PruMergePlus": "prumerge_plus",
+}
+
+
+def test_parity_is_what_is_tested() -> None:
+    """Every strategy that claims recorded cases claims as many as are tested, and no other one claims any."""
+    for name, kind in strategies().items():
+        if name not in RECORDED:
+            assert not kind.parity
+            continue
+        arrays = np.load(Path(__file__).parent / "data" / f"{RECORDED[name]}.npz")
+        count = len({key.partition("/")[0] for key in arrays})
+        assert kind.parity.endswith(f": {count}/{count} official cases")
+        assert count == (12 if name == "HiRED" else len(CASES))
+
+
 def test_divprune_pools_all_tiles() -> None:
     case = Case("divprune", 0)
     geometry = TileGeometry.single((24, 24))

@@ -194,7 +194,7 @@ def test_targets() -> None:
 
 
 def test_unknown_strategies_and_signals_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no strategy HiRAD; known are .*HiRED"):
+    with pytest.raises(LookupError, match=r"no strategy is called 'HiRAD'. Did you mean HiRED"):
         measure(["HiRAD"], size=TINY)
     with pytest.raises(ValueError, match="no signal 'echo' can be made up"):
         made_up_image(TINY, [Signal("echo", "feature")])

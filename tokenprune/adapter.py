@@ -158,10 +158,14 @@ class Adapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
 
-    def unencoded(self, inputs: Mapping[str, Any]) -> Encoding:
+    def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features, before the vision tower has run.
 
         Adapters that provide the signal ``"resolution"`` write it.
+
+        Args:
+            inputs: the model inputs of the call.
+            pictures: how many of the images keep their pixels for drawing.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
 

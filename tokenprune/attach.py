@@ -60,9 +60,9 @@ class Run:
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Encode the images of a call once, with the signals that the strategy needs."""
-        if self.reducer.stage == "image":
-            return self.adapter.unencoded(inputs)
         pictures = max(0, PICTURES - len(self.selections))
+        if self.reducer.stage == "image":
+            return self.adapter.unencoded(inputs, pictures)
         return self.adapter.encode(inputs, self.reducer.needs, pictures, self.reducer.text_model)
 
     def reduced(

@@ -1,4 +1,4 @@
-"""The command line: `tokenprune run` and `tokenprune list`. Heavy imports wait until a command needs them."""
+"""The command line: `tokenprune run`, `list`, `check` and `bench`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ commands:
   run     answer questions about pictures, with all visual tokens and with a strategy, side by side
   list    list what is known by name: strategies, components, models
   check   check that a strategy keeps the promises of the library
+  bench   measure what strategies cost
 
 `tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
 
@@ -34,6 +35,7 @@ def run_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="tokenprune run",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Answer questions about pictures with all visual tokens and with a strategy, side by side.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -102,20 +104,27 @@ def list_names(argv: Sequence[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from tokenprune.configure import one_line
-    from tokenprune.listing import KINDS, as_json, as_table
+    from tokenprune.listing import KINDS, as_json, as_markdown, as_table
 
     parser = ArgumentParser(
-        prog="tokenprune list", exit_on_error=False, description="List what is known by name, with its parameters."
+        prog="tokenprune list",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="List what is known by name, with its parameters.",
     )
     parser.add_argument("kind", choices=list(KINDS), help="what to list")
+    parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose classes are listed too")
     parser.add_argument("--json", type=bool, nargs="?", const=True, default=False, help="print JSON")
+    parser.add_argument("--markdown", type=bool, nargs="?", const=True, default=False, help="print a Markdown table")
     try:
         config = parser.parse_args(list(argv))
-    except _argument_error() as error:
-        raise UserError(one_line(error, ["--json"])) from error
-    rows = KINDS[config.kind]()
+        rows = KINDS[config.kind](config.plugin)
+    except (LookupError, _argument_error()) as error:
+        raise UserError(one_line(error, ["--plugin", "--json", "--markdown"])) from error
     if config.json:
         print(as_json(rows))
+    elif config.markdown:
+        print(as_markdown(rows))
     else:
         as_table(rows)
 
@@ -134,6 +143,7 @@ def check(argv: Sequence[str]) -> int:
         prog="tokenprune check",
         usage="tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--json]",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Check that a strategy keeps the promises of the library: exact budgets, batch invariance, ...",
     )
     parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
@@ -158,7 +168,41 @@ def check(argv: Sequence[str]) -> int:
     return 0 if report.passed else 1
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {"run": run, "list": list_names, "check": check}
+def bench(argv: Sequence[str]) -> None:
+    """Run the command `bench`."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line, with_plugins
+
+    parser = ArgumentParser(
+        prog="tokenprune bench",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Measure what choosing tokens costs beside encoding the picture, in turns in one run.",
+    )
+    parser.add_argument("what", choices=["strategies"], help="what to measure")
+    parser.add_argument("--names", type=str, nargs="+", help="strategies; all known ones if left out")
+    parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known")
+    parser.add_argument("--budget", type=float, default=0.2, help="budget as a ratio")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = [f"--{name}" for name in ("names", "plugin", "budget", "repeats", "threads")]
+    try:
+        config = parser.parse_args(list(argv))
+        known, _ = with_plugins(config.plugin)
+    except (LookupError, _argument_error()) as error:
+        raise UserError(one_line(error, options)) from error
+    from tokenprune.experiments.selection_cost import measure, report
+
+    print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "run": run,
+    "list": list_names,
+    "check": check,
+    "bench": bench,
+}
 
 
 def _argument_error() -> type[Exception]:

@@ -14,7 +14,8 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import ModuleType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -22,6 +23,8 @@ from tokenprune.catalogue import components, strategies
 from tokenprune.components import Component
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import concrete_classes, load_from_file, load_module, lookup
+
+T = TypeVar("T")
 
 
 def presets(strategy: type[TokenReducer]) -> list[str]:
@@ -49,6 +52,32 @@ def as_config(value: Any) -> Any:
     return fields
 
 
+def with_defaults(found: type) -> str:
+    """Return a class with the defaults of its fields as JSON.
+
+    All of them are written out, since jsonargparse hands parameters of the class before on to one that replaces it.
+    """
+    if not dataclasses.is_dataclass(found):
+        return import_path(found)
+    defaults = {}
+    for field in dataclasses.fields(found):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = as_config(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = as_config(field.default_factory())
+    return json.dumps({"class_path": import_path(found), "init_args": defaults})
+
+
+def imported(name: str, base: type[T]) -> type[T] | None:
+    """Return the class of a dotted import path; None if it is none, which jsonargparse reports."""
+    module, _, class_name = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), class_name, None)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
 def is_given_whole(name: str) -> bool:
     """Whether a value is something that jsonargparse takes by itself: JSON, a file, or a dotted import path."""
     module = name.rpartition(".")[0]
@@ -71,11 +100,12 @@ def resolve_strategy(name: str, known: Mapping[str, type[TokenReducer]]) -> str:
         LookupError: if there is no such strategy or preset.
     """
     if is_given_whole(name):
-        return name
+        given = imported(name, TokenReducer)  # type: ignore[type-abstract]
+        return with_defaults(given) if given else name
     head, _, preset = name.partition(".")
     found = lookup(head, known, "strategy")
     if not preset:
-        return import_path(found)
+        return with_defaults(found)
     if preset not in presets(found):
         have = ", ".join(presets(found)) or "none"
         raise LookupError(f"{found.__name__} has no preset {preset!r}; it has: {have}")
@@ -92,13 +122,46 @@ def resolve_component(name: str, known: Mapping[str, type[Component]]) -> str:
     Raises:
         LookupError: if there is no such component.
     """
-    return name if is_given_whole(name) else import_path(lookup(name, known, "component"))
+    if is_given_whole(name):
+        given = imported(name, Component)
+        return with_defaults(given) if given else name
+    return with_defaults(lookup(name, known, "component"))
 
 
-def component_fields(known: Iterable[type[TokenReducer]]) -> set[str]:
-    """Return the names of all fields of strategies that hold a component."""
-    hints = [hint for strategy in known for hint in get_type_hints(strategy).items()]
-    return {name for name, hint in hints if isinstance(hint, type) and issubclass(hint, Component)}
+def component_fields(known: Iterable[type]) -> set[str]:
+    """Return the names of all fields of strategies and components that hold a component."""
+    hints = [hint for one in known for hint in get_type_hints(one).items()]
+    return {
+        name
+        for name, hint in hints
+        for kind in (hint, *get_args(hint))
+        if isinstance(kind, type) and issubclass(kind, Component)
+    }
+
+
+def with_plugins(plugins: Iterable[str]) -> tuple[dict[str, type[TokenReducer]], dict[str, type[Component]]]:
+    """Return strategies and components by name, those in a user's files included.
+
+    Args:
+        plugins: Python files.
+
+    Raises:
+        LookupError: if a file cannot be imported, or a class in it has the name of another one.
+    """
+    known, parts = dict(strategies()), dict(components())
+    for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
+        _join(known, module, TokenReducer)  # type: ignore[type-abstract]
+        _join(parts, module, Component)
+    return known, parts
+
+
+def _join(names: dict[str, type[T]], module: ModuleType, base: type[T]) -> None:
+    for found in concrete_classes(module, base):
+        other = names.setdefault(found.__name__, found)
+        if other is not found:
+            raise LookupError(
+                f"two classes are called {found.__name__}: {module.__file__} and {other.__module__}; rename one"
+            )
 
 
 def grouped(argv: Sequence[str]) -> list[list[str]]:
@@ -137,11 +200,8 @@ def prepare(argv: Sequence[str]) -> list[str]:
             path, _, group[1] = values[0].rpartition(":")
             load_from_file(f"{path}:{group[1].partition('.')[0]}")  # a wrong name is answered with those of the file
             plugins.append(path)
-    known, parts = dict(strategies()), dict(components())
-    for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
-        known |= {found.__name__: found for found in concrete_classes(module, TokenReducer)}  # type: ignore[type-abstract]
-        parts |= {found.__name__: found for found in concrete_classes(module, Component)}
-    fields = component_fields(known.values())
+    known, parts = with_plugins(plugins)
+    fields = component_fields([*known.values(), *parts.values()])
 
     def resolved(value: Any, key: str) -> Any:
         """Resolve names in a value of a strategy's configuration: `reducer`, or the name of a field."""
@@ -155,7 +215,8 @@ def prepare(argv: Sequence[str]) -> list[str]:
         return value
 
     for group in groups:
-        key = group[0].removeprefix("--reducer.").removeprefix("--")
+        key = group[0].removeprefix("--")
+        key = key.rpartition(".")[2] if key.startswith("reducer.") else key
         if len(group) != 2:
             continue
         if key == "reducer" or key in fields:
@@ -216,7 +277,9 @@ def _readable(types: str) -> str:
     words = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text"}
     for written, word in words.items():
         types = types.replace(written, word)
-    types = re.sub(r"<class '[\w.]*\.(\w+)'>", r"a \1 such as {amount: 0.2, per: tile}", types)
+    types = types.replace("<class 'NoneType'>", "null")
+    types = re.sub(r"<class '[\w.]*\.Budget'>", "a Budget such as {amount: 0.2, per: tile}", types)
+    types = re.sub(r"<class '[\w.]*\.(\w+)'>", r"a \1", types)
     types = re.sub(r"list\[.*\]", "a list of these", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
     return " or ".join(part.strip() for part in re.split(r",\s*(?![^{]*\})", types))

@@ -11,10 +11,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.catalogue import adapters, components, strategies
-from tokenprune.components import AllocationPolicy, Component
-from tokenprune.configure import presets
+from tokenprune.catalogue import adapters
+from tokenprune.components import (
+    AllocationPolicy,
+    Component,
+    MergingPolicy,
+    OrderPolicy,
+    RelevancePolicy,
+    SelectionPolicy,
+)
+from tokenprune.configure import presets, with_plugins
 from tokenprune.conformance import Report
+from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
+from tokenprune.reducer import ComponentReducer, TokenReducer
 
 Row = Mapping[str, str]
 
@@ -36,22 +45,39 @@ def parameters(member: type) -> str:
     return ", ".join(parts)
 
 
-def strategy_rows() -> list[Row]:
-    """Return all strategies."""
+def strategy_rows(plugins: Sequence[str] = ()) -> list[Row]:
+    """Return all strategies, those of the user's files included."""
+    known, _ = with_plugins(plugins)
     return [
         {
             "name": name,
             "what": first_line(found),
-            "needs": ", ".join(sorted({f"{s.kind}({s.layer})" for s in found().needs})) or "features",
+            "stage": found.stage,
+            "needs": ", ".join(sorted({_signal(signal) for signal in found().needs})) or "features",
+            "dropped tokens": _dropped(found()),
+            "budget": "exact" if found.exact else "a ceiling",
+            "paper": found.published,
             "presets": ", ".join(f"{name}.{preset}" for preset in presets(found)),
+            "parity": found.parity,
             "parameters": parameters(found),
         }
-        for name, found in sorted(strategies().items())
+        for name, found in sorted(known.items(), key=lambda item: item[0].lower())
     ]
 
 
-def component_rows() -> list[Row]:
-    """Return all allocation and selection policies."""
+def _signal(signal: Signal) -> str:
+    return signal.kind if signal.kind in TEXT_SIGNALS | USED_WHEN_ATTACHED else f"{signal.kind}({signal.layer})"
+
+
+def _dropped(reducer: TokenReducer) -> str:
+    if reducer.stage == "image":
+        return "never made"
+    return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
+
+
+def component_rows(plugins: Sequence[str] = ()) -> list[Row]:
+    """Return all parts by kind, those of the user's files included."""
+    _, known = with_plugins(plugins)
     return [
         {
             "name": name,
@@ -59,15 +85,24 @@ def component_rows() -> list[Row]:
             "kind": _kind(found),
             "parameters": parameters(found),
         }
-        for name, found in sorted(components().items(), key=lambda item: (_kind(item[1]), item[0]))
+        for name, found in sorted(known.items(), key=lambda item: (_kind(item[1]), item[0]))
     ]
 
 
+COMPONENT_KINDS: Mapping[str, type[Component]] = {
+    "allocation": AllocationPolicy,
+    "selection": SelectionPolicy,
+    "merging": MergingPolicy,
+    "relevance": RelevancePolicy,
+    "order": OrderPolicy,
+}
+
+
 def _kind(component: type[Component]) -> str:
-    return "allocation" if issubclass(component, AllocationPolicy) else "selection"
+    return next((kind for kind, base in COMPONENT_KINDS.items() if issubclass(component, base)), "other")
 
 
-def model_rows() -> list[Row]:
+def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
     """Return all model families."""
     return [
         {
@@ -81,7 +116,7 @@ def model_rows() -> list[Row]:
     ]
 
 
-KINDS: dict[str, Callable[[], list[Row]]] = {
+KINDS: dict[str, Callable[[Sequence[str]], list[Row]]] = {
     "strategies": strategy_rows,
     "components": component_rows,
     "models": model_rows,
@@ -91,6 +126,16 @@ KINDS: dict[str, Callable[[], list[Row]]] = {
 def as_json(rows: Sequence[Row]) -> str:
     """Return rows as a JSON list."""
     return json.dumps([dict(row) for row in rows], indent=1)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return rows as a Markdown table without their parameters; names in code font."""
+    columns = [name for name in rows[0] if name != "parameters"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"`{row[name]}`" if name == "name" else row[name].replace("|", "or") for name in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def print_report(report: Report) -> None:

@@ -39,6 +39,10 @@ class TokenReducer(ABC):
     """Where the strategy acts: ``"image"`` before the vision tower, ``"projector"`` before the LLM."""
     exact: ClassVar[bool] = True
     """Whether the budget is always spent in full; for others it is a ceiling, and their docstring says why."""
+    published: ClassVar[str] = ""
+    """Where the method was published: venue and arXiv number."""
+    parity: ClassVar[str] = ""
+    """How many recorded cases of the official implementation are equal, and with what."""
 
     budget: int | float | Budget = 0.2
     positions: Literal["reindex", "preserve"] = "reindex"
