@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
     from tokenprune.components import AllocationPolicy as AllocationPolicy
+    from tokenprune.components import Merged as Merged
+    from tokenprune.components import MergingPolicy as MergingPolicy
+    from tokenprune.components import OrderPolicy as OrderPolicy
+    from tokenprune.components import RelevancePolicy as RelevancePolicy
     from tokenprune.components import SelectionPolicy as SelectionPolicy
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
     from tokenprune.image import TileGeometry as TileGeometry
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.reducer import ComponentReducer as ComponentReducer
+    from tokenprune.reducer import ImageReducer as ImageReducer
     from tokenprune.reducer import ScoreReducer as ScoreReducer
     from tokenprune.reducer import TokenReducer as TokenReducer
     from tokenprune.selection import Selection as Selection
@@ -33,7 +38,12 @@ _HOME = {
     "Budget": "budget",
     "ComponentReducer": "reducer",
     "EncodedImage": "image",
+    "ImageReducer": "reducer",
     "LayerChoice": "layers",
+    "Merged": "components",
+    "MergingPolicy": "components",
+    "OrderPolicy": "components",
+    "RelevancePolicy": "components",
     "Run": "attach",
     "ScoreReducer": "reducer",
     "Selection": "selection",
