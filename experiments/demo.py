@@ -10,15 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tokenprune.adapter import find_adapter
 from tokenprune.attach import Run
+from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.models import mini
 from tokenprune.pictures import load_picture, save_picture
 from tokenprune.reducer import TokenReducer
@@ -107,7 +103,7 @@ def answer_all(request: Request) -> list[Answer]:
     for number, (file, picture) in enumerate(zip(files, pictures, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
         for position, (question, expected) in enumerate(questions):
-            inputs = prepare(model, processor, picture, question, file)
+            inputs = model_inputs(model, processor, picture, [question], file)
             answers.append(answer(model, processor, inputs, request, file, question, expected, overlay))
             run = answers[-1][1]
             if position == 0:
@@ -116,62 +112,6 @@ def answer_all(request: Request) -> list[Answer]:
                 except OSError as error:
                     raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
     return [one for one, _ in answers]
-
-
-def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """Load a checkpoint and its processor.
-
-    Args:
-        name: `mini`, a folder, or a hub id.
-        device: `auto` or a torch device.
-        dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere) or the name of a torch dtype.
-
-    Raises:
-        ValueError: if the checkpoint, the device or the dtype cannot be had.
-    """
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "auto"
-    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
-    place = str(mini.path()) if name == "mini" else name
-    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
-        raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
-    try:
-        processor = AutoProcessor.from_pretrained(place)
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval()
-    except Exception as error:  # whatever is wrong with a checkpoint, it is the checkpoint that is wrong
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
-    find_adapter(model)  # an unsupported family is answered before anything is generated
-    try:
-        return model.to(device), processor
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
-
-
-def prepare(model: Any, processor: Any, picture: Image.Image, question: str, file: str) -> Any:
-    """Return the model inputs of one question, by the chat template if the processor has one.
-
-    Raises:
-        ValueError: if the processor or the model's own unpadding can make nothing of the picture's shape.
-    """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        prompt = f"USER: <image>\n{question} ASSISTANT:"
-    try:
-        inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{file}: the model's processor cannot take a picture of {picture.width} x {picture.height} "
-            f"({' '.join(str(error).split())}); crop or pad it"
-        ) from error
-    return inputs.to(model.device, model.dtype)
 
 
 def answer(

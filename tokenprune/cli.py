@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,10 +15,12 @@ if TYPE_CHECKING:
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
 
 commands:
-  run     answer questions about pictures, with all visual tokens and with a strategy, side by side
-  list    list what is known by name: strategies, components, models
-  check   check that a strategy keeps the promises of the library
-  bench   measure what strategies cost
+  run       answer questions about pictures, with all visual tokens and with a strategy, side by side
+  evaluate  run one experiment and write a record a sample
+  ablate    run a grid of experiments, with baselines; the same command goes on after a stop
+  list      list what is known by name: strategies, components, models
+  check     check that a strategy keeps the promises of the library
+  bench     measure what strategies cost
 
 `tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
 
@@ -197,8 +201,70 @@ def bench(argv: Sequence[str]) -> None:
     print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Run the command `evaluate`; the exit code is 1 if samples failed."""
+    from jsonargparse import Namespace
+
+    from tokenprune.configure import one_line
+    from tokenprune.experiments.ablation import experiment_of, experiment_parser
+    from tokenprune.experiments.console import show
+    from tokenprune.experiments.experiment import Cell, run_cells
+
+    parser = experiment_parser("tokenprune evaluate", "Run one experiment, or go on with it; write a record a sample.")
+    parser.add_argument("--out", default="tokenprune-runs", help="run directory")
+    parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
+    own = Namespace()  # type: ignore[no-untyped-call]
+    try:
+        experiment = experiment_of(list(argv), parser, own)
+    except (LookupError, ValueError, TypeError, _argument_error()) as error:
+        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+    cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
+    return show(lambda tell: run_cells([cell], Path(own.out), *_rank(), tell=tell), Path(own.out), own.quiet)
+
+
+def ablate(argv: Sequence[str]) -> int:
+    """Run the command `ablate`; the exit code is 1 if samples failed."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line
+    from tokenprune.experiments import ablation
+    from tokenprune.experiments.console import show
+
+    parser = ArgumentParser(
+        prog="tokenprune ablate",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Run a grid of experiments, or go on with it: every picture is encoded once for all settings.",
+    )
+    parser.add_argument("grid", type=str, help="YAML file of the ablation")
+    parser.add_argument("--out", type=str, help="run directory; tokenprune-runs/NAME of the file if left out")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the pictures, one a GPU")
+    parser.add_argument("--shard", type=str, help="i/n: every n-th setting from the i-th on, for arrays of jobs")
+    parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
+    parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
+    options = [f"--{name}" for name in ("out", "workers", "shard", "dry-run", "quiet")]
+    try:
+        config = parser.parse_args(list(argv))
+    except _argument_error() as error:
+        raise UserError(one_line(error, options)) from error
+    if config.dry_run:
+        cells = ablation.shard_of(ablation.expand(ablation.load_config(config.grid)), config.shard)
+        print("\n".join(f"{cell.experiment.hash()}  {cell.role:8}  {cell.name}" for cell in cells))
+        print(f"{len(cells)} settings")
+        return 0
+    out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
+    return show(lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell), out, config.quiet)
+
+
+def _rank() -> tuple[int, int]:
+    """Return number and count of the processes that share the work, as torchrun and accelerate say them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": run,
+    "evaluate": evaluate,
+    "ablate": ablate,
     "list": list_names,
     "check": check,
     "bench": bench,

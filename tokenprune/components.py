@@ -14,9 +14,13 @@ from tokenprune.image import EncodedImage, Signal
 from tokenprune.selection import top_per_tile
 
 
+class Configurable:
+    """A dataclass whose fields are its whole configuration: named by class on the command line, in YAML and records."""
+
+
 @dataclass
-class Component:
-    """A part of a strategy. Its dataclass fields are its configuration."""
+class Component(Configurable):
+    """A part of a strategy."""
 
     @property
     def needs(self) -> Sequence[Signal]:

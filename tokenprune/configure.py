@@ -15,16 +15,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from tokenprune.catalogue import components, strategies
-from tokenprune.components import Component
+from tokenprune.components import Component, Configurable
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import concrete_classes, load_from_file, load_module, lookup
 
 T = TypeVar("T")
+Named: TypeAlias = tuple[type[Configurable], Mapping[str, type[Configurable]]]
+"""A base class and the known classes by name."""
 
 
 def presets(strategy: type[TokenReducer]) -> list[str]:
@@ -42,12 +44,12 @@ def as_config(value: Any) -> Any:
     """Return a configured object as plain data that jsonargparse can build again.
 
     Args:
-        value: a strategy or component (class path and arguments), another dataclass (its fields), or plain data.
+        value: something configurable (class path and arguments), another dataclass (its fields), or plain data.
     """
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: as_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (TokenReducer, Component)):
+    if isinstance(value, Configurable):
         return {"class_path": import_path(type(value)), "init_args": fields}
     return fields
 
@@ -112,20 +114,21 @@ def resolve_strategy(name: str, known: Mapping[str, type[TokenReducer]]) -> str:
     return json.dumps(as_config(getattr(found, preset)()))
 
 
-def resolve_component(name: str, known: Mapping[str, type[Component]]) -> str:
-    """Return what jsonargparse understands for the name of a component.
+def resolve_component(name: str, known: Mapping[str, type[Configurable]], what: str = "component") -> str:
+    """Return what jsonargparse understands for the name of a component, or of something else configurable.
 
     Args:
         name: class name or alias.
         known: components by class name.
+        what: what is looked for, for the error.
 
     Raises:
         LookupError: if there is no such component.
     """
     if is_given_whole(name):
-        given = imported(name, Component)
+        given = imported(name, Configurable)
         return with_defaults(given) if given else name
-    return with_defaults(lookup(name, known, "component"))
+    return with_defaults(lookup(name, known, what))
 
 
 def component_fields(known: Iterable[type]) -> set[str]:
@@ -180,11 +183,16 @@ def grouped(argv: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def prepare(argv: Sequence[str]) -> list[str]:
+def prepare(argv: Sequence[str], more: Mapping[str, Named] | None = None) -> list[str]:
     """Return the arguments in the form and order that jsonargparse wants.
 
     User files are loaded and noted with `--plugin`, so that a printed config can be read again; names are resolved; and
     whatever the order they were written in, options override the config file and parents come before their children.
+
+    Args:
+        argv: the words after the command.
+        more: what else than `--reducer` is given by class name: option without dashes to its base class and the known
+            classes.
 
     Raises:
         LookupError: if a name is not known or a file cannot be imported.
@@ -201,10 +209,16 @@ def prepare(argv: Sequence[str]) -> list[str]:
             load_from_file(f"{path}:{group[1].partition('.')[0]}")  # a wrong name is answered with those of the file
             plugins.append(path)
     known, parts = with_plugins(plugins)
+    others = {option: dict(found) for option, (_, found) in (more or {}).items()}
+    for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
+        for option, (base, _) in (more or {}).items():
+            _join(others[option], module, base)
     fields = component_fields([*known.values(), *parts.values()])
 
     def resolved(value: Any, key: str) -> Any:
         """Resolve names in a value of a strategy's configuration: `reducer`, or the name of a field."""
+        if isinstance(value, str) and key in others:
+            return resolve_component(value, others[key], key)
         if isinstance(value, str) and (key == "reducer" or key in fields):
             return resolve_strategy(value, known) if key == "reducer" else resolve_component(value, parts)
         if isinstance(value, dict) and "class_path" in value:
@@ -219,14 +233,15 @@ def prepare(argv: Sequence[str]) -> list[str]:
         key = key.rpartition(".")[2] if key.startswith("reducer.") else key
         if len(group) != 2:
             continue
-        if key == "reducer" or key in fields:
+        if key == "reducer" or key in fields or key in others:
             given = yaml.safe_load(group[1]) if group[1].lstrip().startswith("{") else group[1]
             found = resolved(given, key)
             group[1] = found if isinstance(found, str) else json.dumps(found)
-        elif key == "config" and (content := content_of(group[1])).get("reducer") is not None:
-            found = resolved(content["reducer"], "reducer")
-            found = json.loads(found) if isinstance(found, str) and found.startswith("{") else found
-            group[1] = json.dumps({**content, "reducer": found})
+        elif key == "config" and {"reducer", *others} & set(content := content_of(group[1])):
+            for name in {"reducer", *others} & set(content):
+                found = resolved(content[name], name)
+                content[name] = json.loads(found) if isinstance(found, str) and found.startswith("{") else found
+            group[1] = json.dumps(content)
     groups = [group for group in groups if group[0] != "--plugin"]
     for option in ("--image", "--question"):  # given several times, they add up
         values = [value for group in groups if group[0] == option for value in group[1:]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, as_budget
-from tokenprune.components import AllocationPolicy, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
+from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TokenReducer(ABC):
+class TokenReducer(Configurable, ABC):
     """A token reduction strategy: an encoded image in, a selection of its tokens out.
 
     An instance is its own configuration: its fields are what the command line, YAML files and W&B show. Subclass it,

@@ -1,0 +1,372 @@
+"""One experiment: model x reducer x task x seed -> records. Several of them share each picture's encoding."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tokenprune.adapter import Encoding, find_adapter
+from tokenprune.attach import Run
+from tokenprune.components import Configurable
+from tokenprune.configure import as_config
+from tokenprune.experiments.loading import load, model_inputs
+from tokenprune.experiments.records import RecordFile, merge, write_whole
+from tokenprune.experiments.tasks import Boards, Sample, Task
+from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import HiRED
+
+
+@dataclass
+class Experiment(Configurable):
+    """One setting that gives one number, and the records behind it.
+
+    Args:
+        model: ``mini`` (embedded), a checkpoint folder, or a hub id.
+        reducer: the strategy.
+        task: the task.
+        seed: seed of sampling; without effect while answers are greedy.
+        max_new_tokens: longest answer in tokens.
+        temperature: of sampling; 0 answers greedily.
+        batch_size: questions about one picture that are answered together. A crash loses at most one batch.
+        dtype: ``auto`` (float32 on a CPU) or the name of a torch dtype.
+        device: ``auto`` or a torch device; no part of what identifies an experiment.
+        plugin: Python files whose classes get known by name.
+    """
+
+    model: str = "mini"
+    reducer: TokenReducer = field(default_factory=HiRED)
+    task: Task = field(default_factory=Boards)
+    seed: int = 0
+    max_new_tokens: int = 16
+    temperature: float = 0.0
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    plugin: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the options once."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def config(self) -> dict[str, Any]:
+        """Return everything as nested plain data that the command line reads again."""
+        return {one.name: as_config(getattr(self, one.name)) for one in fields(self)}
+
+    def hash(self) -> str:
+        """Return 12 letters that identify the setting, whatever the order of keys and whether defaults were written."""
+        identity = {name: value for name, value in self.config().items() if name not in ("device", "plugin")}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a grid, with what the tables call it.
+
+    Args:
+        experiment: the experiment.
+        name: for tables and progress.
+        role: ``"grid"``, ``"full"`` (all tokens) or ``"baseline"``.
+        factors: the varied options and their values in words.
+    """
+
+    experiment: Experiment
+    name: str
+    role: str = "grid"
+    factors: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder of the records."""
+        return out / "cells" / self.experiment.hash()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``cell.json`` says."""
+        reducer = self.experiment.reducer
+        return {
+            "name": self.name,
+            "role": self.role,
+            "factors": dict(self.factors),
+            "strategy": type(reducer).__name__,
+            "budget": as_config(reducer.budget),
+            "seed": getattr(getattr(reducer, "selection", None), "seed", self.experiment.seed),
+            "metric": self.experiment.task.metric,
+            "hash": self.experiment.hash(),
+        }
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Args:
+        total: records that all cells will have.
+        done: records that are there.
+        errors: records of samples that failed, of this run.
+        pictures: pictures that were encoded.
+        encodes: passes through the vision tower for them.
+        cell: name of the cell that wrote last.
+        scores: sum of scores and number of records of each cell in this run.
+    """
+
+    total: int
+    done: int = 0
+    errors: int = 0
+    pictures: int = 0
+    encodes: int = 0
+    cell: str = ""
+    scores: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    rank: int = 0,
+    world: int = 1,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Run experiments that share model and task; what has a record already is not done again.
+
+    Every picture is encoded once, with the signals that all cells together need; only the LLM runs again.
+
+    Args:
+        cells: the experiments; they differ in reducer and seed only.
+        out: the run directory.
+        rank: number of this process among those that share the samples.
+        world: number of these processes.
+        tell: is told after every record.
+
+    Returns:
+        What was done; `Progress.errors` counts samples that failed and have an error record.
+
+    Raises:
+        ValueError: if the cells do not share model and task, the model cannot be had, or it lacks a signal.
+        InUseError: if another process writes the same records.
+    """
+    shared = cells[0].experiment
+    for cell in cells:
+        one = cell.experiment
+        if (one.model, one.dtype, as_config(one.task)) != (shared.model, shared.dtype, as_config(shared.task)):
+            raise ValueError("cells that run together must share model, dtype and task")
+    samples = list(shared.task.samples())
+    groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
+    mine = groups[rank::world]
+    with ExitStack() as stack:
+        files = []
+        for cell in cells:
+            files.append(stack.enter_context(RecordFile(cell.folder(out), rank if world > 1 else None)))
+            _write_config(cell, out)
+        wanted = {sample.id for group in mine for sample in group}
+        progress = Progress(len(wanted) * len(cells), sum(len(wanted & file.done) for file in files))
+        tell(progress)
+        if progress.done < progress.total:
+            device = _device(shared.device, rank)
+            model, processor = load(shared.model, device, shared.dtype)
+            _check_signals(model, cells)
+            for cell in cells:
+                write_whole(cell.folder(out) / "environment.json", json.dumps(environment(model), indent=1))
+            for group in mine:
+                pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
+                for cell, file, record in _records(model, processor, group, pending, progress):
+                    file.add(record)
+                    _count(progress, cell, record)
+                    tell(progress)
+    if world == 1:
+        for cell in cells:
+            merge(cell.folder(out), [sample.id for sample in samples])
+    return progress
+
+
+def _count(progress: Progress, cell: Cell, record: Mapping[str, Any]) -> None:
+    total, number = progress.scores.get(cell.name, (0.0, 0))
+    progress.scores[cell.name] = (total + record["score"], number + 1)
+    progress.done += 1
+    progress.errors += record["error"] is not None
+    progress.cell = cell.name
+
+
+def _device(name: str, rank: int) -> str:
+    return f"cuda:{rank % torch.cuda.device_count()}" if name == "auto" and torch.cuda.is_available() else name
+
+
+def _write_config(cell: Cell, out: Path) -> None:
+    folder = cell.folder(out)
+    if not (folder / "cell.json").is_file():
+        write_whole(folder / "config.yaml", yaml.safe_dump(cell.experiment.config(), sort_keys=False))
+        write_whole(folder / "cell.json", json.dumps(cell.describe(), indent=1))
+
+
+def _check_signals(model: Any, cells: Sequence[Cell]) -> None:
+    """Raise a `ValueError` that lists every cell whose strategy needs what the model cannot give."""
+    provides, wrong = find_adapter(model).provides, []
+    for cell in cells:
+        reducer = cell.experiment.reducer
+        kinds = {signal.kind for signal in reducer.needs}
+        if kinds - provides:
+            wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(sorted(kinds - provides))}")
+        elif kinds & (TEXT_SIGNALS | ALIGNED_SIGNALS) and reducer.text_model is None:
+            wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
+    if wrong:
+        raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Return versions, device and commit, as ``environment.json`` says them."""
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    device = str(model.device)
+    return {
+        **{package: of(package) for package in ("tokenprune", "torch", "transformers")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(model.device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or None,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+Pending = tuple[Cell, RecordFile, list[Sample]]
+
+
+def _records(
+    model: Any, processor: Any, group: Sequence[Sample], pending: Sequence[Pending], progress: Progress
+) -> Iterator[tuple[Cell, RecordFile, dict[str, Any]]]:
+    """Yield the missing records of all cells for one picture, encoded once."""
+    if not any(missing for _, _, missing in pending):
+        return
+    text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
+    needs: list[Signal] = [signal for cell, _, _ in pending for signal in cell.experiment.reducer.needs]
+    try:
+        picture = group[0].picture()
+        began = time.perf_counter()
+        with torch.no_grad():
+            inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
+            encoding = find_adapter(model).encode(inputs, needs, text_model=text_model)
+        encode_ms = (time.perf_counter() - began) * 1000
+    except Exception as error:  # one bad picture must not end a night's run
+        for cell, file, missing in pending:
+            for sample in missing:
+                yield cell, file, _failed(sample, error)
+        return
+    progress.pictures += 1
+    progress.encodes += 1
+    for cell, file, missing in pending:
+        for batch in _batches(group, cell.experiment.batch_size):
+            due = {sample.id for sample in missing} & {sample.id for sample in batch}
+            if not due:
+                continue
+            try:
+                records = _answer(model, processor, cell.experiment, picture, batch, encoding, encode_ms)
+            except Exception as error:
+                records = [_failed(sample, error) for sample in batch]
+            for record in records:
+                if record["sample"] in due:
+                    yield cell, file, record
+
+
+def _batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Cut the samples of a picture into batches, the same ones whatever is done already."""
+    return [group[start : start + size] for start in range(0, len(group), size)]
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    experiment: Experiment,
+    picture: Any,
+    batch: Sequence[Sample],
+    encoding: Encoding,
+    encode_ms: float,
+) -> list[dict[str, Any]]:
+    """Return the records of a batch of questions about an encoded picture."""
+    questions = [experiment.task.prompt(sample) for sample in batch]
+    inputs = model_inputs(model, processor, picture, questions, batch[0].group)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    run = Run(experiment.reducer, find_adapter(model), tokenizer=processor)
+    torch.manual_seed(experiment.seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if experiment.temperature > 0:
+        sampling = {"do_sample": True, "temperature": experiment.temperature}
+    with torch.no_grad():
+        began = time.perf_counter()
+        reduced, rows = run.reduced(text, generating=True, encoding=encoding.repeated(len(batch)))
+        chosen = time.perf_counter()
+        made = model.generate(**reduced, max_new_tokens=experiment.max_new_tokens, **sampling)
+        width = text["input_ids"].shape[1] if rows is None else rows.index.shape[1]
+        answers = processor.batch_decode(made[:, width:], skip_special_tokens=True)
+        ended = time.perf_counter()
+    records = []
+    for place, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
+        image, (full, short) = run.account.images[place], run.account.prompt_lengths[place]
+        score = experiment.task.score(sample, answer.strip())
+        records.append(
+            {
+                "sample": sample.id,
+                "group": sample.group,
+                "question": sample.question,
+                "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
+                "prediction": answer.strip(),
+                "score": score,
+                "correct": score >= 0.5,
+                "type": sample.type,
+                "split": sample.split,
+                "asked": image.asked,
+                "kept": image.kept,
+                "valid": image.valid,
+                "kept_per_tile": list(image.kept_per_tile),
+                "newlines": image.newlines,
+                "prompt_length": short,
+                "prompt_length_full": full,
+                "encode_ms": round(encode_ms, 3),
+                "select_ms": round((chosen - began) * 1000 / len(batch), 3),
+                "generate_ms": round((ended - chosen) * 1000 / len(batch), 3),
+                "image": sample.group,
+                "error": None,
+            }
+        )
+    return records
+
+
+def _failed(sample: Sample, error: Exception) -> dict[str, Any]:
+    """Return the record of a sample that could not be answered."""
+    numbers = ("asked", "kept", "valid", "newlines", "prompt_length", "prompt_length_full")
+    return {
+        "sample": sample.id,
+        "group": sample.group,
+        "question": sample.question,
+        "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
+        "prediction": "",
+        "score": 0.0,
+        "correct": False,
+        "type": sample.type,
+        "split": sample.split,
+        **dict.fromkeys(numbers, 0),
+        "kept_per_tile": [],
+        **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
+        "image": sample.group,
+        "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+    }

@@ -1,0 +1,83 @@
+"""Loads checkpoints, and makes model inputs of pictures and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tokenprune.adapter import find_adapter
+from tokenprune.models import mini
+
+
+def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """Load a checkpoint and its processor.
+
+    Args:
+        name: `mini`, a folder, or a hub id.
+        device: `auto` or a torch device.
+        dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere) or the name of a torch dtype.
+
+    Raises:
+        ValueError: if the checkpoint, the device or the dtype cannot be had.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "auto"
+    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
+    place = str(mini.path()) if name == "mini" else name
+    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
+        raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
+    try:
+        processor = AutoProcessor.from_pretrained(place)
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval()
+    except Exception as error:  # whatever is wrong with a checkpoint, it is the checkpoint that is wrong
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
+    find_adapter(model)  # an unsupported family is answered before anything is generated
+    try:
+        return model.to(device), processor
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def model_inputs(model: Any, processor: Any, picture: Image.Image, questions: Sequence[str], file: str) -> Any:
+    """Return the inputs of `generate` for questions about one picture, one row each, by the chat template if any.
+
+    Args:
+        model: the model; inputs go to its device and dtype.
+        processor: its processor.
+        picture: the picture.
+        questions: the questions.
+        file: what the picture is called, for errors.
+
+    Raises:
+        ValueError: if the processor or the model's own unpadding can make nothing of the picture's shape.
+    """
+    prompts = []
+    for question in questions:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            prompts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
+        else:
+            prompts.append(f"USER: <image>\n{question} ASSISTANT:")
+    try:
+        inputs = processor(
+            images=[picture] * len(prompts), text=prompts, return_tensors="pt", padding=True, padding_side="left"
+        )
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{file}: the model's processor cannot take a picture of {picture.width} x {picture.height} "
+            f"({' '.join(str(error).split())}); crop or pad it"
+        ) from error
+    return inputs.to(model.device, model.dtype)

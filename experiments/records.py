@@ -1,0 +1,143 @@
+"""Records of an experiment: one JSON line a sample, flushed at once, so that a crash loses nothing that was done.
+
+A folder of one experiment (a *cell*) holds ``records.jsonl``. Processes that share the samples of a cell each append to
+a part of their own, ``records.part-<rank>.jsonl``; `merge` puts the parts together in the order of the samples.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+NAME = "records.jsonl"
+
+
+class InUseError(RuntimeError):
+    """Another process writes the same records."""
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; a last line that a crash has torn is left out.
+
+    Raises:
+        ValueError: if another line is no JSON.
+    """
+    if not file.is_file():
+        return
+    lines = file.read_text().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: it was being written
+                return
+            raise ValueError(f"{file}, line {number} is no record ({error}); remove the line to go on") from error
+
+
+def files_of(cell: Path) -> list[Path]:
+    """Return the files that hold records of a cell."""
+    return [file for file in (cell / NAME, *sorted(cell.glob("records.part-*.jsonl"))) if file.is_file()]
+
+
+def done(cell: Path) -> set[str]:
+    """Return the ids of the samples of a cell that have a record."""
+    return {record["sample"] for file in files_of(cell) for record in read_lines(file)}
+
+
+def merge(cell: Path, order: Sequence[str]) -> None:
+    """Put the parts of a cell together into one file, in the order of the samples; each sample once.
+
+    Args:
+        cell: the folder of the cell.
+        order: ids of all samples.
+    """
+    if files_of(cell) == [cell / NAME]:
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for file in files_of(cell):
+        for record in read_lines(file):
+            found.setdefault(record["sample"], record)
+    place = {sample: number for number, sample in enumerate(order)}
+    merged = sorted(found.values(), key=lambda record: place.get(record["sample"], len(place)))
+    write_whole(cell / NAME, "".join(json.dumps(record) + "\n" for record in merged))
+    for file in cell.glob("records.part-*.jsonl"):
+        file.unlink()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RecordFile:
+    """The open records of one cell, for one process.
+
+    Args:
+        cell: the folder of the cell; made if it is not there.
+        rank: number of this process among those that share the samples; None if it has them all.
+
+    Raises:
+        InUseError: if another process has them open.
+        OSError: if the folder cannot be written.
+    """
+
+    def __init__(self, cell: Path, rank: int | None = None) -> None:
+        cell.mkdir(parents=True, exist_ok=True)
+        part = "" if rank is None else f".part-{rank}"
+        self.file = cell / (NAME if rank is None else f"records{part}.jsonl")
+        self._lock: IO[str] = (cell / f".lock{part}").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InUseError(
+                f"another process writes to {cell}; wait for it, or give another --out. To share the work, use "
+                "--workers or --shard"
+            ) from None
+        self.done = done(cell)
+        kept = [json.dumps(record) + "\n" for record in read_lines(self.file)]
+        if self.file.is_file() and self.file.read_text() != "".join(kept):
+            write_whole(self.file, "".join(kept))  # a torn last line goes
+        self._out = self.file.open("a")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a record and flush it.
+
+        Raises:
+            OSError: if it cannot be written; what was written before stays whole.
+        """
+        if record["sample"] in self.done:
+            raise ValueError(f"sample {record['sample']!r} has a record already")
+        self._out.write(json.dumps(record) + "\n")
+        self._out.flush()
+        self.done.add(record["sample"])
+
+    def close(self) -> None:
+        """Close the file and let others in."""
+        self._out.close()
+        self._lock.close()
+
+    def __enter__(self) -> RecordFile:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()

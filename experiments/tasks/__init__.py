@@ -1,0 +1,7 @@
+"""Tasks: pictures, questions, accepted answers, and how answers are scored."""
+
+from tokenprune.experiments.tasks.base import Sample, Task, tasks
+from tokenprune.experiments.tasks.boards import Boards
+from tokenprune.experiments.tasks.folder import Folder
+
+__all__ = ["Boards", "Folder", "Sample", "Task", "tasks"]

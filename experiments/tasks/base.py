@@ -1,0 +1,72 @@
+"""What every task is: samples, and a score for an answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image
+
+from tokenprune.components import Configurable
+from tokenprune.experiments.metrics import METRICS
+from tokenprune.registry import collect
+
+TASKS = "tokenprune.experiments.tasks"
+"""Where tasks live, and the entry point group of plug-ins."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Args:
+        id: unique in its task and the same in every run.
+        group: the picture; samples of one group follow each other, and are not independent.
+        picture: opens the picture.
+        question: the question.
+        answers: accepted answers.
+        type: kind of question, for tables.
+        split: kind of difficulty, for tables.
+    """
+
+    id: str
+    group: str
+    picture: Callable[[], Image.Image]
+    question: str
+    answers: tuple[str, ...]
+    type: str = ""
+    split: str = ""
+
+
+@dataclass
+class Task(Configurable, ABC):
+    """A task. Subclass it and write `samples`; its fields are its configuration."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        return "exact_match"
+
+    @abstractmethod
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples, those of one picture after each other, always in the same order.
+
+        Raises:
+            ValueError: if the data cannot be had; it says what was expected and what to do.
+        """
+
+    def prompt(self, sample: Sample) -> str:
+        """Return what the model is asked."""
+        return sample.question
+
+    def score(self, sample: Sample, prediction: str) -> float:
+        """Return how good an answer is, from 0 to 1."""
+        return METRICS[self.metric](prediction, sample.answers)
+
+
+@cache
+def tasks() -> Mapping[str, type[Task]]:
+    """Return all known tasks by class name."""
+    return collect(TASKS, Task)  # type: ignore[type-abstract]
