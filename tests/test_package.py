@@ -128,7 +128,9 @@ def test_version_is_the_same_everywhere() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("README.md", 3), ("docs/write-a-strategy.md", 6), ("docs/experiments.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "blocks"), [("README.md", 3), ("docs/write-a-strategy.md", 6), ("docs/experiments.md", 1)]
+)
 def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
     """The blocks run as they stand, one after another, in an empty folder."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -258,6 +258,23 @@ def test_cdpruner_release(number: int) -> None:
         assert determinantal(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
 
 
+def test_prumerge_plus_merges_even_where_it_keeps_almost_all() -> None:
+    """A quarter of outliers makes a step of one: every token but the last stays, and the last one holds the rest."""
+    attention = torch.full((1, 1, TOKENS), 1e-4) * torch.linspace(1, 1.01, TOKENS)
+    attention[..., 100:240] = 0.005
+    signals = {
+        ("joint_attention", 23): attention,
+        ("keys", 23): torch.randn(1, 1, TOKENS, 4, generator=torch.Generator().manual_seed(0)),
+        ("projector_inputs", 22): torch.zeros(1, TOKENS, 1),
+    }
+    selection = PruMergePlus.release().reduce(image(1, signals))
+    assert selection.kept_tokens == TOKENS
+    weights = selection.mixing.to_dense()  # type: ignore[union-attr]
+    assert bool((weights[:-1].diagonal() == 1).all())
+    assert weights[-1].nonzero()[:, 0].tolist() == [TOKENS - 1]
+    assert float(weights[-1, -1]) == pytest.approx(float(attention[0, 0, -1]))
+
+
 RECORDED = {
     "HiRED": "hired_release_masks",
     "FasterVLM": "fastervlm",

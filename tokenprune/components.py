@@ -105,16 +105,17 @@ def unmerged(picked: Tensor) -> Tensor:
 
 @dataclass
 class MergingPolicy(Component, ABC):
-    """Lets dropped tokens live on in others. Where no token of an image is dropped, it is not asked."""
+    """Lets dropped tokens live on in others. If an image drops none and nothing is reserved, it is not asked."""
 
     before_projector: ClassVar[bool] = False
     """Whether features are mixed before the projector (declare the signal ``"projector_inputs"`` then) or after it."""
 
-    def reserve(self, budgets: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
         """Return how many tokens of each tile's budget merging makes by itself; the selection picks the others.
 
         Args:
             budgets: tokens granted to each tile, `[tiles]`.
+            room: candidates in each tile, `[tiles]`; a tile whose budget is as large drops nothing.
         """
         return torch.zeros_like(budgets)
 
@@ -128,7 +129,7 @@ class MergingPolicy(Component, ABC):
             image: the encoded image.
             scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
             picked: what the selection picked, bool `[tiles, tokens]`.
-            reserved: tokens to make in each tile, `[tiles]`; there are always that many candidates left.
+            reserved: tokens to make in each tile, `[tiles]`.
             candidates: tokens that may be kept, and be merged into others, bool `[tiles, tokens]`.
         """
 

@@ -348,9 +348,9 @@ class ComponentReducer(TokenReducer):
     ) -> tuple[Tensor, Merged | None]:
         """Return the kept tokens, bool `[tiles, tokens]`, and what merging made of them."""
         room = candidates.sum(dim=1)
-        if self.merging is None or bool((budgets >= room).all()):
+        reserved = torch.zeros_like(budgets) if self.merging is None else self.merging.reserve(budgets, room)
+        if self.merging is None or (not bool(reserved.any()) and bool((budgets >= room).all())):
             return self.selection.pick(image, scores, budgets, candidates), None
-        reserved = torch.where(budgets < room, self.merging.reserve(budgets), 0)
         picked = self.selection.pick(image, scores, budgets - reserved, candidates)
         merged = self.merging.merge(image, scores, picked, reserved, candidates)
         return picked | (merged.made > 0), merged

@@ -45,9 +45,9 @@ class MeanOfRest(MergingPolicy):
         """The inputs of the projector."""
         return (Signal("projector_inputs"),)
 
-    def reserve(self, budgets: Tensor) -> Tensor:
-        """Return one token for every tile that may keep any."""
-        return budgets.clamp(max=1)
+    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+        """Return one token for every tile that keeps some and drops some."""
+        return budgets.clamp(max=1) * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -89,9 +89,9 @@ class NeighbourMerging(MergingPolicy):
         """Attention over all heads as one, keys, and the inputs of the projector."""
         return (Signal("joint_attention", self.layer), Signal("keys", self.layer), Signal("projector_inputs"))
 
-    def reserve(self, budgets: Tensor) -> Tensor:
-        """Return one token, for the rest, for every tile that may keep any."""
-        return budgets.clamp(max=1)
+    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+        """Return one token, for the rest, for every tile that keeps some and drops some; the release always does."""
+        return budgets.clamp(max=1) * ((budgets < room) | (self.weights == RELEASED))
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -111,8 +111,8 @@ class NeighbourMerging(MergingPolicy):
             near = likeness.topk(min(self.neighbours, max(others, 0)), dim=1)[1]
             rows = weights[tile, own].scatter_add(1, near, attention[tile][near])
             weights[tile, own] = rows / rows.sum(dim=1, keepdim=True) if self.weights == "mean" else rows
-            if reserve:
-                dropped = candidates[tile] & ~picked[tile]
+            dropped = candidates[tile] & ~picked[tile]
+            if reserve and bool(dropped.any()):
                 place = stand_in(scores[tile], dropped)
                 made[tile, place] = 1
                 rest = attention[tile] * dropped
@@ -150,11 +150,11 @@ class ContextualMerging(MergingPolicy):
         needs = [Signal("keys", self.layer), Signal("projector_inputs")]
         return (*needs, Signal("cls_features")) if self.weights == RELEASED else tuple(needs)
 
-    def reserve(self, budgets: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
         """Return the number of targets, and for the release one more for CLS."""
         share, number = (budgets * self.share).round().long(), self.number
         targets = share if number is None else torch.full_like(budgets, number)
-        return (targets + (self.weights == RELEASED)).minimum(budgets)
+        return (targets + (self.weights == RELEASED)).minimum(budgets) * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -204,9 +204,9 @@ class PooledCells(MergingPolicy):
     cell cuts through tokens, they count by area.
     """
 
-    def reserve(self, budgets: Tensor) -> Tensor:
-        """Return the whole budget: nothing is picked."""
-        return budgets
+    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+        """Return the whole budget, so that nothing is picked, unless nothing is dropped."""
+        return budgets * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
