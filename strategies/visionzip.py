@@ -68,7 +68,7 @@ class VisionZip(ComponentReducer):
             Budget(dominant + contextual, per="tile"),
             newlines="drop",
             allocation=UniformAllocation(rounding="floor"),
-            merging=ContextualMerging(number=contextual, weights="release"),
+            merging=ContextualMerging(number=contextual, combine="sum", spacing="step", cls=True),
             order=ClsDominantContextual(),
             padding="ignore",
         )

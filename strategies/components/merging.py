@@ -126,69 +126,68 @@ class NeighbourMerging(MergingPolicy):
 class ContextualMerging(MergingPolicy):
     """Some of the tokens that were not picked become targets, and every other one joins the most similar (VisionZip).
 
-    Targets are evenly spaced among the tokens that were not picked; likeness is the cosine of keys, mean over heads.
+    Likeness is the cosine of keys, mean over heads.
 
     Args:
         share: share of a tile's budget for targets.
         layer: layer of the vision tower whose keys are read.
         number: targets of every tile, instead of a share.
-        weights: ``"mean"`` makes a target the mean of itself and those that joined it; ``"release"`` adds their mean to
-            it, as the published code does, which doubles its length, spaces targets by whole steps from the first
-            token on, and spends one token of each tile on its CLS token.
+        combine: ``"mean"`` makes a target the mean of itself and those that joined it; ``"sum"`` adds their mean to it,
+            as the release does, which doubles its length.
+        spacing: ``"even"`` spreads targets over the tokens that were not picked; ``"step"`` takes every whole step
+            from the first one on, as the release does, which leaves the end out.
+        cls: spend one token of each tile on its CLS token, as the release does.
     """
 
     share: float = 10 / 64
     layer: LayerChoice = "feature"
     number: int | None = None
-    weights: Literal["mean", "release"] = "mean"
+    combine: Literal["mean", "sum"] = "mean"
+    spacing: Literal["even", "step"] = "even"
+    cls: bool = False
 
     before_projector: ClassVar[bool] = True
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Keys, the inputs of the projector, and for the release CLS."""
+        """Keys, the inputs of the projector, and CLS if it is kept."""
         needs = [Signal("keys", self.layer), Signal("projector_inputs")]
-        return (*needs, Signal("cls_features")) if self.weights == RELEASED else tuple(needs)
+        return [*needs, Signal("cls_features")] if self.cls else needs
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return the number of targets, and for the release one more for CLS."""
+        """Return the number of targets, and one more for CLS if it is kept."""
         share, number = (budgets * self.share).round().long(), self.number
         targets = share if number is None else torch.full_like(budgets, number)
-        return (targets + (self.weights == RELEASED)).minimum(budgets) * (budgets < room)
+        return (targets + self.cls).minimum(budgets) * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
         """Choose targets and let the others join them."""
-        keys, valid = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1), image.geometry.valid
+        keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
         made = torch.zeros_like(picked, dtype=torch.long)
-        weights = unmerged(picked)
-        if self.weights == RELEASED:
-            weights = F.pad(weights, (0, 1))
-        for tile, reserve in enumerate(reserved.tolist()):
+        weights = F.pad(unmerged(picked), (0, int(self.cls)))
+        for tile in reserved.nonzero()[:, 0].tolist():
             rest = (candidates[tile] & ~picked[tile]).nonzero()[:, 0]
-            if not reserve:
-                continue
-            number = reserve - (self.weights == RELEASED)
-            if self.weights == RELEASED:
-                at = torch.arange(0, len(rest), max(1, len(rest) // max(1, number)))[:number]
-            else:
-                at = evenly_spaced(len(rest), number)
-            is_target = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+            number = int(reserved[tile]) - self.cls
+            step = max(1, len(rest) // max(1, number))
+            even = self.spacing == "even"
+            at = evenly_spaced(len(rest), number) if even else torch.arange(0, len(rest), step)[:number]
+            is_target = torch.zeros_like(rest, dtype=torch.bool)
             is_target[at.to(rest.device)] = True
             targets, others = rest[is_target], rest[~is_target]
-            if self.weights == RELEASED:
-                free = others[valid[tile, others]] if bool(valid[tile, others].any()) else others
-                made[tile, free[-1]] = 2  # CLS has no place in the grid; that of a dropped token is free
-                weights[tile, free[-1]] = 0
-                weights[tile, free[-1], -1] = 1
             made[tile, targets] = 1
+            if self.cls:
+                valid = image.geometry.valid[tile].to(rest.device)[others]
+                place = (others[valid] if bool(valid.any()) else others)[-1]
+                made[tile, place] = 2  # CLS has no place in the grid; that of a dropped token is free
+                weights[tile, place] = F.one_hot(torch.tensor(weights.shape[2] - 1), weights.shape[2])
             if not len(targets) or not len(others):
                 continue
             joins = (keys[tile, others] @ keys[tile, targets].T).argmax(dim=1)
             members = F.one_hot(joins, len(targets)).T.to(weights.dtype)  # [targets, others]
             counts = members.sum(dim=1, keepdim=True)
-            if self.weights == RELEASED:
+            if self.combine == "sum":
                 weights[tile, targets[:, None], others] = members / counts.clamp(min=1)
             else:
                 weights[tile, targets[:, None], others] = members / (1 + counts)
