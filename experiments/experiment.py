@@ -28,7 +28,11 @@ from tokenprune.experiments.records import RecordFile, merge, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.reducer import TokenReducer
+from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
+
+PICTURES = 4
+"""So many pictures of a run keep their pixels for those who watch it."""
 
 
 @dataclass
@@ -110,6 +114,10 @@ class Cell:
         }
 
 
+Watch = Callable[[Cell, Mapping[str, Any], Selection | None], None]
+"""Is given a cell, a record of it, and the selection behind the record unless the sample failed."""
+
+
 @dataclass
 class Progress:
     """How far a run has come.
@@ -139,6 +147,7 @@ def run_cells(
     rank: int = 0,
     world: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
+    watch: Watch | None = None,
 ) -> Progress:
     """Run experiments that share model and task; what has a record already is not done again.
 
@@ -150,6 +159,7 @@ def run_cells(
         rank: number of this process among those that share the samples.
         world: number of these processes.
         tell: is told after every record.
+        watch: is given every record and the selection behind it, which carries pixels for the first few pictures.
 
     Returns:
         What was done; `Progress.errors` counts samples that failed and have an error record.
@@ -182,9 +192,12 @@ def run_cells(
                 write_whole(cell.folder(out) / "environment.json", json.dumps(environment(model), indent=1))
             for group in mine:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
-                for cell, file, record in _records(model, processor, group, pending, progress):
+                pictures = int(watch is not None and progress.pictures < PICTURES)
+                for cell, file, record, selection in _records(model, processor, group, pending, progress, pictures):
                     file.add(record)
                     _count(progress, cell, record)
+                    if watch is not None:
+                        watch(cell, record, selection)
                     tell(progress)
     if world == 1:
         for cell in cells:
@@ -253,8 +266,13 @@ Pending = tuple[Cell, RecordFile, list[Sample]]
 
 
 def _records(
-    model: Any, processor: Any, group: Sequence[Sample], pending: Sequence[Pending], progress: Progress
-) -> Iterator[tuple[Cell, RecordFile, dict[str, Any]]]:
+    model: Any,
+    processor: Any,
+    group: Sequence[Sample],
+    pending: Sequence[Pending],
+    progress: Progress,
+    pictures: int,
+) -> Iterator[tuple[Cell, RecordFile, dict[str, Any], Selection | None]]:
     """Yield the missing records of all cells for one picture, encoded once."""
     if not any(missing for _, _, missing in pending):
         return
@@ -265,12 +283,12 @@ def _records(
         began = time.perf_counter()
         with torch.no_grad():
             inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
-            encoding = find_adapter(model).encode(inputs, needs, text_model=text_model)
+            encoding = find_adapter(model).encode(inputs, needs, pictures, text_model)
         encode_ms = (time.perf_counter() - began) * 1000
     except Exception as error:  # one bad picture must not end a night's run
         for cell, file, missing in pending:
             for sample in missing:
-                yield cell, file, _failed(sample, error)
+                yield cell, file, _failed(sample, error), None
         return
     progress.pictures += 1
     progress.encodes += 1
@@ -279,13 +297,14 @@ def _records(
             due = {sample.id for sample in missing} & {sample.id for sample in batch}
             if not due:
                 continue
+            selections: Sequence[Selection | None]
             try:
-                records = _answer(model, processor, cell.experiment, picture, batch, encoding, encode_ms)
+                records, selections = _answer(model, processor, cell.experiment, picture, batch, encoding, encode_ms)
             except Exception as error:
-                records = [_failed(sample, error) for sample in batch]
-            for record in records:
+                records, selections = [_failed(sample, error) for sample in batch], [None] * len(batch)
+            for record, selection in zip(records, selections, strict=True):
                 if record["sample"] in due:
-                    yield cell, file, record
+                    yield cell, file, record, selection
 
 
 def _batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
@@ -301,8 +320,8 @@ def _answer(
     batch: Sequence[Sample],
     encoding: Encoding,
     encode_ms: float,
-) -> list[dict[str, Any]]:
-    """Return the records of a batch of questions about an encoded picture."""
+) -> tuple[list[dict[str, Any]], list[Selection]]:
+    """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
     questions = [experiment.task.prompt(sample) for sample in batch]
     inputs = model_inputs(model, processor, picture, questions, batch[0].group)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -348,7 +367,7 @@ def _answer(
                 "error": None,
             }
         )
-    return records
+    return records, run.selections
 
 
 def _failed(sample: Sample, error: Exception) -> dict[str, Any]:

@@ -360,7 +360,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frobnicate"], "no command 'frobnicate'; the commands are run, list, check, bench"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, evaluate, ablate, report, sweep"),
         (["list", "things"], "'strategies', 'components', 'models'"),
         (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
         (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),

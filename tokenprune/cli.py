@@ -18,6 +18,8 @@ commands:
   run       answer questions about pictures, with all visual tokens and with a strategy, side by side
   evaluate  run one experiment and write a record a sample
   ablate    run a grid of experiments, with baselines; the same command goes on after a stop
+  report    tables and figures of a run directory
+  sweep     run a W&B sweep file here, without an account
   list      list what is known by name: strategies, components, models
   check     check that a strategy keeps the promises of the library
   bench     measure what strategies cost
@@ -208,10 +210,12 @@ def evaluate(argv: Sequence[str]) -> int:
     from tokenprune.configure import one_line
     from tokenprune.experiments.ablation import experiment_of, experiment_parser
     from tokenprune.experiments.console import show
-    from tokenprune.experiments.experiment import Cell, run_cells
+    from tokenprune.experiments.experiment import Cell
+    from tokenprune.experiments.publish import run_tracked
 
     parser = experiment_parser("tokenprune evaluate", "Run one experiment, or go on with it; write a record a sample.")
     parser.add_argument("--out", default="tokenprune-runs", help="run directory")
+    parser.add_argument("--wandb", type=str, help="W&B project; without a key the run stays on this machine")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     own = Namespace()  # type: ignore[no-untyped-call]
     try:
@@ -219,7 +223,8 @@ def evaluate(argv: Sequence[str]) -> int:
     except (LookupError, ValueError, TypeError, _argument_error()) as error:
         raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
     cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
-    return show(lambda tell: run_cells([cell], Path(own.out), *_rank(), tell=tell), Path(own.out), own.quiet)
+    out = Path(own.out)
+    return show(lambda tell: run_tracked(cell, out, own.wandb, *_rank(), tell), out, own.quiet)
 
 
 def ablate(argv: Sequence[str]) -> int:
@@ -240,6 +245,7 @@ def ablate(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, help="run directory; tokenprune-runs/NAME of the file if left out")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the pictures, one a GPU")
     parser.add_argument("--shard", type=str, help="i/n: every n-th setting from the i-th on, for arrays of jobs")
+    parser.add_argument("--wandb", type=str, help="W&B project; all settings are published when the grid is done")
     parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     options = [f"--{name}" for name in ("out", "workers", "shard", "dry-run", "quiet")]
@@ -253,7 +259,66 @@ def ablate(argv: Sequence[str]) -> int:
         print(f"{len(cells)} settings")
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
-    return show(lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell), out, config.quiet)
+    code = show(lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell), out, config.quiet)
+    if config.wandb is not None and _rank()[0] == 0:
+        from tokenprune.experiments.publish import publish
+
+        publish(out, config.wandb)
+    return code
+
+
+def report(argv: Sequence[str]) -> None:
+    """Run the command `report`."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line
+
+    parser = ArgumentParser(
+        prog="tokenprune report",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Write tables and figures of a run directory as Markdown, LaTeX, HTML and CSV, from its records.",
+    )
+    parser.add_argument("directory", type=str, help="run directory of `ablate` or `evaluate`")
+    parser.add_argument("--out", type=str, help="folder for the report; DIRECTORY/report if left out")
+    try:
+        config = parser.parse_args(list(argv))
+    except _argument_error() as error:
+        raise UserError(one_line(error, ["--out"])) from error
+    from tokenprune.experiments.report import write_report
+
+    for file in write_report(Path(config.directory), None if config.out is None else Path(config.out)):
+        print(file)
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """Run the command `sweep`; the exit code is that of the first run that failed."""
+    from jsonargparse import ArgumentParser
+
+    from tokenprune.configure import one_line
+
+    parser = ArgumentParser(
+        prog="tokenprune sweep",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Run a W&B sweep file on this machine, without an account; the same command goes on.",
+    )
+    parser.add_argument("file", type=str, help="sweep file in W&B's format")
+    parser.add_argument("--local", type=bool, nargs="?", const=True, default=False, help="run it here; needed")
+    parser.add_argument("--count", type=int, help="at most so many runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a random search")
+    try:
+        config = parser.parse_args(list(argv))
+    except _argument_error() as error:
+        raise UserError(one_line(error, ["--local", "--count", "--seed"])) from error
+    if not config.local:
+        raise UserError(f"say --local to run {config.file} here; with an account, use `wandb sweep` and `wandb agent`")
+    from tokenprune.experiments.sweep import run_local
+
+    codes = run_local(config.file, count=config.count, seed=config.seed)
+    failed = [code for code in codes if code]
+    print(f"{len(codes)} runs, {len(failed)} of them failed", file=sys.stderr)
+    return failed[0] if failed else 0
 
 
 def _rank() -> tuple[int, int]:
@@ -265,6 +330,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": run,
     "evaluate": evaluate,
     "ablate": ablate,
+    "report": report,
+    "sweep": sweep,
     "list": list_names,
     "check": check,
     "bench": bench,

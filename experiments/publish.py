@@ -1,0 +1,108 @@
+"""Experiments on Weights & Biases: one while it runs, and those of an ablation from their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenprune.experiments.experiment import Cell, Progress, run_cells
+from tokenprune.experiments.records import read_lines
+from tokenprune.experiments.tracking import Tracker, tracked
+from tokenprune.selection import Selection
+
+OVERLAYS = 4
+"""Pictures of an experiment whose kept tokens are drawn."""
+
+
+def run_tracked(
+    cell: Cell, out: Path, project: str | None, rank: int, world: int, tell: Callable[[Progress], None]
+) -> Progress:
+    """Run one experiment and track it, with pictures of the kept tokens.
+
+    Args:
+        cell: the experiment.
+        out: the run directory.
+        project: W&B project; None tracks nothing.
+        rank: number of this process; only the first one tracks.
+        world: number of processes.
+        tell: is told after every record.
+    """
+    if project is None or rank:
+        return run_cells([cell], out, rank, world, tell)
+    with tracked(project, **_options(cell.describe(), cell.experiment.config(), out, "evaluate")) as tracker:
+        before = _replay(tracker, cell.folder(out))
+        drawn: set[str] = set(before)
+
+        def watch(cell: Cell, record: Mapping[str, Any], selection: Selection | None) -> None:
+            tracker.record(record)
+            picture = str(record["group"])
+            if (
+                selection is not None
+                and selection.pixels is not None
+                and picture not in drawn
+                and len(drawn) < OVERLAYS
+            ):
+                drawn.add(picture)
+                tracker.overlay(picture, selection)
+
+        progress = run_cells([cell], out, rank, world, tell, watch)
+        tracker.finish({}, _files(cell.folder(out)))
+    return progress
+
+
+def publish(out: Path, project: str) -> int:
+    """Track all experiments of a run directory from their records, and the plot of all of them.
+
+    Args:
+        out: the run directory.
+        project: W&B project.
+
+    Returns:
+        Number of experiments.
+    """
+    points = []
+    folders = sorted(file.parent for file in (out / "cells").glob("*/cell.json"))
+    for folder in folders:
+        said = json.loads((folder / "cell.json").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        with tracked(project, **_options(said, config, out, said["role"])) as tracker:
+            _replay(tracker, folder)
+            tracker.finish({}, _files(folder))
+        rows = [row for row in read_lines(folder / "records.jsonl") if row["error"] is None]
+        if rows:
+            kept, score = (sum(row[name] for row in rows) / len(rows) for name in ("kept", "score"))
+            points.append({"name": said["name"], "kept": kept, "score": score})
+    with tracked(project, group=out.name, job_type="summary", name=f"{out.name} summary", directory=out) as tracker:
+        tracker.pareto(points)
+        tracker.finish({}, [file for file in [out / "ablation.yaml"] if file.is_file()])
+    return len(folders)
+
+
+def _options(said: Mapping[str, Any], config: Mapping[str, Any], out: Path, job: str) -> dict[str, Any]:
+    tags = [said["strategy"], said["role"], str(config["model"]).rpartition("/")[2]]
+    return {
+        "name": said["name"],
+        "group": out.name,
+        "tags": tags,
+        "job_type": job,
+        "config": {**config, "hash": said["hash"], "factors": said["factors"]},
+        "directory": out,
+    }
+
+
+def _replay(tracker: Tracker, folder: Path) -> list[str]:
+    """Give a tracker the records that are there; return their pictures."""
+    groups = []
+    for record in read_lines(folder / "records.jsonl"):
+        tracker.record(record)
+        groups.append(str(record["group"]))
+    return groups
+
+
+def _files(folder: Path) -> list[Path]:
+    names = ("config.yaml", "cell.json", "environment.json", "records.jsonl")
+    return [folder / name for name in names if (folder / name).is_file()]
