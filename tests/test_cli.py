@@ -23,8 +23,8 @@ from tokenprune.configure import as_config
 from tokenprune.experiments import selection_cost
 from tokenprune.experiments.selection_cost import Size
 from tokenprune.models import mini
-from tokenprune.strategies import PruMerge
-from tokenprune.strategies.components import MeanOfRest, SaliencyCoverage
+from tokenprune.strategies import PruMerge, VisionZip
+from tokenprune.strategies.components import ContextualMerging, MeanOfRest, SaliencyCoverage
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
 LOUD = '''
@@ -265,6 +265,14 @@ def test_a_part_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str])
     assert main(["run", *words, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
     assert printed == as_config(PruMerge(selection=SaliencyCoverage(), merging=MeanOfRest()))
+
+
+def test_values_as_an_agent_of_wandb_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    part = "{'class_path': 'ContextualMerging', 'init_args': {'number': None, 'cls': True}}"
+    words = ["--reducer=VisionZip", f"--reducer.merging={part}", "--reducer.text_model=None", "--reducer.order=None"]
+    assert main(["run", *words, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
+    assert printed == as_config(VisionZip(merging=ContextualMerging(cls=True)))
 
 
 def test_parts_of_parts_are_known_by_name(capsys: pytest.CaptureFixture[str]) -> None:

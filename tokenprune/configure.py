@@ -6,6 +6,7 @@ jsonargparse does the work on the plain dataclasses. What is added: class names 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -229,12 +230,14 @@ def prepare(argv: Sequence[str], more: Mapping[str, Named] | None = None) -> lis
         return value
 
     for group in groups:
+        if group[0].startswith("--reducer.") and group[1:] == ["None"]:  # as W&B's agent writes null
+            group[1] = "null"
         key = group[0].removeprefix("--")
         key = key.rpartition(".")[2] if key.startswith("reducer.") else key
-        if len(group) != 2:
+        if len(group) != 2 or group[1] == "null":
             continue
         if key == "reducer" or key in fields or key in others:
-            given = yaml.safe_load(group[1]) if group[1].lstrip().startswith("{") else group[1]
+            given = _mapping(group[1]) if group[1].lstrip().startswith("{") else group[1]
             found = resolved(given, key)
             group[1] = found if isinstance(found, str) else json.dumps(found)
         elif key == "config" and {"reducer", *others} & set(content := content_of(group[1])):
@@ -250,6 +253,14 @@ def prepare(argv: Sequence[str], more: Mapping[str, Named] | None = None) -> lis
     if plugins:
         groups.append(["--plugin", json.dumps(list(dict.fromkeys(plugins)))])
     return [word for group in groups for word in group]
+
+
+def _mapping(text: str) -> Any:
+    """Return a mapping that is written as JSON, YAML or, as W&B's agent does, in Python's own way."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return yaml.safe_load(text)
 
 
 def content_of(config: str) -> dict[str, Any]:
