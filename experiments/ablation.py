@@ -146,7 +146,7 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
     shared = {json.dumps(as_config(replace(e, reducer=UniformStride(1.0)))): e for e in experiments}
     for experiment in shared.values():
         yield Cell(replace(experiment, reducer=UniformStride(1.0)), "full tokens", "full")
-    budgets = {json.dumps([as_config(e.reducer.budget), type(e.reducer.budget).__name__]): e for e in experiments}
+    budgets = {json.dumps(as_config(replace(e, reducer=UniformStride(e.reducer.budget)))): e for e in experiments}
     for experiment in budgets.values():
         budget = experiment.reducer.budget
         rows: list[TokenReducer] = [Random.seeded(budget, seed) for seed in range(seeds)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from tokenprune.models import mini
 
@@ -43,6 +45,18 @@ def question_in(prompt: str, special: Sequence[str]) -> str:
     return next((text for text in reversed(texts) if text), "")
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for files of a megabyte."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class TextTower:
     """The text tower and the projections of a CLIP checkpoint, without its vision tower; runs in float32.
 
@@ -55,7 +69,8 @@ class TextTower:
 
         folder = str(mini.text_path()) if name == "mini" else name
         try:
-            model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+            with without_progress_bars():
+                model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"text_model={name!r} could not be loaded as a CLIP model: {error}") from error
@@ -141,7 +156,7 @@ def example_text_model(width: int) -> str:
     )
     vision = CLIPVisionConfig(**shared)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_progress_bars():
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder.name)
     tokenizer.save_pretrained(folder.name)

@@ -28,7 +28,7 @@ from tokenprune.models import mini
 from tokenprune.strategies import SCOPE, HiRED, ImageDownsample, Random, UniformStride
 from tokenprune.strategies.components import RandomSelection
 
-ROOT = Path(__file__).parent.parent
+CONFIGS = Path(__file__).parent.parent / "experiments/configs"
 SMALL: dict[str, Any] = {
     "model": "mini",
     "task": {"class_path": "boards", "init_args": {"number": 2}},
@@ -342,12 +342,17 @@ def test_workers_share_the_pictures_and_shards_the_settings() -> None:
     assert not list(Path("two/cells").glob("*/records.part*"))
 
 
-def test_the_shipped_grid_makes_as_many_runs_as_it_says() -> None:
-    for file in sorted((ROOT / "experiments/configs/mini").glob("*.yaml")):
-        head = file.read_text().split("\n")
-        assert head[0] == f"# tokenprune ablate experiments/configs/mini/{file.name}"
-        number = next(int(word) for line in head for word in line.split() if word.isdigit())
-        assert len(expand(yaml.safe_load(file.read_text()))) == number
+@pytest.mark.parametrize("name", sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("[hm]*/*.yaml")))
+def test_a_shipped_grid_makes_as_many_runs_as_it_says(name: str) -> None:
+    first, _, third, *_ = (CONFIGS / name).read_text().split("\n")
+    assert first.startswith(f"# tokenprune ablate experiments/configs/{name}")
+    assert len(expand(yaml.safe_load((CONFIGS / name).read_text()))) == int(third.split()[1])
+
+
+def test_every_model_and_task_gets_its_own_rows() -> None:
+    boards = [{"class_path": "boards", "init_args": {"first": first}} for first in (1000, 2000)]
+    cells = expand({"grid": {"task": boards, "reducer.budget": [0.1, 0.2]}})
+    assert Counter(cell.role for cell in cells) == {"grid": 4, "full": 2, "baseline": 4 * 7}
 
 
 def test_values_in_words() -> None:
