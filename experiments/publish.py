@@ -76,7 +76,7 @@ def publish(out: Path, project: str) -> int:
         if rows:
             kept, score = (sum(row[name] for row in rows) / len(rows) for name in ("kept", "score"))
             points.append({"name": said["name"], "kept": kept, "score": score})
-    with tracked(project, group=out.name, job_type="summary", name=f"{out.name} summary", directory=out) as tracker:
+    with tracked(project, group=out.name, job_type="summary", name=f"{out.name} summary", directory=out.resolve()) as tracker:
         tracker.pareto(points)
         tracker.finish({}, [file for file in [out / "ablation.yaml"] if file.is_file()])
     return len(folders)
@@ -90,7 +90,7 @@ def _options(said: Mapping[str, Any], config: Mapping[str, Any], out: Path, job:
         "tags": tags,
         "job_type": job,
         "config": {**config, "hash": said["hash"], "factors": said["factors"]},
-        "directory": out,
+        "directory": out.resolve(),  # wandb's own process may have another working directory
     }
 
 
