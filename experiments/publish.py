@@ -76,7 +76,8 @@ def publish(out: Path, project: str) -> int:
         if rows:
             kept, score = (sum(row[name] for row in rows) / len(rows) for name in ("kept", "score"))
             points.append({"name": said["name"], "kept": kept, "score": score})
-    with tracked(project, group=out.name, job_type="summary", name=f"{out.name} summary", directory=out.resolve()) as tracker:
+    whole = {"group": out.name, "job_type": "summary", "name": f"{out.name} summary", "directory": out.resolve()}
+    with tracked(project, **whole) as tracker:
         tracker.pareto(points)
         tracker.finish({}, [file for file in [out / "ablation.yaml"] if file.is_file()])
     return len(folders)
