@@ -21,6 +21,7 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import (
     SCOPE,
     TOPS,
+    DivPrune,
     FasterVLM,
     GlobalCom2,
     HiPrune,
@@ -113,6 +114,7 @@ def deviations() -> list[Deviation]:
         *of(HoloV(), {"the release": HoloV.release()}),
         *of(SCOPE(), {"the release": SCOPE.release()}),
         *of(VisPruner(), {"the release": VisPruner.release()}),
+        *of(DivPrune(), {"newlines compete, nearest rounding (the release)": lambda budget: DivPrune.release(budget)}),
         *of(
             PruMerge(),
             {

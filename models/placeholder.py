@@ -250,6 +250,7 @@ class PlaceholderAdapter(Adapter):
                 signals={key: parts[number] for key, parts in per_image.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
+                newline=self.newline,
                 pixels=as_pictures(pixels[number][: layout.tiles]) if number < pictures else None,
             )
             for number, layout in enumerate(layouts)

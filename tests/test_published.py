@@ -117,14 +117,29 @@ def test_vispruner_release(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_divprune_picks(number: int) -> None:
-    """The picks in their order. Recorded newline rows are one vector again and again, so any of them will do."""
+def test_divprune_release(number: int) -> None:
+    """The kept tokens, how many newlines are among them, and the order of picking.
+
+    Recorded newline rows are one vector again and again, so any of them will do.
+    """
     case = Case("divprune", number)
     features = case["features"]
     number_kept = round(case["ratio"] * len(features))
     same = (features[:, None] == features[None]).all(-1).int().argmax(dim=1)  # the first row of equal ones
     picks = max_min_diverse(features, number_kept)
     assert same[picks].tolist() == same[case["selected"].long()].tolist()
+    newline = same != torch.arange(len(features))
+    newline |= torch.isin(torch.arange(len(features)), same[newline])
+    assert int(newline.sum()) == (len(features) // 30 if len(features) in (900, 1000) else 0)
+    packed = torch.where(newline, -1, torch.cumsum(~newline, dim=0) - 1)
+    tokens = features[~newline]
+    layout = TileGeometry((0, 0), (1, len(tokens)), torch.zeros(0, 4), packed)
+    one = EncodedImage(layout, tokens[None], newline=features[newline][0] if bool(newline.any()) else None)
+    selection = DivPrune.release(case["ratio"]).reduce(one)
+    expected = case["kept"].long()
+    assert selection.asked == number_kept == selection.kept_tokens + selection.kept_separators
+    assert selection.kept_separators == int(newline[expected].sum())
+    assert packed[selection.packed_mask() & ~newline].tolist() == packed[expected][packed[expected] >= 0].tolist()
 
 
 @pytest.mark.parametrize("number", CASES)

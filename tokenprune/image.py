@@ -269,6 +269,7 @@ class EncodedImage:
         signals: captured tensors by (kind, layer index).
         layers: number of layers of the vision tower.
         feature_layer: index of the layer whose output the model uses.
+        newline: the learned newline token, `[dim]`; None if the model has none.
         pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
     """
 
@@ -277,6 +278,7 @@ class EncodedImage:
     signals: Mapping[Key, Tensor] = field(default_factory=dict)
     layers: int = 1
     feature_layer: int = 0
+    newline: Tensor | None = None
     pixels: Tensor | None = None
 
     def in_packed_order(self) -> EncodedImage:
@@ -396,6 +398,7 @@ class _PackedImage(EncodedImage):
             "signals": signals,
             "layers": source.layers,
             "feature_layer": source.feature_layer,
+            "newline": source.newline,
             "pixels": None,
             "_gather": features,
         }
