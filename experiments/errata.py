@@ -11,10 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokenprune.adapter import find_adapter
 from tokenprune.experiments.heldout import Results, interval, measure, text_guided
-from tokenprune.image import TEXT_SIGNALS, Signal
+from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import TokenReducer
@@ -32,18 +33,22 @@ from tokenprune.strategies import (
     VisionZip,
     VisPruner,
 )
+from tokenprune.strategies.cdpruner import ConditionalDiversity
 from tokenprune.strategies.components import (
     AnchorsBuffersRegisters,
     ByScore,
     ContextualMerging,
     MergedLast,
     NeighbourMerging,
+    TextRelevance,
     VisualContentAllocation,
 )
 from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
 from tokenprune.strategies.globalcom2 import GuidedAllocation
 from tokenprune.strategies.tops import OptimalPreservation
 
+LOW, HIGH = -0.545, 0.564
+"""Range of the relevance of all patches to the questions of boards 1000 to 1124, in the embedded text tower."""
 Way: TypeAlias = TokenReducer | Callable[[float], TokenReducer]
 """A strategy whose budget is set later, or how to make one for a budget."""
 
@@ -68,6 +73,25 @@ class Deviation:
         return type(self.repaired).__name__
 
 
+@dataclass
+class StretchedOverBatch(ConditionalDiversity):
+    """CDPruner as in a batch of many images: relevance is stretched over the range that all of them cover together.
+
+    Args:
+        low: smallest relevance in the batch; by default over the questions of boards 1000 to 1124.
+        high: largest relevance in the batch.
+    """
+
+    low: float = LOW
+    high: float = HIGH
+
+    def score(self, image: EncodedImage) -> Tensor:
+        """Return the relevance, stretched over the batch, `[tiles, tokens]`."""
+        relevance = self.relevance.relevance(image)
+        low = relevance.min().clamp(max=self.low)
+        return (relevance - low + 1e-6) / (relevance.max().clamp(min=self.high) - low)
+
+
 def deviations() -> list[Deviation]:
     """Return every deviation that can be measured, method by method."""
 
@@ -81,6 +105,7 @@ def deviations() -> list[Deviation]:
     cdpruner, eadp, trim = text_guided()
     contextual = ContextualMerging(combine="sum", spacing="step", cls=True)
     order = VisionZip.release().order
+    whole = TextRelevance(sign="aligned")
     few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
     return [
         *of(
@@ -140,7 +165,13 @@ def deviations() -> list[Deviation]:
             },
         ),
         *of(trim, {"merged token after the others": replace(trim, order=MergedLast())}),
-        *of(cdpruner, {"padding paid for, newlines dropped": replace(cdpruner, padding="ignore", newlines="drop")}),
+        *of(
+            cdpruner,
+            {
+                "padding paid for, newlines dropped": replace(cdpruner, padding="ignore", newlines="drop"),
+                "stretched over a large batch": replace(cdpruner, selection=StretchedOverBatch(whole)),
+            },
+        ),
         *of(TOPS(), {"division by the mean": TOPS(selection=OptimalPreservation(rescaling="mean"))}),
         *of(
             eadp,
