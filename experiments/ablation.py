@@ -18,8 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from tokenprune.configure import as_config, content_of, one_line, prepare
-from tokenprune.experiments.experiment import Cell, Experiment, Progress, run_cells
-from tokenprune.experiments.records import InUseError, merge, write_whole
+from tokenprune.experiments.experiment import Cell, Experiment, Progress, rank_and_world, run_cells
+from tokenprune.experiments.records import merge, write_whole
 from tokenprune.experiments.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -112,6 +112,7 @@ def expand(config: Mapping[str, Any]) -> list[Cell]:
             raise ValueError(f"grid.{option}: give a list of values, e.g. [0.1, 0.2], not {values!r}")
     plugins = [word for plugin in config.get("plugin") or [] for word in ("--plugin", plugin)]
     base = [w for name, value in config.items() if name in KEYS and name != "plugin" for w in words_of(name, value)]
+    parser = experiment_parser("tokenprune evaluate", "")
     cells: dict[str, Cell] = {}
     problems: list[str] = []
     for values in itertools.product(*grid.values()):
@@ -121,7 +122,7 @@ def expand(config: Mapping[str, Any]) -> list[Cell]:
             overrides = [word for option, value in factors.items() for word in words_of(option, value)]
             replaced = {f"--{option.replace('_', '-')}" for option in factors}
             kept = [w for n in range(0, len(base), 2) for w in base[n : n + 2] if base[n] not in replaced]
-            experiment = experiment_of([*plugins, *kept, *overrides])
+            experiment = experiment_of([*plugins, *kept, *overrides], parser)
         except Exception as error:
             problems.append(f"{named or 'the experiment'}: {one_line(error)}")
             continue
@@ -238,7 +239,7 @@ def ablate(
     """
     config = load_config(path)
     cells = shard_of(expand(config), shard)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     claim(out, config)
     if workers > 1 and world == 1:
         _share(path, out, shard, workers)
@@ -290,17 +291,3 @@ def finish(out: Path) -> None:
     """Put the records of all workers of a run directory together."""
     for cell in sorted((out / "cells").glob("*/cell.json")):
         merge(cell.parent, [])
-
-
-__all__ = [
-    "InUseError",
-    "ablate",
-    "baselines",
-    "claim",
-    "expand",
-    "experiment_of",
-    "experiment_parser",
-    "finish",
-    "load_config",
-    "shard_of",
-]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
@@ -26,7 +27,7 @@ from tokenprune.configure import as_config
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.records import RecordFile, merge, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
-from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image import Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
@@ -213,6 +214,11 @@ def _count(progress: Progress, cell: Cell, record: Mapping[str, Any]) -> None:
     progress.cell = cell.name
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return number and count of the processes that share the work, as torchrun and accelerate say them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _device(name: str, rank: int) -> str:
     return f"cuda:{rank % torch.cuda.device_count()}" if name == "auto" and torch.cuda.is_available() else name
 
@@ -232,7 +238,7 @@ def _check_signals(model: Any, cells: Sequence[Cell]) -> None:
         kinds = {signal.kind for signal in reducer.needs}
         if kinds - provides:
             wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(sorted(kinds - provides))}")
-        elif kinds & (TEXT_SIGNALS | ALIGNED_SIGNALS) and reducer.text_model is None:
+        elif reducer.reads_question and reducer.text_model is None:
             wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
     if wrong:
         raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
@@ -341,51 +347,52 @@ def _answer(
     records = []
     for place, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
         image, (full, short) = run.account.images[place], run.account.prompt_lengths[place]
+        numbers = {
+            "asked": image.asked,
+            "kept": image.kept,
+            "valid": image.valid,
+            "kept_per_tile": list(image.kept_per_tile),
+            "newlines": image.newlines,
+            "prompt_length": short,
+            "prompt_length_full": full,
+            "encode_ms": round(encode_ms, 3),
+            "select_ms": round((chosen - began) * 1000 / len(batch), 3),
+            "generate_ms": round((ended - chosen) * 1000 / len(batch), 3),
+        }
         score = experiment.task.score(sample, answer.strip())
-        records.append(
-            {
-                "sample": sample.id,
-                "group": sample.group,
-                "question": sample.question,
-                "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
-                "prediction": answer.strip(),
-                "score": score,
-                "correct": score >= 0.5,
-                "type": sample.type,
-                "split": sample.split,
-                "asked": image.asked,
-                "kept": image.kept,
-                "valid": image.valid,
-                "kept_per_tile": list(image.kept_per_tile),
-                "newlines": image.newlines,
-                "prompt_length": short,
-                "prompt_length_full": full,
-                "encode_ms": round(encode_ms, 3),
-                "select_ms": round((chosen - began) * 1000 / len(batch), 3),
-                "generate_ms": round((ended - chosen) * 1000 / len(batch), 3),
-                "image": sample.group,
-                "error": None,
-            }
-        )
+        records.append(_record(sample, answer.strip(), score, numbers))
     return records, run.selections
+
+
+NOTHING: Mapping[str, Any] = {
+    **dict.fromkeys(("asked", "kept", "valid"), 0),
+    "kept_per_tile": [],
+    **dict.fromkeys(("newlines", "prompt_length", "prompt_length_full"), 0),
+    **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
+}
+"""The numbers of a sample that could not be answered."""
 
 
 def _failed(sample: Sample, error: Exception) -> dict[str, Any]:
     """Return the record of a sample that could not be answered."""
-    numbers = ("asked", "kept", "valid", "newlines", "prompt_length", "prompt_length_full")
+    return _record(sample, "", 0.0, NOTHING, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _record(
+    sample: Sample, prediction: str, score: float, numbers: Mapping[str, Any], error: str | None = None
+) -> dict[str, Any]:
+    """Return the record of a sample: what was asked and answered, and the numbers of the run."""
     return {
         "sample": sample.id,
         "group": sample.group,
         "question": sample.question,
         "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
-        "prediction": "",
-        "score": 0.0,
-        "correct": False,
+        "prediction": prediction,
+        "score": score,
+        "correct": score >= 0.5,
         "type": sample.type,
         "split": sample.split,
-        **dict.fromkeys(numbers, 0),
-        "kept_per_tile": [],
-        **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
+        **numbers,
         "image": sample.group,
-        "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+        "error": error,
     }

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.catalogue import strategies
-from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.models.mini.evaluate import ask
@@ -58,18 +58,13 @@ def compared() -> dict[str, TokenReducer]:
         "TopAttention, one pool": HiRED(allocation=GlobalTopAllocation()),
         "TopAttention, sub-images only": HiRED(allocation=SubImagesAllocation(pooled=True)),
         "TopAttention, base tile only": HiRED(allocation=BaseTileAllocation()),
-        **{name: kind(text_model="mini" if reads_question(kind()) else None) for name, kind in shipped.items()},
+        **{name: kind(text_model="mini" if kind().reads_question else None) for name, kind in shipped.items()},
         **{f"{type(reducer).__name__}, sign of this text tower": reducer for reducer in text_guided()},
         "GlobalCom2's tiles, SCOPE's tokens, VisionZip's merging": ComponentReducer(
             allocation=GuidedAllocation(), selection=SaliencyCoverage(), merging=ContextualMerging()
         ),
         **{f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)},
     }
-
-
-def reads_question(reducer: TokenReducer) -> bool:
-    """Return whether a strategy needs the text tower."""
-    return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in reducer.needs)
 
 
 def text_guided() -> tuple[CDPruner, EADP, TRIM]:

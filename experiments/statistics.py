@@ -20,6 +20,8 @@ import yaml
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from tokenprune.experiments.records import files_of
+
 Record: TypeAlias = Mapping[str, Any]
 Budget: TypeAlias = float | str | None
 Values: TypeAlias = NDArray[np.float64]
@@ -286,7 +288,7 @@ def read(directory: Path) -> Results:
         raise ValueError(f"{directory} {state}{inside}; expected {LAYOUT}. Run one of them with this folder first.")
     cells, notes = [], []
     for folder in sorted(path for path in (directory / "cells").iterdir() if path.is_dir()):
-        if not (folder / "cell.json").is_file() or not _files(folder):
+        if not (folder / "cell.json").is_file() or not files_of(folder):
             notes.append(f"cells/{folder.name} has no cell.json or no records.jsonl and was left out.")
             continue
         cell = _read_cell(folder)
@@ -337,16 +339,11 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
     return records, False
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the files with records of a cell: one, and those of workers that were not put together yet."""
-    return [path for path in (folder / "records.jsonl", *sorted(folder.glob("records.part-*.jsonl"))) if path.is_file()]
-
-
 def _all_records(folder: Path) -> tuple[list[Record], bool]:
     """Return the records of all files of a cell, each sample once, and whether a last line was torn."""
     found: dict[str, tuple[Record, Path]] = {}
     torn = False
-    for path in _files(folder):
+    for path in files_of(folder):
         records, cut = read_records(path)
         torn |= cut
         for record in records:

@@ -134,17 +134,21 @@ def text_tower(name: str | None) -> TextTower:
     return TextTower(name)
 
 
-@cache
 def example_text_model(width: int) -> str:
     """Return the folder of a tiny CLIP checkpoint with random weights, the same ones each time; gone with the process.
 
     Args:
         width: width of its vision tower.
     """
+    return _example_folder(width).name
+
+
+@cache
+def _example_folder(width: int) -> TemporaryDirectory[str]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
-    folder = _EXAMPLES.setdefault(width, TemporaryDirectory(prefix="tokenprune-"))
+    folder = TemporaryDirectory(prefix="tokenprune-")
     words = ["<unk>", "<s>", "what", "is", "in", "the", "picture", "</s>"]
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -160,7 +164,4 @@ def example_text_model(width: int) -> str:
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder.name)
     tokenizer.save_pretrained(folder.name)
-    return folder.name
-
-
-_EXAMPLES: dict[int, TemporaryDirectory[str]] = {}
+    return folder

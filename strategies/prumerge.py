@@ -25,9 +25,9 @@ from tokenprune.image import EncodedImage
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.merging import NeighbourMerging, evenly_spaced
+from tokenprune.strategies.components.merging import NeighbourMerging
 from tokenprune.strategies.components.order import tile_numbers
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttention, evenly_spaced
 from tokenprune.strategies.trim import outlier_share
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenprune.account import TokenAccount
 from tokenprune.adapter import Adapter, Encoding, find_adapter
-from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage
+from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import ImageReducer
 from tokenprune.rewrite import Rows, padding_side, shorten, shorter_rows
@@ -429,7 +429,7 @@ def attach(
             f"{type(reducer).__name__} needs {', '.join(needed)}, but {type(model).__name__} with this vision tower "
             f"provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
         )
-    if reducer.text_model is None and set(needed) & (TEXT_SIGNALS | ALIGNED_SIGNALS):
+    if reducer.text_model is None and reducer.reads_question:
         raise ValueError(
             f"{type(reducer).__name__} reads the question, which takes the text tower that belongs to the vision "
             "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "

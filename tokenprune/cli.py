@@ -1,13 +1,12 @@
-"""The command line: `tokenprune run`, `list`, `check` and `bench`. Heavy imports wait until a command needs them."""
+"""The command line: `tokenprune COMMAND`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -75,14 +74,14 @@ def run_parser() -> ArgumentParser:
 
 def run(argv: Sequence[str]) -> None:
     """Run the command `run`."""
-    from tokenprune.configure import as_config, one_line, prepare
+    from tokenprune.configure import as_config, prepare
 
     parser = run_parser()
     try:
         config = parser.parse_args(prepare(argv))
         chosen = parser.instantiate(config)
     except (LookupError, ValueError, TypeError, _argument_error()) as error:
-        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+        raise _user_error(error, parser) from error
     from tokenprune.experiments.demo import Request, answer_all, as_json, as_table
 
     request = Request(
@@ -109,7 +108,6 @@ def list_names(argv: Sequence[str]) -> None:
     """Run the command `list`."""
     from jsonargparse import ArgumentParser
 
-    from tokenprune.configure import one_line
     from tokenprune.listing import KINDS, as_json, as_markdown, as_table
 
     parser = ArgumentParser(
@@ -126,7 +124,7 @@ def list_names(argv: Sequence[str]) -> None:
         config = parser.parse_args(list(argv))
         rows = KINDS[config.kind](config.plugin)
     except (LookupError, _argument_error()) as error:
-        raise UserError(one_line(error, ["--plugin", "--json", "--markdown"])) from error
+        raise _user_error(error, parser) from error
     if config.json:
         print(as_json(rows))
     elif config.markdown:
@@ -141,7 +139,7 @@ def check(argv: Sequence[str]) -> int:
 
     from jsonargparse import ArgumentParser
 
-    from tokenprune.configure import one_line, prepare
+    from tokenprune.configure import prepare
     from tokenprune.conformance import check_reducer
     from tokenprune.reducer import TokenReducer
 
@@ -159,7 +157,7 @@ def check(argv: Sequence[str]) -> int:
     try:
         chosen = parser.instantiate(parser.parse_args(prepare(words)))
     except (LookupError, ValueError, TypeError, _argument_error()) as error:
-        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+        raise _user_error(error, parser) from error
     if chosen.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
     report = check_reducer(chosen.reducer)
@@ -178,7 +176,7 @@ def bench(argv: Sequence[str]) -> None:
     """Run the command `bench`."""
     from jsonargparse import ArgumentParser
 
-    from tokenprune.configure import one_line, with_plugins
+    from tokenprune.configure import with_plugins
 
     parser = ArgumentParser(
         prog="tokenprune bench",
@@ -192,12 +190,11 @@ def bench(argv: Sequence[str]) -> None:
     parser.add_argument("--budget", type=float, default=0.2, help="budget as a ratio")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    options = [f"--{name}" for name in ("names", "plugin", "budget", "repeats", "threads")]
     try:
         config = parser.parse_args(list(argv))
         known, _ = with_plugins(config.plugin)
     except (LookupError, _argument_error()) as error:
-        raise UserError(one_line(error, options)) from error
+        raise _user_error(error, parser) from error
     from tokenprune.experiments.selection_cost import measure, report
 
     print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
@@ -207,10 +204,9 @@ def evaluate(argv: Sequence[str]) -> int:
     """Run the command `evaluate`; the exit code is 1 if samples failed."""
     from jsonargparse import Namespace
 
-    from tokenprune.configure import one_line
     from tokenprune.experiments.ablation import experiment_of, experiment_parser
     from tokenprune.experiments.console import show
-    from tokenprune.experiments.experiment import Cell
+    from tokenprune.experiments.experiment import Cell, rank_and_world
     from tokenprune.experiments.publish import run_tracked
 
     parser = experiment_parser("tokenprune evaluate", "Run one experiment, or go on with it; write a record a sample.")
@@ -221,19 +217,19 @@ def evaluate(argv: Sequence[str]) -> int:
     try:
         experiment = experiment_of(list(argv), parser, own)
     except (LookupError, ValueError, TypeError, _argument_error()) as error:
-        raise UserError(one_line(error, [o for a in parser._actions for o in a.option_strings])) from error
+        raise _user_error(error, parser) from error
     cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
     out = Path(own.out)
-    return show(lambda tell: run_tracked(cell, out, own.wandb, *_rank(), tell), out, own.quiet)
+    return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell), out, own.quiet)
 
 
 def ablate(argv: Sequence[str]) -> int:
     """Run the command `ablate`; the exit code is 1 if samples failed."""
     from jsonargparse import ArgumentParser
 
-    from tokenprune.configure import one_line
     from tokenprune.experiments import ablation
     from tokenprune.experiments.console import show
+    from tokenprune.experiments.experiment import rank_and_world
 
     parser = ArgumentParser(
         prog="tokenprune ablate",
@@ -248,11 +244,7 @@ def ablate(argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", type=str, help="W&B project; all settings are published when the grid is done")
     parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
-    options = [f"--{name}" for name in ("out", "workers", "shard", "dry-run", "quiet")]
-    try:
-        config = parser.parse_args(list(argv))
-    except _argument_error() as error:
-        raise UserError(one_line(error, options)) from error
+    config = _parsed(parser, argv)
     if config.dry_run:
         cells = ablation.shard_of(ablation.expand(ablation.load_config(config.grid)), config.shard)
         print("\n".join(f"{cell.experiment.hash()}  {cell.role:8}  {cell.name}" for cell in cells))
@@ -260,7 +252,7 @@ def ablate(argv: Sequence[str]) -> int:
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
     code = show(lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell), out, config.quiet)
-    if config.wandb is not None and _rank()[0] == 0:
+    if config.wandb is not None and rank_and_world()[0] == 0:
         from tokenprune.experiments.publish import publish
 
         publish(out, config.wandb)
@@ -271,8 +263,6 @@ def report(argv: Sequence[str]) -> None:
     """Run the command `report`."""
     from jsonargparse import ArgumentParser
 
-    from tokenprune.configure import one_line
-
     parser = ArgumentParser(
         prog="tokenprune report",
         exit_on_error=False,
@@ -281,10 +271,7 @@ def report(argv: Sequence[str]) -> None:
     )
     parser.add_argument("directory", type=str, help="run directory of `ablate` or `evaluate`")
     parser.add_argument("--out", type=str, help="folder for the report; DIRECTORY/report if left out")
-    try:
-        config = parser.parse_args(list(argv))
-    except _argument_error() as error:
-        raise UserError(one_line(error, ["--out"])) from error
+    config = _parsed(parser, argv)
     from tokenprune.experiments.report import write_report
 
     for file in write_report(Path(config.directory), None if config.out is None else Path(config.out)):
@@ -294,8 +281,6 @@ def report(argv: Sequence[str]) -> None:
 def sweep(argv: Sequence[str]) -> int:
     """Run the command `sweep`; the exit code is that of the first run that failed."""
     from jsonargparse import ArgumentParser
-
-    from tokenprune.configure import one_line
 
     parser = ArgumentParser(
         prog="tokenprune sweep",
@@ -307,10 +292,7 @@ def sweep(argv: Sequence[str]) -> int:
     parser.add_argument("--local", type=bool, nargs="?", const=True, default=False, help="run it here; needed")
     parser.add_argument("--count", type=int, help="at most so many runs")
     parser.add_argument("--seed", type=int, default=0, help="seed of a random search")
-    try:
-        config = parser.parse_args(list(argv))
-    except _argument_error() as error:
-        raise UserError(one_line(error, ["--local", "--count", "--seed"])) from error
+    config = _parsed(parser, argv)
     if not config.local:
         raise UserError(f"say --local to run {config.file} here; with an account, use `wandb sweep` and `wandb agent`")
     from tokenprune.experiments.sweep import run_local
@@ -319,11 +301,6 @@ def sweep(argv: Sequence[str]) -> int:
     failed = [code for code in codes if code]
     print(f"{len(codes)} runs, {len(failed)} of them failed", file=sys.stderr)
     return failed[0] if failed else 0
-
-
-def _rank() -> tuple[int, int]:
-    """Return number and count of the processes that share the work, as torchrun and accelerate say them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -336,6 +313,21 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "check": check,
     "bench": bench,
 }
+
+
+def _user_error(error: Exception, parser: ArgumentParser) -> UserError:
+    """Return an error of the command line as one line that names the nearest option."""
+    from tokenprune.configure import one_line
+
+    return UserError(one_line(error, [option for action in parser._actions for option in action.option_strings]))
+
+
+def _parsed(parser: ArgumentParser, argv: Sequence[str]) -> Any:
+    """Return the options of a command that takes no classes by name."""
+    try:
+        return parser.parse_args(list(argv))
+    except _argument_error() as error:
+        raise _user_error(error, parser) from error
 
 
 def _argument_error() -> type[Exception]:

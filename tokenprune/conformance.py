@@ -19,7 +19,6 @@ from torch import Tensor
 from tokenprune.adapter import Adapter, adapters
 from tokenprune.attach import Run
 from tokenprune.image import (
-    ALIGNED_SIGNALS,
     CLS_SIGNALS,
     ROW_SIGNALS,
     SEPARATOR,
@@ -358,7 +357,7 @@ def _examples(reducer: TokenReducer) -> list[Adapter]:
 
 def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:
     """Attach the strategy to an example model; one that reads the question gets one, and a text tower."""
-    if not any(signal.kind in ALIGNED_SIGNALS | TEXT_SIGNALS for signal in reducer.needs):
+    if not reducer.reads_question:
         return reducer(adapter.model)
     return replace(reducer, text_model=adapter.example_text_model())(adapter.model, question=QUESTION)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import Budget, as_budget
 from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
-from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
+from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class TokenReducer(Configurable, ABC):
     def needs(self) -> Sequence[Signal]:
         """The signals that `select` reads; features and geometry are always there."""
         return ()
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether a needed signal comes from the question, or from the space that it shares with the picture."""
+        return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in self.needs)
 
     @abstractmethod
     def select(self, image: EncodedImage) -> Selection:

@@ -14,14 +14,10 @@ from torch import Tensor
 from tokenprune.components import Merged, MergingPolicy, unmerged
 from tokenprune.image import EncodedImage, Signal, region_coverage
 from tokenprune.layers import LayerChoice
+from tokenprune.strategies.components.selection import evenly_spaced
 
 RELEASED = "release"
 """Weights as the published code has them."""
-
-
-def evenly_spaced(length: int, number: int) -> Tensor:
-    """Return evenly spaced places in a sequence, starting half a step in, `[number]`."""
-    return (2 * torch.arange(number) + 1) * length // (2 * max(number, 1))
 
 
 def stand_in(scores: Tensor, dropped: Tensor) -> int:

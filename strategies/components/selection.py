@@ -14,6 +14,11 @@ from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 
 
+def evenly_spaced(length: int, number: int) -> Tensor:
+    """Return evenly spaced places in a sequence, starting half a step in, `[number]`."""
+    return (2 * torch.arange(number) + 1) * length // (2 * max(number, 1))
+
+
 @dataclass
 class TopAttention(SelectionPolicy):
     """Keep the tokens that CLS attends to most (HiRED, arXiv 2408.10945, Eq. 2).
@@ -86,8 +91,7 @@ class StrideSelection(SelectionPolicy):
         kept = torch.zeros_like(candidates)
         for tile, budget in enumerate(budgets.tolist()):
             places = candidates[tile].nonzero()[:, 0]
-            step = (2 * torch.arange(budget, device=places.device) + 1) * len(places) // (2 * max(budget, 1))
-            kept[tile, places[step]] = True
+            kept[tile, places[evenly_spaced(len(places), budget).to(places.device)]] = True
         return kept
 
 
