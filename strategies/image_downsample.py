@@ -37,7 +37,7 @@ class ImageDownsample(ImageReducer):
             if abs(rows * width - cols * height) < max(height, width)
         ]
         for grid in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid)):
-            packed = geometry.packed if grid == geometry.token_grid else geometry.resized(grid)[0].packed
+            packed = geometry.resized(grid)[0].packed
             free = 0 if budget.newlines == "counted" and self.newlines != "drop" else int((packed == SEPARATOR).sum())
             if len(packed) - free <= asked:
                 return grid

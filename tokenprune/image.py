@@ -102,6 +102,8 @@ class TileGeometry:
             The new layout, and the tokens of this one that stand at the centres of the new tokens, in the same order,
             bool `[tiles, tokens]`. A new token is valid if its centre is.
         """
+        if token_grid == self.token_grid:  # a strip so thin that only its newlines are left cannot be told from `valid`
+            return self, self.valid
         (rows, cols), (height, width) = self.tile_grid, self.token_grid
 
         def centres(cells: int, old: int, new: int) -> Tensor:
