@@ -23,6 +23,7 @@ class LlavaAdapter(PlaceholderAdapter):
 
     family: ClassVar[str] = "llava"
     model_class: ClassVar[str] = "LlavaForConditionalGeneration"
+    resizable: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: Any) -> bool:

@@ -26,6 +26,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
 
     family: ClassVar[str] = "llava_next"
     model_class: ClassVar[str] = "LlavaNextForConditionalGeneration"
+    resizable: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:

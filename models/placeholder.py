@@ -8,10 +8,12 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -19,18 +21,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenprune.adapter import Adapter, Encoding, LLMShape
 from tokenprune.image import (
     ALIGNED_SIGNALS,
+    CLS_SIGNALS,
+    ROW_SIGNALS,
     SEPARATOR,
     TEXT_SIGNALS,
-    USED_WHEN_ATTACHED,
     EncodedImage,
     Signal,
     TileGeometry,
 )
-from tokenprune.models.probe import probe, wanted_layers
+from tokenprune.models.probe import Tower, probe, wanted_layers
 from tokenprune.models.text import example_text_model, question_in, text_tower
 
 EXAMPLE_PAD, EXAMPLE_IMAGE, EXAMPLE_TILE = 0, 3, 56
 """Padding id, placeholder id and side of a tile in pixels of example models."""
+EXAMPLE_TEXT = (5, 6, 7)
+"""Ids of text after each picture of example inputs."""
 
 
 ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
@@ -48,23 +53,33 @@ def example_parts() -> dict[str, Any]:
             image_size=EXAMPLE_TILE,
             patch_size=14,
         ),
-        "text_config": LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            pad_token_id=EXAMPLE_PAD,
-        ),
+        "text_config": example_llm(),
         "image_token_index": EXAMPLE_IMAGE,
     }
 
 
-def with_sharp_attention(model: Any) -> Any:
-    """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes."""
+def example_llm() -> LlamaConfig:
+    """Return the configuration of a tiny Llama for example models."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=EXAMPLE_PAD,
+    )
+
+
+def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
+    """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes.
+
+    Args:
+        model: the model.
+        tower: what the names of the tower's parameters hold.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+            if tower in name and ("q_proj.weight" in name or "k_proj.weight" in name):
                 parameter.mul_(12.0)
     return model.eval()
 
@@ -75,10 +90,32 @@ def seeded(size: tuple[int, int]) -> torch.Generator:
 
 
 class PlaceholderAdapter(Adapter):
-    """An adapter of a model with a tiled ViT whose features fill placeholders in the prompt.
+    """An adapter of a model whose image features fill placeholders in the prompt.
 
-    A family says where its tower is and how it lays out an image; encoding, capturing and handing over are the same.
+    A family says where its parts are and how it lays out an image: class attributes, and `layouts`. Encoding, capturing
+    and handing over are the same for all.
     """
+
+    tower_at: ClassVar[str] = "vision_tower"
+    """Where the vision tower is in the base model."""
+    layers_at: ClassVar[str] = "encoder.layers"
+    """Where its layers are in the tower."""
+    attention_at: ClassVar[str] = "self_attn"
+    """Name of the attention module in a layer of the tower; it asks transformers' `AttentionInterface`."""
+    projector_at: ClassVar[str | None] = "multi_modal_projector"
+    """Where the module is in the base model that maps each visual token by itself; None if there is none such."""
+    language_model_at: ClassVar[str] = "language_model"
+    """Where the decoder is in the base model."""
+    patch_order: ClassVar[str] = "(h p w q)"
+    """How the patches of a tile are ordered in the tower; token ``(h, w)`` is made of ``p x q`` patches (einops)."""
+    base_first: ClassVar[bool] = True
+    """Whether the base tile is encoded and packed before the sub-images, or after them."""
+    one_sequence: ClassVar[bool] = False
+    """Whether the tower runs over all images as one sequence; each is then one tile of its own size."""
+    features_by_tile: ClassVar[bool] = False
+    """Whether `get_image_features` returns a tensor with a row for each tile instead of a list."""
+    resizable: ClassVar[bool] = False
+    """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -95,35 +132,60 @@ class PlaceholderAdapter(Adapter):
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
         """Return inputs with random pixels and as many placeholders as the layouts say."""
-        sizes = [size for row in rows for size in row]
-        vision = self.example_pixels(sizes)
-        lengths = iter([len(layout.packed) for layout in self.layouts(vision)])
-        text = [5, 6, 7]
-        prompts = [[1, *(token for _ in row for token in [self.image_token_id] * next(lengths) + text)] for row in rows]
+        sizes = list(dict.fromkeys(size for row in rows for size in row))
+        layouts = zip(sizes, self.layouts(self.example_pixels(sizes)), strict=True)
+        return self.example_prompts(rows, {size: [self.image_token_id] * len(one.packed) for size, one in layouts})
+
+    def example_prompts(
+        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return inputs with random pixels, left-padded.
+
+        Args:
+            rows: for each prompt, height x width of its pictures in pixels.
+            images: the ids that stand for a picture of each size.
+        """
+        prompts = [[1, *(token for size in row for token in [*images[size], *EXAMPLE_TEXT])] for row in rows]
         width = max(map(len, prompts))
         ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        vision = self.example_pixels([size for row in rows for size in row])
         return {"input_ids": ids, "attention_mask": (ids != EXAMPLE_PAD).long(), **vision}
 
     @cached_property
     def tower(self) -> Any:
         """The vision tower."""
-        return self.model.base_model.vision_tower
+        return attrgetter(self.tower_at)(self.model.base_model)
 
     @cached_property
     def tower_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the vision tower."""
-        layers: Sequence[nn.Module] = self.tower.encoder.layers
+        layers: Sequence[nn.Module] = attrgetter(self.layers_at)(self.tower)
         return layers
 
     @cached_property
+    def cls(self) -> Literal["none", "first", "last"]:
+        """Where the CLS token stands in the sequence of the tower."""
+        embeddings = getattr(self.tower, "embeddings", None)
+        return "first" if any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token")) else "none"
+
+    @property
     def has_cls(self) -> bool:
-        """Whether the tower prepends a CLS token."""
-        return hasattr(self.tower.embeddings, "class_embedding")
+        """Whether the tower has a CLS token."""
+        return self.cls != "none"
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return 1
 
     @property
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model can give."""
-        kinds = {"received_attention", "keys", "vision_features", *USED_WHEN_ATTACHED}
+        kinds = {"received_attention", "keys", "vision_features"}
+        if self.projector_at is not None:
+            kinds |= {"projector_inputs"}
+        if self.resizable:
+            kinds |= {"resolution"}
         if self.has_cls:
             kinds |= {"cls_attention", "cls_logits", "joint_attention", "cls_features"}
         if self.tower.config.model_type == "clip_vision_model":
@@ -143,16 +205,20 @@ class PlaceholderAdapter(Adapter):
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:
-        """Height x width of the tokens of one tile."""
+        """Height x width of the visual tokens of one tile."""
         config = self.tower.config
-        side = config.image_size // config.patch_size
+        image, patch = (
+            one[0] if isinstance(one, (list, tuple)) else one for one in (config.image_size, config.patch_size)
+        )
+        side = image // patch // self.pooling
         return side, side
 
     @cached_property
     def llm(self) -> LLMShape:
         """The shape of the language model."""
         config = self.model.config.get_text_config()
-        linear = [m for m in self.model.base_model.language_model.layers.modules() if isinstance(m, nn.Linear)]
+        decoder: Any = attrgetter(self.language_model_at)(self.model.base_model)
+        linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
         return LLMShape(
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
@@ -164,13 +230,13 @@ class PlaceholderAdapter(Adapter):
         )
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
-        """Return the index of the (deepest) layer whose output the model uses.
+        """Return the index of the (deepest) layer whose output the model uses; the last one unless the config says.
 
         Raises:
             ValueError: if the model uses the embeddings, which no layer puts out.
         """
-        chosen = inputs.get("vision_feature_layer")
-        chosen = self.model.config.vision_feature_layer if chosen is None else chosen
+        chosen: Any = inputs.get("vision_feature_layer")
+        chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
         depth = len(self.tower_layers)
         index: int = max(
             depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, list) else [chosen])
@@ -180,10 +246,9 @@ class PlaceholderAdapter(Adapter):
         return index
 
     @cached_property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         """What turns features of the vision tower into visual tokens."""
-        projector: nn.Module = self.model.base_model.multi_modal_projector
-        return projector
+        return attrgetter(self.projector_at or "")(self.model.base_model)
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
@@ -225,52 +290,103 @@ class PlaceholderAdapter(Adapter):
     ) -> Encoding:
         """Run the model's own `get_image_features` once, with the needed layers under the probe."""
         self.check_select_strategy(inputs)
-        feature_layer, prefix = self.feature_layer(inputs), int(self.has_cls)
-        arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
+        feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
+        arguments = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
         for kinds in wanted.values():
             kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
-        with (
-            probe(self.tower_layers, wanted, prefix) as captured,
-            projector_probe(self.projector, captured, feature_layer, wanted),
-        ):
+        projected = any("projector_inputs" in kinds for kinds in wanted.values())
+        with probe(self.tower_parts(layouts), wanted) as captured, self.projector_probe(projected) as before:
             outputs = self.model.base_model.get_image_features(**arguments, return_dict=True)
+        if projected:
+            captured["projector_inputs", feature_layer] = before
+        signals = {key: self.by_image(key[0], found, layouts, inputs) for key, found in captured.items()}
         for index, kinds in wanted.items():
             for aligned in kinds & ALIGNED_SIGNALS:
-                source = captured[ALIGNED_FROM[aligned], index]
-                captured[aligned, index] = text_tower(text_model).align(source)
-        layouts = self.layouts(inputs)
-        tiles = [layout.tiles for layout in layouts]
-        per_image = {key: torch.split(value, tiles) for key, value in captured.items()}
-        packed, pixels = list(outputs.pooler_output), self.tiles_of(inputs, layouts)
+                sources = signals[ALIGNED_FROM[aligned], index]
+                signals[aligned, index] = [text_tower(text_model).align(source) for source in sources]
+        packed = self.features(outputs, layouts)
+        shown = self.pictures(inputs, layouts, pictures)
         images = [
             EncodedImage(
                 geometry=layout,
                 features=unpack(layout, packed[number].detach()),
-                signals={key: parts[number] for key, parts in per_image.items()},
+                signals={key: found[number] for key, found in signals.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
                 newline=self.newline,
-                pixels=as_pictures(pixels[number][: layout.tiles]) if number < pictures else None,
+                pixels=shown[number] if number < len(shown) else None,
             )
             for number, layout in enumerate(layouts)
         ]
         return Encoding(images, packed, outputs, arguments)
 
+    def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
+        """Return where signals are found in the tower while it encodes some images."""
+        patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
+        return Tower(self.tower_layers, self.attention_at, self.cls, patches if self.one_sequence else None)
+
+    @contextmanager
+    def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Capture what the projector is given while the block runs, if that is wanted."""
+        parts: list[Tensor] = []
+        if not wanted:
+            yield parts
+            return
+        hook = self.projector.register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
+        try:
+            yield parts
+        finally:
+            hook.remove()
+
+    def by_image(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a captured signal by images, with the base tile first and patches pooled to tokens.
+
+        Args:
+            kind: the kind of the signal.
+            captured: what the probe found, tiles along the first dimension.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        if not layouts:
+            return []
+        whole = captured if self.one_sequence else torch.cat(list(captured)).split([one.tiles for one in layouts])
+        out = []
+        for value, layout in zip(whole, layouts, strict=True):
+            ordered = value if self.base_first else value.roll(1, 0)
+            pooled = kind not in CLS_SIGNALS and kind != "projector_inputs"
+            out.append(pool(kind, ordered, layout.token_grid, self.pooling, self.patch_order) if pooled else ordered)
+        return out
+
+    def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return each image as it would enter the LLM, `[length, dim]` each."""
+        found = outputs.pooler_output
+        flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+        return list(flat.split([len(layout.packed) for layout in layouts]))
+
+    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return the first images as pictures for drawing, base tile first, `[tiles, height, width, 3]` each."""
+        tiles = self.tiles_of(inputs, layouts) if number else ()
+        shown = [one[: layout.tiles] for one, layout in zip(tiles, layouts, strict=False)][:number]
+        return [as_pictures(one if self.base_first else one.roll(1, 0)) for one in shown]
+
     def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
-        arguments = {name: inputs[name] for name in self.image_inputs if name in inputs}
+        arguments = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         device, layouts = inputs["pixel_values"].device, self.layouts(inputs)
+        shown = self.pictures(inputs, layouts, pictures)
         images = [
             EncodedImage(
                 geometry=layout,
                 features=torch.zeros(layout.tiles, layout.tokens, 0, device=device),
                 layers=len(self.tower_layers),
                 feature_layer=self.feature_layer(inputs),
-                pixels=as_pictures(tiles[: layout.tiles]) if number < pictures else None,
+                pixels=shown[number] if number < len(shown) else None,
             )
-            for number, (layout, tiles) in enumerate(zip(layouts, self.tiles_of(inputs, layouts), strict=True))
+            for number, layout in enumerate(layouts)
         ]
         return Encoding(images, [torch.zeros(len(one.packed), 0, device=device) for one in layouts], None, arguments)
 
@@ -307,15 +423,17 @@ class PlaceholderAdapter(Adapter):
             packed.append(image)
         return packed
 
-    def hand_over(self, encoding: Encoding, packed: list[Tensor]) -> dict[str, Any]:
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], masks: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
         """Return `mm_encoder_outputs` with the kept features; images of which nothing is left are left out."""
         packed = [features for features in packed if len(features)]
         if not packed:
             return {}
         # A copy: generate expands the object in place for beams.
         outputs = copy.copy(encoding.outputs or BaseModelOutputWithPooling())
-        outputs["pooler_output"] = packed
-        outputs.pooler_output = packed
+        features = torch.cat(packed)[:, None] if self.features_by_tile else packed
+        outputs["pooler_output"] = outputs.pooler_output = features
         return {"mm_encoder_outputs": {"image": outputs}}
 
     def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:
@@ -324,37 +442,38 @@ class PlaceholderAdapter(Adapter):
         Raises:
             ValueError: if the CLS token is kept among the visual tokens, or a patch is cut off as if it were CLS.
         """
-        strategy = inputs.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
+        configured = getattr(self.model.config, "vision_feature_select_strategy", None)
+        strategy = inputs.get("vision_feature_select_strategy") or configured
         fitting = "default" if self.has_cls else "full"
-        if strategy != fitting:
+        if strategy not in (None, fitting):
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} leaves no grid of patches in a tower "
                 f"{'with' if self.has_cls else 'without'} a CLS token; set it to {fitting!r}"
             )
 
 
-@contextmanager
-def projector_probe(
-    projector: nn.Module, captured: dict[tuple[str, int], Tensor], layer: int, wanted: Mapping[int, set[str]]
-) -> Iterator[None]:
-    """Capture what the projector is given while the block runs, if that is wanted.
+def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, order: str) -> Tensor:
+    """Pool a signal from patches to tokens: attention is summed, vectors are averaged.
 
     Args:
-        projector: the projector.
-        captured: where to put it, under ``("projector_inputs", layer)``.
-        layer: the feature layer.
-        wanted: kinds of signals per layer index.
+        kind: the kind of the signal.
+        value: the signal, `[tiles, heads, patches]`, or with a width behind the patches.
+        token_grid: height x width of the tokens of a tile.
+        pooling: patches along a side of a token.
+        order: how patches are ordered, in einops' words.
+
+    Returns:
+        The signal with tokens in the place of patches; logits are joined so that their softmax is summed.
     """
-    if "projector_inputs" not in wanted.get(layer, ()):
-        yield
-        return
-    parts: list[Tensor] = []
-    hook = projector.register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
-    try:
-        yield
-    finally:
-        hook.remove()
-    captured["projector_inputs", layer] = torch.cat(parts)
+    if pooling == 1:
+        return value
+    sizes = {"h": token_grid[0], "w": token_grid[1], "p": pooling, "q": pooling}
+    if kind == "cls_logits":
+        return rearrange(value, f"tiles heads {order} -> tiles heads (h w) (p q)", **sizes).logsumexp(dim=-1)
+    if kind in ROW_SIGNALS:
+        return reduce(value, f"tiles heads {order} -> tiles heads (h w)", "sum", **sizes)
+    heads = "heads " if value.dim() == 4 else ""
+    return reduce(value, f"tiles {heads}{order} dim -> tiles {heads}(h w) dim", "mean", **sizes)
 
 
 def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:

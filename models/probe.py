@@ -12,7 +12,8 @@ import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def _probed_attention(
     """Record the wanted rows, then delegate to the kernel that the user's config names."""
     probing: Any = module.config
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
-        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"))
+        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask)
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     original: Any = probing.tokenprune_original
@@ -70,59 +71,92 @@ def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> d
     return wanted
 
 
+@dataclass(frozen=True)
+class Tower:
+    """Where in a vision tower signals are found.
+
+    Args:
+        layers: its encoder layers.
+        attention: name of the attention module in a layer; it has a `config`.
+        cls: where the CLS token stands in the sequence, if there is one.
+        segments: tokens of each image, where the tower runs over all images as one sequence; None if its first
+            dimension is tiles.
+    """
+
+    layers: Sequence[nn.Module]
+    attention: str = "self_attn"
+    cls: Literal["none", "first", "last"] = "none"
+    segments: Sequence[int] | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the visual ones, after `in_order`."""
+        return int(self.cls != "none")
+
+    def in_order(self, value: Tensor, dim: int) -> Tensor:
+        """Return a tensor with the CLS token first."""
+        return value.roll(1, dim) if self.cls == "last" else value
+
+    def by_image(self, value: Tensor, dim: int) -> list[Tensor]:
+        """Return the images of one sequence apart; anything else whole."""
+        together = self.segments is not None and len(value) == 1 and value.shape[dim] == sum(self.segments)
+        return list(value.split(list(self.segments or ()), dim)) if together else [value]
+
+
 @contextmanager
-def probe(
-    layers: Sequence[nn.Module], wanted: dict[int, set[str]], prefix: int
-) -> Iterator[dict[tuple[str, int], Tensor]]:
+def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
     """Capture signals while the block runs the vision tower.
 
     Args:
-        layers: the encoder layers of the tower; each has a `self_attn` with a `config`.
+        tower: the tower.
         wanted: kinds of signals per layer index.
-        prefix: tokens before the visual ones: 1 if the tower has a CLS token, else 0.
 
     Yields:
-        The captured tensors by (kind, layer index), filled while the tower runs. A tower that runs several times (one
-        call per image) adds tiles along the first dimension.
+        The captured tensors by (kind, layer index), filled while the tower runs: one more in the list for each time
+        that the layer runs, or for each image where all are one sequence. Their first dimension is tiles.
     """
-    captured: dict[tuple[str, int], Tensor] = {}
+    captured: dict[tuple[str, int], list[Tensor]] = {}
 
     def add(kind: str, index: int, value: Tensor) -> None:
-        before = captured.get((kind, index))
-        captured[kind, index] = value if before is None else torch.cat([before, value])
+        captured.setdefault((kind, index), []).append(value)
 
     def recorder(index: int, kinds: set[str]) -> Any:
-        def record(query: Tensor, key: Tensor, scaling: float | None) -> None:
+        def record(query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if "cls_attention" in kinds:
-                add("cls_attention", index, cls_rows(query, key, scale))
-            if "cls_logits" in kinds:
-                add("cls_logits", index, cls_logits(query, key, scale))
-            if "joint_attention" in kinds:
-                add("joint_attention", index, joint_row(query, key))
-            if "received_attention" in kinds:
-                add("received_attention", index, received(query, key, scale, prefix))
-            if "keys" in kinds:
-                add("keys", index, key[:, :, prefix:])
+            queries, keys = (tower.by_image(tower.in_order(one, 2), 2) for one in (query, key))
+            real = None if mask is None or len(queries) > 1 else tower.in_order(real_positions(mask), 1)
+            for q, k in zip(queries, keys, strict=True):
+                if "cls_attention" in kinds:
+                    add("cls_attention", index, cls_rows(q, k, scale, real))
+                if "cls_logits" in kinds:
+                    add("cls_logits", index, cls_logits(q, k, scale))
+                if "joint_attention" in kinds:
+                    add("joint_attention", index, joint_row(q, k))
+                if "received_attention" in kinds:
+                    add("received_attention", index, received(q, k, scale, tower.prefix, real))
+                if "keys" in kinds:
+                    add("keys", index, k[:, :, tower.prefix :])
 
         return record
 
     def feature_hook(index: int, kinds: set[str]) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).detach()
-            if "vision_features" in kinds:
-                add("vision_features", index, hidden[:, prefix:])
-            if "cls_features" in kinds:
-                add("cls_features", index, hidden[:, :prefix])
+            hidden = hidden[None] if hidden.dim() == 2 else hidden
+            for one in tower.by_image(tower.in_order(hidden, 1), 1):
+                if "vision_features" in kinds:
+                    add("vision_features", index, one[:, tower.prefix :])
+                if "cls_features" in kinds:
+                    add("cls_features", index, one[:, : tower.prefix])
 
         return hook
 
     with ExitStack() as undo:
         for index, kinds in wanted.items():
             if kinds & OUTPUTS:
-                undo.callback(layers[index].register_forward_hook(feature_hook(index, kinds)).remove)
+                undo.callback(tower.layers[index].register_forward_hook(feature_hook(index, kinds)).remove)
             if kinds & ATTENTION:
-                attention: Any = layers[index].self_attn
+                attention: Any = getattr(tower.layers[index], tower.attention)
                 undo.callback(setattr, attention, "config", attention.config)
                 config = copy.copy(attention.config)
                 config.tokenprune_original = attention.config
@@ -130,3 +164,16 @@ def probe(
                 config._attn_implementation_internal = PROBE  # the property would also write to shared sub-configs
                 attention.config = config
         yield captured
+
+
+def real_positions(mask: Tensor) -> Tensor:
+    """Return which positions of a sequence are no padding, bool `[tiles, length]`.
+
+    Args:
+        mask: an attention mask as kernels take it: `[tiles, length]`, or `[tiles, 1, queries, keys]` as bool or as
+            what is added to the logits.
+    """
+    if mask.dim() == 2:
+        return mask.bool()
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed.flatten(1, 2).any(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -529,7 +529,26 @@ def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
 def test_a_missing_signal_is_answered_with_both_sets(family: str) -> None:
     model = tiny_model(family, tower="siglip")
     with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, projector_.*missing: cls_att"):
-        HiRED(0.2)(model).__enter__()
+        HiRED(0.2, attention="cls")(model).__enter__()
+
+
+def test_received_attention_stands_in_where_there_is_no_cls(family: str) -> None:
+    """HiRED keeps the same tokens as if received attention were called CLS attention, and says what it read."""
+    model, inputs = tiny_model(family, tower="siglip"), batch(family, *ROWS, tower="siglip")
+    with HiRED(0.2)(model) as run:
+        model(**inputs)
+    assert run.attention == "received_attention"
+    reads = [Signal("received_attention", "first"), Signal("received_attention", "feature")]
+    for image, selection in zip(run.adapter.encode(inputs, reads).images, run.selections, strict=True):
+        named = {("cls_attention", layer): value for (_, layer), value in image.signals.items()}
+        assert torch.equal(HiRED(0.2).reduce(replace(image, signals=named)).kept, selection.kept)
+    with HiRED(0.2, attention="received")(tiny_model(family)) as told:
+        told.adapter.model(**batch(family, *ROWS))
+    assert told.attention == "received_attention"
+    with HiRED(0.2)(tiny_model(family)) as own:
+        own.adapter.model(**batch(family, *ROWS))
+    assert own.attention == "cls_attention"
+    assert any(not torch.equal(a.kept, b.kept) for a, b in zip(own.selections, told.selections, strict=True))
 
 
 def test_towers_without_cls_serve_other_signals(family: str) -> None:

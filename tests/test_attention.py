@@ -15,7 +15,7 @@ from tokenprune.attention import cls_rows, received
 from tokenprune.image import Signal
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
-from tokenprune.models.probe import probe
+from tokenprune.models.probe import Tower, probe
 
 KINDS = ("cls_attention", "received_attention", "keys", "vision_features")
 
@@ -43,7 +43,7 @@ def test_rows_and_columns_of_the_full_map(tiles, key_heads, groups, length, pref
     attention = full_map(query, key, 0.7)
     torch.testing.assert_close(cls_rows(query, key, 0.7), attention[:, :, 0, 1:].float(), atol=1e-5, rtol=1e-4)
     columns = attention.mean(dim=2)[:, :, prefix:].float()
-    torch.testing.assert_close(received(query, key, 0.7, prefix, chunk), columns, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(received(query, key, 0.7, prefix, chunk=chunk), columns, atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision_rows_come_out_in_float32() -> None:
@@ -164,7 +164,7 @@ def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) 
 
     assert unchanged()
     wanted = {index: set(KINDS) for index in range(4)}
-    with probe(tower.encoder.layers, wanted, 1):
+    with probe(Tower(tower.encoder.layers, cls="first"), wanted):
         inside = state(tower)
         assert not unchanged()
         assert all(one[0] is not two[0] for one, two in zip(before, inside, strict=True))
@@ -187,16 +187,16 @@ def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) 
 def test_only_wanted_layers_are_touched_and_captured() -> None:
     model = tiny.tiny_model("llava")
     layers = model.model.vision_tower.encoder.layers
-    with probe(layers, {1: {"keys"}, 2: {"vision_features"}}, 1) as captured:
+    with probe(Tower(layers, cls="first"), {1: {"keys"}, 2: {"vision_features"}}) as captured:
         own = model.model.vision_tower.config
         touched = [layer.self_attn.config is not own for layer in layers]
         assert touched == [False, True, False, False]
         model.model.vision_tower(torch.randn(2, 3, 56, 56))
         assert set(captured) == {("keys", 1), ("vision_features", 2)}
         model.model.vision_tower(torch.randn(3, 3, 56, 56))
-    assert captured["keys", 1].shape == (5, 4, 16, 8)  # a second run adds tiles
-    assert not captured["keys", 1].requires_grad
-    assert not captured["vision_features", 2].requires_grad
+    assert [len(one) for one in captured["keys", 1]] == [2, 3]  # a second run adds tiles
+    assert torch.cat(captured["keys", 1]).shape == (5, 4, 16, 8)
+    assert not any(one.requires_grad for found in captured.values() for one in found)
 
 
 def test_signals_of_unknown_layers_are_refused_before_anything_runs() -> None:

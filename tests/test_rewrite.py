@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.rewrite import padding_side, shorten, shorter_rows
+from tokenprune.rewrite import counted_positions, kept_positions, padding_side, shorten, shorter_rows
 
 PAD = 7
 
@@ -82,13 +82,12 @@ def test_shorter_prompts_against_a_loop(prompt, side, spare) -> None:
             seen += real
             positions.append(max(seen - 1, 0))
         counted.append(positions)
-    assert out["position_ids"].tolist() == counted
+    assert counted_positions(rows.mask).tolist() == counted
     assert inputs["input_ids"] is ids  # nothing is mutated
-    assert "position_ids" not in inputs
-    preserved = shorten(inputs, rows, PAD, position_ids=ids - 100)["position_ids"]
+    preserved = kept_positions(ids - 100, rows)
     assert preserved.tolist() == slow(prompt, ids - 100, 0, side, spare)
     three = torch.stack([ids, ids * 2, ids * 3])  # M-RoPE: [3, rows, length]
-    preserved = shorten(inputs, rows, PAD, position_ids=three)["position_ids"]
+    preserved = kept_positions(three, rows)
     assert preserved.shape == (3, *rows.index.shape)
     assert [one.tolist() for one in preserved] == [slow(prompt, one, 0, side, spare) for one in three]
 
@@ -111,10 +110,10 @@ def test_by_hand() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
     kept = torch.tensor([False, True, False, True, False, False, True])
     rows = shorter_rows(ids == 9, mask, kept, "left", spare=1)
-    out = shorten({"input_ids": ids}, rows, 0, position_ids=torch.arange(7).expand(2, 7))
+    out = shorten({"input_ids": ids}, rows, 0)
     assert out["input_ids"].tolist() == [[0, 0, 0, 5, 9, 6], [0, 5, 9, 9, 6, 6]]
     assert out["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
-    assert out["position_ids"].tolist() == [[0, 0, 0, 2, 4, 6], [0, 0, 1, 4, 5, 6]]
+    assert kept_positions(torch.arange(7).expand(2, 7), rows).tolist() == [[0, 0, 0, 2, 4, 6], [0, 0, 1, 4, 5, 6]]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.registry import collect
+from tokenprune.rewrite import counted_positions
 
 ADAPTERS = "tokenprune.models"
 """Where adapters live, and the entry point group of plug-ins."""
@@ -73,6 +75,12 @@ class Adapter(ABC):
 
     model_class: ClassVar[str]
     """Name of the transformers class."""
+
+    pixels: ClassVar[str] = "pixel_values"
+    """Name of the model input that holds the pictures; a call without it has none."""
+
+    vision_positions: ClassVar[bool] = False
+    """Whether the model makes position ids from its vision inputs (M-RoPE): they are then handed over, too."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -139,13 +147,57 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def hand_over(self, encoding: Encoding, packed: list[Tensor]) -> dict[str, Any]:
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], masks: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
         """Return the model inputs that carry features past the vision side.
 
         Args:
             encoding: what `encode` returned.
             packed: the kept features of each image, `[kept, dim]` each.
+            masks: which positions of each image were kept, bool `[length]` each, for whatever else the model keeps per
+                position; None keeps all.
         """
+
+    def placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the image positions of the prompt, bool `[rows, length]`.
+
+        Raises:
+            ValueError: if there is no prompt.
+        """
+        ids = inputs.get("input_ids")
+        if ids is not None:
+            return torch.as_tensor(ids == self.image_token_id)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            raise ValueError("images were given without a prompt; pass input_ids (or inputs_embeds) too")
+        embedding = self.model.get_input_embeddings()(torch.tensor(self.image_token_id, device=embeds.device))
+        return torch.as_tensor((embeds == embedding).all(dim=-1))
+
+    def positions(self, inputs: Mapping[str, Any], generating: bool) -> Tensor:
+        """Return the position ids that the model would give the full prompt, `[..., rows or 1, length]`.
+
+        Args:
+            inputs: the model inputs of the call, vision inputs included.
+            generating: whether `generate` asks, which counts from the attention mask.
+        """
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if not generating:
+            return self.forward_positions(given)
+        return torch.as_tensor(self.model._prepare_position_ids_for_generation(self.placeholders(inputs), given))
+
+    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the position ids that `forward` would make by itself, `[..., rows or 1, length]`."""
+        placeholders = self.placeholders(inputs)
+        return torch.arange(placeholders.shape[1], device=placeholders.device)[None]
+
+    def counted_positions(self, mask: Tensor) -> Tensor:
+        """Return the position ids of a prompt that is counted anew, `[..., rows, length]`.
+
+        Args:
+            mask: real positions, bool `[rows, length]`.
+        """
+        return counted_positions(mask)
 
     def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
         """Return each image encoded at a lower resolution, as it would enter the LLM, `[length, dim]` each.

@@ -22,7 +22,8 @@ from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import ImageReducer
-from tokenprune.rewrite import Rows, padding_side, shorten, shorter_rows
+from tokenprune.rewrite import Rows, kept_positions, padding_side, shorten, shorter_rows
+from tokenprune.saliency import attention_source, read_from, standing_in
 from tokenprune.selection import Selection
 
 if TYPE_CHECKING:
@@ -53,17 +54,26 @@ class Run:
         self.adapter = adapter
         self.question = question
         self.tokenizer = tokenizer
+        self.attention = attention_source(reducer.attention, adapter.provides)
+        """The kind of signal that the strategy is given as CLS attention, if it reads any."""
+        self.needs = read_from(reducer.needs, self.attention)
+        """The signals that are captured for the strategy."""
         self.selections: list[Selection] = []
         """One selection per image, in the order seen."""
         self.account = TokenAccount(adapter.llm)
         """Tokens, cache bytes and FLOPs of everything seen."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Kinds of signals that the strategy needs and the model does not give."""
+        return sorted({signal.kind for signal in self.needs} - self.adapter.provides)
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Encode the images of a call once, with the signals that the strategy needs."""
         pictures = max(0, PICTURES - len(self.selections))
         if self.reducer.stage == "image":
             return self.adapter.unencoded(inputs, pictures)
-        return self.adapter.encode(inputs, self.reducer.needs, pictures, self.reducer.text_model)
+        return self.adapter.encode(inputs, self.needs, pictures, self.reducer.text_model)
 
     def reduced(
         self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None, cached: bool = True
@@ -84,14 +94,16 @@ class Run:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
         encoding = self.encode(inputs) if encoding is None else encoding
-        placeholders = self._placeholders(inputs)
+        placeholders = self.adapter.placeholders(inputs)
         lengths = [len(features) for features in encoding.packed]
         if int(placeholders.sum()) != sum(lengths):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
-        images = self._with_questions(encoding.images, inputs, placeholders, lengths)
+        unique = {id(image): image for image in encoding.images}
+        ready = {key: standing_in(image, self.reducer.needs, self.attention) for key, image in unique.items()}
+        images = self._with_questions([ready[id(one)] for one in encoding.images], inputs, placeholders, lengths)
         chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
         selections = [chosen[id(image)] for image in images]
         masks = [s.packed_mask().to(f.device) for s, f in zip(selections, encoding.packed, strict=True)]
@@ -105,6 +117,8 @@ class Run:
             self._enter(selections, full, full)
             if self.reducer.stage == "image":
                 encoding = self.adapter.encode(inputs, ())
+            if self.adapter.vision_positions and inputs.get("position_ids") is None:
+                rest["position_ids"] = self.adapter.positions(inputs, generating)
             return {**rest, **self.adapter.hand_over(encoding, encoding.packed)}, None
         _refuse_what_cannot_be_shortened(inputs, generating)
         if isinstance(self.reducer, ImageReducer):
@@ -117,12 +131,20 @@ class Run:
         spare = int(generating and preserve and not cached)
         side = padding_side(mask, inputs.get("labels") is not None)
         rows = shorter_rows(placeholders, mask, kept, "left" if spare else side, spare)
-        positions = self._full_positions(rest, placeholders, generating) if preserve else None
-        short = shorten(rest, rows, self._pad_token_id(), positions)
-        if generating and not preserve:
-            short.pop("position_ids")  # generate counts them itself, from the mask
+        short = shorten(rest, rows, self._pad_token_id())
+        short.pop("position_ids", None)
+        if (positions := self._positions(inputs, rows, generating)) is not None:
+            short["position_ids"] = positions
         self._enter(selections, full, _row_lengths(rows.mask))
-        return {**short, **self.adapter.hand_over(encoding, packed)}, rows
+        return {**short, **self.adapter.hand_over(encoding, packed, masks)}, rows
+
+    def _positions(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
+        """Return the position ids of the shorter prompt; None leaves counting to `generate`."""
+        if self.reducer.positions == "reindex":
+            return None if generating else self.adapter.counted_positions(rows.mask)
+        given = inputs.get("position_ids")
+        full = self.adapter.positions(inputs, generating) if given is None else torch.as_tensor(given)
+        return kept_positions(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
 
     def _encoded_anew(self, reducer: ImageReducer, encoding: Encoding, selections: list[Selection]) -> list[Tensor]:
         """Return the images at the resolution that an image strategy wants, `[kept, dim]` each."""
@@ -193,30 +215,6 @@ class Run:
     def _enter(self, selections: list[Selection], full: list[int], reduced: list[int]) -> None:
         self.account.add(selections, list(zip(full, reduced, strict=True)))
         self.selections += selections
-
-    def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the image positions of the prompt, bool `[rows, length]`."""
-        token = self.adapter.image_token_id
-        ids = inputs.get("input_ids")
-        if ids is not None:
-            return torch.as_tensor(ids == token)
-        embeds = inputs.get("inputs_embeds")
-        if embeds is None:
-            raise ValueError("images were given without a prompt; pass input_ids (or inputs_embeds) too")
-        embedding = self.adapter.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-        return torch.as_tensor((embeds == embedding).all(dim=-1))
-
-    def _full_positions(self, inputs: Mapping[str, Any], placeholders: Tensor, generating: bool) -> Tensor:
-        """Return the position ids that the full prompt would have, `[rows, length]`."""
-        given = inputs.get("position_ids")
-        if given is not None:
-            return torch.as_tensor(given).expand(*given.shape[:-2], *placeholders.shape)
-        if generating:
-            arguments = {name: value for name, value in inputs.items() if value is not None}
-            ids = self.adapter.model._prepare_position_ids_for_generation(placeholders, arguments)
-        else:
-            ids = torch.arange(placeholders.shape[1], device=placeholders.device)[None]
-        return torch.as_tensor(ids).expand(*ids.shape[:-2], *placeholders.shape)
 
     def _pad_token_id(self) -> int:
         """Return an id for padding; it is masked, so any id but the placeholder's will do."""
@@ -336,7 +334,7 @@ class _Generate:
         """Generate from the reduced prompt; returned sequences begin with the full one."""
         if inputs is not None and kwargs.get("input_ids") is None:
             kwargs["input_ids"] = inputs
-        if kwargs.get("pixel_values") is None:
+        if kwargs.get(self.run.adapter.pixels) is None:
             self._refuse_reduced_history(kwargs)
             return self.original(generation_config=generation_config, **kwargs)
         prompt = kwargs.get("input_ids")
@@ -423,11 +421,12 @@ def attach(
             "be a `Composed` strategy, which does not exist yet. Leave the first block before you enter the next"
         )
     adapter = find_adapter(model)
-    needed = sorted({signal.kind for signal in reducer.needs})
-    if missing := [kind for kind in needed if kind not in adapter.provides]:
+    run = Run(reducer, adapter, question, tokenizer)
+    needed = sorted({signal.kind for signal in run.needs})
+    if run.missing:
         raise ValueError(
             f"{type(reducer).__name__} needs {', '.join(needed)}, but {type(model).__name__} with this vision tower "
-            f"provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
+            f"provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(run.missing)}"
         )
     if reducer.text_model is None and reducer.reads_question:
         raise ValueError(
@@ -435,13 +434,12 @@ def attach(
             "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
             "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
         )
-    run = Run(reducer, adapter, question, tokenizer)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def reduce_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
         """Reduce a plain forward call. Decoding steps, text-only calls and copies of the model pass."""
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if module is not model or inputs.get("pixel_values") is None:
+        if module is not model or inputs.get(adapter.pixels) is None:
             return None
         return (), run.reduced(inputs, generating=False)[0]
 
@@ -459,5 +457,5 @@ def attach(
     if not run.selections:
         raise RuntimeError(
             f"{type(reducer).__name__} was attached, but no image went through the model inside the block, so nothing "
-            "was reduced. Call model.generate(...) or model(...) with pixel_values inside the `with` block"
+            f"was reduced. Call model.generate(...) or model(...) with {adapter.pixels} inside the `with` block"
         )

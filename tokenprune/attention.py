@@ -21,19 +21,19 @@ def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return (query[:, :, :1] @ _match_heads(key, query).transpose(-1, -2) * scaling)[:, :, 0, 1:].float()
 
 
-def cls_rows(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None) -> Tensor:
     """Return how CLS, the first token, attends to the others.
 
     Args:
         query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
         key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
         scaling: factor on the dot products.
+        real: positions that are no padding, bool `[tiles, 1 + tokens]`; None means all.
 
     Returns:
         Softmax over all keys with the CLS key removed, float32 `[tiles, heads, tokens]`.
     """
-    key = _match_heads(key, query)
-    logits = (query[:, :, :1] @ key.transpose(-1, -2)) * scaling
+    logits = _without_padding((query[:, :, :1] @ _match_heads(key, query).transpose(-1, -2)) * scaling, real)
     return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:]
 
 
@@ -53,7 +53,9 @@ def joint_row(query: Tensor, key: Tensor) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.float32)[:, None, 1:]
 
 
-def received(query: Tensor, key: Tensor, scaling: float, prefix: int, chunk: int = 128) -> Tensor:
+def received(
+    query: Tensor, key: Tensor, scaling: float, prefix: int, real: Tensor | None = None, chunk: int = 128
+) -> Tensor:
     """Return the attention that each token receives, averaged over all queries.
 
     Works on `chunk` queries at a time, so that no full map exists.
@@ -63,6 +65,7 @@ def received(query: Tensor, key: Tensor, scaling: float, prefix: int, chunk: int
         key: keys, `[tiles, key_heads, prefix + tokens, head_dim]`.
         scaling: factor on the dot products.
         prefix: tokens before the visual ones (1 for CLS); they ask, but their own column is removed.
+        real: positions that are no padding, bool `[tiles, prefix + tokens]`; None means all.
         chunk: queries per step.
 
     Returns:
@@ -70,9 +73,16 @@ def received(query: Tensor, key: Tensor, scaling: float, prefix: int, chunk: int
     """
     key = _match_heads(key, query).transpose(-1, -2)
     total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
-    for part in torch.split(query, chunk, dim=2):
-        total += ((part @ key) * scaling).softmax(dim=-1, dtype=torch.float32).sum(dim=2)
-    return total[:, :, prefix:] / query.shape[2]
+    asking = torch.ones(len(query), query.shape[2], device=query.device) if real is None else real.float()
+    for part, counts in zip(torch.split(query, chunk, dim=2), torch.split(asking, chunk, dim=1), strict=True):
+        rows = _without_padding((part @ key) * scaling, real).softmax(dim=-1, dtype=torch.float32)
+        total += (rows * counts[:, None, :, None]).sum(dim=2)
+    return total[:, :, prefix:] / asking.sum(dim=1)[:, None, None]
+
+
+def _without_padding(logits: Tensor, real: Tensor | None) -> Tensor:
+    """Take padding out of the softmax over the last dimension, `[tiles, heads, queries, keys]`."""
+    return logits if real is None else logits.masked_fill(~real[:, None, None], float("-inf"))
 
 
 def _match_heads(key: Tensor, query: Tensor) -> Tensor:

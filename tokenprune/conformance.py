@@ -347,12 +347,15 @@ def _examples(reducer: TokenReducer) -> list[Adapter]:
     Raises:
         NotApplicableError: if none does.
     """
-    bound = [kind(kind.example()) for kind in adapters().values()]
-    needed = {signal.kind for signal in reducer.needs}
-    fitting = [adapter for adapter in bound if needed <= adapter.provides]
+    fitting = [adapter for adapter in _bound_examples() if not Run(reducer, adapter).missing]
     if not fitting:
-        raise NotApplicableError(f"no adapter provides {', '.join(sorted(needed))}")
+        raise NotApplicableError(f"no adapter provides {', '.join(sorted({one.kind for one in reducer.needs}))}")
     return fitting
+
+
+def _bound_examples() -> list[Adapter]:
+    """Return every adapter, bound to its example model."""
+    return [kind(kind.example()) for kind in adapters().values()]
 
 
 def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:

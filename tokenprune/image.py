@@ -139,6 +139,21 @@ class TileGeometry:
         return cls((0, 0), token_grid, torch.zeros(0, 4), torch.arange(token_grid[0] * token_grid[1]))
 
     @classmethod
+    def tiled(cls, tile_grid: tuple[int, int], token_grid: tuple[int, int], base_first: bool) -> TileGeometry:
+        """Return the layout of a picture that is cut evenly, its tiles one after the other and without separators.
+
+        Args:
+            tile_grid: rows x cols of the sub-images.
+            token_grid: height x width of the tokens of a tile.
+            base_first: whether the base tile is packed before the sub-images, or after them.
+        """
+        (rows, cols), tokens = tile_grid, math.prod(token_grid)
+        edges = torch.tensor([[r, c, r + 1, c + 1] for r in range(rows) for c in range(cols)], dtype=torch.float32)
+        regions = edges.view(-1, 4) / torch.tensor([rows, cols, rows, cols]).clamp(min=1)
+        order = torch.arange((1 + rows * cols) * tokens)
+        return cls(tile_grid, token_grid, regions, order if base_first else order.roll(-tokens))
+
+    @classmethod
     def anyres(
         cls, image_size: tuple[int, int], tile_grid: tuple[int, int], token_grid: tuple[int, int], tile_size: int
     ) -> TileGeometry:

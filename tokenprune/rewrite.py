@@ -76,16 +76,13 @@ def padding_side(attention_mask: Tensor, has_labels: bool) -> Literal["left", "r
     return "right" if has_labels and bool((attention_mask[:, 0] != 0).all()) else "left"
 
 
-def shorten(
-    inputs: Mapping[str, Any], rows: Rows, pad_token_id: int, position_ids: Tensor | None = None
-) -> dict[str, Any]:
+def shorten(inputs: Mapping[str, Any], rows: Rows, pad_token_id: int) -> dict[str, Any]:
     """Return the text side of the model inputs with only the kept positions.
 
     Args:
         inputs: model inputs of the call.
         rows: what stays.
         pad_token_id: id that fills padding.
-        position_ids: ids of the full prompt to preserve, `[..., rows, length]`; None counts the kept tokens anew.
     """
     out = dict(inputs)
     if inputs.get("input_ids") is not None:
@@ -94,9 +91,24 @@ def shorten(
         if inputs.get(name) is not None:
             out[name] = rows.take(inputs[name], fill)
     out["attention_mask"] = rows.mask.long()
-    if position_ids is None:
-        out["position_ids"] = (rows.mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-    else:
-        index = rows.index.expand(*position_ids.shape[:-2], *rows.index.shape)
-        out["position_ids"] = position_ids.gather(-1, index).masked_fill(~rows.mask, 0)
     return out
+
+
+def counted_positions(mask: Tensor) -> Tensor:
+    """Return position ids that count the real positions of each row, 0 at left padding, `[rows, width]`.
+
+    Args:
+        mask: real positions, bool `[rows, width]`.
+    """
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def kept_positions(position_ids: Tensor, rows: Rows) -> Tensor:
+    """Return the position ids of the kept positions, 0 at padding, `[..., rows, width]`.
+
+    Args:
+        position_ids: ids of the full prompt, `[..., rows, length]`.
+        rows: what stays.
+    """
+    index = rows.index.expand(*position_ids.shape[:-2], *rows.index.shape)
+    return position_ids.gather(-1, index).masked_fill(~rows.mask, 0)
