@@ -27,7 +27,7 @@ from tokenprune.components import AllocationPolicy, RelevancePolicy, SelectionPo
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import cosines, in_each_tile
+from tokenprune.strategies.components.diversity import ROWS, cosines, in_each_tile
 from tokenprune.strategies.components.relevance import AttentionRelevance
 
 
@@ -70,12 +70,17 @@ def optimal_preservation(
         left[picks[-1]] = False
         row = similarity[picks[-1]]
         if len(picks) == 1:
-            covered, gain = row.clone(), (similarity - row).clamp_(min=0).sum(dim=1)
+            covered = row.clone()
+            gain = torch.cat([(rows - row).clamp_(min=0).sum(dim=1) for rows in similarity.split(ROWS)])
             continue
         better = (row > covered).nonzero()[:, 0]
-        rows = similarity[better]  # rows for columns: it is symmetric
-        gain -= (rows - covered[better, None]).clamp_(min=0).sum(dim=0)
-        gain += (rows - row[better, None]).clamp_(min=0).sum(dim=0)
+        before, now = covered[better, None], row[better, None]
+        width = ROWS * max(1, len(gain) // max(1, len(better)))  # no more than `ROWS` rows of the matrix at a time
+        for start in range(0, len(gain), width):
+            columns = similarity[:, start : start + width].index_select(0, better)  # for rows: it is symmetric
+            part = gain[start : start + width]
+            part -= (columns - before).clamp_(min=0).sum(dim=0)
+            part += columns.sub_(now).clamp_(min=0).sum(dim=0)
         covered = torch.maximum(covered, row)
     return torch.tensor(picks, dtype=torch.long, device=features.device)
 

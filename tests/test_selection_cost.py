@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_published import CASES, Case
 from tokenprune.catalogue import strategies
@@ -22,6 +26,7 @@ from tokenprune.strategies.components.diversity import (
     max_min_diverse,
     saliency_coverage,
 )
+from tokenprune.strategies.tops import optimal_preservation
 
 # --- plain definitions: everything is looked at in every step ---------------------------------------------------------
 
@@ -124,6 +129,44 @@ def test_facility_location_covers_what_weighs_most() -> None:
     assert facility_location(features, torch.tensor([1.0, 1, 1, 0, 0, 9]), 2).tolist() == [5, 0]
     assert facility_location(features, torch.tensor([-1.0, -1, 1, 0, 0, 9]), 2).tolist() == [5, 0]
     assert facility_location(features, ones, 6).tolist() == [0, 3, 5, 1, 2, 4]  # nothing left to gain: in order
+
+
+class Copies(TorchDispatchMode):
+    """Counts the new tensors of at least `size` numbers that are made meanwhile; views are none."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
+        made = [one for one in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(one, Tensor)]
+        self.count += sum(one.numel() >= self.size and one.untyped_storage().data_ptr() not in known for one in made)
+        return out
+
+
+GREEDY: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "DivPrune": lambda features, scores, number: max_min_diverse(features, number),
+    "SCOPE": saliency_coverage,
+    "EADP": facility_location,
+    "CDPruner": determinantal,
+    "VisPruner": lambda features, scores, number: important_then_diverse(features, scores, number, number // 2),
+    "TOPS": lambda features, scores, number: optimal_preservation(features, scores, number, 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_no_step_copies_a_large_part_of_the_similarities(name: str) -> None:
+    """Large tensors are made once, before the first pick, and no step makes another."""
+    generator = torch.Generator().manual_seed(0)
+    features, scores = torch.randn(600, 8, generator=generator), torch.rand(600, generator=generator)
+    counts = []
+    for number in (20, 100):
+        with Copies(600 * 600 // 5) as copies:
+            GREEDY[name](features, scores, number)
+        counts.append(copies.count)
+    assert counts[0] == counts[1] <= 3
 
 
 # --- determinantal point process --------------------------------------------------------------------------------------
