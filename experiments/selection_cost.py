@@ -100,6 +100,7 @@ KINDS: Mapping[str, Callable[[Size, Field], Tensor]] = {
     "aligned_cls": lambda size, field: field(size.shared)[..., :1].mT.contiguous(),
     "question": lambda size, field: field(size.shared)[0, :, :1].mT.contiguous(),
     "question_tokens": lambda size, field: field(size.shared)[0, :, :12].mT.contiguous(),
+    "question_positions": lambda size, field: field(size.shared)[:1, :, :77].mT.contiguous(),
 }
 """How each kind of signal is made up."""
 

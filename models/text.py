@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -90,20 +91,26 @@ class TextTower:
         Long texts are cut into segments of the tower's length, each with its own begin and end.
 
         Returns:
-            ``question``, a vector per segment `[segments, shared]`, and ``question_tokens``, one per text token
-            `[text_tokens, shared]`; neither is normalised.
+            ``question``, a vector per segment `[segments, shared]`; ``question_tokens``, one per text token
+            `[text_tokens, shared]`; and ``question_positions``, one per position of every segment, filled up with id 0
+            to the tower's length, `[segments, positions, shared]`. None is normalised.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         step = self.longest - 2
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        pooled, tokens = [], []
+        pooled, tokens, positions = [], [], []
         self.text.to(device), self.text_projection.to(device)
         for start in range(0, max(len(ids), 1), step):
             part = torch.tensor([[begin, *ids[start : start + step], end]], device=device)
             out = self.text(input_ids=part)
             pooled.append(self.text_projection(out.pooler_output))
             tokens.append(self.text_projection(out.last_hidden_state[0, 1:-1]))
-        return {"question": torch.cat(pooled), "question_tokens": torch.cat(tokens)}
+            filled = F.pad(part, (0, self.longest - part.shape[1]))
+            mask = F.pad(torch.ones_like(part), (0, self.longest - part.shape[1]))
+            out = self.text(input_ids=filled, attention_mask=mask)
+            positions.append(self.text_projection(out.last_hidden_state))
+        found = {"question": pooled, "question_tokens": tokens, "question_positions": positions}
+        return {kind: torch.cat(parts) for kind, parts in found.items()}
 
     @torch.no_grad()
     def align(self, features: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def encoded(geometry: TileGeometry, seed: int = 0, heads: int = 3, dim: int = 5)
     signals["question", FEATURE_LAYER] = torch.randn(2, dim, generator=generator)
     signals["question_tokens", FEATURE_LAYER] = torch.randn(4, dim, generator=generator)
     features = torch.randn(tiles, tokens, dim, generator=generator) * geometry.valid[..., None]
+    signals["question_positions", FEATURE_LAYER] = torch.randn(2, 7, dim, generator=generator)
     return EncodedImage(geometry, features, signals, layers=LAYERS, feature_layer=FEATURE_LAYER)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
@@ -134,6 +135,12 @@ def test_signals_equal_those_of_the_clip_model() -> None:
     found = tower.embed("what is in the picture", torch.device("cpu"))
     assert torch.allclose(found["question"], expected, atol=1e-6)
     assert found["question_tokens"].shape == (5, 8)
+    mask = torch.arange(12)[None] < 7
+    with torch.no_grad():
+        hidden = clip.text_model(input_ids=F.pad(ids, (0, 5)), attention_mask=mask.long()).last_hidden_state
+        expected = clip.text_projection(hidden)
+    assert torch.allclose(found["question_positions"], expected, atol=1e-6)
+    assert torch.allclose(found["question_positions"][0, 1:6], found["question_tokens"], atol=1e-6)  # causal
     hidden = torch.randn(2, 3, 32)
     with torch.no_grad():
         wanted = clip.visual_projection(clip.vision_model.post_layernorm(hidden))
@@ -145,6 +152,7 @@ def test_long_texts_are_cut_into_segments() -> None:
     found = tower.embed("what is in the picture " * 5, torch.device("cpu"))  # 25 words, 10 to a segment
     assert found["question"].shape == (3, 8)
     assert found["question_tokens"].shape == (25, 8)
+    assert found["question_positions"].shape == (3, 12, 8)
     assert tower.embed("", torch.device("cpu"))["question"].shape == (1, 8)
 
 

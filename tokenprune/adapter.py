@@ -118,7 +118,7 @@ class Adapter(ABC):
     def example_text_model(self) -> str:
         """Return the folder of a tiny CLIP checkpoint with random weights that fits `example`.
 
-        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it has no text model")
 
@@ -231,7 +231,7 @@ class Adapter(ABC):
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
         """Return the signals of a question by kind.
 
-        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
 
         Args:
             text: the question.
@@ -242,7 +242,7 @@ class Adapter(ABC):
     def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
         """Return what the user asks in each prompt row: the text of the last turn, without template and pictures.
 
-        Adapters that provide the signals ``"question"`` and ``"question_tokens"`` write it.
+        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
 
         Args:
             input_ids: prompts, `[rows, length]`.

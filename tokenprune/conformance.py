@@ -122,7 +122,7 @@ def example_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) ->
         if kind == "keys":
             return tiles, HEADS, tokens, DIM
         if kind in TEXT_SIGNALS:
-            return (1 if kind == "question" else 5), DIM
+            return {"question": (1, DIM), "question_tokens": (5, DIM), "question_positions": (1, 12, DIM)}[kind]
         return tiles, 1 if kind in CLS_SIGNALS else tokens, DIM
 
     made: dict[tuple[str, int], Tensor] = {}

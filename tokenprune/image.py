@@ -26,8 +26,8 @@ ALIGNED_SIGNALS = frozenset({"aligned_features", "aligned_cls"})
 """Kinds of signals in the space that the vision tower shares with its text tower."""
 USED_WHEN_ATTACHED = frozenset({"projector_inputs", "resolution"})
 """Kinds that a strategy declares for what is done with its answer: features are mixed, a picture is encoded anew."""
-TEXT_SIGNALS = frozenset({"question", "question_tokens"})
-"""Kinds of signals that come from the prompt instead of the picture, `[texts, width]`."""
+TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
+"""Kinds of signals that come from the prompt instead of the picture, `[..., width]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,6 +397,13 @@ class EncodedImage:
     def question_tokens(self) -> Tensor:
         """Return each text token of the question in the shared space, `[text_tokens, shared]`."""
         return self.read(Signal("question_tokens"))
+
+    def question_positions(self) -> Tensor:
+        """Return every position of the text tower's input in the shared space, `[segments, positions, shared]`.
+
+        Begin, end and the padding up to the tower's length are among them; `question_tokens` has the words alone.
+        """
+        return self.read(Signal("question_positions"))
 
 
 class _PackedImage(EncodedImage):
