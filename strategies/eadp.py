@@ -12,8 +12,10 @@ budget by the sum of ``s``.
 
 Paper and code disagree on the share of text tokens (0.5 in the ablations' base, 0.2 of the padded length in the code)
 and on ``beta`` ("above 1", 1.0 for LLaVA in the code). Taken here: half of the real text tokens, begin and end left out
-as the paper says, and ``beta = 1``. Importance is stretched over the valid tokens of an image. No output of the release
-was recorded, so there is no ``release()``.
+as the paper says, and ``beta = 1``. Repaired: importance is stretched over the valid tokens of an image, padding is
+never paid for, and the budget is spent exactly. The release (its code for LLaVA) counts every position of the text
+tower's input, begin, end and padding among them, gives each tile ``max(1, int(share * budget))`` tokens, and knows
+neither unpadding nor newlines.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.budget import Budget
 from tokenprune.components import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
@@ -65,6 +68,10 @@ class DenseTextRelevance(RelevancePolicy):
         sigma: width of the Gaussian in tokens.
         power: exponent of the result (beta).
         sign: ``"opposite"`` or ``"aligned"``, see `TextRelevance`.
+        text: ``"words"`` of the question, or as in the release all ``"positions"`` of the text tower's input, segment
+            by segment.
+        among: tokens over which words are spread and importance is stretched: ``"valid"`` or, as in the release,
+            ``"all"`` with padding.
     """
 
     layer: LayerChoice = "feature"
@@ -75,27 +82,42 @@ class DenseTextRelevance(RelevancePolicy):
     sigma: float = 1.0
     power: float = 1.0
     sign: Literal["opposite", "aligned"] = "opposite"
+    text: Literal["words", "positions"] = "words"
+    among: Literal["valid", "all"] = "valid"
 
     @property
     def needs(self) -> Sequence[Signal]:
         """Tokens, question and its words in the shared space."""
-        return (Signal("aligned_features", self.layer), Signal("question"), Signal("question_tokens"))
+        words = Signal("question_tokens" if self.text == "words" else "question_positions")
+        return (Signal("aligned_features", self.layer), Signal("question"), words)
 
     def relevance(self, image: EncodedImage) -> Tensor:
         """Return the importance, `[tiles, tokens]`; 0..1 before the power."""
         valid = image.geometry.valid.to(image.features.device)
+        valid = valid if self.among == "valid" else torch.ones_like(valid)
         tokens = F.normalize(image.aligned_features(self.layer), dim=-1)
         sign = SIGNS[self.sign]
         whole = sign * (tokens @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
-        words = sign * (tokens @ F.normalize(image.question_tokens(), dim=-1).T)  # [tiles, tokens, words]
+        segments = image.question_tokens()[None] if self.text == "words" else image.question_positions()
+        dense = torch.stack([self._dense(tokens, segment, valid) for segment in segments]).mean(dim=0)
+        importance = rescaled(self.whole * whole + (1 - self.whole) * dense, valid) * valid
+        return smoothed(importance, image.geometry.token_grid, self.sigma) ** self.power
+
+    def _dense(self, tokens: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
+        """Return the likeness of tokens to the telling words, `[tiles, tokens]`.
+
+        Args:
+            tokens: of unit length, `[tiles, tokens, shared]`.
+            segment: words, `[words, shared]`.
+            valid: tokens that words are spread over, bool `[tiles, tokens]`.
+        """
+        words = SIGNS[self.sign] * (tokens @ F.normalize(segment, dim=-1).T)  # [tiles, tokens, words]
         log_p = (words / self.temperature).masked_fill(~valid[..., None], -torch.inf).log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p.masked_fill(~valid[..., None], 0.0)).sum(dim=1)  # [tiles, words]
         number = max(1, int(entropy.shape[1] * self.words))
         telling = entropy.masked_fill(entropy > entropy.kthvalue(number, dim=1, keepdim=True)[0], torch.inf)
         weights = (-telling / self.sharpness).softmax(dim=1)
-        dense = (words * weights[:, None]).sum(dim=-1)
-        importance = rescaled(self.whole * whole + (1 - self.whole) * dense, valid) * valid
-        return smoothed(importance, image.geometry.token_grid, self.sigma) ** self.power
+        return (words * weights[:, None]).sum(dim=-1)
 
 
 @dataclass
@@ -127,10 +149,34 @@ class Representatives(SelectionPolicy):
 class EADP(ComponentReducer):
     """Tokens that represent what the telling words of the question point at.
 
-    As far as paper and code determine it; see the module for what was assumed.
+    Repaired: the budget is spent exactly, words alone count, and padding is never paid for.
     """
 
     published: ClassVar[str] = "ECCV 2026, arXiv 2607.02484"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=ScoreMassAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=Representatives, kw_only=True)
+
+    @classmethod
+    def release(cls, budget: int | float | Budget = 0.2, text_model: str | None = None) -> EADP:
+        """Return EADP as published in code for LLaVA: no unpadding in mind, no newlines, rounded down.
+
+        A long question is cut into segments with a begin and an end of their own here; the release cuts without. In a
+        batch of pictures with different numbers of tiles, the release treats every tile as a picture; here an image
+        decides for itself.
+
+        Args:
+            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
+            text_model: the CLIP checkpoint that the vision tower comes from.
+        """
+        # The release adds 1e-6 to the temperature of the weights.
+        relevance = DenseTextRelevance(sharpness=0.01 + 1e-6, words=0.2, text="positions", among="all")
+        return cls(
+            budget,
+            newlines="drop",
+            text_model=text_model,
+            allocation=ScoreMassAllocation(rounding="floor"),
+            selection=Representatives(relevance),
+            padding="ignore",
+        )

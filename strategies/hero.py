@@ -9,10 +9,10 @@ The sub-images share the rest by ``w_k = 0.2 density_k + 0.8 (alpha saliency_k +
 ``relevance = softmax_k(cos(cls_k, question) / T_clip)`` in CLIP's shared space; they are ranked by early CLS attention
 (tokens on objects). Attention is softmaxed once more over the tokens of each head, then averaged.
 
-Assumed, since neither the paper as far as it was read nor the published files name them: early layers are those at a
-quarter to a half of the depth, late ones the three that end with the feature layer, ``alpha = 0.5``,
-``T_cls = T_clip = 0.1``. The release rounds down and gives nothing back; here the budget is spent exactly. No output of
-the release was recorded, so there is no ``release()``.
+Assumed, since neither the paper as far as it was read nor the published files name them (the code takes them from its
+caller): early layers are those at a quarter to a half of the depth, late ones the three that end with the feature
+layer, ``alpha = 0.5``, ``T_cls = T_clip = 0.1``. Repaired: the release rounds the base tile's share, that of all
+sub-images and each sub-image's part of it down, and gives nothing back; here the budget is spent exactly.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class SaliencyAndRelevance(AllocationPolicy):
         saliency_temperature: of the softmax over sub-images (T_cls).
         relevance_temperature: of the softmax over sub-images (T_clip).
         layer: layer of the vision tower whose CLS token stands for a tile.
+        retention: None divides the budget exactly; a ratio keeps this share of the encoded tokens as the release does,
+            rounded down, whatever the budget.
     """
 
     saliency: float = 0.5
@@ -49,6 +51,7 @@ class SaliencyAndRelevance(AllocationPolicy):
     saliency_temperature: float = 0.1
     relevance_temperature: float = 0.1
     layer: LayerChoice = -1
+    retention: float | None = None
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -58,8 +61,10 @@ class SaliencyAndRelevance(AllocationPolicy):
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Give the base tile an even share and divide the rest by the weights."""
-        if not image.geometry.sub_images:
-            return apportion(total, [1.0], capacity)
+        tokens, sub_images = image.geometry.tokens, image.geometry.sub_images
+        base = min(total if self.retention is None else int(tokens * self.retention), capacity[0])
+        if not sub_images:
+            return [base]
         cls = F.normalize(image.cls_features(self.layer)[:, 0], dim=-1)
         salient = (cls[1:] @ cls[0] / self.saliency_temperature).softmax(dim=0)
         weights = self.saliency * salient
@@ -68,9 +73,14 @@ class SaliencyAndRelevance(AllocationPolicy):
             near = (tiles @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
             weights = weights + (1 - self.saliency) * (near / self.relevance_temperature).softmax(dim=0)
         room = torch.tensor(capacity[1:], dtype=weights.dtype, device=weights.device)
+        if self.retention is not None:
+            dense = room / tokens
+            dense = dense / (dense.sum() + 1e-6)  # in float32 like the rest, since it decides what is rounded down
+            parts = (self.density * dense + (1 - self.density) * weights) * int(sub_images * tokens * self.retention)
+            return [base, *(min(int(part), most) for part, most in zip(parts.tolist(), capacity[1:], strict=True))]
         weights = self.density * room / room.sum().clamp(min=1) + (1 - self.density) * weights
         weights = weights / weights.sum().clamp(min=1e-12)
-        return apportion(total, [1.0, *(weights * image.geometry.sub_images).tolist()], capacity)
+        return apportion(total, [1.0, *(weights * sub_images).tolist()], capacity)
 
 
 def _sharpened(image: EncodedImage, layer: LayerChoice) -> Tensor:
@@ -109,6 +119,49 @@ class HERO(ComponentReducer):
     """
 
     published: ClassVar[str] = "arXiv 2509.13067"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=SaliencyAndRelevance, kw_only=True)
     selection: SelectionPolicy = field(default_factory=EarlyAndLateAttention, kw_only=True)
+
+    @classmethod
+    def release(
+        cls,
+        retention: float = 0.2,
+        saliency: float = 0.5,
+        saliency_temperature: float = 0.1,
+        relevance_temperature: float = 0.1,
+        early: LayerChoice | None = None,
+        late: LayerChoice | None = None,
+        text_model: str | None = None,
+    ) -> HERO:
+        """Return HERO as published in code: a retention ratio, rounded down throughout, all newlines on top.
+
+        The release takes all of these from its caller; the defaults are assumed as in `HERO`. Where an odd number of
+        rows (columns) is padding, it counts one row less as valid than the model, and it puts a newline after rows of
+        padding too; here both follow the model's own unpadding. It runs in half precision, where the second softmax
+        leaves only some thirty different scores a tile; here as in float32.
+
+        Args:
+            retention: share of the tokens to keep (R).
+            saliency: share of likeness to the picture against likeness to the question (alpha).
+            saliency_temperature: of the softmax over sub-images (T_cls).
+            relevance_temperature: of the softmax over sub-images (T_clip).
+            early: layers read for sub-images.
+            late: layers read for the base tile.
+            text_model: the CLIP checkpoint that the vision tower comes from.
+        """
+        allocation = SaliencyAndRelevance(
+            saliency,
+            saliency_temperature=saliency_temperature,
+            relevance_temperature=relevance_temperature,
+            retention=retention,
+        )
+        layers = {name: value for name, value in (("early", early), ("late", late)) if value is not None}
+        return cls(
+            float(retention),
+            newlines="keep",
+            text_model=text_model,
+            allocation=allocation,
+            selection=EarlyAndLateAttention(**layers),
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,8 @@ from tokenprune.catalogue import strategies
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.selection import Selection
 from tokenprune.strategies import (
+    EADP,
+    HERO,
     SCOPE,
     TRIM,
     CDPruner,
@@ -36,12 +39,16 @@ from tokenprune.strategies import (
     VisionZip,
     VisPruner,
 )
+from tokenprune.strategies.components.allocation import ScoreMassAllocation
 from tokenprune.strategies.components.diversity import (
     determinantal,
+    facility_location,
     important_then_diverse,
     max_min_diverse,
     saliency_coverage,
 )
+from tokenprune.strategies.eadp import Representatives
+from tokenprune.strategies.hero import EarlyAndLateAttention
 
 TOKENS = 576
 
@@ -273,6 +280,94 @@ def test_cdpruner_release(number: int) -> None:
         assert determinantal(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
 
 
+def eadp_case(number: int) -> tuple[Case, EncodedImage, EADP]:
+    """A recorded case of EADP, its image and the release with the options of the case."""
+    case = Case("eadp", number)
+    signals = {
+        ("aligned_features", 22): case["image_embeds"],
+        ("question", 22): case["text_embeds"],
+        ("question_positions", 22): case["text_positions"],
+    }
+    one = replace(image(len(case["features"]), signals), features=case["features"])
+    return case, one, EADP.release(Budget(case["budget"], per="tile"), text_model="unused")
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_eadp_release(number: int) -> None:
+    """The importance up to its scale, the tokens per tile, the kept tokens, and the order of picking."""
+    case, one, reducer = eadp_case(number)
+    importance = reducer.selection.score(one)
+    assert torch.allclose(importance, case["importance"], rtol=1e-3, atol=1e-5)
+    selection = reducer.reduce(one)
+    assert selection.granted_per_tile == case["counts"].tolist()
+    assert torch.equal(selection.kept, case["kept"])
+    for tile, picks in enumerate(case["selected"].tolist()):
+        expected = [place for place in picks if place >= 0]
+        assert facility_location(case["features"][tile], importance[tile], len(expected)).tolist() == expected
+
+
+EARLY, LATE = [6, 9, 12], [20, 21, 22]
+
+
+def hero_case(number: int) -> tuple[Case, EncodedImage, HERO]:
+    """A recorded case of HERO, its image and the release with the options of the case."""
+    case = Case("hero", number)
+    (height, width), (rows, cols) = case["image_size"].tolist(), case["grid"].tolist()
+    layout = TileGeometry.anyres((height, width), (rows, cols), (24, 24), 336)
+    early = F.pad(case["early_attention"], (0, 0, 0, 0, 1, 0))  # [layers, tiles, heads, tokens]: none of the base tile
+    late = F.pad(case["late_attention"][:, None], (0, 0, 0, 0, 0, layout.sub_images))  # none of the others
+    maps = [*zip(EARLY, early, strict=True), *zip(LATE, late, strict=True)]
+    signals = {
+        **{("cls_attention", layer): attention for layer, attention in maps},
+        ("cls_features", 23): case["cls"][:, None],
+        ("aligned_cls", 23): case["aligned_cls"][:, None],
+        ("question", 22): case["text_embeds"],
+    }
+    one = EncodedImage(layout, torch.zeros(layout.tiles, TOKENS, 1), signals, layers=24, feature_layer=22)
+    temperatures = (case["cls_temperature"], case["clip_temperature"])
+    return case, one, HERO.release(case["retention"], case["alpha"], *temperatures, EARLY, LATE, text_model="unused")
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_hero_release(number: int) -> None:
+    """The tokens per tile, the kept tokens and the sequence; the release has newlines in rows of padding too."""
+    case, one, reducer = hero_case(number)
+    selection = reducer.reduce(one)
+    assert selection.granted_per_tile == case["kept"].sum(dim=1).tolist()
+    assert torch.equal(selection.kept, case["kept"])
+    tile, token = case["packed"].long().T
+    packed = torch.where(tile < 0, -1, tile * TOKENS + token)
+    found = one.geometry.packed[selection.packed_mask()]
+    assert found[found >= 0].tolist() == packed[packed >= 0].tolist()
+    if one.geometry.separators == 24 * one.geometry.tile_grid[0]:
+        assert found.tolist() == packed.tolist()
+
+
+def test_each_part_of_these_releases_matters() -> None:
+    """Otherwise the recorded cases would be equal whatever the presets say."""
+    case, one, reducer = eadp_case(1)
+    relevance = reducer.selection.relevance  # type: ignore[attr-defined]
+    for change in ({"words": 0.5}, {"sharpness": 0.1}, {"whole": 0.0}, {"sigma": 0.1}, {"power": 2.0}):
+        other = replace(reducer, selection=Representatives(replace(relevance, **change)))
+        assert not torch.equal(other.reduce(one).kept, case["kept"]), change
+    assert not torch.equal(replace(reducer, allocation=ScoreMassAllocation()).reduce(one).kept, case["kept"])
+    case, one, hero = hero_case(1)
+    for change in ({"retention": None}, {"saliency": 0.4}, {"density": 0.3}):
+        allocation = replace(hero.allocation, **change)
+        assert not torch.equal(replace(hero, allocation=allocation).reduce(one).kept, case["kept"]), change
+    swapped = EarlyAndLateAttention(LATE, EARLY)
+    assert not torch.equal(replace(hero, selection=swapped).reduce(one).kept, case["kept"])
+
+
+def test_eadp_release_rounds_down_but_not_to_nothing() -> None:
+    one = encoded(TileGeometry.anyres((56, 168), (1, 3), (4, 4), 56))
+    mass = torch.tensor([6.0, 3.0, 0.98, 0.02])[:, None].expand(4, 16) / 16
+    granted = ScoreMassAllocation(rounding="floor").allocate(one, 10, [16] * 4, mass)
+    assert granted == [5, 2, 1, 1]  # 6 and 3 become a little less by the 1e-6 in the divisor
+    assert ScoreMassAllocation(rounding="floor").allocate(one, 60, [16] * 4, mass) == [16, 16, 5, 1]
+    assert ScoreMassAllocation(rounding="floor").allocate(one, 0, [16] * 4, mass) == [0] * 4
+
+
 def test_prumerge_plus_merges_even_where_it_keeps_almost_all() -> None:
     """A quarter of outliers makes a step of one: every token but the last stays, and the last one holds the rest."""
     attention = torch.full((1, 1, TOKENS), 1e-4) * torch.linspace(1, 1.01, TOKENS)
@@ -301,6 +396,8 @@ RECORDED = {
     "DivPrune": "divprune",
     "TRIM": "trim",
     "CDPruner": "cdpruner",
+    "EADP": "eadp",
+    "HERO": "hero",
     "VisionZip": "visionzip",
     "PruMerge": "prumerge",
     "PruMergePlus": "prumerge_plus",

@@ -117,10 +117,21 @@ class VisualContentAllocation(AllocationPolicy):
 
 @dataclass
 class ScoreMassAllocation(AllocationPolicy):
-    """Tokens in proportion to the sum of the selection's scores in each tile (EADP); negative scores count nothing."""
+    """Tokens in proportion to the sum of the selection's scores in each tile (EADP); negative scores count nothing.
+
+    Args:
+        rounding: ``"largest_remainder"`` spends the budget exactly; ``"floor"`` rounds each tile down but not below one
+            token and redistributes nothing, as EADP's release does.
+    """
+
+    rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by score mass."""
+        if self.rounding == "floor" and total and len(capacity) > 1:
+            sums = scores.clamp(min=0).sum(dim=1)  # float32, since it decides what is rounded down
+            granted: list[int] = (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).tolist()
+            return [min(share, room) for share, room in zip(granted, capacity, strict=True)]
         mass: list[float] = scores.double().clamp(min=0).sum(dim=1).tolist()
         return apportion(total, mass if sum(mass) > 0 else [float(room) for room in capacity], capacity)
 
