@@ -6,9 +6,13 @@ import difflib
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
+import queue
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,8 +22,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from tokenprune.configure import as_config, content_of, one_line, prepare
-from tokenprune.experiments.experiment import Cell, Experiment, Progress, rank_and_world, run_cells
-from tokenprune.experiments.records import merge, write_whole
+from tokenprune.experiments.experiment import Cell, Experiment, Progress, lacking, rank_and_world, run_cells
+from tokenprune.experiments.loading import outline
+from tokenprune.experiments.records import forget_errors, write_whole
 from tokenprune.experiments.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -175,29 +180,77 @@ def load_config(path: str) -> dict[str, Any]:
     return config
 
 
-def claim(out: Path, config: Mapping[str, Any]) -> None:
+def hash_of(cells: Sequence[Cell]) -> str:
+    """Return 12 letters that identify an ablation by its experiments, however its file was written."""
+    return hashlib.sha256(" ".join(sorted(cell.experiment.hash() for cell in cells)).encode()).hexdigest()[:12]
+
+
+def claim(out: Path, config: Mapping[str, Any], cells: Sequence[Cell]) -> None:
     """Note in a run directory which ablation it belongs to.
 
+    Args:
+        out: the run directory.
+        config: the ablation.
+        cells: what `expand` makes of it.
+
     Raises:
-        ValueError: if it belongs to another one.
+        ValueError: if the directory belongs to another one.
     """
-    text = yaml.safe_dump(dict(config), sort_keys=True)
     file = out / "ablation.yaml"
-    if file.is_file() and yaml.safe_load(file.read_text()) != yaml.safe_load(text):
-        old, new = (hashlib.sha256(t.encode()).hexdigest()[:12] for t in (file.read_text(), text))
-        raise ValueError(f"{out} holds another ablation (hash {old}, this one is {new}); give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
-        write_whole(file, text)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml.safe_dump(dict(config), sort_keys=True))
+        return
+    there = load_config(str(file))
+    if there == config:
+        return
+    try:
+        old = hash_of(expand(there))
+    except (ValueError, LookupError):
+        old = "not known: it is not valid any more"
+    if old != hash_of(cells):
+        raise ValueError(f"{out} holds another ablation (hash {old}, this one is {hash_of(cells)}); give another --out")
 
 
 def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells that can share encodings: those of one model, dtype and task."""
+    """Return the cells that can share encodings: those of one model, dtype, task and text model (or none)."""
     groups: dict[str, list[Cell]] = {}
-    for cell in cells:
+    first: dict[str, str] = {}
+    for cell in sorted(cells, key=lambda cell: cell.experiment.reducer.text_model is None):
         one = cell.experiment
-        groups.setdefault(json.dumps([one.model, one.dtype, as_config(one.task)], sort_keys=True), []).append(cell)
-    return list(groups.values())
+        key = json.dumps([one.model, one.dtype, as_config(one.task)], sort_keys=True)
+        text_model = one.reducer.text_model or first.setdefault(key, "")
+        first.setdefault(key, text_model)
+        groups.setdefault(f"{key} {text_model}", []).append(cell)
+    place = {id(cell): number for number, cell in enumerate(cells)}
+    ordered = [sorted(group, key=lambda cell: place[id(cell)]) for group in groups.values()]
+    return sorted(ordered, key=lambda group: place[id(group[0])])
+
+
+def check(groups: Sequence[Sequence[Cell]]) -> None:
+    """Look at all models and tasks of a grid before the first one runs.
+
+    Args:
+        groups: what `by_model` returns.
+
+    Raises:
+        ValueError: if a model or the data of a task cannot be had, or a strategy needs what its model cannot give.
+    """
+    if len(groups) < 2:  # the run itself says it before its first sample
+        return
+    wrong: list[str] = []
+    outlines: dict[str, Any] = {}
+    for group in groups:
+        shared = group[0].experiment
+        try:
+            next(iter(shared.task.samples()), None)
+            if shared.model not in outlines:
+                outlines[shared.model] = outline(shared.model)
+            wrong += lacking(outlines[shared.model], group)
+        except (ValueError, LookupError, TypeError, OSError) as error:
+            wrong.append(one_line(error))
+    if wrong:
+        raise ValueError("these settings cannot run:\n  " + "\n  ".join(dict.fromkeys(wrong)))
 
 
 def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
@@ -220,6 +273,7 @@ def ablate(
     shard: str | None = None,
     workers: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
+    retry_errors: bool = False,
 ) -> Progress:
     """Run an ablation, or go on with it.
 
@@ -231,6 +285,7 @@ def ablate(
         shard: ``i/n`` takes every n-th setting from the i-th on.
         workers: processes that share the pictures, one a GPU where there are GPUs.
         tell: is told after every record.
+        retry_errors: try the samples again that failed before.
 
     Raises:
         ValueError: if the configuration is not valid.
@@ -238,56 +293,118 @@ def ablate(
         RuntimeError: if a worker failed.
     """
     config = load_config(path)
-    cells = shard_of(expand(config), shard)
+    everything = expand(config)
     rank, world = rank_and_world()
-    claim(out, config)
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: give the number of processes, at least 1")
+    if retry_errors and world > 1:
+        raise ValueError("--retry-errors cannot be used under torchrun; run the command once without torchrun")
+    groups = by_model(shard_of(everything, shard))
+    check(groups)
+    claim(out, config, everything)
+    if retry_errors:
+        for cell in itertools.chain(*groups):
+            forget_errors(cell.folder(out))
     if workers > 1 and world == 1:
-        _share(path, out, shard, workers)
-        finish(out)
+        return _shared(path, shard, out, workers, tell)
+    return _run(groups, out, rank, world, tell)
+
+
+def _run(
+    groups: Sequence[Sequence[Cell]], out: Path, rank: int, world: int, tell: Callable[[Progress], None]
+) -> Progress:
+    """Run the cells of each model and task, one after the other."""
     total = Progress(0)
-    for group in by_model(cells):
-        before = Progress(**{**vars(total), "scores": dict(total.scores)})
-
-        def tell_all(progress: Progress, before: Progress = before) -> None:
-            tell(_added(before, progress))
-
-        total = _added(before, run_cells(group, out, rank, world, tell_all))
+    for group in groups:
+        before = total
+        total = _added(before, run_cells(group, out, rank, world, lambda now, b=before: tell(_added(b, now))))  # type: ignore[misc]
     return total
 
 
 def _added(one: Progress, other: Progress) -> Progress:
+    counts = ("total", "done", "errors", "pictures", "encodes", "more_encodes")
     return Progress(
-        one.total + other.total,
-        one.done + other.done,
-        one.errors + other.errors,
-        one.pictures + other.pictures,
-        one.encodes + other.encodes,
-        other.cell or one.cell,
-        {**one.scores, **other.scores},
+        **{name: getattr(one, name) + getattr(other, name) for name in counts},
+        cell=other.cell or one.cell,
+        scores={**one.scores, **other.scores},
     )
 
 
-def _share(path: str, out: Path, shard: str | None, workers: int) -> None:
-    """Run the workers and put their records together."""
-    command = [sys.executable, "-m", "tokenprune", "ablate", path, "--out", str(out), "--quiet"]
-    command += ["--shard", shard] if shard else []
-    started = [
-        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)})
+def _of_workers(found: Sequence[Progress], cell: str) -> Progress:
+    """Return the progress of processes that share the samples of the same cells."""
+    whole = Progress(0)
+    for one in found:
+        whole = _added(whole, one)
+    names = {name for one in found for name in one.scores}
+    pairs = {name: [one.scores.get(name, (0.0, 0)) for one in found] for name in names}
+    scores = {name: (sum(score for score, _ in of), sum(number for _, number in of)) for name, of in pairs.items()}
+    return replace(whole, cell=cell, scores=scores)
+
+
+SECONDS = 0.2
+"""A worker says so often how far it is."""
+
+
+def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any) -> None:
+    """Run as one of several workers, which tells its parent how far it is and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    last = 0.0
+
+    def tell(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS:
+            told.put((rank, replace(progress, scores=dict(progress.scores))))
+            last = time.monotonic()
+
+    try:
+        # Built anew from the file, which loads plug-ins too: their classes cannot be sent from process to process.
+        groups = by_model(shard_of(expand(load_config(path)), shard))
+        told.put((rank, _run(groups, out, rank, world, tell)))
+    except Exception as error:
+        print(f"tokenprune: worker {rank}: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _shared(path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None]) -> Progress:
+    """Run several workers; the last one puts their records together."""
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    processes = [
+        context.Process(target=_work, args=(path, shard, out, rank, workers, told), daemon=True)
         for rank in range(workers)
     ]
+    found: dict[int, Progress] = {}
+
+    def listen(seconds: float) -> bool:
+        """Take one message; return whether there was one."""
+        try:
+            rank, found[rank] = told.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        tell(_of_workers([found[one] for one in sorted(found)], found[rank].cell))
+        return True
+
     try:
-        codes = [process.wait() for process in started]
-    except BaseException:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait()
-        raise
-    if any(code not in (0, 1) for code in codes):
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            listen(SECONDS)
+        while listen(SECONDS):
+            pass
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
         raise RuntimeError(f"workers ended with {codes}; their messages are above. The same command goes on")
-
-
-def finish(out: Path) -> None:
-    """Put the records of all workers of a run directory together."""
-    for cell in sorted((out / "cells").glob("*/cell.json")):
-        merge(cell.parent, [])
+    return _of_workers([found[rank] for rank in sorted(found)], "")

@@ -50,6 +50,14 @@ def show(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quie
     if not quiet:
         each = f"{progress.encodes / progress.pictures:g}" if progress.pictures else "0 (all was done)"
         print(f"{progress.done} records in {out}; encodes per image: {each}", file=sys.stderr)
+        if progress.more_encodes:
+            print(
+                f"beside these, {progress.more_encodes} passes at another resolution (ImageDownsample)", file=sys.stderr
+            )
     if progress.errors:
-        print(f"{progress.errors} samples failed; their records say why (field `error`)", file=sys.stderr)
+        print(
+            f"{progress.errors} samples failed; their records say why (field `error`). The same command with "
+            "--retry-errors tries them again",
+            file=sys.stderr,
+        )
     return int(progress.errors > 0)

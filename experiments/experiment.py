@@ -9,8 +9,9 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -25,7 +26,7 @@ from tokenprune.attach import Run
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
 from tokenprune.experiments.loading import load, model_inputs
-from tokenprune.experiments.records import RecordFile, merge, write_whole
+from tokenprune.experiments.records import RecordFile, join, merge, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
 from tokenprune.image import Signal
 from tokenprune.reducer import TokenReducer
@@ -34,6 +35,8 @@ from tokenprune.strategies import HiRED
 
 PICTURES = 4
 """So many pictures of a run keep their pixels for those who watch it."""
+PACKAGES = ("tokenprune", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
+"""Whose versions can change a result."""
 
 
 @dataclass
@@ -126,9 +129,10 @@ class Progress:
     Args:
         total: records that all cells will have.
         done: records that are there.
-        errors: records of samples that failed, of this run.
+        errors: records of samples that failed, those of earlier runs included.
         pictures: pictures that were encoded.
-        encodes: passes through the vision tower for them.
+        encodes: passes through the vision tower that encoded them, counted at the tower; 0 if the adapter names none.
+        more_encodes: passes through it while answering, by strategies that encode at another resolution.
         cell: name of the cell that wrote last.
         scores: sum of scores and number of records of each cell in this run.
     """
@@ -138,6 +142,7 @@ class Progress:
     errors: int = 0
     pictures: int = 0
     encodes: int = 0
+    more_encodes: int = 0
     cell: str = ""
     scores: dict[str, tuple[float, int]] = field(default_factory=dict)
 
@@ -163,10 +168,11 @@ def run_cells(
         watch: is given every record and the selection behind it, which carries pixels for the first few pictures.
 
     Returns:
-        What was done; `Progress.errors` counts samples that failed and have an error record.
+        What was done; `Progress.errors` counts samples that have an error record.
 
     Raises:
-        ValueError: if the cells do not share model and task, the model cannot be had, or it lacks a signal.
+        ValueError: if the cells do not share model and task, two samples have one id, the model cannot be had, or it
+            lacks a signal.
         InUseError: if another process writes the same records.
     """
     shared = cells[0].experiment
@@ -174,7 +180,11 @@ def run_cells(
         one = cell.experiment
         if (one.model, one.dtype, as_config(one.task)) != (shared.model, shared.dtype, as_config(shared.task)):
             raise ValueError("cells that run together must share model, dtype and task")
+    if len({cell.experiment.reducer.text_model for cell in cells} - {None}) > 1:
+        raise ValueError("cells that run together must share reducer.text_model")
     samples = list(shared.task.samples())
+    if twice := [name for name, number in Counter(sample.id for sample in samples).items() if number > 1]:
+        raise ValueError(f"{type(shared.task).__name__}: several samples have the id {twice[0]!r}; ids must differ")
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
     mine = groups[rank::world]
     with ExitStack() as stack:
@@ -184,26 +194,51 @@ def run_cells(
             _write_config(cell, out)
         wanted = {sample.id for group in mine for sample in group}
         progress = Progress(len(wanted) * len(cells), sum(len(wanted & file.done) for file in files))
+        progress.errors = sum(len(wanted & file.failed) for file in files)
         tell(progress)
         if progress.done < progress.total:
             device = _device(shared.device, rank)
             model, processor = load(shared.model, device, shared.dtype)
-            _check_signals(model, cells)
+            if wrong := lacking(model, cells):
+                raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
             for cell in cells:
                 write_whole(cell.folder(out) / "environment.json", json.dumps(environment(model), indent=1))
+            passes = stack.enter_context(_counted_passes(model))
             for group in mine:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
                 pictures = int(watch is not None and progress.pictures < PICTURES)
-                for cell, file, record, selection in _records(model, processor, group, pending, progress, pictures):
+                for cell, file, record, selection in _records(
+                    model, processor, group, pending, progress, pictures, passes
+                ):
                     file.add(record)
                     _count(progress, cell, record)
                     if watch is not None:
                         watch(cell, record, selection)
                     tell(progress)
-    if world == 1:
+        if world == 1:
+            for cell in cells:
+                merge(cell.folder(out), [sample.id for sample in samples])
+    if world > 1:
         for cell in cells:
-            merge(cell.folder(out), [sample.id for sample in samples])
+            join(cell.folder(out), [sample.id for sample in samples])
     return progress
+
+
+@contextmanager
+def _counted_passes(model: Any) -> Iterator[list[int]]:
+    """Count the passes through the vision tower in a list of one number."""
+    passes = [0]
+
+    def count(*_: Any) -> None:
+        passes[0] += 1
+
+    tower = getattr(find_adapter(model), "tower", None)
+    hook = None if tower is None else tower.register_forward_hook(count)
+    try:
+        yield passes
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def _count(progress: Progress, cell: Cell, record: Mapping[str, Any]) -> None:
@@ -230,8 +265,13 @@ def _write_config(cell: Cell, out: Path) -> None:
         write_whole(folder / "cell.json", json.dumps(cell.describe(), indent=1))
 
 
-def _check_signals(model: Any, cells: Sequence[Cell]) -> None:
-    """Raise a `ValueError` that lists every cell whose strategy needs what the model cannot give."""
+def lacking(model: Any, cells: Sequence[Cell]) -> list[str]:
+    """Return one line for every cell whose strategy needs what the model cannot give.
+
+    Args:
+        model: the model; its weights are not read.
+        cells: experiments with this model.
+    """
     provides, wrong = find_adapter(model).provides, []
     for cell in cells:
         reducer = cell.experiment.reducer
@@ -240,8 +280,7 @@ def _check_signals(model: Any, cells: Sequence[Cell]) -> None:
             wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(sorted(kinds - provides))}")
         elif reducer.reads_question and reducer.text_model is None:
             wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
-    if wrong:
-        raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
+    return wrong
 
 
 def environment(model: Any) -> dict[str, Any]:
@@ -253,19 +292,28 @@ def environment(model: Any) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     device = str(model.device)
     return {
-        **{package: of(package) for package in ("tokenprune", "torch", "transformers")},
+        **{package: of(package) for package in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(model.device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, with `-dirty` if files were changed since; None outside a checkout of it."""
+    place = Path(__file__).resolve().parent
+    try:
+        # An installed copy may lie in a checkout of something else, whose commit would say nothing.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=place, capture_output=True, check=True)
+        said = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        return subprocess.run(said, cwd=place, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 Pending = tuple[Cell, RecordFile, list[Sample]]
@@ -278,6 +326,7 @@ def _records(
     pending: Sequence[Pending],
     progress: Progress,
     pictures: int,
+    passes: Sequence[int],
 ) -> Iterator[tuple[Cell, RecordFile, dict[str, Any], Selection | None]]:
     """Yield the missing records of all cells for one picture, encoded once."""
     if not any(missing for _, _, missing in pending):
@@ -286,6 +335,7 @@ def _records(
     needs: list[Signal] = [signal for cell, _, _ in pending for signal in cell.experiment.reducer.needs]
     try:
         picture = group[0].picture()
+        before = passes[0]
         began = time.perf_counter()
         with torch.no_grad():
             inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
@@ -297,7 +347,17 @@ def _records(
                 yield cell, file, _failed(sample, error), None
         return
     progress.pictures += 1
-    progress.encodes += 1
+    progress.encodes += passes[0] - before
+    prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+
+    def text_of(questions: Sequence[str]) -> Mapping[str, Any]:
+        """Return the text inputs of a batch; the processor goes over the pixels too, so all cells share them."""
+        key = tuple(questions)
+        if key not in prompts:
+            inputs = model_inputs(model, processor, picture, questions, group[0].group)
+            prompts[key] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return prompts[key]
+
     for cell, file, missing in pending:
         for batch in _batches(group, cell.experiment.batch_size):
             due = {sample.id for sample in missing} & {sample.id for sample in batch}
@@ -305,9 +365,12 @@ def _records(
                 continue
             selections: Sequence[Selection | None]
             try:
-                records, selections = _answer(model, processor, cell.experiment, picture, batch, encoding, encode_ms)
+                before = passes[0]
+                text = text_of([cell.experiment.task.prompt(sample) for sample in batch])
+                records, selections = _answer(model, processor, cell.experiment, text, batch, encoding, encode_ms)
             except Exception as error:
                 records, selections = [_failed(sample, error) for sample in batch], [None] * len(batch)
+            progress.more_encodes += passes[0] - before
             for record, selection in zip(records, selections, strict=True):
                 if record["sample"] in due:
                     yield cell, file, record, selection
@@ -322,15 +385,12 @@ def _answer(
     model: Any,
     processor: Any,
     experiment: Experiment,
-    picture: Any,
+    text: Mapping[str, Any],
     batch: Sequence[Sample],
     encoding: Encoding,
     encode_ms: float,
 ) -> tuple[list[dict[str, Any]], list[Selection]]:
     """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
-    questions = [experiment.task.prompt(sample) for sample in batch]
-    inputs = model_inputs(model, processor, picture, questions, batch[0].group)
-    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     run = Run(experiment.reducer, find_adapter(model), tokenizer=processor)
     torch.manual_seed(experiment.seed)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -338,7 +398,7 @@ def _answer(
         sampling = {"do_sample": True, "temperature": experiment.temperature}
     with torch.no_grad():
         began = time.perf_counter()
-        reduced, rows = run.reduced(text, generating=True, encoding=encoding.repeated(len(batch)))
+        reduced, rows = run.reduced(dict(text), generating=True, encoding=encoding.repeated(len(batch)))
         chosen = time.perf_counter()
         made = model.generate(**reduced, max_new_tokens=experiment.max_new_tokens, **sampling)
         width = text["input_ids"].shape[1] if rows is None else rows.index.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tokenprune.adapter import find_adapter
 from tokenprune.models import mini
@@ -34,9 +34,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         dtype = "float32" if device == "cpu" else "auto"
     elif not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
-    place = str(mini.path()) if name == "mini" else name
-    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
-        raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
+    place = _place(name)
     try:
         processor = AutoProcessor.from_pretrained(place)
         model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval()
@@ -48,6 +46,39 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         return model.to(device), processor
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _place(name: str) -> str:
+    """Return the folder or hub id of a model.
+
+    Raises:
+        ValueError: if it can be neither.
+    """
+    place = str(mini.path()) if name == "mini" else name
+    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
+        raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
+    return place
+
+
+def outline(name: str) -> Any:
+    """Return a model without weights, to see whether there is such a model and what it can give.
+
+    Args:
+        name: `mini`, a folder, or a hub id.
+
+    Raises:
+        ValueError: if it cannot be had.
+        TypeError: if no adapter knows it.
+    """
+    place = _place(name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(place))
+    except Exception as error:  # as in `load`
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
+    find_adapter(model)
+    return model
 
 
 def model_inputs(model: Any, processor: Any, picture: Image.Image, questions: Sequence[str], file: str) -> Any:

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import IO, Any
 
 NAME = "records.jsonl"
+LOCK = ".lock"
+IN_USE = "another process writes to {}; wait for it, or give another --out. To share the work, use --workers or --shard"
 
 
 class InUseError(RuntimeError):
@@ -27,9 +29,12 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: if another line is no JSON.
     """
-    if not file.is_file():
-        return
-    lines = file.read_text().split("\n")
+    if file.is_file():
+        yield from _parsed(file.read_text(), file)
+
+
+def _parsed(text: str, file: Path) -> Iterator[dict[str, Any]]:
+    lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -84,6 +89,63 @@ def write_whole(file: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def locked(file: Path, kind: int) -> IO[str] | None:
+    """Return a lock file that is held until it is closed; None if another process holds it.
+
+    Args:
+        file: the lock file.
+        kind: ``fcntl.LOCK_EX`` for one holder, ``fcntl.LOCK_SH`` for several that share it.
+    """
+    lock = file.open("w")
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def join(cell: Path, order: Sequence[str]) -> None:
+    """Put the parts of a cell together if all samples are there and no process writes them any more.
+
+    Every process that shares the samples calls this when it has closed its part; the last one finds no other.
+
+    Args:
+        cell: the folder of the cell.
+        order: ids of all samples.
+    """
+    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    if lock is not None:
+        with lock:
+            if set(order) <= done(cell):
+                merge(cell, order)
+
+
+def forget_errors(cell: Path) -> int:
+    """Take the records of samples that failed out of a cell, so that they are tried again; return their number.
+
+    Args:
+        cell: the folder of the cell.
+
+    Raises:
+        InUseError: if another process has the records open.
+    """
+    if not files_of(cell):
+        return 0
+    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    if lock is None:
+        raise InUseError(IN_USE.format(cell))
+    number = 0
+    with lock:
+        for file in files_of(cell):
+            records = list(read_lines(file))
+            good = [record for record in records if record["error"] is None]
+            if len(good) < len(records):
+                write_whole(file, "".join(json.dumps(record) + "\n" for record in good))
+                number += len(records) - len(good)
+    return number
+
+
 class RecordFile:
     """The open records of one cell, for one process.
 
@@ -92,27 +154,30 @@ class RecordFile:
         rank: number of this process among those that share the samples; None if it has them all.
 
     Raises:
-        InUseError: if another process has them open.
+        InUseError: if another process has them open: any other one if this process has all samples, otherwise one that
+            has them all or the same rank.
         OSError: if the folder cannot be written.
     """
 
     def __init__(self, cell: Path, rank: int | None = None) -> None:
         cell.mkdir(parents=True, exist_ok=True)
-        part = "" if rank is None else f".part-{rank}"
-        self.file = cell / (NAME if rank is None else f"records{part}.jsonl")
-        self._lock: IO[str] = (cell / f".lock{part}").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise InUseError(
-                f"another process writes to {cell}; wait for it, or give another --out. To share the work, use "
-                "--workers or --shard"
-            ) from None
-        self.done = done(cell)
-        kept = [json.dumps(record) + "\n" for record in read_lines(self.file)]
-        if self.file.is_file() and self.file.read_text() != "".join(kept):
-            write_whole(self.file, "".join(kept))  # a torn last line goes
+        self.file = cell / (NAME if rank is None else f"records.part-{rank}.jsonl")
+        wanted = [(LOCK, fcntl.LOCK_EX)] if rank is None else [(LOCK, fcntl.LOCK_SH), (f"{LOCK}.{rank}", fcntl.LOCK_EX)]
+        self._locks: list[IO[str]] = []
+        for name, kind in wanted:
+            lock = locked(cell / name, kind)
+            if lock is None:
+                self._unlock()
+                raise InUseError(IN_USE.format(cell))
+            self._locks.append(lock)
+        records = [one for other in files_of(cell) if other != self.file for one in read_lines(other)]
+        text = self.file.read_text() if self.file.is_file() else ""
+        own = list(_parsed(text, self.file))
+        whole = "".join(json.dumps(record) + "\n" for record in own)
+        if text != whole:
+            write_whole(self.file, whole)  # a torn last line goes
+        self.done = {record["sample"] for record in (*records, *own)}
+        self.failed = {record["sample"] for record in (*records, *own) if record.get("error") is not None}
         self._out = self.file.open("a")
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -129,8 +194,14 @@ class RecordFile:
 
     def close(self) -> None:
         """Close the file and let others in."""
-        self._out.close()
-        self._lock.close()
+        try:
+            self._out.close()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        for lock in self._locks:
+            lock.close()
 
     def __enter__(self) -> RecordFile:
         """Return itself."""

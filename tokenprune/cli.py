@@ -208,10 +208,14 @@ def evaluate(argv: Sequence[str]) -> int:
     from tokenprune.experiments.console import show
     from tokenprune.experiments.experiment import Cell, rank_and_world
     from tokenprune.experiments.publish import run_tracked
+    from tokenprune.experiments.records import forget_errors
 
     parser = experiment_parser("tokenprune evaluate", "Run one experiment, or go on with it; write a record a sample.")
     parser.add_argument("--out", default="tokenprune-runs", help="run directory")
     parser.add_argument("--wandb", type=str, help="W&B project; without a key the run stays on this machine")
+    parser.add_argument(
+        "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
+    )
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     own = Namespace()  # type: ignore[no-untyped-call]
     try:
@@ -220,6 +224,8 @@ def evaluate(argv: Sequence[str]) -> int:
         raise _user_error(error, parser) from error
     cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
     out = Path(own.out)
+    if own.retry_errors:
+        forget_errors(cell.folder(out))
     return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell), out, own.quiet)
 
 
@@ -242,6 +248,9 @@ def ablate(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the pictures, one a GPU")
     parser.add_argument("--shard", type=str, help="i/n: every n-th setting from the i-th on, for arrays of jobs")
     parser.add_argument("--wandb", type=str, help="W&B project; all settings are published when the grid is done")
+    parser.add_argument(
+        "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
+    )
     parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     config = _parsed(parser, argv)
@@ -251,7 +260,11 @@ def ablate(argv: Sequence[str]) -> int:
         print(f"{len(cells)} settings")
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
-    code = show(lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell), out, config.quiet)
+    code = show(
+        lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell, config.retry_errors),
+        out,
+        config.quiet,
+    )
     if config.wandb is not None and rank_and_world()[0] == 0:
         from tokenprune.experiments.publish import publish
 

@@ -9,11 +9,11 @@ from functools import partial
 from PIL import Image
 
 from tokenprune.experiments.tasks.base import Sample, Task
-from tokenprune.models.mini.boards import boards
+from tokenprune.models.mini.boards import boards, make_board
 
 
-def _same(picture: Image.Image) -> Image.Image:
-    return picture
+def _draw(index: int) -> Image.Image:
+    return make_board(index, "heldout").image
 
 
 @dataclass
@@ -33,7 +33,10 @@ class Boards(Task):
     def samples(self) -> Iterator[Sample]:
         """Yield the questions of each board."""
         for board in boards(self.number, "heldout", self.first):
-            group, picture = f"boards/{board.index}", partial(_same, board.image)
+            group, picture = (
+                f"boards/{board.index}",
+                partial(_draw, board.index),
+            )  # drawn again: pictures of all boards would fill the memory
             for place, question in enumerate(board.questions):
                 yield Sample(
                     id=f"{group}/{place}",

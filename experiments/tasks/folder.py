@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,11 @@ class Folder(Task):
     def __post_init__(self) -> None:
         """Check the options once."""
         if self.score_by not in METRICS:
-            raise ValueError(f"score_by={self.score_by!r} is not known; use one of {', '.join(METRICS)}")
+            near = difflib.get_close_matches(self.score_by, METRICS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"score_by={self.score_by!r} is not known{hint}; use one of {', '.join(METRICS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1; leave it out for all samples")
 
     @property
     def metric(self) -> str:
@@ -84,11 +89,11 @@ class Folder(Task):
         answer = next((row[name] for name in ANSWER if row.get(name) not in (None, "", [])), None)
         question = row.get("question") or self.question
         for name, value in (("image", picture), ("question", question), ("answer", answer)):
-            if not value:
+            if value in (None, "", []):
                 raise ValueError(f"{where}: there is no {name}; expected an object such as {_EXAMPLE}")
         answers = answer if isinstance(answer, list) else [answer]
         return Sample(
-            id=str(row.get("id") or f"{file.stem}/{number}"),
+            id=f"{file.stem}/{number}" if row.get("id") in (None, "") else str(row["id"]),
             group=str(picture),
             picture=partial(load_picture, str(file.parent / str(picture))),
             question=str(question),
@@ -103,10 +108,10 @@ _EXAMPLE = '{"image": "a.png", "question": "What is it?", "answer": "a star"}'
 
 def _lines(file: Path) -> Iterator[Any]:
     if file.suffix == ".csv":
-        with file.open(newline="") as text:
+        with file.open(newline="", encoding="utf-8-sig") as text:  # spreadsheets begin a file with a mark
             yield from csv.DictReader(text)
         return
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
