@@ -14,8 +14,11 @@ Metric = Callable[[str, Sequence[str]], float]
 
 
 def normalised(text: str) -> str:
-    """Return a text in lower case, without punctuation at its ends and with single spaces."""
-    return " ".join(text.lower().split()).strip(string.punctuation + " ")
+    """Return a text in lower case, without punctuation at its ends and with single spaces; a number keeps its minus."""
+    plain = " ".join(text.lower().split())
+    inner = plain.strip(string.punctuation + " ")
+    negative = re.match(r"[^\w-]*-\d", plain) is not None
+    return f"-{inner}" if negative else inner
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def runs(config: Mapping[str, Any], count: int | None = None, seed: int = 0) -> 
     Args:
         config: a sweep.
         count: at most so many; a random search needs it or `run_cap`.
-        seed: seed of a random search.
+        seed: seed of a random or Bayesian search.
 
     Raises:
         ValueError: if the sweep cannot be run here.
@@ -188,7 +189,7 @@ def runs(config: Mapping[str, Any], count: int | None = None, seed: int = 0) -> 
     if number is None:
         raise ValueError(f"method: {config['method']} has no end; give a count, or `run_cap` in the file")
     if config["method"] == "bayes":
-        return _bayes(config, number)
+        return _bayes(config, number, seed)
     parameters = leaves(config["parameters"])
     if config["method"] == "grid":
         draws: Iterator[Sequence[Any]] = itertools.product(*(_grid_values(spec) for _, spec in parameters))
@@ -253,8 +254,9 @@ def run_local(
         config_path: sweep file.
         command: what takes the words after `tokenprune` and returns an exit code; tokenprune itself if left out.
         count: at most so many runs.
-        seed: seed of a random search.
-        measure: returns the metric of a finished run by its parameters; `bayes` needs it.
+        seed: seed of a random or Bayesian search.
+        measure: returns the metric of a finished run by its parameters, for `bayes`; if left out, the mean score in
+            the records of `tokenprune evaluate`, which is `eval/score` at W&B.
 
     Returns:
         The exit codes of the runs that were started.
@@ -264,7 +266,12 @@ def run_local(
     """
     config = read(config_path)
     if config["method"] == "bayes" and measure is None:
-        raise ValueError(f"{config_path}: {NEEDS_SERVER}; run_local then needs `measure` too")
+        if (config.get("metric") or {}).get("name") != "eval/score":
+            raise ValueError(f"{config_path}: method: bayes needs `metric: {{name: eval/score, goal: maximize}}` here")
+
+        def measure(parameters: dict[str, Any]) -> float:
+            return mean_score(_after_program(words(config, parameters)))
+
     if "early_terminate" in config:
         log.warning("%s: early_terminate is for W&B's server; here every run goes to its end", config_path)
     run = _tokenprune if command is None else command
@@ -290,6 +297,32 @@ def run_local(
         except StopIteration:
             break
     return codes
+
+
+def mean_score(line: Sequence[str]) -> float:
+    """Return the mean score of a finished experiment from its records; samples that failed do not count.
+
+    Args:
+        line: the words after `tokenprune` that ran it.
+
+    Raises:
+        ValueError: if they run something else, or no sample was answered.
+    """
+    from jsonargparse import Namespace
+
+    from tokenprune.cli import evaluate_parser
+    from tokenprune.experiments.ablation import experiment_of
+    from tokenprune.experiments.experiment import Cell
+    from tokenprune.experiments.records import NAME, read_lines
+
+    if line[:1] != ["evaluate"]:
+        raise ValueError(f"method: bayes reads the records of `tokenprune evaluate`, not of {' '.join(line[:1])!r}")
+    own = Namespace()  # type: ignore[no-untyped-call]
+    cell = Cell(experiment_of(line[1:], evaluate_parser(), own), "")
+    scores = [row["score"] for row in read_lines(cell.folder(Path(own.out)) / NAME) if row["error"] is None]
+    if not scores:
+        raise ValueError(f"{cell.folder(Path(own.out))} has no answered sample")
+    return float(sum(scores) / len(scores))
 
 
 def _tokenprune(line: list[str]) -> int:
@@ -375,7 +408,7 @@ def _clean(value: float, step: float) -> float:
     return int(value) if isinstance(step, int) and float(value).is_integer() else float(f"{value:.12g}")
 
 
-def _bayes(config: Mapping[str, Any], number: int) -> Generator[dict[str, Any], float | None, None]:
+def _bayes(config: Mapping[str, Any], number: int, seed: int) -> Generator[dict[str, Any], float | None, None]:
     """Let W&B's library choose the runs.
 
     Raises:
@@ -385,11 +418,12 @@ def _bayes(config: Mapping[str, Any], number: int) -> Generator[dict[str, Any], 
         raise ValueError(NEEDS_SERVER)
     if not (config.get("metric") or {}).get("name"):
         raise ValueError("method: bayes needs a `metric` with name and goal")
-    return _bayes_runs(config, number)
+    return _bayes_runs(config, number, seed)
 
 
-def _bayes_runs(config: Mapping[str, Any], number: int) -> Generator[dict[str, Any], float | None, None]:
+def _bayes_runs(config: Mapping[str, Any], number: int, seed: int) -> Generator[dict[str, Any], float | None, None]:
     sweeps = importlib.import_module("sweeps")
+    np.random.seed(seed)  # what the library draws from; the same proposals again are what makes a stopped sweep go on
     done: list[Any] = []
     for _ in range(number):
         run = sweeps.next_run(dict(config), done)

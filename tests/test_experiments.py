@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from PIL import Image
 
 from tokenprune.cli import main
 from tokenprune.experiments import experiment as running
-from tokenprune.experiments.ablation import expand, experiment_of, in_words, shard_of
+from tokenprune.experiments.ablation import by_model, expand, experiment_of, in_words, shard_of
 from tokenprune.experiments.experiment import Cell, Experiment, run_cells
-from tokenprune.experiments.records import InUseError, RecordFile, done, merge, read_lines
-from tokenprune.experiments.tasks import Boards, Folder, tasks
+from tokenprune.experiments.records import InUseError, RecordFile, done, join, merge, read_lines
+from tokenprune.experiments.tasks import Boards, Folder, Sample, tasks
 from tokenprune.models import mini
 from tokenprune.strategies import SCOPE, HiRED, ImageDownsample, Random, UniformStride
 from tokenprune.strategies.components import RandomSelection
@@ -92,8 +94,25 @@ def test_a_torn_line_is_dropped_and_written_again(tmp_path: Path) -> None:
 def test_two_processes_cannot_write_the_same_records(tmp_path: Path) -> None:
     with RecordFile(tmp_path), pytest.raises(InUseError, match="another process writes to"):
         RecordFile(tmp_path)
-    with RecordFile(tmp_path, 0), RecordFile(tmp_path, 1):
-        pass  # parts of their own
+    with RecordFile(tmp_path, 0), RecordFile(tmp_path, 1):  # parts of their own
+        for rank in (None, 1):
+            with pytest.raises(InUseError):
+                RecordFile(tmp_path, rank)
+    with RecordFile(tmp_path), pytest.raises(InUseError):
+        RecordFile(tmp_path, 0)
+
+
+def test_parts_are_left_alone_while_somebody_writes_or_samples_are_missing(tmp_path: Path) -> None:
+    with RecordFile(tmp_path, 0) as one:
+        one.add({"sample": "a"})
+        join(tmp_path, ["a"])
+    join(tmp_path, ["a", "b"])
+    assert (tmp_path / "records.part-0.jsonl").is_file()
+    with RecordFile(tmp_path, 1) as other:
+        other.add({"sample": "b"})
+    join(tmp_path, ["a", "b"])
+    assert [row["sample"] for row in read_lines(tmp_path / "records.jsonl")] == ["a", "b"]
+    assert not list(tmp_path.glob("records.part*"))
 
 
 def test_parts_are_put_together_in_the_order_of_the_samples(tmp_path: Path) -> None:
@@ -128,7 +147,7 @@ def test_sharing_an_encoding_changes_nothing() -> None:
         for reducer in (HiRED(0.1), SCOPE(0.1), ImageDownsample(0.2), UniformStride(1.0))
     ]
     progress = run_cells(cells, Path("together"))
-    assert (progress.pictures, progress.encodes) == (2, 2)
+    assert (progress.pictures, progress.encodes, progress.more_encodes) == (2, 2, 2)
     for cell in cells:
         run_cells([cell], Path("alone"))
     assert without_times(records("together")) == without_times(records("alone"))
@@ -187,12 +206,31 @@ def test_an_unreadable_picture_is_an_error_record_and_the_run_goes_on(capsys: py
         "out",
         "--quiet",
     ]
-    assert main(words) == 1
-    assert "1 samples failed" in capsys.readouterr().err
+    for _ in range(2):  # the second time nothing is left to do, and the error still stands
+        assert main(words) == 1
+        assert "1 samples failed" in capsys.readouterr().err
     (found,) = records("out").values()
     assert [row["error"] is None for row in found] == [False, True]
     assert "not a picture" in found[0]["error"]
     assert found[1]["prediction"] == "4"
+    Image.open("good.png").save("bad.png")
+    assert main([*words, "--retry-errors"]) == 0
+    (found,) = records("out").values()
+    assert sorted((row["image"], row["prediction"]) for row in found) == [("bad.png", "4"), ("good.png", "4")]
+
+
+def test_samples_of_one_id_are_refused_before_anything_runs() -> None:
+    class Twice(Boards):
+        def samples(self) -> Iterator[Sample]:
+            yield from itertools.chain(super().samples(), super().samples())
+
+    with pytest.raises(ValueError, match="Twice: several samples have the id 'boards/1000/0'"):
+        run_cells([Cell(Experiment(task=Twice(1)), "x")], Path("out"))
+
+
+def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert running._commit() is None
 
 
 def test_a_strategy_that_cannot_run_on_the_model_is_named_before_anything_runs() -> None:
@@ -286,6 +324,7 @@ def test_a_directory_of_another_ablation_is_refused(capsys: pytest.CaptureFixtur
     assert main(["ablate", write(config), "--out", "out"]) == 0
     assert "0 (all was done)" in capsys.readouterr().err
     assert records("out") == before
+    assert main(["ablate", write({**config, "seed": 0, "dtype": "auto"}), "--out", "out", "--quiet"]) == 0
     assert "holds another ablation" in refused(capsys, "ablate", write({**config, "seed": 3}), "--out", "out")
     assert "no such file" in refused(capsys, "ablate", "nowhere.yaml")
 
@@ -355,6 +394,24 @@ def test_every_model_and_task_gets_its_own_rows() -> None:
     assert Counter(cell.role for cell in cells) == {"grid": 4, "full": 2, "baseline": 4 * 7}
 
 
+def test_all_models_and_tasks_are_looked_at_before_the_first_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    boards = {"class_path": "boards", "init_args": {"number": 1}}
+    lost = {"class_path": "folder", "init_args": {"path": "nowhere"}}
+    grid = {"task": [boards, lost], "model": ["mini", "./no_model"]}
+    said = refused(capsys, "ablate", write({"grid": grid}), "--out", "out")
+    assert "nowhere: no such file or folder" in said
+    assert "./no_model: no such folder" in said
+    assert not Path("out").exists()
+
+
+def test_strategies_with_different_text_models_do_not_share() -> None:
+    from tokenprune.strategies import CDPruner
+
+    reducers = [HiRED(), CDPruner(text_model="a"), CDPruner(text_model="b"), UniformStride()]
+    cells = [Cell(Experiment(reducer=one), str(number)) for number, one in enumerate(reducers)]
+    assert [[cell.name for cell in group] for group in by_model(cells)] == [["0", "1", "3"], ["2"]]
+
+
 def test_values_in_words() -> None:
     assert in_words({"class_path": "a.b.TopAttention", "init_args": {"layer": [1, 2]}}) == "TopAttention(layer=[1, 2])"
     assert in_words({"class_path": "TopNorm"}) == "TopNorm"
@@ -404,6 +461,45 @@ def test_what_is_wrong_with_a_file_is_said(text: str, message: str) -> None:
     Path("own.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         list(Folder("own.jsonl").samples())
+
+
+def picture(path: Path, colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), colour).save(path)
+
+
+def test_metadata_in_folders_below(tmp_path: Path) -> None:
+    for folder in ("train", "test"):
+        picture(tmp_path / folder / "deep" / "a.png", "red" if folder == "train" else "blue")
+        (tmp_path / folder / "metadata.csv").write_text(
+            "\ufefffile_name,question,answer\ndeep/a.png,What color?,red\n", encoding="utf-8"
+        )
+    one, other = Folder(str(tmp_path)).samples()
+    assert (one.id, other.id) == ("test/metadata/2", "train/metadata/2")
+    assert (one.group, other.group) == ("test/deep/a.png", "train/deep/a.png")
+    assert one.picture().getpixel((0, 0)) == (0, 0, 255)
+    assert other.picture().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_folders_named_by_their_label(tmp_path: Path) -> None:
+    for colour in ("red", "blue"):
+        picture(tmp_path / colour / "a.png", colour)
+    with pytest.raises(ValueError, match=r"--task.question"):
+        list(Folder(str(tmp_path)).samples())
+    found = list(Folder(str(tmp_path), question="What color?").samples())
+    assert [(one.id, one.answers) for one in found] == [("blue/a.png", ("blue",)), ("red/a.png", ("red",))]
+    assert found[0].picture().getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_answers_and_texts_that_look_empty_or_broken_are_neither() -> None:
+    rows = [
+        {"id": 0, "image": "a.png", "question": "How many?", "answer": 0},
+        {"image": "a.png", "question": "one\u2028two", "answer": "b"},
+    ]
+    Path("own.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    one, other = Folder("own.jsonl").samples()
+    assert (one.id, one.answers) == ("0", ("0",))
+    assert other.question == "one\u2028two"
 
 
 def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:

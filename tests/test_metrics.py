@@ -49,3 +49,9 @@ def test_scores_are_between_none_and_all(name: str) -> None:
     assert METRICS[name]("right", ["right"]) == 1.0
     assert METRICS[name]("quite another thing", ["right"]) == 0.0
     assert METRICS[name]("", ["right"]) == 0.0
+
+
+def test_a_minus_is_no_punctuation() -> None:
+    assert exact_match("-5", ["5"]) == 0.0
+    assert exact_match(" -5. ", ["-5"]) == exact_match("(-5)", ["-5"]) == 1.0
+    assert exact_match("- a star", ["a star"]) == 1.0

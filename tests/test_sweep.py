@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import re
@@ -265,8 +266,22 @@ def test_bayes_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "sweeps", None)
     with pytest.raises(ValueError, match="wandb sweep FILE"):
         sweep.runs(BAYES)
-    with pytest.raises(ValueError, match="measure"):
-        sweep.run_local(write(tmp_path, **BAYES), lambda line: 0)
+    other = {**BAYES, "metric": {"name": "loss", "goal": "minimize"}}
+    with pytest.raises(ValueError, match="eval/score"):
+        sweep.run_local(write(tmp_path, **other), lambda line: 0)
+
+
+def test_the_score_of_a_run_is_read_from_its_records(tmp_path: Path) -> None:
+    line = ["evaluate", "--reducer.budget=0.1", f"--out={tmp_path}", "--quiet=True"]
+    with pytest.raises(ValueError, match="no answered sample"):
+        sweep.mean_score(line)
+    folder = tmp_path / "cells" / parsed(["evaluate", "--reducer.budget=0.1"]).hash()
+    folder.mkdir(parents=True)
+    rows = [{"score": 1.0, "error": None}, {"score": 0.5, "error": None}, {"score": 0.0, "error": "x"}]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sweep.mean_score(line) == 0.75
+    with pytest.raises(ValueError, match="not of 'check'"):
+        sweep.mean_score(["check"])
 
 
 def test_bayes_hands_results_to_wandbs_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

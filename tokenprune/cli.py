@@ -200,15 +200,9 @@ def bench(argv: Sequence[str]) -> None:
     print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
 
 
-def evaluate(argv: Sequence[str]) -> int:
-    """Run the command `evaluate`; the exit code is 1 if samples failed."""
-    from jsonargparse import Namespace
-
-    from tokenprune.experiments.ablation import experiment_of, experiment_parser
-    from tokenprune.experiments.console import show
-    from tokenprune.experiments.experiment import Cell, rank_and_world
-    from tokenprune.experiments.publish import run_tracked
-    from tokenprune.experiments.records import forget_errors
+def evaluate_parser() -> ArgumentParser:
+    """Return the parser of `tokenprune evaluate`."""
+    from tokenprune.experiments.ablation import experiment_parser
 
     parser = experiment_parser("tokenprune evaluate", "Run one experiment, or go on with it; write a record a sample.")
     parser.add_argument("--out", default="tokenprune-runs", help="run directory")
@@ -217,6 +211,20 @@ def evaluate(argv: Sequence[str]) -> int:
         "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
     )
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
+    return parser
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Run the command `evaluate`; the exit code is 1 if samples failed."""
+    from jsonargparse import Namespace
+
+    from tokenprune.experiments.ablation import experiment_of
+    from tokenprune.experiments.console import show
+    from tokenprune.experiments.experiment import Cell, rank_and_world
+    from tokenprune.experiments.publish import run_tracked
+    from tokenprune.experiments.records import forget_errors
+
+    parser = evaluate_parser()
     own = Namespace()  # type: ignore[no-untyped-call]
     try:
         experiment = experiment_of(list(argv), parser, own)
