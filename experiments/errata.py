@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import find_adapter
-from tokenprune.experiments.heldout import Results, interval, measure, text_guided
+from tokenprune.experiments.heldout import Results, in_points, measure, text_guided
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
@@ -228,9 +228,7 @@ def report(known: list[Deviation], results: Results, shares: dict[str, tuple[flo
     for one in known:
         name = f"{one.method}: {one.what}"
         pairs = zip(results.of((name, budget)), results.of((one.method, budget)), strict=True)
-        mean, low, high = interval([a - b for a, b in pairs])
-        seen = "no difference seen" if low <= 0 <= high else "difference seen"
-        points = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {seen}"
+        points = in_points([a - b for a, b in pairs])
         lines.append(f"| {name} | {shares[name][0]:.1%} | {shares[name][1]:.1%} | {points} |")
     return "\n".join(lines)
 

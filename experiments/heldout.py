@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.catalogue import strategies
+from tokenprune.experiments import statistics
 from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
@@ -130,12 +131,20 @@ def interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -> tupl
         seed: seed of the bootstrap.
         draws: bootstrap samples.
     """
-    sums = np.array([board.sum() for board in right], dtype=float)
-    sizes = np.array([len(board) for board in right], dtype=float)
-    chosen = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
-    means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / sizes.sum()), float(low), float(high)
+    boards_of = [f"{number:09}" for number, board in enumerate(right) for _ in board]
+    found = statistics.interval(np.concatenate(right), boards_of, seed, draws)
+    return found.mean, found.low, found.high
+
+
+def in_points(difference: Sequence[Answers]) -> str:
+    """Return a paired difference in points with its interval, and what it says in words.
+
+    Args:
+        difference: per board, the difference of 1 or 0 for each question.
+    """
+    mean, low, high = interval(difference)
+    seen = "difference seen" if low > 0 or high < 0 else "no difference seen"
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {seen}"
 
 
 @dataclass

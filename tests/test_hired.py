@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.build import encoded
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.experiments.emulated import exchanged
+from tokenprune.image import SEPARATOR, EncodedImage, TileGeometry
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components.allocation import VisualContentAllocation
@@ -83,16 +84,9 @@ def reached(kept: Tensor, image_size: tuple[int, int], true_grid: tuple[int, int
     tokens, with the picture's true height and width; (3) it happens after selection: chosen tokens that it cuts away
     are gone; (4) no newline tokens. The base tile is not touched. Nothing else of the model is emulated.
     """
-    rows, cols = true_grid[1], true_grid[0]
-    canvas = kept[1:].view(rows, cols, SIDE, SIDE).permute(0, 2, 1, 3).reshape(rows * SIDE, cols * SIDE)
-    height, width = image_size
-    if width / height > canvas.shape[1] / canvas.shape[0]:
-        cut = (canvas.shape[0] - int(round(height * (canvas.shape[1] / width), 7))) // 2
-        canvas = canvas[cut : canvas.shape[0] - cut]
-    else:
-        cut = (canvas.shape[1] - int(round(width * (canvas.shape[0] / height), 7))) // 2
-        canvas = canvas[:, cut : canvas.shape[1] - cut]
-    return int(kept[0].sum()) + int(canvas.sum())
+    layout = TileGeometry.anyres(image_size, true_grid, (SIDE, SIDE), 336)
+    places = exchanged(layout, image_size, 336)
+    return int(kept.flatten()[places[places != SEPARATOR]].sum())
 
 
 PUBLISHED = [  # measured on the release: image size, tile grid, budget, asked, in the mask, reached the LLM
