@@ -29,7 +29,8 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Board, boards, make_board
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
-from tokenprune.strategies import FasterVLM, GlobalCom2, HiRED, HoloV, PruMerge, UniformStride, VisPruner
+from tokenprune.strategies import TRIM, FasterVLM, GlobalCom2, HiRED, HoloV, PruMerge, UniformStride, VisPruner
+from tokenprune.strategies.trim import OutlierAllocation, outlier_share
 
 BATCH = 8
 """Pictures of a batch."""
@@ -68,12 +69,16 @@ class Shown:
     encoding: Encoding
     earlier: Sequence[Encoding]
 
+    def asked(self, image: EncodedImage) -> EncodedImage:
+        """Return a picture with the first question of the board."""
+        asked = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
+        text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
+        return replace(image, signals={**image.signals, **text})
+
     def fed(self, encoding: Encoding, reducer: TokenReducer) -> Fed:
         """Return what a strategy leaves of an encoding. Strategies that read a question count for the first one."""
         image = encoding.images[-1]
-        asked = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
-        text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
-        kept = reducer.reduce(replace(image, signals={**image.signals, **text})).kept.flatten()
+        kept = reducer.reduce(self.asked(image)).kept.flatten()
         layout = image.geometry
         rows = torch.cumsum(layout.packed == SEPARATOR, dim=0).tolist()
         places = zip(layout.packed.tolist(), rows, strict=True)
@@ -197,6 +202,37 @@ def outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
     everything = shown.fed(shown.encoding, UniformStride(1.0)).tokens
     tokens = frozenset(token for token in everything if bool(kept[token[1]]))  # type: ignore[index]
     return Fed(*as_it_is(shown.encoding, features), tokens)
+
+
+@dataclass
+class OutliersOfBatch(OutlierAllocation):
+    """TRIM's adaptive share as in a batch: outliers are counted over all of it.
+
+    Args:
+        others: softmaxed scores of the other pictures, one list.
+    """
+
+    others: list[float] = field(default_factory=list)
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Return the number of outliers per tile."""
+        share = outlier_share(torch.cat([scores.softmax(dim=1).flatten(), scores.new_tensor(self.others)]))
+        return [min(int(scores.shape[1] * share) + self.extra, room) for room in capacity]
+
+
+def adaptive(allocation: OutlierAllocation) -> TRIM:
+    """Return the repaired TRIM with a share that is found from outliers."""
+    return replace(text_guided()[2], budget=1.0, allocation=allocation)
+
+
+def relevance_outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
+    """Feed what TRIM's adaptive share leaves of the last picture of a batch whose pictures are all asked one thing."""
+    score, others = adaptive(OutlierAllocation()).selection.score, []
+    for encoding in shown.earlier[1 - BATCH :]:
+        scores = score(shown.asked(encoding.images[0]))
+        scores = scores.masked_fill(~encoding.images[0].geometry.valid, -torch.inf)
+        others += scores.softmax(dim=1).flatten().tolist()
+    return shown.fed(shown.encoding, adaptive(OutliersOfBatch(others=others)))
 
 
 def base_tile(encoding: Encoding) -> Encoding:
@@ -377,6 +413,13 @@ def emulations() -> list[Emulation]:
             outliers_of_a_batch,
             has_budget=False,
         ),
+        Emulation(
+            "TRIM",
+            "outliers counted over a batch of 8",
+            plain(lambda _: adaptive(OutlierAllocation())),
+            relevance_outliers_of_a_batch,
+            has_budget=False,
+        ),
         *(
             Emulation(name, what, own, regridded(make, two_by_two, as_many))
             for name, own, make in grids
@@ -402,7 +445,7 @@ def encode(model: Any, processor: Any, board: Board, grid: Grid | None = None) -
         board: the board.
         grid: rows x cols of the sub-images; the model's own choice if left out.
     """
-    readers = (HiRED(), GlobalCom2(), HoloV(), PruMerge.release(), VisPruner(), text_guided()[0])
+    readers = (HiRED(), GlobalCom2(), HoloV(), PruMerge.release(), VisPruner(), *text_guided())
     needs: list[Signal] = [signal for reducer in readers for signal in reducer.needs]
     config = model.config
     own = config.image_grid_pinpoints

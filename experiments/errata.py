@@ -5,7 +5,7 @@ Run it: ``python -m tokenprune.experiments.errata``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,8 +20,10 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import (
+    HERO,
     SCOPE,
     TOPS,
+    VTCCLS,
     DivPrune,
     FasterVLM,
     GlobalCom2,
@@ -41,10 +43,13 @@ from tokenprune.strategies.components import (
     MergedLast,
     NeighbourMerging,
     TextRelevance,
+    TopAttention,
+    TopRelevance,
     VisualContentAllocation,
 )
 from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
 from tokenprune.strategies.globalcom2 import GuidedAllocation
+from tokenprune.strategies.hero import SaliencyAndRelevance
 from tokenprune.strategies.tops import OptimalPreservation
 
 LOW, HIGH = -0.545, 0.564
@@ -90,6 +95,16 @@ class StretchedOverBatch(ConditionalDiversity):
         relevance = self.relevance.relevance(image)
         low = relevance.min().clamp(max=self.low)
         return (relevance - low + 1e-6) / (relevance.max().clamp(min=self.high) - low)
+
+
+@dataclass
+class RoundedDown(SaliencyAndRelevance):
+    """HERO as its published files have it: the tokens of each tile are rounded down, and nothing is given back."""
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        """Return the whole part of each tile's share, at most what it can keep."""
+        thousandths = super().allocate(image, 1000 * total, [1000 * total * room for room in capacity], scores)
+        return [min(share // 1000, room) for share, room in zip(thousandths, capacity, strict=True)]
 
 
 def deviations() -> list[Deviation]:
@@ -164,7 +179,15 @@ def deviations() -> list[Deviation]:
                 "all three, in the order of the release": VisionZip(merging=contextual, order=order),
             },
         ),
-        *of(trim, {"merged token after the others": replace(trim, order=MergedLast())}),
+        *of(
+            trim,
+            {
+                "merged token after the others": replace(trim, order=MergedLast()),
+                "cosines instead of dot products": replace(trim, selection=TopRelevance(whole)),
+            },
+        ),
+        *of(VTCCLS(), {"the last 30 % of the layers instead of three": VTCCLS(selection=TopAttention(layer=[-3, -2]))}),
+        *of(HERO(text_model="mini"), {"rounding down": HERO(text_model="mini", allocation=RoundedDown())}),
         *of(
             cdpruner,
             {

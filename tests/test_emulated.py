@@ -11,11 +11,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.build import best_grid, encoded
 from tokenprune.experiments import emulated
 from tokenprune.experiments.emulated import Shown
+from tokenprune.experiments.errata import RoundedDown
 from tokenprune.image import SEPARATOR, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS, TILE, make_board
 from tokenprune.models.mini.evaluate import ask
 from tokenprune.strategies import HiRED, HoloV, PruMerge
+from tokenprune.strategies.hero import SaliencyAndRelevance
+from tokenprune.strategies.trim import OutlierAllocation
 
 NARROW = TileGeometry.anyres((8, 12), (1, 2), (4, 4), 8)
 """Two tiles side by side on a canvas of 4 x 8 tokens, of which one column is padding at each side."""
@@ -70,6 +73,25 @@ def test_pictures_together_are_pruned_by_the_outliers_of_all() -> None:
     alone = [PruMerge.release().reduce(image).kept for image in images]
     assert torch.equal(PruMerge.release().reduce(emulated.together(images[:1])).kept, alone[0])
     assert not torch.equal(PruMerge.release().reduce(batch).kept, torch.cat(alone))
+
+
+def test_a_share_of_outliers_counts_the_other_pictures() -> None:
+    image, values = encoded(NARROW), torch.zeros(3, 16)
+    values[:, 0] = 9.0  # one outlier in every tile
+    assert OutlierAllocation(extra=0).allocate(image, 0, [16] * 3, values) == [1, 1, 1]
+    with_many = emulated.OutliersOfBatch(extra=0, others=[0.5] * 12 + [1e-4] * 68)
+    assert with_many.allocate(image, 0, [16] * 3, values) == [1, 1, 1]  # 15 of 128
+    flat = emulated.OutliersOfBatch(extra=0, others=[1e-4] * 80)
+    assert flat.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
+
+
+def test_rounding_down_gives_nothing_back() -> None:
+    image = encoded(TileGeometry.anyres((16, 16), (2, 2), (4, 4), 8))
+    exact = SaliencyAndRelevance(saliency=1.0).allocate(image, 22, [16] * 5, torch.zeros(5, 16))
+    down = RoundedDown(saliency=1.0).allocate(image, 22, [16] * 5, torch.zeros(5, 16))
+    assert sum(exact) == 22
+    assert 18 <= sum(down) < 22
+    assert all(0 <= one - other <= 1 for one, other in zip(exact, down, strict=True))
 
 
 def test_the_second_picture_reads_the_attention_of_the_first() -> None:
@@ -149,7 +171,7 @@ def test_one_board_is_measured_with_every_emulation() -> None:
         assert len(pairs.own[0]) == len(pairs.deviating[0])
         assert there > 0
     assert {known[place].method for place, _ in found} == {
-        "HiRED", "GlobalCom2", "HoloV", "PruMerge", "VisPruner", "CDPruner", "FasterVLM",
+        "HiRED", "GlobalCom2", "HoloV", "PruMerge", "VisPruner", "CDPruner", "FasterVLM", "TRIM",
     }  # fmt: skip
     same = [pairs for (place, _), pairs in found.items() if known[place].method == "FasterVLM"]
     assert same[0].tokens[0][1] == 0  # this board gets its own grid, so nothing moves
