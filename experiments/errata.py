@@ -45,6 +45,7 @@ from tokenprune.strategies.components import (
     TextRelevance,
     TopAttention,
     TopRelevance,
+    UniformAllocation,
     VisualContentAllocation,
 )
 from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
@@ -121,6 +122,7 @@ def deviations() -> list[Deviation]:
     contextual = ContextualMerging(combine="sum", spacing="step", cls=True)
     order = VisionZip.release().order
     whole = TextRelevance(sign="aligned")
+    even = UniformAllocation(rounding="floor")
     few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
     return [
         *of(
@@ -149,6 +151,7 @@ def deviations() -> list[Deviation]:
             {
                 "neighbours run over the ends of rows": HiPrune(selection=AnchorsBuffersRegisters(wrap=True)),
                 "newlines dropped": HiPrune(newlines="drop"),
+                "rounding down, padding paid for": HiPrune(allocation=even, padding="ignore"),
             },
         ),
         *of(HoloV(), {"the release": HoloV.release()}),
