@@ -392,7 +392,13 @@ def emulations() -> list[Emulation]:
             second_picture(HiRED, shared_mask, part=base_tile),
         ),
         Emulation("GlobalCom2", "tokens at their number inside the unpadded tile", globalcom2, wrong_places),
-        Emulation("GlobalCom2", "the same, boards padded sideways only", globalcom2, wrong_places, padded_sideways),
+        Emulation(
+            "GlobalCom2",
+            "tokens at their number, boards padded at the sides only",
+            globalcom2,
+            wrong_places,
+            padded_sideways,
+        ),
         Emulation(
             "GlobalCom2",
             "second picture of a batch by the attention of the first",
@@ -428,7 +434,7 @@ def emulations() -> list[Emulation]:
         Emulation("FasterVLM", "tile grid by the largest used share", faster, regridded(FasterVLM, largest_used_share)),
         Emulation(
             "FasterVLM",
-            "the same, boards with another grid only",
+            "that grid, boards where it is another one only",
             faster,
             regridded(FasterVLM, largest_used_share),
             gridded_otherwise,
