@@ -119,7 +119,7 @@ class HERO(ComponentReducer):
     """
 
     published: ClassVar[str] = "arXiv 2509.13067"
-    parity: ClassVar[str] = "release(): 6/6 official cases"
+    parity: ClassVar[str] = "release(): 6/6 transcribed cases"
 
     allocation: AllocationPolicy = field(default_factory=SaliencyAndRelevance, kw_only=True)
     selection: SelectionPolicy = field(default_factory=EarlyAndLateAttention, kw_only=True)
