@@ -16,22 +16,14 @@ from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
 from tests.test_statistics import board_records, cell, failed, record, write_cell
-from tokenprune.experiments.report import (
-    PALETTE,
-    budget_text,
-    cell_rows,
-    contents,
-    figures,
-    interval_text,
-    latex,
-    main,
-    number_text,
-    p_text,
-    rows,
-    styles,
-    write_parquet,
-    write_report,
-)
+from tokenprune.experiments.report import main, write_report
+from tokenprune.experiments.report.contents import contents
+from tokenprune.experiments.report.figures import figures
+from tokenprune.experiments.report.files import cell_rows, write_parquet
+from tokenprune.experiments.report.latex import latex
+from tokenprune.experiments.report.looks import PALETTE, styles
+from tokenprune.experiments.report.rows import rows
+from tokenprune.experiments.report.words import budget_text, interval_text, number_text, p_text
 from tokenprune.experiments.statistics import Interval, Results, read
 
 BUDGETS = (0.1, 0.2)
