@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tokenprune.configure import as_config, content_of, one_line, prepare
 from tokenprune.experiments.experiment import Cell, Experiment, Progress, lacking, rank_and_world, run_cells
 from tokenprune.experiments.loading import outline
+from tokenprune.experiments.pictures import PICTURES
 from tokenprune.experiments.records import forget_errors, write_whole
 from tokenprune.experiments.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
@@ -274,6 +275,7 @@ def ablate(
     workers: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
     retry_errors: bool = False,
+    pictures: int = PICTURES,
 ) -> Progress:
     """Run an ablation, or go on with it.
 
@@ -286,6 +288,7 @@ def ablate(
         workers: processes that share the pictures, one a GPU where there are GPUs.
         tell: is told after every record.
         retry_errors: try the samples again that failed before.
+        pictures: so many pictures of a model and task are stored for reports.
 
     Raises:
         ValueError: if the configuration is not valid.
@@ -306,18 +309,27 @@ def ablate(
         for cell in itertools.chain(*groups):
             forget_errors(cell.folder(out))
     if workers > 1 and world == 1:
-        return _shared(path, shard, out, workers, tell)
-    return _run(groups, out, rank, world, tell)
+        return _shared(path, shard, out, workers, tell, pictures)
+    return _run(groups, out, rank, world, tell, pictures)
 
 
 def _run(
-    groups: Sequence[Sequence[Cell]], out: Path, rank: int, world: int, tell: Callable[[Progress], None]
+    groups: Sequence[Sequence[Cell]],
+    out: Path,
+    rank: int,
+    world: int,
+    tell: Callable[[Progress], None],
+    pictures: int,
 ) -> Progress:
     """Run the cells of each model and task, one after the other."""
     total = Progress(0)
     for group in groups:
         before = total
-        total = _added(before, run_cells(group, out, rank, world, lambda now, b=before: tell(_added(b, now))))  # type: ignore[misc]
+
+        def tell_all(now: Progress, before: Progress = before) -> None:
+            tell(_added(before, now))
+
+        total = _added(before, run_cells(group, out, rank, world, tell_all, pictures=pictures))
     return total
 
 
@@ -345,7 +357,7 @@ SECONDS = 0.2
 """A worker says so often how far it is."""
 
 
-def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any) -> None:
+def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any, pictures: int) -> None:
     """Run as one of several workers, which tells its parent how far it is and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     parent = multiprocessing.parent_process()
@@ -367,18 +379,20 @@ def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: 
     try:
         # Built anew from the file, which loads plug-ins too: their classes cannot be sent from process to process.
         groups = by_model(shard_of(expand(load_config(path)), shard))
-        told.put((rank, _run(groups, out, rank, world, tell)))
+        told.put((rank, _run(groups, out, rank, world, tell, pictures)))
     except Exception as error:
         print(f"tokenprune: worker {rank}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _shared(path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None]) -> Progress:
+def _shared(
+    path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None], pictures: int
+) -> Progress:
     """Run several workers; the last one puts their records together."""
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     processes = [
-        context.Process(target=_work, args=(path, shard, out, rank, workers, told), daemon=True)
+        context.Process(target=_work, args=(path, shard, out, rank, workers, told, pictures), daemon=True)
         for rank in range(workers)
     ]
     found: dict[int, Progress] = {}

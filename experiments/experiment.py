@@ -26,6 +26,7 @@ from tokenprune.attach import Run
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
 from tokenprune.experiments.loading import load, model_inputs
+from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
 from tokenprune.experiments.records import RecordFile, join, merge, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
 from tokenprune.image import Signal
@@ -33,7 +34,7 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 
-PICTURES = 4
+WATCHED = 4
 """So many pictures of a run keep their pixels for those who watch it."""
 PACKAGES = ("tokenprune", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
 """Whose versions can change a result."""
@@ -154,6 +155,7 @@ def run_cells(
     world: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
     watch: Watch | None = None,
+    pictures: int = PICTURES,
 ) -> Progress:
     """Run experiments that share model and task; what has a record already is not done again.
 
@@ -166,6 +168,8 @@ def run_cells(
         world: number of these processes.
         tell: is told after every record.
         watch: is given every record and the selection behind it, which carries pixels for the first few pictures.
+        pictures: so many pictures are stored in the run directory, with the kept tokens in their records, for reports;
+            evenly spread over the task.
 
     Returns:
         What was done; `Progress.errors` counts samples that have an error record.
@@ -204,11 +208,12 @@ def run_cells(
             for cell in cells:
                 write_whole(cell.folder(out) / "environment.json", json.dumps(environment(model), indent=1))
             passes = stack.enter_context(_counted_passes(model))
-            for group in mine:
+            for number, group in list(enumerate(groups))[rank::world]:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
-                pictures = int(watch is not None and progress.pictures < PICTURES)
+                keep = out if is_stored(number, len(groups), pictures) else None
+                watched = watch is not None and progress.pictures < WATCHED
                 for cell, file, record, selection in _records(
-                    model, processor, group, pending, progress, pictures, passes
+                    model, processor, group, pending, progress, keep, watched, passes
                 ):
                     file.add(record)
                     _count(progress, cell, record)
@@ -325,10 +330,11 @@ def _records(
     group: Sequence[Sample],
     pending: Sequence[Pending],
     progress: Progress,
-    pictures: int,
+    out: Path | None,
+    watched: bool,
     passes: Sequence[int],
 ) -> Iterator[tuple[Cell, RecordFile, dict[str, Any], Selection | None]]:
-    """Yield the missing records of all cells for one picture, encoded once."""
+    """Yield the missing records of all cells for one picture, encoded once, and stored if `out` is a run directory."""
     if not any(missing for _, _, missing in pending):
         return
     text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
@@ -339,8 +345,10 @@ def _records(
         began = time.perf_counter()
         with torch.no_grad():
             inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
-            encoding = find_adapter(model).encode(inputs, needs, pictures, text_model)
+            encoding = find_adapter(model).encode(inputs, needs, 0, text_model)
         encode_ms = (time.perf_counter() - began) * 1000
+        if out is not None or watched:  # not while the clock runs
+            encoding = with_pixels(encoding, find_adapter(model), inputs)
     except Exception as error:  # one bad picture must not end a night's run
         for cell, file, missing in pending:
             for sample in missing:
@@ -348,6 +356,10 @@ def _records(
         return
     progress.pictures += 1
     progress.encodes += passes[0] - before
+    name, pixels = None, encoding.images[0].pixels
+    if out is not None and pixels is not None:
+        shared = pending[0][0].experiment
+        name = store(out, picture_name(shared.model, as_config(shared.task), group[0].group), pixels)
     prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
 
     def text_of(questions: Sequence[str]) -> Mapping[str, Any]:
@@ -372,6 +384,8 @@ def _records(
                 records, selections = [_failed(sample, error) for sample in batch], [None] * len(batch)
             progress.more_encodes += passes[0] - before
             for record, selection in zip(records, selections, strict=True):
+                record["picture"] = name
+                record["selection"] = in_record(selection) if name is not None and selection is not None else None
                 if record["sample"] in due:
                     yield cell, file, record, selection
 
@@ -455,4 +469,6 @@ def _record(
         **numbers,
         "image": sample.group,
         "error": error,
+        "picture": None,
+        "selection": None,
     }

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from tokenprune.experiments.experiment import Cell, Progress, run_cells
-from tokenprune.experiments.records import read_lines
+from tokenprune.experiments.pictures import PICTURES, from_record
+from tokenprune.experiments.records import files_of, read_lines
+from tokenprune.experiments.statistics import short
 from tokenprune.experiments.tracking import Tracker, tracked
 from tokenprune.selection import Selection
 
@@ -19,7 +21,13 @@ OVERLAYS = 4
 
 
 def run_tracked(
-    cell: Cell, out: Path, project: str | None, rank: int, world: int, tell: Callable[[Progress], None]
+    cell: Cell,
+    out: Path,
+    project: str | None,
+    rank: int,
+    world: int,
+    tell: Callable[[Progress], None],
+    pictures: int = PICTURES,
 ) -> Progress:
     """Run one experiment and track it, with pictures of the kept tokens.
 
@@ -30,9 +38,10 @@ def run_tracked(
         rank: number of this process; only the first one tracks.
         world: number of processes.
         tell: is told after every record.
+        pictures: so many pictures are stored for reports.
     """
     if project is None or rank:
-        return run_cells([cell], out, rank, world, tell)
+        return run_cells([cell], out, rank, world, tell, pictures=pictures)
     with tracked(project, **_options(cell.describe(), cell.experiment.config(), out, "evaluate")) as tracker:
         before = _replay(tracker, cell.folder(out))
         drawn: set[str] = set(before)
@@ -49,7 +58,8 @@ def run_tracked(
                 drawn.add(picture)
                 tracker.overlay(picture, selection)
 
-        progress = run_cells([cell], out, rank, world, tell, watch)
+        progress = run_cells([cell], out, rank, world, tell, watch, pictures)
+        tracker.pareto(_points(out)[_setting(cell.experiment.config())])
         tracker.finish({}, _files(cell.folder(out)))
     return progress
 
@@ -64,23 +74,60 @@ def publish(out: Path, project: str) -> int:
     Returns:
         Number of experiments.
     """
-    points = []
-    folders = sorted(file.parent for file in (out / "cells").glob("*/cell.json"))
+    folders = _folders(out)
     for folder in folders:
-        said = json.loads((folder / "cell.json").read_text())
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        said, config = _about(folder)
         with tracked(project, **_options(said, config, out, said["role"])) as tracker:
             _replay(tracker, folder)
+            _draw(tracker, out, folder)
             tracker.finish({}, _files(folder))
-        rows = [row for row in read_lines(folder / "records.jsonl") if row["error"] is None]
-        if rows:
-            kept, score = (sum(row[name] for row in rows) / len(rows) for name in ("kept", "score"))
-            points.append({"name": said["name"], "kept": kept, "score": score})
     whole = {"group": out.name, "job_type": "summary", "name": f"{out.name} summary", "directory": out.resolve()}
+    points = _points(out)
     with tracked(project, **whole) as tracker:
-        tracker.pareto(points)
+        for number, part in enumerate(points.values(), start=1):
+            tracker.pareto(part, "pareto" if len(points) == 1 else f"pareto-{number}")
         tracker.finish({}, [file for file in [out / "ablation.yaml"] if file.is_file()])
     return len(folders)
+
+
+def _folders(out: Path) -> list[Path]:
+    return sorted(file.parent for file in (out / "cells").glob("*/cell.json"))
+
+
+def _about(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an experiment is called, and its configuration."""
+    return json.loads((folder / "cell.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def _points(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return kept tokens and score of all experiments, those of one model and task together: no others compare."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in _folders(out):
+        said, config = _about(folder)
+        rows = [row for file in files_of(folder) for row in read_lines(file) if row["error"] is None]
+        points = found.setdefault(_setting(config), [])
+        if rows:
+            kept, score = (sum(row[name] for row in rows) / len(rows) for name in ("kept", "score"))
+            model, task = str(config["model"]), short(config["task"])
+            points.append({"name": said["name"], "kept": kept, "score": score, "model": model, "task": task})
+    return found
+
+
+def _setting(config: Mapping[str, Any]) -> str:
+    return json.dumps([config["model"], config["task"]], sort_keys=True)
+
+
+def _draw(tracker: Tracker, out: Path, folder: Path) -> None:
+    """Give a tracker the kept tokens of the first few pictures that are stored."""
+    drawn: set[str] = set()
+    for record in read_lines(folder / "records.jsonl"):
+        if len(drawn) == OVERLAYS:
+            return
+        picture = str(record["group"])
+        selection = None if picture in drawn else from_record(out, record)
+        if selection is not None:
+            drawn.add(picture)
+            tracker.overlay(picture, selection)
 
 
 def _options(said: Mapping[str, Any], config: Mapping[str, Any], out: Path, job: str) -> dict[str, Any]:

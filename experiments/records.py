@@ -76,12 +76,12 @@ def merge(cell: Path, order: Sequence[str]) -> None:
         file.unlink()
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that it is there as a whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as out:
-            out.write(text)
+        with temporary.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)

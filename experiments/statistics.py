@@ -196,11 +196,13 @@ class Results:
         name: name of the directory.
         cells: the experiments.
         notes: what a reader should know about how complete they are.
+        directory: where they were read.
     """
 
     name: str
     cells: Sequence[Cell]
     notes: Sequence[str] = ()
+    directory: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def read(directory: Path) -> Results:
         raise ValueError(
             f"{directory} holds no record; expected {LAYOUT}. Run one of them to the end, or a little longer."
         )
-    return Results(directory.resolve().name, _in_order(cells), notes)
+    return Results(directory.resolve().name, _in_order(cells), notes, directory)
 
 
 def read_records(path: Path) -> tuple[list[Record], bool]:
@@ -640,6 +642,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     )
     front: list[int] = []
     for place in order:
-        if not front or points[place][1] > points[front[-1]][1]:
+        # Two at the same point do not beat each other.
+        if not front or points[place][1] > points[front[-1]][1] or points[place] == points[front[-1]]:
             front.append(place)
     return front

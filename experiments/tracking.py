@@ -12,7 +12,6 @@ Names in the run: `eval/*` (over `eval/tokens_kept`) and `perf/*` hold the resul
 from __future__ import annotations
 
 import logging
-import math
 import netrc
 import os
 import re
@@ -26,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from tokenprune.experiments.statistics import pareto
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -223,20 +224,23 @@ class Tracker:
         self._run.log({f"vis/selection/{_plain(name)}": wandb.Image(pixels, caption=caption, masks=masks)})
 
     @_harmless
-    def pareto(self, points: Sequence[Mapping[str, Any]]) -> None:
+    def pareto(self, points: Sequence[Mapping[str, Any]], name: str = "pareto") -> None:
         """Log score over kept tokens of several experiments, as a table and as a plot.
 
         Args:
             points: mappings with name, kept and score, and whatever else belongs in the table.
+            name: name of the plot.
         """
+        if not points:
+            return
         import wandb
 
         columns = list(dict.fromkeys(key for point in points for key in point))
-        front = pareto_front(points)
+        front = set(pareto([(point["kept"], point["score"]) for point in points]))
         rows = [[*(_cell(point.get(key)) for key in columns), number in front] for number, point in enumerate(points)]
         table = wandb.Table(columns=[*columns, "front"], data=rows, allow_mixed_types=True)
         title = "Score over kept visual tokens"
-        self._run.log({"vis/pareto": wandb.plot.scatter(table, x="kept", y="score", title=title)})
+        self._run.log({f"vis/{_plain(name)}": wandb.plot.scatter(table, x="kept", y="score", title=title)})
 
     def finish(self, summary: Mapping[str, Any] | None = None, files: Sequence[str | Path] = ()) -> None:
         """Log the results and end the run.
@@ -385,22 +389,6 @@ def picture_and_mask(selection: Selection) -> tuple[NDArray[np.uint8], NDArray[n
         pixels[top : top + height, left : left + width] = tile
         mask[top : top + height, left : left + width] = classes[row_of][:, col_of]
     return pixels, mask
-
-
-def pareto_front(points: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the numbers of the points that no other beats: a higher score for as few tokens, or as high for fewer.
-
-    Args:
-        points: mappings with kept and score.
-    """
-    order = sorted(range(len(points)), key=lambda number: (points[number]["kept"], -points[number]["score"]))
-    front, best, at = set(), -math.inf, math.nan
-    for number in order:
-        kept, score = points[number]["kept"], points[number]["score"]
-        if score > best or (score == best and kept == at):
-            front.add(number)
-            best, at = score, kept
-    return front
 
 
 def _place(key: str) -> str:

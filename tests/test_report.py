@@ -5,19 +5,24 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
 from tests.test_statistics import board_records, cell, failed, record, write_cell
+from tokenprune import Selection, TileGeometry
+from tokenprune.experiments.pictures import in_record, store
 from tokenprune.experiments.report import main, write_report
 from tokenprune.experiments.report.contents import contents
+from tokenprune.experiments.report.failures import best_two
 from tokenprune.experiments.report.figures import figures
 from tokenprune.experiments.report.files import cell_rows, write_parquet
 from tokenprune.experiments.report.latex import latex
@@ -230,6 +235,88 @@ def test_a_wrong_directory_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def stored(board: int, question: int, score: float, tokens: Sequence[int], **more: Any) -> dict[str, Any]:
+    """Return a record with kept tokens of two tiles of 2 x 2 tokens."""
+    kept = torch.zeros(2, 4, dtype=torch.bool)
+    kept.view(-1)[list(tokens)] = True
+    geometry = TileGeometry.anyres((40, 40), (1, 1), (2, 2), 40)
+    selection = in_record(Selection(geometry, kept, len(tokens)))
+    return record(board, question, score, **more) | {"picture": f"pictures/{board}.png", "selection": selection}
+
+
+def two_that_fail(directory: Path) -> Path:
+    """Write an ablation in which each of two settings fails where the other does not, with pictures."""
+    rights = {"HiRED": [1, 1, 0, 1, 0], "SCOPE": [0, 1, 1, 1, 0], "UniformStride": [1, 0, 0, 0, 0]}
+    write_cell(directory, [record(b, 0, score) for b, score in enumerate([1, 1, 1, 1, 0])], role="full", budget=1.0)
+    for number, (name, scores) in enumerate(rights.items()):
+        role = "baseline" if name == "UniformStride" else "grid"
+        for budget in (0.2, 0.05):
+            rows = [stored(b, 0, score, [number, 4 + number]) for b, score in enumerate(scores)]
+            write_cell(directory, rows, name, budget, role)
+    for board in range(5):
+        pixels = torch.arange(2 * 40 * 40 * 3).view(2, 40, 40, 3).remainder(251).to(torch.uint8)
+        assert store(directory, f"pictures/{board}", pixels) == f"pictures/{board}.png"
+    return directory
+
+
+def test_failures_stand_side_by_side_with_what_was_kept(tmp_path: Path) -> None:
+    paths = write_report(two_that_fail(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    part = text.split("## Failures side by side")[1]
+    assert "**HiRED at 5%** and **SCOPE at 5%**, the best two at the smallest budget: of 5 samples" in part
+    assert "only the first has 1 right, only the second 1" in part
+    assert part.count("### What number is on the red star?") == 2
+    head, pictures, captions = table(text, "Failures side by side")
+    assert head == ["the picture", "HiRED", "SCOPE"]
+    assert captions[1:] == ["right: `36`; 40 tokens kept", "**wrong**: `17`; 40 tokens kept"]
+    files = [path for path in paths if path.name.startswith("failure-")]
+    assert [f"![{name}](figures/{file.name})" for name, file in zip(head, files[:3], strict=True)] == pictures
+    kept = [(np.asarray(Image.open(file)) == [0xD5, 0x5E, 0x00]).all(axis=-1) for file in files[1:3]]
+    assert all(one.any() for one in kept)
+    assert (kept[0] != kept[1]).any()  # each its own tokens
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + 3 * 2
+
+
+def test_any_two_settings_can_be_compared(tmp_path: Path) -> None:
+    two_that_fail(tmp_path)
+    write_report(tmp_path, compare=["HiRED, budget=0.2", "000000000005"])
+    text = (tmp_path / "report.md").read_text()
+    assert "**HiRED at 20%** and **UniformStride at 20%**, as asked for" in text
+    write_report(tmp_path, compare=["HiRED, budget=0.2", "SCOPE, budget=0.05"])
+    assert len(list((tmp_path / "figures").glob("failure-*.png"))) == 6  # none of the last report is left
+    with pytest.raises(ValueError, match=r"no setting is called 'SCOPE, budget=0.5'. Did you mean 'SCOPE, budget=0."):
+        write_report(tmp_path, compare=["HiRED, budget=0.2", "SCOPE, budget=0.5"])
+    with pytest.raises(ValueError, match="are the same setting"):
+        write_report(tmp_path, compare=["HiRED, budget=0.2", "HiRED, budget=0.2"])
+
+
+def test_records_without_pictures_give_failures_in_words(tmp_path: Path, written: Path) -> None:
+    part = (written / "report.md").read_text().split("## Failures side by side")[1]
+    assert "Their records hold no kept tokens, so they stand in words only." in part
+    assert "Expected: `36`. Full tokens: `36`." in part
+    assert "**wrong**: `17`" in part
+    assert "failure-" not in part
+    two_that_fail(tmp_path)
+    for file in (tmp_path / "pictures").iterdir():
+        file.unlink()
+    write_report(tmp_path)
+    assert "not in the folder `pictures`" in (tmp_path / "report.md").read_text()
+
+
+def test_settings_that_answer_alike_are_passed_over() -> None:
+    alike = [cell(board_records([[1], [1], [0]]), hash=str(n), role="grid") for n in range(2)]
+    other = cell(board_records([[0], [1], [1]]), hash="2", role="grid")
+    found = best_two([*alike, other])
+    assert found is not None
+    assert [one.hash for one in found[:2]] == ["0", "2"]
+    assert found[2].endswith("(1 between them answers like the best)")
+    assert best_two([other]) is None
+
+
 # --- looks ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +409,20 @@ def test_main_prints_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(printed) == 7
 
 
+def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_cell(tmp_path, [record(0, 0, 1), record(1, 0, 0, answer=["36", "six"])])
+    write_cell(tmp_path, [record(0, 0, 1)], budget="amount=0.2, of=unpadded")  # type: ignore[arg-type]
+    names = [path.name for path in write_report(tmp_path, parquet=True)]
+    assert {"cells.parquet", "records.parquet"} <= set(names)
+    cells, records = (parquet.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("cells", "records"))
+    assert [one["budget"] for one in cells] == ["0.1", "amount=0.2, of=unpadded"]
+    assert [one["answer"] for one in records] == ["36", '["36", "six"]', "36"]
+    with (tmp_path / "records.csv").open() as file:
+        assert [one["score"] for one in csv.DictReader(file)] == [str(one["score"]) for one in records]
+
+
 def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match="pip install pyarrow"):
+    with pytest.raises(ImportError, match="pip install tokenprune"):
         write_parquet(tmp_path / "x.parquet", [{"a": 1}])

@@ -430,4 +430,5 @@ def test_models_can_be_levels_and_baselines_are_none() -> None:
 
 def test_the_pareto_front() -> None:
     assert pareto([(3, 0.9), (1, 0.5), (2, 0.4), (1, 0.6), (4, 0.9), (0.5, math.nan)]) == [3, 0]
+    assert pareto([(10, 0.5), (20, 0.5), (20, 0.7), (5, 0.1), (30, 0.6), (20, 0.7)]) == [3, 0, 2, 5]  # equals stay
     assert pareto([]) == []

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tokenprune import Selection, TileGeometry
 from tokenprune.experiments import tracking
-from tokenprune.experiments.tracking import GAP, Tracker, metrics, pareto_front, picture_and_mask, tracked
+from tokenprune.experiments.tracking import GAP, Tracker, metrics, picture_and_mask, tracked
 
 CONFIG = {"reducer": {"class_path": "HiRED", "init_args": {"budget": 0.1}}, "seed": 0}
 RECORD = {"sample": "boards/1", "answer": ["3", "three"], "prediction": "3", "score": 1.0, "correct": True, "kept": 10}
@@ -229,11 +229,6 @@ def test_the_mask_follows_the_tiles() -> None:
     assert (mask == 0).sum() == mask.size - one.geometry.tiles * 1600
     single = picture_and_mask(selection((0, 0)))[1]
     assert single.shape == (40, 40)
-
-
-def test_points_that_others_beat_are_not_on_the_front() -> None:
-    points = [(10, 0.5), (20, 0.5), (20, 0.7), (5, 0.1), (30, 0.6), (20, 0.7)]
-    assert pareto_front([{"kept": kept, "score": score} for kept, score in points]) == {0, 2, 3, 5}
 
 
 def test_costs_are_told_from_results() -> None:

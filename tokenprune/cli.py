@@ -210,6 +210,7 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
     )
+    _add_pictures(parser)
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     return parser
 
@@ -234,7 +235,7 @@ def evaluate(argv: Sequence[str]) -> int:
     out = Path(own.out)
     if own.retry_errors:
         forget_errors(cell.folder(out))
-    return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell), out, own.quiet)
+    return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell, own.pictures), out, own.quiet)
 
 
 def ablate(argv: Sequence[str]) -> int:
@@ -259,6 +260,7 @@ def ablate(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
     )
+    _add_pictures(parser)
     parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     config = _parsed(parser, argv)
@@ -268,16 +270,28 @@ def ablate(argv: Sequence[str]) -> int:
         print(f"{len(cells)} settings")
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
-    code = show(
-        lambda tell: ablation.ablate(config.grid, out, config.shard, config.workers, tell, config.retry_errors),
-        out,
-        config.quiet,
-    )
+    grid, shard, workers, pictures = config.grid, config.shard, config.workers, config.pictures
+    retry = config.retry_errors
+    code = show(lambda tell: ablation.ablate(grid, out, shard, workers, tell, retry, pictures), out, config.quiet)
     if config.wandb is not None and rank_and_world()[0] == 0:
         from tokenprune.experiments.publish import publish
 
         publish(out, config.wandb)
     return code
+
+
+def _add_pictures(parser: ArgumentParser) -> None:
+    from jsonargparse.typing import NonNegativeInt
+
+    from tokenprune.experiments.pictures import PICTURES
+
+    parser.add_argument(
+        "--pictures",
+        type=NonNegativeInt,
+        default=PICTURES,
+        help="so many pictures are stored in the run directory, evenly spread, with the kept tokens in their records; "
+        "a report needs them to show failures, 0 stores none",
+    )
 
 
 def report(argv: Sequence[str]) -> None:
@@ -291,11 +305,23 @@ def report(argv: Sequence[str]) -> None:
         description="Write tables and figures of a run directory as Markdown, LaTeX, HTML and CSV, from its records.",
     )
     parser.add_argument("directory", type=str, help="run directory of `ablate` or `evaluate`")
-    parser.add_argument("--out", type=str, help="folder for the report; DIRECTORY/report if left out")
+    parser.add_argument("--out", type=str, help="folder for the report; DIRECTORY itself if left out")
+    parser.add_argument(
+        "--compare",
+        type=str,
+        nargs=2,
+        metavar=("A", "B"),
+        help="names or hashes of two settings whose failures are shown side by side; left out, the best two at the "
+        "smallest budget",
+    )
+    parser.add_argument(
+        "--parquet", type=bool, nargs="?", const=True, default=False, help="write Parquet beside CSV; needs pyarrow"
+    )
     config = _parsed(parser, argv)
     from tokenprune.experiments.report import write_report
 
-    for file in write_report(Path(config.directory), None if config.out is None else Path(config.out)):
+    out = None if config.out is None else Path(config.out)
+    for file in write_report(Path(config.directory), out, config.compare, config.parquet):
         print(file)
 
 

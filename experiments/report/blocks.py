@@ -59,4 +59,19 @@ class Picture:
     caption: str
 
 
-Block: TypeAlias = Heading | Text | Table | Picture
+@dataclass(frozen=True)
+class Sides:
+    """Figures beside each other.
+
+    Args:
+        heads: what stands above each.
+        captions: what stands below each.
+        paths: their files, relative to the report; empty if there are only words.
+    """
+
+    heads: Sequence[str]
+    captions: Sequence[str]
+    paths: Sequence[str] = ()
+
+
+Block: TypeAlias = Heading | Text | Table | Picture | Sides

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tokenprune.experiments.report.blocks import Block, Heading, Picture, Table, Text
 from tokenprune.experiments.report.effects import factor_blocks
+from tokenprune.experiments.report.failures import Comparison, failure_blocks
 from tokenprune.experiments.report.rows import budgets, full_rows, metric_text, setting_text, settings
 from tokenprune.experiments.report.tables import (
     accuracy_table,
@@ -25,11 +26,12 @@ FEW_GROUPS = 20
 """With fewer groups a bootstrap makes intervals too narrow."""
 
 
-def contents(results: Results) -> list[Block]:
+def contents(results: Results, pairs: Sequence[Comparison] = ()) -> list[Block]:
     """Return the report, ready to be written in any form.
 
     Args:
         results: what was read.
+        pairs: the settings whose failures stand side by side.
     """
     cells = results.cells
     blocks: list[Block] = [Heading(f"Report of {results.name}", 1), Text([about(cells)])]
@@ -63,7 +65,12 @@ def contents(results: Results) -> list[Block]:
         if len(parts) > 1:
             blocks.append(Heading(setting_text(part[0])))
         blocks += setting_blocks(part, 3 if len(parts) > 1 else 2)
-    blocks += [*factor_blocks(factors(cells)), *error_blocks(cells), *environment_blocks(cells)]
+    blocks += [
+        *factor_blocks(factors(cells)),
+        *failure_blocks(pairs, len(parts) > 1),
+        *error_blocks(cells),
+        *environment_blocks(cells),
+    ]
     return blocks
 
 

@@ -99,8 +99,22 @@ def _unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def need_pyarrow() -> tuple[Any, Any]:
+    """Return pyarrow and its module for Parquet.
+
+    Raises:
+        ImportError: without pyarrow; it says what to do.
+    """
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ImportError(
+            "Parquet needs pyarrow: `pip install tokenprune[parquet]`; the CSV files hold the same rows"
+        ) from error
+
+
 def write_parquet(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as Parquet.
+    """Write rows as Parquet; a column that mixes words with numbers becomes text.
 
     Args:
         path: the file.
@@ -109,9 +123,15 @@ def write_parquet(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ImportError: without pyarrow.
     """
-    try:
-        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: `pip install pyarrow`; the CSV files hold the same rows") from error
+    pyarrow, parquet = need_pyarrow()
     names = dict.fromkeys(name for line in lines for name in line)
-    parquet.write_table(pyarrow.Table.from_pylist([{n: line.get(n) for n in names} for line in lines]), str(path))
+    columns = {name: _one_type([line.get(name) for line in lines]) for name in names}
+    parquet.write_table(pyarrow.table(columns), str(path))
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """Return a column that Parquet can hold: text if it mixes words with numbers, as budgets and answers may."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or len(kinds) < 2:
+        return values
+    return [value if value is None or isinstance(value, str) else str(value) for value in values]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from tokenprune.experiments.report.blocks import Block, Heading, Picture, Text
+from tokenprune.experiments.report.blocks import Block, Heading, Picture, Sides, Text
 
 
 def markdown(blocks: Iterable[Block]) -> str:
@@ -21,10 +21,16 @@ def markdown(blocks: Iterable[Block]) -> str:
             out.append("\n".join(f"- {line}" for line in block.lines) if block.bullets else "\n\n".join(block.lines))
         elif isinstance(block, Picture):
             out.append(f"![{block.caption.split('.')[0]}]({block.path})\n\n{block.caption}")
+        elif isinstance(block, Sides):
+            pictures = [f"![{head}]({path})" for head, path in zip(block.heads, block.paths, strict=False)]
+            out.append(_table([block.heads, *([pictures] if pictures else []), block.captions]))
         else:
-            lines = [block.head, ["---"] * len(block.head), *block.rows]
-            # Even inside code a bar ends an entry.
-            out.append(
-                "\n".join(f"| {' | '.join(entry.replace('|', chr(92) + '|') for entry in line)} |" for line in lines)
-            )
+            out.append(_table([block.head, *block.rows]))
     return "\n\n".join(out) + "\n"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    # Even inside code a bar ends an entry.
+    texts = [[entry.replace("|", "\\|") for entry in line] for line in (head, ["---"] * len(head), *rest)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in texts)

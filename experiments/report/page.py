@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tokenprune.experiments.report.blocks import Block, Heading, Picture, Table, Text
+from tokenprune.experiments.report.blocks import Block, Heading, Picture, Sides, Table, Text
 from tokenprune.experiments.report.words import SAME
 
 CSS = """
@@ -33,6 +33,10 @@ thead th { border-bottom: 2px solid #222; vertical-align: bottom; } tbody tr:hov
 .dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .5em; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem;
   max-width: 52rem; }
+.sides { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; align-items: flex-start; margin: .4rem 0 1.6rem; }
+.sides figure { margin: 0; flex: 0 1 auto; max-width: 32rem; } .sides .head { font-weight: 600; margin-bottom: .2rem; }
+.sides img { border: 1px solid #ddd; max-height: 27rem; width: auto; }
+h4 { font-size: 1rem; margin: 1.4rem 0 .2rem; border-top: 1px solid #eee; padding-top: .8rem; }
 @media print { nav { display: none; } .wide { overflow: visible; } }
 """
 
@@ -65,13 +69,32 @@ def page(blocks: Iterable[Block], folder: Path, colours: Mapping[str, str]) -> s
         elif isinstance(block, Text):
             out += [f"<p>{_inline(line)}</p>" for line in block.lines]
         elif isinstance(block, Picture):
-            data = base64.b64encode((folder / block.path).read_bytes()).decode()
-            alt = html.escape(block.caption.split(".")[0])
-            image = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+            image = _image(folder / block.path, block.caption.split(".")[0])
             out.append(f"<figure>{image}<figcaption>{_inline(block.caption)}</figcaption></figure>")
+        elif isinstance(block, Sides):
+            out.append(_sides(block, folder, colours))
         else:
             out.append(_html_table(block, colours))
     return "\n".join([*out, "</body></html>"]) + "\n"
+
+
+def _image(path: Path, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def _dot(name: str, colours: Mapping[str, str]) -> str:
+    return f'<span class="dot" style="background:{colours[name]}"></span>' if name in colours else ""
+
+
+def _sides(block: Sides, folder: Path, colours: Mapping[str, str]) -> str:
+    paths: Sequence[str | None] = block.paths or [None] * len(block.heads)
+    parts = []
+    for head, caption, path in zip(block.heads, block.captions, paths, strict=True):
+        image = "" if path is None else _image(folder / path, head)
+        title = f'<div class="head">{_dot(head, colours)}{_inline(head)}</div>'
+        parts.append(f"<figure>{title}{image}<figcaption>{_inline(caption)}</figcaption></figure>")
+    return f'<div class="sides">{"".join(parts)}</div>'
 
 
 def _html_table(table: Table, colours: Mapping[str, str]) -> str:
@@ -79,8 +102,7 @@ def _html_table(table: Table, colours: Mapping[str, str]) -> str:
     body = []
     for line in table.rows:
         name = line[0]
-        dot = f'<span class="dot" style="background:{colours[name]}"></span>' if name in colours else ""
-        entries = [dot + _inline(name), *map(_html_entry, line[1:])]
+        entries = [_dot(name, colours) + _inline(name), *map(_html_entry, line[1:])]
         body.append(f"<tr>{''.join(f'<td>{entry}</td>' for entry in entries)}</tr>")
     top = f"<thead><tr>{head}</tr></thead>" if any(table.head) else ""
     return f'<div class="wide"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
