@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,12 +55,12 @@ def test_a_stored_picture_has_a_bound() -> None:
 
 def test_a_selection_is_drawn_again_from_the_records_alone() -> None:
     """As the one that ran drew itself, for every kind of strategy."""
-    drawn = {}
+    drawn: dict[str, Any] = {}
 
     def watch(cell: Cell, record: object, selection: object) -> None:
         drawn.setdefault(cell.name, selection)
 
-    shared = {"task": Boards(number=1), "max_new_tokens": 4, "batch_size": 32}
+    task = Boards(number=1)
     reducers = (HiRED(0.1), SpatialPooling(0.2), ImageDownsample(0.2), UniformStride(1.0))
     cells = [
         Cell(Experiment(reducer=r, task=task, max_new_tokens=4, batch_size=32), type(r).__name__) for r in reducers

@@ -17,7 +17,7 @@ def latex(cells: Sequence[Cell]) -> str:
     Args:
         cells: the experiments.
     """
-    out = ["% Needs \\usepackage{booktabs}"]
+    out = ["% Needs \\usepackage{booktabs,graphicx}; a table wider than the text is made smaller"]
     for part in settings(cells).values():
         table = accuracy_table(part, bold="")
         lines = [[name.strip(), *(_entry(e) for e in entries)] for name, *entries in table.rows]
@@ -30,6 +30,7 @@ def latex(cells: Sequence[Cell]) -> str:
             "\\begin{table}",
             "\\centering",
             f"\\caption{{{_text('; '.join(words))}. $\\approx$: no difference seen to the best of the column.}}",
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{l{'r' * columns}}}",
             "\\toprule",
             " & ".join(map(_text, table.head)) + " \\\\",
@@ -38,7 +39,7 @@ def latex(cells: Sequence[Cell]) -> str:
             *(["\\midrule"] if full and lines else []),
             *(" & ".join([_text(name), *entries]) + " \\\\" for name, *entries in lines),
             "\\bottomrule",
-            "\\end{tabular}",
+            "\\end{tabular}}",
             "\\end{table}",
         ]
     return "\n".join(out) + "\n"
