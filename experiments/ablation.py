@@ -237,14 +237,14 @@ def check(groups: Sequence[Sequence[Cell]]) -> None:
     Raises:
         ValueError: if a model or the data of a task cannot be had, or a strategy needs what its model cannot give.
     """
-    if len(groups) < 2:  # the run itself says it before its first sample
-        return
     wrong: list[str] = []
     outlines: dict[str, Any] = {}
     for group in groups:
         shared = group[0].experiment
         try:
-            next(iter(shared.task.samples()), None)
+            shared.task.check()
+            if len(groups) == 1:  # the run itself looks at the model before its first sample
+                break
             if shared.model not in outlines:
                 outlines[shared.model] = outline(shared.model)
             wrong += lacking(outlines[shared.model], group)

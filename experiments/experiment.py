@@ -27,7 +27,7 @@ from tokenprune.components import Configurable
 from tokenprune.configure import as_config
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
-from tokenprune.experiments.records import RecordFile, join, merge, write_whole
+from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
 from tokenprune.image import Signal
 from tokenprune.reducer import TokenReducer
@@ -49,8 +49,8 @@ class Experiment(Configurable):
         reducer: the strategy.
         task: the task.
         seed: seed of sampling; without effect while answers are greedy.
-        max_new_tokens: longest answer in tokens.
-        temperature: of sampling; 0 answers greedily.
+        max_new_tokens: longest answer in tokens, unless the task says it (`LmmsTask` does).
+        temperature: of sampling; 0 answers greedily; unless the task says it.
         batch_size: questions about one picture that are answered together. A crash loses at most one batch.
         dtype: ``auto`` (float32 on a CPU) or the name of a torch dtype.
         device: ``auto`` or a torch device; no part of what identifies an experiment.
@@ -226,6 +226,8 @@ def run_cells(
     if world > 1:
         for cell in cells:
             join(cell.folder(out), [sample.id for sample in samples])
+    for cell in cells:
+        _summarise(cell, out)
     return progress
 
 
@@ -244,6 +246,20 @@ def _counted_passes(model: Any) -> Iterator[list[int]]:
     finally:
         if hook is not None:
             hook.remove()
+
+
+def _summarise(cell: Cell, out: Path) -> None:
+    """Write ``summary.json``: what only all answers together tell, if the task has such numbers."""
+    folder = cell.folder(out)
+    if files_of(folder) != [folder / NAME]:  # another process still writes its part
+        return
+    records = read_lines(folder / NAME)
+    answers = {record["sample"]: record["prediction"] for record in records if record["error"] is None}
+    file = folder / "summary.json"
+    if file.is_file() and json.loads(file.read_text())["answers"] == len(answers):
+        return
+    if numbers := cell.experiment.task.summary(answers):
+        write_whole(file, json.dumps({"answers": len(answers), "metrics": numbers}, indent=1))
 
 
 def _count(progress: Progress, cell: Cell, record: Mapping[str, Any]) -> None:
@@ -367,7 +383,7 @@ def _records(
         key = tuple(questions)
         if key not in prompts:
             inputs = model_inputs(model, processor, picture, questions, group[0].group)
-            prompts[key] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            prompts[key] = inputs
         return prompts[key]
 
     for cell, file, missing in pending:
@@ -407,14 +423,11 @@ def _answer(
     """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
     run = Run(experiment.reducer, find_adapter(model), tokenizer=processor)
     torch.manual_seed(experiment.seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if experiment.temperature > 0:
-        sampling = {"do_sample": True, "temperature": experiment.temperature}
     with torch.no_grad():
         began = time.perf_counter()
         reduced, rows = run.reduced(dict(text), generating=True, encoding=encoding.repeated(len(batch)))
         chosen = time.perf_counter()
-        made = model.generate(**reduced, max_new_tokens=experiment.max_new_tokens, **sampling)
+        made = model.generate(**reduced, **_options(experiment))
         width = text["input_ids"].shape[1] if rows is None else rows.index.shape[1]
         answers = processor.batch_decode(made[:, width:], skip_special_tokens=True)
         ended = time.perf_counter()
@@ -436,6 +449,16 @@ def _answer(
         score = experiment.task.score(sample, answer.strip())
         records.append(_record(sample, answer.strip(), score, numbers))
     return records, run.selections
+
+
+def _options(experiment: Experiment) -> dict[str, Any]:
+    """Return the arguments of `generate`: those of the task if it has any."""
+    if own := experiment.task.generation():
+        return dict(own)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if experiment.temperature > 0:
+        sampling = {"do_sample": True, "temperature": experiment.temperature}
+    return {"max_new_tokens": experiment.max_new_tokens, **sampling}
 
 
 NOTHING: Mapping[str, Any] = {

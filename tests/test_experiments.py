@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -426,7 +427,19 @@ def test_boards_are_the_held_out_ones_in_order() -> None:
     assert [sample.id for sample in samples] == [sample.id for sample in Boards(number=2).samples()]
     assert {sample.group for sample in samples} == {"boards/1000", "boards/1001"}
     assert {sample.split for sample in samples} <= {"tiles", "base", "either"}
-    assert set(tasks()) == {"Boards", "Folder"}
+    assert set(tasks()) == {"Boards", "Folder", "LmmsTask"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="lmms-eval is installed")
+def test_a_task_of_lmms_eval_without_lmms_eval_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"class_path": "lmms-task", "init_args": {"name": "textvqa_val"}}
+    config = write({"task": task, "grid": {"reducer.budget": [0.2]}})
+    assert main(["ablate", config, "--dry-run"]) in (None, 0)
+    assert "9 settings" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", config])
+    assert ended.value.code == 2
+    assert 'LmmsTask needs lmms-eval, which is not installed here: pip install -e ".[lmms]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "imagefolder", "csv"])

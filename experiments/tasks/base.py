@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from PIL import Image
 
@@ -49,6 +50,9 @@ class Task(Configurable, ABC):
         """Name of the metric."""
         return "exact_match"
 
+    def check(self) -> None:
+        """Raise a `ValueError` if the task cannot be run; all tasks of an ablation are asked before the first run."""
+
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
         """Yield the samples, those of one picture after each other, always in the same order.
@@ -61,9 +65,21 @@ class Task(Configurable, ABC):
         """Return what the model is asked."""
         return sample.question
 
+    def generation(self) -> Mapping[str, Any]:
+        """Return arguments of `generate` that replace those of the experiment; none if the task does not care."""
+        return {}
+
     def score(self, sample: Sample, prediction: str) -> float:
         """Return how good an answer is, from 0 to 1."""
         return METRICS[self.metric](prediction, sample.answers)
+
+    def summary(self, predictions: Mapping[str, str]) -> Mapping[str, float | str]:
+        """Return numbers that only all answers together have, if there are any.
+
+        Args:
+            predictions: the answer to each sample that was answered, by its id.
+        """
+        return {}
 
 
 @cache

@@ -59,6 +59,10 @@ class Folder(Task):
         """Name of the metric."""
         return self.score_by
 
+    def check(self) -> None:
+        """Raise a `ValueError` if the file is not there."""
+        self._file()
+
     def samples(self) -> Iterator[Sample]:
         """Yield the lines, those about one picture together."""
         root = Path(self.path).expanduser()
