@@ -382,8 +382,7 @@ def _records(
         """Return the text inputs of a batch; the processor goes over the pixels too, so all cells share them."""
         key = tuple(questions)
         if key not in prompts:
-            inputs = model_inputs(model, processor, picture, questions, group[0].group)
-            prompts[key] = inputs
+            prompts[key] = model_inputs(model, processor, picture, questions, group[0].group)
         return prompts[key]
 
     for cell, file, missing in pending:

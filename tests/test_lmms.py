@@ -457,8 +457,8 @@ def test_an_ablation_gives_what_lmms_eval_gives(
     for budget in budgets:
         theirs = evaluate("tokenprune", f"budget={budget}")
         ours = records(tmp_path / "out")[f"HiRED, budget={budget}"]
-        answers.append({i: [ours[f"boards_local/{i}"]["prediction"]] for i in range(NUMBER)})
-        assert answers[-1] == {i: [text.strip() for text in texts] for i, texts in theirs.answers.items()}
+        answers.append({i: ours[f"boards_local/{i}"]["prediction"] for i in range(NUMBER)})
+        assert answers[-1] == {i: text.strip() for i, text in theirs.answers.items()}
         assert sum(record["score"] for record in ours.values()) / NUMBER == score(theirs)
     assert answers[0] != answers[1] != answers[3]
     for file in (tmp_path / "out").glob("cells/*/summary.json"):

@@ -1,4 +1,4 @@
-"""An lmms-eval model that runs another lmms-eval model with a strategy attached. The one file that needs lmms-eval."""
+"""An lmms-eval model that runs another one with a strategy attached. It cannot be imported without lmms-eval."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class LmmsTask(Task):
 
     def _task(self) -> Any:
         self.check()
-        return _task(self.name, self.include_path, self.data)
+        return loaded(self.name, self.include_path, self.data)
 
     def _generation(self) -> dict[str, Any]:
         config = self._config()
@@ -279,8 +279,13 @@ def _config(name: str, include_path: str | None) -> dict[str, Any]:
 
 
 @cache
-def _task(name: str, include_path: str | None, data: str | None) -> Any:
+def loaded(name: str, include_path: str | None = None, data: str | None = None) -> Any:
     """Return lmms-eval's task with its data.
+
+    Args:
+        name: name of the task.
+        include_path: folder with more tasks.
+        data: folder with its data set; from the hub if left out.
 
     Raises:
         ValueError: if the data cannot be had.
