@@ -436,6 +436,7 @@ def own(folder: Path) -> dict[str, Any]:
     return {"class_path": "lmms-task", "init_args": {"name": "boards_local", "include_path": str(folder / "task")}}
 
 
+@pytest.mark.timeout(900)  # on a busy machine four runs of lmms-eval take longer than a test may
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_ablation_gives_what_lmms_eval_gives(
     evaluate: Evaluate, own: Any, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
