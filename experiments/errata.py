@@ -5,7 +5,7 @@ Run it: ``python -m tokenprune.experiments.errata``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import (
+    EADP,
     HERO,
     SCOPE,
     TOPS,
@@ -42,6 +43,7 @@ from tokenprune.strategies.components import (
     ContextualMerging,
     MergedLast,
     NeighbourMerging,
+    ScoreMassAllocation,
     TextRelevance,
     TopAttention,
     TopRelevance,
@@ -98,16 +100,6 @@ class StretchedOverBatch(ConditionalDiversity):
         return (relevance - low + 1e-6) / (relevance.max().clamp(min=self.high) - low)
 
 
-@dataclass
-class RoundedDown(SaliencyAndRelevance):
-    """HERO as its published files have it: the tokens of each tile are rounded down, and nothing is given back."""
-
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Return the whole part of each tile's share, at most what it can keep."""
-        thousandths = super().allocate(image, 1000 * total, [1000 * total * room for room in capacity], scores)
-        return [min(share // 1000, room) for share, room in zip(thousandths, capacity, strict=True)]
-
-
 def deviations() -> list[Deviation]:
     """Return every deviation that can be measured, method by method."""
 
@@ -123,6 +115,8 @@ def deviations() -> list[Deviation]:
     order = VisionZip.release().order
     whole = TextRelevance(sign="aligned")
     even = UniformAllocation(rounding="floor")
+    positions = DenseTextRelevance(words=0.2, text="positions", sign="aligned")
+    released = replace(positions, sharpness=0.01 + 1e-6, among="all")
     few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
     return [
         *of(
@@ -190,7 +184,13 @@ def deviations() -> list[Deviation]:
             },
         ),
         *of(VTCCLS(), {"the last 30 % of the layers instead of three": VTCCLS(selection=TopAttention(layer=[-3, -2]))}),
-        *of(HERO(text_model="mini"), {"rounding down": HERO(text_model="mini", allocation=RoundedDown())}),
+        *of(
+            HERO(text_model="mini"),
+            {
+                "rounding down": lambda b: HERO(b, text_model="mini", allocation=SaliencyAndRelevance(retention=b)),
+                "the release": lambda budget: HERO.release(budget, text_model="mini"),
+            },
+        ),
         *of(
             cdpruner,
             {
@@ -204,6 +204,9 @@ def deviations() -> list[Deviation]:
             {
                 "a fifth of the words instead of half": replace(eadp, selection=Representatives(few_words)),
                 "squared importance": replace(eadp, selection=Representatives(squared)),
+                "all text positions": replace(eadp, selection=Representatives(positions)),
+                "rounding down": replace(eadp, allocation=ScoreMassAllocation(rounding="floor")),
+                "the release": lambda b: replace(EADP.release(b, "mini"), selection=Representatives(released)),
             },
         ),
     ]

@@ -11,13 +11,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.build import best_grid, encoded
 from tokenprune.experiments import emulated
 from tokenprune.experiments.emulated import Shown
-from tokenprune.experiments.errata import RoundedDown
 from tokenprune.image import SEPARATOR, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS, TILE, make_board
 from tokenprune.models.mini.evaluate import ask
 from tokenprune.strategies import HiRED, HoloV, PruMerge
-from tokenprune.strategies.hero import SaliencyAndRelevance
 from tokenprune.strategies.trim import OutlierAllocation
 
 NARROW = TileGeometry.anyres((8, 12), (1, 2), (4, 4), 8)
@@ -83,15 +81,6 @@ def test_a_share_of_outliers_counts_the_other_pictures() -> None:
     assert with_many.allocate(image, 0, [16] * 3, values) == [1, 1, 1]  # 15 of 128
     flat = emulated.OutliersOfBatch(extra=0, others=[1e-4] * 80)
     assert flat.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
-
-
-def test_rounding_down_gives_nothing_back() -> None:
-    image = encoded(TileGeometry.anyres((16, 16), (2, 2), (4, 4), 8))
-    exact = SaliencyAndRelevance(saliency=1.0).allocate(image, 22, [16] * 5, torch.zeros(5, 16))
-    down = RoundedDown(saliency=1.0).allocate(image, 22, [16] * 5, torch.zeros(5, 16))
-    assert sum(exact) == 22
-    assert 18 <= sum(down) < 22
-    assert all(0 <= one - other <= 1 for one, other in zip(exact, down, strict=True))
 
 
 def test_the_second_picture_reads_the_attention_of_the_first() -> None:
