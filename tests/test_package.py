@@ -129,7 +129,8 @@ def test_version_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "blocks"), [("README.md", 3), ("docs/write-a-strategy.md", 6), ("docs/experiments.md", 1)]
+    ("page", "blocks"),
+    [("README.md", 3), ("docs/write-a-strategy.md", 6), ("docs/experiments.md", 1), ("docs/adapters.md", 2)],
 )
 def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
     """The blocks run as they stand, one after another, in an empty folder."""

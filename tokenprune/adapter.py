@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,16 +260,23 @@ def adapters() -> Mapping[str, type[Adapter]]:
 
 
 def find_adapter(model: Any) -> Adapter:
-    """Return the adapter of a model, bound to it.
+    """Return the adapter of a model, bound to it: a shipped one, one of an entry point, or one defined in this session.
 
     Raises:
         TypeError: if no adapter knows the model; the error names the supported families.
     """
-    for adapter in adapters().values():
+    known = list(adapters().values())
+    for adapter in [*known, *(one for one in _subclasses(Adapter) if one not in known)]:  # type: ignore[type-abstract]
         if adapter.matches(model):
             return adapter(model)
-    families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in adapters().values()))
+    families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in known))
     raise TypeError(
         f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
-        f"tokenprune.Adapter and name the class under the entry point group {ADAPTERS!r}"
+        "tokenprune.Adapter, about 40 lines: docs/adapters.md"
     )
+
+
+def _subclasses(base: type[Adapter]) -> list[type[Adapter]]:
+    """Return all concrete classes below a base that were imported so far."""
+    found = [one for child in base.__subclasses__() for one in (child, *_subclasses(child))]
+    return [one for one in dict.fromkeys(found) if not inspect.isabstract(one)]
