@@ -81,6 +81,8 @@ def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
         for name, parameter in model.named_parameters():
             if tower in name and ("q_proj.weight" in name or "k_proj.weight" in name):
                 parameter.mul_(12.0)
+            elif tower in name and name.endswith("qkv.weight"):
+                parameter[: len(parameter) // 3 * 2].mul_(12.0)
     return model.eval()
 
 
@@ -352,13 +354,39 @@ class PlaceholderAdapter(Adapter):
         """
         if not layouts:
             return []
-        whole = captured if self.one_sequence else torch.cat(list(captured)).split([one.tiles for one in layouts])
+        if self.one_sequence:
+            whole = self.from_sequence(kind, captured, layouts, inputs)
+        else:
+            whole = list(torch.cat(list(captured)).split([one.tiles for one in layouts]))
         out = []
         for value, layout in zip(whole, layouts, strict=True):
             ordered = value if self.base_first else value.roll(1, 0)
             pooled = kind not in CLS_SIGNALS and kind != "projector_inputs"
             out.append(pool(kind, ordered, layout.token_grid, self.pooling, self.patch_order) if pooled else ordered)
         return out
+
+    def from_sequence(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a signal by images where the tower runs over all of them as one sequence, `[1, ...]` each.
+
+        Args:
+            kind: the kind of the signal.
+            captured: stretches of the sequence, whatever their lengths.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+        sequence = torch.cat(list(captured), dim)
+        patches = 1 if kind == "projector_inputs" else self.pooling**2
+        order = self.sequence_order(inputs)
+        if order is not None:
+            sequence = sequence.index_select(dim, order.to(sequence.device))
+        return list(sequence.split([layout.tokens * patches for layout in layouts], dim))
+
+    def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return where in the one sequence of the tower each patch stands, `[patches]`; None if none is moved."""
+        return None
 
     def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return each image as it would enter the LLM, `[length, dim]` each."""

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from tokenprune.attention import cls_logits, cls_rows, joint_row, received
 from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
 
-PROBE = "tokenprune_probe"
-"""The private name in transformers' attention interface."""
+PROBE, FLASH_PROBE = "tokenprune_probe", "tokenprune_flash_probe"
+"""The private names in transformers' attention interface; a module with "flash" in its kernel's name asks for all
+images at once."""
 ATTENTION = ROW_SIGNALS | {"keys"}
 """Kinds of signals that are read inside an attention module."""
 OUTPUTS = frozenset({"vision_features", "cls_features"})
@@ -38,7 +40,8 @@ def _probed_attention(
     """Record the wanted rows, then delegate to the kernel that the user's config names."""
     probing: Any = module.config
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
-        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask)
+        lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
+        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     original: Any = probing.tokenprune_original
@@ -51,6 +54,7 @@ def _probed_attention(
 
 
 AttentionInterface.register(PROBE, _probed_attention)
+AttentionInterface.register(FLASH_PROBE, _probed_attention)
 
 
 def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> dict[int, set[str]]:
@@ -81,12 +85,14 @@ class Tower:
         cls: where the CLS token stands in the sequence, if there is one.
         segments: tokens of each image, where the tower runs over all images as one sequence; None if its first
             dimension is tiles.
+        rows_from: for a layer, the one whose attention rows are read in its place; itself if it is not named.
     """
 
     layers: Sequence[nn.Module]
     attention: str = "self_attn"
     cls: Literal["none", "first", "last"] = "none"
     segments: Sequence[int] | None = None
+    rows_from: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def prefix(self) -> int:
@@ -97,10 +103,17 @@ class Tower:
         """Return a tensor with the CLS token first."""
         return value.roll(1, dim) if self.cls == "last" else value
 
-    def by_image(self, value: Tensor, dim: int) -> list[Tensor]:
-        """Return the images of one sequence apart; anything else whole."""
-        together = self.segments is not None and len(value) == 1 and value.shape[dim] == sum(self.segments)
-        return list(value.split(list(self.segments or ()), dim)) if together else [value]
+    def by_image(self, value: Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the images of one sequence apart; anything else whole.
+
+        Args:
+            value: a tensor along the sequence.
+            dim: its dimension that is the sequence.
+            lengths: the parts that the kernel was told to keep apart, if it was.
+        """
+        parts = self.segments if lengths is None else lengths
+        together = parts is not None and len(value) == 1 and value.shape[dim] == sum(parts)
+        return list(value.split(list(parts or ()), dim)) if together else [value]
 
 
 @contextmanager
@@ -121,9 +134,11 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
         captured.setdefault((kind, index), []).append(value)
 
     def recorder(index: int, kinds: set[str]) -> Any:
-        def record(query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
+        def record(
+            query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, lengths: Sequence[int] | None
+        ) -> None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            queries, keys = (tower.by_image(tower.in_order(one, 2), 2) for one in (query, key))
+            queries, keys = (tower.by_image(tower.in_order(one, 2), 2, lengths) for one in (query, key))
             real = None if mask is None or len(queries) > 1 else tower.in_order(real_positions(mask), 1)
             for q, k in zip(queries, keys, strict=True):
                 if "cls_attention" in kinds:
@@ -155,13 +170,19 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
         for index, kinds in wanted.items():
             if kinds & OUTPUTS:
                 undo.callback(tower.layers[index].register_forward_hook(feature_hook(index, kinds)).remove)
-            if kinds & ATTENTION:
-                attention: Any = getattr(tower.layers[index], tower.attention)
+            places: dict[int, set[str]] = {}
+            for kind in kinds & ATTENTION:
+                at = tower.rows_from.get(index, index) if kind in ROW_SIGNALS else index
+                places.setdefault(at, set()).add(kind)
+            for at, read in places.items():  # a layer that is read twice is wrapped twice
+                attention: Any = getattr(tower.layers[at], tower.attention)
                 undo.callback(setattr, attention, "config", attention.config)
                 config = copy.copy(attention.config)
                 config.tokenprune_original = attention.config
-                config.tokenprune_record = recorder(index, kinds)
-                config._attn_implementation_internal = PROBE  # the property would also write to shared sub-configs
+                config.tokenprune_record = recorder(index, read)
+                flash = is_flash_attention_requested(attention.config)
+                # The property would also write to shared sub-configs.
+                config._attn_implementation_internal = FLASH_PROBE if flash else PROBE
                 attention.config = config
         yield captured
 
