@@ -452,7 +452,7 @@ class PlaceholderAdapter(Adapter):
         return packed
 
     def hand_over(
-        self, encoding: Encoding, packed: list[Tensor], masks: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> dict[str, Any]:
         """Return `mm_encoder_outputs` with the kept features; images of which nothing is left are left out."""
         packed = [features for features in packed if len(features)]

@@ -149,15 +149,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def hand_over(
-        self, encoding: Encoding, packed: list[Tensor], masks: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> dict[str, Any]:
         """Return the model inputs that carry features past the vision side.
 
         Args:
             encoding: what `encode` returned.
             packed: the kept features of each image, `[kept, dim]` each.
-            masks: which positions of each image were kept, bool `[length]` each, for whatever else the model keeps per
-                position; None keeps all.
+            places: which position of each image they come from, `[kept]` each, for whatever else the model keeps per
+                position; None is all of them in order.
         """
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Tensor:

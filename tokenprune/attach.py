@@ -136,7 +136,8 @@ class Run:
         if (positions := self._positions(inputs, rows, generating)) is not None:
             short["position_ids"] = positions
         self._enter(selections, full, _row_lengths(rows.mask))
-        return {**short, **self.adapter.hand_over(encoding, packed, masks)}, rows
+        places = [_entering(*one) for one in zip(selections, masks, strict=True)]
+        return {**short, **self.adapter.hand_over(encoding, packed, places)}, rows
 
     def _positions(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
         """Return the position ids of the shorter prompt; None leaves counting to `generate`."""
@@ -229,6 +230,20 @@ class Run:
 def _row_lengths(mask: Tensor) -> list[int]:
     lengths: list[int] = mask.bool().sum(dim=1).tolist()
     return lengths
+
+
+def _entering(selection: Selection, mask: Tensor) -> Tensor:
+    """Return which position of the packed image enters the LLM at each place, `[kept]`.
+
+    Args:
+        selection: what the strategy answered.
+        mask: which positions stay, bool `[length]`.
+    """
+    places = mask.nonzero()[:, 0]
+    if selection.order is not None:
+        tokens = selection.geometry.packed.to(mask.device)[places] != SEPARATOR
+        places[tokens] = places[tokens][selection.order.to(mask.device)]
+    return places
 
 
 def _kept_features(
