@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from transformers import PixtralVisionConfig
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import PlaceholderAdapter, as_pictures, seeded
+from tokenprune.models.placeholder import EXAMPLE_PAD, PlaceholderAdapter, as_pictures, seeded
+
+EXAMPLE_TOKEN = 28
+"""Side in pixels of what a visual token shows in example models."""
+
+
+def example_mrope_llm() -> dict[str, Any]:
+    """Return the text configuration of a tiny model with M-RoPE, for example models."""
+    return {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": EXAMPLE_PAD,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    }
+
+
+def example_pixtral(patch_size: int) -> PixtralVisionConfig:
+    """Return the configuration of a tiny Pixtral tower, for example models."""
+    return PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=8 * EXAMPLE_TOKEN,
+        patch_size=patch_size,
+    )
 
 
 class MergedPatchesAdapter(PlaceholderAdapter):
@@ -56,14 +88,8 @@ class MergedPatchesAdapter(PlaceholderAdapter):
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the positions of text, height and width that `forward` would make, `[3, rows, length]`."""
-        base = self.model.base_model
-        ids = base.compute_3d_position_ids(
-            input_ids=inputs.get("input_ids"),
-            inputs_embeds=inputs.get("inputs_embeds"),
-            image_grid_thw=inputs.get("image_grid_thw"),
-            attention_mask=inputs.get("attention_mask"),
-            mm_token_type_ids=inputs.get("mm_token_type_ids"),
-        )
+        compute = self.model.base_model.compute_3d_position_ids
+        ids = compute(**{name: inputs.get(name) for name in inspect.signature(compute).parameters})
         return super().forward_positions(inputs).expand(3, -1, -1) if ids is None else torch.as_tensor(ids)
 
     def counted_positions(self, mask: Tensor) -> Tensor:
@@ -89,5 +115,50 @@ class MergedPatchesAdapter(PlaceholderAdapter):
         return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == self.image_token_id).int()}
 
 
-EXAMPLE_TOKEN = 28
-"""Side in pixels of what a visual token shows in example models."""
+class PixtralTowerAdapter(PlaceholderAdapter):
+    """A family with a Pixtral tower: pictures padded to one size, `image_sizes`, and text after each row of tokens."""
+
+    layers_at: ClassVar[str] = "transformer.layers"
+    attention_at: ClassVar[str] = "attention"
+    one_sequence: ClassVar[bool] = True
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return one tile per image, of the size that its picture has.
+
+        Raises:
+            ValueError: if sizes are missing, or a side is no whole number of tokens.
+        """
+        side, sizes = self.tower.config.patch_size * self.pooling, inputs.get("image_sizes")
+        if sizes is None:
+            raise ValueError(f"{self.model_class} with a Pixtral tower needs image_sizes beside pixel_values")
+        sizes = torch.as_tensor(sizes)
+        if bool((sizes % side).any()):
+            raise ValueError(
+                f"image_sizes={sizes.tolist()} are no whole numbers of tokens of {side} pixels; make the inputs with "
+                "the processor that belongs to the model"
+            )
+        return [TileGeometry.single((rows, cols)) for rows, cols in (sizes // side).tolist()]
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image without padding, `[1, 3, height, width]` each."""
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        return [one[None, :, :rows, :cols] for one, (rows, cols) in zip(inputs[self.pixels], sizes, strict=True)]
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return each picture padded to the largest, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
+        rounded = [[EXAMPLE_TOKEN * max(1, round(side / EXAMPLE_TOKEN)) for side in size] for size in sizes]
+        height, width = (max(sides) for sides in zip(*rounded, strict=True))
+        pictures = [
+            F.pad(torch.randn(3, rows, cols, generator=seeded(size)), (0, width - cols, 0, height - rows))
+            for size, (rows, cols) in zip(sizes, rounded, strict=True)
+        ]
+        return {self.pixels: torch.stack(pictures), "image_sizes": torch.tensor(rounded)}
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels; the id 8 ends a row of an image, 9 the last one."""
+        sizes = list(dict.fromkeys(size for row in rows for size in row))
+        grids = [layout.token_grid for layout in self.layouts(self.example_pixels(sizes))]
+        lines = {
+            size: ([self.image_token_id] * cols + [8]) * lines for size, (lines, cols) in zip(sizes, grids, strict=True)
+        }
+        return self.example_prompts(rows, {size: [*ids[:-1], 9] for size, ids in lines.items()})

@@ -19,13 +19,21 @@ TOKENS = {
 }
 
 
+def images() -> Any:
+    """An image processor under which pictures keep their size, rounded to whole tokens of 28 pixels."""
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
+    return Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
+
+
+def special() -> dict[str, str]:
+    """The special tokens by the names under which processors look them up."""
+    return {name.removesuffix("_id"): token for name, token in TOKENS.items()}
+
+
 @cache
 def processor() -> Any:
-    """Pictures keep their size, rounded to whole tokens of 28 pixels."""
-    special = {name.removesuffix("_id"): token for name, token in TOKENS.items()}
-    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
-    images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
-    return Qwen2VLProcessor(images, tokenizer(**special), Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    """The processor of Qwen2-VL."""
+    return Qwen2VLProcessor(images(), tokenizer(**special()), Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 
 FAMILIES = [

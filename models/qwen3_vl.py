@@ -1,0 +1,55 @@
+"""Qwen3-VL: as Qwen2-VL, and features of earlier layers of the tower are added in the first layers of the LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from tokenprune.adapter import Encoding
+from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, with_sharp_attention
+
+
+class Qwen3VLAdapter(MergedPatchesAdapter):
+    """`Qwen3VLForConditionalGeneration`; what a strategy keeps or drops, it keeps or drops in every level."""
+
+    family: ClassVar[str] = "qwen3_vl"
+    model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Qwen3-VL with features of two layers added in the LLM."""
+        torch.manual_seed(0)
+        vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+        config = Qwen3VLConfig(
+            vision_config={
+                **vision,
+                "patch_size": 14,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            text_config={**example_mrope_llm(), "head_dim": 8},
+            image_token_id=EXAMPLE_IMAGE,
+            video_token_id=4,
+            vision_start_token_id=10,
+            vision_end_token_id=11,
+        )
+        return with_sharp_attention(Qwen3VLForConditionalGeneration(config), tower="visual")
+
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` with the kept features of every level."""
+        handed = super().hand_over(encoding, packed, places)
+        if handed and places is not None:
+            outputs = handed["mm_encoder_outputs"]["image"]
+            levels = [
+                [one[kept.to(one.device)] for one, kept in zip(level, places, strict=True) if len(kept)]
+                for level in outputs.deepstack_features
+            ]
+            outputs["deepstack_features"] = outputs.deepstack_features = levels
+        return handed
