@@ -1,0 +1,34 @@
+"""Mistral Small 3.1: native resolution, 2 x 2 patches become one token, text ends each row of an image."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+from tokenprune.models.native import PixtralTowerAdapter, example_pixtral
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, with_sharp_attention
+
+
+class Mistral3Adapter(PixtralTowerAdapter):
+    """`Mistral3ForConditionalGeneration`; the patch merger comes before the projector, which no token passes alone."""
+
+    family: ClassVar[str] = "mistral3"
+    model_class: ClassVar[str] = "Mistral3ForConditionalGeneration"
+    projector_at: ClassVar[str | None] = None
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.spatial_merge_size)
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Mistral 3."""
+        torch.manual_seed(0)
+        config = Mistral3Config(
+            vision_config=example_pixtral(patch_size=14), text_config=example_llm(), image_token_index=EXAMPLE_IMAGE
+        )
+        return with_sharp_attention(Mistral3ForConditionalGeneration(config))

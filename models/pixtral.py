@@ -1,0 +1,36 @@
+"""Pixtral in LLaVA's frame: native resolution, one token a patch, text ends each row of an image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tokenprune.models.native import EXAMPLE_TOKEN, PixtralTowerAdapter, example_pixtral
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, with_sharp_attention
+
+
+class PixtralAdapter(PixtralTowerAdapter):
+    """`LlavaForConditionalGeneration` with a Pixtral tower."""
+
+    family: ClassVar[str] = "pixtral"
+    model_class: ClassVar[str] = "LlavaForConditionalGeneration"
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether the model is LLaVA with a Pixtral tower; other towers see square tiles."""
+        return super().matches(model) and model.config.vision_config.model_type == "pixtral"
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Pixtral."""
+        torch.manual_seed(0)
+        config = LlavaConfig(
+            vision_config=example_pixtral(patch_size=EXAMPLE_TOKEN),
+            text_config=example_llm(),
+            image_token_index=EXAMPLE_IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        return with_sharp_attention(LlavaForConditionalGeneration(config))
