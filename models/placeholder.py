@@ -176,6 +176,12 @@ class PlaceholderAdapter(Adapter):
         return self.cls != "none"
 
     @cached_property
+    def pooling_head(self) -> nn.MultiheadAttention | None:
+        """The attention of SigLIP's pooling head; None if the checkpoint has none."""
+        head = getattr(getattr(self.tower, "head", None), "attention", None)
+        return head if isinstance(head, nn.MultiheadAttention) else None
+
+    @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
         return 1
@@ -190,6 +196,8 @@ class PlaceholderAdapter(Adapter):
             kinds |= {"resolution"}
         if self.has_cls:
             kinds |= {"cls_attention", "cls_logits", "joint_attention", "cls_features"}
+        if self.pooling_head is not None:
+            kinds |= {"pooling_attention"}
         if self.tower.config.model_type == "clip_vision_model":
             kinds |= ALIGNED_SIGNALS | TEXT_SIGNALS
         return frozenset(kinds)
@@ -326,7 +334,8 @@ class PlaceholderAdapter(Adapter):
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
         """Return where signals are found in the tower while it encodes some images."""
         patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
-        return Tower(self.tower_layers, self.attention_at, self.cls, patches if self.one_sequence else None)
+        segments = patches if self.one_sequence else None
+        return Tower(self.tower_layers, self.attention_at, self.cls, segments, self.pooling_head)
 
     @contextmanager
     def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:

@@ -28,8 +28,8 @@ from tokenprune.layers import resolve_layers
 PROBE, FLASH_PROBE = "tokenprune_probe", "tokenprune_flash_probe"
 """The private names in transformers' attention interface; a module with "flash" in its kernel's name asks for all
 images at once."""
-ATTENTION = ROW_SIGNALS | {"keys"}
-"""Kinds of signals that are read inside an attention module."""
+ATTENTION = (ROW_SIGNALS | {"keys"}) - {"pooling_attention"}
+"""Kinds of signals that are read inside an attention module of a layer."""
 OUTPUTS = frozenset({"vision_features", "cls_features"})
 """Kinds of signals that are read from the output of a layer."""
 
@@ -86,6 +86,7 @@ class Tower:
         segments: tokens of each image, where the tower runs over all images as one sequence; None if its first
             dimension is tiles.
         rows_from: for a layer, the one whose attention rows are read in its place; itself if it is not named.
+        pooling: the attention of a head that pools the tokens of a tile with a learned probe, if there is one.
     """
 
     layers: Sequence[nn.Module]
@@ -93,6 +94,7 @@ class Tower:
     cls: Literal["none", "first", "last"] = "none"
     segments: Sequence[int] | None = None
     rows_from: Mapping[int, int] = field(default_factory=dict)
+    pooling: nn.MultiheadAttention | None = None
 
     @property
     def prefix(self) -> int:
@@ -166,7 +168,19 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
 
         return hook
 
+    pooled = [index for index, kinds in wanted.items() if "pooling_attention" in kinds]
+
+    def by_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
+
+    def pooling_hook(module: nn.Module, args: Any, output: Any) -> None:
+        for index in pooled:
+            add("pooling_attention", index, output[1][:, :, 0].detach().float())
+
     with ExitStack() as undo:
+        if pooled and tower.pooling is not None:
+            undo.callback(tower.pooling.register_forward_pre_hook(by_head, with_kwargs=True).remove)
+            undo.callback(tower.pooling.register_forward_hook(pooling_hook).remove)
         for index, kinds in wanted.items():
             if kinds & OUTPUTS:
                 undo.callback(tower.layers[index].register_forward_hook(feature_hook(index, kinds)).remove)

@@ -13,7 +13,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.tiny import batch, picture, tiny_model, tiny_processor, tokenizer
 from tokenprune import Budget, EncodedImage, ScoreReducer, Selection, Signal, TokenReducer
-from tokenprune.strategies import HiRED
+from tokenprune.strategies import FasterVLM, HiRED
 from tokenprune.strategies.components import RandomSelection, UniformAllocation
 
 FAMILIES = ["llava_next", "llava"]
@@ -549,6 +549,23 @@ def test_received_attention_stands_in_where_there_is_no_cls(family: str) -> None
         own.adapter.model(**batch(family, *ROWS))
     assert own.attention == "cls_attention"
     assert any(not torch.equal(a.kept, b.kept) for a, b in zip(own.selections, told.selections, strict=True))
+
+
+def test_the_pooling_head_can_be_asked_for_what_it_attends_to(family: str) -> None:
+    model, inputs = tiny_model(family, tower="siglip"), batch(family, *ROWS, tower="siglip")
+    with torch.no_grad():
+        model.model.vision_tower.head.attention.in_proj_weight.mul_(8)
+    with FasterVLM(0.2, attention="pooling")(model) as run:
+        model(**inputs)
+    assert run.attention == "pooling_attention"
+    read = [Signal("pooling_attention", "feature")]
+    for image, selection in zip(run.adapter.encode(inputs, read).images, run.selections, strict=True):
+        rows = image.pooling_attention().mean(dim=1).masked_fill(~image.geometry.valid, -1)
+        for tile, kept in enumerate(selection.kept):
+            number = int(kept.sum())
+            assert torch.equal(rows[tile].topk(number).indices.sort().values, kept.nonzero()[:, 0])
+    with pytest.raises(ValueError, match="missing: pooling_attention"):
+        FasterVLM(0.2, attention="pooling")(tiny_model(family)).__enter__()
 
 
 def test_towers_without_cls_serve_other_signals(family: str) -> None:

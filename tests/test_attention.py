@@ -222,3 +222,51 @@ def test_features_stand_at_their_tiles_and_tokens(family: str) -> None:
             valid = image.geometry.valid[..., None]
             torch.testing.assert_close(image.features, projected * valid, atol=1e-5, rtol=1e-4)
     assert not all(bool(image.geometry.valid.all()) for image in encoding.images) or family == "llava"
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava"])
+def test_pooling_attention_is_that_of_the_head_of_siglip(family: str) -> None:
+    """Against the module's own weights, computed anew from the tower's output."""
+    model = tiny.tiny_model(family, tower="siglip")
+    adapter, inputs = adapter_of(family, model), tiny.batch(family, [(200, 300), (60, 170)], tower="siglip")
+    with torch.no_grad():
+        model.model.vision_tower.head.attention.in_proj_weight.mul_(8)  # far from uniform
+        encoding = adapter.encode(inputs, [Signal("pooling_attention", ["first", "feature"])])
+        for number, image in enumerate(encoding.images):
+            pixels = inputs["pixel_values"][number]
+            pixels = pixels[: image.geometry.tiles] if family == "llava_next" else pixels[None]
+            tower = model.model.vision_tower
+            hidden, head = tower(pixels).last_hidden_state, tower.head
+            probe_token = head.probe.repeat(len(pixels), 1, 1)
+            own = head.attention(probe_token, hidden, hidden, need_weights=True, average_attn_weights=False)[1][:, :, 0]
+            for layer in ("first", "feature"):
+                torch.testing.assert_close(image.pooling_attention(layer), own)
+            assert own.amax() > 3 * own.mean()
+    plain = model.model.get_image_features(
+        **{name: inputs[name] for name in adapter.image_inputs if name in inputs}, return_dict=True
+    ).pooler_output
+    assert all(torch.equal(one, two) for one, two in zip(plain, encoding.packed, strict=True))
+
+
+def test_the_hooks_of_the_pooling_head_are_gone_after_an_exception() -> None:
+    model = tiny.tiny_model("llava", tower="siglip")
+    head = model.model.vision_tower.head
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no head today")
+
+    head.mlp.forward = fail
+    inputs = tiny.batch("llava", [(80, 90)], tower="siglip")
+    with pytest.raises(RuntimeError, match="no head today"):
+        LlavaAdapter(model).encode(inputs, [Signal("pooling_attention")])
+    assert not head.attention._forward_hooks
+    assert not head.attention._forward_pre_hooks
+
+
+def test_only_a_tower_with_a_pooling_head_provides_its_attention() -> None:
+    model = tiny.tiny_model("llava", tower="siglip")
+    assert "pooling_attention" in LlavaAdapter(model).provides
+    del model.model.vision_tower.head
+    model.model.vision_tower.use_head = False
+    assert "pooling_attention" not in LlavaAdapter(model).provides
+    assert "pooling_attention" not in LlavaAdapter(tiny.tiny_model("llava")).provides

@@ -18,7 +18,7 @@ Key: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
 SEPARATOR = -1
 """Marks a learned newline token in `TileGeometry.packed`."""
-ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "received_attention"})
+ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"})
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
 CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
 """Kinds of signals with one vector per tile, `[tiles, 1, width]`."""
@@ -355,6 +355,16 @@ class EncodedImage:
     def received_attention(self, layer: LayerChoice) -> Tensor:
         """Return the attention each token receives, averaged over all queries, `[tiles, heads, tokens]`."""
         return self.read(Signal("received_attention", layer))
+
+    def pooling_attention(self, layer: LayerChoice = "feature") -> Tensor:
+        """Return the attention that the probe of a pooling head pays to each token, `[tiles, heads, tokens]`.
+
+        The head stands behind the last layer, so that every layer answers the same. Rows sum to 1.
+
+        Args:
+            layer: any layer that was declared.
+        """
+        return self.read(Signal("pooling_attention", layer))
 
     def keys(self, layer: LayerChoice) -> Tensor:
         """Return the attention keys of a layer, `[tiles, heads, tokens, head_dim]`."""
