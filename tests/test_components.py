@@ -11,12 +11,14 @@ from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.strategies.components import (
     BaseTileAllocation,
     GlobalTopAllocation,
+    MeanRelevance,
     ProportionalAllocation,
     RandomSelection,
     StrideSelection,
     SubImagesAllocation,
     TopAttention,
     TopNorm,
+    TopRelevance,
     UniformAllocation,
     VisualContentAllocation,
 )
@@ -194,6 +196,22 @@ def test_top_norm() -> None:
     image = encoded(SQUARE)
     expected = image.features.double().square().sum(-1).sqrt().float()
     torch.testing.assert_close(TopNorm().score(image), expected)
+
+
+def test_mean_relevance_is_the_cosine_to_the_mean_of_the_valid_tokens() -> None:
+    image = encoded(TileGeometry.anyres((60, 100), (2, 2), (4, 4), 56))
+    valid, features = image.geometry.valid, image.features.double()
+    assert not bool(valid.all())
+    for tile, own in enumerate(MeanRelevance(sign="aligned").relevance(image)):
+        mean = features[tile][valid[tile]].mean(dim=0)
+        cosine = features[tile] @ mean / features[tile].norm(dim=-1).clamp(min=1e-8) / mean.norm()
+        torch.testing.assert_close(own, cosine.float())
+    mean = features[valid].mean(dim=0)
+    cosine = features @ mean / features.norm(dim=-1).clamp(min=1e-8) / mean.norm()
+    torch.testing.assert_close(MeanRelevance("image").relevance(image), -cosine.float())
+    assert TopRelevance(MeanRelevance()).needs == ()
+    with pytest.raises(ValueError, match="over='all' is not known"):
+        MeanRelevance("all")  # type: ignore[arg-type]
 
 
 def test_parts_without_signals_need_none() -> None:

@@ -17,7 +17,7 @@ from tokenprune.strategies.components.diversity import (
 )
 from tokenprune.strategies.components.merging import ContextualMerging, MeanOfRest, NeighbourMerging, PooledCells
 from tokenprune.strategies.components.order import ByScore, MergedLast
-from tokenprune.strategies.components.relevance import AttentionRelevance, TextRelevance, TopRelevance
+from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance, TopRelevance
 from tokenprune.strategies.components.selection import RandomSelection, StrideSelection, TopAttention, TopNorm
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ImportantThenDiverse",
     "MaxMinDiversity",
     "MeanOfRest",
+    "MeanRelevance",
     "MergedLast",
     "NeighbourMerging",
     "PooledCells",

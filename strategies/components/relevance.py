@@ -73,6 +73,36 @@ class TextRelevance(RelevancePolicy):
         return likeness.clamp(-largest, largest).float()
 
 
+@dataclass
+class MeanRelevance(RelevancePolicy):
+    """Likeness of tokens to their mean, or unlikeness; needs no attention and no question.
+
+    What is unlike the mean is what the rest does not say: VidCom2 keeps such tokens of a frame and of a video
+    (arXiv 2505.14454).
+
+    Args:
+        over: ``"tile"`` or ``"image"``: the mean of the valid tokens of each tile, or of all tiles together.
+        sign: ``"opposite"`` prefers tokens that are unlike the mean, ``"aligned"`` typical ones.
+    """
+
+    over: Literal["tile", "image"] = "tile"
+    sign: Literal["opposite", "aligned"] = "opposite"
+
+    def __post_init__(self) -> None:
+        """Check the options once."""
+        for name, value, allowed in (("over", self.over, ("tile", "image")), ("sign", self.sign, tuple(SIGNS))):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+    def relevance(self, image: EncodedImage) -> Tensor:
+        """Return the signed cosine to the mean, `[tiles, tokens]`."""
+        features = image.features.float()
+        valid = image.geometry.valid.to(features.device)[..., None]
+        dims = (1,) if self.over == "tile" else (0, 1)
+        mean = (features * valid).sum(dims, keepdim=True) / valid.sum(dims, keepdim=True).clamp(min=1)
+        return SIGNS[self.sign] * F.cosine_similarity(features, mean, dim=-1)
+
+
 def rescaled(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
     """Stretch the values of valid tokens to 0..1, a little above zero; without any difference they are all alike.
 
