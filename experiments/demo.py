@@ -68,6 +68,8 @@ class Answer:
     kv_bytes_full: int
     prefill_flops: int
     prefill_flops_full: int
+    attention: str | None
+    second_look_flops: int
     overlay: str
 
 
@@ -168,6 +170,8 @@ def answer(
         kv_bytes_full=run.account.kv_bytes_full,
         prefill_flops=run.account.flops,
         prefill_flops_full=run.account.flops_full,
+        attention=run.account.attention,
+        second_look_flops=run.account.second_look_flops,
         overlay=str(overlay),
     )
     return made, run
@@ -213,4 +217,7 @@ def as_table(request: Request, answers: Sequence[Answer]) -> None:
         tiles = tiles if any(first.tile_grid) else "one tile"
         counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
         console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
+        if first.attention is not None:
+            cost_of_look = f", {first.second_look_flops / 1e6:,.1f} MFLOP" if first.second_look_flops else ""
+            console.print(f"attention read: {first.attention}{cost_of_look}", soft_wrap=True)
         console.print(f"overlay: {first.overlay}", soft_wrap=True)

@@ -29,7 +29,6 @@ from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
 from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
-from tokenprune.image import Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
@@ -206,7 +205,10 @@ def run_cells(
             if wrong := lacking(model, cells):
                 raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
             for cell in cells:
-                write_whole(cell.folder(out) / "environment.json", json.dumps(environment(model), indent=1))
+                around = environment(model)
+                if (attention := Run(cell.experiment.reducer, find_adapter(model)).attention_read) is not None:
+                    around["attention"] = attention
+                write_whole(cell.folder(out) / "environment.json", json.dumps(around, indent=1))
             passes = stack.enter_context(_counted_passes(model))
             for number, group in list(enumerate(groups))[rank::world]:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
@@ -293,12 +295,11 @@ def lacking(model: Any, cells: Sequence[Cell]) -> list[str]:
         model: the model; its weights are not read.
         cells: experiments with this model.
     """
-    provides, wrong = find_adapter(model).provides, []
+    adapter, wrong = find_adapter(model), []
     for cell in cells:
         reducer = cell.experiment.reducer
-        kinds = {signal.kind for signal in reducer.needs}
-        if kinds - provides:
-            wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(sorted(kinds - provides))}")
+        if missing := Run(reducer, adapter).missing:
+            wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(missing)}")
         elif reducer.reads_question and reducer.text_model is None:
             wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
     return wrong
@@ -354,17 +355,18 @@ def _records(
     if not any(missing for _, _, missing in pending):
         return
     text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
-    needs: list[Signal] = [signal for cell, _, _ in pending for signal in cell.experiment.reducer.needs]
+    adapter = find_adapter(model)
+    needs = [signal for cell, _, _ in pending for signal in Run(cell.experiment.reducer, adapter).needs]
     try:
         picture = group[0].picture()
         before = passes[0]
         began = time.perf_counter()
         with torch.no_grad():
             inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
-            encoding = find_adapter(model).encode(inputs, needs, 0, text_model)
+            encoding = adapter.encode(inputs, needs, 0, text_model)
         encode_ms = (time.perf_counter() - began) * 1000
         if out is not None or watched:  # not while the clock runs
-            encoding = with_pixels(encoding, find_adapter(model), inputs)
+            encoding = with_pixels(encoding, adapter, inputs)
     except Exception as error:  # one bad picture must not end a night's run
         for cell, file, missing in pending:
             for sample in missing:

@@ -23,7 +23,6 @@ from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.catalogue import strategies
 from tokenprune.experiments import statistics
-from tokenprune.image import Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.models.mini.evaluate import ask
@@ -114,9 +113,10 @@ def measure_board(
     questions = [question.text for question in board.questions]
     one, every = ask(processor, board.image, questions[:1]), ask(processor, board.image, questions)
     text = {name: every[name] for name in ("input_ids", "attention_mask")}
-    needs: list[Signal] = [signal for _, _, reducer in settings for signal in reducer.needs]
+    adapter = find_adapter(model)
+    needs = [signal for _, _, reducer in settings for signal in Run(reducer, adapter).needs]
     with torch.no_grad():
-        encoding = find_adapter(model).encode(one, needs, text_model="mini")
+        encoding = adapter.encode(one, needs, text_model="mini")
         for name, budget, reducer in settings:
             texts, run = answer(model, processor, encoding, text, reducer)
             right = ["".join(t.split()) == q.answer for t, q in zip(texts, board.questions, strict=True)]

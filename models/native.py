@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PixtralVisionConfig
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_PAD, PlaceholderAdapter, as_pictures, seeded
+from tokenprune.models.placeholder import EXAMPLE_PAD, PlaceholderAdapter, seeded
 
 EXAMPLE_TOKEN = 28
 """Side in pixels of what a visual token shows in example models."""
@@ -67,11 +67,11 @@ class MergedPatchesAdapter(PlaceholderAdapter):
         grids = inputs["image_grid_thw"].tolist()
         return [TileGeometry.single((rows // self.pooling, cols // self.pooling)) for _, rows, cols in grids]
 
-    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
-        """Return the first images put together from their patches, `[1, height, width, 3]` each."""
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the images put together from their patches, `[1, 3, height, width]` each."""
         patch, shown = self.tower.config.patch_size, []
         sizes = [layout.tokens * self.pooling**2 for layout in layouts]
-        for flat, layout in list(zip(torch.split(inputs[self.pixels], sizes), layouts, strict=True))[:number]:
+        for flat, layout in zip(torch.split(inputs[self.pixels], sizes), layouts, strict=True):
             pixels = rearrange(
                 flat,
                 "(h w p q) (c time y x) -> time c (h p y) (w q x)",
@@ -83,7 +83,7 @@ class MergedPatchesAdapter(PlaceholderAdapter):
                 y=patch,
                 x=patch,
             )
-            shown.append(as_pictures(pixels[:1]))
+            shown.append(pixels[:1])
         return shown
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Adapter, Encoding, LLMShape
@@ -405,9 +405,7 @@ class PlaceholderAdapter(Adapter):
 
     def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
         """Return the first images as pictures for drawing, base tile first, `[tiles, height, width, 3]` each."""
-        tiles = self.tiles_of(inputs, layouts) if number else ()
-        shown = [one[: layout.tiles] for one, layout in zip(tiles, layouts, strict=False)][:number]
-        return [as_pictures(one if self.base_first else one.roll(1, 0)) for one in shown]
+        return [as_pictures(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
 
     def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
@@ -426,6 +424,29 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         return Encoding(images, [torch.zeros(len(one.packed), 0, device=device) for one in layouts], None, arguments)
+
+    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each, base tile first."""
+        found = [one[: layout.tiles] for one, layout in zip(self.tiles_of(inputs, layouts), layouts, strict=True)]
+        return found if self.base_first else [one.roll(1, 0) for one in found]
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation of the colours, as the processor's own file says them.
+
+        Raises:
+            ValueError: if there is no such file, or it does not say.
+        """
+        name = getattr(self.model, "name_or_path", "")
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"how the pictures of {self.model_class} are normalised cannot be read from {name!r} "
+                f"({' '.join(str(error).split())[:200]}); give image_mean and image_std of its image processor"
+            ) from error
+        if not getattr(processor, "do_normalize", True):
+            return [0.0] * 3, [1.0] * 3
+        return processor.image_mean, processor.image_std
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tokenprune.reducer import ImageReducer as ImageReducer
     from tokenprune.reducer import ScoreReducer as ScoreReducer
     from tokenprune.reducer import TokenReducer as TokenReducer
+    from tokenprune.saliency import SecondLook as SecondLook
+    from tokenprune.saliency import Seen as Seen
     from tokenprune.selection import Selection as Selection
 
 __version__ = "0.1.0"
@@ -46,6 +48,8 @@ _HOME = {
     "RelevancePolicy": "components",
     "Run": "attach",
     "ScoreReducer": "reducer",
+    "SecondLook": "saliency",
+    "Seen": "saliency",
     "Selection": "selection",
     "SelectionPolicy": "components",
     "Signal": "image",

@@ -83,11 +83,15 @@ class TokenAccount:
         llm: the shape of the language model.
         images: one entry per image, in the order seen.
         prompt_lengths: tokens of each prompt row as (full, reduced), padding not counted.
+        attention: where the attention came from that the strategy read; None if it read none.
+        second_look_flops: FLOPs of the second model that looked at the pictures, if there was one.
     """
 
     llm: LLMShape
     images: list[ImageAccount] = field(default_factory=list)
     prompt_lengths: list[tuple[int, int]] = field(default_factory=list)
+    attention: str | None = None
+    second_look_flops: int = 0
 
     def add(self, selections: Sequence[Selection], prompt_lengths: Sequence[tuple[int, int]]) -> None:
         """Enter the images and prompt rows of one call."""
@@ -130,7 +134,7 @@ class TokenAccount:
         return sum(prefill_flops(self.llm, before) for before, _ in self.prompt_lengths)
 
     def summary(self) -> dict[str, Any]:
-        """Return the totals as plain numbers."""
+        """Return the totals as plain numbers, and where attention was read."""
         return {
             "images": len(self.images),
             "asked": self.asked,
@@ -143,14 +147,21 @@ class TokenAccount:
             "kv_bytes_full": self.kv_bytes_full,
             "prefill_flops": self.flops,
             "prefill_flops_full": self.flops_full,
+            "second_look_flops": self.second_look_flops,
+            "attention": self.attention,
         }
 
     def __str__(self) -> str:
         """Return one line for people."""
         if not self.prompt_lengths:
             return "no image seen"
-        return (
-            f"{len(self.images)} image(s): {self.asked} tokens asked, {self.kept} kept; "
+        parts = [
+            f"{len(self.images)} image(s): {self.asked} tokens asked, {self.kept} kept",
             f"KV cache {self.kv_bytes / self.kv_bytes_full:.1%} and prefill FLOPs "
-            f"{self.flops / self.flops_full:.1%} of full"
-        )
+            f"{self.flops / self.flops_full:.1%} of full",
+        ]
+        if self.attention is not None:
+            parts.append(f"attention: {self.attention}")
+        if self.second_look_flops:
+            parts.append(f"second look: {self.second_look_flops / 1e9:.2f} GFLOPs")
+        return "; ".join(parts)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.image import EncodedImage, Signal
+from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.registry import collect
 from tokenprune.rewrite import counted_positions
 
@@ -221,6 +221,27 @@ class Adapter(ABC):
             pictures: how many of the images keep their pixels for drawing.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
+
+    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the pixels of each image as the model is given them, base tile first.
+
+        Adapters of models at whose pictures a second model can look (`SecondLook`) write it.
+
+        Args:
+            inputs: the vision inputs of a call.
+            layouts: the layouts of its images.
+
+        Returns:
+            `[tiles, 3, height, width]` for each image.
+        """
+        raise NotImplementedError(f"{type(self).__name__} shows no tiles, so no second model can look at them")
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation of the colours with which the model's processor normalises pictures.
+
+        Adapters that write `tiles` write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not know how its pictures are normalised")
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.

@@ -23,7 +23,7 @@ from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import ImageReducer
 from tokenprune.rewrite import Rows, kept_positions, padding_side, shorten, shorter_rows
-from tokenprune.saliency import attention_source, read_from, standing_in
+from tokenprune.saliency import SecondLook, attention_layers, attention_source, read_from, seen_by, standing_in
 from tokenprune.selection import Selection
 
 if TYPE_CHECKING:
@@ -55,13 +55,21 @@ class Run:
         self.question = question
         self.tokenizer = tokenizer
         self.attention = attention_source(reducer.attention, adapter.provides)
-        """The kind of signal that the strategy is given as CLS attention, if it reads any."""
+        """The kind of signal that the strategy is given as CLS attention, if it reads any; or ``"second_look"``."""
         self.needs = read_from(reducer.needs, self.attention)
         """The signals that are captured for the strategy."""
         self.selections: list[Selection] = []
         """One selection per image, in the order seen."""
-        self.account = TokenAccount(adapter.llm)
+        self.account = TokenAccount(adapter.llm, attention=self.attention_read)
         """Tokens, cache bytes and FLOPs of everything seen."""
+
+    @property
+    def attention_read(self) -> str | None:
+        """Where the attention comes from that the strategy reads as CLS attention; None if it reads none."""
+        if not attention_layers(self.reducer.needs):
+            return None
+        look = self.reducer.attention
+        return look.name if isinstance(look, SecondLook) else self.attention
 
     @property
     def missing(self) -> list[str]:
@@ -101,8 +109,7 @@ class Run:
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
-        unique = {id(image): image for image in encoding.images}
-        ready = {key: standing_in(image, self.reducer.needs, self.attention) for key, image in unique.items()}
+        ready = self._with_attention(encoding)
         images = self._with_questions([ready[id(one)] for one in encoding.images], inputs, placeholders, lengths)
         chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
         selections = [chosen[id(image)] for image in images]
@@ -160,6 +167,23 @@ class Run:
                 features = features[image.geometry.resized(grid)[0].packed.to(features.device) != SEPARATOR]
             packed.append(features)
         return packed
+
+    def _with_attention(self, encoding: Encoding) -> dict[int, EncodedImage]:
+        """Return the images with what stands in for their CLS attention, by the `id` of the image without it."""
+        look, needs = self.reducer.attention, self.reducer.needs
+        unique = {id(image): image for image in encoding.images}
+        if not isinstance(look, SecondLook) or not attention_layers(needs):
+            return {key: standing_in(image, needs, self.attention) for key, image in unique.items()}
+        tiles = self.adapter.tiles(encoding.inputs, [image.geometry for image in unique.values()])
+        given = None if look.image_mean is None or look.image_std is None else (look.image_mean, look.image_std)
+        mean, std = self.adapter.normalisation() if given is None else given
+        ready = {}
+        for (key, image), pixels in zip(unique.items(), tiles, strict=True):
+            centre, spread = (pixels.new_tensor(one, dtype=torch.float32).view(-1, 1, 1) for one in (mean, std))
+            pictures = (pixels.float() * spread + centre).clamp(0, 1)
+            ready[key], flops = seen_by(image, look, pictures, needs)
+            self.account.second_look_flops += flops
+        return ready
 
     def _with_questions(
         self, images: list[EncodedImage], inputs: Mapping[str, Any], placeholders: Tensor, lengths: list[int]

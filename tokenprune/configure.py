@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -143,6 +143,17 @@ def component_fields(known: Iterable[type]) -> set[str]:
     }
 
 
+def field_words(known: Iterable[type]) -> dict[str, set[str]]:
+    """Return the words that may stand in a field instead of a component, by name of the field."""
+    words: dict[str, set[str]] = {}
+    for one in known:
+        for name, hint in get_type_hints(one).items():
+            for kind in get_args(hint):
+                if get_origin(kind) is Literal:
+                    words.setdefault(name, set()).update(map(str, get_args(kind)))
+    return words
+
+
 def with_plugins(plugins: Iterable[str]) -> tuple[dict[str, type[TokenReducer]], dict[str, type[Component]]]:
     """Return strategies and components by name, those in a user's files included.
 
@@ -214,14 +225,23 @@ def prepare(argv: Sequence[str], more: Mapping[str, Named] | None = None) -> lis
     for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
         for option, (base, _) in (more or {}).items():
             _join(others[option], module, base)
-    fields = component_fields([*known.values(), *parts.values()])
+    every = [*known.values(), *parts.values()]
+    fields, words = component_fields(every), field_words(every)
 
     def resolved(value: Any, key: str) -> Any:
         """Resolve names in a value of a strategy's configuration: `reducer`, or the name of a field."""
         if isinstance(value, str) and key in others:
             return resolve_component(value, others[key], key)
+        if isinstance(value, str) and value in words.get(key, ()):
+            return value
         if isinstance(value, str) and (key == "reducer" or key in fields):
-            return resolve_strategy(value, known) if key == "reducer" else resolve_component(value, parts)
+            if key == "reducer":
+                return resolve_strategy(value, known)
+            try:
+                return resolve_component(value, parts)
+            except LookupError as error:
+                also = f"{key} takes {', '.join(sorted(words[key]))} or a component; " if key in words else ""
+                raise LookupError(f"{also}{error}") from error
         if isinstance(value, dict) and "class_path" in value:
             whole = resolved(value["class_path"], key)
             whole = json.loads(whole) if whole.startswith("{") else {"class_path": whole}

@@ -288,6 +288,8 @@ class EncodedImage:
         feature_layer: index of the layer whose output the model uses.
         newline: the learned newline token, `[dim]`; None if the model has none.
         pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
+        depths: layers and feature layer of the model that a kind of signal was read from, where that is not the vision
+            tower.
     """
 
     geometry: TileGeometry
@@ -297,6 +299,7 @@ class EncodedImage:
     feature_layer: int = 0
     newline: Tensor | None = None
     pixels: Tensor | None = None
+    depths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def in_packed_order(self) -> EncodedImage:
         """Return the valid tokens of all tiles as one tile of a single row, in the order in which the model packs them.
@@ -328,7 +331,8 @@ class EncodedImage:
             MissingSignalError: if the signal was not captured because no `needs` declared it.
         """
         found = []
-        for layer in resolve_layers(signal.layer, self.layers, self.feature_layer):
+        depth = self.depths.get(signal.kind, (self.layers, self.feature_layer))
+        for layer in resolve_layers(signal.layer, *depth):
             if (signal.kind, layer) not in self.signals:
                 have = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
                 raise MissingSignalError(
@@ -434,6 +438,7 @@ class _PackedImage(EncodedImage):
             "feature_layer": source.feature_layer,
             "newline": source.newline,
             "pixels": None,
+            "depths": source.depths,
             "_gather": features,
         }
         for name, value in known.items():

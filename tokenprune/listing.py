@@ -24,6 +24,7 @@ from tokenprune.configure import presets, with_plugins
 from tokenprune.conformance import Report
 from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
 from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.saliency import SecondLook
 
 Row = Mapping[str, str]
 
@@ -95,6 +96,7 @@ COMPONENT_KINDS: Mapping[str, type[Component]] = {
     "merging": MergingPolicy,
     "relevance": RelevancePolicy,
     "order": OrderPolicy,
+    "second look": SecondLook,
 }
 
 

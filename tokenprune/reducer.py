@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.budget import Budget, as_budget
 from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
-from tokenprune.saliency import SOURCES, Attention
+from tokenprune.saliency import SOURCES, Attention, SecondLook
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TokenReducer(Configurable, ABC):
             its text tower; a folder, a hub id, or ``"mini"`` for that of the embedded model.
         attention: for strategies that read CLS attention: ``"auto"`` reads it where the vision tower has a CLS token,
             and else the attention that each token receives; ``"cls"``, ``"received"``, ``"pooling"`` (the probe of
-            SigLIP's pooling head) insist on one.
+            SigLIP's pooling head) insist on one. A `SecondLook`, such as `TimmSaliency`, reads that of a second model.
     """
 
     stage: ClassVar[str] = "projector"
@@ -52,7 +52,7 @@ class TokenReducer(Configurable, ABC):
     positions: Literal["reindex", "preserve"] = "reindex"
     newlines: Newlines = "keep_rows"
     text_model: str | None = None
-    attention: Attention = "auto"
+    attention: Attention | SecondLook = "auto"
 
     def __post_init__(self) -> None:
         """Check the options once, so that a typo does not wait for the first image."""
@@ -60,10 +60,12 @@ class TokenReducer(Configurable, ABC):
         for name, value, allowed in (
             ("positions", self.positions, ("reindex", "preserve")),
             ("newlines", self.newlines, ("keep_rows", "drop", "keep")),
-            ("attention", self.attention, ("auto", *SOURCES)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+        if not isinstance(self.attention, SecondLook) and self.attention not in ("auto", *SOURCES):
+            words = ", ".join(map(repr, ("auto", *SOURCES)))
+            raise ValueError(f"attention={self.attention!r} is not known; use one of {words}, or a SecondLook")
 
     @property
     def needs(self) -> Sequence[Signal]:

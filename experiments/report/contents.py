@@ -177,6 +177,6 @@ def environment_blocks(cells: Sequence[Cell]) -> list[Block]:
     names = [name for name in dict.fromkeys(n for cell in cells for n in cell.environment) if name != "started"]
     lines = []
     for name in names:
-        values = dict.fromkeys(short(cell.environment.get(name)) for cell in cells)
+        values = dict.fromkeys(short(cell.environment[name]) for cell in cells if name in cell.environment)
         lines.append([name, "; ".join(values) + (" (**not the same everywhere**)" if len(values) > 1 else "")])
     return [Heading("Environment"), Table(["", ""], lines)] if lines else []

@@ -18,6 +18,7 @@ from tokenprune.strategies.components.diversity import (
 from tokenprune.strategies.components.merging import ContextualMerging, MeanOfRest, NeighbourMerging, PooledCells
 from tokenprune.strategies.components.order import ByScore, MergedLast
 from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance, TopRelevance
+from tokenprune.strategies.components.second_look import TimmSaliency
 from tokenprune.strategies.components.selection import RandomSelection, StrideSelection, TopAttention, TopNorm
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StrideSelection",
     "SubImagesAllocation",
     "TextRelevance",
+    "TimmSaliency",
     "TopAttention",
     "TopNorm",
     "TopRelevance",
