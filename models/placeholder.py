@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Adapter, Encoding, LLMShape
@@ -67,6 +67,18 @@ def example_llm() -> LlamaConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         pad_token_id=EXAMPLE_PAD,
+    )
+
+
+def example_siglip() -> SiglipVisionConfig:
+    """Return the configuration of a tiny SigLIP tower (4 x 4 patches a tile) for example models."""
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=EXAMPLE_TILE,
+        patch_size=14,
     )
 
 
@@ -335,7 +347,7 @@ class PlaceholderAdapter(Adapter):
         """Return where signals are found in the tower while it encodes some images."""
         patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
         segments = patches if self.one_sequence else None
-        return Tower(self.tower_layers, self.attention_at, self.cls, segments, self.pooling_head)
+        return Tower(self.tower_layers, self.attention_at, self.cls, segments, pooling=self.pooling_head)
 
     @contextmanager
     def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:

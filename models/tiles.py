@@ -95,10 +95,13 @@ class TiledAdapter(PlaceholderAdapter):
         return torch.cat([base, parts] if self.base_first else [parts, base])
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; the ids 8 and 9 open and close an image."""
-        tokens = self.token_grid[0] * self.token_grid[1]
-        tiles = {size: len(self.example_tiles(size)) for row in rows for size in row}
-        images = {size: [8, *[self.image_token_id] * (tokens * number), 9] for size, number in tiles.items()}
+        """Return inputs with random pixels; the id 8 opens an image, or is before its base tile, and 9 ends it."""
+        tile = [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
+        images: dict[tuple[int, int], list[int]] = {}
+        for size in {size for row in rows for size in row}:
+            number = len(self.example_tiles(size))
+            parts = [8, *tile * number] if self.grouped_by == "opening" else [*[10, *tile] * (number - 1), 8, *tile]
+            images[size] = [*parts, 9]
         return self.example_prompts(rows, images)
 
 

@@ -1,0 +1,35 @@
+"""Aya Vision: sub-images in row-major order, each after its name as text, the whole picture last."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter
+
+
+class AyaVisionAdapter(TiledAdapter):
+    """`AyaVisionForConditionalGeneration`: 2 x 2 patches of SigLIP become one token."""
+
+    family: ClassVar[str] = "aya_vision"
+    model_class: ClassVar[str] = "AyaVisionForConditionalGeneration"
+    projector_at: ClassVar[str | None] = None
+    grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.downsample_factor)
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Aya Vision: 2 x 2 tokens a tile, of 4 x 4 patches."""
+        torch.manual_seed(0)
+        config = AyaVisionConfig(
+            vision_config=example_siglip(), text_config=example_llm(), image_token_index=EXAMPLE_IMAGE
+        )
+        return with_sharp_attention(AyaVisionForConditionalGeneration(config))

@@ -1,0 +1,37 @@
+"""Command A Vision: sub-images in row-major order with a line break after each, the whole picture last."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
+
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter
+
+
+class Cohere2VisionAdapter(TiledAdapter):
+    """`Cohere2VisionForConditionalGeneration`: 2 x 2 patches of SigLIP become one token."""
+
+    family: ClassVar[str] = "cohere2_vision"
+    model_class: ClassVar[str] = "Cohere2VisionForConditionalGeneration"
+    projector_at: ClassVar[str | None] = None
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.downsample_factor)
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Command A Vision: 2 x 2 tokens a tile, of 4 x 4 patches."""
+        torch.manual_seed(0)
+        config = Cohere2VisionConfig(
+            vision_config=example_siglip(),
+            text_config=example_llm(),
+            image_token_id=EXAMPLE_IMAGE,
+            alignment_intermediate_size=64,
+        )
+        return with_sharp_attention(Cohere2VisionForConditionalGeneration(config))
