@@ -236,11 +236,15 @@ class PlaceholderAdapter(Adapter):
         return side, side
 
     @cached_property
+    def decoder(self) -> Any:
+        """The module with the decoder layers."""
+        return attrgetter(self.language_model_at)(self.model.base_model)
+
+    @cached_property
     def llm(self) -> LLMShape:
         """The shape of the language model."""
         config = self.model.config.get_text_config()
-        decoder: Any = attrgetter(self.language_model_at)(self.model.base_model)
-        linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
+        linear = [m for m in self.decoder.layers.modules() if isinstance(m, nn.Linear)]
         return LLMShape(
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
@@ -319,7 +323,7 @@ class PlaceholderAdapter(Adapter):
             kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
         projected = any("projector_inputs" in kinds for kinds in wanted.values())
         with probe(self.tower_parts(layouts), wanted) as captured, self.projector_probe(projected) as before:
-            outputs = self.model.base_model.get_image_features(**arguments, return_dict=True)
+            outputs = self.run_vision(arguments, layouts)
         if projected:
             captured["projector_inputs", feature_layer] = before
         signals = {key: self.by_image(key[0], found, layouts, inputs) for key, found in captured.items()}
@@ -342,6 +346,15 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         return Encoding(images, packed, outputs, arguments)
+
+    def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
+        """Run the model's own vision side once and return its output object.
+
+        Args:
+            arguments: the vision inputs of the call.
+            layouts: the layouts of the images.
+        """
+        return self.model.base_model.get_image_features(**arguments, return_dict=True)
 
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
         """Return where signals are found in the tower while it encodes some images."""

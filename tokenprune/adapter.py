@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -146,6 +147,14 @@ class Adapter(ABC):
         Raises:
             ValueError: if a signal names a layer that the vision tower does not have, or the text model does not fit.
         """
+
+    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call brings pictures that are not encoded yet."""
+        return inputs.get(self.pixels) is not None
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Return what must be on the model while a strategy is attached, beside the hooks that every model gets."""
+        return nullcontext()
 
     @abstractmethod
     def hand_over(

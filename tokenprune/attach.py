@@ -373,7 +373,7 @@ class _Generate:
         """Generate from the reduced prompt; returned sequences begin with the full one."""
         if inputs is not None and kwargs.get("input_ids") is None:
             kwargs["input_ids"] = inputs
-        if kwargs.get(self.run.adapter.pixels) is None:
+        if not self.run.adapter.has_pictures(kwargs):
             self._refuse_reduced_history(kwargs)
             return self.original(generation_config=generation_config, **kwargs)
         prompt = kwargs.get("input_ids")
@@ -478,7 +478,7 @@ def attach(
     def reduce_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
         """Reduce a plain forward call. Decoding steps, text-only calls and copies of the model pass."""
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if module is not model or inputs.get(adapter.pixels) is None:
+        if module is not model or not adapter.has_pictures(inputs):
             return None
         return (), run.reduced(inputs, generating=False)[0]
 
@@ -486,7 +486,8 @@ def attach(
     try:
         if hasattr(model, "generate"):
             model.generate = _Generate(run, model.generate)
-        yield run
+        with adapter.attached():
+            yield run
     finally:
         hook.remove()
         if before is not None:

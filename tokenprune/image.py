@@ -82,14 +82,17 @@ class TileGeometry:
     def separator_of(self) -> Tensor:
         """Which separator closes the row of each packed position, `[length]`; -1 where none does.
 
-        A row is the run of tokens since the separator before. Base tile tokens that stand before the first row of the
-        sub-images belong to no row.
+        A row is the run of tokens since the separator before, of the base tile or of the sub-images. Base tile tokens
+        that stand before the first row of the sub-images belong to no row.
         """
         is_separator = self.packed == SEPARATOR
         row = torch.cumsum(is_separator, dim=0) - is_separator.long()
         outside = row >= self.separators
-        if self.sub_images:
-            outside |= (self.packed < self.tokens) & ~is_separator
+        of_base = (self.packed < self.tokens) & ~is_separator
+        last = (is_separator.nonzero()[:, 0] - 1).clamp(min=0)
+        outside |= ~is_separator & (
+            of_base != of_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True
+        )
         return row.masked_fill(outside, -1)
 
     def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:

@@ -138,7 +138,8 @@ def kept_separators(geometry: TileGeometry, kept: Tensor, newlines: Newlines) ->
     Args:
         geometry: the layout of the image.
         kept: the kept tokens, bool `[tiles, tokens]`.
-        newlines: ``"keep"`` all, ``"drop"`` all, or ``"keep_rows"``: those that close a row with a kept token.
+        newlines: ``"keep"`` all, ``"drop"`` all, or ``"keep_rows"``: those that close a row with a kept token, and, if
+            any token is kept, those that close no row but separate parts of the image.
 
     Returns:
         Bool `[separators]`.
@@ -151,7 +152,8 @@ def kept_separators(geometry: TileGeometry, kept: Tensor, newlines: Newlines) ->
     if newlines != "keep_rows":
         raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
     row, packed = geometry.separator_of.to(kept.device), geometry.packed.to(kept.device)
-    rows_with_token = row[(packed != SEPARATOR) & (row >= 0) & kept.flatten()[packed.clamp(min=0)]]
-    stays = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
-    stays[rows_with_token] = True
+    in_row = (packed != SEPARATOR) & (row >= 0)
+    stays = torch.full((geometry.separators,), bool(kept.any()), device=kept.device)
+    stays[row[in_row]] = False
+    stays[row[in_row & kept.flatten()[packed.clamp(min=0)]]] = True
     return stays

@@ -39,6 +39,8 @@ class Family:
         full: largest difference of logits at 100 %.
         oracle: largest difference of logits to the mask oracle; None if the architecture forbids it, and `why` says so.
         beams: whether the unmodified model generates with beams from pictures.
+        attn: the attention kernel.
+        scale: factor on all weights, so that mistakes show; smaller where a model is initialised with large ones.
         why: the reasons for what is not 0 or not done.
         skip: names of checks that cannot hold, each with its reason.
     """
@@ -55,6 +57,8 @@ class Family:
     full: float = 0.0
     oracle: float | None = 1e-5
     beams: bool = True
+    attn: str = "sdpa"
+    scale: float = 2.0
     why: str = ""
     skip: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,7 +68,7 @@ class Family:
         square, wide, tall, band = self.sizes
         return [square], [wide, tall], [], [band]
 
-    def model(self, dtype: torch.dtype = torch.float32, attn: str = "sdpa") -> Any:
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new tiny model that speaks the processor's tokens, the same weights each time."""
         example = (self.example or self.adapter.example)()
         config, tokenizer = copy.deepcopy(example.config), self.tokenizer
@@ -72,7 +76,7 @@ class Family:
         for name, token in self.tokens.items():
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
         torch.manual_seed(0)
-        model = type(example)._from_config(config, attn_implementation=attn)
+        model = type(example)._from_config(config, attn_implementation=self.attn)
         sharp = example.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -81,7 +85,7 @@ class Family:
                 elif name in sharp and sharp[name].shape == parameter.shape:
                     parameter.copy_(sharp[name])
                 if parameter.dim() >= 2:
-                    parameter.mul_(2.0)
+                    parameter.mul_(self.scale)
             model.get_output_embeddings().weight.mul_(10.0)
         model.generation_config.pad_token_id = 0
         model.generation_config.bos_token_id = 1

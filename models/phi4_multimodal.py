@@ -1,0 +1,197 @@
+"""Phi-4-multimodal: sub-images row by row with a separator after each row, a separator, the whole picture likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tokenprune.adapter import Encoding
+from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.models.placeholder import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_PAD,
+    EXAMPLE_TILE,
+    PlaceholderAdapter,
+    seeded,
+)
+
+
+class Phi4MultimodalAdapter(PlaceholderAdapter):
+    """`Phi4MultimodalForCausalLM`, which embeds pictures and places them in one module.
+
+    Encoding calls that module with a prompt of placeholders only. Kept features go in through the argument for pixels:
+    while a strategy is attached, the module takes three dimensions for features that are encoded already.
+    """
+
+    family: ClassVar[str] = "phi4_multimodal"
+    model_class: ClassVar[str] = "Phi4MultimodalForCausalLM"
+    pixels: ClassVar[str] = "image_pixel_values"
+    tower_at: ClassVar[str] = "embed_tokens_extend.image_embed.img_processor"
+    projector_at: ClassVar[str | None] = None
+    image_inputs = frozenset({"image_pixel_values", "image_sizes", "image_attention_mask"})
+
+    @property
+    def embedder(self) -> Any:
+        """The module that encodes pictures and puts them in their places."""
+        return self.model.base_model.embed_tokens_extend.image_embed
+
+    @cached_property
+    def decoder(self) -> Any:
+        """The module with the decoder layers."""
+        return self.model.base_model
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id of the image placeholder."""
+        return int(self.model.config.vision_config.image_token_id)
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return 2
+
+    def feature_layer(self, inputs: Mapping[str, Any]) -> int:
+        """Return the index of the layer whose output the model uses."""
+        layer: int = self.embedder.layer_idx
+        return layer - 1 if layer >= 0 else len(self.tower_layers) + layer
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image, from its size on the canvas and the mask of its padding.
+
+        Raises:
+            ValueError: if the tower has an odd number of patches along a side; the model then mirrors its border.
+        """
+        patches = self.tower.config.image_size // self.tower.config.patch_size
+        if patches % 2:
+            raise ValueError(f"{patches} patches along a side are no whole number of tokens of 2 x 2 patches")
+        masks = inputs["image_attention_mask"].bool().cpu()
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        return [self.layout(size, mask) for size, mask in zip(sizes, masks, strict=True)]
+
+    def layout(self, size: Sequence[int], mask: Tensor) -> TileGeometry:
+        """Return the layout of one image.
+
+        Args:
+            size: height x width of its canvas in pixels.
+            mask: patches that are no padding, the base tile first, bool `[tiles, patches, patches]`.
+        """
+        rows, cols = (side // self.embedder.crop_size for side in size)
+        even = TileGeometry.tiled((rows, cols), self.token_grid, base_first=True)
+        to_canvas = "(rows cols) h w -> (rows h) (cols w)"
+        real = rearrange(mask[1 : 1 + rows * cols, ::2, ::2], to_canvas, rows=rows)
+        numbers = even.packed.view(-1, *self.token_grid)
+        canvas = rearrange(numbers[1:], to_canvas, rows=rows)[: int(real[:, 0].sum()), : int(real[0].sum())]
+        parts = [F.pad(lines, (0, 1), value=SEPARATOR).flatten() for lines in (canvas, numbers[0])]
+        packed = torch.cat([parts[0], torch.tensor([SEPARATOR]), parts[1]])
+        return TileGeometry(even.tile_grid, even.token_grid, even.regions, packed)
+
+    def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
+        """Let the model embed a prompt of placeholders."""
+        length, device = sum(len(layout.packed) for layout in layouts), arguments[self.pixels].device
+        ids = torch.full((1, length), self.image_token_id, device=device)
+        nothing = torch.zeros(1, length, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
+        return BaseModelOutputWithPooling(pooler_output=self.embedder(ids, nothing, **arguments))
+
+    def by_image(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a captured signal by images; the tower also ran over tiles that fill up smaller ones."""
+        whole = torch.cat(list(captured)).unflatten(0, (len(layouts), -1))
+        own = torch.cat([value[: layout.tiles] for value, layout in zip(whole, layouts, strict=True)])
+        return super().by_image(kind, [own], layouts, inputs)
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
+        return list(inputs[self.pixels])
+
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return kept features in the place of pixels, `[1, kept, dim]`."""
+        features = torch.cat(packed)
+        return {self.pixels: features[None]} if len(features) else {}
+
+    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call brings pixels; features have three dimensions."""
+        return super().has_pictures(inputs) and inputs[self.pixels].dim() != 3
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the embedding module take features that are encoded already."""
+        module = self.embedder
+        before, original = module.__dict__.get("forward"), module.forward
+
+        def forward(input_ids: Tensor, inputs_embeds: Tensor, image_pixel_values: Tensor, **rest: Any) -> Any:
+            if image_pixel_values.dim() != 3:
+                return original(input_ids, inputs_embeds, image_pixel_values=image_pixel_values, **rest)
+            mask, times = input_ids == self.image_token_id, len(image_pixel_values)  # beams repeat rows one by one
+            parts = image_pixel_values[0].split(mask[::times].sum(dim=1).tolist())
+            features = torch.cat([part for part in parts for _ in range(times)]).to(inputs_embeds.dtype)
+            return module.drop(inputs_embeds.masked_scatter(mask[..., None], features))
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the tiles of each picture on a canvas of at most two tiles a side, without padding."""
+        grids = [[min(2, max(1, round(side / EXAMPLE_TILE))) for side in size] for size in sizes]
+        most = 1 + max(rows * cols for rows, cols in grids)
+        pixels = torch.zeros(len(sizes), most, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        for picture, size, (rows, cols) in zip(pixels, sizes, grids, strict=True):
+            tiles = 1 + rows * cols
+            picture[:tiles] = torch.randn(tiles, *picture.shape[1:], generator=seeded(size))
+        patches = EXAMPLE_TILE // self.tower.config.patch_size
+        return {
+            self.pixels: pixels,
+            "image_sizes": torch.tensor(grids) * EXAMPLE_TILE,
+            "image_attention_mask": torch.ones(len(sizes), most, patches, patches),
+        }
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Phi-4-multimodal: 2 x 2 tokens a tile, of 4 x 4 patches."""
+        small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        config = Phi4MultimodalConfig(
+            **small,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            vocab_size=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=EXAMPLE_PAD,
+            vision_config={
+                **small,
+                "num_hidden_layers": 4,
+                "image_size": EXAMPLE_TILE,
+                "crop_size": EXAMPLE_TILE,
+                "patch_size": 14,
+                "image_token_id": EXAMPLE_IMAGE,
+            },
+            audio_config={**small, "num_blocks": 1, "audio_token_id": 4, "nemo_conv_channels": 16},
+        )
+        return cls.example_of(config)
+
+    @classmethod
+    def example_of(cls, config: Phi4MultimodalConfig) -> Any:
+        """Return a model of random weights.
+
+        Args:
+            config: its configuration.
+        """
+        torch.manual_seed(0)
+        return Phi4MultimodalForCausalLM(config).eval()  # attention is sharp as it is initialised
