@@ -15,6 +15,7 @@ from transformers import PixtralVisionConfig
 
 from tokenprune.image import TileGeometry
 from tokenprune.models.placeholder import EXAMPLE_PAD, PlaceholderAdapter, seeded
+from tokenprune.rewrite import TextSeparatorSide
 
 EXAMPLE_TOKEN = 28
 """Side in pixels of what a visual token shows in example models."""
@@ -121,6 +122,7 @@ class PixtralTowerAdapter(PlaceholderAdapter):
     layers_at: ClassVar[str] = "transformer.layers"
     attention_at: ClassVar[str] = "attention"
     one_sequence: ClassVar[bool] = True
+    text_separator_side: ClassVar[TextSeparatorSide] = "after"
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return one tile per image, of the size that its picture has.

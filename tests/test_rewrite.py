@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.rewrite import counted_positions, kept_positions, padding_side, shorten, shorter_rows
+from tokenprune.rewrite import counted_positions, emptied_text, kept_positions, padding_side, shorten, shorter_rows
 
 PAD = 7
 
@@ -129,3 +129,39 @@ def test_by_hand() -> None:
 )
 def test_padding_side(mask: list[list[int]], has_labels: bool, side: str) -> None:
     assert padding_side(torch.tensor(mask), has_labels) == side
+
+
+IMAGES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), max_size=3)
+"""Images of a prompt row: the lengths of their stretches of placeholders."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(IMAGES, min_size=1, max_size=3), gaps=st.integers(0, 2), seed=st.integers(0, 999))
+def test_text_of_emptied_stretches_against_a_loop(rows, gaps, seed) -> None:
+    """Images stand side by side (no gap) or with text between; a stretch is followed by one or two of text."""
+    generator = torch.Generator().manual_seed(seed)
+    written, lengths = [], []  # of each position: (image, stretch, is a placeholder), or None outside
+    for row in rows:
+        line: list[Any] = [None]
+        for stretches in row:
+            for number, length in enumerate(stretches):
+                line += [(len(lengths), number, True)] * length
+                last = number == len(stretches) - 1
+                line += (
+                    [] if last else [(len(lengths), number, False)] * int(torch.randint(1, 3, (), generator=generator))
+                )
+            lengths.append(sum(stretches))
+            line += [None] * gaps
+        written.append(line)
+    width = max(map(len, written))
+    written = [[None] * (width - len(line)) + line for line in written]
+    placeholders = torch.tensor([[bool(one and one[2]) for one in line] for line in written])
+    kept = torch.rand(int(placeholders.sum()), generator=generator) < 0.3
+    owners = [one for line in written for one in line if one and one[2]]
+    alive = {one[:2] for one, keep in zip(owners, kept.tolist(), strict=True) if keep}
+    for side, step in (("after", 0), ("before", 1)):
+        expected = [
+            [bool(one) and not one[2] and (one[0], one[1] + step) not in alive for one in line] for line in written
+        ]
+        assert emptied_text(placeholders, kept, lengths, side).tolist() == expected
+    assert not emptied_text(placeholders, kept, lengths, "none").any()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.registry import collect
-from tokenprune.rewrite import counted_positions
+from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
 ADAPTERS = "tokenprune.models"
 """Where adapters live, and the entry point group of plug-ins."""
@@ -83,6 +83,9 @@ class Adapter(ABC):
 
     vision_positions: ClassVar[bool] = False
     """Whether the model makes position ids from its vision inputs (M-RoPE): they are then handed over, too."""
+
+    text_separator_side: ClassVar[TextSeparatorSide] = "none"
+    """Where text inside the span of an image belongs, if there is any that separates rows or tiles."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

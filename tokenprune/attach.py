@@ -22,7 +22,7 @@ from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import ImageReducer
-from tokenprune.rewrite import Rows, kept_positions, padding_side, shorten, shorter_rows
+from tokenprune.rewrite import Rows, emptied_text, kept_positions, padding_side, shorten, shorter_rows
 from tokenprune.saliency import SecondLook, attention_layers, attention_source, read_from, seen_by, standing_in
 from tokenprune.selection import Selection
 
@@ -137,7 +137,9 @@ class Run:
         # Without a cache, transformers takes gaps in position ids for packed sequences unless something is masked.
         spare = int(generating and preserve and not cached)
         side = padding_side(mask, inputs.get("labels") is not None)
-        rows = shorter_rows(placeholders, mask, kept, "left" if spare else side, spare)
+        separators = self.adapter.text_separator_side if self.reducer.text_separators == "drop_empty" else "none"
+        emptied = emptied_text(placeholders, kept, lengths, separators)
+        rows = shorter_rows(placeholders, mask, kept, "left" if spare else side, spare, emptied)
         short = shorten(rest, rows, self._pad_token_id())
         short.pop("position_ids", None)
         if (positions := self._positions(inputs, rows, generating)) is not None:

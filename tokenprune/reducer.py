@@ -37,6 +37,9 @@ class TokenReducer(Configurable, ABC):
         attention: for strategies that read CLS attention: ``"auto"`` reads it where the vision tower has a CLS token,
             and else the attention that each token receives; ``"cls"``, ``"received"``, ``"pooling"`` (the probe of
             SigLIP's pooling head) insist on one. A `SecondLook`, such as `TimmSaliency`, reads that of a second model.
+        text_separators: text that separates rows or tiles inside an image, such as ``[IMG_BREAK]`` (learned newlines
+            are no text, see `newlines`): ``"keep"`` leaves it in the prompt; ``"drop_empty"`` drops that of rows and
+            tiles of which no token is kept.
     """
 
     stage: ClassVar[str] = "projector"
@@ -53,6 +56,7 @@ class TokenReducer(Configurable, ABC):
     newlines: Newlines = "keep_rows"
     text_model: str | None = None
     attention: Attention | SecondLook = "auto"
+    text_separators: Literal["keep", "drop_empty"] = "keep"
 
     def __post_init__(self) -> None:
         """Check the options once, so that a typo does not wait for the first image."""
@@ -60,6 +64,7 @@ class TokenReducer(Configurable, ABC):
         for name, value, allowed in (
             ("positions", self.positions, ("reindex", "preserve")),
             ("newlines", self.newlines, ("keep_rows", "drop", "keep")),
+            ("text_separators", self.text_separators, ("keep", "drop_empty")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")

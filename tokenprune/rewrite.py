@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,8 +39,44 @@ class Rows:
         return taken.masked_fill(~mask, fill)
 
 
+TextSeparatorSide: TypeAlias = Literal["none", "before", "after"]
+"""Whether text between two stretches of placeholders of one image opens the second (``"before"`` it), closes the first
+(``"after"`` it), or there is ``"none"`` that belongs to either."""
+
+
+def emptied_text(placeholders: Tensor, kept: Tensor, lengths: Sequence[int], side: TextSeparatorSide) -> Tensor:
+    """Return the text that separates rows or tiles inside an image of which nothing is kept, bool `[rows, length]`.
+
+    Text before the first and after the last placeholder of an image belongs to the whole image.
+
+    Args:
+        placeholders: image positions, bool `[rows, length]`.
+        kept: which placeholders stay, in prompt order over all rows, bool `[placeholders]`.
+        lengths: placeholders of each image.
+        side: to which stretch of placeholders such text belongs.
+    """
+    total = sum(lengths)
+    if side == "none" or total == 0:
+        return torch.zeros_like(placeholders)
+    flat = placeholders.flatten()
+    image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(flat.device)
+    seen = flat.long().cumsum(dim=0)  # placeholders up to each position
+    last, following = (seen - 1).clamp(min=0), seen.clamp(max=total - 1)
+    inside = ~flat & (seen > 0) & (seen < total) & (image[last] == image[following])
+    new = torch.cat([flat.new_zeros(1), (flat.nonzero()[:, 0].diff() != 1) | (image.diff() != 0)])
+    stretch = new.long().cumsum(dim=0)
+    alive = flat.new_zeros(total).index_fill(0, stretch[kept.to(flat.device)], True)
+    owner = stretch[last if side == "after" else following]
+    return (inside & ~alive[owner]).view_as(placeholders)
+
+
 def shorter_rows(
-    placeholders: Tensor, attention_mask: Tensor, kept: Tensor, side: Literal["left", "right"], spare: int = 0
+    placeholders: Tensor,
+    attention_mask: Tensor,
+    kept: Tensor,
+    side: Literal["left", "right"],
+    spare: int = 0,
+    dropped_text: Tensor | None = None,
 ) -> Rows:
     """Return which positions of a batch of prompts stay.
 
@@ -52,8 +88,10 @@ def shorter_rows(
         kept: which placeholders stay, in prompt order over all rows, bool `[placeholders]`.
         side: where padding goes.
         spare: columns of padding to add beyond that.
+        dropped_text: text positions that go, bool `[rows, length]`; None drops none.
     """
     stays = attention_mask.bool() & ~placeholders
+    stays = stays if dropped_text is None else stays & ~dropped_text
     stays = stays.masked_scatter(placeholders, kept.to(stays.device)) & attention_mask.bool()
     counts = stays.sum(dim=1, keepdim=True)
     width = int(counts.max()) + spare
