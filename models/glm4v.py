@@ -24,9 +24,9 @@ class Glm4vAdapter(MergedPatchesAdapter):
         config = Glm4vConfig(
             vision_config={
                 "depth": 4,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 4,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
                 "out_hidden_size": 32,
                 "image_size": 56,
                 "patch_size": 14,

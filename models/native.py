@@ -38,10 +38,10 @@ def example_mrope_llm() -> dict[str, Any]:
 def example_pixtral(patch_size: int) -> PixtralVisionConfig:
     """Return the configuration of a tiny Pixtral tower, for example models."""
     return PixtralVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=16,
+        intermediate_size=32,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=2,
         image_size=8 * EXAMPLE_TOKEN,
         patch_size=patch_size,
     )

@@ -31,7 +31,7 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
     def example(cls) -> Any:
         """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that see the whole picture."""
         torch.manual_seed(0)
-        vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+        vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
         config = Qwen2_5_VLConfig(
             vision_config={**vision, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [0, 2]},
             text_config=example_mrope_llm(),

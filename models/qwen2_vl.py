@@ -22,7 +22,7 @@ class Qwen2VLAdapter(MergedPatchesAdapter):
         """Return a tiny Qwen2-VL."""
         torch.manual_seed(0)
         config = Qwen2VLConfig(
-            vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 14},
+            vision_config={"depth": 4, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
             text_config=example_mrope_llm(),
             image_token_id=EXAMPLE_IMAGE,
             video_token_id=4,

@@ -24,7 +24,7 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
     def example(cls) -> Any:
         """Return a tiny Qwen3-VL with features of two layers added in the LLM."""
         torch.manual_seed(0)
-        vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+        vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
         config = Qwen3VLConfig(
             vision_config={
                 **vision,
