@@ -10,6 +10,7 @@ from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
 
 from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
+from tokenprune.rewrite import TextSeparatorSide
 
 
 class AyaVisionAdapter(TiledAdapter):
@@ -17,6 +18,7 @@ class AyaVisionAdapter(TiledAdapter):
 
     family: ClassVar[str] = "aya_vision"
     model_class: ClassVar[str] = "AyaVisionForConditionalGeneration"
+    text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 

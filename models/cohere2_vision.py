@@ -10,6 +10,7 @@ from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGenerat
 
 from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
+from tokenprune.rewrite import TextSeparatorSide
 
 
 class Cohere2VisionAdapter(TiledAdapter):
@@ -17,6 +18,7 @@ class Cohere2VisionAdapter(TiledAdapter):
 
     family: ClassVar[str] = "cohere2_vision"
     model_class: ClassVar[str] = "Cohere2VisionForConditionalGeneration"
+    text_separator_side: ClassVar[TextSeparatorSide] = "after"
     projector_at: ClassVar[str | None] = None
 
     @cached_property

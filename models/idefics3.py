@@ -17,6 +17,7 @@ from transformers import (
 
 from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
+from tokenprune.rewrite import TextSeparatorSide
 
 
 class Idefics3Adapter(TiledAdapter):
@@ -24,6 +25,7 @@ class Idefics3Adapter(TiledAdapter):
 
     family: ClassVar[str] = "idefics3"
     model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
+    text_separator_side: ClassVar[TextSeparatorSide] = "before"
     tower_at: ClassVar[str] = "vision_model"
     projector_at: ClassVar[str | None] = "connector.modality_projection"
     language_model_at: ClassVar[str] = "text_model"

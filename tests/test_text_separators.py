@@ -136,3 +136,51 @@ def test_an_image_without_text_inside_is_as_before() -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(ValueError, match=r"text_separators='drop' is not known; use one of 'keep', 'drop_empty'"):
         HiRED(text_separators="drop")  # type: ignore[arg-type]
+
+
+@dataclass
+class OneStretch(TokenReducer):
+    """Keeps the tokens of the second row of an image of one tile, or of the second sub-image."""
+
+    exact: ClassVar[bool] = False
+
+    def select(self, image: EncodedImage) -> Selection:
+        kept, cols = torch.zeros_like(image.geometry.valid), image.geometry.token_grid[1]
+        if image.geometry.sub_images:
+            kept[2] = True
+        else:
+            kept[0, cols : 2 * cols] = True
+        return Selection(image.geometry, kept, int(kept.sum()))
+
+
+@pytest.mark.parametrize(
+    ("name", "stays", "goes"),
+    [
+        ("mistral3", "[IMG][IMG][IMG][IMG][IMG_BREAK][IMG_END]", "[IMG_BREAK][IMG_BREAK]"),
+        ("pixtral", "[IMG][IMG][IMG][IMG][IMG_BREAK][IMG_END]", "[IMG_BREAK][IMG_BREAK]"),
+        ("idefics3", "<row_1_col_2><image>", "<row_2_col_1>"),
+        ("smolvlm", "<row_1_col_2><image>", "<row_2_col_1>"),
+        ("aya_vision", "TILE_2<|IMG_PATCH|>", "TILE_3"),
+        (
+            "cohere2_vision",
+            "<|IMG_PATCH|><|IMG_LINE_BREAK|><|IMG_LINE_BREAK|><|END",
+            "<|START_OF_IMG|><|IMG_LINE_BREAK|>",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_what_stays_of_the_prompt(name: str, stays: str, goes: str) -> None:
+    family, seen = FAMILIES[name], []
+    model, inputs = family.model(), family.batch([(112, 112)])
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+    )
+    for separators in ("keep", "drop_empty"):
+        with OneStretch(text_separators=separators)(model):
+            model(**inputs)
+    hook.remove()
+    before, after = (family.tokenizer.decode(ids) for ids in seen)
+    assert goes in before
+    assert stays in after
+    assert goes not in after
+    assert len(after) < len(before)

@@ -39,7 +39,7 @@ class TokenReducer(Configurable, ABC):
             SigLIP's pooling head) insist on one. A `SecondLook`, such as `TimmSaliency`, reads that of a second model.
         text_separators: text that separates rows or tiles inside an image, such as ``[IMG_BREAK]`` (learned newlines
             are no text, see `newlines`): ``"keep"`` leaves it in the prompt; ``"drop_empty"`` drops that of rows and
-            tiles of which no token is kept.
+            tiles of which no token is kept. What opens and closes the whole image stays.
     """
 
     stage: ClassVar[str] = "projector"
