@@ -109,9 +109,29 @@ def test_json_is_one_object_and_adds_up(capsys: pytest.CaptureFixture[str]) -> N
     assert found["prompt_length_full"] - found["prompt_length"] == dropped
     assert found["kv_bytes"] / found["kv_bytes_full"] == found["prompt_length"] / found["prompt_length_full"]
     assert found["prefill_flops"] < found["prefill_flops_full"]
+    assert (found["attention"], found["second_look_flops"]) == ("cls_attention", 0)
     assert found["results"][0]["question"] == found["question"]
     assert len({result["question"] for result in found["results"]}) >= 5
     assert Path(found["overlay"]).is_file()
+
+
+def test_attention_is_a_word_or_a_second_look(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, in YAML by class name, and in what `--print_config` writes."""
+    ask = ["--question", "How many shapes are there?"]
+    assert run_json(capsys, *ask, "--reducer.attention", "received")["attention"] == "received_attention"
+    options = ["--reducer.attention.model-name", "test_vit", "--reducer.attention.pretrained", "false"]
+    words = [*ask, "--reducer.attention", "timm-saliency", *options]
+    found = run_json(capsys, *words)
+    assert found["attention"] == "TimmSaliency(test_vit)"
+    assert found["second_look_flops"] > 5 * 70e6
+    look = {"class_path": "TimmSaliency", "init_args": {"model_name": "test_vit", "pretrained": False}}
+    Path("own.yaml").write_text(json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": look}}}))
+    assert run_json(capsys, *ask, "--config", "own.yaml")["kept_per_tile"] == found["kept_per_tile"]
+    assert main(["run", *words, "--print_config"]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert run_json(capsys, "--config", "printed.yaml")["reducer"] == found["reducer"]
+    assert main(["run", *FAST, *words]) == 0
+    assert "attention read: TimmSaliency(test_vit), 375.7 MFLOP" in capsys.readouterr().out
 
 
 def test_a_full_budget_gives_the_same_answers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,6 +413,11 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
         (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
         (["run", "--config", "none.yaml"], "File does not exist"),
+        (["run", "--reducer.attention", "pooled"], "attention takes auto, cls, pooling, received or a component; no"),
+        (
+            ["run", "--reducer.attention", "TimmSaliency", "--reducer.attention.model", "x"],
+            "there is no parameter 'model' of TimmSaliency (did you mean model_name?)",
+        ),
         (["run", "--image", "none.png"], "none.png: no such file"),
         (["run", "--image", "loud.py"], "loud.py: not a picture"),
         (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),

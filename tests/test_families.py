@@ -5,6 +5,7 @@ What is deeper than that, and the same for all families, is tested on LLaVA in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,9 @@ from tests.tiny import picture
 from tokenprune.adapter import find_adapter
 from tokenprune.attach import Run
 from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.layers import LayerChoice
 from tokenprune.reducer import ScoreReducer
+from tokenprune.saliency import SecondLook, Seen
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, UniformStride
 
@@ -332,6 +335,33 @@ def test_kept_tokens_show_the_bright_spot(family: Family, placeless: Any, spot: 
             image = adapter.encode(given, Odd(kind=kind).needs).images[0]
             selection = Odd(2 * image.geometry.tiles, kind=kind).reduce(image)
             assert hits(selection, spot) == (True, True), (size, kind)
+
+
+@dataclass
+class Brightness(SecondLook):
+    """Attends to what is bright, the opposite of a vision tower: where pixels are is all that it shows."""
+
+    @property
+    def name(self) -> str:
+        return "Brightness"
+
+    def look(self, pictures: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> Seen:
+        light = torch.nn.functional.adaptive_avg_pool2d(pictures.mean(dim=1, keepdim=True), token_grid)
+        return Seen({0: light.flatten(2)}, 1, 0, 0)
+
+
+@pytest.mark.parametrize("spot", SPOTS)
+@torch.no_grad()
+def test_a_second_look_sees_the_bright_spot(family: Family, model: Any, spot: tuple[float, float]) -> None:
+    """The tiles that another model is shown are those that the tokens stand for, base tile first."""
+    adapter, look = find_adapter(model), Brightness(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for size in family.spots:
+        given = family.inputs([[spotted(size, spot)]], [family.text(1)])
+        tiles = adapter.encode(given, ()).images[0].geometry.tiles
+        with Odd(2 * tiles, attention=look, kind="cls_attention")(model) as run:
+            model(**given)
+        assert run.account.attention == "Brightness"
+        assert hits(run.selections[0], spot) == (True, True), size
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import collect, kebab, load_from_file, lookup
+from tokenprune.saliency import SecondLook
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import TopAttention
 
@@ -59,7 +60,7 @@ def test_aliases_are_unambiguous() -> None:
         assert len(names) == len(set(names))
 
 
-KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy)
+KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy, SecondLook)
 
 
 def test_what_is_known() -> None:
