@@ -56,6 +56,7 @@ def test_wheel_holds_one_package(wheel: list[str]) -> None:
     for needed in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
         assert f"tokenprune/models/mini/checkpoint/{needed}" in wheel
     assert "tokenprune/models/mini/pictures/board.png" in wheel
+    assert "tokenprune/models/verified.json" in wheel
     assert "tokenprune/experiments/heldout.py" in wheel
 
 
@@ -157,3 +158,19 @@ def test_readme_has_the_current_catalogue() -> None:
     text = (ROOT / "README.md").read_text()
     written = text.partition("<!-- tokenprune list strategies --markdown -->\n")[2].partition("\n<!-- end -->")[0]
     assert written == as_markdown(strategy_rows())
+
+
+def test_docs_have_the_current_families() -> None:
+    """Mend it with what ``tokenprune list models --markdown`` prints."""
+    from tokenprune.listing import as_markdown, model_rows
+
+    text = (ROOT / "docs/models.md").read_text()
+    written = text.partition("<!-- tokenprune list models --markdown -->\n")[2].partition("\n<!-- end -->")[0]
+    assert written == as_markdown(model_rows())
+
+
+def test_what_was_verified_is_what_the_tests_check() -> None:
+    """Mend it with ``python -m tests.verified > models/verified.json``."""
+    from tests.verified import text
+
+    assert (ROOT / "models/verified.json").read_text() == text() + "\n"

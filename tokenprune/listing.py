@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +25,7 @@ from tokenprune.configure import presets, with_plugins
 from tokenprune.conformance import Report
 from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
 from tokenprune.reducer import ComponentReducer, TokenReducer
-from tokenprune.saliency import SecondLook
+from tokenprune.saliency import SecondLook, attention_source
 
 Row = Mapping[str, str]
 
@@ -105,17 +106,46 @@ def _kind(component: type[Component]) -> str:
 
 
 def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return all model families."""
-    return [
-        {
-            "family": found.family,
-            "what": first_line(found),
-            "class": found.model_class,
-            "adapter": name,
-            "signals with a CLIP tower": ", ".join(sorted(found(found.example()).provides)),
-        }
-        for name, found in sorted(adapters().items())
-    ]
+    """Return all model families; signals are those of the tower of the adapter's example."""
+    rows: list[Row] = []
+    for name, found in sorted(adapters().items(), key=lambda item: item[1].family):
+        provides = found(found.example()).provides
+        rows.append(
+            {
+                "family": found.family,
+                "what": first_line(found),
+                "class": found.model_class,
+                "adapter": name,
+                "attention": attention_source("auto", provides),
+                "stages": ", ".join(["image"] * ("resolution" in provides) + ["projector"]),
+                "signals": ", ".join(sorted(provides - {"resolution"})),
+                "verified": verified(name),
+            }
+        )
+    return rows
+
+
+def verified(adapter: str) -> str:
+    """Return what the tests check of an adapter, from the file that is made of them.
+
+    Args:
+        adapter: its class name.
+    """
+    said = json.loads((files("tokenprune.models") / "verified.json").read_text(encoding="utf-8"))
+    names: dict[str, list[str]] = {}
+    for row in said["families"].get(adapter, ()):
+        done = len(said["checks"]) - len(set(row["skip"]) & set(said["checks"]))
+        parts = [
+            f"{done} of {len(said['checks'])} checks",
+            "100 %: identical" if row["full"] == 0 else f"100 %: within {row['full']:g}",
+            "masked prompt: not equal" if row["oracle"] is None else f"masked prompt: within {row['oracle']:g}",
+            *([] if row["beams"] else ["no beams"]),
+            *([row["why"].rstrip(".")] if row["why"] else []),
+        ]
+        names.setdefault("; ".join(parts), []).append(row["name"])
+    if len(names) == 1:
+        return next(iter(names))
+    return ". ".join(f"{', '.join(own)}: {text}" for text, own in names.items()) or "not in the matrix of tests"
 
 
 KINDS: dict[str, Callable[[Sequence[str]], list[Row]]] = {
@@ -135,7 +165,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     columns = [name for name in rows[0] if name != "parameters"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [f"`{row[name]}`" if name == "name" else row[name].replace("|", "or") for name in columns]
+        cells = [f"`{row[name]}`" if name in ("name", "family") else row[name].replace("|", "or") for name in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
