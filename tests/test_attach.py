@@ -522,13 +522,13 @@ def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
 
 
 def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
-    with pytest.raises(TypeError, match=r"Linear.*llava \(LlavaForConditionalGeneration\).*llava_next"):
+    with pytest.raises(TypeError, match=r"Linear.*llava \(LlavaForCond.*llava_next.*docs/adapters\.md"):
         HiRED(0.2)(torch.nn.Linear(2, 2)).__enter__()
 
 
 def test_a_missing_signal_is_answered_with_both_sets(family: str) -> None:
     model = tiny_model(family, tower="siglip")
-    with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, projector_.*missing: cls_att"):
+    with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, pooling_att.*missing: cls_att"):
         HiRED(0.2, attention="cls")(model).__enter__()
 
 
