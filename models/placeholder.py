@@ -58,6 +58,19 @@ def example_parts() -> dict[str, Any]:
     }
 
 
+def example_siglip() -> SiglipVisionConfig:
+    """Return the configuration of a tiny SigLIP tower (4 x 4 tokens a tile) for example models."""
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=EXAMPLE_TILE,
+        patch_size=14,
+        vision_use_head=False,
+    )
+
+
 def example_llm() -> LlamaConfig:
     """Return the configuration of a tiny Llama for example models."""
     return LlamaConfig(
@@ -265,7 +278,7 @@ class PlaceholderAdapter(Adapter):
         chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
         depth = len(self.tower_layers)
         index: int = max(
-            depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, list) else [chosen])
+            depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, (list, tuple)) else [chosen])
         )
         if not 0 <= index < depth:
             raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
@@ -497,7 +510,7 @@ class PlaceholderAdapter(Adapter):
             hidden = self.tower(
                 small.to(self.model.dtype), interpolate_pos_encoding=True, output_hidden_states=True
             ).hidden_states
-            wanted = [hidden[index] for index in (chosen if isinstance(chosen, list) else [chosen])]
+            wanted = [hidden[index] for index in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
             features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
             places = layout.resized(grid)[0].packed.to(features.device)
             image = features[places.clamp(min=0)]
