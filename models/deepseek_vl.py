@@ -1,0 +1,30 @@
+"""DeepSeek-VL: one tile an image, padded to a square; no separators."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
+
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models.single import SingleTileAdapter
+
+
+class DeepseekVLAdapter(SingleTileAdapter):
+    """`DeepseekVLForConditionalGeneration`: a SigLIP tower."""
+
+    family: ClassVar[str] = "deepseek_vl"
+    model_class: ClassVar[str] = "DeepseekVLForConditionalGeneration"
+    tower_at: ClassVar[str] = "vision_model"
+    projector_at: ClassVar[str | None] = "aligner"
+    features_by_tile: ClassVar[bool] = True
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny DeepSeek-VL."""
+        torch.manual_seed(0)
+        config = DeepseekVLConfig(
+            vision_config=example_siglip(), text_config=example_llm(), image_token_id=EXAMPLE_IMAGE
+        )
+        return with_sharp_attention(DeepseekVLForConditionalGeneration(config), tower="vision_model")
