@@ -21,6 +21,10 @@ from tokenprune.models.placeholder import (
 )
 
 
+EXAMPLE_GRIDS = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]]
+"""Sizes of the canvas of example models: up to three tiles a side."""
+
+
 class LlavaNextAdapter(PlaceholderAdapter):
     """`LlavaNextForConditionalGeneration` with a CLIP or SigLIP tower."""
 
@@ -30,11 +34,9 @@ class LlavaNextAdapter(PlaceholderAdapter):
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny LLaVA-NeXT with tile grids of up to three tiles a side."""
+        """Return a tiny LLaVA-NeXT."""
         torch.manual_seed(0)
-        grids = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
-        pinpoints = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in grids]
-        config = LlavaNextConfig(**example_parts(), image_grid_pinpoints=pinpoints)
+        config = LlavaNextConfig(**example_parts(), image_grid_pinpoints=EXAMPLE_GRIDS)
         return with_sharp_attention(LlavaNextForConditionalGeneration(config))
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -72,11 +74,19 @@ class LlavaNextAdapter(PlaceholderAdapter):
         tile_grid = get_anyres_image_grid_shape(image_size, self.model.config.image_grid_pinpoints, tile_size)
         tiles, tokens = 1 + tile_grid[0] * tile_grid[1], self.token_grid[0] * self.token_grid[1]
         numbers = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
-        packed, _ = self.model.base_model.pack_image_features(
-            [numbers],
-            [image_size],
-            vision_feature_select_strategy="default" if self.has_cls else "full",
-            image_newline=torch.tensor([SEPARATOR], dtype=torch.float64),
-        )
+        packed = self.pack(numbers, image_size, torch.tensor([SEPARATOR], dtype=torch.float64))
         regions = anyres_regions(image_size, tile_grid, tile_size)
-        return TileGeometry(tile_grid, self.token_grid, regions, packed[0][:, 0].long())
+        return TileGeometry(tile_grid, self.token_grid, regions, packed[:, 0].long())
+
+    def pack(self, tiles: Tensor, image_size: tuple[int, int], newline: Tensor) -> Tensor:
+        """Return the tiles of an image as the model packs them, `[length, dim]`.
+
+        Args:
+            tiles: features, `[tiles, tokens, dim]`.
+            image_size: height x width of the picture in pixels.
+            newline: what stands after each row, `[dim]`.
+        """
+        packed, _ = self.model.base_model.pack_image_features(
+            [tiles], [image_size], "default" if self.has_cls else "full", image_newline=newline
+        )
+        return torch.as_tensor(packed[0])
