@@ -18,7 +18,7 @@ from transformers import pipeline
 
 from tests.families import FAMILIES
 from tests.families.base import Family, Size
-from tests.tiny import picture
+from tests.tiny import SENTENCES, picture
 from tokenprune.adapter import find_adapter
 from tokenprune.attach import Run
 from tokenprune.image import EncodedImage, Signal, TileGeometry
@@ -240,7 +240,7 @@ def test_pipeline(family: Family, model: Any) -> None:
     with UniformStride(2)(model) as run:
         short = pipe(**arguments)[0]["generated_text"]
     assert run.account.kept == 2
-    assert "USER" not in short
+    assert SENTENCES[1] not in short  # the question; a random model may well write single words of the prompt
 
 
 # --- the kept tokens are the right ones -------------------------------------------------------------------------------
