@@ -1,0 +1,102 @@
+"""Granite 4 Vision: tiles as in LLaVA-NeXT, four patches a token; several levels of features enter deeper layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
+
+from tokenprune.adapter import Encoding
+from tokenprune.image import TileGeometry
+from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
+
+
+class Granite4VisionAdapter(LlavaNextAdapter):
+    """`Granite4VisionForConditionalGeneration`.
+
+    Each level is added at its own layer of the LLM. The features of a token are those of all levels side by side, so
+    that whatever drops, mixes or orders tokens does it to every level.
+    """
+
+    family: ClassVar[str] = "granite4_vision"
+    model_class: ClassVar[str] = "Granite4VisionForConditionalGeneration"
+    projector_at: ClassVar[str | None] = None
+    resizable: ClassVar[bool] = False
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token.
+
+        Raises:
+            ValueError: if a token is no whole number of patches.
+        """
+        rate = Fraction(self.model.config.downsample_rate)
+        if rate.numerator != 1:
+            raise ValueError(f"downsample_rate={rate} makes tokens of no whole number of patches; it has to be 1/n")
+        return rate.denominator
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The learned newline token, once for each level, `[levels * dim]`."""
+        config = self.model.config
+        newline: Tensor = self.model.base_model.image_newline
+        return newline.repeat(len(config.deepstack_layer_map) + len(config.spatial_target_layers))
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Granite 4 Vision with levels of two layers of the tower, and of four corners of one."""
+        torch.manual_seed(0)
+        vision = example_siglip()
+        vision.hidden_size = 64  # the projector has a head for each 64
+        text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        config = Granite4VisionConfig(
+            vision_config=vision,
+            text_config={**text, "num_hidden_layers": 6, "pad_token_id": EXAMPLE_PAD},
+            image_token_index=EXAMPLE_IMAGE,
+            image_grid_pinpoints=EXAMPLE_GRIDS,
+            vision_feature_select_strategy="full",
+            downsample_rate="1/2",
+            deepstack_layer_map=[(-1, 0), (2, 1)],
+            spatial_target_layers=[2, 3, 4, 5],
+            qformer_config={"num_hidden_layers": 1, "intermediate_size": 64, "cross_attention_frequency": 1},
+        )
+        return with_sharp_attention(Granite4VisionForConditionalGeneration(config))
+
+    def feature_layer(self, inputs: Mapping[str, Any]) -> int:
+        """Return the index of the deepest layer whose output the model uses."""
+        config = self.model.config
+        layers = [*(layer for layer, _ in config.deepstack_layer_map), config.spatial_vision_layer]
+        return super().feature_layer({"vision_feature_layer": layers})
+
+    def pack(self, tiles: Tensor, image_size: tuple[int, int], newline: Tensor) -> Tensor:
+        """Return the tiles of an image as the model packs them, `[length, dim]`."""
+        strategy = "default" if self.has_cls else "full"
+        packed = self.model.base_model.pack_image_features([tiles], [image_size], strategy, image_newline=newline)
+        return torch.as_tensor(packed[0])
+
+    def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return each image as it would enter the LLM, all levels side by side, `[length, levels * dim]` each."""
+        levels = [level for _, level in outputs.deepstack_features]
+        return [torch.cat(one, dim=-1) for one in zip(*levels, strict=True)]
+
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` with the kept features of every level."""
+        handed = [one for one in packed if len(one)]
+        if not handed:
+            return {}
+        outputs = copy.copy(encoding.outputs)  # generate expands it in place for beams
+        layers = [layer for layer, _ in outputs.deepstack_features]
+        levels = zip(*(one.chunk(len(layers), dim=-1) for one in handed), strict=True)
+        outputs["deepstack_features"] = outputs.deepstack_features = [
+            (layer, list(level)) for layer, level in zip(layers, levels, strict=True)
+        ]
+        return {"mm_encoder_outputs": {"image": outputs}}
