@@ -20,7 +20,6 @@ from tokenprune.models.placeholder import (
     with_sharp_attention,
 )
 
-
 EXAMPLE_GRIDS = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]]
 """Sizes of the canvas of example models: up to three tiles a side."""
 
