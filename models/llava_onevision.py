@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
-from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.models.llava_next import EXAMPLE_GRIDS
+from tokenprune.models.llava_next_video import BesideVideosAdapter
 from tokenprune.models.placeholder import example_parts, example_siglip, with_sharp_attention
 
 
-class LlavaOnevisionAdapter(LlavaNextAdapter):
+class LlavaOnevisionAdapter(BesideVideosAdapter):
     """`LlavaOnevisionForConditionalGeneration`: a SigLIP tower.
 
     A canvas of more tokens than `vision_aspect_ratio` allows is shrunk by the model. A position of the smaller canvas

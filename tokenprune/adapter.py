@@ -53,12 +53,14 @@ class Encoding:
         packed: each image as the model would feed it to the LLM, newlines included, `[length, dim]` each.
         outputs: the model's own output object, for `Adapter.hand_over`.
         inputs: the vision inputs that were encoded, for encoding them anew.
+        videos: the model's own output object of videos in the same call, if there are any; they are never reduced.
     """
 
     images: list[EncodedImage]
     packed: list[Tensor]
     outputs: Any
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    videos: Any = None
 
     def repeated(self, times: int) -> Encoding:
         """Return the encoding of the same images again and again, for several questions about them."""

@@ -1,0 +1,72 @@
+"""Videos beside pictures: their frames are handed over whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.families import FAMILIES
+from tests.test_families import kept_mask, oracle_inputs
+from tests.tiny import picture
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import HiRED, ImageDownsample
+
+NAMES = ["llava_next_video", "llava_onevision"]
+
+
+def mixed(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model, and a prompt with a picture and a video of three frames."""
+    family = FAMILIES[name]
+    frames = np.random.default_rng(0).integers(0, 255, (3, 56, 56, 3), dtype=np.uint8)
+    images: list[Any] = [picture(112, 112)]
+    text = ["USER: <image> and <video> which shape is left ASSISTANT:"]
+    inputs = family.processor()(
+        images=[images] if family.nested else images, videos=[frames], text=text, return_tensors="pt"
+    )
+    return family.model(), dict(inputs)
+
+
+def written(model: Any, inputs: dict[str, Any], **how: Any) -> torch.Tensor:
+    config = model.config
+    suppress = [config.image_token_id, config.video_token_id]
+    return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, suppress_tokens=suppress, **how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_everything_kept_changes_nothing(name: str) -> None:
+    model, inputs = mixed(name)
+    before = model(**inputs).logits
+    with HiRED(1.0)(model):
+        during = model(**inputs).logits
+        greedy, beams = written(model, inputs), written(model, inputs, num_beams=2)
+    assert torch.equal(during, before)
+    assert torch.equal(greedy, written(model, inputs))
+    assert torch.equal(beams, written(model, inputs, num_beams=2))
+
+
+@pytest.mark.parametrize("positions", ["reindex", "preserve"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_equal_the_mask_oracle(name: str, positions: str) -> None:
+    model, inputs = mixed(name)
+    with HiRED(0.2, positions=positions)(model) as run:
+        short = model(**inputs).logits
+    full = model(**oracle_inputs(inputs, run, positions)).logits
+    assert run.account.kept == 16
+    assert float((short[0] - full[0][kept_mask(inputs, run)[0]]).abs().max()) < 1e-5
+
+
+@torch.no_grad()
+def test_frames_stay_when_pictures_are_encoded_anew() -> None:
+    """At the image stage, too: other frames give other logits."""
+    model, inputs = mixed("llava_next_video")
+    reducer: TokenReducer = ImageDownsample(0.25)
+    with reducer(model):
+        one = model(**inputs).logits
+        other = model(**{**inputs, "pixel_values_videos": -inputs["pixel_values_videos"]}).logits
+    assert one.shape == other.shape
+    assert float((one - other).abs().max()) > 1e-3
