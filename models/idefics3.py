@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -15,36 +16,61 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from tokenprune.image import TileGeometry
 from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models.tiles import TiledAdapter, runs
 from tokenprune.rewrite import TextSeparatorSide
 
 
-class Idefics3Adapter(TiledAdapter):
-    """`Idefics3ForConditionalGeneration`; the tiles of a sample stand together, and all-zero ones are padding."""
+class NestedTilesAdapter(TiledAdapter):
+    """A family whose pixels are `[rows, tiles, 3, height, width]`; tiles that are zero all over are padding."""
 
-    family: ClassVar[str] = "idefics3"
-    model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     tower_at: ClassVar[str] = "vision_model"
-    projector_at: ClassVar[str | None] = "connector.modality_projection"
     language_model_at: ClassVar[str] = "text_model"
-    grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
     features_by_tile: ClassVar[bool] = False
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.scale_factor)
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower sees, `[tiles, 3, height, width]`; the model skips all-zero ones."""
         tiles: Tensor = inputs[self.pixels].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(dim=1)]
 
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of all pictures as one sample."""
-        return {self.pixels: super().example_pixels(sizes)[self.pixels][None]}
+    def example_prompts(
+        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return inputs with random pixels, the tiles of each row padded to the largest number."""
+        nothing = torch.zeros(0, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        tiles = [torch.cat([nothing, *(self.example_tiles(size) for size in row)]) for row in rows]
+        return {**super().example_prompts(rows, images), self.pixels: pad_sequence(tiles, batch_first=True)}
+
+
+class Idefics3Adapter(NestedTilesAdapter):
+    """`Idefics3ForConditionalGeneration`; ``<row_i_col_j>`` belongs to the tile after it, a line break to its row."""
+
+    family: ClassVar[str] = "idefics3"
+    model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
+    projector_at: ClassVar[str | None] = "connector.modality_projection"
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.scale_factor)
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image, from the text between its tiles.
+
+        Raises:
+            ValueError: if the prompt has no ids, or its placeholders do not fit the tiles.
+        """
+        self.tiles_per_image(inputs)  # raises if runs of placeholders are no tiles
+        grids = tile_grids(inputs["input_ids"], self.image_token_id)
+        tiles, places = len(self.all_tiles(inputs)), sum(1 + rows * cols for rows, cols in grids)
+        if places != tiles:
+            raise ValueError(
+                f"Image features and image tokens do not match: the prompt has places for {places} tiles, but there "
+                f"are {tiles}; make the inputs with the processor that belongs to the model"
+            )
+        return [TileGeometry.tiled(grid, self.token_grid, self.base_first) for grid in grids]
 
     @classmethod
     def example(cls) -> Any:
@@ -52,6 +78,15 @@ class Idefics3Adapter(TiledAdapter):
         torch.manual_seed(0)
         config = Idefics3Config(vision_config=dict(EXAMPLE_TOWER), **example_rest())
         return with_sharp_attention(Idefics3ForConditionalGeneration(config), tower="vision_model")
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels; the id 8 stands around images, 9 names a tile, 10 breaks lines."""
+        tile = [8, 9, *[self.image_token_id] * (self.token_grid[0] * self.token_grid[1])]
+        images = {}
+        for size in dict.fromkeys(size for row in rows for size in row):
+            lines, cols = self.example_grid(size)
+            images[size] = [*([*tile * cols, 10] * lines if lines * cols > 1 else []), *tile, 8]
+        return self.example_prompts(rows, images)
 
 
 class SmolVLMAdapter(Idefics3Adapter):
@@ -82,3 +117,37 @@ EXAMPLE_TOWER: Mapping[str, int] = {
 def example_rest() -> dict[str, Any]:
     """Return the rest of the configuration of a tiny model."""
     return {"text_config": example_llm(), "image_token_id": EXAMPLE_IMAGE, "scale_factor": 2, "pad_token_id": 0}
+
+
+def tile_grids(ids: Tensor, placeholder: int) -> list[tuple[int, int]]:
+    """Return rows x cols of the sub-images of each image, in the order of the prompts.
+
+    One token opens each tile and closes an image. Between tiles of an image it stands once, between images twice; at
+    the end of a row of tiles a line break stands before it.
+
+    Args:
+        ids: the prompts, `[rows, length]`.
+        placeholder: id of the image placeholder.
+
+    Raises:
+        ValueError: if rows of tiles differ in length.
+    """
+    grids, found = [], runs(ids == placeholder)
+    for row in sorted({run.row for run in found}):
+        own = [run for run in found if run.row == row]
+        starts = [*(run.start for run in own[1:]), ids.shape[1]]
+        texts = [ids[row, run.start + run.length : start].tolist() for run, start in zip(own, starts, strict=True)]
+        mark, breaks = (texts[-1] or [placeholder])[0], []
+        for text in [*texts[:-1], [mark, mark]]:
+            if text.count(mark) == 1:
+                breaks.append(text[0] != mark)
+                continue
+            lines = sum(breaks)
+            cols = len(breaks) // max(lines, 1)
+            if breaks != ([False] * (cols - 1) + [True]) * lines:
+                raise ValueError(
+                    f"the {len(breaks)} tiles of an image are no grid: its prompt breaks lines at {breaks}"
+                )
+            grids.append((lines, cols))
+            breaks = []
+    return grids

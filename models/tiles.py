@@ -84,9 +84,14 @@ class TiledAdapter(PlaceholderAdapter):
         """Return the tiles of each picture, in the model's order."""
         return {self.pixels: torch.cat([self.example_tiles(size) for size in sizes])}
 
-    def example_tiles(self, size: tuple[int, int]) -> Tensor:
-        """Return the tiles of an example picture, `[tiles, 3, side, side]`: as many a side as fit, at most two."""
+    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows x cols of the tiles of an example picture: as many as fit, at most two a side."""
         rows, cols = (min(2, max(1, round(side / EXAMPLE_TILE))) for side in size)
+        return rows, cols
+
+    def example_tiles(self, size: tuple[int, int]) -> Tensor:
+        """Return the tiles of an example picture, `[tiles, 3, side, side]`."""
+        rows, cols = self.example_grid(size)
         canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=seeded(size))
         base = F.interpolate(canvas[None], (EXAMPLE_TILE, EXAMPLE_TILE), mode="bilinear", antialias=True)
         if rows * cols == 1:
