@@ -154,7 +154,7 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
                 if "received_attention" in kinds:
                     add("received_attention", index, received(q, k, scale, tower.prefix, real))
                 if "keys" in kinds:
-                    add("keys", index, k[:, :, tower.prefix :])
+                    add("keys", index, k[:, :, k.shape[2] - q.shape[2] + tower.prefix :])
 
         return record
 

@@ -62,10 +62,11 @@ def received(
 
     Args:
         query: queries, `[tiles, heads, prefix + tokens, head_dim]`.
-        key: keys, `[tiles, key_heads, prefix + tokens, head_dim]`.
+        key: keys, `[tiles, key_heads, context + prefix + tokens, head_dim]`. The context of a resampler is attended to
+            and does not ask.
         scaling: factor on the dot products.
         prefix: tokens before the visual ones (1 for CLS); they ask, but their own column is removed.
-        real: positions that are no padding, bool `[tiles, prefix + tokens]`; None means all.
+        real: keys that are no padding, bool `[tiles, context + prefix + tokens]`; None means all.
         chunk: queries per step.
 
     Returns:
@@ -73,11 +74,12 @@ def received(
     """
     key = _match_heads(key, query).transpose(-1, -2)
     total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
-    asking = torch.ones(len(query), query.shape[2], device=query.device) if real is None else real.float()
+    context = key.shape[-1] - query.shape[2]
+    asking = torch.ones(len(query), query.shape[2], device=query.device) if real is None else real[:, context:].float()
     for part, counts in zip(torch.split(query, chunk, dim=2), torch.split(asking, chunk, dim=1), strict=True):
         rows = _without_padding((part @ key) * scaling, real).softmax(dim=-1, dtype=torch.float32)
         total += (rows * counts[:, None, :, None]).sum(dim=2)
-    return total[:, :, prefix:] / asking.sum(dim=1)[:, None, None]
+    return total[:, :, context + prefix :] / asking.sum(dim=1)[:, None, None]
 
 
 def _without_padding(logits: Tensor, real: Tensor | None) -> Tensor:

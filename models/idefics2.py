@@ -1,0 +1,72 @@
+"""Idefics2: native resolution; a resampler makes every tile some latents, and text stands before and after each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+
+from tokenprune.image import TileGeometry
+from tokenprune.models.idefics3 import EXAMPLE_TOWER, NestedTilesAdapter
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, with_sharp_attention
+
+
+class Idefics2Adapter(NestedTilesAdapter):
+    """`Idefics2ForConditionalGeneration`: signals are those of the resampler, for a latent shows no place.
+
+    Each tile of a split picture counts as an image of its own: the prompt does not say which ones belong together.
+    """
+
+    family: ClassVar[str] = "idefics2"
+    model_class: ClassVar[str] = "Idefics2ForConditionalGeneration"
+    tower_at: ClassVar[str] = "connector.perceiver_resampler"
+    layers_at: ClassVar[str] = "layers"
+    projector_at: ClassVar[str | None] = None
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """One row of latents."""
+        return 1, int(self.tower.n_latents)
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return one tile of latents for each picture, or each part of a split one."""
+        return [TileGeometry.single(self.token_grid)] * len(self.all_tiles(inputs))
+
+    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return nothing: latents cannot be drawn on a picture."""
+        return []
+
+    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Refuse a second look.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a second model sees places of a picture, but the tokens of Idefics2 are latents of a resampler, which "
+            "have none; read attention='received' instead"
+        )
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Idefics2 with eight latents."""
+        torch.manual_seed(0)
+        heads = {"resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2}
+        config = Idefics2Config(
+            vision_config=dict(EXAMPLE_TOWER),
+            perceiver_config={"hidden_size": 32, "resampler_n_latents": 8, **heads},
+            text_config=example_llm(),
+            image_token_id=EXAMPLE_IMAGE,
+        )
+        model = Idefics2ForConditionalGeneration(config)
+        with torch.no_grad():
+            model.model.connector.perceiver_resampler.latents.normal_()  # all equal before training
+        return with_sharp_attention(model, tower="perceiver_resampler")
+
+    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return a grid of one tile: example pictures are not split."""
+        return 1, 1
