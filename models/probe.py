@@ -13,10 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
@@ -179,6 +182,7 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
         for index in pooled:
             add("pooling_attention", index, output[1][:, :, 0].detach().float())
 
+    torch_kernel = _TorchKernel()
     with ExitStack() as undo:
         if pooled and tower.pooling is not None:
             undo.callback(tower.pooling.register_forward_pre_hook(by_head, with_kwargs=True).remove)
@@ -192,6 +196,10 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
                 places.setdefault(at, set()).add(kind)
             for at, read in places.items():  # a layer that is read twice is wrapped twice
                 attention: Any = getattr(tower.layers[at], tower.attention)
+                if hasattr(attention, "fused_attn"):  # timm's: it does not ask transformers' interface
+                    expect = partial(torch_kernel.expect, recorder(index, read))
+                    undo.callback(attention.register_forward_pre_hook(expect).remove)
+                    continue
                 undo.callback(setattr, attention, "config", attention.config)
                 config = copy.copy(attention.config)
                 config.tokenprune_original = attention.config
@@ -200,7 +208,40 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
                 # The property would also write to shared sub-configs.
                 config._attn_implementation_internal = FLASH_PROBE if flash else PROBE
                 attention.config = config
+        if any(hasattr(getattr(layer, tower.attention, None), "fused_attn") for layer in tower.layers):
+            undo.enter_context(torch_kernel)
         yield captured
+
+
+class _TorchKernel(TorchFunctionMode):
+    """Records queries and keys where an expected module calls torch's attention function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[Any] = []
+
+    def expect(self, record: Any, module: Any, args: Any) -> None:
+        """Note what is to be recorded in a module that runs next.
+
+        Raises:
+            ValueError: if the module writes its full attention map out instead.
+        """
+        if not module.fused_attn:
+            raise ValueError("attention of a timm tower is read where it calls torch's fused kernel; set fused_attn")
+        self.records.append(record)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and self.records:
+            named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **given}
+            records, self.records = self.records, []
+            with torch.no_grad():
+                for record in records:
+                    query, key = named["query"].detach(), named["key"].detach()
+                    record(query, key, named.get("scale"), named.get("attn_mask"), None)
+        return func(*args, **given)
 
 
 def real_positions(mask: Tensor) -> Tensor:

@@ -284,6 +284,8 @@ def without_places(model: Any) -> Any:
         for name, buffer in model.named_buffers():
             if "inv_freq" in name:  # rotary embeddings
                 buffer.zero_()
+            if name.endswith("rope.pos_embed"):  # those of timm: sines, then cosines
+                buffer.copy_((torch.arange(buffer.shape[-1]) * 2 >= buffer.shape[-1]).to(buffer))
     return model
 
 

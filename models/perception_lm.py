@@ -1,0 +1,92 @@
+"""PerceptionLM: the whole picture first, then sub-images in row-major order; average pooling; no text between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
+
+from tokenprune.adapter import Encoding
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter
+
+
+class PerceptionLMAdapter(TiledAdapter):
+    """`PerceptionLMForConditionalGeneration`: a Perception Encoder of timm; all images have equally many tiles."""
+
+    family: ClassVar[str] = "perception_lm"
+    model_class: ClassVar[str] = "PerceptionLMForConditionalGeneration"
+    layers_at: ClassVar[str] = "timm_model.blocks"
+    attention_at: ClassVar[str] = "attn"
+    projector_at: ClassVar[str | None] = None
+    base_first: ClassVar[bool] = True
+
+    @cached_property
+    def cls(self) -> Literal["none", "first", "last"]:
+        """Where the CLS token stands in the sequence of the tower."""
+        return "first" if self.model.config.vision_use_cls_token else "none"
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.projector_pooling_ratio)
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the visual tokens of one tile.
+
+        Raises:
+            ValueError: if patches do not fill tokens, so that a token shares patches with its neighbours.
+        """
+        rows, cols = self.tower.timm_model.patch_embed.grid_size
+        if rows % self.pooling or cols % self.pooling:
+            raise ValueError(f"{rows} x {cols} patches cannot be pooled by {self.pooling} without overlap")
+        return rows // self.pooling, cols // self.pooling
+
+    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
+        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
+        return tiles
+
+    def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the number of tiles of each image: the pixels are `[images, tiles, 3, height, width]`."""
+        images, tiles = inputs[self.pixels].shape[:2]
+        return [tiles] * images
+
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` in an output object that chunked prefill can slice; timm's it cannot."""
+        return super().hand_over(replace(encoding, outputs=None), packed, places)
+
+    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return a grid of four tiles for every example picture."""
+        return min([(2, 2), (1, 4), (4, 1)], key=lambda grid: abs(grid[0] / grid[1] - size[0] / size[1]))
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the tiles of each picture, in the model's order."""
+        return {self.pixels: torch.stack([self.example_tiles(size) for size in sizes])}
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny PerceptionLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
+        torch.manual_seed(0)
+        shape = {"embed_dim": 32, "depth": 4, "num_heads": 4, "img_size": [EXAMPLE_TILE] * 2, "ref_feat_shape": [4, 4]}
+        config = PerceptionLMConfig(
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_lang_large_patch14_448",
+                "do_pooling": False,
+                "model_args": {**shape, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1},
+            },
+            text_config=example_llm(),
+            projector_pooling_ratio=2,
+            image_token_id=EXAMPLE_IMAGE,
+            video_token_id=4,
+        )
+        return with_sharp_attention(PerceptionLMForConditionalGeneration(config))
