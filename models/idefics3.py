@@ -25,7 +25,6 @@ from tokenprune.rewrite import TextSeparatorSide
 class NestedTilesAdapter(TiledAdapter):
     """A family whose pixels are `[rows, tiles, 3, height, width]`; tiles that are zero all over are padding."""
 
-    text_separator_side: ClassVar[TextSeparatorSide] = "before"
     tower_at: ClassVar[str] = "vision_model"
     language_model_at: ClassVar[str] = "text_model"
     features_by_tile: ClassVar[bool] = False
@@ -49,6 +48,7 @@ class Idefics3Adapter(NestedTilesAdapter):
 
     family: ClassVar[str] = "idefics3"
     model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
+    text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = "connector.modality_projection"
 
     @cached_property
