@@ -72,7 +72,9 @@ class Family:
         """A new tiny model that speaks the processor's tokens, the same weights each time."""
         example = (self.example or self.adapter.example)()
         config, tokenizer = copy.deepcopy(example.config), self.tokenizer
-        config.get_text_config().vocab_size = len(tokenizer)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "vocab_size"):  # some families say it twice
+                part.vocab_size = len(tokenizer)
         for name, token in self.tokens.items():
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
         torch.manual_seed(0)
