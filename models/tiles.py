@@ -44,17 +44,34 @@ class TiledAdapter(PlaceholderAdapter):
                 f"Image features and image tokens do not match: the prompt has places for {sum(numbers)} tiles, but "
                 f"there are {len(tiles)}; make the inputs with the processor that belongs to the model"
             )
-        return [self.layout(one) for one in tiles.split(numbers)]
+        parts = tiles.split(numbers)
+        return [self.layout(one, grid) for one, grid in zip(parts, self.grids(inputs, parts), strict=True)]
 
-    def layout(self, tiles: Tensor) -> TileGeometry:
+    def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
         """Return the layout of one image.
 
         Args:
             tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
+            grid: rows x cols of its sub-images.
         """
-        ordered = tiles if self.base_first else tiles.roll(1, 0)
-        grid = find_grid(ordered[1:], ordered[0])
         return TileGeometry.tiled(grid, self.token_grid, self.base_first)
+
+    def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Return rows x cols of the sub-images of each image; by the pixels, where the prompt does not say it.
+
+        Args:
+            inputs: the model inputs of the call.
+            parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
+        """
+        ordered = [one if self.base_first else one.roll(1, 0) for one in parts]
+        return [find_grid(one[1:], one[0]) for one in ordered]
+
+    def ids_behind(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
+        """Return the id behind each tile of each image, where every tile has its own run of placeholders."""
+        ids = F.pad(inputs["input_ids"], (0, 1), value=-1)
+        behind = [int(ids[run.row, run.start + run.length]) for run in runs(ids == self.image_token_id)]
+        ends = torch.tensor([len(one) for one in parts], dtype=torch.long).cumsum(0).tolist()
+        return [behind[end - len(one) : end] for one, end in zip(parts, ends, strict=True)]
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
@@ -100,14 +117,26 @@ class TiledAdapter(PlaceholderAdapter):
         return torch.cat([base, parts] if self.base_first else [parts, base])
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; the id 8 opens an image, or is before its base tile, and 9 ends it."""
-        tile = [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
-        images: dict[tuple[int, int], list[int]] = {}
-        for size in {size for row in rows for size in row}:
-            number = len(self.example_tiles(size))
-            parts = [8, *tile * number] if self.grouped_by == "opening" else [*[10, *tile] * (number - 1), 8, *tile]
-            images[size] = [*parts, 9]
-        return self.example_prompts(rows, images)
+        """Return inputs with random pixels."""
+        sizes = dict.fromkeys(size for row in rows for size in row)
+        return self.example_prompts(rows, {size: self.example_ids(self.example_grid(size)) for size in sizes})
+
+    def example_ids(self, grid: tuple[int, int]) -> list[int]:
+        """Return the ids that stand for a picture; 8 opens it, or stands before its base tile, and 9 closes it.
+
+        Args:
+            grid: rows x cols of its sub-images; of a picture in one piece (1, 1).
+        """
+        pieces = grid[0] * grid[1]
+        number = pieces + int(pieces > 1)
+        if self.grouped_by == "closing":
+            return [*[10, *self.example_tile] * (number - 1), 8, *self.example_tile, 9]
+        return [8, *self.example_tile * number, 9]
+
+    @property
+    def example_tile(self) -> list[int]:
+        """The placeholders of one tile."""
+        return [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
 
 
 class Run(NamedTuple):
