@@ -1,0 +1,72 @@
+"""Ovis2: the base tile first, then the sub-images in row-major order with text between them; patches are pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2VisionConfig, Qwen2Config
+
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter
+
+
+class Ovis2Adapter(TiledAdapter):
+    """`Ovis2ForConditionalGeneration`; a token is a mixture of words of a visual vocabulary."""
+
+    family: ClassVar[str] = "ovis2"
+    model_class: ClassVar[str] = "Ovis2ForConditionalGeneration"
+    layers_at: ClassVar[str] = "transformer.encoder.layers"
+    attention_at: ClassVar[str] = "attention"
+    projector_at: ClassVar[str | None] = None
+    base_first: ClassVar[bool] = True
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.tower.config.hidden_stride)
+
+    @property
+    def marks(self) -> Sequence[int]:
+        """The ids of the text around tiles: start, behind the base tile, between columns, between rows, end."""
+        ids: Sequence[int] = self.model.config.visual_indicator_token_ids
+        return ids
+
+    def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Return rows x cols of the sub-images, from the marks behind them."""
+        rows = [1 + behind.count(self.marks[3]) for behind in self.ids_behind(inputs, parts)]
+        return [(r, (len(one) - 1) // r) if len(one) > 1 else (0, 0) for r, one in zip(rows, parts, strict=True)]
+
+    def example_ids(self, grid: tuple[int, int]) -> list[int]:
+        """Return the ids that stand for a picture, with the marks of its grid."""
+        start, base, column, row, end = self.marks
+        line = [*([*self.example_tile, column] * grid[1])[:-1], row]
+        return [start, *self.example_tile, base, *((line * grid[0])[:-1] if grid != (1, 1) else ()), end]
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Ovis2: 2 x 2 tokens a tile, of 4 x 4 patches."""
+        torch.manual_seed(0)
+        vision = Ovis2VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=EXAMPLE_TILE,
+            patch_size=14,
+            hidden_stride=2,
+            vocab_size=64,
+        )
+        config = Ovis2Config(
+            vision_config=vision,
+            text_config=Qwen2Config(**{**example_llm().to_dict(), "model_type": "qwen2"}),
+            image_token_id=EXAMPLE_IMAGE,
+            visual_indicator_token_ids=[10, 11, 12, 13, 14],
+            vocab_size=64,
+            hidden_size=32,
+            tie_word_embeddings=False,
+        )
+        return with_sharp_attention(Ovis2ForConditionalGeneration(config))
