@@ -141,6 +141,8 @@ class PlaceholderAdapter(Adapter):
     """Whether the tower runs over all images as one sequence; each is then one tile of its own size."""
     features_by_tile: ClassVar[bool] = False
     """Whether `get_image_features` returns a tensor with a row for each tile instead of a list."""
+    features_in: ClassVar[str] = "pooler_output"
+    """Which field of what it returns fills the placeholders."""
     resizable: ClassVar[bool] = False
     """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
 
@@ -437,7 +439,7 @@ class PlaceholderAdapter(Adapter):
 
     def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return each image as it would enter the LLM, `[length, dim]` each."""
-        found = outputs.pooler_output
+        found = outputs[self.features_in]
         flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
         return list(flat.split([len(layout.packed) for layout in layouts]))
 
@@ -529,7 +531,7 @@ class PlaceholderAdapter(Adapter):
         # A copy: generate expands the object in place for beams.
         outputs = copy.copy(encoding.outputs or BaseModelOutputWithPooling())
         features = torch.cat(packed)[:, None] if self.features_by_tile else packed
-        outputs["pooler_output"] = outputs.pooler_output = features
+        outputs[self.features_in] = features  # sets the attribute, too
         return {"mm_encoder_outputs": {"image": outputs}}
 
     def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:

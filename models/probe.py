@@ -46,9 +46,9 @@ def _probed_attention(
         lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
         probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
-    file, grouped = sys.modules[type(module).__module__], hasattr(module, "num_key_value_groups")
-    eager = file.eager_attention_forward if grouped else getattr(file, "simple_eager_attention_forward", None)
-    eager = file.eager_attention_forward if eager is None else eager
+    names = vars(sys.modules[type(module).__module__])
+    own = ("vision_eager_attention_forward", "simple_eager_attention_forward")  # of Llama 4 and Phi-4, which have two
+    eager = next((names[name] for name in own if name in names), None) or names["eager_attention_forward"]
     original: Any = probing.tokenprune_original
     module.config = original  # kernels look into it: flash attention reads its own name there
     try:

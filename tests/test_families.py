@@ -279,13 +279,15 @@ def without_places(model: Any) -> Any:
     """The model with a vision tower that cannot tell where a patch is: dark patches are all alike."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "position_embedding" in name or "pos_emb" in name:
+            if any(part in name for part in ("position_embedding", "positional_embedding", "pos_emb")):
                 parameter.zero_()
         for name, buffer in model.named_buffers():
             if "inv_freq" in name:  # rotary embeddings
                 buffer.zero_()
             if name.endswith("rope.pos_embed"):  # those of timm: sines, then cosines
                 buffer.copy_((torch.arange(buffer.shape[-1]) * 2 >= buffer.shape[-1]).to(buffer))
+            elif "freqs_ci" in name:  # the same as complex numbers
+                buffer.fill_(1.0)
     return model
 
 

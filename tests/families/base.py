@@ -121,7 +121,8 @@ class Family:
         """What the processor makes of pictures and prompts."""
         flat = [one for row in pictures for one in row]
         images = (list(map(list, pictures)) if self.nested else flat) if flat else None
-        return self.processor()(images=images, text=list(texts), return_tensors="pt", padding=True, padding_side=side)
+        made = self.processor()(images=images, text=list(texts), return_tensors="pt", padding=True, padding_side=side)
+        return made.to(torch.float32)  # Llama 4's makes bfloat16
 
 
 @cache

@@ -1,0 +1,138 @@
+"""Llama 4: sub-images in row-major order with text between them, the base tile last; four patches become one token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
+
+from tokenprune.adapter import Encoding, LLMShape
+from tokenprune.image import Signal, TileGeometry
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter
+
+
+class Llama4Adapter(TiledAdapter):
+    """`Llama4ForConditionalGeneration`; its tower removes the CLS token, the last one, by itself."""
+
+    family: ClassVar[str] = "llama4"
+    model_class: ClassVar[str] = "Llama4ForConditionalGeneration"
+    tower_at: ClassVar[str] = "vision_model"
+    layers_at: ClassVar[str] = "model.layers"
+    language_model_at: ClassVar[str] = "language_model.model"
+    grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
+
+    features_in: ClassVar[str] = "last_hidden_state"
+    projector_at: ClassVar[str | None] = None
+
+    @cached_property
+    def cls(self) -> Literal["none", "first", "last"]:
+        """Where the CLS token stands in the sequence of the tower."""
+        return "last"
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return round(1 / float(self.tower.config.pixel_shuffle_ratio))
+
+    def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Return rows x cols of the sub-images: what stands behind the last of them ends each row."""
+        behind = [one[:-1] for one in self.ids_behind(inputs, parts)]
+        rows = [one.count(one[-1]) if one else 0 for one in behind]
+        return [(r, len(one) // r) if one else (0, 0) for r, one in zip(rows, behind, strict=True)]
+
+    def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
+        """Return the layout of one image: below and right of the picture, its sub-images hold only black padding.
+
+        A picture can be black at its edges, too. How far it goes, its base tile says: there nothing is padded.
+        """
+        layout = super().layout(tiles, grid)
+        if not layout.sub_images:
+            return layout
+        canvas = rearrange(tiles[:-1], "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
+        black = tiles.amin()
+        filled = [min(1.0, drawn(canvas > black, dim) / drawn(tiles[-1] > black, dim)) for dim in (1, 2)]
+        return replace(layout, regions=(layout.regions / torch.tensor(2 * filled)).clamp(max=1.0))
+
+    def encode(
+        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+    ) -> Encoding:
+        """Encode the images; strategies see them behind the linear map that the model applies to what it is given."""
+        encoding = super().encode(inputs, needs, pictures, text_model)
+        project = self.model.multi_modal_projector
+        with torch.no_grad():
+            seen = [replace(one, features=project(one.features)) for one in encoding.images]
+        return replace(encoding, images=seen)
+
+    @cached_property
+    def llm(self) -> LLMShape:
+        """The shape of the language model, with the experts that a token passes."""
+        config, shape = self.model.config.get_text_config(), super().llm
+        experts = [one for one in self.model.language_model.parameters() if one.dim() == 3]
+        active = sum(one.numel() // config.num_local_experts * config.num_experts_per_tok for one in experts)
+        return replace(shape, linear_parameters=shape.linear_parameters + active)
+
+    def example_ids(self, grid: tuple[int, int]) -> list[int]:
+        """Return the ids that stand for a picture: 11 stands between columns, 12 ends a row, 13 opens the base tile."""
+        line = [*([*self.example_tile, 11] * grid[1])[:-1], 12]
+        return [8, *(line * grid[0] if grid != (1, 1) else ()), 13, *self.example_tile, 9]
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Llama 4: 2 x 2 tokens a tile, of 4 x 4 patches; two experts in each second layer."""
+        torch.manual_seed(0)
+        vision = Llama4VisionConfig(
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=EXAMPLE_TILE,
+            patch_size=14,
+            vision_output_dim=32,
+            projector_input_dim=32,
+            projector_output_dim=32,
+        )
+        text = Llama4TextConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            intermediate_size_mlp=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=2,
+            interleave_moe_layer_step=2,
+            no_rope_layer_interval=2,
+            pad_token_id=EXAMPLE_PAD,
+        )
+        config = Llama4Config(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=EXAMPLE_IMAGE,
+            boi_token_index=8,
+            eoi_token_index=9,
+        )
+        model = Llama4ForConditionalGeneration(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "experts" in name and parameter.dim() == 3:
+                    parameter.normal_(std=0.02)
+        return with_sharp_attention(model, tower="vision_model")
+
+
+def drawn(mask: Tensor, dim: int) -> float:
+    """Return how far from the top (1) or left (2) a mask goes, as a fraction of the side; 1.0 if it is empty.
+
+    Args:
+        mask: bool `[channels, height, width]`.
+        dim: the side.
+    """
+    line = mask.any(dim=0).any(dim=2 - dim)
+    return (int(line.nonzero().max()) + 1) / len(line) if bool(line.any()) else 1.0
