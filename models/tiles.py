@@ -79,19 +79,24 @@ class TiledAdapter(PlaceholderAdapter):
         return pixels
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Return the number of tiles of each image, in the order of the prompt.
+        """Return the number of tiles of each image, in the order of the prompt."""
+        ids = self.prompt_ids(inputs)
+        tokens = self.token_grid[0] * self.token_grid[1]
+        return group_tiles(runs(ids == self.image_token_id), ids, tokens, self.grouped_by)
+
+    def prompt_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the ids of the prompts, `[rows, length]`.
 
         Raises:
             ValueError: if the prompt is given as embeddings: text that separates images cannot be read there.
         """
-        ids = inputs.get("input_ids")
+        ids: Tensor | None = inputs.get("input_ids")
         if ids is None:
             raise ValueError(
                 f"which tiles belong to one image stands in the text of the prompt of {self.model_class}; pass "
                 "input_ids instead of inputs_embeds"
             )
-        tokens = self.token_grid[0] * self.token_grid[1]
-        return group_tiles(runs(ids == self.image_token_id), ids, tokens, self.grouped_by)
+        return ids
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each."""
@@ -211,10 +216,21 @@ def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
     grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
     if len(grids) == 1:
         return grids[0]
-    small = F.interpolate(base[None].float(), (LOOK, LOOK), mode="bilinear", antialias=True)
+    return min(sorted(grids, key=lambda one: abs(one[0] - one[1])), key=lambda one: grid_difference(tiles, base, one))
 
-    def difference(grid: tuple[int, int]) -> float:
-        canvas = rearrange(tiles.float(), "(rows cols) c h w -> 1 c (rows h) (cols w)", rows=grid[0])
-        return float((F.interpolate(canvas, (LOOK, LOOK), mode="bilinear", antialias=True) - small).square().mean())
 
-    return min(sorted(grids, key=lambda grid: abs(grid[0] - grid[1])), key=difference)
+def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float:
+    """Return how much tiles put together in a grid differ from the base tile, both shrunk: mean squared difference.
+
+    Args:
+        tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
+        base: the whole picture, `[3, height, width]`.
+        grid: rows x cols of the sub-images.
+    """
+    canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
+    return float((looked_at(canvas) - looked_at(base)).square().mean())
+
+
+def looked_at(picture: Tensor) -> Tensor:
+    """Return a picture shrunk to `LOOK` pixels a side, `[3, height, width]` to `[3, LOOK, LOOK]`."""
+    return F.interpolate(picture[None].float(), (LOOK, LOOK), mode="bilinear", antialias=True)[0]
