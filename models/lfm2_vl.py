@@ -1,0 +1,160 @@
+"""LFM2-VL: sub-images in row-major order, the base tile last in its own aspect ratio; 2 x 2 patches to a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
+
+from tokenprune.image import ROW_SIGNALS, TileGeometry
+from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pool, with_sharp_attention
+from tokenprune.models.tiles import TiledAdapter, find_grid, runs
+
+
+class Lfm2VlAdapter(TiledAdapter):
+    """`Lfm2VlForConditionalGeneration`; tiles of different sizes are padded to one, what is padded is not valid."""
+
+    family: ClassVar[str] = "lfm2_vl"
+    model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
+    projector_at: ClassVar[str | None] = None
+    features_by_tile: ClassVar[bool] = False
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return int(self.model.config.downsample_factor)
+
+    def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return height x width of the tokens of each tile."""
+        shapes = torch.as_tensor(inputs["spatial_shapes"]) // self.pooling
+        return [(int(height), int(width)) for height, width in shapes.tolist()]
+
+    def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the number of tiles of each image; what stands behind the last run of a row closes an image.
+
+        Raises:
+            ValueError: if the placeholders are not those of whole tiles.
+        """
+        ids = F.pad(self.prompt_ids(inputs), (0, 1), value=-1)
+        tokens, found = [height * width for height, width in self.sizes(inputs)], runs(ids == self.image_token_id)
+        behind = [int(ids[one.row, one.start + one.length]) for one in found]
+        closing = {one.row: mark for one, mark in zip(found, behind, strict=True)}
+        numbers, open_image, tile = list[int](), False, 0
+        for run, mark in zip(found, behind, strict=True):
+            end, left = tile, run.length
+            while left > 0 and end < len(tokens):
+                left, end = left - tokens[end], end + 1
+            if left:
+                raise ValueError(
+                    f"Image features and image tokens do not match: {run.length} placeholders in a row are no whole "
+                    "number of tiles; make the inputs with the processor that belongs to the model"
+                )
+            numbers = [*numbers[:-1], numbers[-1] + end - tile] if open_image else [*numbers, end - tile]
+            open_image, tile = mark != closing[run.row], end
+        return numbers
+
+    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tiles put together from their patches, padded to the largest, `[tiles, 3, height, width]`."""
+        patch, pictures = self.tower.config.patch_size, []
+        shapes = torch.as_tensor(inputs["spatial_shapes"]).tolist()
+        side = [max(one) * patch for one in zip(*shapes, strict=True)]
+        for flat, (rows, cols) in zip(inputs[self.pixels], shapes, strict=True):
+            picture = rearrange(flat[: rows * cols], "(h w) (y x c) -> c (h y) (w x)", h=rows, y=patch, x=patch)
+            pictures.append(F.pad(picture, (0, side[1] - cols * patch, 0, side[0] - rows * patch)))
+        return torch.stack(pictures)
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image: every tile has as many rows and columns as the largest one of the image."""
+        sizes, numbers = self.sizes(inputs), self.tiles_per_image(inputs)
+        side = self.pooling * self.tower.config.patch_size
+        out = []
+        for tiles in self.all_tiles(inputs).split(numbers):
+            own, sizes = sizes[: len(tiles)], sizes[len(tiles) :]
+            shown = [one[:, : rows * side, : cols * side] for one, (rows, cols) in zip(tiles, own, strict=True)]
+            grid = find_grid(torch.stack(shown[:-1]), shown[-1]) if len(shown) > 1 else (0, 0)
+            whole = (max(rows for rows, _ in own), max(cols for _, cols in own))
+            layout, order = TileGeometry.tiled(grid, whole, base_first=False), [len(own) - 1, *range(len(own) - 1)]
+            standing = torch.stack([padded(torch.ones(1, *own[tile], dtype=torch.bool), whole)[0] for tile in order])
+            part = torch.tensor([own[-1][0] / whole[0], own[-1][1] / whole[1]])
+            packed = layout.packed[standing.flatten()[layout.packed]]
+            out.append(replace(layout, regions=layout.regions * part.repeat(2), packed=packed))
+        return out
+
+    def by_image(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a captured signal by images: each tile pooled by its own size, then padded."""
+        whole, sizes = torch.cat(list(captured)), self.sizes(inputs)
+        out = []
+        for layout in layouts:
+            tiles, whole = whole[: layout.tiles], whole[layout.tiles :]
+            own, sizes = sizes[: layout.tiles], sizes[layout.tiles :]
+            parts = []
+            for value, size in zip(tiles.split(1), own, strict=True):
+                dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+                real = value.narrow(dim, 0, size[0] * size[1] * self.pooling**2)
+                pooled = pool(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
+                filled = padded(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
+                parts.append(filled.movedim(-1, dim))
+            out.append(torch.cat(parts).roll(1, 0))
+        return out
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the patches of each tile, and how many there are."""
+        tiles = torch.cat([self.example_tiles(size) for size in sizes])
+        patch = self.tower.config.patch_size
+        patches = rearrange(tiles, "n c (h y) (w x) -> n (h w) (y x c)", y=patch, x=patch)
+        shapes = torch.tensor([[EXAMPLE_TILE // patch] * 2] * len(tiles))
+        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
+        return {self.pixels: patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the visual tokens of a tile of example pictures; real ones say theirs."""
+        side = EXAMPLE_TILE // self.tower.config.patch_size // self.pooling
+        return side, side
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches; a layer of convolution and one of attention."""
+        torch.manual_seed(0)
+        vision = Siglip2VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_patches=16,
+            patch_size=14,
+            vision_use_head=False,
+        )
+        text = Lfm2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            pad_token_id=EXAMPLE_PAD,
+            tie_word_embeddings=False,
+        )
+        config = Lfm2VlConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=EXAMPLE_IMAGE,
+            projector_hidden_size=64,
+            tie_word_embeddings=False,
+        )
+        return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
+
+
+def padded(value: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return values with rows and columns of zeros after them, `[..., height, width]` to that of `grid`."""
+    return F.pad(value, (0, grid[1] - value.shape[-1], 0, grid[0] - value.shape[-2]))
