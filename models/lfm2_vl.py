@@ -16,6 +16,7 @@ from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneratio
 from tokenprune.image import ROW_SIGNALS, TileGeometry
 from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pool, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, find_grid, runs
+from tokenprune.rewrite import TextSeparatorSide
 
 
 class Lfm2VlAdapter(TiledAdapter):
@@ -23,6 +24,7 @@ class Lfm2VlAdapter(TiledAdapter):
 
     family: ClassVar[str] = "lfm2_vl"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
+    text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
     features_by_tile: ClassVar[bool] = False
 

@@ -65,7 +65,9 @@ def stays(inputs: Any, run: Run) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("positions", ["reindex", "preserve"])
 @torch.no_grad()
-def test_logits_equal_the_oracle_that_masks_the_dropped_text(model: Any, inputs: Any, positions: Any) -> None:
+def test_logits_equal_the_oracle_that_masks_the_dropped_text(
+    family: Family, model: Any, inputs: Any, positions: Any
+) -> None:
     full = {name: value for name, value in inputs.items() if name != "attention_mask"}
     lengths = {}
     for separators in ("keep", "drop_empty"):
@@ -81,7 +83,8 @@ def test_logits_equal_the_oracle_that_masks_the_dropped_text(model: Any, inputs:
         width = int(mask.sum(1).max())
         assert short.shape[1] == width
         real = torch.arange(width) >= width - mask.sum(1, keepdim=True)
-        assert float((short[real] - oracle[mask]).abs().max()) < 1e-5
+        if family.oracle is not None:
+            assert float((short[real] - oracle[mask]).abs().max()) < family.oracle
         assert gone > 0
         assert lengths["keep"] - lengths["drop_empty"] == gone
 
