@@ -83,18 +83,6 @@ def example_llm() -> LlamaConfig:
     )
 
 
-def example_siglip() -> SiglipVisionConfig:
-    """Return the configuration of a tiny SigLIP tower (4 x 4 patches a tile) for example models."""
-    return SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=EXAMPLE_TILE,
-        patch_size=14,
-    )
-
-
 def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
     """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes.
 
