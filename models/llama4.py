@@ -30,6 +30,7 @@ class Llama4Adapter(TiledAdapter):
 
     features_in: ClassVar[str] = "last_hidden_state"
     projector_at: ClassVar[str | None] = None
+    beams: ClassVar[bool] = False
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:

@@ -89,6 +89,9 @@ class Adapter(ABC):
     text_separator_side: ClassVar[TextSeparatorSide] = "none"
     """Where text inside the span of an image belongs, if there is any that separates rows or tiles."""
 
+    beams: ClassVar[bool] = True
+    """Whether the unmodified model generates with beams from pictures."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
 

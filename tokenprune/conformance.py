@@ -387,7 +387,8 @@ def leaves_no_trace(reducer: TokenReducer) -> None:
             try:
                 with _attach(reducer, adapter):
                     suppressed = [adapter.image_token_id]
-                    adapter.model.generate(**inputs, max_new_tokens=2, num_beams=2, suppress_tokens=suppressed)
+                    how = {"max_new_tokens": 2, "num_beams": 1 + adapter.beams, "suppress_tokens": suppressed}
+                    adapter.model.generate(**inputs, **how)
             except Exception as error:
                 raise CheckError(
                     f"generated with {adapter.model_class}: expected answers, saw {type(error).__name__}: {error}"
