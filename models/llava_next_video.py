@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +27,11 @@ class BesideVideosAdapter(LlavaNextAdapter):
 
     The model takes pixels or features, not both: videos beside pictures are encoded with them and handed over whole.
     """
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Any:
+        """Return a tiny model of the family."""
 
     @cached_property
     def image_inputs(self) -> frozenset[str]:
