@@ -53,13 +53,15 @@ class Idefics2Adapter(NestedTilesAdapter):
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny Idefics2 with eight latents."""
+        """Return a tiny Idefics2: eight latents, a resampler of four layers, as some methods read four."""
         torch.manual_seed(0)
-        heads = {"resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2}
+        heads = {"resampler_depth": 4, "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2}
+        llm = example_llm()
+        llm.hidden_size = 16  # that of the resampler, too
         config = Idefics2Config(
             vision_config=dict(EXAMPLE_TOWER),
-            perceiver_config={"hidden_size": 32, "resampler_n_latents": 8, **heads},
-            text_config=example_llm(),
+            perceiver_config={"hidden_size": 16, "resampler_n_latents": 8, **heads},
+            text_config=llm,
             image_token_id=EXAMPLE_IMAGE,
         )
         model = Idefics2ForConditionalGeneration(config)

@@ -73,7 +73,8 @@ def test_tiles_that_do_not_fit_the_prompt_are_refused() -> None:
 def test_latents_receive_what_the_full_map_of_the_resampler_says() -> None:
     """Pictures of two sizes: the padding of the smaller one is no context."""
     family = FAMILIES["idefics2"]
-    model = family.model(attn="eager")
+    model = family.model()
+    model.set_attn_implementation("eager")
     adapter = Idefics2Adapter(model)
     inputs = family.batch([(56, 56), (28, 50)])
     maps: list[torch.Tensor] = []
