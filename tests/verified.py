@@ -8,10 +8,11 @@ from typing import Any
 
 from tests import test_families
 from tests.families import FAMILIES
+from tests.test_mllama import FAMILY
 
 
 def summary() -> dict[str, Any]:
-    """Names of the checks, and for each adapter its rows with what holds for them."""
+    """Names of the checks, for each adapter its rows with what holds for them, and those with tests of their own."""
     checks = [
         name
         for name, check in vars(test_families).items()
@@ -21,7 +22,8 @@ def summary() -> dict[str, Any]:
     for row in FAMILIES.values():
         said = {"name": row.name, "full": row.full, "oracle": row.oracle, "beams": row.beams, "why": row.why}
         families.setdefault(row.adapter.__name__, []).append({**said, "skip": dict(row.skip)})
-    return {"checks": checks, "families": {name: families[name] for name in sorted(families)}}
+    own = {FAMILY.adapter.__name__: "tests/test_mllama.py"}
+    return {"checks": checks, "families": {name: families[name] for name in sorted(families)}, "own": own}
 
 
 def text() -> str:

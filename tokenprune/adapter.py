@@ -83,6 +83,9 @@ class Adapter(ABC):
     pixels: ClassVar[str] = "pixel_values"
     """Name of the model input that holds the pictures; a call without it has none."""
 
+    in_prompt: ClassVar[bool] = True
+    """Whether visual tokens stand in the prompt; else the LLM attends to them from outside, and it stays as it is."""
+
     vision_positions: ClassVar[bool] = False
     """Whether the model makes position ids from its vision inputs (M-RoPE): they are then handed over, too."""
 

@@ -104,7 +104,7 @@ class Run:
         encoding = self.encode(inputs) if encoding is None else encoding
         placeholders = self.adapter.placeholders(inputs)
         lengths = [len(features) for features in encoding.packed]
-        if int(placeholders.sum()) != sum(lengths):
+        if self.adapter.in_prompt and int(placeholders.sum()) != sum(lengths):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
@@ -114,7 +114,6 @@ class Run:
         chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
         selections = [chosen[id(image)] for image in images]
         masks = [s.packed_mask().to(f.device) for s, f in zip(selections, encoding.packed, strict=True)]
-        kept = torch.cat(masks)
         rest = {name: value for name, value in inputs.items() if name not in self.adapter.image_inputs}
         attention_mask = inputs.get("attention_mask")
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
@@ -133,6 +132,11 @@ class Run:
         else:
             parts = zip(selections, images, encoding.packed, masks, strict=True)
             packed = [_kept_features(self.adapter, *one) for one in parts]
+        places = [_entering(*one) for one in zip(selections, masks, strict=True)]
+        if not self.adapter.in_prompt:
+            self._enter(selections, full, full)
+            return {**rest, **self.adapter.hand_over(encoding, packed, places)}, None
+        kept = torch.cat(masks)
         preserve = self.reducer.positions == "preserve"
         # Without a cache, transformers takes gaps in position ids for packed sequences unless something is masked.
         spare = int(generating and preserve and not cached)
@@ -145,7 +149,6 @@ class Run:
         if (positions := self._positions(inputs, rows, generating)) is not None:
             short["position_ids"] = positions
         self._enter(selections, full, _row_lengths(rows.mask))
-        places = [_entering(*one) for one in zip(selections, masks, strict=True)]
         return {**short, **self.adapter.hand_over(encoding, packed, places)}, rows
 
     def _positions(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:

@@ -145,6 +145,8 @@ def verified(adapter: str) -> str:
         names.setdefault("; ".join(parts), []).append(row["name"])
     if len(names) == 1:
         return next(iter(names))
+    if adapter in said["own"]:
+        return f"tests of its own, {said['own'][adapter]}"
     return ". ".join(f"{', '.join(own)}: {text}" for text, own in names.items()) or "not in the matrix of tests"
 
 

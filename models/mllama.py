@@ -1,0 +1,249 @@
+"""Llama 3.2 Vision: the LLM attends to the tiles of a picture from outside; there is no base tile.
+
+The canvas of the tiles is one tile here. Each tile's CLS token is among the keys of the LLM: it stands as the separator
+that closes its tile, and stays with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+from tokenprune.adapter import Encoding
+from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
+from tokenprune.models.placeholder import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_PAD,
+    EXAMPLE_TEXT,
+    EXAMPLE_TILE,
+    PlaceholderAdapter,
+    seeded,
+    with_sharp_attention,
+)
+
+
+class MllamaAdapter(PlaceholderAdapter):
+    """`MllamaForConditionalGeneration`: kept keys go in through the argument for pixels, as four dimensions.
+
+    While a strategy is attached, the vision model hands such keys on, and the columns of the cross-attention mask are
+    those of the kept keys. The prompt does not change.
+    """
+
+    family: ClassVar[str] = "mllama"
+    model_class: ClassVar[str] = "MllamaForConditionalGeneration"
+    in_prompt: ClassVar[bool] = False
+    tower_at: ClassVar[str] = "vision_model"
+    layers_at: ClassVar[str] = "transformer.layers"
+    projector_at: ClassVar[str | None] = None
+    image_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"})
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id of the mark that says where a picture belongs."""
+        return int(self.model.config.image_token_index)
+
+    @cached_property
+    def keys_per_tile(self) -> int:
+        """Tokens of one tile and its CLS token."""
+        return int(self.tower.num_patches)
+
+    def grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
+        """Return of each image its prompt row, its number in the row, and rows x cols of its tiles."""
+        known, ids = self.tower.config.supported_aspect_ratios, torch.as_tensor(inputs["aspect_ratio_ids"])
+        return [(row, number, *known[int(ids[row, number]) - 1]) for row, number in ids.nonzero().tolist()]
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the canvas of each image as one tile, packed tile by tile, CLS behind each."""
+        (height, width), out = self.token_grid, []
+        for _, _, rows, cols in self.grids(inputs):
+            canvas = torch.arange(rows * height * cols * width).view(rows * height, cols * width)
+            tiles = rearrange(canvas, "(rows h) (cols w) -> (rows cols) (h w)", rows=rows, cols=cols)
+            packed = F.pad(tiles, (0, 1), value=SEPARATOR).flatten()
+            out.append(TileGeometry((0, 0), (rows * height, cols * width), torch.zeros(0, 4), packed))
+        return out
+
+    def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
+        """Run the vision model without the projector, and put the keys of each image in packed order."""
+        states = self.tower(**arguments).last_hidden_state
+        tiles = states[torch.as_tensor(arguments["aspect_ratio_ids"], device=states.device) > 0]
+        ordered = tiles.roll(-1, dims=2)  # CLS is first in its tile
+        keys = [
+            one[: len(layout.packed) // self.keys_per_tile].flatten(0, 1)
+            for one, layout in zip(ordered, layouts, strict=True)
+        ]
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=keys)  # type: ignore[arg-type]
+
+    def by_image(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a captured signal by images as canvases, CLS and padding of each tile left out."""
+        dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+        whole = torch.cat(list(captured))
+        whole = whole[torch.as_tensor(inputs["aspect_ratio_ids"], device=whole.device).flatten() > 0]
+        tiles = whole.unflatten(dim, (self.tower.config.max_num_tiles, -1)).movedim((dim, dim + 1), (1, 2))
+        (height, width), out = self.token_grid, []
+        for value, (_, _, rows, cols) in zip(tiles[:, :, 1 : self.keys_per_tile], self.grids(inputs), strict=True):
+            sizes = {"rows": rows, "cols": cols, "h": height, "w": width}
+            to_canvas = "(rows cols) (h w) ... -> 1 (rows h cols w) ..."
+            out.append(rearrange(value[: rows * cols], to_canvas, **sizes).movedim(1, dim))
+        return out
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the canvas of each image, `[1, 3, height, width]` each."""
+        to_canvas, pixels = "(rows cols) c h w -> 1 c (rows h) (cols w)", inputs[self.pixels]
+        return [
+            rearrange(pixels[row, number, : rows * cols], to_canvas, rows=rows)
+            for row, number, rows, cols in self.grids(inputs)
+        ]
+
+    def hand_over(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return keys in the place of pixels, `[rows, images, keys, dim]`, padded; the mask is cut when they arrive."""
+        inputs = encoding.inputs
+        grids, (rows, images) = self.grids(inputs), inputs["aspect_ratio_ids"].shape
+        times = len(packed) // len(grids)
+        shared = {name: inputs[name].repeat_interleave(times, dim=0) for name in self.image_inputs - {self.pixels}}
+        if places is None:
+            self._kept = None
+            states = encoding.outputs.last_hidden_state.flatten(2, 3)
+            return {self.pixels: states.repeat_interleave(times, dim=0), **shared}
+        of_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows * times)]
+        for number, (keys, place) in enumerate(zip(packed, places, strict=True)):
+            row, image, _, _ = grids[number % len(grids)]
+            first = image * self.tower.config.max_num_tiles * self.keys_per_tile
+            tile, inside = place // self.keys_per_tile, place % self.keys_per_tile
+            column = first + tile * self.keys_per_tile + (inside + 1) % self.keys_per_tile
+            of_row[row * times + number // len(grids)].append((keys, column))
+        lengths = [sum(len(keys) for keys, _ in parts) for parts in of_row]
+        width = images * -(-max(1, *lengths) // images)
+        states = packed[0].new_zeros(len(of_row), width, packed[0].shape[-1])
+        columns = torch.zeros(len(of_row), width, dtype=torch.long, device=states.device)
+        for row, parts in enumerate(of_row):
+            for source, target in zip(zip(*parts, strict=True), (states, columns), strict=False):
+                target[row, : lengths[row]] = torch.cat(source).to(target.dtype)
+        real = torch.arange(width, device=states.device) < torch.tensor(lengths, device=states.device)[:, None]
+        self._kept = columns, real
+        return {self.pixels: states.unflatten(1, (images, -1)), **shared}
+
+    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call brings pixels; keys have four dimensions."""
+        return super().has_pictures(inputs) and inputs[self.pixels].dim() != 4
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the vision model hand keys on, and cut the cross-attention mask to them."""
+        tower, before, original = self.tower, self.tower.__dict__.get("forward"), self.tower.forward
+
+        def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if pixel_values.dim() != 4:
+                return original(pixel_values, *args, **kwargs)
+            return BaseModelOutput(last_hidden_state=pixel_values[:, :, None])
+
+        def cut(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            mask = kwargs.get("cross_attention_mask")
+            if self._kept is None or mask is None:
+                return None
+            columns, real = (one.repeat_interleave(len(mask) // len(one), dim=0) for one in self._kept)  # for beams
+            least = torch.finfo(mask.dtype).min
+            barred = ~real[:, None, None] & real.any(dim=-1)[:, None, None, None]
+            taken = mask.gather(-1, columns[:, None, None].expand(-1, -1, mask.shape[2], -1))
+            sees = kwargs["full_text_row_masked_out_mask"] * (taken != least).logical_and(real[:, None, None]).any(
+                -1, True
+            )
+            # As in the model, text that sees no picture (it stands before them) attends to all keys alike.
+            taken = (taken * sees).masked_fill(barred, least)
+            return args, {**kwargs, "cross_attention_mask": taken, "full_text_row_masked_out_mask": sees}
+
+        tower.forward = forward
+        hook = self.decoder.register_forward_pre_hook(cut, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._kept = None
+            if before is None:
+                del tower.forward
+            else:
+                tower.forward = before
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the tiles of all pictures as one prompt row."""
+        return self._pixels_of([sizes])
+
+    def _pixels_of(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        most, images = self.tower.config.max_num_tiles, max(1, *map(len, rows))
+        pixels = torch.zeros(len(rows), images, most, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        ids, mask = torch.zeros(len(rows), images, dtype=torch.long), torch.zeros(len(rows), images, most).long()
+        mask[..., 0] = 1
+        for row, sizes in enumerate(rows):
+            for number, size in enumerate(sizes):
+                grid = [min(2, max(1, round(side / EXAMPLE_TILE))) for side in size]
+                tiles = grid[0] * grid[1]
+                ids[row, number] = 1 + self.tower.config.supported_aspect_ratios.index(grid)
+                mask[row, number, :tiles] = 1
+                shape = (tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+                pixels[row, number, :tiles] = torch.randn(shape, generator=seeded(size))
+        return {self.pixels: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels; text attends to all pictures that are marked before it."""
+        prompts = [[1, *(token for _ in row for token in [EXAMPLE_IMAGE, *EXAMPLE_TEXT]), 6] for row in rows]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        vision = self._pixels_of(rows)
+        seen = torch.zeros(len(rows), width, *vision["aspect_ratio_mask"].shape[1:])
+        for row, position in (ids == EXAMPLE_IMAGE).nonzero().tolist():
+            number = int((ids[row, :position] == EXAMPLE_IMAGE).sum())
+            seen[row, position:, number] = vision["aspect_ratio_mask"][row, number].float()
+        mask = (ids != EXAMPLE_PAD).long()
+        return {"input_ids": ids, "attention_mask": mask, "cross_attention_mask": seen.long(), **vision}
+
+    @classmethod
+    def example(cls) -> Any:
+        """Return a tiny Llama 3.2 Vision: 4 x 4 tokens a tile, one layer of cross-attention."""
+        torch.manual_seed(0)
+        small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
+        config = MllamaConfig(
+            vision_config={
+                **small,
+                "num_hidden_layers": 4,
+                "num_global_layers": 1,
+                "attention_heads": 4,
+                "image_size": EXAMPLE_TILE,
+                "patch_size": 14,
+                "intermediate_layers_indices": [1, 3],
+                "vision_output_dim": 96,
+            },
+            text_config={
+                **small,
+                "vocab_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "cross_attention_layers": [1],
+                "pad_token_id": EXAMPLE_PAD,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            image_token_index=EXAMPLE_IMAGE,
+        )
+        model = with_sharp_attention(MllamaForConditionalGeneration(config), tower="vision_model")
+        with torch.no_grad():  # gates are zero at first: nothing of a picture would reach the answer
+            for name, parameter in model.named_parameters():
+                if "gate" in name:
+                    parameter.fill_(1.0)
+        return model
