@@ -58,6 +58,7 @@ def test_wheel_holds_one_package(wheel: list[str]) -> None:
     assert "tokenprune/models/mini/pictures/board.png" in wheel
     assert "tokenprune/models/verified.json" in wheel
     assert "tokenprune/experiments/heldout.py" in wheel
+    assert "tokenprune/experiments/configs/models/llava-v1.6-vicuna-7b.json" in wheel
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

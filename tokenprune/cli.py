@@ -22,6 +22,7 @@ commands:
   list      list what is known by name: strategies, components, models
   check     check that a strategy keeps the promises of the library
   bench     measure what strategies cost
+  cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 
 `tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
 
@@ -350,6 +351,13 @@ def sweep(argv: Sequence[str]) -> int:
     return failed[0] if failed else 0
 
 
+def cost(argv: Sequence[str]) -> None:
+    """Run the command `cost`."""
+    from tokenprune.experiments.cost.report import cost_parser, run
+
+    run(_parsed(cost_parser(), argv))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": run,
     "evaluate": evaluate,
@@ -359,6 +367,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "list": list_names,
     "check": check,
     "bench": bench,
+    "cost": cost,
 }
 
 
