@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tokenprune.adapter import find_adapter
-from tokenprune.budget import Budget
+from tokenprune.budget import Budget, as_budget
 from tokenprune.experiments.cost.meter import Meter, Work
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.models.placeholder import PlaceholderAdapter
@@ -67,7 +67,7 @@ class Counted:
     """
 
     batch: int
-    budget: int | float | Budget | None
+    budget: Budget | None
     tokens: Tokens
     weight_bytes: int
     kv_bytes: int
@@ -224,6 +224,7 @@ def count(
             step(1, tokens.prompt, cache)
     projected = 0 if adapter.projector_at is None else encode.modules.get(type(adapter.projector).__name__, 0)
     parts = {id(one): one.nbytes for one in (*model.parameters(), *model.buffers())}
+    asked = None if budget is None else as_budget(budget)
     return Counted(
-        batch, budget, tokens, sum(parts.values()), kv_bytes, encode, prefill, decode, encode.flops - projected
+        batch, asked, tokens, sum(parts.values()), kv_bytes, encode, prefill, decode, encode.flops - projected
     )

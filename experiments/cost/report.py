@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.budget import as_budget
 from tokenprune.experiments.architectures import architecture, on_meta
 from tokenprune.experiments.cost import table4
 from tokenprune.experiments.cost.count import Counted, count
@@ -76,7 +77,7 @@ def run(config: Any) -> None:
         compared = table4.compare()
         print(json.dumps(table4.as_records(compared), indent=2) if config.json else table4.as_markdown(compared))
         return
-    size = parse_size(config.image_size)
+    size, budgets = parse_size(config.image_size), [None, *map(as_budget, config.budget)]
     for name in ("batch", "text_tokens", "new_tokens"):
         values = getattr(config, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -88,7 +89,7 @@ def run(config: Any) -> None:
     made = [
         count(model, size, budget, batch, config.text_tokens)
         for batch in config.batch
-        for budget in dict.fromkeys([None, *config.budget])
+        for budget in dict.fromkeys(budgets)
     ]
     rows = [(counted, [predict_on(counted, device, config) for device in devices]) for counted in made]
     if config.json:
@@ -135,7 +136,7 @@ def as_json(config: Any, rows: Rows) -> dict[str, Any]:
         "batches": [
             {
                 "batch": counted.batch,
-                "budget": counted.budget,
+                "budget": None if counted.budget is None else counted.budget.amount,
                 "tokens": {**vars(counted.tokens), "prompt": counted.tokens.prompt},
                 "weight_bytes": counted.weight_bytes,
                 "kv_bytes": counted.kv_bytes,
@@ -240,7 +241,8 @@ def as_tables(config: Any, rows: Rows) -> None:
 def _budget(counted: Counted) -> str:
     if counted.budget is None:
         return "full"
-    return f"{counted.budget:.0%}" if isinstance(counted.budget, float) else str(counted.budget)
+    amount = counted.budget.amount
+    return f"{amount:.0%}" if isinstance(amount, float) else str(amount)
 
 
 def _span(value: Bounds, factor: float) -> str:
