@@ -24,11 +24,18 @@ from tokenprune.experiments.cost.roofline import predict, seconds
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.strategies import UniformStride
 
 SIZE = (112, 112)
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, LlavaNextAdapter, InternVLAdapter, Qwen25VLAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    InternVLAdapter,
+    Qwen25VLAdapter,
+)
 
 
 def example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
