@@ -21,7 +21,7 @@ commands:
   sweep     run a W&B sweep file here, without an account
   list      list what is known by name: strategies, components, models
   check     check that a strategy keeps the promises of the library
-  bench     measure what strategies cost
+  bench     measure speed, memory and FLOPs phase by phase (run), or what strategies cost (strategies)
   cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 
 `tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
@@ -173,19 +173,23 @@ def check(argv: Sequence[str]) -> int:
     return 0 if report.passed else 1
 
 
-def bench(argv: Sequence[str]) -> None:
-    """Run the command `bench`."""
+def bench(argv: Sequence[str]) -> int:
+    """Run the command `bench`; the exit code is 1 if memory did not suffice for anything."""
     from jsonargparse import ArgumentParser
 
     from tokenprune.configure import with_plugins
+
+    if argv[:1] == ["run"]:
+        return bench_run(argv[1:])
 
     parser = ArgumentParser(
         prog="tokenprune bench",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Measure what choosing tokens costs beside encoding the picture, in turns in one run.",
+        description="Measure what choosing tokens costs beside encoding the picture, in turns in one run. "
+        "`tokenprune bench run --help` tells how whole models are measured.",
     )
-    parser.add_argument("what", choices=["strategies"], help="what to measure")
+    parser.add_argument("what", choices=["strategies", "run"], help="what to measure")
     parser.add_argument("--names", type=str, nargs="+", help="strategies; all known ones if left out")
     parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known")
     parser.add_argument("--budget", type=float, default=0.2, help="budget as a ratio")
@@ -198,7 +202,22 @@ def bench(argv: Sequence[str]) -> None:
         raise _user_error(error, parser) from error
     from tokenprune.experiments.selection_cost import measure, report
 
+    if config.what == "run":
+        raise UserError("write `run` before its options: tokenprune bench run --model mini")
     print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
+    return 0
+
+
+def bench_run(argv: Sequence[str]) -> int:
+    """Run the command `bench run`."""
+    from tokenprune.experiments.bench import command
+
+    parser = command.bench_parser()
+    try:
+        config = parser.parse_args(list(argv))
+    except (LookupError, ValueError, TypeError, _argument_error()) as error:
+        raise _user_error(error, parser) from error
+    return command.command(config)
 
 
 def evaluate_parser() -> ArgumentParser:

@@ -1,0 +1,216 @@
+"""The command `tokenprune bench run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from tokenprune.attach import Run
+from tokenprune.configure import prepare
+from tokenprune.experiments.bench.machine import environment
+from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and
+from tokenprune.experiments.bench.report import as_table, write
+from tokenprune.experiments.bench.spread import interval_rank
+from tokenprune.experiments.bench.subject import Size, Subject, subject
+from tokenprune.experiments.selection_cost import torch_threads
+from tokenprune.reducer import TokenReducer
+
+SCHEMA = 1
+"""Version of the JSON."""
+
+
+def bench_parser() -> ArgumentParser:
+    """Return the parser of `tokenprune bench run`."""
+    parser = ArgumentParser(
+        prog="tokenprune bench run",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Measure a model phase by phase: plain transformers, and reducers at several budgets, in turns.",
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", default="mini", help="mini, a checkpoint folder, a hub id, or a config.json for random weights")
+    add("--reducers", type=str, nargs="+", default=["HiRED"], help="strategies or presets by name, or file.py:Class")
+    add("--budgets", type=float, nargs="+", default=[1.0, 0.4, 0.2, 0.1, 0.05], help="budgets as ratios")
+    add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one picture each")
+    add("--sizes", type=str, nargs="+", default=["672x672"], help="height x width of the pictures in pixels: 672x672")
+    add("--tokens", type=int, default=16, help="new tokens of each prompt")
+    add("--repeats", type=int, default=7, help="timed rounds; below 6 no interval covers 95 %%")
+    add("--warmup", type=int, default=1, help="untimed rounds before")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    add("--attn", type=str, help="attention kernel: sdpa, eager, flash_attention_2, ...; the model's own if left out")
+    add("--threads", type=int, help="CPU threads of torch; its own number if left out")
+    add("--llm-layers", type=int, help="keep only so many layers of the LLM; the output says so")
+    add("--prompt-tokens", type=int, default=32, help="text tokens of a prompt, with random weights")
+    add("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known by name")
+    add("--out", default="tokenprune-bench", help="folder for bench.json, bench.md and phases.png")
+    add("--json", type=bool, nargs="?", const=True, default=False, help="print the JSON instead of tables")
+    add("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured; see `tokenprune bench run --help`."""
+
+    model: str = "mini"
+    reducers: Sequence[str] = ("HiRED",)
+    budgets: Sequence[float] = (1.0, 0.4, 0.2, 0.1, 0.05)
+    batches: Sequence[int] = (1,)
+    sizes: Sequence[str] = ("672x672",)
+    protocol: Protocol = field(default_factory=Protocol)
+    device: str = "auto"
+    dtype: str = "auto"
+    attn: str | None = None
+    threads: int | None = None
+    llm_layers: int | None = None
+    prompt_tokens: int = 32
+    plugins: Sequence[str] = ()
+
+
+def size_of(text: str) -> Size:
+    """Return height and width out of `672x672`.
+
+    Raises:
+        ValueError: if it is no size.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or not all(int(one) for one in found.groups()):
+        raise ValueError(f"--sizes {text}: give height x width in pixels, such as 672x672")
+    return int(found[1]), int(found[2])
+
+
+def named_reducers(
+    names: Sequence[str], budgets: Sequence[float], plugins: Sequence[str]
+) -> list[tuple[str, TokenReducer]]:
+    """Return strategies at all budgets with a name each.
+
+    Args:
+        names: strategies or presets.
+        budgets: ratios.
+        plugins: Python files of the user.
+
+    Raises:
+        LookupError: if a strategy is not known.
+        ValueError: if a budget is no ratio.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--plugin", type=list[str], default=[])
+    parser.add_argument("--reducer", type=TokenReducer)
+    found = []
+    for name in names:
+        for budget in budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"--budgets {budget:g}: give ratios above 0 and up to 1")
+            words = [part for plugin in plugins for part in ("--plugin", plugin)]
+            words += ["--reducer", name, "--reducer.budget", repr(float(budget))]
+            reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(words))).reducer
+            found.append((f"{name.rpartition(':')[2]} {100 * budget:g} %", reducer))
+    return found
+
+
+def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure everything that was asked for.
+
+    Args:
+        request: what is to be measured.
+        tell: is told what is done.
+
+    Returns:
+        The result as plain data: see docs/performance.md.
+
+    Raises:
+        ValueError: if an option cannot be used; it says which and what to do.
+        LookupError: if a strategy is not known.
+        TypeError: if no adapter knows the model.
+    """
+    sizes = [size_of(one) for one in request.sizes]
+    for batch in request.batches:
+        if batch < 1:
+            raise ValueError(f"--batches {batch}: give at least 1")
+    if request.threads is not None and request.threads < 1:
+        raise ValueError(f"--threads {request.threads}: give at least 1")
+    if request.prompt_tokens < 1:
+        raise ValueError(f"--prompt-tokens {request.prompt_tokens}: give at least 1")
+    variants = plain_and(named_reducers(request.reducers, request.budgets, request.plugins))
+    with torch_threads(request.threads or torch.get_num_threads()):
+        tell(f"making {request.model}")
+        made = subject(
+            request.model, request.device, request.dtype, request.attn, request.llm_layers, request.prompt_tokens
+        )
+        check(made, variants)
+        settings = []
+        for size in sizes:
+            for batch in request.batches:
+                setting = Setting(batch, size)
+                outcomes: list[Outcome] = measure(made, setting, variants, request.protocol, tell)
+                settings.append(as_data(outcomes, setting, request.protocol))
+        return {
+            "schema": SCHEMA,
+            "model": made.as_data(),
+            "environment": environment(made.model.device),
+            "protocol": asdict(request.protocol) | {"phases_in_calls_of_their_own": made.model.device.type != "cpu"},
+            "coverage": interval_rank(request.protocol.repeats)[1],
+            "settings": settings,
+        }
+
+
+def check(made: Subject, variants: Sequence[Variant]) -> None:
+    """Look at all strategies first, so that a misfit does not wait for its turn.
+
+    Raises:
+        ValueError: if the model lacks what a strategy needs.
+    """
+    for variant in variants:
+        missing = [] if variant.reducer is None else Run(variant.reducer, made.adapter).missing
+        if missing:
+            raise ValueError(
+                f"{variant.name} needs {', '.join(missing)}, which {type(made.model).__name__} with this vision tower "
+                "does not give; leave it out"
+            )
+
+
+def command(config: Any) -> int:
+    """Run the command; the exit code is 1 if nothing could be measured for lack of memory.
+
+    Args:
+        config: what the parser has read.
+    """
+    request = Request(
+        model=config.model,
+        reducers=config.reducers,
+        budgets=config.budgets,
+        batches=config.batches,
+        sizes=config.sizes,
+        protocol=Protocol(config.tokens, config.repeats, config.warmup),
+        device=config.device,
+        dtype=config.dtype,
+        attn=config.attn,
+        threads=config.threads,
+        llm_layers=config.llm_layers,
+        prompt_tokens=config.prompt_tokens,
+        plugins=config.plugin,
+    )
+    tell = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    # A strategy of the user's may print; with --json stdout holds the object and nothing else.
+    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+        result = run(request, tell)
+        files = write(result, Path(config.out))
+    if config.json:
+        print(json.dumps(result))
+    else:
+        as_table(result, Console())
+        for file in files:
+            print(file)
+    return int(not any(row["error"] is None for one in result["settings"] for row in one["variants"]))
