@@ -129,6 +129,8 @@ def watched(
             station(module, "forward", "vision encode")
         if place := getattr(adapter, "projector_at", None):
             station(attrgetter(place)(model.base_model), "forward", "projector")
+        if merger := getattr(tower, "merger", None):  # Qwen's projector is part of the tower
+            station(merger, "forward", "projector")
         if run is not None:
             station(run, "reduced", "rewrite")
             station(run, "encode", "signal capture")

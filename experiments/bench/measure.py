@@ -404,7 +404,7 @@ def as_data(outcomes: Sequence[Outcome], setting: Setting, protocol: Protocol) -
                 "measures": {name: Spread(tuple(values)).as_data() for name, values in series.items()}
                 | {"new_tokens_per_s": Spread(tuple(per_second)).as_data()},
             }
-            if plain is not None:
+            if plain is not None and one is not plain:
                 row["ratios"] = ratios(one, plain, setting, protocol)
         rows.append(row)
     return {"batch": setting.batch, "height": setting.size[0], "width": setting.size[1], "variants": rows}

@@ -230,7 +230,7 @@ def plain_ids(config: Any) -> list[int]:
         for name, value in content.items():
             if isinstance(value, Mapping):
                 collect(value)
-            elif name.endswith(("token_id", "token_index")):
+            elif str(name).endswith(("token_id", "token_index")):
                 special.update(value if isinstance(value, list) else [value])
 
     collect(config.to_dict())
