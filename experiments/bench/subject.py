@@ -21,6 +21,8 @@ from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.models.native import MergedPatchesAdapter
 from tokenprune.models.tiles import TiledAdapter
 
+ARCHITECTURES = Path(__file__).parents[1] / "configs" / "models"
+"""Configs of published checkpoints, by name."""
 QUESTION = "What is in the picture?"
 """What checkpoints are asked; models with random weights get random ids."""
 CUT = ("num_hidden_layers", "num_layers")
@@ -84,7 +86,7 @@ def subject(
     """Return a model to measure.
 
     Args:
-        name: `mini`, a checkpoint folder, a hub id, or a `config.json` for random weights.
+        name: `mini`, a checkpoint folder, a hub id, or for random weights a shipped architecture or a `config.json`.
         device: `auto` or a torch device.
         dtype: `auto` (float32 on a CPU; elsewhere the checkpoint's own, or bfloat16) or the name of a torch dtype.
         attn: attention kernel as transformers calls it; its own choice if left out.
@@ -124,10 +126,11 @@ def random_config(name: str) -> Any:
     Raises:
         ValueError: if it is no config of a model.
     """
-    if not name.endswith(".json"):
+    shipped = ARCHITECTURES / f"{name}.json"
+    if not name.endswith(".json") and not shipped.is_file():
         return None
     try:
-        content = json.loads(Path(name).read_text())
+        content = json.loads((shipped if shipped.is_file() else Path(name)).read_text())
         return AutoConfig.for_model(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name} cannot be read as a config: {' '.join(str(error).split())}") from error
@@ -139,6 +142,7 @@ def random_subject(
     """Return a model with random weights: throughput does not depend on them."""
     text = config.get_text_config()
     full = text.num_hidden_layers
+    pixels, words = picture_processor(config), plain_ids(config)
     if llm_layers is not None:
         _check_cut(llm_layers, full)
         cut_layers(config, llm_layers)
@@ -156,8 +160,6 @@ def random_subject(
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
     _use_kernel(model, attn)
     adapter = find_adapter(model)
-    pixels = picture_processor(config)
-    words = plain_ids(config)
 
     def prepare(pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
         vision = pixels(images=list(pictures), return_tensors="pt")
@@ -200,7 +202,7 @@ def picture_processor(config: Any) -> Any:
     side = getattr(vision, "image_size", None)
     side = side[0] if isinstance(side, (list, tuple)) else side
     square, shortest = {"height": side, "width": side}, {"shortest_edge": side}
-    if family == "llava":
+    if family == "llava" and vision.model_type in ("clip_vision_model", "siglip_vision_model"):
         return transformers.CLIPImageProcessor(size=shortest, crop_size=square)
     if family == "llava_next":
         return transformers.LlavaNextImageProcessor(
@@ -217,8 +219,8 @@ def picture_processor(config: Any) -> Any:
             merge_size=vision.spatial_merge_size,
         )
     raise ValueError(
-        f"pictures for a {family} with random weights cannot be prepared without its processor; give a checkpoint "
-        "folder, or one of llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl"
+        f"pictures for a {family} ({vision.model_type}) with random weights cannot be prepared without its processor; "
+        "give a checkpoint folder, or one of llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl"
     )
 
 
