@@ -268,6 +268,13 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> 
     found = as_data(outcomes, SETTING, Protocol(tokens=2, repeats=3))
     assert [row["error"] for row in found["variants"]] == [None, None, None, "out of memory"]
     assert "ratios" not in found["variants"][0]
+    own, vision = (outcomes[number].phases for number in (1, 0))
+    shares = [
+        sum(own[name][number] for name in ("signal capture", "reducer", "rewrite")) / vision["vision encode"][number]
+        for number in range(3)
+    ]
+    share = found["variants"][1]["ratios"]["own_share_of_vision_encode"]
+    assert share["median"] == pytest.approx(sorted(shares)[1])
 
 
 def test_intervals_count_what_they_cover() -> None:
@@ -374,7 +381,14 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
             assert row["flops"]["to_first_token"] > 0
             assert row["kv_bytes"] > 0
         for row in setting["variants"][1:]:
-            assert set(row["ratios"]) >= {"encode", "encode_prefill", "ttft", "flops_to_first_token", "attained"}
+            assert set(row["ratios"]) >= {
+                "encode",
+                "encode_prefill",
+                "ttft",
+                "own_share_of_vision_encode",
+                "flops_to_first_token",
+                "attained",
+            }
             assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
             assert row["reducer"]["init_args"]["budget"] == 0.2
             assert row["flops"]["phases"]["vision encode"] == plain["flops"]["phases"]["vision encode"]
@@ -385,7 +399,7 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
     assert page == as_markdown(result)
     assert "CUT: 1 LLM layers are missing" in page
     assert "2 of 3 LLM layers" in page
-    assert page.count("\n| hired 20 % |") == 3 * 2
+    assert page.count("\n| hired 20 % |") == 4 * 2
     figure = phases_figure(result)
     assert len(figure.axes) == 4
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115

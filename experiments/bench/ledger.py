@@ -24,6 +24,8 @@ BEFORE = ("vision encode", "signal capture", "projector", "packing", "reducer", 
 """Phases of a call up to its first token."""
 ENCODE = BEFORE[:6]
 """Those that make what enters the LLM."""
+OWN = ("signal capture", "reducer", "rewrite")
+"""What a reducer adds to the call."""
 DECODE = "decode"
 """Everything from the first token on."""
 PREPROCESS = "preprocess"

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Run
 from tokenprune.configure import as_config
-from tokenprune.experiments.bench.ledger import BEFORE, DECODE, ENCODE, PREPROCESS, Ledger, watched
+from tokenprune.experiments.bench.ledger import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, Ledger, watched
 from tokenprune.experiments.bench.machine import peak_memory, wait_for
 from tokenprune.experiments.bench.spread import Ratio, Spread
 from tokenprune.experiments.bench.subject import Size, Subject, picture
@@ -119,8 +119,8 @@ class Outcome:
 
     def series(self, setting: Setting, tokens: int) -> dict[str, list[float]]:
         """Return what is compared, per round: less is better in all of it."""
-        encode = [sum(parts) for parts in zip(*(self._phase(name) for name in ENCODE), strict=True)]
-        prefill = [one + other for one, other in zip(encode, self._phase("prefill"), strict=True)]
+        encode = self.together(ENCODE)
+        prefill = [one + other for one, other in zip(encode, self.together(["prefill"]), strict=True)]
         decode = [(whole - first) / (tokens - 1) for whole, first in zip(self.whole, self.first, strict=True)]
         return {
             "encode_ms": [1e3 * one for one in encode],
@@ -130,8 +130,9 @@ class Outcome:
             "ms_per_new_token": [1e3 * one / (setting.batch * tokens) for one in self.whole],
         }
 
-    def _phase(self, name: str) -> list[float]:
-        return self.phases.get(name) or [0.0] * len(self.whole)
+    def together(self, names: Sequence[str]) -> list[float]:
+        """Return what some phases took together, per round."""
+        return [sum(self.phases[name][number] for name in names) for number in range(len(self.whole))]
 
     def flops_of(self, names: Sequence[str]) -> int:
         """Return the FLOPs of some phases together."""
@@ -423,6 +424,8 @@ def ratios(one: Outcome, plain: Outcome, setting: Setting, protocol: Protocol) -
         for name in mine
         if min(mine[name], default=0) > 0
     }
+    # The other way round: a share of the plain model's time.
+    found["own_share_of_vision_encode"] = Ratio.of(one.together(OWN), plain.together(["vision encode"])).as_data()
     found["flops_encode"] = plain.flops_of(ENCODE) / max(1, one.flops_of(ENCODE))
     found["flops_to_first_token"] = plain.flops_of(BEFORE) / one.flops_of(BEFORE)
     found["kv_bytes"] = plain.kv_bytes / one.kv_bytes if one.kv_bytes else None

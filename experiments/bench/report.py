@@ -52,6 +52,12 @@ def ratio(found: Result) -> str:
     return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def percent(found: Result) -> str:
+    """Return a ratio with its interval in percent."""
+    low, high = found["interval"]
+    return f"{100 * found['median']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
 def headline(result: Result) -> list[str]:
     """Return what a reader must know before the numbers, a line each."""
     model, machine, protocol = result["model"], result["environment"], result["protocol"]
@@ -86,6 +92,7 @@ Tables = dict[str, list[list[str]]]
 def overview(setting: Result) -> Tables:
     """Return the tables of a setting with a row for each variant."""
     heads = {
+        "encode": ["encode, ms", "speed-up", "FLOP ratio", "capture + reducer + rewrite, % of plain vision encode"],
         "encode and prefill": ["visual tokens", "encode + prefill, ms", "speed-up", "FLOP ratio", "attained"],
         "generation": ["TTFT, ms", "speed-up", "ms per decode step", "new tokens/s"],
         "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "peak memory, MB"],
@@ -98,6 +105,12 @@ def overview(setting: Result) -> Tables:
             continue
         took, against = one["measures"], one.get("ratios")
         cells = {
+            "encode": [
+                spread(took["encode_ms"]),
+                ratio(against["encode"]) if against else "",
+                f"{against['flops_encode']:.2f}" if against else "",
+                percent(against["own_share_of_vision_encode"]) if against else "",
+            ],
             "encode and prefill": [
                 f"{one['visual_tokens']:,}",
                 spread(took["encode_prefill_ms"]),
