@@ -34,6 +34,7 @@ from tokenprune.experiments.bench.measure import (
     count,
     flop_counter,
     measure,
+    trace,
     turns,
 )
 from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
@@ -277,6 +278,16 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> 
     assert share["median"] == pytest.approx(sorted(shares)[1])
 
 
+def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
+    files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace")
+    assert [file.name for file in files[2:]] == [f"batch-2-112-x-56-pixels-HiRED-30.{kind}" for kind in ("json", "txt")]
+    ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
+    assert {name for name in ranges if name.startswith("phase: ")} == {
+        f"phase: {name}" for name in BEFORE if name != "generate"
+    }
+    assert "aten::addmm" in files[1].read_text()
+
+
 def test_intervals_count_what_they_cover() -> None:
     assert interval_rank(1) == (0, 0.0)
     assert interval_rank(5) == (0, 0.9375)
@@ -364,7 +375,7 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
     assert err.replace("scoring\n", "") == ""
     result = json.loads(out)
     assert result == json.loads(Path("found/bench.json").read_text())
-    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "settings"}
+    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "settings", "traces"}
     assert {"device", "device_name", "threads", "torch", "transformers", "tokenprune"} <= set(result["environment"])
     assert result["environment"]["threads"] == 1
     assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
@@ -394,6 +405,7 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
             assert row["flops"]["phases"]["vision encode"] == plain["flops"]["phases"]["vision encode"]
         fifth = setting["variants"][1]
         assert fifth["ratios"]["kv_bytes"] == plain["prompt_length"] / fifth["prompt_length"]
+    assert result["traces"] == []
     assert Path("found/phases.png").read_bytes().startswith(b"\x89PNG")
     page = Path("found/bench.md").read_text()
     assert page == as_markdown(result)

@@ -18,7 +18,7 @@ from rich.console import Console
 from tokenprune.attach import Run
 from tokenprune.configure import prepare
 from tokenprune.experiments.bench.machine import environment
-from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and
+from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and, trace
 from tokenprune.experiments.bench.report import as_table, write
 from tokenprune.experiments.bench.spread import interval_rank
 from tokenprune.experiments.bench.subject import Size, Subject, subject
@@ -54,6 +54,7 @@ def bench_parser() -> ArgumentParser:
     add("--llm-layers", type=int, help="keep only so many layers of the LLM; the output says so")
     add("--prompt-tokens", type=int, default=32, help="text tokens of a prompt, with random weights")
     add("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known by name")
+    add("--trace", type=bool, nargs="?", const=True, default=False, help="also profile a call of each variant")
     add("--out", default="tokenprune-bench", help="folder for bench.json, bench.md and phases.png")
     add("--json", type=bool, nargs="?", const=True, default=False, help="print the JSON instead of tables")
     add("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
@@ -77,6 +78,7 @@ class Request:
     llm_layers: int | None = None
     prompt_tokens: int = 32
     plugins: Sequence[str] = ()
+    trace: Path | None = None
 
 
 def size_of(text: str) -> Size:
@@ -150,12 +152,16 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
             request.model, request.device, request.dtype, request.attn, request.llm_layers, request.prompt_tokens
         )
         check(made, variants)
-        settings = []
+        settings, traced = [], list[Path]()
         for size in sizes:
             for batch in request.batches:
                 setting = Setting(batch, size)
                 outcomes: list[Outcome] = measure(made, setting, variants, request.protocol, tell)
                 settings.append(as_data(outcomes, setting, request.protocol))
+                if request.trace is not None:
+                    tell(f"{setting}: profiling")
+                    fitting = [one.variant for one in outcomes if one.error is None]
+                    traced += trace(made, setting, fitting, request.trace)
         return {
             "schema": SCHEMA,
             "model": made.as_data(),
@@ -163,6 +169,7 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
             "protocol": asdict(request.protocol) | {"phases_in_calls_of_their_own": made.model.device.type != "cpu"},
             "coverage": interval_rank(request.protocol.repeats)[1],
             "settings": settings,
+            "traces": [str(file) for file in traced],
         }
 
 
@@ -201,6 +208,7 @@ def command(config: Any) -> int:
         llm_layers=config.llm_layers,
         prompt_tokens=config.prompt_tokens,
         plugins=config.plugin,
+        trace=Path(config.out) / "trace" if config.trace else None,
     )
     tell = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
     # A strategy of the user's may print; with --json stdout holds the object and nothing else.
@@ -211,6 +219,6 @@ def command(config: Any) -> int:
         print(json.dumps(result))
     else:
         as_table(result, Console())
-        for file in files:
+        for file in [*files, *result["traces"]]:
             print(file)
     return int(not any(row["error"] is None for one in result["settings"] for row in one["variants"]))

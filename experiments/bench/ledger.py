@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
+from torch.profiler import record_function
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -78,7 +79,8 @@ class Ledger:
             self.settle()
         self._open.append(name)
         try:
-            yield
+            with record_function(f"phase: {name}") if new else nullcontext():  # seen by profilers, else nearly free
+                yield
         finally:
             if new:
                 self.settle()
