@@ -320,6 +320,7 @@ def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -
     assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
     outcome = Outcome(Variant("half", Random(0.5)))
     count(made, inputs, outcome)
+    assert min(outcome.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
     full = int(made.adapter.placeholders(inputs)[0].sum())
     assert outcome.visual // 2 < full
     assert outcome.prompt == inputs["input_ids"].shape[1] - full + outcome.visual // 2

@@ -128,13 +128,16 @@ def watched(
 
         station(model, "forward", "prefill", forwarded)
         station(model.base_model, "get_image_features", "packing")
-        tower = getattr(adapter, "tower", None)
-        for module in [] if tower is None else [tower, *getattr(adapter, "tower_layers", ())]:
-            station(module, "forward", "vision encode")
+        tower: Any = getattr(adapter, "tower", None)
+        merger = getattr(tower, "merger", None)  # Qwen's projector is part of the tower
+        parts = [] if tower is None else [tower, *tower.children(), *getattr(adapter, "tower_layers", ())]
+        for module in parts:  # the parts too, for whoever runs no more of a tower than is needed
+            if module is not merger:
+                station(module, "forward", "vision encode")
+        if merger is not None:
+            station(merger, "forward", "projector")
         if place := getattr(adapter, "projector_at", None):
             station(attrgetter(place)(model.base_model), "forward", "projector")
-        if merger := getattr(tower, "merger", None):  # Qwen's projector is part of the tower
-            station(merger, "forward", "projector")
         if run is not None:
             station(run, "reduced", "rewrite")
             station(run, "encode", "signal capture")
