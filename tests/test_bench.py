@@ -19,6 +19,7 @@ from tests.tiny import batch, tiny_model
 from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli import main
+from tokenprune.experiments.architectures import architectures
 from tokenprune.experiments.bench.command import bench_parser
 from tokenprune.experiments.bench.ledger import BEFORE, DECODE, PHASES, Ledger, watched
 from tokenprune.experiments.bench.machine import peak_memory
@@ -39,7 +40,14 @@ from tokenprune.experiments.bench.measure import (
 )
 from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
 from tokenprune.experiments.bench.spread import Ratio, Spread, interval_rank
-from tokenprune.experiments.bench.subject import Subject, picture, random_config, subject
+from tokenprune.experiments.bench.subject import (
+    Subject,
+    picture,
+    picture_processor,
+    plain_ids,
+    random_config,
+    subject,
+)
 from tokenprune.image import EncodedImage
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
@@ -338,9 +346,13 @@ def test_checkpoints_can_be_cut_too() -> None:
     assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
 
 
-def test_shipped_configs_can_be_read() -> None:
-    for file in (Path(__file__).parents[1] / "experiments/configs/models").glob("*.json"):
-        assert random_config(file.stem).get_text_config().num_hidden_layers > 10
+def test_shipped_architectures_can_be_given_pictures() -> None:
+    assert "llava-v1.6-vicuna-7b" in architectures()
+    for name in architectures():
+        config = random_config(name)
+        pixels = picture_processor(config)(images=[picture((672, 672), 0)], return_tensors="pt")["pixel_values"]
+        assert pixels.shape[-1] in (336, 384, 448, 3 * 2 * 14**2), name
+        assert config.image_token_id not in plain_ids(config)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -440,7 +452,9 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
         ("--reducers hird", "Did you mean HiRED"),
         ("--attn fast", "--attn fast cannot be used"),
         ("--dtype float33", "--dtype float33 is no torch dtype"),
-        ("--model nowhere", "--model nowhere: no such folder"),
+        ("--model nowhere", "--model nowhere: no such folder or architecture; give"),
+        ("--model llava-v1.6-vicuna-7", "(did you mean llava-v1.6-vicuna-7b?)"),
+        ("--model ./nowhere", "--model ./nowhere: no such folder"),
         ("--model nowhere.json", "--model nowhere.json cannot be read as a config"),
         ("--model list.json", "--model list.json cannot be read as a config"),
         ("--model bert.json", "cannot be prepared without its processor"),

@@ -39,7 +39,12 @@ def bench_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
-    add("--model", default="mini", help="mini, a checkpoint folder, a hub id, or a config.json for random weights")
+    add(
+        "--model",
+        default="mini",
+        help="mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture such as "
+        "llava-v1.6-vicuna-7b",
+    )
     add("--reducers", type=str, nargs="+", default=["HiRED"], help="strategies or presets by name, or file.py:Class")
     add("--budgets", type=float, nargs="+", default=[1.0, 0.4, 0.2, 0.1, 0.05], help="budgets as ratios")
     add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one picture each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.experiments.architectures import architecture, architectures
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.models.native import MergedPatchesAdapter
 from tokenprune.models.tiles import TiledAdapter
 
-ARCHITECTURES = Path(__file__).parents[1] / "configs" / "models"
-"""Configs of published checkpoints, by name."""
 QUESTION = "What is in the picture?"
 """What checkpoints are asked; models with random weights get random ids."""
 CUT = ("num_hidden_layers", "num_layers")
@@ -124,14 +124,21 @@ def random_config(name: str) -> Any:
     """Return the config of a model that is to have random weights; None if a checkpoint is meant.
 
     Raises:
-        ValueError: if it is no config of a model.
+        ValueError: if it is no config of a model, and if it can be neither that nor a checkpoint.
     """
-    shipped = ARCHITECTURES / f"{name}.json"
-    if not name.endswith(".json") and not shipped.is_file():
+    if name in architectures():
+        return architecture(name)
+    if not name.endswith(".json"):
+        if "/" not in name and name != "mini" and not Path(name).is_dir():
+            near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"--model {name}: no such folder or architecture{hint}; give `mini`, a checkpoint folder, a hub id "
+                f"(owner/name), a config.json, or one of {', '.join(architectures())}"
+            )
         return None
     try:
-        content = json.loads((shipped if shipped.is_file() else Path(name)).read_text())
-        return AutoConfig.for_model(**content)
+        return AutoConfig.for_model(**json.loads(Path(name).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name} cannot be read as a config: {' '.join(str(error).split())}") from error
 
