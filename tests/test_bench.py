@@ -52,7 +52,9 @@ from tokenprune.image import EncodedImage
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.probe import PROBE
+from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, Random
@@ -317,7 +319,10 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [LlavaAdapter, LlavaNextAdapter, InternVLAdapter, Qwen2VLAdapter])
+@pytest.mark.parametrize(
+    "adapter",
+    [LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, InternVLAdapter, Qwen2VLAdapter, Qwen25VLAdapter],
+)
 def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -> None:
     config = tmp_path / "small.json"
     config.write_text(json.dumps(adapter.example().config.to_dict()))
