@@ -164,7 +164,7 @@ class SpoilsTheModel(Norm):
     def spoiling(self, model: Any) -> Iterator[Any]:
         with super().__call__(model) as run:
             yield run
-        model.lm_head.weight.data.mul_(2)
+        model.get_output_embeddings().weight.data.mul_(2)
 
 
 @dataclass
@@ -243,7 +243,7 @@ def test_example_models_are_small_and_the_same_each_time(name: str) -> None:
     kind = adapters()[name]
     one, other = kind.example(), kind.example()
     assert kind.matches(one)
-    assert sum(p.numel() for p in one.parameters()) < 100_000
+    assert sum(p.numel() for p in one.parameters()) < 500_000
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     inputs = kind(one).example_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
     assert one(**inputs).logits.isfinite().all()
