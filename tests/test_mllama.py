@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import MllamaImageProcessorPil, MllamaProcessor
+from transformers import MllamaImageProcessorPil, MllamaProcessor, pipeline
 
 from tests.families.base import TILE, Family, tokenizer
 from tests.test_families import Odd, hits, spotted, traces, transposed, without_places
-from tests.tiny import TEMPLATE
+from tests.tiny import TEMPLATE, picture
 from tokenprune.attach import Run
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.strategies import HiRED
@@ -132,6 +132,56 @@ def test_each_row_equals_itself_alone(model: Any, inputs: Any) -> None:
             assert torch.equal(selection.kept, run.selections[seen].kept)
             seen += 1
         assert float((logits - together[number][inputs["attention_mask"][number].bool()]).abs().max()) < 1e-4
+
+
+def test_a_row_of_text_only_equals_itself_alone() -> None:
+    """In the unmodified model it attends to padding; with a strategy attached it sees nothing, as if it were alone."""
+    model = MllamaAdapter.example()
+    adapter = MllamaAdapter(model)
+    inputs = adapter.example_inputs([[(112, 112)], []])
+    with HiRED(0.2)(model):
+        together = model(**inputs).logits[1]
+    real = inputs["attention_mask"][1].bool()
+    alone = model(input_ids=inputs["input_ids"][1][real][None]).logits[0]
+    assert float((together[real] - alone).abs().max()) < 1e-5
+
+
+def test_loss_is_that_of_the_masked_keys(model: Any, inputs: Any) -> None:
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    before = model(**inputs, labels=labels).loss
+    with HiRED(1.0)(model):
+        assert torch.equal(model(**inputs, labels=labels).loss, before)
+    with HiRED(0.2)(model) as run:
+        short = model(**inputs, labels=labels).loss
+    with only(model, kept_columns(run, inputs)):
+        assert float((model(**inputs, labels=labels).loss - short).abs()) < 1e-4
+
+
+def test_bfloat16() -> None:
+    model = MllamaAdapter.example().to(torch.bfloat16)
+    inputs = MllamaAdapter(model).example_inputs([[(112, 112)], [(60, 112), (40, 40)]])
+    cast = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    before = model(**cast).logits
+    with HiRED(1.0)(model):
+        assert torch.equal(model(**cast).logits, before)
+    with HiRED(0.2)(model):
+        assert bool(model(**cast).logits.isfinite().all())
+
+
+def test_pipeline(model: Any) -> None:
+    pipe = pipeline("image-text-to-text", model=model, processor=processor())
+    arguments = {
+        "images": [picture(60, 112)],
+        "text": FAMILY.text(1),
+        "generate_kwargs": {"max_new_tokens": 4, "suppress_tokens": [FAMILY.tokenizer.image_token_id]},
+        "return_full_text": False,
+    }
+    before = pipe(**arguments)[0]["generated_text"]
+    with HiRED(1.0)(model):
+        assert pipe(**arguments)[0]["generated_text"] == before
+    with HiRED(2)(model) as run:
+        assert isinstance(pipe(**arguments)[0]["generated_text"], str)
+    assert run.account.kept == 2
 
 
 def test_nothing_kept_and_nothing_left_behind(model: Any, inputs: Any) -> None:
