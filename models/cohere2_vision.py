@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 from tokenprune.rewrite import TextSeparatorSide
 

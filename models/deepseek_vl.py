@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models.single import SingleTileAdapter
 
 

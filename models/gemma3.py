@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, grid_difference, looked_at, runs
 
 ALIKE = 0.5

@@ -14,8 +14,8 @@ from transformers import Granite4VisionConfig, Granite4VisionForConditionalGener
 
 from tokenprune.adapter import Encoding
 from tokenprune.image import TileGeometry
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 
 
 class Granite4VisionAdapter(LlavaNextAdapter):

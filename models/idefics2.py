@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
 from tokenprune.image import TileGeometry
+from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
 from tokenprune.models.idefics3 import EXAMPLE_TOWER, NestedTilesAdapter
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, example_llm, with_sharp_attention
 
 
 class Idefics2Adapter(NestedTilesAdapter):

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, runs
 from tokenprune.rewrite import TextSeparatorSide
 

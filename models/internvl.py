@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 

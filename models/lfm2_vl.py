@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
 from tokenprune.image import ROW_SIGNALS, TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pool, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.placeholder import pool
 from tokenprune.models.tiles import TiledAdapter, find_grid, runs
 from tokenprune.rewrite import TextSeparatorSide
 

@@ -14,7 +14,7 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Tex
 
 from tokenprune.adapter import Encoding, LLMShape
 from tokenprune.image import Signal, TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 

@@ -15,8 +15,8 @@ from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGener
 
 from tokenprune.adapter import Encoding
 from tokenprune.image import Signal
+from tokenprune.models.example import example_parts, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
-from tokenprune.models.placeholder import example_parts, with_sharp_attention
 
 VIDEOS = "pixel_values_videos"
 """Name of the model input that holds the frames."""

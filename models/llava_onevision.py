@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
+from tokenprune.models.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS
 from tokenprune.models.llava_next_video import BesideVideosAdapter
-from tokenprune.models.placeholder import example_parts, example_siglip, with_sharp_attention
 
 
 class LlavaOnevisionAdapter(BesideVideosAdapter):

@@ -20,15 +20,15 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from tokenprune.adapter import Encoding
 from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
-from tokenprune.models.placeholder import (
+from tokenprune.models.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_PAD,
     EXAMPLE_TEXT,
     EXAMPLE_TILE,
-    PlaceholderAdapter,
     seeded,
     with_sharp_attention,
 )
+from tokenprune.models.placeholder import PlaceholderAdapter
 
 
 class MllamaAdapter(PlaceholderAdapter):

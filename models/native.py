@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PixtralVisionConfig
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_PAD, PlaceholderAdapter, seeded
+from tokenprune.models.example import EXAMPLE_PAD, seeded
+from tokenprune.models.placeholder import PlaceholderAdapter
 from tokenprune.rewrite import TextSeparatorSide
 
 EXAMPLE_TOKEN = 28

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2VisionConfig, Qwen2Config
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 from tokenprune.models.single import SingleTileAdapter
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
 
 from tokenprune.adapter import Encoding
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 

@@ -16,13 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding
 from tokenprune.image import SEPARATOR, TileGeometry
-from tokenprune.models.placeholder import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_PAD,
-    EXAMPLE_TILE,
-    PlaceholderAdapter,
-    seeded,
-)
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
+from tokenprune.models.placeholder import PlaceholderAdapter
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):

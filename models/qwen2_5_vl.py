@@ -16,8 +16,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.image import TileGeometry
+from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
 from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, with_sharp_attention
 from tokenprune.models.probe import Tower
 
 

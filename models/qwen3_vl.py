@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tokenprune.adapter import Encoding
+from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
 from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
-from tokenprune.models.placeholder import EXAMPLE_IMAGE, with_sharp_attention
 
 
 class Qwen3VLAdapter(MergedPatchesAdapter):

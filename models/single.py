@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_TILE, PlaceholderAdapter, seeded
+from tokenprune.models.example import EXAMPLE_TILE, seeded
+from tokenprune.models.placeholder import PlaceholderAdapter
 
 
 class SingleTileAdapter(PlaceholderAdapter):

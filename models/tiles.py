@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.placeholder import EXAMPLE_TILE, PlaceholderAdapter, seeded
+from tokenprune.models.example import EXAMPLE_TILE, seeded
+from tokenprune.models.placeholder import PlaceholderAdapter
 
 LOOK = 32
 """Side in pixels at which tiles and base tile are compared."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
-from tokenprune.models.placeholder import example_parts, with_sharp_attention
+from tokenprune.models.example import example_parts, with_sharp_attention
 from tokenprune.models.single import SingleTileAdapter
 
 

@@ -10,8 +10,8 @@ from transformers import Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, L
 
 from tests.families.base import PATCH, TILE, Family, tokenizer
 from tests.tiny import TEMPLATE
+from tokenprune.models.example import with_sharp_attention
 from tokenprune.models.lfm2_vl import Lfm2VlAdapter
-from tokenprune.models.placeholder import with_sharp_attention
 
 MARKS = {f"tile_{row}_{col}": f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5)}
 

@@ -10,9 +10,9 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from tests.families.base import Family
 from tests.tiny import tiny_processor
+from tokenprune.models.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
-from tokenprune.models.placeholder import example_parts, example_siglip, with_sharp_attention
 
 
 def granite_vision() -> Any:

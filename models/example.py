@@ -1,0 +1,75 @@
+"""What the tiny models of random weights share that adapters build for checks without a hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
+
+EXAMPLE_PAD, EXAMPLE_IMAGE, EXAMPLE_TILE = 0, 3, 56
+"""Padding id, placeholder id and side of a tile in pixels of example models."""
+EXAMPLE_TEXT = (5, 6, 7)
+"""Ids of text after each picture of example inputs."""
+
+
+def example_parts() -> dict[str, Any]:
+    """Return the configuration of a tiny CLIP tower (4 x 4 tokens a tile) and a tiny Llama, for example models."""
+    return {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=EXAMPLE_TILE,
+            patch_size=14,
+        ),
+        "text_config": example_llm(),
+        "image_token_index": EXAMPLE_IMAGE,
+    }
+
+
+def example_siglip() -> SiglipVisionConfig:
+    """Return the configuration of a tiny SigLIP tower (4 x 4 tokens a tile) for example models."""
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=EXAMPLE_TILE,
+        patch_size=14,
+        vision_use_head=False,
+    )
+
+
+def example_llm() -> LlamaConfig:
+    """Return the configuration of a tiny Llama for example models."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=EXAMPLE_PAD,
+    )
+
+
+def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
+    """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes.
+
+    Args:
+        model: the model.
+        tower: what the names of the tower's parameters hold.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if tower in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+                parameter.mul_(12.0)
+            elif tower in name and name.endswith("qkv.weight"):
+                parameter[: len(parameter) // 3 * 2].mul_(12.0)
+    return model.eval()
+
+
+def seeded(size: tuple[int, int]) -> torch.Generator:
+    """Return a random generator for the pixels of an example picture."""
+    return torch.Generator().manual_seed(10_000 * size[0] + size[1])
