@@ -23,6 +23,7 @@ class Llama4Adapter(TiledAdapter):
 
     family: ClassVar[str] = "llama4"
     model_class: ClassVar[str] = "Llama4ForConditionalGeneration"
+    broken_with: ClassVar[frozenset[str]] = frozenset({"5.24.0"})  # forward reads `image_outputs`, which nobody made
     tower_at: ClassVar[str] = "vision_model"
     layers_at: ClassVar[str] = "model.layers"
     language_model_at: ClassVar[str] = "language_model.model"

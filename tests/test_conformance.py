@@ -246,5 +246,5 @@ def test_example_models_are_small_and_the_same_each_time(name: str) -> None:
     assert sum(p.numel() for p in one.parameters()) < 500_000
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     inputs = kind(one).example_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
-    assert one(**inputs).logits.isfinite().all()
+    assert not kind.runs() or one(**inputs).logits.isfinite().all()
     assert dataclasses.is_dataclass(kind(one).llm)

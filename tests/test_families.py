@@ -41,7 +41,10 @@ GENERATION: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+    family = FAMILIES[request.param]
+    if not family.adapter.runs():
+        pytest.skip("the unmodified model raises in the installed transformers")
+    return family
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +84,9 @@ class Adapter(ABC):
     pixels: ClassVar[str] = "pixel_values"
     """Name of the model input that holds the pictures; a call without it has none."""
 
+    broken_with: ClassVar[frozenset[str]] = frozenset()
+    """Versions of transformers whose own model of this family raises; nothing can be attached to it there."""
+
     in_prompt: ClassVar[bool] = True
     """Whether visual tokens stand in the prompt; else the LLM attends to them from outside, and it stays as it is."""
 
@@ -97,6 +101,11 @@ class Adapter(ABC):
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @classmethod
+    def runs(cls) -> bool:
+        """Return whether the unmodified model of this family works in the installed transformers."""
+        return version("transformers") not in cls.broken_with
 
     @classmethod
     @abstractmethod

@@ -335,7 +335,7 @@ def _refuse_what_cannot_be_shortened(inputs: Mapping[str, Any], generating: bool
         )
     if isinstance(inputs.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep as positions refers to the full prompt; give a number, or select afterwards")
-    cache = inputs.get("past_key_values")
+    cache = inputs.get("past_key_values") or inputs.get("cache")  # renamed in transformers 5.24
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             "images cannot be added to a filled cache while a reducer is attached: the cache holds shorter prompts "
@@ -400,7 +400,7 @@ class _Generate:
         return output
 
     def _refuse_reduced_history(self, kwargs: Mapping[str, Any]) -> None:
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values") or kwargs.get("cache")
         if cache is None or ids is None or cache.get_seq_length() == 0:
             return
         if bool((ids == self.run.adapter.image_token_id).any()):

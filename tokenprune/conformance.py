@@ -354,8 +354,8 @@ def _examples(reducer: TokenReducer) -> list[Adapter]:
 
 
 def _bound_examples() -> list[Adapter]:
-    """Return every adapter, bound to its example model."""
-    return [kind(kind.example()) for kind in adapters().values()]
+    """Return every adapter whose family works in the installed transformers, bound to its example model."""
+    return [kind(kind.example()) for kind in adapters().values() if kind.runs()]
 
 
 def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:
