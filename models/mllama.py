@@ -166,7 +166,8 @@ class MllamaAdapter(PlaceholderAdapter):
             )
             # As in the model, text that sees no picture (it stands before them) attends to all keys alike.
             taken = (taken * sees).masked_fill(barred, least)
-            return args, {**kwargs, "cross_attention_mask": taken, "full_text_row_masked_out_mask": sees}
+            shorter = {"cross_attention_mask": taken, "full_text_row_masked_out_mask": sees}
+            return args, {**kwargs, **shorter, **self._in_static_cache(kwargs, taken)}
 
         tower.forward = forward
         hook = self.decoder.register_forward_pre_hook(cut, with_kwargs=True)
@@ -179,6 +180,20 @@ class MllamaAdapter(PlaceholderAdapter):
                 del tower.forward
             else:
                 tower.forward = before
+
+    def _in_static_cache(self, kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
+        """Return keys and mask as long as a cache that was made for all keys; nothing for caches that grow."""
+        cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+        layer = self.model.config.get_text_config().cross_attention_layers[0]
+        found = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+        missing = (getattr(found, "max_cache_len", None) or 0) - mask.shape[-1]
+        if missing <= 0:
+            return {}
+        longer, states = {}, kwargs.get("cross_attention_states")
+        if states is not None:
+            rows = states.reshape(len(mask), -1, states.shape[-1])
+            longer["cross_attention_states"] = F.pad(rows, (0, 0, 0, missing))
+        return {**longer, "cross_attention_mask": F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)}
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the tiles of all pictures as one prompt row."""
