@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,12 +19,8 @@ class AyaVisionAdapter(TiledAdapter):
     model_class: ClassVar[str] = "AyaVisionForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
+    pooling_in: ClassVar[str | None] = "downsample_factor"
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.downsample_factor)
 
     @classmethod
     def example(cls) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +19,7 @@ class Cohere2VisionAdapter(TiledAdapter):
     model_class: ClassVar[str] = "Cohere2VisionForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "after"
     projector_at: ClassVar[str | None] = None
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.downsample_factor)
+    pooling_in: ClassVar[str | None] = "downsample_factor"
 
     @classmethod
     def example(cls) -> Any:

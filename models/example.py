@@ -13,45 +13,44 @@ EXAMPLE_TEXT = (5, 6, 7)
 """Ids of text after each picture of example inputs."""
 
 
+def example_tower(**more: Any) -> dict[str, Any]:
+    """Return the sizes of a tiny ViT (4 x 4 patches a tile).
+
+    Args:
+        more: what else the configuration says, or says otherwise.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return {**sizes, "image_size": EXAMPLE_TILE, "patch_size": 14, **more}
+
+
+def example_decoder(**more: Any) -> dict[str, Any]:
+    """Return the sizes of a tiny decoder.
+
+    Args:
+        more: what else the configuration says, or says otherwise.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {**sizes, "vocab_size": 64, "pad_token_id": EXAMPLE_PAD, **more}
+
+
 def example_parts() -> dict[str, Any]:
-    """Return the configuration of a tiny CLIP tower (4 x 4 tokens a tile) and a tiny Llama, for example models."""
-    return {
-        "vision_config": CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=EXAMPLE_TILE,
-            patch_size=14,
-        ),
-        "text_config": example_llm(),
-        "image_token_index": EXAMPLE_IMAGE,
-    }
+    """Return the configuration of a tiny CLIP tower and a tiny Llama, for example models."""
+    vision = CLIPVisionConfig(**example_tower())
+    return {"vision_config": vision, "text_config": example_llm(), "image_token_index": EXAMPLE_IMAGE}
 
 
-def example_siglip() -> SiglipVisionConfig:
-    """Return the configuration of a tiny SigLIP tower (4 x 4 tokens a tile) for example models."""
-    return SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=EXAMPLE_TILE,
-        patch_size=14,
-        vision_use_head=False,
-    )
+def example_siglip(**more: Any) -> SiglipVisionConfig:
+    """Return the configuration of a tiny SigLIP tower for example models.
+
+    Args:
+        more: what else it says, or says otherwise.
+    """
+    return SiglipVisionConfig(**example_tower(vision_use_head=False, **more))
 
 
 def example_llm() -> LlamaConfig:
     """Return the configuration of a tiny Llama for example models."""
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=EXAMPLE_PAD,
-    )
+    return LlamaConfig(**example_decoder())
 
 
 def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:

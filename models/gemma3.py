@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, grid_difference, looked_at, runs
 
 ALIKE = 0.5
@@ -77,30 +77,12 @@ class Gemma3Adapter(TiledAdapter):
     def example(cls) -> Any:
         """Return a tiny Gemma 3: 4 x 4 tokens a tile, of 8 x 8 patches; a full and a sliding layer."""
         torch.manual_seed(0)
-        vision = SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=EXAMPLE_TILE,
-            patch_size=7,
-            vision_use_head=False,
-        )
         text = Gemma3TextConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
+            **example_decoder(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=False),
             layer_types=["sliding_attention", "full_attention"],
-            pad_token_id=EXAMPLE_PAD,
-            tie_word_embeddings=False,
         )
         config = Gemma3Config(
-            vision_config=vision,
+            vision_config=example_siglip(patch_size=7),
             text_config=text,
             image_token_index=EXAMPLE_IMAGE,
             boi_token_index=8,

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
-from tokenprune.models.idefics3 import EXAMPLE_TOWER, NestedTilesAdapter
+from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
+from tokenprune.models.idefics3 import NestedTilesAdapter
 
 
 class Idefics2Adapter(NestedTilesAdapter):
@@ -59,7 +59,7 @@ class Idefics2Adapter(NestedTilesAdapter):
         llm = example_llm()
         llm.hidden_size = 16  # that of the resampler, too
         config = Idefics2Config(
-            vision_config=dict(EXAMPLE_TOWER),
+            vision_config=example_tower(),
             perceiver_config={"hidden_size": 16, "resampler_n_latents": 8, **heads},
             text_config=llm,
             image_token_id=EXAMPLE_IMAGE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, runs
 from tokenprune.rewrite import TextSeparatorSide
 
@@ -50,11 +49,7 @@ class Idefics3Adapter(NestedTilesAdapter):
     model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = "connector.modality_projection"
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.scale_factor)
+    pooling_in: ClassVar[str | None] = "scale_factor"
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image, from the text between its tiles.
@@ -76,7 +71,7 @@ class Idefics3Adapter(NestedTilesAdapter):
     def example(cls) -> Any:
         """Return a tiny Idefics3: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        config = Idefics3Config(vision_config=dict(EXAMPLE_TOWER), **example_rest())
+        config = Idefics3Config(vision_config=example_tower(), **example_rest())
         return with_sharp_attention(Idefics3ForConditionalGeneration(config), tower="vision_model")
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
@@ -99,19 +94,8 @@ class SmolVLMAdapter(Idefics3Adapter):
     def example(cls) -> Any:
         """Return a tiny SmolVLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        config = SmolVLMConfig(vision_config=dict(EXAMPLE_TOWER), **example_rest())
+        config = SmolVLMConfig(vision_config=example_tower(), **example_rest())
         return with_sharp_attention(SmolVLMForConditionalGeneration(config), tower="vision_model")
-
-
-EXAMPLE_TOWER: Mapping[str, int] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": EXAMPLE_TILE,
-    "patch_size": 14,
-}
-"""The vision configuration of a tiny model."""
 
 
 def example_rest() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 
@@ -29,14 +29,7 @@ class InternVLAdapter(TiledAdapter):
     def example(cls) -> Any:
         """Return a tiny InternVL: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        vision = InternVLVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=[EXAMPLE_TILE, EXAMPLE_TILE],
-            patch_size=[14, 14],
-        )
+        vision = InternVLVisionConfig(**example_tower(image_size=[EXAMPLE_TILE] * 2, patch_size=[14, 14]))
         config = InternVLConfig(
             vision_config=vision, text_config=example_llm(), image_token_id=EXAMPLE_IMAGE, image_seq_length=4
         )

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
-from tokenprune.image import ROW_SIGNALS, TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.image import TileGeometry, token_dim
+from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
 from tokenprune.models.placeholder import pool
 from tokenprune.models.tiles import TiledAdapter, find_grid, runs
 from tokenprune.rewrite import TextSeparatorSide
@@ -27,12 +27,8 @@ class Lfm2VlAdapter(TiledAdapter):
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
+    pooling_in: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.downsample_factor)
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Return height x width of the tokens of each tile."""
@@ -101,7 +97,7 @@ class Lfm2VlAdapter(TiledAdapter):
             own, sizes = sizes[: layout.tiles], sizes[layout.tiles :]
             parts = []
             for value, size in zip(tiles.split(1), own, strict=True):
-                dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+                dim = token_dim(kind)
                 real = value.narrow(dim, 0, size[0] * size[1] * self.pooling**2)
                 pooled = pool(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
                 filled = padded(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
@@ -138,15 +134,7 @@ class Lfm2VlAdapter(TiledAdapter):
             vision_use_head=False,
         )
         text = Lfm2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-            pad_token_id=EXAMPLE_PAD,
-            tie_word_embeddings=False,
+            **example_decoder(num_key_value_heads=2, tie_word_embeddings=False), layer_types=["conv", "full_attention"]
         )
         config = Lfm2VlConfig(
             vision_config=vision,

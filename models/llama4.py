@@ -14,7 +14,12 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Tex
 
 from tokenprune.adapter import Encoding, LLMShape
 from tokenprune.image import Signal, TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, with_sharp_attention
+from tokenprune.models.example import (
+    EXAMPLE_IMAGE,
+    example_decoder,
+    example_tower,
+    with_sharp_attention,
+)
 from tokenprune.models.tiles import TiledAdapter
 
 
@@ -90,29 +95,17 @@ class Llama4Adapter(TiledAdapter):
         """Return a tiny Llama 4: 2 x 2 tokens a tile, of 4 x 4 patches; two experts in each second layer."""
         torch.manual_seed(0)
         vision = Llama4VisionConfig(
-            hidden_size=32,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=EXAMPLE_TILE,
-            patch_size=14,
+            **example_tower(intermediate_size=128),
             vision_output_dim=32,
             projector_input_dim=32,
             projector_output_dim=32,
         )
         text = Llama4TextConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
+            **example_decoder(num_hidden_layers=4, num_key_value_heads=2, head_dim=8),
             intermediate_size_mlp=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
             num_local_experts=2,
             interleave_moe_layer_step=2,
             no_rope_layer_interval=2,
-            pad_token_id=EXAMPLE_PAD,
         )
         config = Llama4Config(
             vision_config=vision,

@@ -19,7 +19,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding
-from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
+from tokenprune.image import SEPARATOR, TileGeometry, token_dim
 from tokenprune.models.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_PAD,
@@ -29,6 +29,7 @@ from tokenprune.models.example import (
     with_sharp_attention,
 )
 from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.probe import instead
 
 
 class MllamaAdapter(PlaceholderAdapter):
@@ -90,7 +91,7 @@ class MllamaAdapter(PlaceholderAdapter):
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images as canvases, CLS and padding of each tile left out."""
-        dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+        dim = token_dim(kind)
         whole = torch.cat(list(captured))
         whole = whole[torch.as_tensor(inputs["aspect_ratio_ids"], device=whole.device).flatten() > 0]
         tiles = whole.unflatten(dim, (self.tower.config.max_num_tiles, -1)).movedim((dim, dim + 1), (1, 2))
@@ -146,7 +147,7 @@ class MllamaAdapter(PlaceholderAdapter):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Let the vision model hand keys on, and cut the cross-attention mask to them."""
-        tower, before, original = self.tower, self.tower.__dict__.get("forward"), self.tower.forward
+        original = self.tower.forward
 
         def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
             if pixel_values.dim() != 4:
@@ -169,17 +170,13 @@ class MllamaAdapter(PlaceholderAdapter):
             shorter = {"cross_attention_mask": taken, "full_text_row_masked_out_mask": sees}
             return args, {**kwargs, **shorter, **self._in_static_cache(kwargs, taken)}
 
-        tower.forward = forward
         hook = self.decoder.register_forward_pre_hook(cut, with_kwargs=True)
         try:
-            yield
+            with instead(self.tower, forward):
+                yield
         finally:
             hook.remove()
             self._kept = None
-            if before is None:
-                del tower.forward
-            else:
-                tower.forward = before
 
     def _in_static_cache(self, kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
         """Return keys and mask as long as a cache that was made for all keys; nothing for caches that grow."""

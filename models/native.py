@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PixtralVisionConfig
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_PAD, seeded
+from tokenprune.models.example import EXAMPLE_IMAGE, example_decoder, seeded
 from tokenprune.models.placeholder import PlaceholderAdapter
 from tokenprune.rewrite import TextSeparatorSide
 
@@ -22,18 +22,19 @@ EXAMPLE_TOKEN = 28
 """Side in pixels of what a visual token shows in example models."""
 
 
+EXAMPLE_IDS: Mapping[str, Any] = {
+    "image_token_id": EXAMPLE_IMAGE,
+    "video_token_id": 4,
+    "vision_start_token_id": 10,
+    "vision_end_token_id": 11,
+}
+"""Ids that the configurations of example models name."""
+
+
 def example_mrope_llm() -> dict[str, Any]:
     """Return the text configuration of a tiny model with M-RoPE, for example models."""
-    return {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": EXAMPLE_PAD,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return example_decoder(num_key_value_heads=2, rope_parameters=rope)
 
 
 def example_pixtral(patch_size: int) -> PixtralVisionConfig:

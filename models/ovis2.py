@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2VisionConfig, Qwen2Config
 
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
 
@@ -50,18 +50,8 @@ class Ovis2Adapter(TiledAdapter):
     def example(cls) -> Any:
         """Return a tiny Ovis2: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        vision = Ovis2VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=EXAMPLE_TILE,
-            patch_size=14,
-            hidden_stride=2,
-            vocab_size=64,
-        )
         config = Ovis2Config(
-            vision_config=vision,
+            vision_config=Ovis2VisionConfig(**example_tower(hidden_stride=2, vocab_size=64)),
             text_config=Qwen2Config(**{**example_llm().to_dict(), "model_type": "qwen2"}),
             image_token_id=EXAMPLE_IMAGE,
             visual_indicator_token_ids=[10, 11, 12, 13, 14],

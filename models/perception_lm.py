@@ -24,17 +24,13 @@ class PerceptionLMAdapter(TiledAdapter):
     layers_at: ClassVar[str] = "timm_model.blocks"
     attention_at: ClassVar[str] = "attn"
     projector_at: ClassVar[str | None] = None
+    pooling_in: ClassVar[str | None] = "projector_pooling_ratio"
     base_first: ClassVar[bool] = True
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
         """Where the CLS token stands in the sequence of the tower."""
         return "first" if self.model.config.vision_use_cls_token else "none"
-
-    @cached_property
-    def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
-        return int(self.model.config.projector_pooling_ratio)
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from tokenprune.adapter import Encoding
 from tokenprune.image import SEPARATOR, TileGeometry
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
 from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.probe import instead
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):
@@ -123,7 +124,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
     def attached(self) -> Iterator[None]:
         """Let the embedding module take features that are encoded already."""
         module = self.embedder
-        before, original = module.__dict__.get("forward"), module.forward
+        original = module.forward
 
         def forward(input_ids: Tensor, inputs_embeds: Tensor, image_pixel_values: Tensor, **rest: Any) -> Any:
             if image_pixel_values.dim() != 3:
@@ -133,14 +134,8 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
             features = torch.cat([part for part in parts for _ in range(times)]).to(inputs_embeds.dtype)
             return module.drop(inputs_embeds.masked_scatter(mask[..., None], features))
 
-        module.forward = forward
-        try:
+        with instead(module, forward):
             yield
-        finally:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the tiles of each picture on a canvas of at most two tiles a side, without padding."""

@@ -28,6 +28,7 @@ from tokenprune.image import (
     EncodedImage,
     Signal,
     TileGeometry,
+    token_dim,
 )
 from tokenprune.models.example import EXAMPLE_PAD, EXAMPLE_TEXT
 from tokenprune.models.probe import Tower, probe, wanted_layers
@@ -54,6 +55,8 @@ class PlaceholderAdapter(Adapter):
     """Where the module is in the base model that maps each visual token by itself; None if there is none such."""
     language_model_at: ClassVar[str] = "language_model"
     """Where the decoder is in the base model."""
+    pooling_in: ClassVar[str | None] = None
+    """Name of the number in the config that says how many patches along a side become one visual token; None: one."""
     patch_order: ClassVar[str] = "(h p w q)"
     """How the patches of a tile are ordered in the tower; token ``(h, w)`` is made of ``p x q`` patches (einops)."""
     base_first: ClassVar[bool] = True
@@ -132,7 +135,7 @@ class PlaceholderAdapter(Adapter):
     @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
-        return 1
+        return 1 if self.pooling_in is None else int(getattr(self.model.config, self.pooling_in))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -253,7 +256,7 @@ class PlaceholderAdapter(Adapter):
         """Run the model's own `get_image_features` once, with the needed layers under the probe."""
         self.check_select_strategy(inputs)
         feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
-        arguments = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        arguments = self.vision_arguments(inputs)
         wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
         for kinds in wanted.values():
             kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
@@ -282,6 +285,10 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         return Encoding(images, packed, outputs, arguments)
+
+    def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the vision inputs that a call brings."""
+        return {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
 
     def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
         """Run the model's own vision side once and return its output object.
@@ -346,7 +353,7 @@ class PlaceholderAdapter(Adapter):
             layouts: the layouts of the images.
             inputs: the model inputs of the call.
         """
-        dim = 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+        dim = token_dim(kind)
         sequence = torch.cat(list(captured), dim)
         patches = 1 if kind == "projector_inputs" else self.pooling**2
         order = self.sequence_order(inputs)
@@ -371,8 +378,8 @@ class PlaceholderAdapter(Adapter):
     def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
-        arguments = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
-        device, layouts = inputs["pixel_values"].device, self.layouts(inputs)
+        arguments = self.vision_arguments(inputs)
+        device, layouts = inputs[self.pixels].device, self.layouts(inputs)
         shown = self.pictures(inputs, layouts, pictures)
         images = [
             EncodedImage(
@@ -411,7 +418,7 @@ class PlaceholderAdapter(Adapter):
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
-        pixels = inputs["pixel_values"]
+        pixels = inputs[self.pixels]
         return pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
 
     @property

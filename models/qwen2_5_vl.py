@@ -16,8 +16,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
-from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models.example import with_sharp_attention
+from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 from tokenprune.models.probe import Tower
 
 
@@ -35,10 +35,7 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
         config = Qwen2_5_VLConfig(
             vision_config={**vision, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [0, 2]},
             text_config=example_mrope_llm(),
-            image_token_id=EXAMPLE_IMAGE,
-            video_token_id=4,
-            vision_start_token_id=10,
-            vision_end_token_id=11,
+            **EXAMPLE_IDS,
         )
         return with_sharp_attention(Qwen2_5_VLForConditionalGeneration(config), tower="visual")
 

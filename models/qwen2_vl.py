@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
-from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models.example import with_sharp_attention
+from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 
 
 class Qwen2VLAdapter(MergedPatchesAdapter):
@@ -24,9 +24,6 @@ class Qwen2VLAdapter(MergedPatchesAdapter):
         config = Qwen2VLConfig(
             vision_config={"depth": 4, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
             text_config=example_mrope_llm(),
-            image_token_id=EXAMPLE_IMAGE,
-            video_token_id=4,
-            vision_start_token_id=10,
-            vision_end_token_id=11,
+            **EXAMPLE_IDS,
         )
         return with_sharp_attention(Qwen2VLForConditionalGeneration(config), tower="visual")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tokenprune.adapter import Encoding
-from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
-from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models.example import with_sharp_attention
+from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 
 
 class Qwen3VLAdapter(MergedPatchesAdapter):
@@ -33,10 +33,7 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
                 "deepstack_visual_indexes": [0, 2],
             },
             text_config={**example_mrope_llm(), "head_dim": 8},
-            image_token_id=EXAMPLE_IMAGE,
-            video_token_id=4,
-            vision_start_token_id=10,
-            vision_end_token_id=11,
+            **EXAMPLE_IDS,
         )
         return with_sharp_attention(Qwen3VLForConditionalGeneration(config), tower="visual")
 

@@ -30,6 +30,15 @@ TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 """Kinds of signals that come from the prompt instead of the picture, `[..., width]`."""
 
 
+def token_dim(kind: str) -> int:
+    """Return along which dimension of a signal tokens stand: behind heads, or behind tiles.
+
+    Args:
+        kind: the kind of the signal.
+    """
+    return 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+
+
 @dataclass(frozen=True, eq=False)
 class TileGeometry:
     """How the tiles of one image are laid out, and in which order the model packs their tokens.
