@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import Idefics3ImageProcessor, Idefics3Processor
 
 from tests.families import FAMILIES
-from tests.families.base import TILE, tokenizer
-from tests.tiny import TEMPLATE, picture
+from tests.families.base import TILE
+from tests.tiny import TEMPLATE, picture, tokenizer
 from tokenprune.adapter import find_adapter
 from tokenprune.image import Signal
 from tokenprune.models.idefics2 import Idefics2Adapter

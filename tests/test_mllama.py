@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import MllamaImageProcessorPil, MllamaProcessor, pipeline
 
-from tests.families.base import TILE, Family, tokenizer
+from tests.families.base import TILE, Family
 from tests.test_families import Odd, hits, spotted, traces, transposed, without_places
-from tests.tiny import TEMPLATE, picture
+from tests.tiny import TEMPLATE, picture, tokenizer
 from tokenprune.attach import Run
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.strategies import HiRED

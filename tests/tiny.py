@@ -44,13 +44,18 @@ SENTENCES = [
 
 
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few sentences."""
+def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few sentences.
+
+    Args:
+        special: special tokens by the attribute under which processors look them up; a placeholder if none are given.
+    """
+    special = special or {"image_token": "<image>"}
     raw = Tokenizer(BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    names = list(dict.fromkeys(["<pad>", "<s>", "</s>", *special.values()]))
+    trainer = BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(SENTENCES, trainer)
     tok = PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -58,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=special,
     )
     tok.chat_template = TEMPLATE
     return tok

@@ -5,17 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import SENTENCES, TEMPLATE, picture
+from tests.tiny import SENTENCES, picture
 from tokenprune.adapter import Adapter
 
 TILE, PATCH = 56, 14
@@ -123,28 +118,3 @@ class Family:
         images = (list(map(list, pictures)) if self.nested else flat) if flat else None
         made = self.processor()(images=images, text=list(texts), return_tensors="pt", padding=True, padding_side=side)
         return made.to(torch.float32)  # Llama 4's makes bfloat16
-
-
-@cache
-def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few sentences.
-
-    Args:
-        special: special tokens by the attribute under which processors look them up.
-    """
-    raw = Tokenizer(BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    names = list(dict.fromkeys(["<pad>", "<s>", "</s>", *special.values()]))
-    trainer = BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    raw.train_from_iterator(SENTENCES, trainer)
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
-        extra_special_tokens=special,
-    )
-    tok.chat_template = TEMPLATE
-    return tok

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AyaVisionProcessor, Cohere2VisionImageProcessor, Cohere2VisionProcessor, GotOcr2ImageProcessor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.aya_vision import AyaVisionAdapter
 from tokenprune.models.cohere2_vision import Cohere2VisionAdapter
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import Gemma3ImageProcessor, Gemma3Processor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.gemma3 import Gemma3Adapter
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor
 
-from tests.families.base import Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.glm4v import Glm4vAdapter
 
 TOKENS = {

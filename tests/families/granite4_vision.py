@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Granite4VisionProcessor, LlavaNextImageProcessor
 
-from tests.families.base import PATCH, TILE, Family, tokenizer
-from tests.tiny import PINPOINTS, TEMPLATE
+from tests.families.base import PATCH, TILE, Family
+from tests.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.granite4_vision import Granite4VisionAdapter
 
 

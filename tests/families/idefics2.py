@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Idefics2ImageProcessor, Idefics2Processor
 
-from tests.families.base import Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.idefics2 import Idefics2Adapter
 
 NO_PLACES = "a latent of the resampler shows no place of the picture"

@@ -13,8 +13,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.idefics3 import Idefics3Adapter, SmolVLMAdapter
 
 SPECIAL = {

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, Lfm2VlProcessor
 
-from tests.families.base import PATCH, TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import PATCH, TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.example import with_sharp_attention
 from tokenprune.models.lfm2_vl import Lfm2VlAdapter
 

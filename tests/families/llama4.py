@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Llama4ImageProcessor, Llama4Processor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.llama4 import Llama4Adapter
 
 MARKS = {

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 
-from tests.families.base import PATCH, TILE, Family, tokenizer
-from tests.tiny import PINPOINTS, TEMPLATE
+from tests.families.base import PATCH, TILE, Family
+from tests.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.llava_next_video import LlavaNextVideoAdapter
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import PINPOINTS, TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 
 TOKENS = {"image_token_id": "<image>", "video_token_id": "<video>"}

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Ovis2ImageProcessor, Ovis2Processor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.ovis2 import Ovis2Adapter
 
 MARKS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
-from tests.families.base import TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.paligemma import PaliGemmaAdapter
 
 

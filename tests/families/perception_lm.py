@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PerceptionLMImageProcessor, PerceptionLMProcessor, PerceptionLMVideoProcessor
 
-from tests.families.base import PATCH, TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import PATCH, TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.perception_lm import PerceptionLMAdapter
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalImageProcessor, Phi4MultimodalProcessor
 
-from tests.families.base import PATCH, TILE, Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import PATCH, TILE, Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.phi4_multimodal import Phi4MultimodalAdapter
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PixtralImageProcessor, PixtralProcessor
 
-from tests.families.base import Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.mistral3 import Mistral3Adapter
 from tokenprune.models.pixtral import PixtralAdapter
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
-from tests.families.base import tokenizer
 from tests.families.qwen2_vl import FAMILIES as QWEN2
 from tests.families.qwen2_vl import images, special
-from tests.tiny import TEMPLATE
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 
 

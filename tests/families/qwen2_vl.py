@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-from tests.families.base import Family, tokenizer
-from tests.tiny import TEMPLATE
+from tests.families.base import Family
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 
 TOKENS = {

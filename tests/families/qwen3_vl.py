@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from tests.families.base import tokenizer
 from tests.families.qwen2_vl import FAMILIES as QWEN2
 from tests.families.qwen2_vl import images, special
-from tests.tiny import TEMPLATE
+from tests.tiny import TEMPLATE, tokenizer
 from tokenprune.models.qwen3_vl import Qwen3VLAdapter
 
 
