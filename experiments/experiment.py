@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from tokenprune.adapter import Encoding, find_adapter
+from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.attach import Run
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
@@ -204,18 +204,18 @@ def run_cells(
             model, processor = load(shared.model, device, shared.dtype)
             if wrong := lacking(model, cells):
                 raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
+            adapter, around = find_adapter(model), environment(model)
             for cell in cells:
-                around = environment(model)
-                if (attention := Run(cell.experiment.reducer, find_adapter(model)).attention_read) is not None:
-                    around["attention"] = attention
-                write_whole(cell.folder(out) / "environment.json", json.dumps(around, indent=1))
-            passes = stack.enter_context(_counted_passes(model))
+                attention = Run(cell.experiment.reducer, adapter).attention_read
+                read = {} if attention is None else {"attention": attention}
+                write_whole(cell.folder(out) / "environment.json", json.dumps({**around, **read}, indent=1))
+            passes = stack.enter_context(_counted_passes(adapter))
             for number, group in list(enumerate(groups))[rank::world]:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
                 keep = out if is_stored(number, len(groups), pictures) else None
                 watched = watch is not None and progress.pictures < WATCHED
                 for cell, file, record, selection in _records(
-                    model, processor, group, pending, progress, keep, watched, passes
+                    adapter, processor, group, pending, progress, keep, watched, passes
                 ):
                     file.add(record)
                     _count(progress, cell, record)
@@ -234,14 +234,14 @@ def run_cells(
 
 
 @contextmanager
-def _counted_passes(model: Any) -> Iterator[list[int]]:
+def _counted_passes(adapter: Adapter) -> Iterator[list[int]]:
     """Count the passes through the vision tower in a list of one number."""
     passes = [0]
 
     def count(*_: Any) -> None:
         passes[0] += 1
 
-    tower = getattr(find_adapter(model), "tower", None)
+    tower = getattr(adapter, "tower", None)
     hook = None if tower is None else tower.register_forward_hook(count)
     try:
         yield passes
@@ -342,7 +342,7 @@ Pending = tuple[Cell, RecordFile, list[Sample]]
 
 
 def _records(
-    model: Any,
+    adapter: Adapter,
     processor: Any,
     group: Sequence[Sample],
     pending: Sequence[Pending],
@@ -355,7 +355,7 @@ def _records(
     if not any(missing for _, _, missing in pending):
         return
     text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
-    adapter = find_adapter(model)
+    model = adapter.model
     needs = [signal for cell, _, _ in pending for signal in Run(cell.experiment.reducer, adapter).needs]
     try:
         picture = group[0].picture()
@@ -396,7 +396,7 @@ def _records(
             try:
                 before = passes[0]
                 text = text_of([cell.experiment.task.prompt(sample) for sample in batch])
-                records, selections = _answer(model, processor, cell.experiment, text, batch, encoding, encode_ms)
+                records, selections = _answer(adapter, processor, cell.experiment, text, batch, encoding, encode_ms)
             except Exception as error:
                 records, selections = [_failed(sample, error) for sample in batch], [None] * len(batch)
             progress.more_encodes += passes[0] - before
@@ -413,7 +413,7 @@ def _batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
 
 
 def _answer(
-    model: Any,
+    adapter: Adapter,
     processor: Any,
     experiment: Experiment,
     text: Mapping[str, Any],
@@ -422,13 +422,13 @@ def _answer(
     encode_ms: float,
 ) -> tuple[list[dict[str, Any]], list[Selection]]:
     """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
-    run = Run(experiment.reducer, find_adapter(model), tokenizer=processor)
+    run = Run(experiment.reducer, adapter, tokenizer=processor)
     torch.manual_seed(experiment.seed)
     with torch.no_grad():
         began = time.perf_counter()
         reduced, rows = run.reduced(dict(text), generating=True, encoding=encoding.repeated(len(batch)))
         chosen = time.perf_counter()
-        made = model.generate(**reduced, **_options(experiment))
+        made = adapter.model.generate(**reduced, **_options(experiment))
         width = text["input_ids"].shape[1] if rows is None else rows.index.shape[1]
         answers = processor.batch_decode(made[:, width:], skip_special_tokens=True)
         ended = time.perf_counter()

@@ -315,10 +315,11 @@ def find_adapter(model: Any) -> Adapter:
     Raises:
         TypeError: if no adapter knows the model; the error names the supported families.
     """
-    known = list(adapters().values())
-    for adapter in [*known, *(one for one in _subclasses(Adapter) if one not in known)]:  # type: ignore[type-abstract]
-        if adapter.matches(model):
-            return adapter(model)
+    known = adapters().values()
+    found = next((one for one in known if one.matches(model)), None)
+    found = found or next((one for one in _subclasses(Adapter) if one.matches(model)), None)  # type: ignore[type-abstract]
+    if found is not None:
+        return found(model)
     families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in known))
     raise TypeError(
         f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
