@@ -57,7 +57,7 @@ class DivPrune(ComponentReducer):
         if not self.newlines_compete:
             return super().select(image)
         geometry, amount = image.geometry, as_budget(self.budget).amount
-        packed = geometry.packed.to(image.features.device)
+        packed = geometry.packed.to(image.device)
         number = min(len(packed), round(amount * len(packed)) if isinstance(amount, float) else amount)
         sequence = image.features.flatten(0, 1)[packed.clamp(min=0)]
         if image.newline is not None:

@@ -93,7 +93,7 @@ class DenseTextRelevance(RelevancePolicy):
 
     def relevance(self, image: EncodedImage) -> Tensor:
         """Return the importance, `[tiles, tokens]`; 0..1 before the power."""
-        valid = image.geometry.valid.to(image.features.device)
+        valid = image.geometry.valid.to(image.device)
         valid = valid if self.among == "valid" else torch.ones_like(valid)
         tokens = F.normalize(image.aligned_features(self.layer), dim=-1)
         sign = SIGNS[self.sign]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -22,7 +24,9 @@ ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pool
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
 CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
 """Kinds of signals with one vector per tile, `[tiles, 1, width]`."""
-ALIGNED_SIGNALS = frozenset({"aligned_features", "aligned_cls"})
+ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
+"""Kinds of signals in the space that the vision tower shares with its text tower, and what each is made from."""
+ALIGNED_SIGNALS = frozenset(ALIGNED_FROM)
 """Kinds of signals in the space that the vision tower shares with its text tower."""
 USED_WHEN_ATTACHED = frozenset({"projector_inputs", "resolution"})
 """Kinds that a strategy declares for what is done with its answer: features are mixed, a picture is encoded anew."""
@@ -103,6 +107,17 @@ class TileGeometry:
             of_base != of_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True
         )
         return row.masked_fill(outside, -1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Put packed features back at their tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
+
+        Args:
+            packed: the image as it enters the LLM, `[length, dim]`.
+        """
+        places = self.packed.to(packed.device)
+        features = packed.new_zeros(self.tiles * self.tokens, packed.shape[-1])
+        features[places[places != SEPARATOR]] = packed[places != SEPARATOR]
+        return features.view(self.tiles, self.tokens, -1)
 
     def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:
         """Return the layout of the same picture at a lower resolution.
@@ -253,8 +268,12 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
-class _WhenRead(Mapping[Key, Tensor]):
-    """Tensors that are made when they are first read."""
+class WhenRead(Mapping[Key, Tensor]):
+    """Tensors that are made when they are first read.
+
+    Args:
+        makers: makes each tensor by (kind, layer index).
+    """
 
     def __init__(self, makers: Mapping[Key, Callable[[], Tensor]]) -> None:
         self._makers = makers
@@ -264,6 +283,9 @@ class _WhenRead(Mapping[Key, Tensor]):
         if key not in self._made:
             self._made[key] = self._makers[key]()
         return self._made[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._makers
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._makers)
@@ -313,12 +335,31 @@ class EncodedImage:
     pixels: Tensor | None = None
     depths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; unlike `features.device` it makes no features that nobody else reads."""
+        return self.features.device
+
+    def with_signals(
+        self, found: Mapping[Key, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
+    ) -> EncodedImage:
+        """Return the same image with more signals; what is made only when it is read stays so.
+
+        Args:
+            found: tensors by (kind, layer index).
+            depths: layers and feature layer of the model that a kind comes from, where that is not the vision tower.
+        """
+        image = copy.copy(self)
+        object.__setattr__(image, "signals", ChainMap(found, self.signals))  # type: ignore[arg-type]
+        object.__setattr__(image, "depths", {**self.depths, **(depths or {})})
+        return image
+
     def in_packed_order(self) -> EncodedImage:
         """Return the valid tokens of all tiles as one tile of a single row, in the order in which the model packs them.
 
         Strategies that treat an image as one sequence see it like this.
         """
-        places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.features.device)
+        places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.device)
 
         def pool(kind: str, value: Tensor) -> Tensor:
             if kind in ROW_SIGNALS:
@@ -333,8 +374,19 @@ class EncodedImage:
                 return value[:1]
             return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, places.to(value.device)]
 
-        signals = _WhenRead({key: partial(pool, key[0], value) for key, value in self.signals.items()})
-        return _PackedImage(self, len(places), partial(pool, "features", self.features), signals)
+        def pooled(key: Key) -> Tensor:
+            return pool(key[0], self.signals[key])
+
+        return LazyImage(
+            geometry=TileGeometry.single((1, len(places))),
+            make=lambda: pool("features", self.features),
+            at=self.device,
+            signals=WhenRead({key: partial(pooled, key) for key in self.signals}),
+            layers=self.layers,
+            feature_layer=self.feature_layer,
+            newline=self.newline,
+            depths=self.depths,
+        )
 
     def read(self, signal: Signal) -> Tensor:
         """Return a captured signal, averaged over its layers in float32.
@@ -432,32 +484,38 @@ class EncodedImage:
         return self.read(Signal("question_positions"))
 
 
-class _PackedImage(EncodedImage):
-    """An image as one sequence; its large tensors are gathered when they are first read, since many strategies do not.
+class LazyImage(EncodedImage):
+    """An image whose features are made when they are first read, since many strategies do not read them.
 
     Args:
-        source: the image by tiles.
-        tokens: number of valid tokens.
-        features: gathers the features.
-        signals: gathers the signals.
+        geometry: the layout of the tiles.
+        make: makes the features, `[tiles, tokens, dim]`.
+        at: where they will be.
+        features: the features, if they are there already (`dataclasses.replace` gives them).
+        rest: the other fields of `EncodedImage`.
     """
 
-    def __init__(self, source: EncodedImage, tokens: int, features: Callable[[], Tensor], signals: _WhenRead) -> None:
-        known = {
-            "geometry": TileGeometry.single((1, tokens)),
-            "signals": signals,
-            "layers": source.layers,
-            "feature_layer": source.feature_layer,
-            "newline": source.newline,
-            "pixels": None,
-            "depths": source.depths,
-            "_gather": features,
-        }
-        for name, value in known.items():
-            object.__setattr__(self, name, value)  # frozen, like every encoded image
+    def __init__(
+        self,
+        geometry: TileGeometry,
+        make: Callable[[], Tensor] | None = None,
+        at: torch.device | None = None,
+        features: Tensor | None = None,
+        **rest: Any,
+    ) -> None:
+        known = {one.name: one.default for one in fields(EncodedImage) if one.default is not MISSING}
+        values = {"signals": {}, "depths": {}, **known, **rest, "geometry": geometry, "_make": make, "_at": at}
+        values |= {} if features is None else {"features": features}
+        vars(self).update(values)  # frozen, like every encoded image
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        at: torch.device | None = vars(self)["_at"]
+        return self.features.device if at is None else at
 
     @cached_property
     def features(self) -> Tensor:
-        """Visual tokens as they would enter the LLM, `[1, tokens, dim]`."""
-        gathered: Tensor = self._gather()  # type: ignore[attr-defined]
-        return gathered
+        """Visual tokens as they would enter the LLM, `[tiles, tokens, dim]`."""
+        made: Tensor = vars(self)["_make"]()
+        return made

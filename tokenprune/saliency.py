@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from tokenprune.components import Component
-from tokenprune.image import EncodedImage, Signal
+from tokenprune.image import EncodedImage, Signal, WhenRead
 from tokenprune.layers import LayerChoice, resolve_layers
 
 Attention: TypeAlias = Literal["auto", "cls", "received", "pooling"]
@@ -125,8 +126,11 @@ def standing_in(image: EncodedImage, needs: Sequence[Signal], source: str) -> En
     }
     if source == SOURCES["cls"] or not layers:
         return image
-    found = {(SOURCES["cls"], layer): image.signals[source, layer] for layer in layers}
-    return replace(image, signals={**image.signals, **found})
+
+    def read(layer: int) -> Tensor:
+        return image.signals[source, layer]
+
+    return image.with_signals(WhenRead({(SOURCES["cls"], layer): partial(read, layer) for layer in layers}))
 
 
 def seen_by(
@@ -142,8 +146,7 @@ def seen_by(
     """
     seen = look.look(pictures, image.geometry.token_grid, attention_layers(needs))
     found = {(SOURCES["cls"], layer): rows for layer, rows in seen.rows.items()}
-    depths = {**image.depths, SOURCES["cls"]: (seen.layers, seen.feature_layer)}
-    return replace(image, signals={**image.signals, **found}, depths=depths), seen.flops
+    return image.with_signals(found, {SOURCES["cls"]: (seen.layers, seen.feature_layer)}), seen.flops
 
 
 def attention_layers(needs: Sequence[Signal]) -> list[LayerChoice]:
