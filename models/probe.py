@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from tokenprune.layers import resolve_layers
 PROBE, FLASH_PROBE = "tokenprune_probe", "tokenprune_flash_probe"
 """The private names in transformers' attention interface; a module with "flash" in its kernel's name asks for all
 images at once."""
+DETOUR, FLASH_DETOUR = "tokenprune_detour", "tokenprune_flash_detour"
+"""As these, for `detour`."""
 ATTENTION = (ROW_SIGNALS | {"keys"}) - {"pooling_attention"}
 """Kinds of signals that are read inside an attention module of a layer."""
 OUTPUTS = frozenset({"vision_features", "cls_features"})
@@ -45,21 +47,70 @@ def _probed_attention(
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
         lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
         probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
+    return _own_kernel(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _detoured_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call what stands in for the kernel that the user's config names, and let it call that."""
+    return module.config.tokenprune_detour(_own_kernel(module), module, *args, **kwargs)  # type: ignore[union-attr, operator]
+
+
+def _own_kernel(module: nn.Module) -> Callable[..., Any]:
+    """Return the kernel that the user's config names, for an attention module whose config was exchanged."""
+    exchanged: Any = module.config
     # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
     names = vars(sys.modules[type(module).__module__])
     own = ("vision_eager_attention_forward", "simple_eager_attention_forward")  # of Llama 4 and Phi-4, which have two
     eager = next((names[name] for name in own if name in names), None) or names["eager_attention_forward"]
-    original: Any = probing.tokenprune_original
-    module.config = original  # kernels look into it: flash attention reads its own name there
+    original: Any = exchanged.tokenprune_original
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        module.config = original  # kernels look into it: flash attention reads its own name there
+        try:
+            return ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)(*args, **kwargs)
+        finally:
+            module.config = exchanged
+
+    return kernel
+
+
+@contextmanager
+def exchanged_config(attention: Any, names: tuple[str, str], **entries: Any) -> Iterator[None]:
+    """Let an attention module call a private kernel while the block runs.
+
+    Args:
+        attention: the attention module; it has a `config`.
+        names: the kernel's names, the second where the user's own is a flash kernel.
+        entries: what the kernel finds in the module's config.
+    """
+    original = attention.config
+    config = copy.copy(original)
+    config.tokenprune_original = original
+    for name, value in entries.items():
+        setattr(config, name, value)
+    # The property would also write to shared sub-configs.
+    config._attn_implementation_internal = names[is_flash_attention_requested(original)]
+    attention.config = config
     try:
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)
-        return kernel(module, query, key, value, attention_mask, **kwargs)
+        yield
     finally:
-        module.config = probing
+        attention.config = original
+
+
+def detour(attention: Any, instead_of: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Let something stand in for the kernel of an attention module while the block runs.
+
+    Args:
+        attention: the attention module.
+        instead_of: is given the user's kernel, and then what that would be given.
+    """
+    return exchanged_config(attention, (DETOUR, FLASH_DETOUR), tokenprune_detour=instead_of)
 
 
 AttentionInterface.register(PROBE, _probed_attention)
 AttentionInterface.register(FLASH_PROBE, _probed_attention)
+AttentionInterface.register(DETOUR, _detoured_attention)
+AttentionInterface.register(FLASH_DETOUR, _detoured_attention)
 
 
 def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> dict[int, set[str]]:
@@ -200,14 +251,8 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
                     expect = partial(torch_kernel.expect, recorder(index, read))
                     undo.callback(attention.register_forward_pre_hook(expect).remove)
                     continue
-                undo.callback(setattr, attention, "config", attention.config)
-                config = copy.copy(attention.config)
-                config.tokenprune_original = attention.config
-                config.tokenprune_record = recorder(index, read)
-                flash = is_flash_attention_requested(attention.config)
-                # The property would also write to shared sub-configs.
-                config._attn_implementation_internal = FLASH_PROBE if flash else PROBE
-                attention.config = config
+                record = recorder(index, read)
+                undo.enter_context(exchanged_config(attention, (PROBE, FLASH_PROBE), tokenprune_record=record))
         if any(hasattr(getattr(layer, tower.attention, None), "fused_attn") for layer in tower.layers):
             undo.enter_context(torch_kernel)
         yield captured
