@@ -29,6 +29,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
     model_class: ClassVar[str] = "Granite4VisionForConditionalGeneration"
     projector_at: ClassVar[str | None] = None
     resizable: ClassVar[bool] = False
+    staged: ClassVar[bool] = False
 
     @cached_property
     def pooling(self) -> int:

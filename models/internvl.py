@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
+from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
+from tokenprune.image import Signal
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
@@ -19,11 +23,25 @@ class InternVLAdapter(TiledAdapter):
     model_class: ClassVar[str] = "InternVLForConditionalGeneration"
     layers_at: ClassVar[str] = "encoder.layer"
     attention_at: ClassVar[str] = "attention"
+    staged: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
         return round(1 / float(self.model.config.downsample_ratio))
+
+    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the images of a call can be encoded in stages: not from a layer that the call names."""
+        return inputs.get("vision_feature_layer") is None and super().can_stage(inputs, needs)
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
+        if self.model.config.vision_feature_layer == -1:
+            patches = self.tower.layernorm(patches)
+        small = rearrange(patches, "tokens (p q) width -> tokens p q width", p=self.pooling)
+        shuffled = self.model.base_model.pixel_shuffle(small, scale_factor=self.model.config.downsample_ratio)
+        tokens: Tensor = self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]
+        return tokens
 
     @classmethod
     def example(cls) -> Any:

@@ -17,6 +17,7 @@ class LlavaAdapter(SingleTileAdapter):
     family: ClassVar[str] = "llava"
     model_class: ClassVar[str] = "LlavaForConditionalGeneration"
     resizable: ClassVar[bool] = True
+    staged: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: Any) -> bool:

@@ -25,6 +25,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
     family: ClassVar[str] = "llava_next"
     model_class: ClassVar[str] = "LlavaNextForConditionalGeneration"
     resizable: ClassVar[bool] = True
+    staged: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:

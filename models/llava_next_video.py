@@ -45,6 +45,10 @@ class BesideVideosAdapter(LlavaNextAdapter):
         encoding = super().encode(without_videos(inputs), needs, pictures, text_model)
         return replace(encoding, videos=self.encode_videos(inputs))
 
+    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the images of a call can be encoded in stages: not beside videos."""
+        return inputs.get(VIDEOS) is None and super().can_stage(inputs, needs)
+
     def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
         """Return an encoding with layouts and no features; videos are encoded."""
         encoding = super().unencoded(without_videos(inputs), pictures)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tokenprune.image import ROW_SIGNALS, SEPARATOR, TileGeometry
+from tokenprune.image import ROW_SIGNALS, SEPARATOR, Signal, TileGeometry
 from tokenprune.models.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS
 from tokenprune.models.llava_next_video import BesideVideosAdapter
@@ -45,6 +45,11 @@ class LlavaOnevisionAdapter(BesideVideosAdapter):
         ratio = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         limit = int(ratio.removeprefix("anyres_max_"))
         return [shrunk(one, limit) for one in self.whole_layouts(inputs)]
+
+    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the images of a call can be encoded in stages: not if one is shrunk, which mixes tokens."""
+        layouts = zip(self.layouts(inputs), self.whole_layouts(inputs), strict=True)
+        return super().can_stage(inputs, needs) and all(len(one.packed) == len(whole.packed) for one, whole in layouts)
 
     def whole_layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image before anything is shrunk."""

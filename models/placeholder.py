@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Adapter, Encoding, LLMShape
 from tokenprune.image import (
+    ALIGNED_FROM,
     ALIGNED_SIGNALS,
     CLS_SIGNALS,
     ROW_SIGNALS,
@@ -32,10 +33,8 @@ from tokenprune.image import (
 )
 from tokenprune.models.example import EXAMPLE_PAD, EXAMPLE_TEXT
 from tokenprune.models.probe import Tower, probe, wanted_layers
+from tokenprune.models.staged import StagedEncoding, TowerRun
 from tokenprune.models.text import example_text_model, question_in, text_tower
-
-ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
-"""Which captured signal each aligned one is made from."""
 
 
 class PlaceholderAdapter(Adapter):
@@ -69,6 +68,10 @@ class PlaceholderAdapter(Adapter):
     """Which field of what it returns fills the placeholders."""
     resizable: ClassVar[bool] = False
     """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
+    staged: ClassVar[bool] = False
+    """Whether images can be encoded only as far as somebody reads: all layers of the tower are given the same beside
+    the hidden states, the projector maps each visual token by itself, and an image is nothing but such tokens and
+    newlines."""
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -200,15 +203,23 @@ class PlaceholderAdapter(Adapter):
         Raises:
             ValueError: if the model uses the embeddings, which no layer puts out.
         """
+        return max(self.feature_layers(inputs))
+
+    def feature_layers(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the indices of all layers whose outputs the model uses, side by side.
+
+        Raises:
+            ValueError: if the model uses the embeddings alone, which no layer puts out.
+        """
         chosen: Any = inputs.get("vision_feature_layer")
         chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
         depth = len(self.tower_layers)
-        index: int = max(
+        indices = [
             depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, (list, tuple)) else [chosen])
-        )
-        if not 0 <= index < depth:
+        ]
+        if not 0 <= max(indices) < depth:
             raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
-        return index
+        return indices
 
     @cached_property
     def projector(self) -> Any:
@@ -257,9 +268,7 @@ class PlaceholderAdapter(Adapter):
         self.check_select_strategy(inputs)
         feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
         arguments = self.vision_arguments(inputs)
-        wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
-        for kinds in wanted.values():
-            kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
+        wanted = self.wanted(needs, feature_layer)
         projected = any("projector_inputs" in kinds for kinds in wanted.values())
         with probe(self.tower_parts(layouts), wanted) as captured, self.projector_probe(projected) as before:
             outputs = self.run_vision(arguments, layouts)
@@ -275,7 +284,7 @@ class PlaceholderAdapter(Adapter):
         images = [
             EncodedImage(
                 geometry=layout,
-                features=unpack(layout, packed[number].detach()),
+                features=layout.unpack(packed[number].detach()),
                 signals={key: found[number] for key, found in signals.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
@@ -285,6 +294,88 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         return Encoding(images, packed, outputs, arguments)
+
+    def wanted(self, needs: Sequence[Signal], feature_layer: int) -> dict[int, set[str]]:
+        """Return the kinds of signals to capture in each layer, and what aligned ones are made from."""
+        wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
+        for kinds in wanted.values():
+            kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
+        return wanted
+
+    def encode_staged(
+        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+    ) -> Encoding:
+        """Encode images as far as somebody reads, where the family, the call and the needed signals allow it."""
+        if not self.can_stage(inputs, needs):
+            return self.encode(inputs, needs, pictures, text_model)
+        self.check_select_strategy(inputs)
+        return self.stage(inputs, self.layouts(inputs), needs, pictures, text_model)
+
+    def stage(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        needs: Sequence[Signal],
+        pictures: int = 0,
+        text_model: str | None = None,
+    ) -> StagedEncoding:
+        """Return images of which nothing is encoded yet; see `encode_staged`.
+
+        Args:
+            inputs: the model inputs of the call.
+            layouts: the layouts of its images.
+            needs: the signals to capture.
+            pictures: how many of the images keep their pixels for drawing.
+            text_model: the CLIP checkpoint whose projections align features with text.
+
+        Raises:
+            ValueError: if there are not as many tiles as the layouts say, or the text model does not fit.
+        """
+        at, found = self.feature_layers(inputs), self.tiles_of(inputs, layouts)
+        tiles = [one[: layout.tiles] for one, layout in zip(found, layouts, strict=False)]
+        if len(found) != len(layouts) or any(len(a) != b.tiles for a, b in zip(tiles, layouts, strict=True)):
+            raise ValueError(
+                f"{self.pixels} hold {len(found)} pictures of {list(map(len, tiles))} tiles, but their layouts have "
+                f"{[one.tiles for one in layouts]}; make the inputs with the processor that belongs to the model"
+            )
+        pixels = torch.cat(tiles).to(self.model.dtype)
+
+        def start(active: Tensor | None) -> None:
+            self.tower(pixels if active is None else pixels[active])
+
+        def align(features: Tensor) -> Tensor:
+            return text_tower(text_model).align(features)
+
+        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a model that does not fit is refused first
+            align(pixels.new_zeros(1, 1, self.tower.config.hidden_size))
+        run = TowerRun(self.tower_parts(layouts), start, len(pixels), self.wanted(needs, max(at)), at)
+        return StagedEncoding(self, inputs, layouts, run, align, self.pictures(inputs, layouts, pictures))
+
+    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the images of a call can be encoded in stages.
+
+        Not while gradients are kept for training, which may recompute layers; not where weights are moved to the device
+        module by module; and not for signals of the pooling head, or of a projector that pools.
+        """
+        kinds = {signal.kind for signal in needs}
+        return (
+            self.staged
+            and not (torch.is_grad_enabled() and self.model.training)
+            and len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) == 1
+            and "pooling_attention" not in kinds
+            and not ("projector_inputs" in kinds and self.pooling > 1)
+            and min(self.feature_layers(inputs)) >= 0
+        )
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches, `[tokens, dim]`.
+
+        Args:
+            patches: what the feature layers put out for the patches of each token, row by row, `[tokens, patches,
+                width]`.
+        """
+        tokens: Tensor = self.projector(patches.transpose(0, 1))[0]
+        return tokens
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the vision inputs that a call brings."""
@@ -500,22 +591,6 @@ def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, or
         return reduce(value, f"tiles heads {order} -> tiles heads (h w)", "sum", **sizes)
     heads = "heads " if value.dim() == 4 else ""
     return reduce(value, f"tiles {heads}{order} dim -> tiles {heads}(h w) dim", "mean", **sizes)
-
-
-def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:
-    """Put packed features back at their tiles; tokens that are not valid are zero.
-
-    Args:
-        layout: the layout of the image.
-        packed: the image as it enters the LLM, `[length, dim]`.
-
-    Returns:
-        Features, `[tiles, tokens, dim]`.
-    """
-    places = layout.packed.to(packed.device)
-    features = packed.new_zeros(layout.tiles * layout.tokens, packed.shape[-1])
-    features[places[places != SEPARATOR]] = packed[places != SEPARATOR]
-    return features.view(layout.tiles, layout.tokens, -1)
 
 
 def as_pictures(pixels: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_capture_is_booked_apart_from_the_kernel(tiny: Subject, inputs: Any) -> 
     count(tiny, inputs, outcome)
     plain = Outcome(Variant(PLAIN))
     count(tiny, inputs, plain)
-    assert outcome.flops["vision encode"] == plain.flops["vision encode"] > 0
+    assert 0 < outcome.flops["vision encode"] < 0.8 * plain.flops["vision encode"]  # of four layers three are needed
     # Two layers, one query for each head of a tile, 17 keys of width 8; two multiply-adds' worth of operations each.
     assert outcome.flops["signal capture"] == 2 * 2 * 6 * 4 * 17 * 8
 
@@ -176,7 +176,7 @@ def test_watching_changes_nothing_and_is_taken_off_again(tiny: Subject, inputs: 
         vars_before = (sorted(vars(run)), sorted(vars(run.reducer)), sorted(vars(run.adapter)))
         with watched(run.adapter, Ledger(Ticks()), run):
             seen = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        with pytest.raises(RuntimeError, match="split_sizes"), watched(run.adapter, Ledger(Ticks()), run):
+        with pytest.raises(ValueError, match="hold 1 pictures"), watched(run.adapter, Ledger(Ticks()), run):
             tiny.model.generate(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
         assert (sorted(vars(run)), sorted(vars(run.reducer)), sorted(vars(run.adapter))) == vars_before
     assert torch.equal(free, seen)
@@ -293,7 +293,7 @@ def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
     assert [file.name for file in files[2:]] == [f"batch-2-112-x-56-pixels-HiRED-30.{kind}" for kind in ("json", "txt")]
     ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
     assert {name for name in ranges if name.startswith("phase: ")} == {
-        f"phase: {name}" for name in BEFORE if name != "generate"
+        f"phase: {name}" for name in BEFORE if name not in ("generate", "packing")
     }
     assert "aten::addmm" in files[1].read_text()
 
@@ -420,7 +420,7 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
             }
             assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
             assert row["reducer"]["init_args"]["budget"] == 0.2
-            assert row["flops"]["phases"]["vision encode"] == plain["flops"]["phases"]["vision encode"]
+            assert 0 < row["flops"]["phases"]["vision encode"] < plain["flops"]["phases"]["vision encode"]
         fifth = setting["variants"][1]
         assert fifth["ratios"]["kv_bytes"] == plain["prompt_length"] / fifth["prompt_length"]
     assert result["traces"] == []

@@ -176,6 +176,14 @@ class Backwards(Norm):
         return replace(selection, order=torch.arange(selection.kept_tokens).flip(0))
 
 
+@dataclass
+class GivesUpTooMuch(Attention):
+    """Says that sub-images are not needed, and keeps their tokens."""
+
+    def paid_tiles(self, image: EncodedImage) -> Tensor:
+        return torch.arange(image.geometry.tiles) == 0
+
+
 MISTAKES = {
     "exact budget": OneShort(),
     "deterministic": GlobalSeed(),
@@ -186,6 +194,7 @@ MISTAKES = {
     "extreme signals": DividesByZero(),
     "inputs unchanged": WritesIntoTheImage(),
     "needs": AsksTooMuch(),
+    "unpaid tiles": GivesUpTooMuch(),
     "round trips": hidden_setting(),
     "batch invariant": LooksAtItsNeighbours(),
     "leaves no trace": SpoilsTheModel(),

@@ -16,7 +16,7 @@ from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli import main
 from tokenprune.experiments.architectures import architecture, on_meta
 from tokenprune.experiments.cost import table4
-from tokenprune.experiments.cost.count import Counted, Tokens, count, cut, tokens_of
+from tokenprune.experiments.cost.count import Counted, Tokens, count, cut, evenly_kept, tokens_of
 from tokenprune.experiments.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.cost.meter import FUSED, Meter, Work
 from tokenprune.experiments.cost.report import parse_size
@@ -104,12 +104,12 @@ def test_tokens_of_a_large_picture() -> None:
     adapter = find_adapter(on_meta(architecture("llava-v1.6-vicuna-7b", 1)))
     assert isinstance(adapter, LlavaNextAdapter)
     inputs, layout = cut(adapter, (672, 672))
-    full = tokens_of(layout, None, 60, "keep_rows")
+    full = tokens_of(layout, None, 60)
     assert inputs["pixel_values"].shape == (1, 5, 3, 336, 336)
     assert full == Tokens(encoded=2880, full=2928, kept=2880, newlines=48, text=60)
     assert full.prompt == 2988
-    assert tokens_of(layout, 160, 60, "drop") == Tokens(2880, 2928, 160, 0, 60)
-    assert tokens_of(layout, 0.2, 60, "keep").prompt == 576 + 48 + 60
+    assert tokens_of(layout, evenly_kept(layout, 160, "drop"), 60) == Tokens(2880, 2928, 160, 0, 60)
+    assert tokens_of(layout, evenly_kept(layout, 0.2, "keep"), 60).prompt == 576 + 48 + 60
 
 
 def test_logits_of_the_whole_prompt_cost_more() -> None:

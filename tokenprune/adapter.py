@@ -63,6 +63,24 @@ class Encoding:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     videos: Any = None
 
+    staged: ClassVar[bool] = False
+    """Whether tiles can still be left out."""
+
+    def leave_out(self, paid: Sequence[Tensor | None]) -> None:
+        """Spend no more on tiles of which nothing can stay, if that is still possible.
+
+        Args:
+            paid: for each image which of its tiles can keep tokens, base tile first, bool `[tiles]`; None is all.
+        """
+
+    def kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return what stays of each image, `[kept, dim]` each.
+
+        Args:
+            masks: which packed positions stay, bool `[length]` each.
+        """
+        return [features[mask.to(features.device)] for features, mask in zip(self.packed, masks, strict=True)]
+
     def repeated(self, times: int) -> Encoding:
         """Return the encoding of the same images again and again, for several questions about them."""
         return Encoding(self.images * times, self.packed * times, self.outputs, self.inputs)
@@ -167,6 +185,22 @@ class Adapter(ABC):
         Raises:
             ValueError: if a signal names a layer that the vision tower does not have, or the text model does not fit.
         """
+
+    def encode_staged(
+        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+    ) -> Encoding:
+        """Return the images of a call that is about to lose tokens; here as `encode` does.
+
+        An adapter that can encode them only as far as the answer of a strategy takes it writes it. Kept features are
+        the same within rounding.
+
+        Args:
+            inputs: the model inputs of the call; only `image_inputs` are read.
+            needs: the signals to capture.
+            pictures: how many of the images keep their pixels for drawing.
+            text_model: the CLIP checkpoint whose projections align features with text.
+        """
+        return self.encode(inputs, needs, pictures, text_model)
 
     def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether a call brings pictures that are not encoded yet."""

@@ -11,7 +11,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tokenprune.account import TokenAccount
 from tokenprune.adapter import Adapter, Encoding, find_adapter
+from tokenprune.budget import as_budget
 from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import ImageReducer
@@ -78,10 +78,19 @@ class Run:
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Encode the images of a call once, with the signals that the strategy needs."""
-        pictures = max(0, PICTURES - len(self.selections))
         if self.reducer.stage == "image":
-            return self.adapter.unencoded(inputs, pictures)
-        return self.adapter.encode(inputs, self.needs, pictures, self.reducer.text_model)
+            return self.adapter.unencoded(inputs, self._pictures)
+        return self.adapter.encode(inputs, self.needs, self._pictures, self.reducer.text_model)
+
+    @property
+    def _pictures(self) -> int:
+        return max(0, PICTURES - len(self.selections))
+
+    def _encode_for_one_answer(self, inputs: Mapping[str, Any]) -> Encoding:
+        """Encode the images of a call as far as this one strategy at this one budget needs it."""
+        if self.reducer.stage == "image" or as_budget(self.reducer.budget).amount == 1.0:
+            return self.encode(inputs)
+        return self.adapter.encode_staged(inputs, self.needs, self._pictures, self.reducer.text_model)
 
     def reduced(
         self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None = None, cached: bool = True
@@ -91,8 +100,9 @@ class Run:
         Args:
             inputs: keyword inputs of `forward` or `generate`.
             generating: whether they go to `generate`.
-            encoding: the encoded images of the call; made from the pixels in `inputs` if left out. Several strategies
-                can share one; an image that stands in several places is reduced once.
+            encoding: the encoded images of the call (`encode`), which several strategies and budgets can share; an
+                image that stands in several places is reduced once. Left out, the pixels in `inputs` are encoded, and
+                only as far as the kept tokens need it.
             cached: whether `generate` will use a key-value cache.
 
         Returns:
@@ -101,9 +111,9 @@ class Run:
         Raises:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
-        encoding = self.encode(inputs) if encoding is None else encoding
+        encoding = self._encode_for_one_answer(inputs) if encoding is None else encoding
         placeholders = self.adapter.placeholders(inputs)
-        lengths = [len(features) for features in encoding.packed]
+        lengths = [len(image.geometry.packed) for image in encoding.images]
         if self.adapter.in_prompt and int(placeholders.sum()) != sum(lengths):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
@@ -111,9 +121,11 @@ class Run:
             )
         ready = self._with_attention(encoding)
         images = self._with_questions([ready[id(one)] for one in encoding.images], inputs, placeholders, lengths)
+        if encoding.staged:
+            encoding.leave_out([self.reducer.paid_tiles(image) for image in images])
         chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
         selections = [chosen[id(image)] for image in images]
-        masks = [s.packed_mask().to(f.device) for s, f in zip(selections, encoding.packed, strict=True)]
+        masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
         rest = {name: value for name, value in inputs.items() if name not in self.adapter.image_inputs}
         attention_mask = inputs.get("attention_mask")
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
@@ -130,8 +142,10 @@ class Run:
         if isinstance(self.reducer, ImageReducer):
             packed = self._encoded_anew(self.reducer, encoding, selections)
         else:
-            parts = zip(selections, images, encoding.packed, masks, strict=True)
-            packed = [_kept_features(self.adapter, *one) for one in parts]
+            packed = [
+                _made(self.adapter, encoding, number, *one)
+                for number, one in enumerate(zip(selections, images, masks, encoding.kept(masks), strict=True))
+            ]
         places = [_entering(*one) for one in zip(selections, masks, strict=True)]
         if not self.adapter.in_prompt:
             self._enter(selections, full, full)
@@ -217,7 +231,7 @@ class Run:
                     for signal in needs
                     for layer in resolve_layers(signal.layer, image.layers, image.feature_layer)
                 }
-                asked[id(image), text] = replace(image, signals={**image.signals, **found})
+                asked[id(image), text] = image.with_signals(found)
             out.append(asked[id(image), text])
         return out
 
@@ -275,35 +289,40 @@ def _entering(selection: Selection, mask: Tensor) -> Tensor:
     return places
 
 
-def _kept_features(
-    adapter: Adapter, selection: Selection, image: EncodedImage, features: Tensor, mask: Tensor
+def _made(
+    adapter: Adapter,
+    encoding: Encoding,
+    number: int,
+    selection: Selection,
+    image: EncodedImage,
+    mask: Tensor,
+    kept: Tensor,
 ) -> Tensor:
     """Return what enters the LLM: kept or mixed tokens in the wanted order, newlines in place, `[kept, dim]`.
 
     Args:
         adapter: the adapter of the model, which can project mixtures.
+        encoding: the encoding.
+        number: the number of the image in it.
         selection: what the strategy answered.
         image: what it saw.
-        features: the image as the model would feed it, `[length, dim]`.
-        mask: which of these positions stay, bool `[length]`.
+        mask: which packed positions stay, bool `[length]`.
+        kept: their features, `[kept, dim]`.
     """
-    out = features[mask]
     if selection.mixing is None and selection.order is None:
-        return out
-    places = selection.geometry.packed.to(features.device)
+        return kept
+    places = selection.geometry.packed.to(kept.device)
     anchors = places[mask] != SEPARATOR
-    tokens = out[anchors]
+    tokens = kept[anchors]
     if selection.mixing is not None:
-        mixing = selection.mixing.to(features.device)
+        mixing = selection.mixing.to(kept.device)
         if selection.before_projector:
-            tokens = adapter.project(mix(mixing, projector_sources(image, mixing.shape[1]))).to(features.dtype)
+            tokens = adapter.project(mix(mixing, projector_sources(image, mixing.shape[1]))).to(kept.dtype)
         else:
-            flat = features.new_zeros(selection.geometry.tiles * selection.geometry.tokens, features.shape[-1])
-            flat = flat.index_copy(0, places[places != SEPARATOR], features[places != SEPARATOR])
-            tokens = mix(mixing, flat)
+            tokens = mix(mixing, selection.geometry.unpack(encoding.packed[number]).flatten(0, 1))
     if selection.order is not None:
         tokens = tokens[selection.order.to(tokens.device)]
-    out = out.clone()
+    out = kept.clone()
     out[anchors] = tokens
     return out
 

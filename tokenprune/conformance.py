@@ -306,6 +306,27 @@ def needs_are_read(reducer: TokenReducer) -> None:
         raise CheckError(f"watched which signals it reads: expected all declared ones, never saw {names}")
 
 
+def unpaid_tiles(reducer: TokenReducer) -> None:
+    """Tiles that `paid_tiles` gives up are not needed: without what is encoded later of them, the same tokens stay."""
+    for budget in (reducer.budget, 1, 3):
+        asked = replace(reducer, budget=budget)
+        for name, image in images(asked):
+            early = _Watched(image.signals)
+            paid = asked.paid_tiles(replace(image, signals=early))
+            if paid is None or bool(paid.all()):
+                continue
+            seen = max((layer for _, layer in early.read), default=-1)
+            given_up = {
+                (kind, layer): value * paid.view(-1, *[1] * (value.dim() - 1))
+                if layer > seen and kind not in TEXT_SIGNALS
+                else value
+                for (kind, layer), value in image.signals.items()
+            }
+            other = replace(image, features=image.features * paid[:, None, None], signals=given_up)
+            what = f"reduced {name} without the tiles that its paid_tiles gives up at a budget of {budget!r}"
+            expect_same(what, asked.reduce(image), asked.reduce(other))
+
+
 def round_trips(reducer: TokenReducer) -> None:
     """It survives pickling, and its fields are its whole configuration."""
     fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.init}
@@ -411,6 +432,7 @@ CHECKS: Mapping[str, Callable[[TokenReducer], None]] = {
     "extreme signals": extremes,
     "inputs unchanged": inputs_unchanged,
     "needs": needs_are_read,
+    "unpaid tiles": unpaid_tiles,
     "round trips": round_trips,
     "batch invariant": batch_invariant,
     "leaves no trace": leaves_no_trace,

@@ -86,6 +86,14 @@ class TokenReducer(Configurable, ABC):
     def select(self, image: EncodedImage) -> Selection:
         """Choose the tokens of one image. A pure function of the image and the fields of this instance."""
 
+    def paid_tiles(self, image: EncodedImage) -> Tensor | None:
+        """Return which tiles can keep tokens and will be read, bool `[tiles]`; None if that is not known beforehand.
+
+        The other ones need not be encoded any further: what `select` reads of them afterwards can be zero. The answer
+        should read no more of the image than it takes: reading a signal encodes the image up to its layer.
+        """
+        return None
+
     def reduce(self, image: EncodedImage) -> Selection:
         """Return a checked and complete selection: what `select` chose, with its newline tokens.
 
@@ -229,7 +237,7 @@ class ScoreReducer(TokenReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Keep the tokens with the largest scores."""
-        valid = image.geometry.valid.to(image.features.device)
+        valid = image.geometry.valid.to(image.device)
         scores = checked_scores(self, image, valid)
 
         def choose(number: int) -> tuple[Tensor, list[int]]:
@@ -264,7 +272,7 @@ class ImageReducer(TokenReducer):
         kept = torch.zeros(geometry.tiles, geometry.tokens, dtype=torch.bool)
         if grid is not None:
             kept = kept | geometry.valid.cpu() if grid == geometry.token_grid else geometry.resized(grid)[1]
-        kept = kept.to(image.features.device)
+        kept = kept.to(image.device)
         separators = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
         if self.newlines != "drop":
             separators = kept_separators(geometry, kept, "keep_rows")
@@ -317,9 +325,22 @@ class ComponentReducer(TokenReducer):
         parts = (self.allocation, self.selection, self.merging, self.order)
         return [signal for part in parts if part is not None for signal in part.needs]
 
+    def paid_tiles(self, image: EncodedImage) -> Tensor | None:
+        """Return which tiles the allocation pays for, where it can tell and the selection needs no other ones."""
+        alone = self.selection.each_tile_alone and self.merging is None and self.order is None
+        budget = as_budget(self.budget)
+        if not alone or self.allocation.reads_scores or self.allocation.ignores_tiles or budget.newlines == "counted":
+            return None
+        valid = image.geometry.valid.to(image.device)
+        candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
+        capacity: list[int] = candidates.sum(dim=1).tolist()
+        total = min(budget.asked(image.geometry), sum(capacity))
+        granted = self.allocation.allocate(image, total, capacity, torch.zeros(valid.shape, device=image.device))
+        return torch.tensor(granted) > 0
+
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""
-        geometry, device = image.geometry, image.features.device
+        geometry, device = image.geometry, image.device
         if self.allocation.ignores_tiles and geometry.sub_images:
             places = geometry.packed[geometry.packed != SEPARATOR].to(device)[None]
             image = image.in_packed_order()

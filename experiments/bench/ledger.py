@@ -141,7 +141,9 @@ def watched(
         if run is not None:
             station(run, "reduced", "rewrite")
             station(run, "encode", "signal capture")
-            station(run.adapter, "encode", "signal capture")
+            for name in ("encode", "encode_staged", "by_image"):
+                if hasattr(run.adapter, name):
+                    station(run.adapter, name, "signal capture")
             station(run.reducer, "reduce", "reducer")
             station(run.adapter, "encode_resized", "packing")
             for name in ("read_questions", "embed_question"):

@@ -23,6 +23,7 @@ from tokenprune.experiments.cost.meter import Meter, Work
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.models.placeholder import PlaceholderAdapter
 from tokenprune.models.tiles import TiledAdapter
+from tokenprune.selection import Selection
 from tokenprune.strategies import UniformStride
 
 
@@ -145,26 +146,56 @@ def cut(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[
     return inputs, layout
 
 
-def tokens_of(layout: TileGeometry, budget: int | float | Budget | None, text: int, newlines: Any) -> Tokens:
+def evenly_kept(layout: TileGeometry, budget: int | float | Budget, newlines: Any) -> Selection:
+    """Return evenly spaced tokens, which stand for a method's choice.
+
+    Args:
+        layout: the layout of the picture.
+        budget: what may enter the LLM.
+        newlines: which newlines stay, as in `TokenReducer.newlines`.
+    """
+    image = EncodedImage(geometry=layout, features=torch.zeros(layout.tiles, layout.tokens, 1))
+    return UniformStride(budget, newlines=newlines).reduce(image)
+
+
+def tokens_of(layout: TileGeometry, selection: Selection | None, text: int) -> Tokens:
     """Return the tokens of a prompt with one picture.
 
     Args:
         layout: the layout of the picture.
-        budget: what may enter the LLM; None keeps all.
+        selection: what may enter the LLM; None keeps all.
         text: tokens of the prompt beside the picture.
-        newlines: which newlines stay, as in `TokenReducer.newlines`; evenly spaced tokens stand for a method's choice.
     """
     encoded, full = layout.tiles * layout.tokens, len(layout.packed)
-    if budget is None:
+    if selection is None:
         return Tokens(encoded, full, full - layout.separators, layout.separators, text)
-    image = EncodedImage(geometry=layout, features=torch.zeros(layout.tiles, layout.tokens, 1))
-    selection = UniformStride(budget, newlines=newlines).reduce(image)
     return Tokens(encoded, full, selection.kept_tokens, selection.kept_separators, text)
 
 
 def _pixels(one: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
     """Return the pixels of a batch on the meta device; sizes stay on the CPU, since layouts are made from them."""
     return torch.empty(batch * one.shape[0], *one.shape[1:], dtype=dtype, device="meta")
+
+
+def encode(
+    adapter: PlaceholderAdapter,
+    inputs: Mapping[str, Any],
+    layout: TileGeometry,
+    batch: int,
+    selection: Selection | None,
+) -> Any:
+    """Encode as a reducer that reads no signals does it, or the plain model if nothing is selected.
+
+    Args:
+        adapter: the adapter of the model.
+        inputs: the vision inputs of the batch.
+        layout: the layout of each picture.
+        batch: number of pictures.
+        selection: what stays of each.
+    """
+    if selection is None or selection.everything or not adapter.can_stage(inputs, ()):
+        return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
+    return adapter.stage(inputs, [layout] * batch, ()).kept([selection.packed_mask()] * batch)
 
 
 def count(
@@ -196,7 +227,8 @@ def count(
     if not isinstance(adapter, PlaceholderAdapter):
         raise TypeError(f"the cost of {adapter.family} is not known: {type(adapter).__name__} lays out no pictures")
     inputs, layout = cut(adapter, image_size)
-    tokens = tokens_of(layout, budget, text_tokens, newlines)
+    selection = None if budget is None else evenly_kept(layout, budget, newlines)
+    tokens = tokens_of(layout, selection, text_tokens)
     dim, meter, dtype = model.config.get_text_config().hidden_size, Meter(), model.dtype
 
     def step(length: int, start: int, cache: Any) -> Any:
@@ -210,21 +242,21 @@ def count(
         return out.past_key_values, out.logits.float()
 
     with torch.inference_mode():
-        with meter.phase() as encode:
+        with meter.phase() as encoding:
             given = {
                 name: _pixels(value, batch, dtype) if name == adapter.pixels else torch.cat([value] * batch)
                 for name, value in inputs.items()
             }
-            encoded = model.base_model.get_image_features(**given, return_dict=True)
+            encoded = encode(adapter, given, layout, batch, selection)
         with meter.phase() as prefill:
             cache, logits = step(tokens.prompt, 0, None)
         kv_bytes = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values))
         del encoded, logits, given
         with meter.phase() as decode:
             step(1, tokens.prompt, cache)
-    projected = 0 if adapter.projector_at is None else encode.modules.get(type(adapter.projector).__name__, 0)
+    projected = 0 if adapter.projector_at is None else encoding.modules.get(type(adapter.projector).__name__, 0)
     parts = {id(one): one.nbytes for one in (*model.parameters(), *model.buffers())}
     asked = None if budget is None else as_budget(budget)
     return Counted(
-        batch, asked, tokens, sum(parts.values()), kv_bytes, encode, prefill, decode, encode.flops - projected
+        batch, asked, tokens, sum(parts.values()), kv_bytes, encoding, prefill, decode, encoding.flops - projected
     )

@@ -83,6 +83,11 @@ class VisualContentAllocation(AllocationPolicy):
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
 
     @property
+    def reads_scores(self) -> bool:
+        """That tokens are granted whatever they score."""
+        return False
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The CLS attention of the chosen layer."""
         return (Signal("cls_attention", self.layer),)
@@ -147,6 +152,11 @@ class UniformAllocation(AllocationPolicy):
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
+    @property
+    def reads_scores(self) -> bool:
+        """That tokens are granted whatever they score."""
+        return False
+
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget evenly."""
         if self.rounding == "floor":
@@ -157,6 +167,11 @@ class UniformAllocation(AllocationPolicy):
 @dataclass
 class ProportionalAllocation(AllocationPolicy):
     """Tokens in proportion to the valid tokens of each tile."""
+
+    @property
+    def reads_scores(self) -> bool:
+        """That tokens are granted whatever they score."""
+        return False
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by tile size."""
@@ -179,6 +194,11 @@ class GlobalTopAllocation(AllocationPolicy):
 class BaseTileAllocation(AllocationPolicy):
     """Everything for the base tile; what it cannot hold is not spent."""
 
+    @property
+    def reads_scores(self) -> bool:
+        """That tokens are granted whatever they score."""
+        return False
+
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Give the base tile the whole budget."""
         return [min(total, capacity[0]), *(0 for _ in capacity[1:])]
@@ -193,6 +213,11 @@ class SubImagesAllocation(AllocationPolicy):
     """
 
     pooled: bool = False
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether tokens win in one pool."""
+        return self.pooled
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Give the sub-images the whole budget."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class TopAttention(SelectionPolicy):
         heads: how heads are combined: ``"sum"``, ``"max"``, the index of a single head, or ``"joint"`` for the
             attention of all heads taken as one wide head.
     """
+
+    each_tile_alone: ClassVar[bool] = True
 
     layer: LayerChoice = "feature"
     heads: Literal["sum", "max", "joint"] | int = "sum"
@@ -64,18 +66,22 @@ class RandomSelection(SelectionPolicy):
         seed: seed of the draw; report several.
     """
 
+    each_tile_alone: ClassVar[bool] = True
+
     seed: int = 0
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return uniform random numbers, `[tiles, tokens]`."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (image.geometry.tiles, image.geometry.tokens)
-        return torch.rand(shape, generator=generator).to(image.features.device)
+        return torch.rand(shape, generator=generator).to(image.device)
 
 
 @dataclass
 class StrideSelection(SelectionPolicy):
     """Keep evenly spaced tokens, in row-major order of the valid tokens of a tile."""
+
+    each_tile_alone: ClassVar[bool] = True
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return a sequence whose largest entries lie evenly spaced at any number, `[tiles, tokens]`.
@@ -84,7 +90,7 @@ class StrideSelection(SelectionPolicy):
         """
         index = torch.arange(image.geometry.tiles * image.geometry.tokens, dtype=torch.float64)
         weyl = (index * ((5**0.5 - 1) / 2)).frac().float()
-        return weyl.view(image.geometry.tiles, image.geometry.tokens).to(image.features.device)
+        return weyl.view(image.geometry.tiles, image.geometry.tokens).to(image.device)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep every (candidates / budget)-th candidate of each tile, starting half a step in."""

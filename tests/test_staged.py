@@ -1,0 +1,328 @@
+"""Images are encoded only as far as kept tokens need it, and nothing about the answer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenprune.adapter import Encoding, adapters
+from tokenprune.attach import Run
+from tokenprune.budget import Budget
+from tokenprune.catalogue import strategies
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.staged import StagedEncoding
+from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.strategies import DivPrune, HiRED, VisPruner
+from tokenprune.strategies.components.allocation import (
+    BaseTileAllocation,
+    GlobalTopAllocation,
+    SubImagesAllocation,
+    UniformAllocation,
+    VisualContentAllocation,
+)
+from tokenprune.strategies.components.merging import MeanOfRest
+from tokenprune.strategies.components.selection import TopAttention
+
+STAGED = {
+    name: kind
+    for name, kind in adapters().items()
+    if issubclass(kind, PlaceholderAdapter) and kind.staged and kind.runs()
+}
+SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
+
+
+@pytest.fixture(params=sorted(STAGED))
+def adapter(request: Any) -> PlaceholderAdapter:
+    kind = STAGED[request.param]
+    model = kind.example().eval()
+    if hasattr(model.config, "vision_aspect_ratio"):
+        model.config.vision_aspect_ratio = "anyres_max_9"  # that of the example shrinks canvases
+    return kind(model)
+
+
+def inputs_of(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
+    return adapter.example_inputs(sizes)
+
+
+def features(adapter: PlaceholderAdapter, reduced: Mapping[str, Any]) -> Tensor:
+    """What is handed over for all images, `[kept, dim]`."""
+    if "mm_encoder_outputs" not in reduced:  # nothing stays
+        return torch.zeros(1, 1)
+    found = reduced["mm_encoder_outputs"]["image"][adapter.features_in]
+    return torch.cat([one.flatten(0, -2) for one in found])
+
+
+def both(adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any]) -> tuple[Run, Run, Any, Any]:
+    """Reduce the same call from a whole encoding and from a staged one."""
+    whole, staged = Run(reducer, adapter, question="what is it"), Run(reducer, adapter, question="what is it")
+    with torch.no_grad():
+        one, _ = whole.reduced(dict(inputs), generating=True, encoding=whole.encode(inputs))
+        other, _ = staged.reduced(dict(inputs), generating=True)
+    return whole, staged, one, other
+
+
+@contextmanager
+def watched_encoding(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAdapter) -> Iterator[list[Encoding]]:
+    """Collect what `encode_staged` returns."""
+    made: list[Encoding] = []
+    original = adapter.encode_staged
+
+    def collecting(*args: Any, **kwargs: Any) -> Encoding:
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "encode_staged", collecting)
+        yield made
+
+
+@contextmanager
+def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Collect of how many vectors each module was given."""
+    seen: dict[str, list[int]] = {name: [] for name in modules}
+
+    def note(name: str) -> Any:
+        return lambda module, args: seen[name].append(args[0].shape[:-1].numel())
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- nothing changes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize("budget", [0.05, 0.3])
+def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str, budget: float) -> None:
+    reducer = strategies()[name](budget)  # type: ignore[call-arg]
+    if Run(reducer, adapter).missing or reducer.stage == "image":
+        pytest.skip("the family gives no such signals")
+    if reducer.reads_question:
+        reducer = replace(reducer, text_model=adapter.example_text_model())
+    whole, staged, one, other = both(adapter, reducer, inputs_of(adapter))
+    for first, second in zip(whole.selections, staged.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+    assert torch.equal(one["input_ids"], other["input_ids"])
+    assert staged.account.images == whole.account.images
+
+
+def test_the_tests_do_encode_in_stages(adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched_encoding(monkeypatch, adapter) as made:
+        both(adapter, HiRED(0.2), inputs_of(adapter))
+    assert [type(one) for one in made] == [StagedEncoding]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_dtypes(adapter: PlaceholderAdapter, attn: str, dtype: torch.dtype) -> None:
+    adapter.model.set_attn_implementation(attn)
+    adapter.model.to(dtype)
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs_of(adapter).items()}
+    whole, staged, one, other = both(adapter, HiRED(0.3), inputs)
+    for first, second in zip(whole.selections, staged.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    first, second = features(adapter, one), features(adapter, other)
+    assert torch.allclose(first.float(), second.float(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_everything_kept_is_bit_identical(adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count says only after the layout that nothing is dropped."""
+    inputs = inputs_of(adapter)
+    with torch.no_grad(), watched_encoding(monkeypatch, adapter) as made:
+        run = Run(HiRED(10_000), adapter)
+        reduced, rows = run.reduced(dict(inputs), generating=True)
+        assert rows is None
+        assert torch.equal(features(adapter, reduced), torch.cat(run.encode(inputs).packed))
+    assert [type(one) for one in made] == [StagedEncoding]
+
+
+def test_mixtures_are_those_of_the_whole(adapter: PlaceholderAdapter) -> None:
+    reducer = ComponentReducer(0.2, allocation=UniformAllocation(), selection=TopAttention(), merging=MeanOfRest())
+    _, staged, one, other = both(adapter, reducer, inputs_of(adapter))
+    assert any(selection.mixing is not None for selection in staged.selections)
+    assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+
+
+def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
+    inputs, grads = inputs_of(adapter, [[(112, 112)]]), []
+    run = Run(HiRED(0.3), adapter)
+    for encoding in (run.encode(inputs), None):
+        adapter.model.zero_grad()
+        reduced, _ = run.reduced(dict(inputs), generating=False, encoding=encoding)
+        features(adapter, reduced).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 10
+    for name in set(grads[0]) | set(grads[1]):
+        first, second = grads[0][name], grads[1][name]
+        assert float((first - second).norm()) <= 1e-4 * float(first.norm()) + 1e-6, name
+
+
+# --- and less is done -------------------------------------------------------------------------------------------------
+
+
+def test_dropped_tokens_see_neither_the_last_mlp_nor_the_projector() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
+    modules = {
+        **{f"mlp {index}": layer.mlp for index, layer in enumerate(layers)},
+        "last output": layers[last].self_attn.out_proj,
+        "projector": adapter.projector.linear_1,
+        "norm behind the tower": adapter.tower.post_layernorm,
+    }
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Run(HiRED(40, allocation=UniformAllocation()), adapter).reduced(dict(inputs), generating=True)
+    everything = 5 * (1 + 16)
+    assert (len(layers), last) == (4, 2)
+    assert seen == {
+        "mlp 0": [everything],
+        "mlp 1": [everything],
+        "mlp 2": [40],
+        "mlp 3": [],
+        "last output": [40],
+        "projector": [40],
+        "norm behind the tower": [],
+    }
+
+
+def test_a_strategy_that_reads_all_outputs_saves_the_projector_only() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    modules = {"mlp": adapter.tower_layers[2].mlp, "projector": adapter.projector.linear_1}
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Run(VisPruner(10), adapter).reduced(dict(inputs), generating=True)
+    assert seen == {"mlp": [5 * 17], "projector": [10]}
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Run(DivPrune(10), adapter).reduced(dict(inputs), generating=True)
+    assert seen == {"mlp": [5 * 17], "projector": [5 * 16]}
+
+
+@pytest.mark.parametrize(
+    ("allocation", "budget", "early", "late"),
+    [
+        (BaseTileAllocation(), 8, 1, 1),  # nothing is read: the others are never embedded
+        (SubImagesAllocation(), 8, 4, 4),
+        (VisualContentAllocation(base_share=1.0), 8, 5, 1),  # the first layer is read, then only the base tile goes on
+        (VisualContentAllocation(base_share=0.0), 64, 5, 4),
+        (VisualContentAllocation(base_share=1.0, layer=1), 8, 5, 5),  # the next layer is read, which all have seen
+    ],
+)
+def test_tiles_without_a_budget_go_no_further(allocation: Any, budget: int, early: int, late: int) -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    reducer = ComponentReducer(budget, allocation=allocation, selection=TopAttention())
+    modules = {f"{index}": layer.mlp for index, layer in enumerate(adapter.tower_layers[:2])}
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Run(reducer, adapter).reduced(dict(inputs), generating=True)
+    assert seen == {"0": [17 * early], "1": [17 * late]}
+    whole, staged, one, other = both(adapter, reducer, inputs)
+    assert torch.equal(whole.selections[0].kept, staged.selections[0].kept)
+    assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+
+
+def test_a_batch_leaves_out_the_tiles_of_each_image(adapter: PlaceholderAdapter) -> None:
+    """Images of different grids; in some families the base tile is encoded last."""
+    reducer = ComponentReducer(3, allocation=VisualContentAllocation(base_share=1.0), selection=TopAttention())
+    sizes = [[(112, 112)], [(60, 160), (150, 50)]]
+    if Run(reducer, adapter).missing:
+        pytest.skip("no attention")
+    inputs, at = inputs_of(adapter, sizes), adapter.feature_layer({}) - 1
+    layer = adapter.tower_layers[at]
+    with torch.no_grad(), sizes_seen({"layer": layer}) as seen:
+        whole, staged, one, other = both(adapter, reducer, inputs)
+    length = sequence_length(adapter)
+    assert seen["layer"] == [length * sum(s.geometry.tiles for s in whole.selections), length * 3]
+    for first, second in zip(whole.selections, staged.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+
+
+def sequence_length(adapter: PlaceholderAdapter) -> int:
+    """Length of the sequence of one tile in the tower."""
+    return int(adapter.has_cls) + adapter.token_grid[0] * adapter.token_grid[1] * adapter.pooling**2
+
+
+def test_what_is_not_known_beforehand() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    with torch.no_grad():
+        (image,) = Run(HiRED(4), adapter).encode(inputs_of(adapter, [[(112, 112)]])).images
+    pool = ComponentReducer(4, allocation=GlobalTopAllocation(), selection=TopAttention())
+    for reducer in (pool, DivPrune(4), HiRED(Budget(4, newlines="counted"))):
+        assert reducer.paid_tiles(image) is None
+    paid = HiRED(4).paid_tiles(image)
+    assert paid is not None
+    assert paid.tolist() == [granted > 0 for granted in HiRED(4).reduce(image).granted_per_tile]
+
+
+def test_a_shrunk_canvas_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
+    with watched_encoding(monkeypatch, adapter) as made:
+        for size in [(112, 112), (56, 112)]:
+            both(adapter, HiRED(0.3), inputs_of(adapter, [[size]]))
+    assert [type(one) for one in made] == [Encoding, StagedEncoding]
+
+
+# --- where it cannot be -----------------------------------------------------------------------------------------------
+
+
+def test_training_encodes_whole(adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    adapter.model.train()
+    with watched_encoding(monkeypatch, adapter) as made:
+        Run(HiRED(0.3), adapter).reduced(dict(inputs), generating=False)
+        with torch.no_grad():
+            Run(HiRED(0.3), adapter).reduced(dict(inputs), generating=False)
+        adapter.model.eval()
+        adapter.model.hf_device_map = {"a": 0, "b": "cpu"}  # accelerate moves weights module by module
+        with torch.no_grad():
+            Run(HiRED(0.3), adapter).reduced(dict(inputs), generating=False)
+    assert [type(one) for one in made] == [Encoding, StagedEncoding, Encoding]
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["kernel", "tail", "projector"])
+def test_nothing_is_left_behind(failure: type[BaseException], at: str) -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    last = adapter.tower_layers[adapter.feature_layer(inputs)]
+    where = {"kernel": last.self_attn.q_proj, "tail": last.mlp, "projector": adapter.projector}[at]
+
+    def state() -> list[Any]:
+        return [
+            (sorted(vars(module)), id(getattr(module, "config", None)), len(module._forward_pre_hooks))
+            for module in adapter.model.modules()
+        ]
+
+    before = state()
+
+    def fail(*args: Any) -> None:
+        raise failure
+
+    broken = where.register_forward_pre_hook(fail)
+    with pytest.raises(failure), torch.no_grad():
+        Run(HiRED(0.3), adapter).reduced(dict(inputs), generating=True)
+    broken.remove()
+    assert state() == before
+    with torch.no_grad():
+        Run(HiRED(0.3), adapter).reduced(dict(inputs), generating=True)
+    assert state() == before
+
+
+def test_too_few_tiles_are_refused() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
+    with pytest.raises(ValueError, match=r"pixel_values hold 1 pictures of \[5\] tiles, but their layouts have \[5, "):
+        Run(HiRED(0.3), adapter).reduced(inputs | {"pixel_values": inputs["pixel_values"][:1]}, generating=True)
