@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
 
 from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
@@ -20,7 +21,13 @@ class AyaVisionAdapter(TiledAdapter):
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
     pooling_in: ClassVar[str | None] = "downsample_factor"
+    staged: ClassVar[bool] = True
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches: the projector sees each token as a small picture."""
+        tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(patches))
+        return tokens.flatten(0, -2)
 
     @classmethod
     def example(cls) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
 
 from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
@@ -20,6 +21,13 @@ class Cohere2VisionAdapter(TiledAdapter):
     text_separator_side: ClassVar[TextSeparatorSide] = "after"
     projector_at: ClassVar[str | None] = None
     pooling_in: ClassVar[str | None] = "downsample_factor"
+    norm_at: ClassVar[str | None] = "post_layernorm"
+    staged: ClassVar[bool] = True
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches: the projector sees each token as a small picture."""
+        tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(patches))
+        return tokens.flatten(0, -2)
 
     @classmethod
     def example(cls) -> Any:

@@ -19,6 +19,8 @@ class DeepseekVLAdapter(SingleTileAdapter):
     tower_at: ClassVar[str] = "vision_model"
     projector_at: ClassVar[str | None] = "aligner"
     features_by_tile: ClassVar[bool] = True
+    norm_at: ClassVar[str | None] = "post_layernorm"
+    staged: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:

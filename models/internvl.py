@@ -23,6 +23,7 @@ class InternVLAdapter(TiledAdapter):
     model_class: ClassVar[str] = "InternVLForConditionalGeneration"
     layers_at: ClassVar[str] = "encoder.layer"
     attention_at: ClassVar[str] = "attention"
+    norm_at: ClassVar[str | None] = "layernorm"
     staged: ClassVar[bool] = True
 
     @cached_property
@@ -36,8 +37,8 @@ class InternVLAdapter(TiledAdapter):
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
         """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
-        if self.model.config.vision_feature_layer == -1:
-            patches = self.tower.layernorm(patches)
+        at_the_end = self.model.config.vision_feature_layer == -1
+        patches = self.normed(patches) if at_the_end else patches
         small = rearrange(patches, "tokens (p q) width -> tokens p q width", p=self.pooling)
         shuffled = self.model.base_model.pixel_shuffle(small, scale_factor=self.model.config.downsample_ratio)
         tokens: Tensor = self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]

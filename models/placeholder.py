@@ -6,8 +6,8 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -27,12 +27,13 @@ from tokenprune.image import (
     SEPARATOR,
     TEXT_SIGNALS,
     EncodedImage,
+    LazyImage,
     Signal,
     TileGeometry,
     token_dim,
 )
 from tokenprune.models.example import EXAMPLE_PAD, EXAMPLE_TEXT
-from tokenprune.models.probe import Tower, probe, wanted_layers
+from tokenprune.models.probe import Tower, instead, probe, wanted_layers
 from tokenprune.models.staged import StagedEncoding, TowerRun
 from tokenprune.models.text import example_text_model, question_in, text_tower
 
@@ -68,6 +69,9 @@ class PlaceholderAdapter(Adapter):
     """Which field of what it returns fills the placeholders."""
     resizable: ClassVar[bool] = False
     """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
+    norm_at: ClassVar[str | None] = None
+    """Where the norm is in the tower that its outputs pass before they are used; None if the model takes them as the
+    layer puts them out."""
     staged: ClassVar[bool] = False
     """Whether images can be encoded only as far as somebody reads: all layers of the tower are given the same beside
     the hidden states, the projector maps each visual token by itself, and an image is nothing but such tokens and
@@ -270,7 +274,11 @@ class PlaceholderAdapter(Adapter):
         arguments = self.vision_arguments(inputs)
         wanted = self.wanted(needs, feature_layer)
         projected = any("projector_inputs" in kinds for kinds in wanted.values())
-        with probe(self.tower_parts(layouts), wanted) as captured, self.projector_probe(projected) as before:
+        with (
+            self.needed_part(wanted, feature_layer),
+            probe(self.tower_parts(layouts), wanted) as captured,
+            self.projector_probe(projected) as before,
+        ):
             outputs = self.run_vision(arguments, layouts)
         if projected:
             captured["projector_inputs", feature_layer] = before
@@ -281,10 +289,11 @@ class PlaceholderAdapter(Adapter):
                 signals[aligned, index] = [text_tower(text_model).align(source) for source in sources]
         packed = self.features(outputs, layouts)
         shown = self.pictures(inputs, layouts, pictures)
-        images = [
-            EncodedImage(
+        images: list[EncodedImage] = [
+            LazyImage(
                 geometry=layout,
-                features=layout.unpack(packed[number].detach()),
+                make=partial(layout.unpack, packed[number].detach()),
+                at=packed[number].device,
                 signals={key: found[number] for key, found in signals.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
@@ -374,8 +383,12 @@ class PlaceholderAdapter(Adapter):
             patches: what the feature layers put out for the patches of each token, row by row, `[tokens, patches,
                 width]`.
         """
-        tokens: Tensor = self.projector(patches.transpose(0, 1))[0]
+        tokens: Tensor = self.projector(self.normed(patches).transpose(0, 1))[0]
         return tokens
+
+    def normed(self, patches: Tensor) -> Tensor:
+        """Return outputs of the feature layers as the model uses them."""
+        return patches if self.norm_at is None else torch.as_tensor(attrgetter(self.norm_at)(self.tower)(patches))
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the vision inputs that a call brings."""
@@ -395,6 +408,23 @@ class PlaceholderAdapter(Adapter):
         patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
         segments = patches if self.one_sequence else None
         return Tower(self.tower_layers, self.attention_at, self.cls, segments, pooling=self.pooling_head)
+
+    @contextmanager
+    def needed_part(self, wanted: Mapping[int, set[str]], feature_layer: int) -> Iterator[None]:
+        """Let layers behind the last needed one, and a pooling head that nobody reads, do nothing in the block.
+
+        Args:
+            wanted: kinds of signals per layer index.
+            feature_layer: index of the layer whose output the model uses.
+        """
+        read_head = any("pooling_attention" in kinds for kinds in wanted.values())
+        last = len(self.tower_layers) if read_head or not self.staged else max([feature_layer, *wanted])
+        with ExitStack() as undo:
+            for layer in self.tower_layers[last + 1 :]:
+                undo.enter_context(instead(layer, lambda hidden, *args, **kwargs: hidden))
+            if self.pooling_head is not None and not read_head:
+                undo.enter_context(instead(self.tower.head, lambda hidden_state, **kwargs: hidden_state[:, 0]))
+            yield
 
     @contextmanager
     def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:

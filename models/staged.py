@@ -66,7 +66,7 @@ class TowerRun:
         self._depth = 0
         self._hidden: Tensor | None = None
         self._rest: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._halted: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._halted: tuple[Tensor, Tensor] | None = None
 
     def leave_out(self, unpaid: Tensor) -> None:
         """Encode some tiles no further; the signals of deeper layers are zero there.
@@ -154,15 +154,17 @@ class TowerRun:
 
     def _halt(
         self, kernel: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> None:
-        self._halted = key, value, mask
+    ) -> Any:
+        if mask is not None:  # it belongs to all queries of the layer, so the layer runs whole
+            return kernel(module, query, key, value, mask, **kwargs)
+        self._halted = key, value
         raise _Halt
 
     def _tail(self, tile: Tensor, place: Tensor) -> Tensor:
         """Run the last layer on some tokens, which attend to all tokens of their tile, `[some, width]`."""
         assert self._hidden is not None
         assert self._halted is not None
-        keys, values, mask = self._halted
+        keys, values = self._halted
         counts = torch.zeros(len(keys), dtype=torch.long, device=tile.device).scatter_add(
             0, tile, torch.ones_like(tile)
         )
@@ -170,7 +172,7 @@ class TowerRun:
         longest = int(counts.max())
 
         def attend(
-            kernel: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, none: Any, **kwargs: Any
+            kernel: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
         ) -> tuple[Tensor, None]:
             queries = query.new_zeros(len(keys), longest, *query.shape[1::2])
             queries[tile, slot] = query[0].transpose(0, 1)
@@ -308,6 +310,9 @@ class StagedEncoding(Encoding):
     def _features(self, number: int) -> Tensor:
         return self.layouts[number].unpack(self.packed[number].detach())
 
+    def _projector_inputs(self) -> Tensor:
+        return self.adapter.normed(self.run.everything()[:, self.run.tower.prefix :])
+
     def _signal(self, key: Key, number: int) -> Tensor:
         kind, layer = key
         if key not in self.signals:
@@ -317,8 +322,7 @@ class StagedEncoding(Encoding):
                 ]
             else:
                 self.run.run(layer)
-                whole = kind == "projector_inputs"
-                found = self.run.everything()[:, self.run.tower.prefix :] if whole else self.run.captured[key]
+                found = self._projector_inputs() if kind == "projector_inputs" else self.run.captured[key]
                 self.signals[key] = self.adapter.by_image(kind, [found.detach()], self.layouts, self.given)
         return self.signals[key][number]
 

@@ -194,8 +194,11 @@ def test_flops_are_those_of_the_plain_call(tiny: Subject, inputs: Any) -> None:
     count(tiny, inputs, full)
     assert sum(plain.flops.values()) == counter.get_total_flops()
     capture = full.flops.pop("signal capture")
-    assert {name: spent for name, spent in full.flops.items() if spent} == {n: s for n, s in plain.flops.items() if s}
-    assert 0 < capture < 0.01 * sum(full.flops.values())
+    # The layer behind the features is all that attaching saves.
+    assert 0.7 < full.flops.pop("vision encode") / plain.flops["vision encode"] < 0.9
+    rest = {name: spent for name, spent in plain.flops.items() if spent and name != "vision encode"}
+    assert {name: spent for name, spent in full.flops.items() if spent} == rest
+    assert 0 < capture < 0.01 * sum(plain.flops.values())
     assert set(plain.operators) >= {str(SDPA_ON_CPU), "aten.mm", "aten.addmm"}
     assert sum(plain.operators.values()) == sum(plain.flops.values())
 

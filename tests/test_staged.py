@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import batch, tiny_model
 from tokenprune.adapter import Encoding, adapters
 from tokenprune.attach import Run
 from tokenprune.budget import Budget
@@ -104,9 +105,8 @@ def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
-@pytest.mark.parametrize("budget", [0.05, 0.3])
-def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str, budget: float) -> None:
-    reducer = strategies()[name](budget)  # type: ignore[call-arg]
+def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str) -> None:
+    reducer = strategies()[name](0.3)  # type: ignore[call-arg]
     if Run(reducer, adapter).missing or reducer.stage == "image":
         pytest.skip("the family gives no such signals")
     if reducer.reads_question:
@@ -151,6 +151,8 @@ def test_everything_kept_is_bit_identical(adapter: PlaceholderAdapter, monkeypat
 
 def test_mixtures_are_those_of_the_whole(adapter: PlaceholderAdapter) -> None:
     reducer = ComponentReducer(0.2, allocation=UniformAllocation(), selection=TopAttention(), merging=MeanOfRest())
+    if Run(reducer, adapter).missing:
+        pytest.skip("the projector pools")
     _, staged, one, other = both(adapter, reducer, inputs_of(adapter))
     assert any(selection.mixing is not None for selection in staged.selections)
     assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
@@ -273,6 +275,34 @@ def test_a_shrunk_canvas_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> No
         for size in [(112, 112), (56, 112)]:
             both(adapter, HiRED(0.3), inputs_of(adapter, [[size]]))
     assert [type(one) for one in made] == [Encoding, StagedEncoding]
+
+
+@pytest.mark.parametrize("reducer", [HiRED(1.0), HiRED(1.0, selection=TopAttention(layer=-1))], ids=["22", "23"])
+def test_a_whole_encoding_runs_needed_layers_alone(adapter: PlaceholderAdapter, reducer: HiRED) -> None:
+    inputs, layers = inputs_of(adapter, [[(112, 112)]]), adapter.tower_layers
+    needed = max([adapter.feature_layer(inputs), *adapter.wanted(reducer.needs, adapter.feature_layer(inputs))])
+    behind = {f"{index}": layer.mlp for index, layer in enumerate(layers)}
+    with torch.no_grad(), sizes_seen(behind) as seen:
+        encoding = Run(reducer, adapter).encode(inputs)
+    assert [bool(seen[str(index)]) for index in range(len(layers))] == [index <= needed for index in range(len(layers))]
+    with torch.no_grad():
+        plain = adapter.model.base_model.get_image_features(
+            **{name: inputs[name] for name in adapter.image_inputs if name in inputs}, return_dict=True
+        )
+    assert torch.equal(
+        torch.cat(encoding.packed), torch.cat([one.flatten(0, -2) for one in plain[adapter.features_in]])
+    )
+
+
+def test_a_pooling_head_runs_only_if_it_is_read() -> None:
+    adapter = LlavaNextAdapter(tiny_model("llava_next", tower="siglip"))
+    inputs = dict(batch("llava_next", [(112, 112)], tower="siglip"))
+    for attention, times in (("auto", 0), ("pooling", 1)):
+        with torch.no_grad(), sizes_seen({"head": adapter.tower.head.mlp}) as seen:
+            run = Run(HiRED(0.5, attention=attention), adapter)
+            run.encode(inputs)
+            run.reduced(dict(inputs), generating=True)
+        assert len(seen["head"]) == 2 * times
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

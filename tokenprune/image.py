@@ -489,22 +489,26 @@ class LazyImage(EncodedImage):
 
     Args:
         geometry: the layout of the tiles.
+        features: the features, if they are there already (`dataclasses.replace` gives them).
+        signals: captured tensors by (kind, layer index).
         make: makes the features, `[tiles, tokens, dim]`.
         at: where they will be.
-        features: the features, if they are there already (`dataclasses.replace` gives them).
         rest: the other fields of `EncodedImage`.
     """
 
     def __init__(
         self,
         geometry: TileGeometry,
+        features: Tensor | None = None,
+        signals: Mapping[Key, Tensor] | None = None,
+        *,
         make: Callable[[], Tensor] | None = None,
         at: torch.device | None = None,
-        features: Tensor | None = None,
         **rest: Any,
     ) -> None:
         known = {one.name: one.default for one in fields(EncodedImage) if one.default is not MISSING}
-        values = {"signals": {}, "depths": {}, **known, **rest, "geometry": geometry, "_make": make, "_at": at}
+        given = {"geometry": geometry, "signals": signals or {}, "_make": make, "_at": at}
+        values = {"depths": {}, **known, **rest, **given}
         values |= {} if features is None else {"features": features}
         vars(self).update(values)  # frozen, like every encoded image
 
