@@ -101,8 +101,8 @@ def test_visual_content_reads_the_layer_it_is_told_to() -> None:
     assert granted(VisualContentAllocation(0.5), 10, image) == [5, 5, 0, 0, 0]
     assert granted(VisualContentAllocation(0.5, layer=-1), 10, image) == [5, 0, 0, 0, 5]
     assert granted(VisualContentAllocation(0.5, layer=["first", -1]), 9, image) == [5, 3, 0, 0, 1]
-    assert VisualContentAllocation(layer=-1).content(image) == [0, 0, 0, 0.25]
-    assert VisualContentAllocation().content(image) == [0.5, 0, 0, 0]  # heads are summed
+    assert VisualContentAllocation(layer=-1).content(image).tolist() == [0, 0, 0, 0.25]
+    assert VisualContentAllocation().content(image).tolist() == [0.5, 0, 0, 0]  # heads are summed
 
 
 def test_visual_content_reads_the_base_tile_only() -> None:

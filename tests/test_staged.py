@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import batch, tiny_model
 from tokenprune.adapter import Encoding, adapters
@@ -303,6 +304,33 @@ def test_a_pooling_head_runs_only_if_it_is_read() -> None:
             run.encode(inputs)
             run.reduced(dict(inputs), generating=True)
         assert len(seen["head"]) == 2 * times
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts the operators that make a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
+    waits = []
+    for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
+        adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+        inputs = inputs_of(adapter, [[(112, 112)]] * size)
+        run = Run(HiRED(budget, allocation=UniformAllocation()), adapter)
+        run.selections.extend([None] * 8)  # type: ignore[list-item]  # no pictures for drawing
+        with torch.no_grad(), NumbersRead() as read:
+            run.reduced(dict(inputs), generating=True)
+        waits.append(read.times)
+    assert waits[0] == waits[1]
+    assert waits[2] == waits[3]
+    assert waits[2] - waits[0] <= 2 * 16  # a further picture
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from tokenprune.image import TileGeometry
 
 
@@ -118,4 +121,34 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
         for part in by_remainder[:left]:
             share[part] += 1
         left = 0
+    return share
+
+
+def apportioned(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
+    """Divide as `apportion` does, in tensors of one shape and without reading a number: for compiled regions.
+
+    In float64 instead of exact fractions: shares that are equal, or whole numbers, up to rounding may fall otherwise.
+
+    Args:
+        total: units to divide; more than the capacities hold is cut.
+        weights: non-negative weight of each part, `[parts]`.
+        capacity: most units that each part can take, `[parts]`.
+
+    Returns:
+        Units per part, `[parts]`.
+    """
+    weights, capacity = weights.double(), capacity.long()
+    share = torch.zeros_like(capacity)
+    left = capacity.sum().clamp(max=total)
+    for _ in range(len(weights) + 1):  # each round fills a part, or is the last
+        room = capacity - share
+        paying = torch.where(room > 0, weights, 0)
+        paying = torch.where(paying.sum() > 0, paying, room)  # only parts of weight zero have room
+        quota = left * paying / paying.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        overfull = (quota >= room) & (paying > 0)
+        whole = quota.floor().long()
+        rank = (quota - whole).argsort(descending=True, stable=True).argsort()
+        rest = whole + (rank < left - whole.sum())
+        added = torch.where(overfull.any(), torch.where(overfull, room, 0), rest)
+        share, left = share + added, left - added.sum()
     return share

@@ -54,6 +54,18 @@ class AllocationPolicy(Component, ABC):
             Tokens per tile, base tile first, `[tiles]`; never above `capacity`.
         """
 
+    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Return in which proportion the tiles share the budget, float64 `[tiles]`, without reading a number.
+
+        Policies that can be part of one compiled graph (`ComponentReducer.mask`) write it.
+
+        Args:
+            image: the encoded image.
+            capacity: most tokens that each tile can keep, `[tiles]`.
+            scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
+        """
+        raise NotImplementedError(f"{self!r} does not say its shares in tensors, so it is part of no compiled graph")
+
 
 @dataclass
 class SelectionPolicy(Component, ABC):

@@ -79,12 +79,19 @@ class TileGeometry:
         """Number of tokens of one tile."""
         return self.token_grid[0] * self.token_grid[1]
 
+    def to(self, device: torch.device | str) -> TileGeometry:
+        """Return the same layout with its tensors on a device, for graphs that must not copy."""
+        return replace(self, regions=self.regions.to(device), packed=self.packed.to(device))
+
     @cached_property
     def valid(self) -> Tensor:
         """Which tokens survive the model's own unpadding, bool `[tiles, tokens]`."""
-        mask = torch.zeros(self.tiles * self.tokens, dtype=torch.bool, device=self.packed.device)
-        mask[self.packed[self.packed != SEPARATOR]] = True
-        return mask.view(self.tiles, self.tokens)
+        total = self.tiles * self.tokens
+        mask = torch.zeros(total + 1, dtype=torch.bool, device=self.packed.device)
+        mask[torch.where(self.packed == SEPARATOR, total, self.packed)] = (
+            True  # newlines mark the entry behind the last
+        )
+        return mask[:total].view(self.tiles, self.tokens)
 
     @cached_property
     def separators(self) -> int:

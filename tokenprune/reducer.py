@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, as_budget
+from tokenprune.budget import Budget, apportioned, as_budget
 from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.saliency import SOURCES, Attention, SecondLook
-from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image
+from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image, top_per_tile
 
 if TYPE_CHECKING:
     from tokenprune.attach import Run
@@ -381,6 +381,34 @@ class ComponentReducer(TokenReducer):
             order = rank.argsort(stable=True)
         before = self.merging is not None and self.merging.before_projector
         return replace(selection, mixing=mixing, before_projector=before and mixing is not None, order=order)
+
+    def mask(self, image: EncodedImage) -> Tensor:
+        """Return the kept tokens alone, bool `[tiles, tokens]`: one graph of one shape, that reads no number.
+
+        The same tokens as `select` keeps, without what is drawn, counted and checked; for
+        ``torch.compile(reducer.mask, fullgraph=True)`` and CUDA graphs. Ties of shares may fall otherwise
+        (`apportioned`).
+
+        Args:
+            image: the encoded image; `image.geometry.valid` must have been read before.
+
+        Raises:
+            ValueError: if a part of the strategy decides step by step, or newlines are counted.
+        """
+        plain = type(self.selection).pick is SelectionPolicy.pick and self.merging is None and self.order is None
+        budget = as_budget(self.budget)
+        if not plain or self.allocation.ignores_tiles or budget.newlines == "counted":
+            raise ValueError(
+                f"{self!r} is no single graph: it needs a selection that ranks scores, an allocation by tiles, no "
+                "merging, no order, and free newlines; use select"
+            )
+        geometry = image.geometry
+        valid = geometry.valid.to(image.device)
+        candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
+        scores = self.selection.score(image).float().masked_fill(~candidates, -torch.inf)
+        capacity = candidates.sum(dim=1)
+        granted = apportioned(budget.asked(geometry), self.allocation.weights(image, capacity, scores), capacity)
+        return top_per_tile(scores, granted, candidates) & valid
 
     def _pick(
         self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor

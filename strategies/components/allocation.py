@@ -92,32 +92,37 @@ class VisualContentAllocation(AllocationPolicy):
         """The CLS attention of the chosen layer."""
         return (Signal("cls_attention", self.layer),)
 
-    def content(self, image: EncodedImage) -> list[float]:
-        """Return the visual content ``s_i`` of each sub-image, `[sub_images]`."""
-        attention = reduce(image.cls_attention(self.layer)[0], "heads tokens -> tokens", "sum").double().cpu()
+    def content(self, image: EncodedImage) -> Tensor:
+        """Return the visual content ``s_i`` of each sub-image, float64 `[sub_images]`."""
+        attention = reduce(image.cls_attention(self.layer)[0], "heads tokens -> tokens", "sum").double()
         if self.statistic == "top_count":
             number = int(attention.numel() * (1 - self.base_share))
-            attention = top_of_image(attention[None], number, torch.ones(1, attention.numel(), dtype=torch.bool))[
-                0
-            ].double()
-        coverage = base_tile_coverage(image.geometry, self.region).double().cpu()
-        content: list[float] = (coverage @ attention).tolist()
-        return content
+            everywhere = torch.ones_like(attention, dtype=torch.bool)
+            attention = top_of_image(attention[None], number, everywhere[None])[0].double()
+        return base_tile_coverage(image.geometry, self.region).to(attention.device).double() @ attention
+
+    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Return the base tile's share and those of the sub-images; all alike if attention is on none of them."""
+        if self.rounding == "floor":
+            return super().weights(image, capacity, scores)
+        if not image.geometry.sub_images:
+            return torch.ones(1, dtype=torch.float64, device=capacity.device)
+        content = self.content(image).to(capacity.device)
+        content = torch.where(content.sum() > 0, content, capacity[1:])
+        shares = (1 - self.base_share) * content / content.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.cat([shares.new_full((1,), self.base_share), shares])
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by visual content."""
-        content = self.content(image) if image.geometry.sub_images else []
+        if self.rounding == "largest_remainder":
+            shares: list[float] = self.weights(image, torch.tensor(capacity), scores).tolist()
+            return apportion(total, shares, capacity)
+        content: list[float] = self.content(image).tolist() if image.geometry.sub_images else []
         mass = sum(content)
-        if self.rounding == "floor":
-            base = min(int(total * self.base_share) if content else total, capacity[0])
-            rest = min(total - base, sum(capacity[1:]))
-            shares = [int(rest * part / mass) if mass else 0 for part in content]
-            return [base, *(min(share, room) for share, room in zip(shares, capacity[1:], strict=True))]
-        if not content:
-            return apportion(total, [1.0], capacity)
-        if not mass:  # no attention on any sub-image: treat them alike
-            content, mass = [float(room) for room in capacity[1:]], float(sum(capacity[1:])) or 1.0
-        return apportion(total, [self.base_share, *((1 - self.base_share) * part / mass for part in content)], capacity)
+        base = min(int(total * self.base_share) if content else total, capacity[0])
+        rest = min(total - base, sum(capacity[1:]))
+        floored = [int(rest * part / mass) if mass else 0 for part in content]
+        return [base, *(min(share, room) for share, room in zip(floored, capacity[1:], strict=True))]
 
 
 @dataclass
@@ -131,14 +136,21 @@ class ScoreMassAllocation(AllocationPolicy):
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
+    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Return the score mass of the tiles, or their size if there is none."""
+        if self.rounding == "floor":
+            return super().weights(image, capacity, scores)
+        mass = scores.double().clamp(min=0).sum(dim=1).to(capacity.device)
+        return torch.where(mass.sum() > 0, mass, capacity)
+
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by score mass."""
         if self.rounding == "floor" and total and len(capacity) > 1:
             sums = scores.clamp(min=0).sum(dim=1)  # float32, since it decides what is rounded down
             granted: list[int] = (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).tolist()
             return [min(share, room) for share, room in zip(granted, capacity, strict=True)]
-        mass: list[float] = scores.double().clamp(min=0).sum(dim=1).tolist()
-        return apportion(total, mass if sum(mass) > 0 else [float(room) for room in capacity], capacity)
+        mass: list[float] = self.weights(image, torch.tensor(capacity), scores).tolist()
+        return apportion(total, mass, capacity)
 
 
 @dataclass
@@ -157,6 +169,12 @@ class UniformAllocation(AllocationPolicy):
         """That tokens are granted whatever they score."""
         return False
 
+    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Return the same for all tiles."""
+        if self.rounding == "floor":
+            return super().weights(image, capacity, scores)
+        return torch.ones_like(capacity, dtype=torch.float64)
+
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget evenly."""
         if self.rounding == "floor":
@@ -172,6 +190,10 @@ class ProportionalAllocation(AllocationPolicy):
     def reads_scores(self) -> bool:
         """That tokens are granted whatever they score."""
         return False
+
+    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Return the tokens that each tile can keep."""
+        return capacity.double()
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by tile size."""
