@@ -28,6 +28,7 @@ from tokenprune.experiments.bench.ledger import BEFORE, DECODE, ENCODE, OWN, PRE
 from tokenprune.experiments.bench.machine import peak_memory, wait_for
 from tokenprune.experiments.bench.spread import Ratio, Spread
 from tokenprune.experiments.bench.subject import Size, Subject, picture
+from tokenprune.experiments.cost.meter import Meter
 from tokenprune.reducer import TokenReducer
 
 T = TypeVar("T")
@@ -257,10 +258,13 @@ def count(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome) -> None
     def ledger() -> Ledger:
         return Ledger(counter.get_total_flops)
 
-    _, _, booked, run = call(
-        subject, inputs, outcome.variant, tokens, ledger=ledger, around=counter, forwarded=forwarded
-    )
+    meter = Meter(subject.model.device.type)
+    with meter.phase() as work:  # what is alive at once; CUDA tells it by itself, resident memory on a CPU does not
+        _, _, booked, run = call(
+            subject, inputs, outcome.variant, tokens, ledger=ledger, around=counter, forwarded=forwarded
+        )
     assert booked is not None
+    outcome.memory["tensors"] = work.peak_bytes
     outcome.flops = {name: int(spent) for name, spent in booked.spent.items()}
     outcome.operators = {str(name): int(spent) for name, spent in counter.get_flop_counts()["Global"].items()}
     if run is None:
@@ -275,7 +279,7 @@ def watch_memory(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome, 
     """Fill in the memory at the peak of an ordinary call."""
     with peak_memory(subject.model.device) as found:
         call(subject, inputs, outcome.variant, tokens)
-    outcome.memory = found
+    outcome.memory |= found
 
 
 def cache_bytes(cache: Any) -> int:
@@ -464,6 +468,7 @@ def ratios(one: Outcome, plain: Outcome, setting: Setting, protocol: Protocol) -
     peak = "allocated" if "allocated" in one.memory else "resident"
     if one.memory.get(peak) and plain.memory.get(peak):
         found["memory"] = plain.memory[peak] / one.memory[peak]
+    found["tensors"] = plain.memory["tensors"] / one.memory["tensors"]
     return found
 
 

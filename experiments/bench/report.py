@@ -95,7 +95,7 @@ def overview(setting: Result) -> Tables:
         "encode": ["encode, ms", "speed-up", "FLOP ratio", "capture + reducer + rewrite, % of plain vision encode"],
         "encode and prefill": ["visual tokens", "encode + prefill, ms", "speed-up", "FLOP ratio", "attained"],
         "generation": ["TTFT, ms", "speed-up", "ms per decode step", "new tokens/s"],
-        "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "peak memory, MB"],
+        "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "tensors alive, MB", "peak memory, MB"],
     }
     tables = {name: [["variant", *head]] for name, head in heads.items()}
     for one in setting["variants"]:
@@ -128,6 +128,7 @@ def overview(setting: Result) -> Tables:
                 f"{one['prompt_length']:,}",
                 f"{one['flops']['to_first_token'] / 1e12:.4g}",
                 number(one["kv_bytes"] / 1e6),
+                number(one["memory"]["tensors"] / 1e6),
                 memory(one["memory"]),
             ],
         }

@@ -49,10 +49,14 @@ class Meter(TorchDispatchMode):
 
     Tensors on the CPU that meet one on the meta device are taken as if they were there, too: sizes must be real numbers
     for the model's own arithmetic on layouts.
+
+    Args:
+        device: where tensors are followed: on the meta device, or on that of a model that really runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.live = 0
         self.phases = 0
         self.work = Work()
@@ -95,7 +99,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _bear(self, storage: Any) -> None:
-        if storage._cdata in self._born or storage.device.type != "meta":
+        if storage._cdata in self._born or storage.device.type != self.device:
             return
         self._born[storage._cdata] = (self.phases, storage.nbytes())
         self.live += storage.nbytes()
