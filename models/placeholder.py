@@ -34,7 +34,7 @@ from tokenprune.image import (
 )
 from tokenprune.models.example import EXAMPLE_PAD, EXAMPLE_TEXT
 from tokenprune.models.probe import Tower, instead, probe, wanted_layers
-from tokenprune.models.staged import StagedEncoding, TowerRun
+from tokenprune.models.staged import Pending, StagedEncoding, TowerRun
 from tokenprune.models.text import example_text_model, question_in, text_tower
 
 
@@ -358,7 +358,7 @@ class PlaceholderAdapter(Adapter):
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a model that does not fit is refused first
             align(pixels.new_zeros(1, 1, self.tower.config.hidden_size))
         run = TowerRun(self.tower_parts(layouts), start, len(pixels), self.wanted(needs, max(at)), at)
-        return StagedEncoding(self, inputs, layouts, run, align, self.pictures(inputs, layouts, pictures))
+        return StagedEncoding(Pending(self, inputs, layouts, run, align), self.pictures(inputs, layouts, pictures))
 
     def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
         """Return whether the images of a call can be encoded in stages.

@@ -19,8 +19,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenprune.adapter import Encoding
-from tokenprune.image import ALIGNED_FROM, ALIGNED_SIGNALS, SEPARATOR, Key, LazyImage, TileGeometry, WhenRead
+from tokenprune.adapter import Encoding, taken
+from tokenprune.image import (
+    ALIGNED_FROM,
+    ALIGNED_SIGNALS,
+    SEPARATOR,
+    EncodedImage,
+    Key,
+    LazyImage,
+    TileGeometry,
+    WhenRead,
+)
 from tokenprune.models.probe import OUTPUTS, Tower, detour, probe
 
 if TYPE_CHECKING:
@@ -57,8 +66,10 @@ class TowerRun:
         self.features_at = features_at
         self.last = max(features_at)
         """The last layer that features need."""
-        self.whole = max(wanted, default=0) > self.last or bool(wanted.get(self.last, set()) & WHOLE)
-        """Whether all tokens are needed behind it."""
+        self.end = max([self.last, *wanted])
+        """The last layer that anything needs."""
+        self.outputs_read = bool(wanted.get(self.end, set()) & WHOLE)
+        """Whether its output is a signal; else only attention is read there."""
         self.captured: dict[Key, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.active: Tensor | None = None
@@ -95,7 +106,7 @@ class TowerRun:
             self._embed()
         while self._depth <= layer and self._halted is None:
             index = self._depth
-            halting = index == self.last and not self.whole
+            halting = index == self.end and not self.outputs_read
             stopped = detour(self._attention(index), self._halt) if halting else nullcontext()
             with stopped, probe(self.tower, {index: self.wanted.get(index, set())}) as captured, suppress(_Halt):
                 self._hidden = self._forward(index, self._hidden)
@@ -107,7 +118,7 @@ class TowerRun:
 
     def everything(self) -> Tensor:
         """Return the outputs of the feature layers side by side, `[tiles, sequence, width]`."""
-        self._run_to_the_end()
+        self.run(self.last)
         if self._halted is not None and self.last not in self.outputs:
             self.outputs[self.last] = self._forward(self.last, self._hidden)
         return self._at_all_tiles(torch.cat([self.outputs[index] for index in self.features_at], dim=-1))
@@ -119,17 +130,15 @@ class TowerRun:
             tile: the tile of each, in ascending order, `[some]`.
             place: its place in the sequence of the tile, `[some]`.
         """
-        self._run_to_the_end()
+        self.run(self.last)
         if self.active is not None:
             row = torch.zeros(self.tiles, dtype=torch.long, device=tile.device)
-            tile = row.scatter(0, self.active, torch.arange(len(self.active), device=tile.device))[tile]
+            active = self.active.to(tile.device)
+            tile = row.scatter(0, active, torch.arange(len(active), device=tile.device))[tile]
         found = {index: value[tile, place] for index, value in self.outputs.items()}
         if self.last not in found:
             found[self.last] = self._tail(tile, place)
         return torch.cat([found[index] for index in self.features_at], dim=-1)
-
-    def _run_to_the_end(self) -> None:
-        self.run(max([self.last, *self.wanted]))
 
     def _attention(self, index: int) -> Any:
         return getattr(self.tower.layers[index], self.tower.attention)
@@ -190,57 +199,48 @@ class TowerRun:
         return whole
 
 
-class StagedEncoding(Encoding):
-    """The images of one call, encoded as far as somebody reads.
+class Pending:
+    """The images of one call, as far as they are encoded. Images refer to it, and it to none: it goes with the last.
 
     Args:
         adapter: the adapter of the model.
-        inputs: the model inputs of the call.
+        given: the model inputs of the call.
         layouts: the layouts of the images; all have the same token grid.
         run: the tower.
         align: brings a signal into the space that is shared with the text tower.
-        pictures: the first images for drawing.
     """
-
-    adapter: PlaceholderAdapter
-    given: Mapping[str, Any]
-    layouts: Sequence[TileGeometry]
-    run: TowerRun
-    align: Callable[[Tensor], Tensor]
-    signals: dict[Key, list[Tensor]]
-    staged: ClassVar[bool] = True
 
     def __init__(
         self,
         adapter: PlaceholderAdapter,
-        inputs: Mapping[str, Any],
+        given: Mapping[str, Any],
         layouts: Sequence[TileGeometry],
         run: TowerRun,
         align: Callable[[Tensor], Tensor],
-        pictures: Sequence[Tensor],
     ) -> None:
-        known: dict[str, Any] = {
-            "images": [],
-            "outputs": None,
-            "inputs": adapter.vision_arguments(inputs),
-            "videos": None,
-        }
-        own = {"adapter": adapter, "given": inputs, "layouts": layouts, "run": run, "align": align, "signals": {}}
-        vars(self).update({**known, **own})  # frozen, like every encoding
-        found = [(kind, layer) for layer, kinds in run.wanted.items() for kind in kinds]
-        self.images.extend(
+        self.adapter, self.given, self.layouts, self.run, self.align = adapter, given, layouts, run, align
+        self.signals: dict[Key, list[Tensor]] = {}
+
+    def images(self, pictures: Sequence[Tensor]) -> list[EncodedImage]:
+        """Return what strategies see.
+
+        Args:
+            pictures: the first images for drawing.
+        """
+        found = [(kind, layer) for layer, kinds in self.run.wanted.items() for kind in kinds]
+        return [
             LazyImage(
                 geometry=layout,
                 make=partial(self._features, number),
-                at=inputs[adapter.pixels].device,
+                at=self.given[self.adapter.pixels].device,
                 signals=WhenRead({key: partial(self._signal, key, number) for key in found}),
-                layers=len(adapter.tower_layers),
-                feature_layer=run.last,
-                newline=adapter.newline,
+                layers=len(self.adapter.tower_layers),
+                feature_layer=self.run.last,
+                newline=self.adapter.newline,
                 pixels=pictures[number] if number < len(pictures) else None,
             )
-            for number, layout in enumerate(layouts)
-        )
+            for number, layout in enumerate(self.layouts)
+        ]
 
     def leave_out(self, paid: Sequence[Tensor | None]) -> None:
         """Encode tiles of which nothing can stay no further than they are.
@@ -271,14 +271,14 @@ class StagedEncoding(Encoding):
             masks: which packed positions stay, bool `[length]` each.
         """
         if "packed" in vars(self):  # made already, for a strategy that reads features
-            return super().kept(masks)
+            return taken(self.packed, masks)
         places = in_model_order(self.layouts, masks, self.adapter.base_first)
         total, tokens = sum(one.tiles for one in self.layouts), self.layouts[0].tokens
         stays = torch.zeros(total * tokens + 1, dtype=torch.bool, device=masks[0].device)
         stays[torch.cat(places)] = True  # newlines (-1) mark the entry behind the last token
         found = stays[:-1].nonzero()[:, 0]
         if not len(found):
-            return super().kept(masks)
+            return taken(self.packed, masks)
         number = stays[:-1].long().cumsum(dim=0) - 1
         at = self.run.tower.prefix + self._patches.to(found.device)[found % tokens]
         tile = (found // tokens).repeat_interleave(at.shape[1])
@@ -325,6 +325,36 @@ class StagedEncoding(Encoding):
                 found = self._projector_inputs() if kind == "projector_inputs" else self.run.captured[key]
                 self.signals[key] = self.adapter.by_image(kind, [found.detach()], self.layouts, self.given)
         return self.signals[key][number]
+
+
+class StagedEncoding(Encoding):
+    """The images of one call, encoded as far as somebody reads.
+
+    Args:
+        pending: their state.
+        pictures: the first images for drawing.
+    """
+
+    pending: Pending
+    staged: ClassVar[bool] = True
+
+    def __init__(self, pending: Pending, pictures: Sequence[Tensor]) -> None:
+        known = {"images": pending.images(pictures), "outputs": None, "videos": None, "pending": pending}
+        # Frozen, like every encoding.
+        vars(self).update(known, inputs=pending.adapter.vision_arguments(pending.given))
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """Each image as the model would feed it to the LLM, newlines included, `[length, dim]` each."""
+        return self.pending.packed
+
+    def leave_out(self, paid: Sequence[Tensor | None]) -> None:
+        """Encode tiles of which nothing can stay no further than they are."""
+        self.pending.leave_out(paid)
+
+    def kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return what stays of each image; only that goes through the rest of the tower and the projector."""
+        return self.pending.kept(masks)
 
 
 def in_model_order(layouts: Sequence[TileGeometry], masks: Sequence[Tensor], base_first: bool) -> list[Tensor]:

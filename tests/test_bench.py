@@ -20,6 +20,7 @@ from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli import main
 from tokenprune.experiments.architectures import architectures
+from tokenprune.experiments.bench import steps
 from tokenprune.experiments.bench.command import bench_parser
 from tokenprune.experiments.bench.ledger import BEFORE, DECODE, PHASES, Ledger, watched
 from tokenprune.experiments.bench.machine import peak_memory
@@ -299,6 +300,32 @@ def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
         f"phase: {name}" for name in BEFORE if name not in ("generate", "packing")
     }
     assert "aten::addmm" in files[1].read_text()
+
+
+def test_each_step_does_less_than_the_one_before(tiny: Subject) -> None:
+    found = steps.measure(tiny, (112, 56), 0.3, 2, lambda text: None)
+    spent = [sum(step.flops.values()) for step in found.values()]
+    capture = found["chosen afterwards"].flops["signal capture"]
+    assert spent[1] == spent[0] + capture  # the plain model, and the attention that is read
+    assert spent[1] > spent[2] > spent[3] > spent[4]
+    assert found["chosen afterwards"].flops["projector"] == found["needed layers"].flops["projector"]
+    assert found["needed layers"].flops["vision encode"] == found["projector on kept tokens"].flops["vision encode"]
+    assert found["projector on kept tokens"].flops["projector"] == found["last layer on kept tokens"].flops["projector"]
+    data = steps.as_data(found)
+    assert data["plain"]["of_plain"] == {"median": 1.0, "interval": [1.0, 1.0], "coverage": 0.5}
+    assert all(len(one["ms"]["values"]) == 2 for one in data.values())
+
+
+def test_steps_from_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model mini --size 80x160 --repeats 1 --device cpu --out steps.json"
+    assert steps.main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "mini, HiRED at 20 %, 80x160 pixels, 1 rounds in turns" in out
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 2 + 5
+    assert set(json.loads(Path("steps.json").read_text())["steps"]) == set(steps.STEPS)
+    with pytest.raises(SystemExit):
+        steps.main(["--model", "mini", "--size", "80"])
+    assert "--size 80: give height x width in pixels" in capsys.readouterr().err
 
 
 def test_intervals_count_what_they_cover() -> None:

@@ -146,6 +146,25 @@ def test_compiled_parts_answer_the_same(compiled: str, budget: float) -> None:
         assert torch.allclose(answer(model), expected, atol=1e-4)
 
 
+def test_a_static_budget_compiles_the_llm_once() -> None:
+    """Without newlines that depend on the picture, the prompt has one length."""
+    torch._dynamo.reset()
+    model, graphs = tiny_model("llava_next"), list[Any]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.base_model.language_model.compile(backend=backend)
+    lengths, made = set(), []
+    for seed in range(4):
+        with torch.no_grad(), HiRED(0.3, newlines="drop")(model):
+            lengths.add(model(**batch("llava_next", [(112, 112)], seed=seed)).logits.shape[1])
+        made.append(len(graphs))
+    assert len(lengths) == 1
+    assert made[0] == made[-1] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_cuda_graph_replays_with_other_pictures() -> None:

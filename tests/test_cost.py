@@ -72,6 +72,14 @@ def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | Non
     assert counted.weight_bytes == sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
 
 
+def test_published_code_encodes_whole() -> None:
+    model = on_the_meta_device(LlavaNextAdapter)
+    full, short, published = count(model, SIZE), count(model, SIZE, 0.3), count(model, SIZE, 0.3, whole=True)
+    assert published.encode.flops == full.encode.flops > short.encode.flops
+    assert published.tower_flops > short.tower_flops
+    assert published.prefill.flops == short.prefill.flops < full.prefill.flops
+
+
 def test_a_decode_step_is_what_really_runs() -> None:
     model, inputs, text = example(LlavaNextAdapter)
     with torch.inference_mode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -331,6 +333,28 @@ def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
     assert waits[0] == waits[1]
     assert waits[2] == waits[3]
     assert waits[2] - waits[0] <= 2 * 16  # a further picture
+
+
+def test_what_was_encoded_is_gone_before_the_llm_runs(adapter: PlaceholderAdapter) -> None:
+    """No collector is needed: a cycle would keep hidden states, keys and values through the prefill."""
+    model, inputs, alive = adapter.model, inputs_of(adapter, [[(112, 112)]]), list[int]()
+    model.generation_config.eos_token_id = None
+    born: list[weakref.ref[Any]] = []
+    layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
+    watch = layer.register_forward_hook(lambda module, args, output: born.append(weakref.ref(output)))
+    count = adapter.decoder.register_forward_pre_hook(lambda *given: alive.append(sum(r() is not None for r in born)))
+    gc.collect()
+    gc.disable()
+    try:
+        for reducer in (HiRED(0.3), DivPrune(0.3)):
+            with reducer(model):
+                model.generate(**inputs, max_new_tokens=1)
+    finally:
+        gc.enable()
+        watch.remove()
+        count.remove()
+    assert len(born) == 2
+    assert alive == [0, 0]
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

@@ -79,11 +79,16 @@ class Encoding:
         Args:
             masks: which packed positions stay, bool `[length]` each.
         """
-        return [features[mask.to(features.device)] for features, mask in zip(self.packed, masks, strict=True)]
+        return taken(self.packed, masks)
 
     def repeated(self, times: int) -> Encoding:
         """Return the encoding of the same images again and again, for several questions about them."""
         return Encoding(self.images * times, self.packed * times, self.outputs, self.inputs)
+
+
+def taken(packed: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return what stays of images as they would enter the LLM, `[kept, dim]` each."""
+    return [features[mask.to(features.device)] for features, mask in zip(packed, masks, strict=True)]
 
 
 class Adapter(ABC):

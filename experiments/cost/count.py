@@ -206,6 +206,7 @@ def count(
     text_tokens: int = 60,
     newlines: Any = "keep_rows",
     all_logits: bool = False,
+    whole: bool = False,
 ) -> Counted:
     """Count one batch: encode, prefill, one decode step.
 
@@ -218,6 +219,7 @@ def count(
         newlines: which newlines stay, as in `TokenReducer.newlines`.
         all_logits: logits for the whole prompt in float32, as transformers made them before 4.45, not for its last
             token alone.
+        whole: encode pictures whole before tokens are chosen, as published code does.
 
     Raises:
         TypeError: if no adapter knows the model.
@@ -247,7 +249,7 @@ def count(
                 name: _pixels(value, batch, dtype) if name == adapter.pixels else torch.cat([value] * batch)
                 for name, value in inputs.items()
             }
-            encoded = encode(adapter, given, layout, batch, selection)
+            encoded = encode(adapter, given, layout, batch, None if whole else selection)
         with meter.phase() as prefill:
             cache, logits = step(tokens.prompt, 0, None)
         kv_bytes = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values))

@@ -1,7 +1,8 @@
 """HiRED's Table 4 beside what is predicted for it: LLaVA-NeXT-7B on a Tesla P40.
 
 The setting is that of the script published with the paper (run_HiRED_sys_report.py): float16, a picture of 600 x 600,
-15 new tokens, no newline tokens, logits of the whole prompt in float32 as transformers made them then.
+15 new tokens, no newline tokens, logits of the whole prompt in float32 as transformers made them then, pictures encoded
+whole.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def compare(rows: Sequence[Published] = PUBLISHED, llm_layers: int | None = None
     eager, fused = on_meta(config), on_meta(config, attention=FUSED)
     for row in rows:
         made = [
-            count(model, (600, 600), row.budget, row.batch, TEXT_TOKENS, newlines="drop", all_logits=True)
+            count(model, (600, 600), row.budget, row.batch, TEXT_TOKENS, newlines="drop", all_logits=True, whole=True)
             for model in (eager, fused)
         ]
         with_eager, with_fused = (predict(one, device, NEW_TOKENS) for one in made)
