@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import einsum, repeat
 from torch import Tensor
@@ -75,11 +77,20 @@ def received(
     key = _match_heads(key, query).transpose(-1, -2)
     total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
     context = key.shape[-1] - query.shape[2]
-    asking = torch.ones(len(query), query.shape[2], device=query.device) if real is None else real[:, context:].float()
-    for part, counts in zip(torch.split(query, chunk, dim=2), torch.split(asking, chunk, dim=1), strict=True):
-        rows = _without_padding((part @ key) * scaling, real).softmax(dim=-1, dtype=torch.float32)
-        total += (rows * counts[:, None, :, None]).sum(dim=2)
-    return total[:, :, context + prefix :] / asking.sum(dim=1)[:, None, None]
+    for part, counts in zip(torch.split(query, chunk, dim=2), _asking(query, real, context, chunk), strict=True):
+        logits = part @ key
+        logits *= scaling  # in place, as what follows: these are the largest tensors here
+        rows = _without_padding(logits, real).softmax(dim=-1, dtype=torch.float32)
+        total += rows.sum(dim=2) if counts is None else rows.mul_(counts[:, None, :, None]).sum(dim=2)
+    asked = query.shape[2] if real is None else real[:, context:].float().sum(dim=1)[:, None, None]
+    return total[:, :, context + prefix :] / asked
+
+
+def _asking(query: Tensor, real: Tensor | None, context: int, chunk: int) -> Sequence[Tensor | None]:
+    """Return for each chunk of queries which of them count, `[tiles, queries]`; None is all."""
+    if real is None:
+        return [None] * -(-query.shape[2] // chunk)
+    return torch.split(real[:, context:].float(), chunk, dim=1)
 
 
 def _without_padding(logits: Tensor, real: Tensor | None) -> Tensor:

@@ -140,6 +140,9 @@ class ScoreMassAllocation(AllocationPolicy):
         """Return the score mass of the tiles, or their size if there is none."""
         if self.rounding == "floor":
             return super().weights(image, capacity, scores)
+        return self._mass(capacity, scores)
+
+    def _mass(self, capacity: Tensor, scores: Tensor) -> Tensor:
         mass = scores.double().clamp(min=0).sum(dim=1).to(capacity.device)
         return torch.where(mass.sum() > 0, mass, capacity)
 
@@ -149,7 +152,7 @@ class ScoreMassAllocation(AllocationPolicy):
             sums = scores.clamp(min=0).sum(dim=1)  # float32, since it decides what is rounded down
             granted: list[int] = (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).tolist()
             return [min(share, room) for share, room in zip(granted, capacity, strict=True)]
-        mass: list[float] = self.weights(image, torch.tensor(capacity), scores).tolist()
+        mass: list[float] = self._mass(torch.tensor(capacity), scores).tolist()
         return apportion(total, mass, capacity)
 
 
