@@ -563,12 +563,20 @@ class PlaceholderAdapter(Adapter):
             ).hidden_states
             wanted = [hidden[index] for index in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
             features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
-            places = layout.resized(grid)[0].packed.to(features.device)
-            image = features[places.clamp(min=0)]
-            if self.newline is not None:
-                image[places == SEPARATOR] = self.newline.to(image.dtype)
-            packed.append(image)
+            packed.append(self.laid_out(features, layout.resized(grid)[0].packed.to(features.device)))
         return packed
+
+    def laid_out(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return visual tokens and newlines as they enter the LLM, `[length, dim]`.
+
+        Args:
+            tokens: the visual tokens, `[some, dim]`.
+            places: which of them stands at each position, or `SEPARATOR` for a newline, `[length]`.
+        """
+        laid = tokens[places.clamp(min=0)]
+        if self.newline is None:
+            return laid
+        return torch.where(places[:, None] == SEPARATOR, self.newline.to(laid.dtype), laid)
 
     def hand_over(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None

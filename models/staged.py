@@ -262,7 +262,8 @@ class Pending:
         hidden = self.run.everything()[:, self.run.tower.prefix :]
         flat = self.adapter.visual_tokens(hidden[:, self._patches].flatten(0, 1))
         every = [torch.ones(len(one.packed), dtype=torch.bool, device=flat.device) for one in self.layouts]
-        return self._laid_out(flat, in_model_order(self.layouts, every, self.adapter.base_first))
+        places = in_model_order(self.layouts, every, self.adapter.base_first)
+        return [self.adapter.laid_out(flat, one) for one in places]
 
     def kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """Return what stays of each image; only that goes through the rest of the tower and the projector.
@@ -283,7 +284,7 @@ class Pending:
         at = self.run.tower.prefix + self._patches.to(found.device)[found % tokens]
         tile = (found // tokens).repeat_interleave(at.shape[1])
         flat = self.adapter.visual_tokens(self.run.some(tile, at.flatten()).unflatten(0, at.shape))
-        return self._laid_out(flat, [torch.where(one < 0, one, number[one]) for one in places])
+        return [self.adapter.laid_out(flat, torch.where(one == SEPARATOR, one, number[one])) for one in places]
 
     @cached_property
     def _patches(self) -> Tensor:
@@ -291,21 +292,6 @@ class Pending:
         (height, width), side = self.layouts[0].token_grid, self.adapter.pooling
         order, sizes = self.adapter.patch_order, {"h": height, "w": width, "p": side, "q": side}
         return rearrange(torch.arange(height * width * side**2), f"{order} -> (h w) (p q)", **sizes)
-
-    def _laid_out(self, flat: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
-        """Return images of visual tokens, `[length, dim]` each.
-
-        Args:
-            flat: the visual tokens, `[some, dim]`.
-            places: which of them stands at each position, -1 for a newline, `[length]` each.
-        """
-        laid, newline = [flat[one.clamp(min=0)] for one in places], self.adapter.newline
-        if newline is None:
-            return laid
-        return [
-            torch.where(one[:, None] < 0, newline.to(image.dtype), image)
-            for one, image in zip(places, laid, strict=True)
-        ]
 
     def _features(self, number: int) -> Tensor:
         return self.layouts[number].unpack(self.packed[number].detach())

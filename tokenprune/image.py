@@ -88,9 +88,8 @@ class TileGeometry:
         """Which tokens survive the model's own unpadding, bool `[tiles, tokens]`."""
         total = self.tiles * self.tokens
         mask = torch.zeros(total + 1, dtype=torch.bool, device=self.packed.device)
-        mask[torch.where(self.packed == SEPARATOR, total, self.packed)] = (
-            True  # newlines mark the entry behind the last
-        )
+        behind = torch.where(self.packed == SEPARATOR, total, self.packed)  # newlines: the entry that is cut off
+        mask[behind] = True
         return mask[:total].view(self.tiles, self.tokens)
 
     @cached_property

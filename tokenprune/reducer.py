@@ -332,7 +332,7 @@ class ComponentReducer(TokenReducer):
         if not alone or self.allocation.reads_scores or self.allocation.ignores_tiles or budget.newlines == "counted":
             return None
         valid = image.geometry.valid.to(image.device)
-        candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
+        candidates = self._candidates(valid)
         capacity: list[int] = candidates.sum(dim=1).tolist()
         total = min(budget.asked(image.geometry), sum(capacity))
         granted = self.allocation.allocate(image, total, capacity, torch.zeros(valid.shape, device=image.device))
@@ -347,7 +347,7 @@ class ComponentReducer(TokenReducer):
         else:
             places = torch.arange(geometry.tiles * geometry.tokens, device=device).view(geometry.tiles, -1)
         valid = image.geometry.valid.to(device)
-        candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
+        candidates = self._candidates(valid)
         scores = checked_scores(self.selection, image, candidates)
         capacity = candidates.sum(dim=1).tolist()
         chosen: list[tuple[Tensor, Tensor, Merged | None]] = []  # of every try; the last answers for its own mask
@@ -382,6 +382,10 @@ class ComponentReducer(TokenReducer):
         before = self.merging is not None and self.merging.before_projector
         return replace(selection, mixing=mixing, before_projector=before and mixing is not None, order=order)
 
+    def _candidates(self, valid: Tensor) -> Tensor:
+        """Return the tokens that are chosen from, bool `[tiles, tokens]`."""
+        return torch.ones_like(valid) if self.padding == "ignore" else valid
+
     def mask(self, image: EncodedImage) -> Tensor:
         """Return the kept tokens alone, bool `[tiles, tokens]`: one graph of one shape, that reads no number.
 
@@ -404,7 +408,7 @@ class ComponentReducer(TokenReducer):
             )
         geometry = image.geometry
         valid = geometry.valid.to(image.device)
-        candidates = torch.ones_like(valid) if self.padding == "ignore" else valid
+        candidates = self._candidates(valid)
         scores = self.selection.score(image).float().masked_fill(~candidates, -torch.inf)
         capacity = candidates.sum(dim=1)
         granted = apportioned(budget.asked(geometry), self.allocation.weights(image, capacity, scores), capacity)
