@@ -2,8 +2,8 @@
 
 The tower's layers run one by one, up to the one that a strategy reads. Of the last needed layer only the attention rows
 are made; its output projection and its MLP wait until it is known which tokens stay, and run on these alone, as does
-the projector. Tiles of which nothing can stay go no further than the layer that said so. Layers behind the last needed
-one, and the pooling head, do not run.
+the projector. Tiles of which nothing can stay go no further than the layer that said so; where the base tile alone says
+so, it runs ahead, and they do not begin. Layers behind the last needed one, and the pooling head, do not run.
 
 Every layer runs its own `forward` with the user's kernel. Dropped tokens still are keys and values of the last layer.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +44,58 @@ class _Halt(BaseException):  # no error: handlers of errors in between must not 
     """Leaves the tower or a layer in the middle."""
 
 
+@dataclass
+class Reached:
+    """How far some tiles are encoded.
+
+    Args:
+        tiles: which ones, in ascending order, `[active]`; None is all.
+        depth: layers that have run.
+        hidden: what the last of them put out, `[active, sequence, width]`; None before the first.
+        rest: what every layer is given beside it.
+        outputs: the outputs of feature layers by layer index.
+        halted: keys and values of the layer at `depth`, if it stopped behind its attention.
+    """
+
+    tiles: Tensor | None = None
+    depth: int = 0
+    hidden: Tensor | None = None
+    rest: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    halted: tuple[Tensor, ...] | None = None
+
+    @property
+    def bound(self) -> bool:
+        """Whether layers are given something beside the hidden states that may belong to these very tiles."""
+        return any(isinstance(one, Tensor) for one in [*self.rest[0], *self.rest[1].values()])
+
+    def part(self, rows: Tensor, tiles: Tensor) -> Reached:
+        """Return some of the tiles alone.
+
+        Args:
+            rows: which rows of all tensors, `[some]`.
+            tiles: what tiles these are, `[some]`.
+        """
+        assert self.hidden is not None
+        outputs = {index: value[rows] for index, value in self.outputs.items()}
+        halted = None if self.halted is None else tuple(one[rows] for one in self.halted)
+        return replace(self, tiles=tiles, hidden=self.hidden[rows], outputs=outputs, halted=halted)
+
+    def beside(self, other: Reached) -> Reached:
+        """Return these tiles and other ones that are as far, not yet in order."""
+        assert self.hidden is not None
+        assert other.hidden is not None
+        halted = None
+        if self.halted is not None and other.halted is not None:
+            halted = tuple(map(torch.cat, zip(self.halted, other.halted, strict=True)))
+        return replace(
+            self,
+            hidden=torch.cat([self.hidden, other.hidden]),
+            outputs={i: torch.cat([one, other.outputs[i]]) for i, one in self.outputs.items() if i in other.outputs},
+            halted=halted,
+        )
+
+
 class TowerRun:
     """A vision tower under way.
 
@@ -71,30 +124,55 @@ class TowerRun:
         self.outputs_read = bool(wanted.get(self.end, set()) & WHOLE)
         """Whether its output is a signal; else only attention is read there."""
         self.captured: dict[Key, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
-        self.active: Tensor | None = None
-        """The tiles that are still encoded, `[active]`; None is all."""
-        self._depth = 0
-        self._hidden: Tensor | None = None
-        self._rest: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._halted: tuple[Tensor, Tensor] | None = None
+        self.at = Reached()
+        """The tiles that are still encoded, and how far they are."""
+        self.ahead = False
+        """Whether these run ahead, and others may follow."""
 
-    def leave_out(self, unpaid: Tensor) -> None:
-        """Encode some tiles no further; the signals of deeper layers are zero there.
+    def begin_with(self, tiles: Tensor) -> None:
+        """Encode some tiles only, until `leave_out` says which others follow; signals of those are zero until then.
 
         Args:
-            unpaid: the tiles, bool `[tiles]`.
+            tiles: the tiles that run ahead, in ascending order, `[ahead]`.
         """
-        given = [*self._rest[0], *self._rest[1].values()]
-        if self._depth > self.last or self._halted or any(isinstance(one, Tensor) for one in given):
-            return  # everything has run, or goes on with something that may belong to the tiles
-        stay = (~unpaid).nonzero()[:, 0]
-        if len(stay) in (0, self.tiles):
-            return
-        if self._hidden is not None:
-            self._hidden = self._hidden[stay]
-            self.outputs = {index: value[stay] for index, value in self.outputs.items()}
-        self.active = stay
+        if self.at.hidden is None and len(tiles) < self.tiles:
+            self.at, self.ahead = Reached(tiles), True
+
+    def leave_out(self, unpaid: Tensor) -> None:
+        """Encode some tiles no further; their signals of deeper layers are zero, and all of them if they did not begin.
+
+        Args:
+            unpaid: the tiles, bool `[tiles]`; if that is all of them, nothing is left out.
+        """
+        ahead, self.ahead = self.ahead, False
+        stay = torch.arange(self.tiles) if bool(unpaid.all()) else (~unpaid).nonzero()[:, 0]
+        if self.at.hidden is None or (ahead and self.at.bound):
+            self.at = Reached(stay if len(stay) < self.tiles else None)
+        elif ahead:
+            self._let_follow(stay)
+        elif len(stay) < self.tiles and not (self.at.depth > self.last or self.at.halted or self.at.bound):
+            self.at = self.at.part(stay, stay)
+
+    def _let_follow(self, stay: Tensor) -> None:
+        """Bring tiles to where those are that ran ahead.
+
+        Args:
+            stay: all tiles that are encoded from now on, `[active]`.
+        """
+        first, before = self.at, self.captured
+        assert first.tiles is not None
+        rows = torch.isin(first.tiles, stay).nonzero()[:, 0]
+        both = first.part(rows, first.tiles[rows])
+        following = stay[~torch.isin(stay, first.tiles)]
+        if len(following):
+            self.at, self.captured = Reached(following), {}
+            self.run(first.depth - (first.halted is None))
+            # Each has zeros where the other has tiles.
+            self.captured = {key: value + self.captured[key] for key, value in before.items()}
+            both = both.beside(self.at)
+        order = torch.cat([first.tiles[rows], following]).argsort()
+        self.at = both.part(order, stay)
+        self.at.tiles = stay if len(stay) < self.tiles else None
 
     def run(self, layer: int) -> None:
         """Run the tower up to a layer, and capture what is wanted on the way.
@@ -102,26 +180,26 @@ class TowerRun:
         Args:
             layer: index of the layer. Of the last one that features need only the attention runs, if that will do.
         """
-        if self._hidden is None:
+        if self.at.hidden is None:
             self._embed()
-        while self._depth <= layer and self._halted is None:
-            index = self._depth
+        while self.at.depth <= layer and self.at.halted is None:
+            index = self.at.depth
             halting = index == self.end and not self.outputs_read
             stopped = detour(self._attention(index), self._halt) if halting else nullcontext()
             with stopped, probe(self.tower, {index: self.wanted.get(index, set())}) as captured, suppress(_Halt):
-                self._hidden = self._forward(index, self._hidden)
-                self._depth += 1
+                self.at.hidden = self._forward(index, self.at.hidden)
+                self.at.depth += 1
                 if index in self.features_at:
-                    self.outputs[index] = self._hidden
+                    self.at.outputs[index] = self.at.hidden
             for key, parts in captured.items():
                 self.captured[key] = self._at_all_tiles(torch.cat(parts))
 
     def everything(self) -> Tensor:
         """Return the outputs of the feature layers side by side, `[tiles, sequence, width]`."""
         self.run(self.last)
-        if self._halted is not None and self.last not in self.outputs:
-            self.outputs[self.last] = self._forward(self.last, self._hidden)
-        return self._at_all_tiles(torch.cat([self.outputs[index] for index in self.features_at], dim=-1))
+        if self.at.halted is not None and self.last not in self.at.outputs:
+            self.at.outputs[self.last] = self._forward(self.last, self.at.hidden)
+        return self._at_all_tiles(torch.cat([self.at.outputs[index] for index in self.features_at], dim=-1))
 
     def some(self, tile: Tensor, place: Tensor) -> Tensor:
         """Return the outputs of the feature layers for some tokens, `[some, width]`.
@@ -131,11 +209,11 @@ class TowerRun:
             place: its place in the sequence of the tile, `[some]`.
         """
         self.run(self.last)
-        if self.active is not None:
+        if self.at.tiles is not None:
             row = torch.zeros(self.tiles, dtype=torch.long, device=tile.device)
-            active = self.active.to(tile.device)
+            active = self.at.tiles.to(tile.device)
             tile = row.scatter(0, active, torch.arange(len(active), device=tile.device))[tile]
-        found = {index: value[tile, place] for index, value in self.outputs.items()}
+        found = {index: value[tile, place] for index, value in self.at.outputs.items()}
         if self.last not in found:
             found[self.last] = self._tail(tile, place)
         return torch.cat([found[index] for index in self.features_at], dim=-1)
@@ -147,18 +225,18 @@ class TowerRun:
         """Run the tower up to its first layer, and note what its layers are given beside the hidden states."""
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._hidden, self._rest = args[0], (args[1:], kwargs)
+            self.at.hidden, self.at.rest = args[0], (args[1:], kwargs)
             raise _Halt
 
         hook = self.tower.layers[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
             with suppress(_Halt):
-                self.start(self.active)
+                self.start(self.at.tiles)
         finally:
             hook.remove()
 
     def _forward(self, index: int, hidden: Tensor | None) -> Tensor:
-        output = self.tower.layers[index](hidden, *self._rest[0], **self._rest[1])
+        output = self.tower.layers[index](hidden, *self.at.rest[0], **self.at.rest[1])
         return torch.as_tensor(output[0] if isinstance(output, tuple) else output)
 
     def _halt(
@@ -166,14 +244,14 @@ class TowerRun:
     ) -> Any:
         if mask is not None:  # it belongs to all queries of the layer, so the layer runs whole
             return kernel(module, query, key, value, mask, **kwargs)
-        self._halted = key, value
+        self.at.halted = key, value
         raise _Halt
 
     def _tail(self, tile: Tensor, place: Tensor) -> Tensor:
         """Run the last layer on some tokens, which attend to all tokens of their tile, `[some, width]`."""
-        assert self._hidden is not None
-        assert self._halted is not None
-        keys, values = self._halted
+        assert self.at.hidden is not None
+        assert self.at.halted is not None
+        keys, values = self.at.halted
         counts = torch.zeros(len(keys), dtype=torch.long, device=tile.device).scatter_add(
             0, tile, torch.ones_like(tile)
         )
@@ -188,14 +266,14 @@ class TowerRun:
             return kernel(module, queries.transpose(1, 2), keys, values, mask, **kwargs)[0][tile, slot][None], None
 
         with detour(self._attention(self.last), attend):
-            return self._forward(self.last, self._hidden[tile, place][None])[0]
+            return self._forward(self.last, self.at.hidden[tile, place][None])[0]
 
     def _at_all_tiles(self, value: Tensor) -> Tensor:
         """Return a tensor of the active tiles with zeros for the others, `[tiles, ...]`."""
-        if self.active is None or len(value) == self.tiles:
+        if self.at.tiles is None or len(value) == self.tiles:
             return value
         whole = value.new_zeros(self.tiles, *value.shape[1:])
-        whole[self.active] = value
+        whole[self.at.tiles] = value
         return whole
 
 
@@ -221,17 +299,18 @@ class Pending:
         self.adapter, self.given, self.layouts, self.run, self.align = adapter, given, layouts, run, align
         self.signals: dict[Key, list[Tensor]] = {}
 
-    def images(self, pictures: Sequence[Tensor]) -> list[EncodedImage]:
+    def images(self, pictures: Sequence[Tensor] = (), features: bool = True) -> list[EncodedImage]:
         """Return what strategies see.
 
         Args:
             pictures: the first images for drawing.
+            features: whether features can be made.
         """
         found = [(kind, layer) for layer, kinds in self.run.wanted.items() for kind in kinds]
         return [
             LazyImage(
                 geometry=layout,
-                make=partial(self._features, number),
+                make=partial(self._features if features else self._no_features, number),
                 at=self.given[self.adapter.pixels].device,
                 signals=WhenRead({key: partial(self._signal, key, number) for key in found}),
                 layers=len(self.adapter.tower_layers),
@@ -248,13 +327,22 @@ class Pending:
         Args:
             paid: for each image which of its tiles can keep tokens, base tile first, bool `[tiles]`; None is all.
         """
-        if all(one is None for one in paid):
+        if all(one is None for one in paid) and not self.run.ahead:
             return
+        if self.run.ahead:
+            self.signals.clear()
         stay = []
         for one, layout in zip(paid, self.layouts, strict=True):
             tiles = torch.ones(layout.tiles, dtype=torch.bool) if one is None else one.cpu()
             stay.append(tiles if self.adapter.base_first else tiles.roll(-1))
         self.run.leave_out(~torch.cat(stay))
+
+    def base_tiles(self) -> list[EncodedImage]:
+        """Return the images with signals of their base tiles alone, until `leave_out`."""
+        ends = torch.tensor([one.tiles for one in self.layouts]).cumsum(dim=0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self.run.begin_with(starts if self.adapter.base_first else ends - 1)
+        return self.images(features=False)
 
     @cached_property
     def packed(self) -> list[Tensor]:
@@ -296,6 +384,12 @@ class Pending:
     def _features(self, number: int) -> Tensor:
         return self.layouts[number].unpack(self.packed[number].detach())
 
+    def _no_features(self, number: int) -> Tensor:
+        raise ValueError(
+            f"features of image {number} were read to say which tiles are paid for, but only base tiles are encoded "
+            "then; do not declare base_tile_alone"
+        )
+
     def _projector_inputs(self) -> Tensor:
         return self.adapter.normed(self.run.everything()[:, self.run.tower.prefix :])
 
@@ -333,6 +427,10 @@ class StagedEncoding(Encoding):
     def packed(self) -> list[Tensor]:
         """Each image as the model would feed it to the LLM, newlines included, `[length, dim]` each."""
         return self.pending.packed
+
+    def base_tiles(self) -> list[EncodedImage]:
+        """Return the images with signals of their base tiles alone, which are encoded first; `leave_out` comes next."""
+        return self.pending.base_tiles()
 
     def leave_out(self, paid: Sequence[Tensor | None]) -> None:
         """Encode tiles of which nothing can stay no further than they are."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
+from tokenprune.budget import apportion
 from tokenprune.catalogue import strategies
+from tokenprune.components import AllocationPolicy
 from tokenprune.conformance import CHECKS, LAYERS, check_reducer
+from tokenprune.reducer import ComponentReducer
+from tokenprune.strategies.components.selection import TopAttention
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
@@ -182,6 +186,32 @@ class GivesUpTooMuch(Attention):
 
     def paid_tiles(self, image: EncodedImage) -> Tensor:
         return torch.arange(image.geometry.tiles) == 0
+
+
+@dataclass
+class BaseTileOnly(AllocationPolicy):
+    """Says that it reads the base tile alone, and pays for tiles that CLS looks at."""
+
+    base_tile_alone: ClassVar[bool] = True
+
+    @property
+    def reads_scores(self) -> bool:
+        return False
+
+    @property
+    def needs(self) -> list[Signal]:
+        return [Signal("cls_attention", "first")]
+
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+        mass = image.cls_attention("first").sum(dim=(1, 2))
+        return apportion(total, mass.tolist(), capacity)
+
+
+def test_a_base_tile_that_is_not_alone() -> None:
+    report = check_reducer(ComponentReducer(0.3, allocation=BaseTileOnly(), selection=TopAttention()))
+    (failed,) = [result for result in report.results if result.passed is False and result.name == "unpaid tiles"]
+    assert "and the base tile's signals" in failed.detail
+    assert "expected [True, True, True, False, False], saw [True, False, False, False, False]" in failed.detail
 
 
 MISTAKES = {

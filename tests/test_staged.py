@@ -6,8 +6,8 @@ import gc
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from tokenprune.adapter import Encoding, adapters
 from tokenprune.attach import Run
 from tokenprune.budget import Budget
 from tokenprune.catalogue import strategies
+from tokenprune.image import EncodedImage
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.placeholder import PlaceholderAdapter
@@ -175,6 +176,14 @@ def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
         assert float((first - second).norm()) <= 1e-4 * float(first.norm()) + 1e-6, name
 
 
+@dataclass
+class ReadsAll(VisualContentAllocation):
+    """Looks at all tiles."""
+
+    base_tile_alone: ClassVar[bool] = False
+    base_share: float = 1.0
+
+
 # --- and less is done -------------------------------------------------------------------------------------------------
 
 
@@ -218,21 +227,27 @@ def test_a_strategy_that_reads_all_outputs_saves_the_projector_only() -> None:
 @pytest.mark.parametrize(
     ("allocation", "budget", "early", "late"),
     [
-        (BaseTileAllocation(), 8, 1, 1),  # nothing is read: the others are never embedded
-        (SubImagesAllocation(), 8, 4, 4),
-        (VisualContentAllocation(base_share=1.0), 8, 5, 1),  # the first layer is read, then only the base tile goes on
-        (VisualContentAllocation(base_share=0.0), 64, 5, 4),
-        (VisualContentAllocation(base_share=1.0, layer=1), 8, 5, 5),  # the next layer is read, which all have seen
+        (BaseTileAllocation(), 8, [1], [1]),  # nothing is read: the others are never embedded
+        (SubImagesAllocation(), 8, [4], [4]),
+        (VisualContentAllocation(base_share=1.0), 8, [1], [1]),  # the base tile is read, and the others never embedded
+        (VisualContentAllocation(base_share=0.0), 64, [1, 4], [4]),  # it goes no further itself
+        (VisualContentAllocation(), 80, [1, 4], [5]),  # all are paid for, and follow
+        (VisualContentAllocation(layer=1), 80, [1, 4], [1, 4]),
+        (VisualContentAllocation(layer=(0, 1), base_share=0.0), 64, [1, 4], [1, 4]),
+        (VisualContentAllocation(layer="feature"), 80, [1, 4], [1, 4]),  # up to where tokens are chosen
+        (VisualContentAllocation(layer=3), 80, [1, 4], [1, 4]),  # behind it
+        (VisualContentAllocation(layer=3, base_share=0.0), 64, [1, 4], [1, 4]),
+        (ReadsAll(), 8, [5], [1]),  # not the base tile alone: all are read before it is known
     ],
 )
-def test_tiles_without_a_budget_go_no_further(allocation: Any, budget: int, early: int, late: int) -> None:
+def test_tiles_without_a_budget_go_no_further(allocation: Any, budget: int, early: list[int], late: list[int]) -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
     inputs = inputs_of(adapter, [[(112, 112)]])
     reducer = ComponentReducer(budget, allocation=allocation, selection=TopAttention())
     modules = {f"{index}": layer.mlp for index, layer in enumerate(adapter.tower_layers[:2])}
     with torch.no_grad(), sizes_seen(modules) as seen:
         Run(reducer, adapter).reduced(dict(inputs), generating=True)
-    assert seen == {"0": [17 * early], "1": [17 * late]}
+    assert seen == {"0": [17 * tiles for tiles in early], "1": [17 * tiles for tiles in late]}
     whole, staged, one, other = both(adapter, reducer, inputs)
     assert torch.equal(whole.selections[0].kept, staged.selections[0].kept)
     assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
@@ -253,6 +268,35 @@ def test_a_batch_leaves_out_the_tiles_of_each_image(adapter: PlaceholderAdapter)
     for first, second in zip(whole.selections, staged.selections, strict=True):
         assert torch.equal(first.kept, second.kept)
     assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("layer", ["first", "feature", (0, -1)])
+def test_the_base_tile_runs_ahead(adapter: PlaceholderAdapter, layer: Any) -> None:
+    """Few tokens: some sub-images are paid for, in some pictures; the selection reads what the allocation read."""
+    sizes = [[(112, 112)], [(60, 160), (150, 50)], [(112, 112)]]
+    inputs = inputs_of(adapter, sizes)
+    reducer = HiRED(4, allocation=VisualContentAllocation(layer=layer), selection=TopAttention(layer=layer))
+    with torch.no_grad(), sizes_seen({"mlp": adapter.tower_layers[0].mlp}) as seen:
+        whole, staged, one, other = both(adapter, reducer, inputs)
+    length, tiles = sequence_length(adapter), sum(s.geometry.tiles for s in whole.selections)
+    paid = [sum(granted > 0 for granted in s.granted_per_tile) for s in staged.selections]
+    followed = [] if tiles == 4 else [sum(paid) - 4]  # some families have one tile an image
+    assert seen["mlp"] == [length * number for number in (tiles, 4, *followed)]
+    assert tiles == 4 or 4 < sum(paid) < tiles
+    for first, second in zip(whole.selections, staged.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    assert float((features(adapter, one) - features(adapter, other)).abs().max()) < 1e-5
+
+
+def test_features_are_not_there_while_base_tiles_run_ahead() -> None:
+    class FeaturesOfAll(VisualContentAllocation):
+        def content(self, image: EncodedImage) -> Tensor:
+            return image.features[1:].sum(dim=(1, 2)).double()
+
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    reducer = ComponentReducer(8, allocation=FeaturesOfAll(), selection=TopAttention())
+    with pytest.raises(ValueError, match=r"features of image 0 were read .* do not declare base_tile_alone"):
+        Run(reducer, adapter).reduced(inputs_of(adapter, [[(112, 112)]]), generating=True)
 
 
 def sequence_length(adapter: PlaceholderAdapter) -> int:

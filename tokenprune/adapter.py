@@ -66,6 +66,13 @@ class Encoding:
     staged: ClassVar[bool] = False
     """Whether tiles can still be left out."""
 
+    def base_tiles(self) -> list[EncodedImage]:
+        """Return the images as far as their base tiles alone show them; `leave_out` comes next.
+
+        Signals of other tiles may be zero, and features may be missing.
+        """
+        return self.images
+
     def leave_out(self, paid: Sequence[Tensor | None]) -> None:
         """Spend no more on tiles of which nothing can stay, if that is still possible.
 

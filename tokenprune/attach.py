@@ -122,7 +122,7 @@ class Run:
         ready = self._with_attention(encoding)
         images = self._with_questions([ready[id(one)] for one in encoding.images], inputs, placeholders, lengths)
         if encoding.staged:
-            encoding.leave_out([self.reducer.paid_tiles(image) for image in images])
+            encoding.leave_out([self.reducer.paid_tiles(image) for image in self._base_first(encoding, images)])
         chosen = {id(image): self.reducer.reduce(image) for image in {id(i): i for i in images}.values()}
         selections = [chosen[id(image)] for image in images]
         masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
@@ -203,6 +203,13 @@ class Run:
             ready[key], flops = seen_by(image, look, pictures, needs)
             self.account.second_look_flops += flops
         return ready
+
+    def _base_first(self, encoding: Encoding, images: list[EncodedImage]) -> list[EncodedImage]:
+        """Return the images that say which tiles are paid for: with base tiles alone, if the strategy reads no more."""
+        elsewhere = isinstance(self.reducer.attention, SecondLook) or self.reducer.reads_question
+        if not self.reducer.base_tile_alone or elsewhere:
+            return images
+        return [standing_in(image, self.reducer.needs, self.attention) for image in encoding.base_tiles()]
 
     def _with_questions(
         self, images: list[EncodedImage], inputs: Mapping[str, Any], placeholders: Tensor, lengths: list[int]

@@ -25,6 +25,7 @@ from tokenprune.image import (
     TEXT_SIGNALS,
     USED_WHEN_ATTACHED,
     EncodedImage,
+    Key,
     MissingSignalError,
     TileGeometry,
 )
@@ -307,24 +308,47 @@ def needs_are_read(reducer: TokenReducer) -> None:
 
 
 def unpaid_tiles(reducer: TokenReducer) -> None:
-    """Tiles that `paid_tiles` gives up are not needed: without what is encoded later of them, the same tokens stay."""
+    """Tiles that `paid_tiles` gives up are not needed: without what is encoded later of them, the same tokens stay.
+
+    If it reads the base tile alone, it says the same without the other tiles, and nothing of those is encoded earlier.
+    """
     for budget in (reducer.budget, 1, 3):
         asked = replace(reducer, budget=budget)
         for name, image in images(asked):
             early = _Watched(image.signals)
             paid = asked.paid_tiles(replace(image, signals=early))
+            if asked.base_tile_alone:
+                base = torch.arange(image.geometry.tiles) == 0
+                alone = asked.paid_tiles(replace(image, signals=_of_tiles(image.signals, base)))
+                same = paid is alone if paid is None or alone is None else torch.equal(paid, alone)
+                if not same:
+                    raise CheckError(
+                        f"asked {name} for its paid_tiles at a budget of {budget!r} and the base tile's signals, "
+                        f"as base_tile_alone says: expected {_listed(paid)}, saw {_listed(alone)}"
+                    )
             if paid is None or bool(paid.all()):
                 continue
-            seen = max((layer for _, layer in early.read), default=-1)
-            given_up = {
-                (kind, layer): value * paid.view(-1, *[1] * (value.dim() - 1))
-                if layer > seen and kind not in TEXT_SIGNALS
-                else value
-                for (kind, layer), value in image.signals.items()
-            }
+            seen = -1 if asked.base_tile_alone else max((layer for _, layer in early.read), default=-1)
+            later = {key: value for key, value in image.signals.items() if key[1] > seen}
+            given_up = {**image.signals, **_of_tiles(later, paid)}
+            if asked.base_tile_alone:  # what was read of it stays
+                for key in early.read:
+                    given_up[key] = torch.cat([image.signals[key][:1], given_up[key][1:]])
             other = replace(image, features=image.features * paid[:, None, None], signals=given_up)
             what = f"reduced {name} without the tiles that its paid_tiles gives up at a budget of {budget!r}"
             expect_same(what, asked.reduce(image), asked.reduce(other))
+
+
+def _of_tiles(signals: Mapping[Key, Tensor], tiles: Tensor) -> dict[Key, Tensor]:
+    """Return signals that are zero but for some tiles; those of the question stay."""
+    return {
+        key: value if key[0] in TEXT_SIGNALS else value * tiles.view(-1, *[1] * (value.dim() - 1)).to(value.dtype)
+        for key, value in signals.items()
+    }
+
+
+def _listed(paid: Tensor | None) -> str:
+    return "None" if paid is None else str(paid.tolist())
 
 
 def round_trips(reducer: TokenReducer) -> None:

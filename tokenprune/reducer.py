@@ -94,6 +94,11 @@ class TokenReducer(Configurable, ABC):
         """
         return None
 
+    @property
+    def base_tile_alone(self) -> bool:
+        """Whether `paid_tiles` reads signals of the base tile alone, so that nothing else is encoded before it."""
+        return False
+
     def reduce(self, image: EncodedImage) -> Selection:
         """Return a checked and complete selection: what `select` chose, with its newline tokens.
 
@@ -337,6 +342,11 @@ class ComponentReducer(TokenReducer):
         total = min(budget.asked(image.geometry), sum(capacity))
         granted = self.allocation.allocate(image, total, capacity, torch.zeros(valid.shape, device=image.device))
         return torch.tensor(granted) > 0
+
+    @property
+    def base_tile_alone(self) -> bool:
+        """Whether the allocation reads signals of the base tile alone."""
+        return self.allocation.base_tile_alone
 
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""

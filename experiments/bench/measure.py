@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -234,17 +235,42 @@ def call(
     return ended - began, streamer.times[0] - began, booked, run
 
 
-SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATEN = torch.ops.aten
+SDPA_ON_CPU = ATEN._scaled_dot_product_flash_attention_for_cpu
+FUSED_ATTENTION = {
+    SDPA_ON_CPU: 4,
+    ATEN._scaled_dot_product_flash_attention: 4,
+    ATEN._scaled_dot_product_efficient_attention: 6,
+    ATEN._scaled_dot_product_cudnn_attention: 6,
+}
+"""Torch's kernels of scaled dot product attention, and the place of ``is_causal`` among their arguments."""
 
 
-def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Return the FLOPs of attention on a CPU, which torch's counter leaves out."""
-    return int(sdpa_flop_count(query, key, value))
+def attention_flops(place: int, *args: Any, is_causal: bool = False, out_shape: Any = None, **kwargs: Any) -> int:
+    """Return the FLOPs of a fused attention kernel: of the full square, or under a causal flag of what is not masked.
+
+    Told that attention is causal, these kernels skip the blocks above the diagonal (a mask that is given as a tensor
+    skips nothing). Torch's own counter takes the full square always, and does not know the CPU's kernel.
+
+    Args:
+        place: the place of ``is_causal`` among the arguments.
+        args: what the kernel was given, tensors as their shapes: queries, keys and values first.
+        is_causal: the flag, where it was given by name.
+        out_shape: shapes of what it returned; not used.
+        kwargs: what else it was given by name; not used.
+    """
+    square = int(sdpa_flop_count(*args[:3]))
+    if not (is_causal or (len(args) > place and args[place])):
+        return square
+    queries, keys = args[0][-2], args[1][-2]
+    seen = sum(min(row + 1, keys) for row in range(queries))
+    return int(square * seen // (queries * keys))
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter of FLOPs; it is told of the attention kernel of CPUs, too."""
-    return FlopCounterMode(display=False, custom_mapping={SDPA_ON_CPU: _sdpa_flops})
+    """Return torch's counter of FLOPs, corrected where attention is concerned (`attention_flops`)."""
+    known = {kernel: partial(attention_flops, place) for kernel, place in FUSED_ATTENTION.items()}
+    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def count(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome) -> None:

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 from jsonargparse import ArgumentParser
 
+from tokenprune.adapter import Encoding
 from tokenprune.attach import Run
 from tokenprune.experiments.bench.command import size_of
 from tokenprune.experiments.bench.ledger import ENCODE, Ledger, watched
@@ -31,6 +32,7 @@ from tokenprune.experiments.bench.subject import Subject, picture, subject
 from tokenprune.experiments.selection_cost import torch_threads
 from tokenprune.image import Signal
 from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.staged import StagedEncoding
 from tokenprune.strategies import HiRED
 
 Adapting = Callable[[PlaceholderAdapter], AbstractContextManager[Any]]
@@ -48,14 +50,21 @@ def _all_layers(adapter: PlaceholderAdapter) -> Any:
         yield
 
 
-def _all_outputs(adapter: PlaceholderAdapter) -> AbstractContextManager[Any]:
+def _together(adapter: PlaceholderAdapter) -> AbstractContextManager[Any]:
+    """Run all tiles up to where it is known which are paid for."""
+    return patch.object(StagedEncoding, "base_tiles", Encoding.base_tiles)
+
+
+@contextmanager
+def _all_outputs(adapter: PlaceholderAdapter) -> Any:
     """Run the whole last needed layer, as for a strategy that reads its outputs."""
     original = adapter.wanted
 
     def wanted(needs: Sequence[Signal], layer: int) -> dict[int, set[str]]:
         return original([*needs, Signal("vision_features", layer)], layer)
 
-    return patch.object(adapter, "wanted", wanted)
+    with _together(adapter), patch.object(adapter, "wanted", wanted):
+        yield
 
 
 STEPS: Mapping[str, Adapting | None] = {
@@ -63,7 +72,8 @@ STEPS: Mapping[str, Adapting | None] = {
     "chosen afterwards": _all_layers,
     "needed layers": _whole,
     "projector on kept tokens": _all_outputs,
-    "last layer on kept tokens": lambda adapter: nullcontext(),
+    "last layer on kept tokens": _together,
+    "base tile first": lambda adapter: nullcontext(),
 }
 """Each has what the one before it has; the last is what runs by default."""
 

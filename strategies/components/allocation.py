@@ -64,6 +64,8 @@ class VisualContentAllocation(AllocationPolicy):
             each tile down and redistributes nothing.
     """
 
+    base_tile_alone: ClassVar[bool] = True
+
     base_share: float = 0.5
     layer: LayerChoice = "first"
     region: Literal["exact", "quadrant", "stripe"] = "exact"
