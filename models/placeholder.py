@@ -585,8 +585,9 @@ class PlaceholderAdapter(Adapter):
         packed = [features for features in packed if len(features)]
         if not packed:
             return {}
-        # A copy: generate expands the object in place for beams.
-        outputs = copy.copy(encoding.outputs or BaseModelOutputWithPooling())
+        # A new object: generate expands it in place for beams. Where nothing but the features is read, nothing else is
+        # kept alive through the prefill.
+        outputs = BaseModelOutputWithPooling() if self.staged else copy.copy(encoding.outputs)
         features = torch.cat(packed)[:, None] if self.features_by_tile else packed
         outputs[self.features_in] = features  # sets the attribute, too
         return {"mm_encoder_outputs": {"image": outputs}}

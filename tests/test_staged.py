@@ -390,15 +390,23 @@ def test_what_was_encoded_is_gone_before_the_llm_runs(adapter: PlaceholderAdapte
     gc.collect()
     gc.disable()
     try:
-        for reducer in (HiRED(0.3), DivPrune(0.3)):
+        for reducer in (HiRED(0.3), DivPrune(0.3), HiRED(1.0)):
             with reducer(model):
                 model.generate(**inputs, max_new_tokens=1)
     finally:
         gc.enable()
         watch.remove()
         count.remove()
-    assert len(born) == 2
-    assert alive == [0, 0]
+    assert len(born) == 3
+    assert alive == [0, 0, 0]
+
+
+def test_nothing_but_features_is_handed_over(adapter: PlaceholderAdapter) -> None:
+    """Everything else of the model's own output would stay alive through the prefill, also at 100 %."""
+    with torch.no_grad():
+        for budget in (0.3, 1.0):
+            reduced, _ = Run(HiRED(budget), adapter).reduced(inputs_of(adapter), generating=True)
+            assert list(reduced["mm_encoder_outputs"]["image"]) == [adapter.features_in]
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

@@ -56,11 +56,12 @@ def joint_row(query: Tensor, key: Tensor) -> Tensor:
 
 
 def received(
-    query: Tensor, key: Tensor, scaling: float, prefix: int, real: Tensor | None = None, chunk: int = 128
+    query: Tensor, key: Tensor, scaling: float, prefix: int, real: Tensor | None = None, chunk: int = 64
 ) -> Tensor:
     """Return the attention that each token receives, averaged over all queries.
 
-    Works on `chunk` queries at a time, so that no full map exists.
+    Works on `chunk` queries at a time, so that no full map exists; on a CPU also on one tile at a time, since what
+    stays in its cache is done twice as fast.
 
     Args:
         query: queries, `[tiles, heads, prefix + tokens, head_dim]`.
@@ -74,6 +75,10 @@ def received(
     Returns:
         Column means of the attention map, float32 `[tiles, heads, tokens]`.
     """
+    if query.device.type == "cpu" and len(query) > 1:
+        each = [None] * len(query) if real is None else real.split(1)
+        tiles = zip(query.split(1), key.split(1), each, strict=True)
+        return torch.cat([received(q, k, scaling, prefix, r, chunk) for q, k, r in tiles])
     key = _match_heads(key, query).transpose(-1, -2)
     total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
     context = key.shape[-1] - query.shape[2]
