@@ -587,7 +587,8 @@ class PlaceholderAdapter(Adapter):
             return {}
         # A new object: generate expands it in place for beams. Where nothing but the features is read, nothing else is
         # kept alive through the prefill.
-        outputs = BaseModelOutputWithPooling() if self.staged else copy.copy(encoding.outputs)
+        alone = self.staged or encoding.outputs is None
+        outputs = BaseModelOutputWithPooling() if alone else copy.copy(encoding.outputs)
         features = torch.cat(packed)[:, None] if self.features_by_tile else packed
         outputs[self.features_in] = features  # sets the attribute, too
         return {"mm_encoder_outputs": {"image": outputs}}
