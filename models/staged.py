@@ -327,10 +327,10 @@ class Pending:
         Args:
             paid: for each image which of its tiles can keep tokens, base tile first, bool `[tiles]`; None is all.
         """
-        if all(one is None for one in paid) and not self.run.ahead:
-            return
         if self.run.ahead:
-            self.signals.clear()
+            self.signals.clear()  # they are of base tiles alone
+        elif all(one is None for one in paid):
+            return
         stay = []
         for one, layout in zip(paid, self.layouts, strict=True):
             tiles = torch.ones(layout.tiles, dtype=torch.bool) if one is None else one.cpu()

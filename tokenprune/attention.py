@@ -61,7 +61,7 @@ def received(
     """Return the attention that each token receives, averaged over all queries.
 
     Works on `chunk` queries at a time, so that no full map exists; on a CPU also on one tile at a time, since what
-    stays in its cache is done twice as fast.
+    stays in its cache is done faster.
 
     Args:
         query: queries, `[tiles, heads, prefix + tokens, head_dim]`.

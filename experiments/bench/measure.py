@@ -263,7 +263,8 @@ def attention_flops(place: int, *args: Any, is_causal: bool = False, out_shape: 
     if not (is_causal or (len(args) > place and args[place])):
         return square
     queries, keys = args[0][-2], args[1][-2]
-    seen = sum(min(row + 1, keys) for row in range(queries))
+    side = min(queries, keys)
+    seen = side * (side + 1) // 2 + (queries - side) * keys
     return int(square * seen // (queries * keys))
 
 
