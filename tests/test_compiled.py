@@ -10,6 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.tiny import batch, tiny_model
 from tokenprune.budget import Budget, apportion, apportioned
@@ -30,7 +33,8 @@ ONE = TileGeometry.single((24, 24))
 ATTENTION = [
     HiRED(0.2),
     HiRED(0.05),
-    HiRED(0.2, allocation=VisualContentAllocation(statistic="top_count")),
+    HiRED(0.2, allocation=VisualContentAllocation(statistic="top_count", region="stripe")),
+    HiRED(0.2, allocation=VisualContentAllocation(region="quadrant")),
     HiRED(0.2, selection=TopAttention(heads="max"), padding="ignore"),
     HiRED(Budget(64, per="tile")),
     FasterVLM(0.2),
@@ -73,15 +77,40 @@ def test_the_mask_is_what_select_keeps(reducer: ComponentReducer, geometry: Tile
         assert torch.equal(reducer.mask(one), reducer.reduce(one).kept)
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Refuses what cannot be captured in a CUDA graph: tensors elsewhere, and copies to or from there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
+        assert {one.device.type for one in tensors} <= {"cuda"}, func
+        return out
+
+
 @pytest.mark.parametrize("reducer", ATTENTION, ids=lambda one: type(one).__name__)
-def test_no_number_is_read(reducer: ComponentReducer) -> None:
-    """On the meta device there are none, and every copy to another device would show."""
-    one = image(SQUARE, device="meta")
-    mask = reducer.mask(one)
-    assert (mask.device.type, mask.dtype, tuple(mask.shape)) == ("meta", torch.bool, (5, 576))
+@pytest.mark.parametrize("geometry", [SQUARE, PADDED, ONE], ids=["square", "padded", "one tile"])
+def test_the_mask_can_be_captured_in_a_cuda_graph(reducer: ComponentReducer, geometry: TileGeometry) -> None:
+    """On a fake GPU, where reading a number raises; all shapes are known beforehand, since nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        one = image(geometry, device="cuda")
+        assert one.geometry.valid.device.type == "cuda"  # read once before
+        with OnOneDevice():
+            mask = reducer.mask(one)
+    assert (mask.device.type, mask.dtype) == ("cuda", torch.bool)
+    assert tuple(mask.shape) == (geometry.tiles, geometry.tokens)
 
 
-@pytest.mark.parametrize("reducer", ATTENTION[:2] + ATTENTION[5:7], ids=["HiRED", "HiRED 5 %", "FasterVLM", "VTCCLS"])
+def test_what_no_cuda_graph_takes_is_noticed() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        one = image(SQUARE, device="cuda")
+        with pytest.raises((AssertionError, DataDependentOutputException)), OnOneDevice():
+            HiRED(0.2).select(one)
+        elsewhere = replace(one, geometry=image(SQUARE).geometry)
+        with pytest.raises(AssertionError, match="aten"), OnOneDevice():
+            HiRED(0.2).mask(elsewhere)
+
+
+@pytest.mark.parametrize("reducer", ATTENTION[:2] + ATTENTION[6:8], ids=["HiRED", "HiRED 5 %", "FasterVLM", "VTCCLS"])
 def test_one_graph_without_a_break(reducer: ComponentReducer) -> None:
     torch._dynamo.reset()
     graphs: list[Any] = []

@@ -128,7 +128,7 @@ def top_of_image(scores: Tensor, total: int, candidates: Tensor) -> Tensor:
     Returns:
         Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
     """
-    budget = torch.tensor([total], device=scores.device)
+    budget = torch.full((1,), total, device=scores.device)  # filled there: copies are no part of a CUDA graph
     return top_per_tile(scores.reshape(1, -1), budget, candidates.reshape(1, -1)).view_as(candidates)
 
 
