@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +24,7 @@ from tokenprune.cli import main
 from tokenprune.experiments.architectures import architectures
 from tokenprune.experiments.bench import steps
 from tokenprune.experiments.bench.command import bench_parser
+from tokenprune.experiments.bench.flame import Bar, flame, flame_figure, trace
 from tokenprune.experiments.bench.ledger import BEFORE, DECODE, PHASES, Ledger, watched
 from tokenprune.experiments.bench.machine import peak_memory
 from tokenprune.experiments.bench.measure import (
@@ -38,7 +40,6 @@ from tokenprune.experiments.bench.measure import (
     count,
     flop_counter,
     measure,
-    trace,
     turns,
 )
 from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
@@ -161,8 +162,8 @@ def test_capture_is_booked_apart_from_the_kernel(tiny: Subject, inputs: Any) -> 
     plain = Outcome(Variant(PLAIN))
     count(tiny, inputs, plain)
     assert 0 < outcome.flops["vision encode"] < 0.8 * plain.flops["vision encode"]  # of four layers three are needed
-    # Two layers, one query for each head of a tile, 17 keys of width 8; two multiply-adds' worth of operations each.
-    assert outcome.flops["signal capture"] == 2 * 2 * 6 * 4 * 17 * 8
+    # One query for each head of a tile, 17 keys of width 8, a multiply-add is two; of the first layer base tiles alone.
+    assert outcome.flops["signal capture"] == 2 * (2 + 6) * 4 * 17 * 8
 
 
 def state(model: Any) -> list[Any]:
@@ -323,13 +324,58 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> 
 
 
 def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
-    files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace")
-    assert [file.name for file in files[2:]] == [f"batch-2-112-x-56-pixels-HiRED-30.{kind}" for kind in ("json", "txt")]
+    files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace", "tiny")
+    name = "batch-2-112-x-56-pixels"
+    assert [file.name for file in files[2:]] == [f"{name}-HiRED-30.json", f"{name}-HiRED-30.txt", f"{name}.png"]
     ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
     assert {name for name in ranges if name.startswith("phase: ")} == {
         f"phase: {name}" for name in BEFORE if name not in ("generate", "packing")
     }
     assert "aten::addmm" in files[1].read_text()
+    graph = flame(json.loads(files[2].read_text())["traceEvents"])
+    assert set(graph.below) == {name for name in BEFORE if name != "packing"}
+    assert {"CLIPAttention", "CLIPMLP"} < set(graph.below["vision encode"].below)
+    assert set(graph.below["vision encode"].below["CLIPMLP"].below["Linear"].below) == {"linear"}
+    assert "CLIPMLP" not in graph.below["signal capture"].below  # the tower runs inside, and is another phase
+    with Image.open(files[4]) as drawn:
+        assert drawn.width > 1000
+
+
+def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
+    return {"cat": kind, "name": name, "ts": start, "dur": length, "ph": "X"}
+
+
+def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
+    """Milliseconds: 100 of rewriting, of which 60 the tower, of which 10 capture; then prefill, and a decoding step."""
+    found = flame(
+        [
+            event("user_annotation", "phase: rewrite", 0, 100e3),
+            event("python_function", "nn.Module: Tower_0", 10e3, 60e3),
+            event("user_annotation", "phase: vision encode", 10e3, 60e3),
+            event("python_function", "nn.Module: Layer_0", 11e3, 20e3),
+            event("python_function", "nn.Module: Layer_1", 31e3, 30e3),
+            event("cpu_op", "aten::linear", 31e3, 12e3),
+            event("cpu_op", "aten::addmm", 32e3, 10e3),  # inside it
+            event("python_function", "attend.py(3): attend", 44e3, 16e3),  # not drawn
+            event("user_annotation", "phase: signal capture", 45e3, 10e3),
+            event("cpu_op", "aten::matmul", 46e3, 4e3),
+            event("user_annotation", "phase: prefill", 120e3, 50e3),
+            event("cpu_op", "aten::mm", 130e3, 40e3),
+            event("cpu_op", "aten::mm", 180e3, 40e3),
+        ]
+    )
+    linear, matmul, mm = Bar("linear", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
+    tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"linear": linear})})
+    capture, prefill = Bar("signal capture", 10.0, {"matmul": matmul}), Bar("prefill", 50.0, {"mm": mm})
+    assert found.took == pytest.approx(150)
+    below = {name: bar for name, bar in found.below.items() if name != "rewrite"}
+    assert below == {"vision encode": tower, "signal capture": capture, "prefill": prefill}
+    assert found.below["rewrite"].took == pytest.approx(40)
+
+
+def test_a_flame_graph_of_nothing_is_drawn() -> None:
+    assert flame([]) == Bar("")
+    flame_figure({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
 
 
 def test_each_step_does_less_than_the_one_before(tiny: Subject) -> None:

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from tokenprune.attach import Run
 from tokenprune.configure import prepare
+from tokenprune.experiments.bench.flame import trace
 from tokenprune.experiments.bench.machine import environment
-from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and, trace
-from tokenprune.experiments.bench.report import as_table, write
+from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and
+from tokenprune.experiments.bench.report import as_table, what_ran, write
 from tokenprune.experiments.bench.spread import interval_rank
 from tokenprune.experiments.bench.subject import Size, Subject, subject
 from tokenprune.experiments.selection_cost import torch_threads
@@ -158,6 +159,7 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
         )
         check(made, variants)
         settings, traced = [], list[Path]()
+        about = {"model": made.as_data(), "environment": environment(made.model.device)}
         for size in sizes:
             for batch in request.batches:
                 setting = Setting(batch, size)
@@ -166,11 +168,10 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
                 if request.trace is not None:
                     tell(f"{setting}: profiling")
                     fitting = [one.variant for one in outcomes if one.error is None]
-                    traced += trace(made, setting, fitting, request.trace)
+                    traced += trace(made, setting, fitting, request.trace, "\n".join(what_ran(about)))
         return {
             "schema": SCHEMA,
-            "model": made.as_data(),
-            "environment": environment(made.model.device),
+            **about,
             "protocol": asdict(request.protocol) | {"phases_in_calls_of_their_own": made.model.device.type != "cpu"},
             "coverage": interval_rank(request.protocol.repeats)[1],
             "settings": settings,

@@ -8,18 +8,15 @@ all of them. Ratios are taken inside a round.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.generation.streamers import BaseStreamer
 
@@ -402,34 +399,6 @@ def time_once(
     for name in (*BEFORE, DECODE):
         outcome.phases.setdefault(name, []).append(booked.spent.get(name, 0.0))
     outcome.phases.setdefault(PREPROCESS, []).append(prepared)
-
-
-def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folder: Path) -> list[Path]:
-    """Profile one call of each variant to its first decoding step, and return the files.
-
-    `*.json` is a Chrome trace (chrome://tracing, Perfetto) with the phases as ranges; `*.txt` lists the operators that
-    took longest by themselves.
-
-    Args:
-        subject: the model.
-        setting: its inputs.
-        variants: the ways to run it.
-        folder: where files go; made if it is not there.
-    """
-    inputs = subject.prepare([picture(setting.size, seed) for seed in range(setting.batch)])
-    cuda = [ProfilerActivity.CUDA] if subject.model.device.type == "cuda" else []
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for variant in variants:
-        call(subject, inputs, variant, 2)
-        name = re.sub(r"[^\w.-]+", "-", f"{setting}-{variant.name}").strip("-")
-        with profile(activities=[ProfilerActivity.CPU, *cuda]) as found:
-            call(subject, inputs, variant, 2, ledger=lambda: Ledger(perf_counter))
-        files += [folder / f"{name}.json", folder / f"{name}.txt"]
-        found.export_chrome_trace(str(files[-2]))
-        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        files[-1].write_text(found.key_averages().table(sort_by=order, row_limit=40) + "\n")
-    return files
 
 
 def as_data(outcomes: Sequence[Outcome], setting: Setting, protocol: Protocol) -> dict[str, Any]:

@@ -58,22 +58,29 @@ def percent(found: Result) -> str:
     return f"{100 * found['median']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def headline(result: Result) -> list[str]:
-    """Return what a reader must know before the numbers, a line each."""
-    model, machine, protocol = result["model"], result["environment"], result["protocol"]
+def what_ran(result: Result) -> list[str]:
+    """Return which model ran on which machine, a line each."""
+    model, machine = result["model"], result["environment"]
     layers = f"{model['llm_layers']} of {model['llm_layers_full']} LLM layers" if model["cut"] else "all LLM layers"
     weights = "random weights" if model["weights"] == "random" else "weights of the checkpoint"
     kernels = ", ".join(f"{part} {name}" for part, name in model["attention"].items() if name)
-    coverage = result["coverage"]
-    lines = [
+    return [
         f"{model['name']}: {model['class']}, {layers}, {weights}, {model['parameters'] / 1e6:,.1f} M parameters, "
         f"{model['dtype']}, attention: {kernels}",
         f"{machine['device']} ({machine['device_name']}), {machine['threads']} CPU threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, tokenprune {machine['tokenprune']}"
         + (f", CUDA {machine['cuda']}" if machine["cuda"] else ""),
+    ]
+
+
+def headline(result: Result) -> list[str]:
+    """Return what a reader must know before the numbers, a line each."""
+    model, protocol = result["model"], result["protocol"]
+    lines = [
+        *what_ran(result),
         f"{protocol['tokens']} new tokens a prompt, {protocol['repeats']} rounds in turns after {protocol['warmup']} "
         "to warm up; medians and [quartiles]; ratios are plain / variant in the same round, with an interval that "
-        f"covers the true median with {100 * coverage:.0f} %",
+        f"covers the true median with {100 * result['coverage']:.0f} %",
     ]
     if model["cut"]:
         lines.append(
