@@ -25,11 +25,24 @@ class Gemma3Adapter(TiledAdapter):
     model_class: ClassVar[str] = "Gemma3ForConditionalGeneration"
     projector_at: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
+    norm_at: ClassVar[str | None] = "post_layernorm"
+    staged: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
         return int(self.model.base_model.multi_modal_projector.kernel_size)
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches: their mean, normed and projected."""
+        projector = self.model.base_model.multi_modal_projector
+        normed = projector.mm_soft_emb_norm(self.normed(patches).mean(dim=1))
+        return torch.as_tensor((normed @ projector.mm_input_projection_weight).to(patches.dtype))
+
+    def all_visual_tokens(self, hidden: Tensor, patches: Tensor) -> Tensor:
+        """Return all visual tokens of some tiles, by the projector itself: it adds up in another order."""
+        tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(hidden))
+        return tokens.flatten(0, 1)
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
         """Return the number of tiles of each image: a base tile and the crops behind it, if they show what it shows.

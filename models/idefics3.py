@@ -15,7 +15,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from tokenprune.image import TileGeometry
+from tokenprune.image import Signal, TileGeometry
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter, runs
 from tokenprune.rewrite import TextSeparatorSide
@@ -30,8 +30,12 @@ class NestedTilesAdapter(TiledAdapter):
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower sees, `[tiles, 3, height, width]`; the model skips all-zero ones."""
-        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
-        return tiles[(tiles != 0).flatten(1).any(dim=1)]
+        tiles: Tensor = inputs[self.pixels]
+        return tiles.flatten(0, 1)[self.is_tile(tiles)]
+
+    def is_tile(self, pixels: Tensor) -> Tensor:
+        """Return which tiles of all rows are no padding, bool `[rows * tiles]`."""
+        return (pixels.flatten(0, 1) != 0).flatten(1).any(dim=1)
 
     def example_prompts(
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
@@ -50,6 +54,8 @@ class Idefics3Adapter(NestedTilesAdapter):
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = "connector.modality_projection"
     pooling_in: ClassVar[str | None] = "scale_factor"
+    norm_at: ClassVar[str | None] = "post_layernorm"
+    staged: ClassVar[bool] = True
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image, from the text between its tiles.
@@ -66,6 +72,17 @@ class Idefics3Adapter(NestedTilesAdapter):
                 f"are {tiles}; make the inputs with the processor that belongs to the model"
             )
         return [TileGeometry.tiled(grid, self.token_grid, self.base_first) for grid in grids]
+
+    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the images of a call can be encoded in stages: not if patches of a tile are masked."""
+        mask, tiles = inputs.get("pixel_attention_mask"), inputs[self.pixels]
+        masked = mask is not None and not bool(mask.flatten(0, 1)[self.is_tile(tiles)].all())
+        return not masked and super().can_stage(inputs, needs)
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
+        tokens: Tensor = self.model.base_model.connector(self.normed(patches))
+        return tokens[:, 0]
 
     @classmethod
     def example(cls) -> Any:

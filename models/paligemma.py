@@ -19,6 +19,8 @@ class PaliGemmaAdapter(SingleTileAdapter):
     family: ClassVar[str] = "paligemma"
     model_class: ClassVar[str] = "PaliGemmaForConditionalGeneration"
     features_by_tile: ClassVar[bool] = True
+    norm_at: ClassVar[str | None] = "post_layernorm"
+    staged: ClassVar[bool] = True
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids that `forward` would make: they count from 1; `generate` adds that 1 itself."""

@@ -357,7 +357,8 @@ class PlaceholderAdapter(Adapter):
 
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a model that does not fit is refused first
             align(pixels.new_zeros(1, 1, self.tower.config.hidden_size))
-        run = TowerRun(self.tower_parts(layouts), start, len(pixels), self.wanted(needs, max(at)), at)
+        of_all = self.wanted([signal for signal in needs if signal.tiles == "all"], max(at))
+        run = TowerRun(self.tower_parts(layouts), start, len(pixels), self.wanted(needs, max(at)), at, of_all)
         return StagedEncoding(Pending(self, inputs, layouts, run, align), self.pictures(inputs, layouts, pictures))
 
     def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
@@ -385,6 +386,15 @@ class PlaceholderAdapter(Adapter):
         """
         tokens: Tensor = self.projector(self.normed(patches).transpose(0, 1))[0]
         return tokens
+
+    def all_visual_tokens(self, hidden: Tensor, patches: Tensor) -> Tensor:
+        """Return all visual tokens of some tiles, `[tiles * tokens, dim]`.
+
+        Args:
+            hidden: what the feature layers put out, without CLS, `[tiles, sequence, width]`.
+            patches: the places of the patches of each token, row by row, `[tokens, patches]`.
+        """
+        return self.visual_tokens(hidden[:, patches].flatten(0, 1))
 
     def normed(self, patches: Tensor) -> Tensor:
         """Return outputs of the feature layers as the model uses them."""

@@ -105,6 +105,8 @@ class TowerRun:
         tiles: number of tiles.
         wanted: kinds of signals per layer index.
         features_at: the layers whose outputs become features.
+        of_all: those of the wanted signals that are read of all tiles; the others are captured of tiles that run ahead
+            alone, if some do.
     """
 
     def __init__(
@@ -114,8 +116,9 @@ class TowerRun:
         tiles: int,
         wanted: Mapping[int, set[str]],
         features_at: Sequence[int],
+        of_all: Mapping[int, set[str]],
     ) -> None:
-        self.tower, self.start, self.tiles, self.wanted = tower, start, tiles, wanted
+        self.tower, self.start, self.tiles, self.wanted, self.of_all = tower, start, tiles, wanted, of_all
         self.features_at = features_at
         self.last = max(features_at)
         """The last layer that features need."""
@@ -166,27 +169,29 @@ class TowerRun:
         following = stay[~torch.isin(stay, first.tiles)]
         if len(following):
             self.at, self.captured = Reached(following), {}
-            self.run(first.depth - (first.halted is None))
+            self.run(first.depth - (first.halted is None), self.of_all)
             # Each has zeros where the other has tiles.
-            self.captured = {key: value + self.captured[key] for key, value in before.items()}
+            self.captured = {key: value + self.captured.get(key, 0) for key, value in before.items()}
             both = both.beside(self.at)
         order = torch.cat([first.tiles[rows], following]).argsort()
         self.at = both.part(order, stay)
         self.at.tiles = stay if len(stay) < self.tiles else None
 
-    def run(self, layer: int) -> None:
+    def run(self, layer: int, wanted: Mapping[int, set[str]] | None = None) -> None:
         """Run the tower up to a layer, and capture what is wanted on the way.
 
         Args:
             layer: index of the layer. Of the last one that features need only the attention runs, if that will do.
+            wanted: kinds of signals to capture by layer index; all that are wanted if left out.
         """
+        wanted = self.wanted if wanted is None else wanted
         if self.at.hidden is None:
             self._embed()
         while self.at.depth <= layer and self.at.halted is None:
             index = self.at.depth
             halting = index == self.end and not self.outputs_read
             stopped = detour(self._attention(index), self._halt) if halting else nullcontext()
-            with stopped, probe(self.tower, {index: self.wanted.get(index, set())}) as captured, suppress(_Halt):
+            with stopped, probe(self.tower, {index: wanted.get(index, set())}) as captured, suppress(_Halt):
                 self.at.hidden = self._forward(index, self.at.hidden)
                 self.at.depth += 1
                 if index in self.features_at:
@@ -348,7 +353,7 @@ class Pending:
     def packed(self) -> list[Tensor]:
         """Each image as the model would feed it to the LLM, newlines included, `[length, dim]` each."""
         hidden = self.run.everything()[:, self.run.tower.prefix :]
-        flat = self.adapter.visual_tokens(hidden[:, self._patches].flatten(0, 1))
+        flat = self.adapter.all_visual_tokens(hidden, self._patches)
         every = [torch.ones(len(one.packed), dtype=torch.bool, device=flat.device) for one in self.layouts]
         places = in_model_order(self.layouts, every, self.adapter.base_first)
         return [self.adapter.laid_out(flat, one) for one in places]
@@ -387,7 +392,7 @@ class Pending:
     def _no_features(self, number: int) -> Tensor:
         raise ValueError(
             f"features of image {number} were read to say which tiles are paid for, but only base tiles are encoded "
-            "then; do not declare base_tile_alone"
+            "then; declare its signals for all tiles"
         )
 
     def _projector_inputs(self) -> Tensor:

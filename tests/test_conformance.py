@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -192,15 +192,13 @@ class GivesUpTooMuch(Attention):
 class BaseTileOnly(AllocationPolicy):
     """Says that it reads the base tile alone, and pays for tiles that CLS looks at."""
 
-    base_tile_alone: ClassVar[bool] = True
-
     @property
     def reads_scores(self) -> bool:
         return False
 
     @property
     def needs(self) -> list[Signal]:
-        return [Signal("cls_attention", "first")]
+        return [Signal("cls_attention", "first", tiles="base")]
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         mass = image.cls_attention("first").sum(dim=(1, 2))
@@ -209,9 +207,10 @@ class BaseTileOnly(AllocationPolicy):
 
 def test_a_base_tile_that_is_not_alone() -> None:
     report = check_reducer(ComponentReducer(0.3, allocation=BaseTileOnly(), selection=TopAttention()))
-    (failed,) = [result for result in report.results if result.passed is False and result.name == "unpaid tiles"]
-    assert "and the base tile's signals" in failed.detail
-    assert "expected [True, True, True, False, False], saw [True, False, False, False, False]" in failed.detail
+    failed = {result.name: result.detail for result in report.results if result.passed is False}
+    assert 'without what it declares with tiles="base" of other tiles: expected the same tokens' in failed["needs"]
+    assert "and the base tile's signals" in failed["unpaid tiles"]
+    assert "expected [True, True, True, False, False], saw [True, False, False, False, False]" in failed["unpaid tiles"]
 
 
 MISTAKES = {

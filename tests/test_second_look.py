@@ -355,4 +355,4 @@ def test_signals_that_stand_in_are_what_is_captured() -> None:
     assert run.needs == []
     with HiRED(0.2)(model) as run, torch.no_grad():
         model(**tiny.batch("llava", [(90, 120)], tower="siglip"))
-    assert run.needs == [Signal("received_attention", "first"), Signal("received_attention", "feature")]
+    assert run.needs == [Signal("received_attention", "first", "base"), Signal("received_attention", "feature")]

@@ -35,13 +35,15 @@ class AllocationPolicy(Component, ABC):
     ignores_tiles: ClassVar[bool] = False
     """Whether tiles do not matter: the selection then sees one sequence (`EncodedImage.in_packed_order`)."""
 
-    base_tile_alone: ClassVar[bool] = False
-    """Whether signals are read of the base tile alone: it is then encoded first, and only what is paid for after it."""
-
     @property
     def reads_scores(self) -> bool:
         """Whether the scores of the selection are read. Without them it is known early which tiles get nothing."""
         return True
+
+    @property
+    def base_tile_alone(self) -> bool:
+        """Whether all signals are of the base tile alone: it is then encoded first, and what is paid for after it."""
+        return bool(self.needs) and all(signal.tiles == "base" for signal in self.needs)
 
     @abstractmethod
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,9 +101,15 @@ class _Watched(dict[tuple[str, int], Tensor]):
         return super().__getitem__(key)
 
 
-def wanted(reducer: TokenReducer) -> set[tuple[str, int]]:
-    """Return the (kind, layer) pairs that a strategy declares, on the hand-built tower."""
-    return {(s.kind, layer) for s in reducer.needs for layer in resolve_layers(s.layer, LAYERS, FEATURE_LAYER)}
+def wanted(reducer: TokenReducer, tiles: Collection[str] = ("all", "base")) -> set[tuple[str, int]]:
+    """Return the (kind, layer) pairs that a strategy declares, on the hand-built tower.
+
+    Args:
+        reducer: the strategy.
+        tiles: those that are declared for such tiles.
+    """
+    needs = [signal for signal in reducer.needs if signal.tiles in tiles]
+    return {(s.kind, layer) for s in needs for layer in resolve_layers(s.layer, LAYERS, FEATURE_LAYER)}
 
 
 def example_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> EncodedImage:
@@ -289,7 +295,7 @@ def inputs_unchanged(reducer: TokenReducer) -> None:
 
 
 def needs_are_read(reducer: TokenReducer) -> None:
-    """Every declared signal is read, and no other one."""
+    """Every declared signal is read, no other one, and of the base tile alone what is declared so."""
     read: set[tuple[str, int]] = set()
     for layout in LAYOUTS.values():
         image = example_image(reducer, layout)
@@ -305,6 +311,13 @@ def needs_are_read(reducer: TokenReducer) -> None:
     if idle := wanted(reducer) - read - used_later:
         names = ", ".join(f"{kind} of layer {layer}" for kind, layer in sorted(idle))
         raise CheckError(f"watched which signals it reads: expected all declared ones, never saw {names}")
+    of_base = wanted(reducer) - wanted(reducer, ["all"])
+    for name, image in images(reducer) if of_base else ():
+        declared = {key: image.signals[key] for key in of_base}
+        base = torch.arange(image.geometry.tiles) == 0
+        other = replace(image, signals={**image.signals, **_of_tiles(declared, base)})
+        what = f'reduced {name} without what it declares with tiles="base" of other tiles'
+        expect_same(what, reducer.reduce(image), reducer.reduce(other))
 
 
 def unpaid_tiles(reducer: TokenReducer) -> None:

@@ -8,7 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -310,10 +310,12 @@ class Signal(NamedTuple):
     Args:
         kind: the name of a method of `EncodedImage` that reads it, such as ``"cls_attention"``.
         layer: the layer or layers that it is read from; signals that belong to no layer leave it alone.
+        tiles: ``"base"`` if it is read of the base tile alone, so that it need not be there of others.
     """
 
     kind: str
     layer: LayerChoice = "feature"
+    tiles: Literal["all", "base"] = "all"
 
 
 @dataclass(frozen=True, eq=False)

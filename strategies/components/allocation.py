@@ -29,21 +29,21 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     Raises:
         ValueError: if the region is not known.
     """
-    rows, cols = geometry.tile_grid
+    (rows, cols), device = geometry.tile_grid, geometry.regions.device
     if region == "exact":
         return region_coverage(geometry.regions, geometry.token_grid)
     if region == "quadrant":
-        cell = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).reshape(-1, 2)
-        grid = torch.tensor([rows, cols])
-        return region_coverage(torch.cat([cell / grid, (cell + 1) / grid], dim=1), geometry.token_grid)
+        down, across = (torch.arange(number + 1, device=device) / number for number in (rows, cols))
+        corners = [torch.cartesian_prod(down[part], across[part]).view(-1, 2) for part in (slice(-1), slice(1, None))]
+        return region_coverage(torch.cat(corners, dim=1), geometry.token_grid)
     if region == "stripe":
         run = geometry.tokens // (rows * cols)
         if not run:
             raise ValueError(
                 f"region='stripe' cannot cut {geometry.tokens} tokens into {rows * cols} stripes; use 'exact'"
             )
-        stripe = torch.arange(geometry.tokens) // run
-        return (stripe == torch.arange(rows * cols)[:, None]).float()
+        stripe = torch.arange(geometry.tokens, device=device) // run
+        return (stripe == torch.arange(rows * cols, device=device)[:, None]).float()
     raise ValueError(f"region={region!r} is not known; use 'exact', 'quadrant' or 'stripe'")
 
 
@@ -63,8 +63,6 @@ class VisualContentAllocation(AllocationPolicy):
         rounding: ``"largest_remainder"`` spends the budget exactly and lets full tiles spill over; ``"floor"`` rounds
             each tile down and redistributes nothing.
     """
-
-    base_tile_alone: ClassVar[bool] = True
 
     base_share: float = 0.5
     layer: LayerChoice = "first"
@@ -91,8 +89,8 @@ class VisualContentAllocation(AllocationPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The CLS attention of the chosen layer."""
-        return (Signal("cls_attention", self.layer),)
+        """The base tile's CLS attention of the chosen layer."""
+        return (Signal("cls_attention", self.layer, tiles="base"),)
 
     def content(self, image: EncodedImage) -> Tensor:
         """Return the visual content ``s_i`` of each sub-image, float64 `[sub_images]`."""

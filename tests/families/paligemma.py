@@ -29,4 +29,6 @@ def processor() -> Any:
     return PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
 
 
-FAMILIES = [PaliGemmaFamily("paligemma", PaliGemmaAdapter, processor, nested=True, spots=((56, 56), (56, 112)))]
+FAMILIES = [
+    PaliGemmaFamily("paligemma", PaliGemmaAdapter, processor, nested=True, spots=((56, 56), (56, 112)), scale=1.5)
+]
