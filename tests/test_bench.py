@@ -335,7 +335,7 @@ def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
     graph = flame(json.loads(files[2].read_text())["traceEvents"])
     assert set(graph.below) == {name for name in BEFORE if name != "packing"}
     assert {"CLIPAttention", "CLIPMLP"} < set(graph.below["vision encode"].below)
-    assert set(graph.below["vision encode"].below["CLIPMLP"].below["Linear"].below) == {"linear"}
+    assert {"Linear", "GELUActivation"} == set(graph.below["vision encode"].below["CLIPMLP"].below)
     assert "CLIPMLP" not in graph.below["signal capture"].below  # the tower runs inside, and is another phase
     with Image.open(files[4]) as drawn:
         assert drawn.width > 1000
@@ -354,8 +354,10 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
             event("user_annotation", "phase: vision encode", 10e3, 60e3),
             event("python_function", "nn.Module: Layer_0", 11e3, 20e3),
             event("python_function", "nn.Module: Layer_1", 31e3, 30e3),
-            event("cpu_op", "aten::linear", 31e3, 12e3),
+            event("cpu_op", "aten::conv2d", 31e3, 12e3),
             event("cpu_op", "aten::addmm", 32e3, 10e3),  # inside it
+            event("cpu_op", "aten::layer", 43.5e3, 0.2e3),  # as the module is called
+            event("cpu_op", "aten::mul", 43.6e3, 0.1e3),
             event("python_function", "attend.py(3): attend", 44e3, 16e3),  # not drawn
             event("user_annotation", "phase: signal capture", 45e3, 10e3),
             event("cpu_op", "aten::matmul", 46e3, 4e3),
@@ -364,8 +366,8 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
             event("cpu_op", "aten::mm", 180e3, 40e3),
         ]
     )
-    linear, matmul, mm = Bar("linear", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
-    tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"linear": linear})})
+    convolution, matmul, mm = Bar("conv2d", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
+    tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"conv2d": convolution})})
     capture, prefill = Bar("signal capture", 10.0, {"matmul": matmul}), Bar("prefill", 50.0, {"mm": mm})
     assert found.took == pytest.approx(150)
     below = {name: bar for name, bar in found.below.items() if name != "rewrite"}

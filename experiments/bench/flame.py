@@ -112,6 +112,9 @@ def flame(events: Iterable[Event]) -> Bar:
         _, path, inside_operator = open_events[-1]
         if inside_operator:
             continue
+        if kind == "cpu_op" and name == path[-1].lower():  # a module that is nothing but this operator
+            open_events.append((end, path, True))
+            continue
         own = (name,) if kind == "user_annotation" else (*path, name)
         if len(open_events) > 1:
             _add(root, path, start - end)  # the caller's own time is what is left of it
