@@ -335,7 +335,7 @@ def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
     graph = flame(json.loads(files[2].read_text())["traceEvents"])
     assert set(graph.below) == {name for name in BEFORE if name != "packing"}
     assert {"CLIPAttention", "CLIPMLP"} < set(graph.below["vision encode"].below)
-    assert {"Linear", "GELUActivation"} == set(graph.below["vision encode"].below["CLIPMLP"].below)
+    assert {"Linear", "QuickGELUActivation"} == set(graph.below["vision encode"].below["CLIPMLP"].below)
     assert "CLIPMLP" not in graph.below["signal capture"].below  # the tower runs inside, and is another phase
     with Image.open(files[4]) as drawn:
         assert drawn.width > 1000
