@@ -30,12 +30,8 @@ class NestedTilesAdapter(TiledAdapter):
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower sees, `[tiles, 3, height, width]`; the model skips all-zero ones."""
-        tiles: Tensor = inputs[self.pixels]
-        return tiles.flatten(0, 1)[self.is_tile(tiles)]
-
-    def is_tile(self, pixels: Tensor) -> Tensor:
-        """Return which tiles of all rows are no padding, bool `[rows * tiles]`."""
-        return (pixels.flatten(0, 1) != 0).flatten(1).any(dim=1)
+        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
+        return tiles[(tiles != 0).flatten(1).any(dim=1)]
 
     def example_prompts(
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
@@ -75,9 +71,12 @@ class Idefics3Adapter(NestedTilesAdapter):
 
     def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
         """Return whether the images of a call can be encoded in stages: not if patches of a tile are masked."""
-        mask, tiles = inputs.get("pixel_attention_mask"), inputs[self.pixels]
-        masked = mask is not None and not bool(mask.flatten(0, 1)[self.is_tile(tiles)].all())
-        return not masked and super().can_stage(inputs, needs)
+        mask = inputs.get("pixel_attention_mask")
+        if mask is not None:
+            real = mask.bool().flatten(2)  # of padding tiles nothing
+            if bool((real.any(dim=2) != real.all(dim=2)).any()):
+                return False
+        return super().can_stage(inputs, needs)
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
         """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""

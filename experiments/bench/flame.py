@@ -68,7 +68,8 @@ def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folde
         heading: what ran, and where, for the picture.
     """
     inputs = subject.prepare([picture(setting.size, seed) for seed in range(setting.batch)])
-    cuda = [ProfilerActivity.CUDA] if subject.model.device.type == "cuda" else []
+    device = subject.model.device.type
+    cuda = [ProfilerActivity.CUDA] if device == "cuda" else []
     folder.mkdir(parents=True, exist_ok=True)
     files, graphs = [], {}
     for variant in variants:
@@ -77,12 +78,13 @@ def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folde
         with profile(activities=[ProfilerActivity.CPU, *cuda], with_stack=True) as found:
             call(subject, inputs, variant, 2, ledger=lambda: Ledger(perf_counter))
         found.export_chrome_trace(str(file))
-        graphs[variant.name] = flame(json.loads(file.read_text())["traceEvents"])
+        if device == "cpu":
+            graphs[variant.name] = flame(json.loads(file.read_text())["traceEvents"])
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         listing = file.with_suffix(".txt")
         listing.write_text(found.key_averages().table(sort_by=order, row_limit=40) + "\n")
         files += [file, listing]
-    if graphs and subject.model.device.type == "cpu":
+    if graphs:
         files.append(folder / f"{_file_name(str(setting))}.png")
         flame_figure(graphs, f"{heading}\n{setting}").savefig(files[-1])
     return files
