@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.attach import Run
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.models import mini
 from tokenprune.pictures import load_picture, save_picture
+from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
 from tokenprune.viz import report
 
 DEMO_TYPES = ("number_pair", "number_shape", "colour", "shape", "side", "count", "paper")
@@ -130,7 +131,7 @@ def answer(
     length = inputs["input_ids"].shape[1]
 
     def generate(tokens: int) -> str:
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        out = call_generate(model, inputs, max_new_tokens=tokens, do_sample=False)
         text: str = processor.decode(out[0, length:], skip_special_tokens=True)
         return text.strip()
 

@@ -20,8 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.adapter import Encoding, find_adapter
-from tokenprune.attach import mix, projector_sources
+from tokenprune.adapter import Encoding, PackedTokens, find_adapter
 from tokenprune.budget import as_budget
 from tokenprune.experiments.heldout import Answers, answer, in_points, interval, text_guided
 from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
@@ -29,6 +28,7 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Board, boards, make_board
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
+from tokenprune.stages import mix, projector_sources
 from tokenprune.strategies import TRIM, FasterVLM, GlobalCom2, HiRED, HoloV, PruMerge, UniformStride, VisPruner
 from tokenprune.strategies.trim import OutlierAllocation, outlier_share
 
@@ -117,7 +117,8 @@ def relaid(make: Callable[[float], TokenReducer], layout: Callable[[TileGeometry
         assert image.newline is not None
         table = torch.cat([image.features.flatten(0, 1), image.newline[None]])
         image = replace(image, geometry=replace(image.geometry, packed=places))
-        return shown.fed(replace(shown.encoding, images=[image], packed=[table[places]]), make(budget))
+        tokens = PackedTokens([table[places]])
+        return shown.fed(replace(shown.encoding, images=[image], complete=False, tokens=tokens), make(budget))
 
     return way
 
@@ -168,7 +169,7 @@ def zero_filled(shown: Shown, budget: float) -> Fed:
 def as_it_is(encoding: Encoding, features: Tensor) -> tuple[Encoding, TokenReducer]:
     """Return an encoding that is these features, `[length, dim]`, and a strategy that leaves it alone."""
     image = EncodedImage(TileGeometry.single((1, len(features))), features[None])
-    return replace(encoding, images=[image], packed=[features]), UniformStride(1.0)
+    return replace(encoding, images=[image], complete=False, tokens=PackedTokens([features])), UniformStride(1.0)
 
 
 def together(images: Sequence[EncodedImage]) -> EncodedImage:
@@ -183,9 +184,8 @@ def together(images: Sequence[EncodedImage]) -> EncodedImage:
     tiles = sum(layout.tiles for layout in layouts)
     geometry = TileGeometry((tiles - 1, 1), layouts[0].token_grid, torch.zeros(tiles - 1, 4), torch.cat(packed))
     signals = {key: torch.cat([image.signals[key] for image in images]) for key in images[0].signals}
-    return replace(
-        images[0], geometry=geometry, features=torch.cat([image.features for image in images]), signals=signals
-    )
+    features = torch.cat([image.features for image in images])
+    return replace(images[0].with_features(features), geometry=geometry, signals=signals)
 
 
 def outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
@@ -240,8 +240,8 @@ def base_tile(encoding: Encoding) -> Encoding:
     image = encoding.images[0]
     layout = TileGeometry.single(image.geometry.token_grid)
     signals = {key: value[:1] for key, value in image.signals.items()}
-    image = replace(image, geometry=layout, features=image.features[:1], signals=signals)
-    return replace(encoding, images=[image], packed=[image.features[0]])
+    image = replace(image.with_features(image.features[:1]), geometry=layout, signals=signals)
+    return replace(encoding, images=[image], complete=False, tokens=PackedTokens([image.features[0]]))
 
 
 def shared_mask(first: EncodedImage, second: EncodedImage) -> EncodedImage:
@@ -279,7 +279,8 @@ def second_picture(
         other = read(one.images[0], two.images[0])
         if alone:
             return shown.fed(replace(two, images=[other]), make(budget))
-        both = Encoding([one.images[0], other], [one.packed[0], two.packed[0]], two.outputs)
+        tokens = PackedTokens([one.packed[0], two.packed[0]])
+        both = Encoding([one.images[0], other], tokens, two.outputs)
         return shown.fed(both, make(budget))
 
     return way

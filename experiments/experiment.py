@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -22,13 +22,13 @@ import torch
 import yaml
 
 from tokenprune.adapter import Adapter, Encoding, find_adapter
-from tokenprune.attach import Run
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
 from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
+from tokenprune.pipeline import Pipeline, attention_name, counted_encodes, missing_signals
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
@@ -206,10 +206,10 @@ def run_cells(
                 raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
             adapter, around = find_adapter(model), environment(model)
             for cell in cells:
-                attention = Run(cell.experiment.reducer, adapter).attention_read
+                attention = attention_name(cell.experiment.reducer, adapter)
                 read = {} if attention is None else {"attention": attention}
                 write_whole(cell.folder(out) / "environment.json", json.dumps({**around, **read}, indent=1))
-            passes = stack.enter_context(_counted_passes(adapter))
+            passes = stack.enter_context(counted_encodes(adapter))
             for number, group in list(enumerate(groups))[rank::world]:
                 pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
                 keep = out if is_stored(number, len(groups), pictures) else None
@@ -231,23 +231,6 @@ def run_cells(
     for cell in cells:
         _summarise(cell, out)
     return progress
-
-
-@contextmanager
-def _counted_passes(adapter: Adapter) -> Iterator[list[int]]:
-    """Count the passes through the vision tower in a list of one number."""
-    passes = [0]
-
-    def count(*_: Any) -> None:
-        passes[0] += 1
-
-    tower = getattr(adapter, "tower", None)
-    hook = None if tower is None else tower.register_forward_hook(count)
-    try:
-        yield passes
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def _summarise(cell: Cell, out: Path) -> None:
@@ -298,7 +281,7 @@ def lacking(model: Any, cells: Sequence[Cell]) -> list[str]:
     adapter, wrong = find_adapter(model), []
     for cell in cells:
         reducer = cell.experiment.reducer
-        if missing := Run(reducer, adapter).missing:
+        if missing := missing_signals(reducer, adapter):
             wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(missing)}")
         elif reducer.reads_question and reducer.text_model is None:
             wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
@@ -356,7 +339,7 @@ def _records(
         return
     text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
     model = adapter.model
-    needs = [signal for cell, _, _ in pending for signal in Run(cell.experiment.reducer, adapter).needs]
+    needs = [signal for cell, _, _ in pending for signal in Pipeline(cell.experiment.reducer, adapter).needs]
     try:
         picture = group[0].picture()
         before = passes[0]
@@ -422,17 +405,16 @@ def _answer(
     encode_ms: float,
 ) -> tuple[list[dict[str, Any]], list[Selection]]:
     """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
-    run = Run(experiment.reducer, adapter, tokenizer=processor)
+    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor)
     torch.manual_seed(experiment.seed)
     with torch.no_grad():
         began = time.perf_counter()
-        reduced, rows = run.reduced(dict(text), generating=True, encoding=encoding.repeated(len(batch)))
+        call = pipeline.prepare(text, generating=True, encoding=encoding.repeated(len(batch)))
         chosen = time.perf_counter()
-        made = adapter.model.generate(**reduced, **_options(experiment))
-        width = text["input_ids"].shape[1] if rows is None else rows.index.shape[1]
-        answers = processor.batch_decode(made[:, width:], skip_special_tokens=True)
+        sequences = pipeline.generate_prepared(call, text["input_ids"], **_options(experiment))
+        answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
         ended = time.perf_counter()
-    records = []
+    records, run = [], pipeline.run
     for place, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
         image, (full, short) = run.account.images[place], run.account.prompt_lengths[place]
         numbers = {

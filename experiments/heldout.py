@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from tokenprune.adapter import Encoding, find_adapter
-from tokenprune.attach import Run
 from tokenprune.catalogue import strategies
 from tokenprune.experiments import statistics
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.models.mini.evaluate import ask
+from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.run import Run
 from tokenprune.strategies import EADP, TRIM, CDPruner, HiRED, Random
 from tokenprune.strategies.cdpruner import ConditionalDiversity
 from tokenprune.strategies.components import (
@@ -99,11 +100,11 @@ def answer(
         inputs: text inputs of one prompt per question, `[questions, length]`.
         reducer: the strategy.
     """
-    run = Run(reducer, find_adapter(model), tokenizer=processor)
-    reduced, rows = run.reduced(dict(inputs), generating=True, encoding=encoding.repeated(len(inputs["input_ids"])))
-    out = model.generate(**reduced, max_new_tokens=4, do_sample=False)
-    width = inputs["input_ids"].shape[1] if rows is None else rows.index.shape[1]
-    return [text.strip() for text in processor.batch_decode(out[:, width:], skip_special_tokens=True)], run
+    pipeline, ids = Pipeline(reducer, find_adapter(model), tokenizer=processor), inputs["input_ids"]
+    call = pipeline.prepare(inputs, generating=True, encoding=encoding.repeated(len(ids)))
+    out = pipeline.generate_prepared(call, ids, max_new_tokens=4, do_sample=False)
+    texts = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts], pipeline.run
 
 
 def measure_board(
@@ -114,7 +115,7 @@ def measure_board(
     one, every = ask(processor, board.image, questions[:1]), ask(processor, board.image, questions)
     text = {name: every[name] for name in ("input_ids", "attention_mask")}
     adapter = find_adapter(model)
-    needs = [signal for _, _, reducer in settings for signal in Run(reducer, adapter).needs]
+    needs = [signal for _, _, reducer in settings for signal in Pipeline(reducer, adapter).needs]
     with torch.no_grad():
         encoding = adapter.encode(one, needs, text_model="mini")
         for name, budget, reducer in settings:

@@ -79,7 +79,10 @@ def check(config: Any) -> dict[str, Any]:
         for value in _scalars([spec.get("value", ""), spec.get("values", "")]):
             if isinstance(value, float) and value.is_integer():
                 # In its library `sweeps`, W&B says that 3000000.0 comes back from the server as 3000000.
-                log.warning("%s: W&B's server may pass %s as %d; a budget of 1 is one token", name, value, value)
+                log.warning(
+                    "%s: W&B's server may pass %s as %d; a budget of 1 is one token, write 100%% for all tokens",
+                    *(name, value, value),
+                )
             elif value is None:
                 log.warning("%s: W&B passes null as the word None; leave the parameter out instead", name)
     return config

@@ -21,7 +21,7 @@ class AyaVisionAdapter(TiledAdapter):
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_at: ClassVar[str | None] = None
     pooling_in: ClassVar[str | None] = "downsample_factor"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     def visual_tokens(self, patches: Tensor) -> Tensor:

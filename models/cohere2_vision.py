@@ -22,7 +22,7 @@ class Cohere2VisionAdapter(TiledAdapter):
     projector_at: ClassVar[str | None] = None
     pooling_in: ClassVar[str | None] = "downsample_factor"
     norm_at: ClassVar[str | None] = "post_layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
         """Return the visual tokens that are made of some patches: the projector sees each token as a small picture."""

@@ -20,7 +20,7 @@ class DeepseekVLAdapter(SingleTileAdapter):
     projector_at: ClassVar[str | None] = "aligner"
     features_by_tile: ClassVar[bool] = True
     norm_at: ClassVar[str | None] = "post_layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:

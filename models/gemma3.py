@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from tokenprune.models.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter, grid_difference, looked_at, runs
+from tokenprune.models.tiles import TiledAdapter, grid_difference, thumbnail
 
 ALIKE = 0.5
 """Crops show what a base tile shows if they differ from it by less than this part of its variance."""
@@ -26,7 +26,7 @@ class Gemma3Adapter(TiledAdapter):
     projector_at: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
     norm_at: ClassVar[str | None] = "post_layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
@@ -49,14 +49,17 @@ class Gemma3Adapter(TiledAdapter):
 
         Text stands between the base tile and its crops, and always the same few ids between crops. These can also
         stand between two pictures, so that only pixels tell where the crops end.
+
+        Raises:
+            ValueError: if the placeholders do not fit the tiles.
         """
-        ids, tiles = self.prompt_ids(inputs), self.all_tiles(inputs)
-        found, numbers = runs(ids == self.image_token_id), list[int]()
-        if len(found) != len(tiles):
-            return [1] * len(found)
+        ids, tiles, numbers = self.prompt_ids(inputs), self.all_tiles(inputs), list[int]()
+        spans = self.tile_spans(ids, len(tiles))
+        if spans is None:
+            return [1] * len(tiles)
         gaps = [
-            tuple(ids[one.row, one.start + one.length : two.start].tolist()) if one.row == two.row else None
-            for one, two in pairwise(found)
+            tuple(ids[tile.row, tile.start + tile.length : after.start].tolist()) if tile.row == after.row else None
+            for tile, after in pairwise(spans)
         ]
         while (start := sum(numbers)) < len(tiles):
             most = possible_crops(gaps[start:])
@@ -138,5 +141,5 @@ def crop_difference(tiles: Tensor) -> float:
     Args:
         tiles: base tile and crops, `[tiles, 3, height, width]`.
     """
-    variance = float(looked_at(tiles[0]).var(dim=(1, 2)).mean())
+    variance = float(thumbnail(tiles[0]).var(dim=(1, 2)).mean())
     return grid_difference(tiles[1:], tiles[0], crop_grid(tiles)) / max(variance, 1e-6)

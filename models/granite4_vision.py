@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import TileGeometry
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
@@ -29,7 +29,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
     model_class: ClassVar[str] = "Granite4VisionForConditionalGeneration"
     projector_at: ClassVar[str | None] = None
     resizable: ClassVar[bool] = False
-    staged: ClassVar[bool] = False
+    projects_per_token: ClassVar[bool] = False
 
     @cached_property
     def pooling(self) -> int:
@@ -87,17 +87,17 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         levels = [level for _, level in outputs.deepstack_features]
         return [torch.cat(one, dim=-1) for one in zip(*levels, strict=True)]
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
+    ) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the kept features of every level."""
-        handed = [one for one in packed if len(one)]
-        if not handed:
-            return {}
+        kept = [features for features in packed if len(features)]
+        if not kept:
+            return FeatureInputs({})
         outputs = copy.copy(encoding.outputs)  # generate expands it in place for beams
         layers = [layer for layer, _ in outputs.deepstack_features]
-        levels = zip(*(one.chunk(len(layers), dim=-1) for one in handed), strict=True)
+        levels = zip(*(features.chunk(len(layers), dim=-1) for features in kept), strict=True)
         outputs["deepstack_features"] = outputs.deepstack_features = [
             (layer, list(level)) for layer, level in zip(layers, levels, strict=True)
         ]
-        return {"mm_encoder_outputs": {"image": outputs}}
+        return FeatureInputs({"mm_encoder_outputs": {"image": outputs}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 
 from tokenprune.image import Signal, TileGeometry
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter, runs
+from tokenprune.models.tiles import TiledAdapter, placeholder_spans, tile_spans
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -51,32 +52,29 @@ class Idefics3Adapter(NestedTilesAdapter):
     projector_at: ClassVar[str | None] = "connector.modality_projection"
     pooling_in: ClassVar[str | None] = "scale_factor"
     norm_at: ClassVar[str | None] = "post_layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image, from the text between its tiles.
 
         Raises:
-            ValueError: if the prompt has no ids, or its placeholders do not fit the tiles.
+            ValueError: if the placeholders do not fit the tiles.
         """
-        self.tiles_per_image(inputs)  # raises if runs of placeholders are no tiles
-        grids = tile_grids(inputs["input_ids"], self.image_token_id)
-        tiles, places = len(self.all_tiles(inputs)), sum(1 + rows * cols for rows, cols in grids)
-        if places != tiles:
-            raise ValueError(
-                f"Image features and image tokens do not match: the prompt has places for {places} tiles, but there "
-                f"are {tiles}; make the inputs with the processor that belongs to the model"
-            )
-        return [TileGeometry.tiled(grid, self.token_grid, self.base_first) for grid in grids]
+        self.check_inputs(inputs)
+        ids, tiles, grids = self.prompt_ids(inputs), len(self.all_tiles(inputs)), list[tuple[int, int]]()
+        if self.tile_spans(ids, tiles) is not None:
+            with suppress(ValueError):  # the text between the tiles is not that of the processor
+                grids = tile_grids(ids, self.image_token_id, self.tokens_per_tile)
+        return [TileGeometry.tiled(grid, self.token_grid, self.base_first) for grid in grids or [(0, 0)] * tiles]
 
-    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the images of a call can be encoded in stages: not if patches of a tile are masked."""
+    def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the tower can be left early: not if patches of a tile are masked."""
         mask = inputs.get("pixel_attention_mask")
         if mask is not None:
             real = mask.bool().flatten(2)  # of padding tiles nothing
             if bool((real.any(dim=2) != real.all(dim=2)).any()):
                 return False
-        return super().can_stage(inputs, needs)
+        return super().can_leave_early(inputs, needs)
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
         """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
@@ -106,6 +104,11 @@ class SmolVLMAdapter(Idefics3Adapter):
     family: ClassVar[str] = "smolvlm"
     model_class: ClassVar[str] = "SmolVLMForConditionalGeneration"
 
+    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tiles that the tower sees; if all are zero, the model encodes the first one."""
+        tiles = super().all_tiles(inputs)
+        return tiles if len(tiles) else inputs[self.pixels].flatten(0, 1)[:1]
+
     @classmethod
     def example(cls) -> Any:
         """Return a tiny SmolVLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
@@ -119,35 +122,41 @@ def example_rest() -> dict[str, Any]:
     return {"text_config": example_llm(), "image_token_id": EXAMPLE_IMAGE, "scale_factor": 2, "pad_token_id": 0}
 
 
-def tile_grids(ids: Tensor, placeholder: int) -> list[tuple[int, int]]:
+def tile_grids(ids: Tensor, placeholder: int, tokens: int | None = None) -> list[tuple[int, int]]:
     """Return rows x cols of the sub-images of each image, in the order of the prompts.
 
     One token opens each tile and closes an image. Between tiles of an image it stands once, between images twice; at
-    the end of a row of tiles a line break stands before it.
+    the end of a row of tiles a line break stands before it. Without a line break, and without text between them, tiles
+    are an image each.
 
     Args:
         ids: the prompts, `[rows, length]`.
         placeholder: id of the image placeholder.
+        tokens: placeholders of one tile; None takes each stretch of placeholders for a tile.
 
     Raises:
-        ValueError: if rows of tiles differ in length.
+        ValueError: if rows of tiles differ in length, or text interrupts a tile.
     """
-    grids, found = [], runs(ids == placeholder)
-    for row in sorted({run.row for run in found}):
-        own = [run for run in found if run.row == row]
-        starts = [*(run.start for run in own[1:]), ids.shape[1]]
-        texts = [ids[row, run.start + run.length : start].tolist() for run, start in zip(own, starts, strict=True)]
-        mark, breaks = (texts[-1] or [placeholder])[0], []
+    grids = list[tuple[int, int]]()
+    spans = placeholder_spans(ids == placeholder)
+    tiles = spans if tokens is None else tile_spans(spans, tokens)
+    if tiles is None:
+        raise ValueError(f"text interrupts a tile of {tokens} tokens")
+    for row in sorted({tile.row for tile in tiles}):
+        own = [tile for tile in tiles if tile.row == row]
+        starts = [*(tile.start for tile in own[1:]), ids.shape[1]]
+        texts = [ids[row, tile.start + tile.length : start].tolist() for tile, start in zip(own, starts, strict=True)]
+        mark, breaks = (texts[-1] or [placeholder])[0], list[bool]()
         for text in [*texts[:-1], [mark, mark]]:
             if text.count(mark) == 1:
                 breaks.append(text[0] != mark)
                 continue
             lines = sum(breaks)
             cols = len(breaks) // max(lines, 1)
-            if breaks != ([False] * (cols - 1) + [True]) * lines:
+            if lines and breaks != ([False] * (cols - 1) + [True]) * lines:
                 raise ValueError(
                     f"the {len(breaks)} tiles of an image are no grid: its prompt breaks lines at {breaks}"
                 )
-            grids.append((lines, cols))
+            grids += [(lines, cols)] if lines else [(0, 0)] * (1 + len(breaks))
             breaks = []
     return grids

@@ -24,16 +24,16 @@ class InternVLAdapter(TiledAdapter):
     layers_at: ClassVar[str] = "encoder.layer"
     attention_at: ClassVar[str] = "attention"
     norm_at: ClassVar[str | None] = "layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
         return round(1 / float(self.model.config.downsample_ratio))
 
-    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the images of a call can be encoded in stages: not from a layer that the call names."""
-        return inputs.get("vision_feature_layer") is None and super().can_stage(inputs, needs)
+    def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the tower can be left early: not from a layer that the call names."""
+        return inputs.get("vision_feature_layer") is None and super().can_leave_early(inputs, needs)
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
         """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""

@@ -16,7 +16,7 @@ from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneratio
 from tokenprune.image import TileGeometry, token_dim
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
 from tokenprune.models.placeholder import pool
-from tokenprune.models.tiles import TiledAdapter, find_grid, runs
+from tokenprune.models.tiles import TiledAdapter, find_grid, placeholder_spans, split_pairs
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -29,40 +29,58 @@ class Lfm2VlAdapter(TiledAdapter):
     projector_at: ClassVar[str | None] = None
     pooling_in: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
+    required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Return height x width of the tokens of each tile."""
-        shapes = torch.as_tensor(inputs["spatial_shapes"]) // self.pooling
-        return [(int(height), int(width)) for height, width in shapes.tolist()]
+        return [(height // self.pooling, width // self.pooling) for height, width in self.shapes(inputs)]
 
-    def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Return the number of tiles of each image; what stands behind the last run of a row closes an image.
+    def shapes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return height x width of the patches of each tile.
 
         Raises:
-            ValueError: if the placeholders are not those of whole tiles.
+            ValueError: if there is not one shape per tile.
         """
-        ids = F.pad(self.prompt_ids(inputs), (0, 1), value=-1)
-        tokens, found = [height * width for height, width in self.sizes(inputs)], runs(ids == self.image_token_id)
-        behind = [int(ids[one.row, one.start + one.length]) for one in found]
-        closing = {one.row: mark for one, mark in zip(found, behind, strict=True)}
-        numbers, open_image, tile = list[int](), False, 0
-        for run, mark in zip(found, behind, strict=True):
-            end, left = tile, run.length
-            while left > 0 and end < len(tokens):
+        shapes = self.input_tensor(inputs, "spatial_shapes", (len(inputs[self.pixels]), 2))
+        return [(int(height), int(width)) for height, width in shapes.tolist()]
+
+    def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the vision inputs of a call; the model takes no mask for no padding, but as an argument."""
+        return {"pixel_attention_mask": None, **super().vision_arguments(inputs)}
+
+    def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the number of tiles of each image; the id after the last placeholder of a row closes an image.
+
+        Raises:
+            ValueError: if the placeholders do not fit the tiles.
+        """
+        ids, sizes = F.pad(self.prompt_ids(inputs), (0, 1), value=-1), self.sizes(inputs)
+        tokens, spans = [height * width for height, width in sizes], placeholder_spans(ids == self.image_token_id)
+        places = sum(span.length for span in spans)
+        if places != sum(tokens):
+            raise self.input_error(
+                f"Image features and image tokens do not match: the prompt has {places} placeholders, but the tiles "
+                f"have {sum(tokens)} tokens"
+            )
+        after = [int(ids[span.row, span.start + span.length]) for span in spans]
+        closing = {span.row: mark for span, mark in zip(spans, after, strict=True)}
+        numbers, is_open, tile = list[int](), False, 0
+        for span, mark in zip(spans, after, strict=True):
+            end, left = tile, span.length
+            while left > 0:
                 left, end = left - tokens[end], end + 1
-            if left:
-                raise ValueError(
-                    f"Image features and image tokens do not match: {run.length} placeholders in a row are no whole "
-                    "number of tiles; make the inputs with the processor that belongs to the model"
-                )
-            numbers = [*numbers[:-1], numbers[-1] + end - tile] if open_image else [*numbers, end - tile]
-            open_image, tile = mark != closing[run.row], end
-        return numbers
+            if left:  # text interrupts a tile
+                return [1] * len(tokens)
+            numbers = [*numbers[:-1], numbers[-1] + end - tile] if is_open else [*numbers, end - tile]
+            is_open, tile = mark != closing[span.row], end
+        sub_images = [sizes[sum(numbers[:image]) :][: number - 1] for image, number in enumerate(numbers)]
+        parts = [[1 + len(part)] if len(set(part)) < 2 else [1] * (1 + len(part)) for part in sub_images]
+        return split_pairs([number for part in parts for number in part])
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles put together from their patches, padded to the largest, `[tiles, 3, height, width]`."""
         patch, pictures = self.tower.config.patch_size, []
-        shapes = torch.as_tensor(inputs["spatial_shapes"]).tolist()
+        shapes = self.shapes(inputs)
         side = [max(one) * patch for one in zip(*shapes, strict=True)]
         for flat, (rows, cols) in zip(inputs[self.pixels], shapes, strict=True):
             picture = rearrange(flat[: rows * cols], "(h w) (y x c) -> c (h y) (w x)", h=rows, y=patch, x=patch)
@@ -70,7 +88,12 @@ class Lfm2VlAdapter(TiledAdapter):
         return torch.stack(pictures)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image: every tile has as many rows and columns as the largest one of the image."""
+        """Return the layout of each image: every tile has as many rows and columns as the largest one of the image.
+
+        Raises:
+            ValueError: if a vision input is missing, or the placeholders do not fit the tiles.
+        """
+        self.check_inputs(inputs)
         sizes, numbers = self.sizes(inputs), self.tiles_per_image(inputs)
         side = self.pooling * self.tower.config.patch_size
         out = []

@@ -49,10 +49,10 @@ class Llama4Adapter(TiledAdapter):
         return round(1 / float(self.tower.config.pixel_shuffle_ratio))
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Return rows x cols of the sub-images: what stands behind the last of them ends each row."""
-        behind = [one[:-1] for one in self.ids_behind(inputs, parts)]
-        rows = [one.count(one[-1]) if one else 0 for one in behind]
-        return [(r, len(one) // r) if one else (0, 0) for r, one in zip(rows, behind, strict=True)]
+        """Return rows x cols of the sub-images: the id after the last of them ends each row."""
+        after = [ids[:-1] for ids in self.ids_after(inputs, parts)]
+        rows = [ids.count(ids[-1]) if ids else 0 for ids in after]
+        return [(r, len(ids) // r) if ids else (0, 0) for r, ids in zip(rows, after, strict=True)]
 
     def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
         """Return the layout of one image: below and right of the picture, its sub-images hold only black padding.
@@ -68,22 +68,32 @@ class Llama4Adapter(TiledAdapter):
         return replace(layout, regions=(layout.regions / torch.tensor(2 * filled)).clamp(max=1.0))
 
     def encode(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+        self,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int = 0,
+        text_model: str | None = None,
+        truncated: bool = False,
     ) -> Encoding:
-        """Encode the images; strategies see them behind the linear map that the model applies to what it is given."""
-        encoding = super().encode(inputs, needs, pictures, text_model)
+        """Encode the images; their features are the outputs of the linear map that the model applies at the end."""
+        encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated)
         project = self.model.multi_modal_projector
         with torch.no_grad():
-            seen = [replace(one, features=project(one.features)) for one in encoding.images]
-        return replace(encoding, images=seen)
+            images = [image.with_features(project(image.features)) for image in encoding.images]
+        return replace(encoding, images=images)
 
     @cached_property
     def llm(self) -> LLMShape:
         """The shape of the language model, with the experts that a token passes."""
         config, shape = self.model.config.get_text_config(), super().llm
-        experts = [one for one in self.model.language_model.parameters() if one.dim() == 3]
-        active = sum(one.numel() // config.num_local_experts * config.num_experts_per_tok for one in experts)
-        return replace(shape, linear_parameters=shape.linear_parameters + active)
+        active = [
+            sum(weights.numel() for weights in layer.parameters() if weights.dim() == 3)
+            // config.num_local_experts
+            * config.num_experts_per_tok
+            for layer in self.decoder.layers
+        ]
+        totals = (shared + routed for shared, routed in zip(shape.layer_parameters, active, strict=True))
+        return replace(shape, layer_parameters=tuple(totals))
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
         """Return the ids that stand for a picture: 11 stands between columns, 12 ends a row, 13 opens the base tile."""

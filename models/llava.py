@@ -17,7 +17,8 @@ class LlavaAdapter(SingleTileAdapter):
     family: ClassVar[str] = "llava"
     model_class: ClassVar[str] = "LlavaForConditionalGeneration"
     resizable: ClassVar[bool] = True
-    staged: ClassVar[bool] = True
+    passes_output_options: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: Any) -> bool:

@@ -25,7 +25,8 @@ class LlavaNextAdapter(PlaceholderAdapter):
     family: ClassVar[str] = "llava_next"
     model_class: ClassVar[str] = "LlavaNextForConditionalGeneration"
     resizable: ClassVar[bool] = True
-    staged: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
+    projects_per_token: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:
@@ -53,8 +54,16 @@ class LlavaNextAdapter(PlaceholderAdapter):
         return {}
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image by its size."""
-        sizes = [(int(height), int(width)) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+        """Return the layout of each image by its size.
+
+        Raises:
+            ValueError: if sizes are missing, or there is not one per image.
+        """
+        self.check_inputs(inputs)
+        pixels = inputs.get(self.pixels)
+        images = len(pixels) if pixels is not None and pixels.dim() == 5 else None
+        table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
+        sizes = [(int(height), int(width)) for height, width in table.tolist()]
         for size in set(sizes) - set(self._known_layouts):
             self._known_layouts[size] = self.layout(size)
         return [self._known_layouts[size] for size in sizes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
 from tokenprune.adapter import Encoding
@@ -39,19 +37,20 @@ class BesideVideosAdapter(LlavaNextAdapter):
         return super().image_inputs | {VIDEOS}
 
     def encode(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+        self,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int = 0,
+        text_model: str | None = None,
+        truncated: bool = False,
     ) -> Encoding:
         """Run the vision side once; videos get no signals."""
-        encoding = super().encode(without_videos(inputs), needs, pictures, text_model)
+        encoding = super().encode(without_videos(inputs), needs, keep_pixels, text_model, truncated)
         return replace(encoding, videos=self.encode_videos(inputs))
 
-    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the images of a call can be encoded in stages: not beside videos."""
-        return inputs.get(VIDEOS) is None and super().can_stage(inputs, needs)
-
-    def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
+    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features; videos are encoded."""
-        encoding = super().unencoded(without_videos(inputs), pictures)
+        encoding = super().unencoded(without_videos(inputs), keep_pixels)
         return replace(encoding, videos=self.encode_videos(inputs))
 
     def encode_videos(self, inputs: Mapping[str, Any]) -> Any:
@@ -61,15 +60,6 @@ class BesideVideosAdapter(LlavaNextAdapter):
         chosen = ("vision_feature_layer", "vision_feature_select_strategy")
         given = {name: inputs[name] for name in (VIDEOS, *chosen) if inputs.get(name) is not None}
         return self.model.base_model.get_video_features(**given, return_dict=True)
-
-    def hand_over(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
-        """Return `mm_encoder_outputs` with the kept features, and those of all frames."""
-        handed = super().hand_over(encoding, packed, places)
-        if encoding.videos is not None:
-            handed.setdefault("mm_encoder_outputs", {})["video"] = copy.copy(encoding.videos)
-        return handed
 
 
 def without_videos(inputs: Mapping[str, Any]) -> dict[str, Any]:

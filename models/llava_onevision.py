@@ -46,10 +46,11 @@ class LlavaOnevisionAdapter(BesideVideosAdapter):
         limit = int(ratio.removeprefix("anyres_max_"))
         return [shrunk(one, limit) for one in self.whole_layouts(inputs)]
 
-    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the images of a call can be encoded in stages: not if one is shrunk, which mixes tokens."""
+    def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the tower can be left early: not if one is shrunk, which mixes tokens."""
         layouts = zip(self.layouts(inputs), self.whole_layouts(inputs), strict=True)
-        return super().can_stage(inputs, needs) and all(len(one.packed) == len(whole.packed) for one, whole in layouts)
+        is_shrunk = any(len(layout.packed) != len(whole.packed) for layout, whole in layouts)
+        return super().can_leave_early(inputs, needs) and not is_shrunk
 
     def whole_layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image before anything is shrunk."""

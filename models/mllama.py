@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import SEPARATOR, TileGeometry, token_dim
 from tokenprune.models.example import (
     EXAMPLE_IMAGE,
@@ -29,14 +29,14 @@ from tokenprune.models.example import (
     with_sharp_attention,
 )
 from tokenprune.models.placeholder import PlaceholderAdapter
-from tokenprune.models.probe import instead
+from tokenprune.models.probe import replaced_forward
 
 
 class MllamaAdapter(PlaceholderAdapter):
     """`MllamaForConditionalGeneration`: kept keys go in through the argument for pixels, as four dimensions.
 
-    While a strategy is attached, the vision model hands such keys on, and the columns of the cross-attention mask are
-    those of the kept keys. The prompt does not change.
+    During such a call the vision model passes the keys on, and the columns of the cross-attention mask are those of the
+    kept keys. The prompt does not change.
     """
 
     family: ClassVar[str] = "mllama"
@@ -45,11 +45,8 @@ class MllamaAdapter(PlaceholderAdapter):
     tower_at: ClassVar[str] = "vision_model"
     layers_at: ClassVar[str] = "transformer.layers"
     projector_at: ClassVar[str | None] = None
+    required_inputs: ClassVar[tuple[str, ...]] = ("aspect_ratio_ids", "aspect_ratio_mask")
     image_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"})
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self._kept: tuple[Tensor, Tensor] | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -62,12 +59,27 @@ class MllamaAdapter(PlaceholderAdapter):
         return int(self.tower.num_patches)
 
     def grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
-        """Return of each image its prompt row, its number in the row, and rows x cols of its tiles."""
-        known, ids = self.tower.config.supported_aspect_ratios, torch.as_tensor(inputs["aspect_ratio_ids"])
+        """Return for each image its prompt row, its number in the row, and rows x cols of its tiles.
+
+        Raises:
+            ValueError: if the ids of the aspect ratios do not fit the pixels, or an id has no aspect ratio.
+        """
+        rows, images = inputs[self.pixels].shape[:2]
+        known = self.tower.config.supported_aspect_ratios
+        ids = self.input_tensor(inputs, "aspect_ratio_ids", (rows, images))
+        if bool((ids > len(known)).any()):
+            raise self.input_error(f"aspect_ratio_ids={ids.tolist()} exceed the {len(known)} known aspect ratios")
         return [(row, number, *known[int(ids[row, number]) - 1]) for row, number in ids.nonzero().tolist()]
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the canvas of each image as one tile, packed tile by tile, CLS behind each."""
+        """Return the canvas of each image as one tile, packed tile by tile, CLS after each.
+
+        Raises:
+            ValueError: if a vision input is missing, or does not fit the pixels.
+        """
+        self.check_inputs(inputs)
+        rows, images, tiles = inputs[self.pixels].shape[:3]
+        self.input_tensor(inputs, "aspect_ratio_mask", (rows, images, tiles))
         (height, width), out = self.token_grid, []
         for _, _, rows, cols in self.grids(inputs):
             canvas = torch.arange(rows * height * cols * width).view(rows * height, cols * width)
@@ -110,18 +122,18 @@ class MllamaAdapter(PlaceholderAdapter):
             for row, number, rows, cols in self.grids(inputs)
         ]
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
-        """Return keys in the place of pixels, `[rows, images, keys, dim]`, padded; the mask is cut when they arrive."""
+    ) -> FeatureInputs:
+        """Return kept keys in place of the pixels, `[rows, images, keys, dim]`, padded, and the context for them.
+
+        The context lets the vision model pass the keys on and shortens the cross-attention mask to them.
+        """
         inputs = encoding.inputs
         grids, (rows, images) = self.grids(inputs), inputs["aspect_ratio_ids"].shape
         times = len(packed) // len(grids)
         shared = {name: inputs[name].repeat_interleave(times, dim=0) for name in self.image_inputs - {self.pixels}}
-        if places is None:
-            self._kept = None
-            states = encoding.outputs.last_hidden_state.flatten(2, 3)
-            return {self.pixels: states.repeat_interleave(times, dim=0), **shared}
+        places = [torch.arange(len(keys), device=keys.device) for keys in packed] if places is None else places
         of_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows * times)]
         for number, (keys, place) in enumerate(zip(packed, places, strict=True)):
             row, image, _, _ = grids[number % len(grids)]
@@ -137,16 +149,27 @@ class MllamaAdapter(PlaceholderAdapter):
             for source, target in zip(zip(*parts, strict=True), (states, columns), strict=False):
                 target[row, : lengths[row]] = torch.cat(source).to(target.dtype)
         real = torch.arange(width, device=states.device) < torch.tensor(lengths, device=states.device)[:, None]
-        self._kept = columns, real
-        return {self.pixels: states.unflatten(1, (images, -1)), **shared}
+        return FeatureInputs(
+            {self.pixels: states.unflatten(1, (images, -1)), **shared}, self._takes_keys(columns, real)
+        )
 
-    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether a call brings pixels; keys have four dimensions."""
-        return super().has_pictures(inputs) and inputs[self.pixels].dim() != 4
+    def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
+        """Return the vision inputs of the call: the model encodes them again, exactly as without a strategy."""
+        inputs = encoding.inputs
+        return FeatureInputs({name: value.repeat_interleave(encoding.repeats, dim=0) for name, value in inputs.items()})
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call contains pixels; keys have four dimensions."""
+        return super().has_images(inputs) and inputs[self.pixels].dim() != 4
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Let the vision model hand keys on, and cut the cross-attention mask to them."""
+    def _takes_keys(self, kept_columns: Tensor, real: Tensor) -> Iterator[None]:
+        """Let the vision model pass keys on, and shorten the cross-attention mask to them.
+
+        Args:
+            kept_columns: the column of the full mask of each kept key, `[rows, keys]`.
+            real: which of them are keys and no padding, bool `[rows, keys]`.
+        """
         original = self.tower.forward
 
         def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -156,27 +179,26 @@ class MllamaAdapter(PlaceholderAdapter):
 
         def cut(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             mask = kwargs.get("cross_attention_mask")
-            if self._kept is None or mask is None:
+            if mask is None:
                 return None
-            columns, real = (one.repeat_interleave(len(mask) // len(one), dim=0) for one in self._kept)  # for beams
+            repeats = len(mask) // len(real)  # of beams
+            columns, is_key = (value.repeat_interleave(repeats, dim=0) for value in (kept_columns, real))
             least = torch.finfo(mask.dtype).min
-            barred = ~real[:, None, None] & real.any(dim=-1)[:, None, None, None]
-            taken = mask.gather(-1, columns[:, None, None].expand(-1, -1, mask.shape[2], -1))
-            sees = kwargs["full_text_row_masked_out_mask"] * (taken != least).logical_and(real[:, None, None]).any(
-                -1, True
-            )
-            # As in the model, text that sees no picture (it stands before them) attends to all keys alike.
-            taken = (taken * sees).masked_fill(barred, least)
-            shorter = {"cross_attention_mask": taken, "full_text_row_masked_out_mask": sees}
-            return args, {**kwargs, **shorter, **self._in_static_cache(kwargs, taken)}
+            barred = ~is_key[:, None, None] & is_key.any(dim=-1)[:, None, None, None]
+            kept = mask.gather(-1, columns[:, None, None].expand(-1, -1, mask.shape[2], -1))
+            visible = (kept != least).logical_and(is_key[:, None, None]).any(-1, True)
+            visible = kwargs["full_text_row_masked_out_mask"] * visible
+            # As in the model, text before the first image attends to all keys alike.
+            kept = (kept * visible).masked_fill(barred, least)
+            masks = {"cross_attention_mask": kept, "full_text_row_masked_out_mask": visible}
+            return args, {**kwargs, **masks, **self._in_static_cache(kwargs, kept)}
 
         hook = self.decoder.register_forward_pre_hook(cut, with_kwargs=True)
         try:
-            with instead(self.tower, forward):
+            with replaced_forward(self.tower, forward):
                 yield
         finally:
             hook.remove()
-            self._kept = None
 
     def _in_static_cache(self, kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
         """Return keys and mask as long as a cache that was made for all keys; nothing for caches that grow."""

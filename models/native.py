@@ -58,7 +58,9 @@ class MergedPatchesAdapter(PlaceholderAdapter):
     projector_at: ClassVar[str | None] = None
     patch_order: ClassVar[str] = "(h w p q)"
     one_sequence: ClassVar[bool] = True
+    passes_output_options: ClassVar[bool] = True
     vision_positions: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
 
     @cached_property
     def pooling(self) -> int:
@@ -66,8 +68,19 @@ class MergedPatchesAdapter(PlaceholderAdapter):
         return int(self.tower.spatial_merge_size)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return one tile per image, of the size that its patches have."""
-        grids = inputs["image_grid_thw"].tolist()
+        """Return one tile per image, of the size that its patches have.
+
+        Raises:
+            ValueError: if the grids are missing, or do not fit the patches.
+        """
+        self.check_inputs(inputs)
+        grids = self.input_tensor(inputs, "image_grid_thw", (None, 3)).tolist()
+        patches = sum(times * rows * cols for times, rows, cols in grids)
+        if patches != len(inputs[self.pixels]):
+            raise self.input_error(
+                f"image_grid_thw={grids} names {patches} patches, but {self.pixels} of {type(self.model).__name__} "
+                f"holds {len(inputs[self.pixels])}"
+            )
         return [TileGeometry.single((rows // self.pooling, cols // self.pooling)) for _, rows, cols in grids]
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
@@ -130,23 +143,40 @@ class PixtralTowerAdapter(PlaceholderAdapter):
         """Return one tile per image, of the size that its picture has.
 
         Raises:
-            ValueError: if sizes are missing, or a side is no whole number of tokens.
+            ValueError: if sizes are missing or do not fit the pixels, or a side is no whole number of tokens.
         """
-        side, sizes = self.tower.config.patch_size * self.pooling, inputs.get("image_sizes")
-        if sizes is None:
-            raise ValueError(f"{self.model_class} with a Pixtral tower needs image_sizes beside pixel_values")
-        sizes = torch.as_tensor(sizes)
-        if bool((sizes % side).any()):
-            raise ValueError(
-                f"image_sizes={sizes.tolist()} are no whole numbers of tokens of {side} pixels; make the inputs with "
-                "the processor that belongs to the model"
-            )
-        return [TileGeometry.single((rows, cols)) for rows, cols in (sizes // side).tolist()]
+        self.check_inputs(inputs)
+        side, sizes = self.tower.config.patch_size * self.pooling, self.sizes(inputs)
+        if any(height % side or width % side for height, width in sizes):
+            raise self.input_error(f"image_sizes={sizes} are no whole numbers of tokens of {side} pixels")
+        return [TileGeometry.single((height // side, width // side)) for height, width in sizes]
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Check that a call with images has their sizes, unless the model takes the whole canvas without them."""
+        super().check_inputs(inputs)
+        size = inspect.signature(self.model.base_model.get_image_features).parameters["image_sizes"]
+        if size.default is size.empty and inputs.get(self.pixels) is not None and inputs.get("image_sizes") is None:
+            raise self.input_error(f"{type(self.model).__name__} needs image_sizes beside {self.pixels}")
+
+    def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return height x width of each image in pixels; without `image_sizes` that of the canvas.
+
+        Raises:
+            ValueError: if there is not one size per image, or a size exceeds the canvas.
+        """
+        images, _, height, width = inputs[self.pixels].shape
+        if inputs.get("image_sizes") is None:
+            return [(height, width)] * images
+        table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
+        sizes = [(int(rows), int(cols)) for rows, cols in table.tolist()]
+        if any(rows > height or cols > width for rows, cols in sizes):
+            raise self.input_error(f"image_sizes={sizes} exceed the {height} x {width} pixels of {self.pixels}")
+        return sizes
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image without padding, `[1, 3, height, width]` each."""
-        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
-        return [one[None, :, :rows, :cols] for one, (rows, cols) in zip(inputs[self.pixels], sizes, strict=True)]
+        images = zip(inputs[self.pixels], self.sizes(inputs), strict=True)
+        return [pixels[None, :, :rows, :cols] for pixels, (rows, cols) in images]
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return each picture padded to the largest, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""

@@ -36,9 +36,9 @@ class Ovis2Adapter(TiledAdapter):
         return ids
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Return rows x cols of the sub-images, from the marks behind them."""
-        rows = [1 + behind.count(self.marks[3]) for behind in self.ids_behind(inputs, parts)]
-        return [(r, (len(one) - 1) // r) if len(one) > 1 else (0, 0) for r, one in zip(rows, parts, strict=True)]
+        """Return rows x cols of the sub-images, from the marks after them."""
+        rows = [1 + after.count(self.marks[3]) for after in self.ids_after(inputs, parts)]
+        return [(r, (len(tiles) - 1) // r) if len(tiles) > 1 else (0, 0) for r, tiles in zip(rows, parts, strict=True)]
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
         """Return the ids that stand for a picture, with the marks of its grid."""

@@ -20,7 +20,7 @@ class PaliGemmaAdapter(SingleTileAdapter):
     model_class: ClassVar[str] = "PaliGemmaForConditionalGeneration"
     features_by_tile: ClassVar[bool] = True
     norm_at: ClassVar[str | None] = "post_layernorm"
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids that `forward` would make: they count from 1; `generate` adds that 1 itself."""

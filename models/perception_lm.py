@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models.tiles import TiledAdapter
 
@@ -54,11 +54,11 @@ class PerceptionLMAdapter(TiledAdapter):
         images, tiles = inputs[self.pixels].shape[:2]
         return [tiles] * images
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
-        """Return `mm_encoder_outputs` in an output object that chunked prefill can slice; timm's it cannot."""
-        return super().hand_over(replace(encoding, outputs=None), packed, places)
+    ) -> FeatureInputs:
+        """Return `mm_encoder_outputs` in an output object that chunked prefill can slice; it cannot slice timm's."""
+        return super().features_to_inputs(replace(encoding, outputs=None), packed, places)
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return a grid of four tiles for every example picture."""

@@ -14,18 +14,18 @@ from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import SEPARATOR, TileGeometry
 from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
 from tokenprune.models.placeholder import PlaceholderAdapter
-from tokenprune.models.probe import instead
+from tokenprune.models.probe import replaced_forward
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):
     """`Phi4MultimodalForCausalLM`, which embeds pictures and places them in one module.
 
     Encoding calls that module with a prompt of placeholders only. Kept features go in through the argument for pixels:
-    while a strategy is attached, the module takes three dimensions for features that are encoded already.
+    during such a call, the module takes three dimensions for features that are encoded already.
     """
 
     family: ClassVar[str] = "phi4_multimodal"
@@ -33,6 +33,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
     pixels: ClassVar[str] = "image_pixel_values"
     tower_at: ClassVar[str] = "embed_tokens_extend.image_embed.img_processor"
     projector_at: ClassVar[str | None] = None
+    required_inputs: ClassVar[tuple[str, ...]] = ("image_sizes", "image_attention_mask")
     image_inputs = frozenset({"image_pixel_values", "image_sizes", "image_attention_mask"})
 
     @property
@@ -64,13 +65,16 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         """Return the layout of each image, from its size on the canvas and the mask of its padding.
 
         Raises:
-            ValueError: if the tower has an odd number of patches along a side; the model then mirrors its border.
+            ValueError: if the tower has an odd number of patches along a side, where the model mirrors its border; or
+                if a vision input is missing or does not fit the pixels.
         """
+        self.check_inputs(inputs)
         patches = self.tower.config.image_size // self.tower.config.patch_size
         if patches % 2:
             raise ValueError(f"{patches} patches along a side are no whole number of tokens of 2 x 2 patches")
-        masks = inputs["image_attention_mask"].bool().cpu()
-        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        images, tiles = inputs[self.pixels].shape[:2]
+        masks = self.input_tensor(inputs, "image_attention_mask", (images, tiles, patches, patches)).bool().cpu()
+        sizes = self.input_tensor(inputs, "image_sizes", (images, 2)).tolist()
         return [self.layout(size, mask) for size, mask in zip(sizes, masks, strict=True)]
 
     def layout(self, size: Sequence[int], mask: Tensor) -> TileGeometry:
@@ -109,32 +113,39 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
         return list(inputs[self.pixels])
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
-        """Return kept features in the place of pixels, `[1, kept, dim]`."""
+    ) -> FeatureInputs:
+        """Return kept features in place of the pixels, `[1, kept, dim]`, with the module that takes them."""
         features = torch.cat(packed)
-        return {self.pixels: features[None]} if len(features) else {}
+        if not len(features):
+            return FeatureInputs({})
+        return FeatureInputs({self.pixels: features[None]}, self._takes_features())
 
-    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether a call brings pixels; features have three dimensions."""
-        return super().has_pictures(inputs) and inputs[self.pixels].dim() != 3
+    def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
+        """Return the vision inputs of the call: the model encodes them again, exactly as without a strategy."""
+        inputs = encoding.inputs
+        return FeatureInputs({name: torch.cat([value] * encoding.repeats) for name, value in inputs.items()})
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call contains pixels; features have three dimensions."""
+        return super().has_images(inputs) and inputs[self.pixels].dim() != 3
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def _takes_features(self) -> Iterator[None]:
         """Let the embedding module take features that are encoded already."""
         module = self.embedder
         original = module.forward
 
-        def forward(input_ids: Tensor, inputs_embeds: Tensor, image_pixel_values: Tensor, **rest: Any) -> Any:
+        def forward(input_ids: Tensor, inputs_embeds: Tensor, image_pixel_values: Tensor, **options: Any) -> Any:
             if image_pixel_values.dim() != 3:
-                return original(input_ids, inputs_embeds, image_pixel_values=image_pixel_values, **rest)
-            mask, times = input_ids == self.image_token_id, len(image_pixel_values)  # beams repeat rows one by one
+                return original(input_ids, inputs_embeds, image_pixel_values=image_pixel_values, **options)
+            mask, times = input_ids == self.image_token_id, len(image_pixel_values)  # beams repeat rows in turn
             parts = image_pixel_values[0].split(mask[::times].sum(dim=1).tolist())
             features = torch.cat([part for part in parts for _ in range(times)]).to(inputs_embeds.dtype)
             return module.drop(inputs_embeds.masked_scatter(mask[..., None], features))
 
-        with instead(module, forward):
+        with replaced_forward(module, forward):
             yield
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

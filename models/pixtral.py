@@ -16,6 +16,7 @@ class PixtralAdapter(PixtralTowerAdapter):
 
     family: ClassVar[str] = "pixtral"
     model_class: ClassVar[str] = "LlavaForConditionalGeneration"
+    passes_output_options: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: Any) -> bool:

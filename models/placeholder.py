@@ -7,7 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,9 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
-from tokenprune.adapter import Adapter, Encoding, LLMShape
+from tokenprune.adapter import Adapter, Encoding, FeatureInputs, LLMShape, PackedTokens, VisualTokens
 from tokenprune.image import (
     ALIGNED_FROM,
     ALIGNED_SIGNALS,
@@ -27,15 +28,16 @@ from tokenprune.image import (
     SEPARATOR,
     TEXT_SIGNALS,
     EncodedImage,
-    LazyImage,
+    Key,
     Signal,
     TileGeometry,
     token_dim,
 )
+from tokenprune.linear import linear_weights
 from tokenprune.models.example import EXAMPLE_PAD, EXAMPLE_TEXT
-from tokenprune.models.probe import Tower, instead, probe, wanted_layers
-from tokenprune.models.staged import Pending, StagedEncoding, TowerRun
+from tokenprune.models.probe import Tower, probe, wanted_layers
 from tokenprune.models.text import example_text_model, question_in, text_tower
+from tokenprune.models.truncation import ProjectedTokens, run_until, skipped_layers
 
 
 class PlaceholderAdapter(Adapter):
@@ -72,10 +74,11 @@ class PlaceholderAdapter(Adapter):
     norm_at: ClassVar[str | None] = None
     """Where the norm is in the tower that its outputs pass before they are used; None if the model takes them as the
     layer puts them out."""
-    staged: ClassVar[bool] = False
-    """Whether images can be encoded only as far as somebody reads: all layers of the tower are given the same beside
-    the hidden states, the projector maps each visual token by itself, and an image is nothing but such tokens and
-    newlines."""
+    projects_per_token: ClassVar[bool] = False
+    """Whether a visual token depends on its own patches only, once the tower has run; an image consists of such tokens
+    and newline tokens, and `visual_tokens` computes them."""
+    passes_output_options: ClassVar[bool] = False
+    """Whether the model's `forward` passes `output_attentions` and `output_hidden_states` to its vision side."""
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -190,13 +193,11 @@ class PlaceholderAdapter(Adapter):
     def llm(self) -> LLMShape:
         """The shape of the language model."""
         config = self.model.config.get_text_config()
-        linear = [m for m in self.decoder.layers.modules() if isinstance(m, nn.Linear)]
         return LLMShape(
-            layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            linear_parameters=sum(m.in_features * m.out_features for m in linear),
+            layer_parameters=tuple(linear_weights(layer) for layer in self.decoder.layers),
             head_parameters=config.hidden_size * config.vocab_size,
             element_bytes=self.model.dtype.itemsize,
         )
@@ -232,7 +233,7 @@ class PlaceholderAdapter(Adapter):
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
-        projected: Tensor = self.projector(features.to(self.model.dtype)[None])[0]
+        projected: Tensor = self.projector(features.to(floating_dtype(self.projector))[None])[0]
         return projected
 
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
@@ -266,43 +267,104 @@ class PlaceholderAdapter(Adapter):
         return AutoTokenizer.from_pretrained(name)
 
     def encode(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+        self,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int = 0,
+        text_model: str | None = None,
+        truncated: bool = False,
     ) -> Encoding:
-        """Run the model's own `get_image_features` once, with the needed layers under the probe."""
+        """Run the vision side once, with the needed signals captured."""
         self.check_select_strategy(inputs)
         feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
-        arguments = self.vision_arguments(inputs)
         wanted = self.wanted(needs, feature_layer)
-        projected = any("projector_inputs" in kinds for kinds in wanted.values())
-        with (
-            self.needed_part(wanted, feature_layer),
-            probe(self.tower_parts(layouts), wanted) as captured,
-            self.projector_probe(projected) as before,
-        ):
-            outputs = self.run_vision(arguments, layouts)
-        if projected:
-            captured["projector_inputs", feature_layer] = before
-        signals = {key: self.by_image(key[0], found, layouts, inputs) for key, found in captured.items()}
-        for index, kinds in wanted.items():
-            for aligned in kinds & ALIGNED_SIGNALS:
-                sources = signals[ALIGNED_FROM[aligned], index]
-                signals[aligned, index] = [text_tower(text_model).align(source) for source in sources]
-        packed = self.features(outputs, layouts)
-        shown = self.pictures(inputs, layouts, pictures)
-        images: list[EncodedImage] = [
-            LazyImage(
+
+        def align(features: Tensor) -> Tensor:
+            return text_tower(text_model).align(features)
+
+        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a checkpoint that does not fit is refused first
+            align(self.model.get_input_embeddings().weight.new_zeros(1, 1, self.tower.config.hidden_size))
+        leaves_early = truncated and self.can_leave_early(inputs, needs)
+        run = self.run_tower if leaves_early else self._run_vision_side
+        tokens, outputs, captured = run(inputs, layouts, wanted, truncated)
+        signals = {key: self.by_image(key[0], parts, layouts, inputs) for key, parts in captured.items()}
+        for layer, kinds in wanted.items():
+            for kind in kinds & ALIGNED_SIGNALS:
+                signals[kind, layer] = [align(source) for source in signals[ALIGNED_FROM[kind], layer]]
+        pixels = self.pictures(inputs, layouts, keep_pixels)
+        images = [
+            EncodedImage(
                 geometry=layout,
-                make=partial(layout.unpack, packed[number].detach()),
-                at=packed[number].device,
-                signals={key: found[number] for key, found in signals.items()},
+                compute_features=cache(partial(_unpacked, layout, tokens, number)),
+                device=inputs[self.pixels].device,
+                signals={key: parts[number] for key, parts in signals.items()},
                 layers=len(self.tower_layers),
                 feature_layer=feature_layer,
                 newline=self.newline,
-                pixels=shown[number] if number < len(shown) else None,
+                pixels=pixels[number] if number < len(pixels) else None,
             )
             for number, layout in enumerate(layouts)
         ]
-        return Encoding(images, packed, outputs, arguments)
+        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), complete=not truncated)
+
+    def _run_vision_side(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        wanted: dict[int, set[str]],
+        truncated: bool,
+    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
+        """Run the model's own `get_image_features`; return the visual tokens, its output object and the signals."""
+        feature_layer, arguments = self.feature_layer(inputs), self.vision_arguments(inputs)
+        reads_head = any("pooling_attention" in kinds for kinds in wanted.values())
+        projected = any("projector_inputs" in kinds for kinds in wanted.values())
+        if self.passes_output_options:
+            options = ("output_attentions", "output_hidden_states")
+            arguments |= {name: inputs[name] for name in options if inputs.get(name) is not None}
+        with ExitStack() as stack:
+            if truncated and not reads_head:
+                head = self.tower.head if self.pooling_head is not None else None
+                stack.enter_context(skipped_layers(self.tower_layers, max([feature_layer, *wanted]), head))
+            captured = stack.enter_context(probe(self.tower_parts(layouts), wanted))
+            projector_inputs = stack.enter_context(self.projector_probe(projected))
+            outputs = self.run_vision(arguments, layouts)
+        if projected:
+            captured["projector_inputs", feature_layer] = projector_inputs
+        return PackedTokens(self.features(outputs, layouts)), outputs, captured
+
+    def run_tower(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        wanted: dict[int, set[str]],
+        truncated: bool,
+    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
+        """Run the tower up to the last required layer; return the visual tokens, None, and the captured signals.
+
+        Args:
+            inputs: the model inputs of the call.
+            layouts: the layouts of its images.
+            wanted: kinds of signals per layer index.
+            truncated: always True.
+
+        Raises:
+            ValueError: if there are not as many tiles as the layouts say.
+        """
+        feature_layers, images = self.feature_layers(inputs), self.tiles_of(inputs, layouts)
+        tiles = [image[: layout.tiles] for image, layout in zip(images, layouts, strict=False)]
+        if len(images) != len(layouts) or any(len(a) != b.tiles for a, b in zip(tiles, layouts, strict=True)):
+            raise ValueError(
+                f"{self.pixels} hold {len(images)} images of {list(map(len, tiles))} tiles, but their layouts have "
+                f"{[layout.tiles for layout in layouts]}; make the inputs with the processor that belongs to the model"
+            )
+        pixels, last = torch.cat(tiles).to(floating_dtype(self.tower)), max([*feature_layers, *wanted])
+        parts = self.tower_parts(layouts)
+        with probe(parts, wanted) as captured:
+            outputs = run_until(partial(self.tower, pixels), self.tower_layers, last, feature_layers)
+        hidden = torch.cat(outputs, dim=-1)[:, parts.prefix :]
+        if any("projector_inputs" in kinds for kinds in wanted.values()):
+            captured["projector_inputs", max(feature_layers)] = [self.normed(hidden).detach()]
+        return ProjectedTokens(self, layouts, hidden), None, captured
 
     def wanted(self, needs: Sequence[Signal], feature_layer: int) -> dict[int, set[str]]:
         """Return the kinds of signals to capture in each layer, and what aligned ones are made from."""
@@ -311,65 +373,19 @@ class PlaceholderAdapter(Adapter):
             kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
         return wanted
 
-    def encode_staged(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
-    ) -> Encoding:
-        """Encode images as far as somebody reads, where the family, the call and the needed signals allow it."""
-        if not self.can_stage(inputs, needs):
-            return self.encode(inputs, needs, pictures, text_model)
-        self.check_select_strategy(inputs)
-        return self.stage(inputs, self.layouts(inputs), needs, pictures, text_model)
+    def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the tower can be left after the last required layer.
 
-    def stage(
-        self,
-        inputs: Mapping[str, Any],
-        layouts: Sequence[TileGeometry],
-        needs: Sequence[Signal],
-        pictures: int = 0,
-        text_model: str | None = None,
-    ) -> StagedEncoding:
-        """Return images of which nothing is encoded yet; see `encode_staged`.
+        False in training with gradients, which may recompute layers; if weights are moved to the device module by
+        module; for signals of the pooling head; and for inputs of a projector that pools.
 
         Args:
             inputs: the model inputs of the call.
-            layouts: the layouts of its images.
             needs: the signals to capture.
-            pictures: how many of the images keep their pixels for drawing.
-            text_model: the CLIP checkpoint whose projections align features with text.
-
-        Raises:
-            ValueError: if there are not as many tiles as the layouts say, or the text model does not fit.
-        """
-        at, found = self.feature_layers(inputs), self.tiles_of(inputs, layouts)
-        tiles = [one[: layout.tiles] for one, layout in zip(found, layouts, strict=False)]
-        if len(found) != len(layouts) or any(len(a) != b.tiles for a, b in zip(tiles, layouts, strict=True)):
-            raise ValueError(
-                f"{self.pixels} hold {len(found)} pictures of {list(map(len, tiles))} tiles, but their layouts have "
-                f"{[one.tiles for one in layouts]}; make the inputs with the processor that belongs to the model"
-            )
-        pixels = torch.cat(tiles).to(self.model.dtype)
-
-        def start(active: Tensor | None) -> None:
-            self.tower(pixels if active is None else pixels[active])
-
-        def align(features: Tensor) -> Tensor:
-            return text_tower(text_model).align(features)
-
-        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a model that does not fit is refused first
-            align(pixels.new_zeros(1, 1, self.tower.config.hidden_size))
-        of_all = self.wanted([signal for signal in needs if signal.tiles == "all"], max(at))
-        run = TowerRun(self.tower_parts(layouts), start, len(pixels), self.wanted(needs, max(at)), at, of_all)
-        return StagedEncoding(Pending(self, inputs, layouts, run, align), self.pictures(inputs, layouts, pictures))
-
-    def can_stage(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the images of a call can be encoded in stages.
-
-        Not while gradients are kept for training, which may recompute layers; not where weights are moved to the device
-        module by module; and not for signals of the pooling head, or of a projector that pools.
         """
         kinds = {signal.kind for signal in needs}
         return (
-            self.staged
+            self.projects_per_token
             and not (torch.is_grad_enabled() and self.model.training)
             and len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) == 1
             and "pooling_attention" not in kinds
@@ -418,23 +434,6 @@ class PlaceholderAdapter(Adapter):
         patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
         segments = patches if self.one_sequence else None
         return Tower(self.tower_layers, self.attention_at, self.cls, segments, pooling=self.pooling_head)
-
-    @contextmanager
-    def needed_part(self, wanted: Mapping[int, set[str]], feature_layer: int) -> Iterator[None]:
-        """Let layers behind the last needed one, and a pooling head that nobody reads, do nothing in the block.
-
-        Args:
-            wanted: kinds of signals per layer index.
-            feature_layer: index of the layer whose output the model uses.
-        """
-        read_head = any("pooling_attention" in kinds for kinds in wanted.values())
-        last = len(self.tower_layers) if read_head or not self.staged else max([feature_layer, *wanted])
-        with ExitStack() as undo:
-            for layer in self.tower_layers[last + 1 :]:
-                undo.enter_context(instead(layer, lambda hidden, *args, **kwargs: hidden))
-            if self.pooling_head is not None and not read_head:
-                undo.enter_context(instead(self.tower.head, lambda hidden_state, **kwargs: hidden_state[:, 0]))
-            yield
 
     @contextmanager
     def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:
@@ -506,12 +505,12 @@ class PlaceholderAdapter(Adapter):
         """Return the first images as pictures for drawing, base tile first, `[tiles, height, width, 3]` each."""
         return [as_pictures(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
 
-    def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
+    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
         arguments = self.vision_arguments(inputs)
         device, layouts = inputs[self.pixels].device, self.layouts(inputs)
-        shown = self.pictures(inputs, layouts, pictures)
+        shown = self.pictures(inputs, layouts, keep_pixels)
         images = [
             EncodedImage(
                 geometry=layout,
@@ -522,7 +521,8 @@ class PlaceholderAdapter(Adapter):
             )
             for number, layout in enumerate(layouts)
         ]
-        return Encoding(images, [torch.zeros(len(one.packed), 0, device=device) for one in layouts], None, arguments)
+        tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
+        return Encoding(images, tokens, inputs=arguments)
 
     def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each, base tile first."""
@@ -569,14 +569,14 @@ class PlaceholderAdapter(Adapter):
             size = (grid[0] * patch, grid[1] * patch)
             small = F.interpolate(tiles[: layout.tiles].float(), size, mode="bicubic", antialias=True)
             hidden = self.tower(
-                small.to(self.model.dtype), interpolate_pos_encoding=True, output_hidden_states=True
+                small.to(floating_dtype(self.tower)), interpolate_pos_encoding=True, output_hidden_states=True
             ).hidden_states
             wanted = [hidden[index] for index in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
             features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
-            packed.append(self.laid_out(features, layout.resized(grid)[0].packed.to(features.device)))
+            packed.append(self.insert_newlines(features, layout.resized(grid)[0].packed.to(features.device)))
         return packed
 
-    def laid_out(self, tokens: Tensor, places: Tensor) -> Tensor:
+    def insert_newlines(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Return visual tokens and newlines as they enter the LLM, `[length, dim]`.
 
         Args:
@@ -588,20 +588,31 @@ class PlaceholderAdapter(Adapter):
             return laid
         return torch.where(places[:, None] == SEPARATOR, self.newline.to(laid.dtype), laid)
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
-        """Return `mm_encoder_outputs` with the kept features; images of which nothing is left are left out."""
+    ) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the kept features; images of which no token is kept are omitted."""
         packed = [features for features in packed if len(features)]
         if not packed:
-            return {}
-        # A new object: generate expands it in place for beams. Where nothing but the features is read, nothing else is
-        # kept alive through the prefill.
-        alone = self.staged or encoding.outputs is None
-        outputs = BaseModelOutputWithPooling() if alone else copy.copy(encoding.outputs)
+            return self.with_videos(encoding, {})
+        # A new object: generate expands it in place for beams. If the LLM reads features only, it holds nothing else.
+        only_features = self.projects_per_token or encoding.outputs is None
+        outputs = BaseModelOutputWithPooling() if only_features else copy.copy(encoding.outputs)
         features = torch.cat(packed)[:, None] if self.features_by_tile else packed
         outputs[self.features_in] = features  # sets the attribute, too
-        return {"mm_encoder_outputs": {"image": outputs}}
+        return self.with_videos(encoding, {"image": outputs})
+
+    def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the model's own output object of `get_image_features`."""
+        if encoding.repeats > 1:
+            return self.features_to_inputs(encoding, encoding.packed)
+        return self.with_videos(encoding, {"image": copied_output(encoding.outputs)})
+
+    def with_videos(self, encoding: Encoding, outputs: dict[str, Any]) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the output objects of images and, if the call has any, of videos."""
+        if encoding.videos is not None:
+            outputs["video"] = copied_output(encoding.videos)
+        return FeatureInputs({"mm_encoder_outputs": outputs} if outputs else {})
 
     def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a feature selection under which tokens do not form a grid.
@@ -656,3 +667,25 @@ def as_pictures(pixels: Tensor) -> Tensor:
     low, high = pixels.min(), pixels.max()
     scaled = (pixels - low) / (high - low).clamp(min=1e-6) * 255
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def _unpacked(layout: TileGeometry, tokens: VisualTokens, number: int) -> Tensor:
+    """Return the visual tokens of one image by tiles, `[tiles, tokens, dim]`."""
+    return layout.unpack(tokens.all()[number].detach())
+
+
+def copied_output(outputs: ModelOutput) -> ModelOutput:
+    """Return a shallow copy of an output object with its fields in the same order, which `copy.copy` changes.
+
+    Args:
+        outputs: an output object of transformers, which `generate` would expand in place for beams.
+    """
+    copied = copy.copy(outputs)
+    for name in outputs:
+        copied.move_to_end(name)
+    return copied
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype in which a module computes: that of its first floating-point weight."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

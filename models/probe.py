@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -29,10 +29,8 @@ from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
 
 PROBE, FLASH_PROBE = "tokenprune_probe", "tokenprune_flash_probe"
-"""The private names in transformers' attention interface; a module with "flash" in its kernel's name asks for all
-images at once."""
-DETOUR, FLASH_DETOUR = "tokenprune_detour", "tokenprune_flash_detour"
-"""As these, for `detour`."""
+"""The private names in transformers' attention interface; a module with "flash" in its kernel's name passes all images
+at once."""
 ATTENTION = (ROW_SIGNALS | {"keys"}) - {"pooling_attention"}
 """Kinds of signals that are read inside an attention module of a layer."""
 OUTPUTS = frozenset({"vision_features", "cls_features"})
@@ -48,11 +46,6 @@ def _probed_attention(
         lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
         probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
     return _own_kernel(module)(module, query, key, value, attention_mask, **kwargs)
-
-
-def _detoured_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call what stands in for the kernel that the user's config names, and let it call that."""
-    return module.config.tokenprune_detour(_own_kernel(module), module, *args, **kwargs)  # type: ignore[union-attr, operator]
 
 
 def _own_kernel(module: nn.Module) -> Callable[..., Any]:
@@ -97,20 +90,8 @@ def exchanged_config(attention: Any, names: tuple[str, str], **entries: Any) -> 
         attention.config = original
 
 
-def detour(attention: Any, instead_of: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Let something stand in for the kernel of an attention module while the block runs.
-
-    Args:
-        attention: the attention module.
-        instead_of: is given the user's kernel, and then what that would be given.
-    """
-    return exchanged_config(attention, (DETOUR, FLASH_DETOUR), tokenprune_detour=instead_of)
-
-
 AttentionInterface.register(PROBE, _probed_attention)
 AttentionInterface.register(FLASH_PROBE, _probed_attention)
-AttentionInterface.register(DETOUR, _detoured_attention)
-AttentionInterface.register(FLASH_DETOUR, _detoured_attention)
 
 
 def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> dict[int, set[str]]:
@@ -290,12 +271,12 @@ class _TorchKernel(TorchFunctionMode):
 
 
 @contextmanager
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another `forward` while the block runs.
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the `forward` of a module inside the block.
 
     Args:
         module: the module.
-        forward: what runs; the module's own stands behind `module.forward` before.
+        forward: the function that runs instead.
     """
     before = vars(module).get("forward")
     module.forward = forward

@@ -40,9 +40,13 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
         return with_sharp_attention(Qwen2_5_VLForConditionalGeneration(config), tower="visual")
 
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
-        """Return where signals are found; attention rows in the nearest layer without windows."""
-        whole = self.tower.fullatt_block_indexes
-        read = {layer: nearest(layer, whole) for layer in range(len(self.tower_layers))}
+        """Return where signals are found; attention rows in the nearest layer without windows.
+
+        The configuration may name layers that the tower does not have; if it names no other, each layer is read itself.
+        """
+        depth = len(self.tower_layers)
+        whole = [layer for layer in self.tower.fullatt_block_indexes if 0 <= layer < depth]
+        read = {layer: nearest(layer, whole) for layer in range(depth)}
         return replace(super().tower_parts(layouts), rows_from=read)
 
     def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:

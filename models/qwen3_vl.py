@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from tokenprune.adapter import Encoding
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.models.example import with_sharp_attention
 from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 
@@ -37,16 +37,21 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
         )
         return with_sharp_attention(Qwen3VLForConditionalGeneration(config), tower="visual")
 
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
+    ) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the kept features of every level."""
-        handed = super().hand_over(encoding, packed, places)
-        if handed and places is not None:
-            outputs = handed["mm_encoder_outputs"]["image"]
+        features = super().features_to_inputs(encoding, packed, places)
+        outputs = features.inputs.get("mm_encoder_outputs", {}).get("image")
+        if outputs is not None:
+            places = [torch.arange(len(tokens)) for tokens in packed] if places is None else places
             levels = [
-                [one[kept.to(one.device)] for one, kept in zip(level, places, strict=True) if len(kept)]
+                [
+                    tokens[kept.to(tokens.device)]
+                    for tokens, kept in zip(list(level) * encoding.repeats, places, strict=True)
+                    if len(kept)
+                ]
                 for level in outputs.deepstack_features
             ]
             outputs["deepstack_features"] = outputs.deepstack_features = levels
-        return handed
+        return features

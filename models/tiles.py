@@ -1,8 +1,10 @@
 """What the adapters share whose images are tiles of one size: how the tiles of a call are grouped and laid out.
 
-Processors of these families keep the grid to themselves: the model is given tiles and a prompt. Both say it all the
-same. Tiles are grouped by the text between runs of placeholders, and the grid of a picture is the one in which its
-tiles, put together and shrunk, look like its base tile.
+Processors of these families return tiles and a prompt, and no grid. The text between the placeholders tells which tiles
+belong to one image. Its grid is the one in which the sub-images, put together and shrunk, resemble the base tile.
+
+The unmodified models accept any prompt with as many placeholders as the tiles have tokens. If the text is not that of
+the processor, tiles that it leaves ungrouped count as an image each.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.image import TileGeometry
 from tokenprune.models.example import EXAMPLE_TILE, seeded
 from tokenprune.models.placeholder import PlaceholderAdapter
 
-LOOK = 32
+THUMBNAIL_SIDE = 32
 """Side in pixels at which tiles and base tile are compared."""
+
+VOCABULARY_CHUNK = 4096
+"""Rows of the embedding matrix that are compared with a prompt at a time."""
+
+KEY_COLUMNS = 64
+"""Columns of an embedding that its hash covers."""
 
 
 class TiledAdapter(PlaceholderAdapter):
@@ -36,17 +44,15 @@ class TiledAdapter(PlaceholderAdapter):
         """Return the layout of each image, from the prompt and the pixels.
 
         Raises:
-            ValueError: if the prompt has no ids, or its placeholders do not fit the tiles.
+            ValueError: if a vision input is missing, or the placeholders do not fit the tiles.
         """
-        tiles = self.all_tiles(inputs)
-        numbers = self.tiles_per_image(inputs)
-        if sum(numbers) != len(tiles):
-            raise ValueError(
-                f"Image features and image tokens do not match: the prompt has places for {sum(numbers)} tiles, but "
-                f"there are {len(tiles)}; make the inputs with the processor that belongs to the model"
-            )
-        parts = tiles.split(numbers)
-        return [self.layout(one, grid) for one, grid in zip(parts, self.grids(inputs, parts), strict=True)]
+        self.check_inputs(inputs)
+        parts = self.all_tiles(inputs).split(self.tiles_per_image(inputs))
+        grids = [
+            grid if len(tiles) == 1 + grid[0] * grid[1] else self.find_grid(tiles)
+            for tiles, grid in zip(parts, self.grids(inputs, parts), strict=True)
+        ]
+        return [self.layout(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)]
 
     def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
         """Return the layout of one image.
@@ -64,15 +70,29 @@ class TiledAdapter(PlaceholderAdapter):
             inputs: the model inputs of the call.
             parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
         """
-        ordered = [one if self.base_first else one.roll(1, 0) for one in parts]
-        return [find_grid(one[1:], one[0]) for one in ordered]
+        return [self.find_grid(tiles) for tiles in parts]
 
-    def ids_behind(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
-        """Return the id behind each tile of each image, where every tile has its own run of placeholders."""
-        ids = F.pad(inputs["input_ids"], (0, 1), value=-1)
-        behind = [int(ids[run.row, run.start + run.length]) for run in runs(ids == self.image_token_id)]
-        ends = torch.tensor([len(one) for one in parts], dtype=torch.long).cumsum(0).tolist()
-        return [behind[end - len(one) : end] for one, end in zip(parts, ends, strict=True)]
+    def find_grid(self, tiles: Tensor) -> tuple[int, int]:
+        """Return rows x cols of the sub-images of an image, by its pixels.
+
+        Args:
+            tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
+        """
+        ordered = tiles if self.base_first else tiles.roll(1, 0)
+        return find_grid(ordered[1:], ordered[0])
+
+    def ids_after(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
+        """Return the id after each tile of each image; that of the placeholder if the next tile follows at once."""
+        ids = F.pad(self.prompt_ids(inputs), (0, 1), value=-1)
+        spans = tile_spans(placeholder_spans(ids == self.image_token_id), self.tokens_per_tile)
+        after = [int(ids[span.row, span.start + span.length]) for span in spans or ()]
+        ends = torch.tensor([len(tiles) for tiles in parts], dtype=torch.long).cumsum(0).tolist()
+        return [after[end - len(tiles) : end] for tiles, end in zip(parts, ends, strict=True)]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Number of visual tokens of one tile."""
+        return self.token_grid[0] * self.token_grid[1]
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
@@ -80,24 +100,51 @@ class TiledAdapter(PlaceholderAdapter):
         return pixels
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Return the number of tiles of each image, in the order of the prompt."""
-        ids = self.prompt_ids(inputs)
-        tokens = self.token_grid[0] * self.token_grid[1]
-        return group_tiles(runs(ids == self.image_token_id), ids, tokens, self.grouped_by)
-
-    def prompt_ids(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the ids of the prompts, `[rows, length]`.
+        """Return the number of tiles of each image, in the order of the prompt.
 
         Raises:
-            ValueError: if the prompt is given as embeddings: text that separates images cannot be read there.
+            ValueError: if the placeholders do not fit the tiles.
+        """
+        ids, tiles = self.prompt_ids(inputs), len(self.all_tiles(inputs))
+        spans = self.tile_spans(ids, tiles)
+        return [1] * tiles if spans is None else split_pairs(group_tiles(spans, ids, self.grouped_by))
+
+    def tile_spans(self, ids: Tensor, tiles: int) -> list[Span] | None:
+        """Return the placeholders of each tile, in the order of the prompts; None if text interrupts a tile.
+
+        Args:
+            ids: the prompts, `[rows, length]`.
+            tiles: number of tiles of the call.
+
+        Raises:
+            ValueError: if the prompts do not have as many placeholders as the tiles have tokens.
+        """
+        placeholders = ids == self.image_token_id
+        places, tokens = int(placeholders.sum()), self.tokens_per_tile
+        if places != tiles * tokens:
+            fit = f"{places // tokens} tiles" if places % tokens == 0 else f"{places / tokens:.2f} tiles"
+            raise self.input_error(
+                f"Image features and image tokens do not match: the prompt has places for {fit}, but there are {tiles} "
+                f"(of {tokens} tokens each)"
+            )
+        return tile_spans(placeholder_spans(placeholders), tokens)
+
+    def prompt_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the ids of the prompts on the CPU, `[rows, length]`.
+
+        If the prompts come as embeddings, their ids are found by comparison with the embedding matrix; a vector that
+        is no row of it, such as a soft prompt, has the id -1.
+
+        Raises:
+            ValueError: if there is no prompt.
         """
         ids: Tensor | None = inputs.get("input_ids")
-        if ids is None:
-            raise ValueError(
-                f"which tiles belong to one image stands in the text of the prompt of {self.model_class}; pass "
-                "input_ids instead of inputs_embeds"
-            )
-        return ids
+        if ids is not None:
+            return ids.cpu()
+        placeholders, embeds = self.placeholders(inputs), inputs["inputs_embeds"]
+        ids = torch.full(placeholders.shape, self.image_token_id, device=embeds.device)
+        ids[~placeholders] = embedded_ids(embeds[~placeholders], self.model.get_input_embeddings())
+        return ids.cpu()
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each."""
@@ -145,7 +192,7 @@ class TiledAdapter(PlaceholderAdapter):
         return [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """A stretch of placeholders without text between them, in one prompt row.
 
     Args:
@@ -159,7 +206,7 @@ class Run(NamedTuple):
     length: int
 
 
-def runs(placeholders: Tensor) -> list[Run]:
+def placeholder_spans(placeholders: Tensor) -> list[Span]:
     """Return the stretches of placeholders in the order of the prompts.
 
     Args:
@@ -167,38 +214,91 @@ def runs(placeholders: Tensor) -> list[Run]:
     """
     edges = F.pad(placeholders.cpu().long(), (1, 1)).diff(dim=1)
     starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
-    return [Run(row, start, stop - start) for (row, start), stop in zip(starts, stops, strict=True)]
+    return [Span(row, start, stop - start) for (row, start), stop in zip(starts, stops, strict=True)]
 
 
-def group_tiles(found: Sequence[Run], ids: Tensor, tokens: int, by: Literal["opening", "closing"]) -> list[int]:
+def tile_spans(spans: Sequence[Span], tokens: int) -> list[Span] | None:
+    """Return the placeholders of each tile; None if a stretch of placeholders is no whole number of tiles.
+
+    Args:
+        spans: the stretches of placeholders.
+        tokens: placeholders of one tile.
+    """
+    if any(span.length % tokens for span in spans):
+        return None
+    return [Span(row, start, tokens) for row, first, length in spans for start in range(first, first + length, tokens)]
+
+
+def group_tiles(spans: Sequence[Span], ids: Tensor, by: Literal["opening", "closing"]) -> list[int]:
     """Return the number of tiles of each image.
 
     Args:
-        found: the runs of placeholders.
+        spans: the placeholders of each tile; tiles without text between them belong to one image.
         ids: the prompts, `[rows, length]`.
-        tokens: placeholders of one tile; a run can hold several tiles.
-        by: whether the id before the row's first run opens an image, or the one before its last run closes one.
-
-    Raises:
-        ValueError: if a run is no whole number of tiles.
+        by: whether the id before the row's first tile opens an image, or the one before its last tile closes one.
     """
+    text = ids.tolist()
     numbers: list[int] = []
-    for row in sorted({run.row for run in found}):
-        own = [run for run in found if run.row == row]
-        before = [int(ids[row, run.start - 1]) if run.start else -1 for run in own]
-        mark, open_image = (before[0] if by == "opening" else before[-1]), False
-        for run, one in zip(own, before, strict=True):
-            if run.length % tokens:
-                raise ValueError(
-                    f"Image features and image tokens do not match: {run.length} placeholders in a row are no whole "
-                    f"number of tiles of {tokens} tokens; make the inputs with the processor that belongs to the model"
-                )
-            if open_image and not (by == "opening" and one == mark):
-                numbers[-1] += run.length // tokens
+    for row in sorted({span.row for span in spans}):
+        starts = [span.start for span in spans if span.row == row]
+        ends = {span.start + span.length for span in spans if span.row == row}
+        before = {start: text[row][start - 1] if start else -1 for start in starts if start not in ends}
+        mark = next(iter(before.values()) if by == "opening" else reversed(before.values()))
+        is_open = False
+        for start in starts:
+            if start in ends or (is_open and not (by == "opening" and before[start] == mark)):
+                numbers[-1] += 1
             else:
-                numbers.append(run.length // tokens)
-            open_image = by == "opening" or one != mark
+                numbers.append(1)
+            if start in before:
+                is_open = by == "opening" or before[start] != mark
     return numbers
+
+
+def split_pairs(numbers: Sequence[int]) -> list[int]:
+    """Return numbers of tiles with 1, 1 in place of 2: an image has a base tile and no, or several, sub-images."""
+    return [part for number in numbers for part in ([1, 1] if number == 2 else [number])]
+
+
+def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
+    """Return the first id whose embedding equals each vector; -1 if there is none, `[vectors]`.
+
+    Args:
+        vectors: embedded tokens, `[vectors, dim]`.
+        embedding: the module that embeds ids.
+    """
+    device = vectors.device
+
+    def embed(ids: Tensor) -> Tensor:
+        embedded: Tensor = embedding(ids)
+        return embedded.detach().to(device)
+
+    vocabulary = torch.arange(len(embedding.get_parameter("weight")), device=device)
+    keys = torch.cat([row_keys(embed(ids)) for ids in vocabulary.split(VOCABULARY_CHUNK)])
+    keys, order = keys.sort(stable=True)
+    first, last = (torch.searchsorted(keys, row_keys(vectors), right=right) for right in (False, True))
+    found = torch.full_like(first, -1)
+    open_rows = (first < last).nonzero()[:, 0]
+    while len(open_rows):  # once, except for different embeddings of one key
+        ids = order[first[open_rows]]
+        equal = (embed(ids) == vectors[open_rows]).all(dim=-1)
+        found[open_rows[equal]] = ids[equal]
+        first[open_rows] += 1
+        open_rows = open_rows[~equal & (first < last)[open_rows]]
+    return found
+
+
+def row_keys(vectors: Tensor) -> Tensor:
+    """Return a hash of each vector over at most `KEY_COLUMNS` evenly spaced columns, int64 `[vectors]`.
+
+    Args:
+        vectors: floating point `[vectors, dim]`; equal vectors have equal hashes.
+    """
+    columns = torch.linspace(0, vectors.shape[1] - 1, min(KEY_COLUMNS, vectors.shape[1]), device=vectors.device).long()
+    # Adding 0.0 turns -0.0 into 0.0.
+    bits = (vectors.detach()[:, columns].float() + 0.0).view(torch.int32).long()
+    factors = 2 * torch.arange(len(columns), device=vectors.device) + 1
+    return (bits * factors * 0x1E3779B97F4A7C15).sum(dim=1)
 
 
 def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
@@ -229,9 +329,9 @@ def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float
         grid: rows x cols of the sub-images.
     """
     canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
-    return float((looked_at(canvas) - looked_at(base)).square().mean())
+    return float((thumbnail(canvas) - thumbnail(base)).square().mean())
 
 
-def looked_at(picture: Tensor) -> Tensor:
-    """Return a picture shrunk to `LOOK` pixels a side, `[3, height, width]` to `[3, LOOK, LOOK]`."""
-    return F.interpolate(picture[None].float(), (LOOK, LOOK), mode="bilinear", antialias=True)[0]
+def thumbnail(image: Tensor) -> Tensor:
+    """Return an image shrunk to `THUMBNAIL_SIDE` pixels a side, `[3, height, width]` to `[3, side, side]`."""
+    return F.interpolate(image[None].float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="bilinear", antialias=True)[0]

@@ -18,7 +18,7 @@ class VipLlavaAdapter(SingleTileAdapter):
     model_class: ClassVar[str] = "VipLlavaForConditionalGeneration"
     features_by_tile: ClassVar[bool] = True
     resizable: ClassVar[bool] = True
-    staged: ClassVar[bool] = True
+    projects_per_token: ClassVar[bool] = True
 
     @classmethod
     def example(cls) -> Any:

@@ -28,7 +28,7 @@ class Random(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=RandomSelection, kw_only=True)
 
     @classmethod
-    def seeded(cls, budget: int | float | Budget = 0.2, seed: int = 0) -> Random:
+    def seeded(cls, budget: int | float | str | Budget = 0.2, seed: int = 0) -> Random:
         """Return random selection with a seed.
 
         Args:

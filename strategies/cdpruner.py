@@ -69,7 +69,7 @@ class CDPruner(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=ConditionalDiversity, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, text_model: str | None = None) -> CDPruner:
+    def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> CDPruner:
         """Return CDPruner as published in code: no unpadding in mind, no newlines.
 
         The release also forces a 2 x 2 tile grid, which is the processor's business, and stretches relevance over all

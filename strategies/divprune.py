@@ -44,7 +44,7 @@ class DivPrune(ComponentReducer):
     newlines_compete: bool = field(default=False, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float = 0.098) -> DivPrune:
+    def release(cls, budget: int | float | str = 0.098) -> DivPrune:
         """Return DivPrune as published in code: newlines are candidates, and a ratio is one of the packed length.
 
         Args:
@@ -56,7 +56,7 @@ class DivPrune(ComponentReducer):
         """Choose among visual tokens, or among all positions of the packed sequence."""
         if not self.newlines_compete:
             return super().select(image)
-        geometry, amount = image.geometry, as_budget(self.budget).amount
+        geometry, amount = image.geometry, as_budget(self.budget).number
         packed = geometry.packed.to(image.device)
         number = min(len(packed), round(amount * len(packed)) if isinstance(amount, float) else amount)
         sequence = image.features.flatten(0, 1)[packed.clamp(min=0)]

@@ -159,7 +159,7 @@ class EADP(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=Representatives, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, text_model: str | None = None) -> EADP:
+    def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> EADP:
         """Return EADP as published in code for LLaVA: no unpadding in mind, no newlines, rounded down.
 
         A long question is cut into segments with a begin and an end of their own here; the release cuts without. In a

@@ -32,7 +32,7 @@ class FasterVLM(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2) -> FasterVLM:
+    def release(cls, budget: int | float | str | Budget = 0.2) -> FasterVLM:
         """Return FasterVLM as published in code: no unpadding in mind, no newlines.
 
         The release also replaces LLaVA-NeXT's choice of the tile grid; that is the processor's business, not done here.

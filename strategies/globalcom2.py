@@ -70,14 +70,9 @@ class GuidedAllocation(AllocationPolicy):
     retention: float | None = None
 
     @property
-    def reads_scores(self) -> bool:
-        """That tokens are granted whatever they score."""
-        return False
-
-    @property
     def needs(self) -> Sequence[Signal]:
         """The base tile's CLS logits of the chosen layer."""
-        return (Signal("cls_logits", self.layer, tiles="base"),)
+        return (Signal("cls_logits", self.layer),)
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by guided compression ratios."""

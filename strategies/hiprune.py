@@ -34,7 +34,7 @@ class HiPrune(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=AnchorsBuffersRegisters, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, alpha: float = 0.1) -> HiPrune:
+    def release(cls, budget: int | float | str | Budget = 0.2, alpha: float = 0.1) -> HiPrune:
         """Return HiPrune as published in code: neighbours wrap around rows, ``int(total / tiles)`` tokens a tile.
 
         Args:

@@ -34,7 +34,7 @@ class HiRED(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
 
     @classmethod
-    def paper(cls, budget: int | float | Budget = 0.2, base_share: float = 0.5) -> HiRED:
+    def paper(cls, budget: int | float | str | Budget = 0.2, base_share: float = 0.5) -> HiRED:
         """Return HiRED by the paper's equations: even quadrants, attention mass, each tile's budget rounded down.
 
         The paper does not speak of padding: its budget counts padding tokens, which the model then removes.
@@ -47,7 +47,7 @@ class HiRED(ComponentReducer):
         return cls(budget, allocation=allocation, padding="ignore")
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, base_share: float = 0.5) -> HiRED:
+    def release(cls, budget: int | float | str | Budget = 0.2, base_share: float = 0.5) -> HiRED:
         """Return HiRED as published in code, defects included.
 
         Sub-images are matched with horizontal stripes of the base tile, content is a count of top tokens, budgets are

@@ -132,7 +132,7 @@ class HoloV(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=StripedAttention, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, stripes: int = 16) -> HoloV:
+    def release(cls, budget: int | float | str | Budget = 0.2, stripes: int = 16) -> HoloV:
         """Return HoloV as published in code: stripes by attention, surplus is lost, and newlines are dropped.
 
         The release fills lost places with zero vectors; here they are simply missing.

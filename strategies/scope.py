@@ -33,7 +33,7 @@ class SCOPE(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=SaliencyCoverage, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, alpha: float = 1.0) -> SCOPE:
+    def release(cls, budget: int | float | str | Budget = 0.2, alpha: float = 1.0) -> SCOPE:
         """Return SCOPE as published in code: ``total // tiles`` tokens a tile, no unpadding in mind, no newlines.
 
         Args:

@@ -33,7 +33,7 @@ class VisPruner(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=ImportantThenDiverse, kw_only=True)
 
     @classmethod
-    def release(cls, budget: int | float | Budget = 0.2, important_share: float = 0.5) -> VisPruner:
+    def release(cls, budget: int | float | str | Budget = 0.2, important_share: float = 0.5) -> VisPruner:
         """Return VisPruner as published in code: no unpadding in mind, no newlines.
 
         The release also forces a 2 x 2 tile grid; that is the processor's business, not done here.

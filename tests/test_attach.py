@@ -13,6 +13,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.tiny import batch, picture, tiny_model, tiny_processor, tokenizer
 from tokenprune import Budget, EncodedImage, ScoreReducer, Selection, Signal, TokenReducer
+from tokenprune.adapter import find_adapter
 from tokenprune.strategies import FasterVLM, HiRED
 from tokenprune.strategies.components import RandomSelection, UniformAllocation
 
@@ -134,7 +135,7 @@ def test_full_budget_trains_the_same(family: str, side: str) -> None:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_logits_equal_the_mask_oracle(family: str, positions: str, side: str, newlines: str, attn: str) -> None:
     model, inputs = tiny_model(family, attn), batch(family, *ROWS, side=side)
-    with HiRED(0.2, positions=positions, newlines=newlines)(model) as run:
+    with HiRED(0.2, positions=positions, newlines=newlines)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, positions)).logits
     assert short.shape[1] < full.shape[1]
@@ -295,7 +296,7 @@ def test_positional_and_text_only_calls_pass(model: Any, inputs: Any, family: st
             inputs["pixel_values"],
             **{k: inputs[k] for k in inputs if k in ("image_sizes", "attention_mask")},
         )
-    assert short.logits.shape[1] < inputs["input_ids"].shape[1]
+    assert short.logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 def test_inputs_embeds_with_pixels(model: Any, inputs: Any) -> None:
@@ -332,9 +333,7 @@ def test_one_image_of_two_is_dropped_whole(model: Any, family: str) -> None:
             return Selection(image.geometry, kept, asked=int(kept.sum()))
 
     inputs = batch(family, [SQUARE, WIDE])
-    with HiRED(1.0)(model) as run:
-        model(**inputs)
-    encoding = run.adapter.encode(inputs, ())
+    encoding = find_adapter(model).encode(inputs, ())
     first, second = (float(image.features.mean()) for image in encoding.images)
     threshold = (first + second) / 2
     with SecondOnly(newlines="drop")(model) as run:
@@ -504,7 +503,9 @@ def test_copies_and_checkpoints_made_inside_are_ordinary(family: str, tmp_path: 
 
 
 def test_a_reducer_that_never_fired_says_so(model: Any) -> None:
-    with pytest.raises(RuntimeError, match="no image went through the model"), HiRED(0.2)(model):
+    with pytest.warns(UserWarning, match="no image went through the model"), HiRED(0.2)(model):
+        pass
+    with pytest.raises(RuntimeError, match="no image went through the model"), HiRED(0.2)(model, strict=True):
         pass
 
 
@@ -514,11 +515,13 @@ def test_an_error_in_the_block_is_not_hidden_by_that(model: Any) -> None:
 
 
 def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
-    with HiRED(0.2)(model):
+    with HiRED(0.2)(model) as run:
         model(**inputs)
-        with pytest.raises(RuntimeError, match="Composed"), HiRED(0.4)(model):
+        with pytest.raises(RuntimeError, match="attached to this model already"), HiRED(0.4)(model):
             pass
-        assert model(**inputs).logits.shape[1] < inputs["input_ids"].shape[1]
+        before = run.account.image_count
+        model(**inputs)
+        assert run.account.image_count == 2 * before
 
 
 def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
@@ -539,16 +542,17 @@ def test_received_attention_stands_in_where_there_is_no_cls(family: str) -> None
         model(**inputs)
     assert run.attention == "received_attention"
     reads = [Signal("received_attention", "first"), Signal("received_attention", "feature")]
-    for image, selection in zip(run.adapter.encode(inputs, reads).images, run.selections, strict=True):
+    for image, selection in zip(find_adapter(model).encode(inputs, reads).images, run.selections, strict=True):
         named = {("cls_attention", layer): value for (_, layer), value in image.signals.items()}
         assert torch.equal(HiRED(0.2).reduce(replace(image, signals=named)).kept, selection.kept)
-    with HiRED(0.2, attention="received")(tiny_model(family)) as told:
-        told.adapter.model(**batch(family, *ROWS))
-    assert told.attention == "received_attention"
-    with HiRED(0.2)(tiny_model(family)) as own:
-        own.adapter.model(**batch(family, *ROWS))
-    assert own.attention == "cls_attention"
-    assert any(not torch.equal(a.kept, b.kept) for a, b in zip(own.selections, told.selections, strict=True))
+    clip = tiny_model(family)
+    with HiRED(0.2, attention="received")(clip) as received:
+        clip(**batch(family, *ROWS))
+    assert received.attention == "received_attention"
+    with HiRED(0.2)(clip) as cls:
+        clip(**batch(family, *ROWS))
+    assert cls.attention == "cls_attention"
+    assert any(not torch.equal(a.kept, b.kept) for a, b in zip(cls.selections, received.selections, strict=True))
 
 
 def test_the_pooling_head_can_be_asked_for_what_it_attends_to(family: str) -> None:
@@ -559,7 +563,7 @@ def test_the_pooling_head_can_be_asked_for_what_it_attends_to(family: str) -> No
         model(**inputs)
     assert run.attention == "pooling_attention"
     read = [Signal("pooling_attention", "feature")]
-    for image, selection in zip(run.adapter.encode(inputs, read).images, run.selections, strict=True):
+    for image, selection in zip(find_adapter(model).encode(inputs, read).images, run.selections, strict=True):
         rows = image.pooling_attention().mean(dim=1).masked_fill(~image.geometry.valid, -1)
         for tile, kept in enumerate(selection.kept):
             number = int(kept.sum())
@@ -580,7 +584,7 @@ def test_towers_without_cls_serve_other_signals(family: str) -> None:
 
     model = tiny_model(family, tower="siglip")
     inputs = batch(family, [SQUARE], [WIDE], tower="siglip")
-    with MostWanted(0.2)(model) as run:
+    with MostWanted(0.2)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
     difference = real(short, short_mask(model, inputs, run, "left")) - real(full, kept_mask(model, inputs, run))
@@ -591,7 +595,6 @@ def test_towers_without_cls_serve_other_signals(family: str) -> None:
     ("change", "message"),
     [
         (lambda i: i | {"attention_mask": i["attention_mask"][:, None, None].bool()}, "2-D attention_mask"),
-        (lambda i: i | {"logits_to_keep": torch.tensor([1])}, "logits_to_keep"),
         (
             lambda i: (
                 {k: v for k, v in i.items() if k != "attention_mask"}
@@ -682,13 +685,13 @@ def test_the_users_kernel_runs_and_sees_its_own_config(family: str) -> None:
     AttentionInterface.register("kernel_of_a_test", kernel)
     AttentionMaskInterface.register("kernel_of_a_test", sdpa_mask)
     model, inputs = tiny_model(family, "kernel_of_a_test"), batch(family, [SQUARE])
-    with HiRED(0.2)(model) as run:
+    with HiRED(0.2)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     assert set(seen) == {"kernel_of_a_test"}
-    ahead = family == "llava_next"  # the base tile alone runs through the layer that divides the budget
-    assert len(seen) == ahead + 3 + 2  # every needed layer of the tower and every layer of the LLM, once
-    with HiRED(0.2)(tiny_model(family)) as plain:
-        assert torch.equal(plain.adapter.model(**inputs).logits, short)
+    assert len(seen) == 3 + 2  # every required layer of the tower and every layer of the LLM, once
+    sdpa = tiny_model(family)
+    with HiRED(0.2)(sdpa, outputs="reduced") as plain:
+        assert torch.equal(sdpa(**inputs).logits, short)
     assert torch.equal(plain.selections[0].kept, run.selections[0].kept)
 
 
@@ -727,7 +730,7 @@ def test_mixing_replaces_kept_tokens_by_their_mixtures(model: Any, family: str) 
             return Selection(image.geometry, kept, asked=len(rows), mixing=mixing)
 
     inputs = batch(family, [WIDE])
-    with Mixing()(model) as run:
+    with Mixing()(model, outputs="reduced") as run:
         one_hot = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
     assert (one_hot - full[kept_mask(model, inputs, run)][None]).abs().max() < 1e-5
@@ -737,7 +740,7 @@ def test_mixing_replaces_kept_tokens_by_their_mixtures(model: Any, family: str) 
         model(**inputs)
     watch.remove()
     (features,) = captured[0]["mm_encoder_outputs"]["image"].pooler_output
-    valid = run.adapter.encode(inputs, ()).images[0]
+    valid = find_adapter(model).encode(inputs, ()).images[0]
     torch.testing.assert_close(features, valid.features[valid.geometry.valid].mean(0).expand_as(features))
 
 

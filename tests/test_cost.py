@@ -67,7 +67,7 @@ def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | Non
     counted = count(on_the_meta_device(adapter), SIZE, budget, text_tokens=text)
     assert counted.encode.flops + counted.prefill.flops == real.get_total_flops()
     assert counted.kv_bytes == cached == run.account.kv_bytes
-    assert counted.tokens.prompt == run.account.prompt_lengths[0][1]
+    assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
     assert counted.prefill.flops == run.account.flops
     assert counted.weight_bytes == sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
 

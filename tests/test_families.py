@@ -20,10 +20,10 @@ from tests.families import FAMILIES
 from tests.families.base import Family, Size
 from tests.tiny import SENTENCES, picture
 from tokenprune.adapter import find_adapter
-from tokenprune.attach import Run
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import LayerChoice
 from tokenprune.reducer import ScoreReducer
+from tokenprune.run import Run
 from tokenprune.saliency import SecondLook, Seen
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, UniformStride
@@ -76,25 +76,26 @@ def generate(model: Any, inputs: Any, **how: Any) -> Tensor:
     return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, suppress_tokens=suppress, **how)
 
 
-def kept_mask(inputs: Any, run: Run) -> Tensor:
+def kept_mask(model: Any, inputs: Any, run: Run) -> Tensor:
     """Which positions of the full prompt stay, from the selections alone, bool `[rows, length]`."""
     stays = inputs["attention_mask"].bool().clone()
-    stays[inputs["input_ids"] == run.adapter.image_token_id] = torch.cat([s.packed_mask() for s in run.selections])
+    placeholders = inputs["input_ids"] == find_adapter(model).image_token_id
+    stays[placeholders] = torch.cat([s.packed_mask() for s in run.selections])
     return stays
 
 
-def oracle_inputs(inputs: Any, run: Run, positions: str) -> dict[str, Any]:
+def oracle_inputs(model: Any, inputs: Any, run: Run, positions: str) -> dict[str, Any]:
     """The full prompt with dropped positions masked, and the position ids that the kept ones have."""
-    stays = kept_mask(inputs, run)
-    adapter = run.adapter
+    stays = kept_mask(model, inputs, run)
+    adapter = find_adapter(model)
     ids = adapter.counted_positions(stays) if positions == "reindex" else adapter.positions(inputs, generating=False)
     ids = ids.expand(*ids.shape[:-2], *stays.shape)
     return {**inputs, "attention_mask": stays.long(), "position_ids": ids}
 
 
-def real_of_short(inputs: Any, run: Run) -> Tensor:
+def real_of_short(model: Any, inputs: Any, run: Run) -> Tensor:
     """Which positions of the shorter, left-padded prompt are real, bool `[rows, width]`."""
-    lengths = kept_mask(inputs, run).sum(1)
+    lengths = kept_mask(model, inputs, run).sum(1)
     width = int(lengths.max())
     return torch.arange(width) >= width - lengths[:, None]
 
@@ -121,21 +122,21 @@ def test_full_budget_changes_nothing_in_bfloat16(family: Family, inputs: Any) ->
     before = model(**cast).logits
     with HiRED(1.0)(model):
         assert float((model(**cast).logits - before).abs().max()) <= family.full * 2**16
-    with HiRED(0.2)(model) as run:
+    with HiRED(0.2)(model, outputs="reduced") as run:
         short = model(**cast).logits
     assert short.shape[1] < before.shape[1]
-    assert bool(short[real_of_short(inputs, run)].isfinite().all())
+    assert bool(short[real_of_short(model, inputs, run)].isfinite().all())
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
 def test_logits_equal_the_mask_oracle(family: Family, model: Any, inputs: Any, positions: str) -> None:
-    with HiRED(0.2, positions=positions)(model) as run:
+    with HiRED(0.2, positions=positions)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     assert all(0 < selection.kept_tokens < selection.geometry.valid.sum() for selection in run.selections)
-    full = model(**oracle_inputs(inputs, run, positions)).logits
+    full = model(**oracle_inputs(model, inputs, run, positions)).logits
     assert short.shape[1] < full.shape[1]
-    difference = short[real_of_short(inputs, run)] - full[kept_mask(inputs, run)]
+    difference = short[real_of_short(model, inputs, run)] - full[kept_mask(model, inputs, run)]
     assert bool(difference.isfinite().all())
     if family.oracle is not None:
         assert float(difference.abs().max()) < family.oracle
@@ -147,13 +148,13 @@ def test_each_row_equals_itself_alone(family: Family, model: Any, inputs: Any, p
     """Different aspect ratios, two images in a row, a row of text only."""
     with HiRED(0.2, positions=positions)(model):
         written = generate(model, inputs)
-    with HiRED(0.2, positions=positions)(model) as run:
+    with HiRED(0.2, positions=positions)(model, outputs="reduced") as run:
         together = model(**inputs).logits
-    mask, seen = real_of_short(inputs, run), 0
+    mask, seen = real_of_short(model, inputs, run), 0
     for number, row in enumerate(family.rows):
         if row:
             one = family.batch(row, first=number)
-            with HiRED(0.2, positions=positions)(model) as alone:
+            with HiRED(0.2, positions=positions)(model, outputs="reduced") as alone:
                 logits, answer = model(**one).logits, generate(model, one)
             for selection in alone.selections[: len(row)]:
                 assert torch.equal(selection.kept, run.selections[seen].kept)
@@ -193,8 +194,8 @@ def test_loss_is_that_of_the_masked_prompt(family: Family, model: Any) -> None:
             assert float((model(**inputs, labels=labels).loss - before).abs()) <= family.full
         with HiRED(0.2)(model) as run:
             short = model(**inputs, labels=labels).loss
-        stays = kept_mask(inputs, run)
-        oracle = oracle_inputs(inputs, run, "reindex")
+        stays = kept_mask(model, inputs, run)
+        oracle = oracle_inputs(model, inputs, run, "reindex")
         logits = model(**oracle).logits
     if family.oracle is None:
         assert bool(short.isfinite())

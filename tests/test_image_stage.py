@@ -11,6 +11,7 @@ from tests.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget
 from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import HiRED, ImageDownsample
 
 LAYOUTS = st.builds(
@@ -121,8 +122,6 @@ def test_all_tokens_are_the_models_own_and_none_are_none(family: str) -> None:
 
 
 def test_a_shared_encoding_is_encoded_anew_once() -> None:
-    from tokenprune.attach import Run
-
     model = tiny_model("llava_next")
     adapter, inputs = find_adapter(model), dict(batch("llava_next", [(112, 112)]))
     calls = []
@@ -130,7 +129,7 @@ def test_a_shared_encoding_is_encoded_anew_once() -> None:
     with torch.no_grad():
         encoding = adapter.encode(inputs, ()).repeated(3)
         text = {name: inputs[name].repeat(3, 1) for name in ("input_ids", "attention_mask")}
-        out, _ = Run(ImageDownsample(0.2), adapter).reduced(text, generating=True, encoding=encoding)
+        out = Pipeline(ImageDownsample(0.2), adapter).prepare(text, generating=True, encoding=encoding).inputs
     hook.remove()
     assert len(calls) == 2
     first, *rest = out["mm_encoder_outputs"]["image"].pooler_output

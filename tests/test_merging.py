@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from tests.build import encoded
 from tests.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
-from tokenprune.attach import Run, mix
 from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
+from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
 from tokenprune.selection import Selection
+from tokenprune.stages import mix
 from tokenprune.strategies import TRIM, HiRED, PruMerge, SpatialPooling, VisionZip
 from tokenprune.strategies.components import ByScore, GlobalTopAllocation, MeanOfRest, PooledCells, UniformAllocation
 from tokenprune.strategies.components.merging import bands_of_cells, evenly_spaced
@@ -163,12 +165,12 @@ class Answers(TokenReducer):
 def handed_over(family: str, reducer: TokenReducer) -> tuple[Run, list[torch.Tensor], list[EncodedImage]]:
     """The run, the features that the model is given, and what the strategy saw."""
     model = tiny_model(family)
-    run = Run(reducer, find_adapter(model))
+    pipeline = Pipeline(reducer, find_adapter(model))
     inputs = dict(batch(family, [(112, 112)], [(60, 160)]))
     with torch.no_grad():
-        encoding = run.encode(inputs)
-        out, _ = run.reduced(inputs, generating=False, encoding=encoding)
-    return run, out["mm_encoder_outputs"]["image"].pooler_output, encoding.images
+        encoding = pipeline.encode(inputs)
+        out = pipeline.prepare(inputs, encoding=encoding).inputs
+    return pipeline.run, out["mm_encoder_outputs"]["image"].pooler_output, encoding.images
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
@@ -183,7 +185,7 @@ def test_one_hot_mixing_is_dropping(family: str, mixing: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_mixtures_before_the_projector_go_through_it(family: str) -> None:
     run, found, images = handed_over(family, Answers(mixing="noise before"))
-    projector = run.adapter.model.base_model.multi_modal_projector
+    projector = tiny_model(family).base_model.multi_modal_projector
     for selection, features, image in zip(run.selections, found, images, strict=True):
         sources = image.projector_inputs().flatten(0, 1)
         with torch.no_grad():

@@ -17,8 +17,8 @@ from transformers import MllamaImageProcessorPil, MllamaProcessor, pipeline
 from tests.families.base import TILE, Family
 from tests.test_families import Odd, hits, spotted, traces, transposed, without_places
 from tests.tiny import TEMPLATE, picture, tokenizer
-from tokenprune.attach import Run
 from tokenprune.models.mllama import MllamaAdapter
+from tokenprune.run import Run
 from tokenprune.strategies import HiRED
 
 ROWS = ([(112, 112)], [(60, 112), (112, 50)], [(40, 50)])
@@ -64,9 +64,9 @@ def generate(model: Any, inputs: Any, **how: Any) -> Tensor:
     return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **how)
 
 
-def kept_columns(run: Run, inputs: Any) -> Tensor:
+def kept_columns(model: Any, run: Run, inputs: Any) -> Tensor:
     """The keys that stay among all keys of each row, worked out tile by tile, bool `[rows, keys]`."""
-    tower = run.adapter.tower
+    tower = model.model.vision_model
     ids = inputs["aspect_ratio_ids"]
     keys, side, tiles = tower.num_patches, TILE // 14, tower.config.max_num_tiles
     columns = torch.zeros(*ids.shape, tiles, keys, dtype=torch.bool)
@@ -116,7 +116,7 @@ def test_logits_and_answers_equal_the_mask_oracle(model: Any, inputs: Any) -> No
     assert [s.kept_tokens for s in run.selections] == [s.asked for s in run.selections]
     real = inputs["attention_mask"].bool()
     ways = ({}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}, {"do_sample": True})
-    with only(model, kept_columns(run, inputs)):
+    with only(model, kept_columns(model, run, inputs)):
         oracle, written = model(**inputs).logits, [generate(model, inputs, **how) for how in ways]
     assert float((short - oracle)[real].abs().max()) < 1e-5
     assert float((short - before)[real].abs().max()) > 1e-3
@@ -155,7 +155,7 @@ def test_loss_is_that_of_the_masked_keys(model: Any, inputs: Any) -> None:
         assert torch.equal(model(**inputs, labels=labels).loss, before)
     with HiRED(0.2)(model) as run:
         short = model(**inputs, labels=labels).loss
-    with only(model, kept_columns(run, inputs)):
+    with only(model, kept_columns(model, run, inputs)):
         assert float((model(**inputs, labels=labels).loss - short).abs()) < 1e-4
 
 
@@ -225,7 +225,7 @@ def test_pictures_are_canvases() -> None:
     pixels[:, 56:] = 255
     given = FAMILY.inputs([[Image.fromarray(pixels)]], [FAMILY.text(1)])
     with torch.no_grad():
-        image = adapter.encode(given, (), pictures=1).images[0]
+        image = adapter.encode(given, (), keep_pixels=1).images[0]
     assert image.pixels is not None
     assert image.pixels.shape == (1, 56, 112, 3)
     assert float(image.pixels[0, :, :50].float().mean()) < 10 < 240 < float(image.pixels[0, :, 62:].float().mean())

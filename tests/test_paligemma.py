@@ -25,12 +25,12 @@ def test_a_suffix_stays_causal() -> None:
     inputs = {name: value for name, value in given.items() if name != "labels"}
     assert set(inputs["token_type_ids"].unique().tolist()) == {0, 1}
     with torch.no_grad():
-        with HiRED(0.2)(model) as run:
+        with HiRED(0.2)(model, outputs="reduced") as run:
             short = model(**inputs, labels=given["labels"]).logits
-        stays = kept_mask(inputs, run)
-        oracle = oracle_inputs(inputs, run, "reindex")
+        stays = kept_mask(model, inputs, run)
+        oracle = oracle_inputs(model, inputs, run, "reindex")
         full = model(**oracle).logits
         causal = model(**{**oracle, "token_type_ids": torch.ones_like(oracle["token_type_ids"])}).logits
-    real = real_of_short(inputs, run)
+    real = real_of_short(model, inputs, run)
     assert float((short[real] - full[stays]).abs().max()) < 1e-5
     assert float((short[real] - causal[stays]).abs().max()) > 1e-3

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tiny
+from tokenprune.adapter import find_adapter
 from tokenprune.configure import as_config
 from tokenprune.experiments.experiment import Cell, Experiment, run_cells
 from tokenprune.experiments.tasks import Boards
 from tokenprune.image import Signal
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
+from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import resampled
 from tokenprune.strategies import GlobalCom2, HiRED
@@ -140,10 +142,10 @@ def test_hired_runs_on_a_model_without_cls() -> None:
     model, inputs = tiny.tiny_model("llava_next", tower="siglip"), tiny.batch("llava_next", *ROWS, tower="siglip")
     with HiRED(0.2, attention=LOOK)(model) as run:
         model(**inputs)
-    plain = run.adapter.encode(inputs, ()).images
+    plain = find_adapter(model).encode(inputs, ()).images
     depth = len(timm.create_model("test_vit").blocks)
     tower = plain[0]
-    assert (run.attention, depth, tower.layers, tower.feature_layer) == ("second_look", 6, 4, 2)
+    assert (run.attention, depth, tower.layers, tower.feature_layer) == (LOOK.name, 6, 4, 2)
     for image, pixels, selection in zip(plain, inputs["pixel_values"], run.selections, strict=True):
         tiles = pixels[: image.geometry.tiles]
         signals = {
@@ -349,10 +351,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
 
 def test_signals_that_stand_in_are_what_is_captured() -> None:
     """A second look takes nothing from the tower."""
-    model = tiny.tiny_model("llava", tower="siglip")
-    with HiRED(0.2, attention=LOOK)(model) as run, torch.no_grad():
-        model(**tiny.batch("llava", [(90, 120)], tower="siglip"))
-    assert run.needs == []
-    with HiRED(0.2)(model) as run, torch.no_grad():
-        model(**tiny.batch("llava", [(90, 120)], tower="siglip"))
-    assert run.needs == [Signal("received_attention", "first", "base"), Signal("received_attention", "feature")]
+    adapter = find_adapter(tiny.tiny_model("llava", tower="siglip"))
+    assert Pipeline(HiRED(0.2, attention=LOOK), adapter).needs == []
+    layers = ("first", "feature")
+    assert Pipeline(HiRED(0.2), adapter).needs == [Signal("received_attention", layer) for layer in layers]

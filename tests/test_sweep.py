@@ -202,10 +202,11 @@ def test_values_that_arrive_as_others_are_warned_of(caplog: pytest.LogCaptureFix
     part = {"class_path": "GuidedAllocation", "init_args": {"temperature": 10.0, "retention": None}}
     parameters = {"reducer.budget": {"values": [0.5, 1.0]}, "reducer.allocation": {"value": part}}
     sweep.check({"method": "grid", "parameters": parameters})
+    hint = "a budget of 1 is one token, write 100% for all tokens"
     assert [one.getMessage() for one in caplog.records] == [
-        "reducer.allocation: W&B's server may pass 10.0 as 10; a budget of 1 is one token",
+        f"reducer.allocation: W&B's server may pass 10.0 as 10; {hint}",
         "reducer.allocation: W&B passes null as the word None; leave the parameter out instead",
-        "reducer.budget: W&B's server may pass 1.0 as 1; a budget of 1 is one token",
+        f"reducer.budget: W&B's server may pass 1.0 as 1; {hint}",
     ]
 
 

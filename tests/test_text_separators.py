@@ -14,9 +14,9 @@ from tests.families import FAMILIES
 from tests.families.base import Family
 from tests.test_families import generate, real_of_short
 from tokenprune.adapter import find_adapter
-from tokenprune.attach import Run
 from tokenprune.image import EncodedImage
 from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 
@@ -38,12 +38,12 @@ def inputs(family: Family) -> Any:
     return family.batch(*family.rows)
 
 
-def stays(inputs: Any, run: Run) -> tuple[Tensor, int]:
+def stays(adapter: Any, inputs: Any, run: Run) -> tuple[Tensor, int]:
     """Which positions of the full prompt stay, bool `[rows, length]`, and how much text goes; token by token."""
     mask, gone = inputs["attention_mask"].bool().clone(), 0
     masks = iter([selection.packed_mask().tolist() for selection in run.selections])
     for row, ids in enumerate(inputs["input_ids"].tolist()):
-        image = [token == run.adapter.image_token_id for token in ids]
+        image = [token == adapter.image_token_id for token in ids]
         position = 0
         while any(image[position:]):
             stretches: list[list[int]] = []  # positions of each stretch of one image
@@ -55,7 +55,7 @@ def stays(inputs: Any, run: Run) -> tuple[Tensor, int]:
                 mask[row, position] = kept
                 position += 1
             for one, two in pairwise(stretches):
-                owner = one if run.adapter.text_separator_side == "after" else two
+                owner = one if adapter.text_separator_side == "after" else two
                 if not bool(mask[row, owner].any()):
                     mask[row, one[-1] + 1 : two[0]] = False
                     gone += two[0] - one[-1] - 1
@@ -71,13 +71,13 @@ def test_logits_equal_the_oracle_that_masks_the_dropped_text(
     full = {name: value for name, value in inputs.items() if name != "attention_mask"}
     lengths = {}
     for separators in ("keep", "drop_empty"):
-        with HiRED(0.2, positions=positions, text_separators=separators)(model) as run:
+        with HiRED(0.2, positions=positions, text_separators=separators)(model, outputs="reduced") as run:
             short = model(**inputs).logits
         lengths[separators] = sum(entered for _, entered in run.account.prompt_lengths)
         if separators == "keep":
             continue
-        mask, gone = stays(inputs, run)
-        adapter = run.adapter
+        mask, gone = stays(find_adapter(model), inputs, run)
+        adapter = find_adapter(model)
         ids = adapter.counted_positions(mask) if positions == "reindex" else adapter.positions(inputs, generating=False)
         oracle = model(**full, attention_mask=mask.long(), position_ids=ids.expand(*ids.shape[:-2], *mask.shape)).logits
         width = int(mask.sum(1).max())
@@ -92,13 +92,13 @@ def test_logits_equal_the_oracle_that_masks_the_dropped_text(
 @torch.no_grad()
 def test_each_row_equals_itself_alone(family: Family, model: Any, inputs: Any) -> None:
     reducer = HiRED(0.2, positions="preserve", text_separators="drop_empty")
-    with reducer(model):
+    with reducer(model, outputs="reduced"):
         together, written = model(**inputs).logits, generate(model, inputs)
     for number, row in enumerate(family.rows):
         if not row:
             continue
         one = family.batch(row, first=number)
-        with reducer(model):
+        with reducer(model, outputs="reduced"):
             logits, answer = model(**one).logits, generate(model, one)
         assert float((logits[0] - together[number][-logits.shape[1] :]).abs().max()) < 1e-4
         assert torch.equal(answer[0, -4:], written[number, -4:])
@@ -133,7 +133,7 @@ def test_an_image_without_text_inside_is_as_before() -> None:
         kept = model(**inputs).logits
     with HiRED(0.2, text_separators="drop_empty")(model):
         assert torch.equal(model(**inputs).logits, kept)
-    assert bool(real_of_short(inputs, run).all())
+    assert bool(real_of_short(model, inputs, run).all())
 
 
 def test_other_words_are_refused() -> None:

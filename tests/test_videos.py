@@ -53,11 +53,11 @@ def test_everything_kept_changes_nothing(name: str) -> None:
 @torch.no_grad()
 def test_logits_equal_the_mask_oracle(name: str, positions: str) -> None:
     model, inputs = mixed(name)
-    with HiRED(0.2, positions=positions)(model) as run:
+    with HiRED(0.2, positions=positions)(model, outputs="reduced") as run:
         short = model(**inputs).logits
-    full = model(**oracle_inputs(inputs, run, positions)).logits
+    full = model(**oracle_inputs(model, inputs, run, positions)).logits
     assert run.account.kept == 16
-    assert float((short[0] - full[0][kept_mask(inputs, run)[0]]).abs().max()) < 1e-5
+    assert float((short[0] - full[0][kept_mask(model, inputs, run)[0]]).abs().max()) < 1e-5
 
 
 @torch.no_grad()

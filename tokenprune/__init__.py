@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenprune.account import TokenAccount as TokenAccount
     from tokenprune.adapter import Adapter as Adapter
-    from tokenprune.attach import Run as Run
+    from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
     from tokenprune.components import AllocationPolicy as AllocationPolicy
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from tokenprune.image import Signal as Signal
     from tokenprune.image import TileGeometry as TileGeometry
     from tokenprune.layers import LayerChoice as LayerChoice
+    from tokenprune.pipeline import Pipeline as Pipeline
+    from tokenprune.pipeline import PreparedCall as PreparedCall
     from tokenprune.reducer import ComponentReducer as ComponentReducer
     from tokenprune.reducer import ImageReducer as ImageReducer
     from tokenprune.reducer import ScoreReducer as ScoreReducer
     from tokenprune.reducer import TokenReducer as TokenReducer
+    from tokenprune.rewrite import Rows as Rows
+    from tokenprune.rewrite import align as align
+    from tokenprune.run import Run as Run
     from tokenprune.saliency import SecondLook as SecondLook
     from tokenprune.saliency import Seen as Seen
     from tokenprune.selection import Selection as Selection
@@ -37,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "adapter",
     "AllocationPolicy": "components",
+    "Attachment": "attach",
     "Budget": "budget",
     "ComponentReducer": "reducer",
     "EncodedImage": "image",
@@ -45,8 +51,11 @@ _HOME = {
     "Merged": "components",
     "MergingPolicy": "components",
     "OrderPolicy": "components",
+    "Pipeline": "pipeline",
+    "PreparedCall": "pipeline",
     "RelevancePolicy": "components",
-    "Run": "attach",
+    "Rows": "rewrite",
+    "Run": "run",
     "ScoreReducer": "reducer",
     "SecondLook": "saliency",
     "Seen": "saliency",
@@ -56,6 +65,7 @@ _HOME = {
     "TileGeometry": "image",
     "TokenAccount": "account",
     "TokenReducer": "reducer",
+    "align": "rewrite",
     "apportion": "budget",
 }
 

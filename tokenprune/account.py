@@ -1,23 +1,27 @@
-"""What was asked, what was kept, and what it saves in the LLM."""
+"""Token, KV-cache and FLOP accounting of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune.adapter import LLMShape
 from tokenprune.selection import Selection
 
+HISTORY = 1000
+"""Number of images, and of prompt rows, whose entries an account keeps; its totals cover all of them."""
+
 
 def kv_bytes(shape: LLMShape, length: int) -> int:
-    """Return the bytes of the key-value cache of a prompt.
+    """Return the bytes of the key-value cache of a prompt that has the same length in all layers.
 
     Args:
         shape: the decoder.
         length: tokens in the prompt.
     """
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.element_bytes * length
+    return LayerSums.of(shape, [length] * shape.layers).kv_bytes(shape)
 
 
 def prefill_flops(shape: LLMShape, length: int) -> int:
@@ -29,10 +33,80 @@ def prefill_flops(shape: LLMShape, length: int) -> int:
 
     Args:
         shape: the decoder.
-        length: tokens in the prompt.
+        length: tokens in the prompt, the same number in all layers.
     """
-    attention = 4 * shape.layers * shape.heads * shape.head_dim * length * length
-    return 2 * shape.linear_parameters * length + attention + 2 * shape.head_parameters
+    return LayerSums.of(shape, [length] * shape.layers).flops(shape)
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """The tokens of one prompt row, padding not counted. It unpacks as ``full, reduced = lengths``.
+
+    Args:
+        full: tokens without reduction.
+        layers: tokens in each LLM layer, first layer first; a strategy inside the LLM shortens later layers.
+    """
+
+    full: int
+    layers: tuple[int, ...]
+
+    @property
+    def reduced(self) -> int:
+        """Tokens that entered the LLM: those of the first layer."""
+        return self.layers[0]
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the tokens without reduction and the tokens that entered the LLM."""
+        return iter((self.full, self.reduced))
+
+
+@dataclass
+class LayerSums:
+    """Sums over prompt rows that give cache bytes and FLOPs of every layer exactly.
+
+    Args:
+        rows: number of rows.
+        lengths: sum of the lengths, per layer.
+        squares: sum of the squared lengths, per layer.
+    """
+
+    lengths: list[int]
+    squares: list[int]
+    rows: int = 0
+
+    @classmethod
+    def of(cls, shape: LLMShape, *rows: Sequence[int]) -> LayerSums:
+        """Return the sums of some rows.
+
+        Args:
+            shape: the decoder.
+            rows: tokens of each row in each layer.
+        """
+        sums = cls([0] * shape.layers, [0] * shape.layers)
+        for row in rows:
+            sums.add(row)
+        return sums
+
+    def add(self, layers: Sequence[int]) -> None:
+        """Enter one row.
+
+        Args:
+            layers: tokens in each layer.
+        """
+        self.rows += 1
+        for layer, length in enumerate(layers):
+            self.lengths[layer] += length
+            self.squares[layer] += length * length
+
+    def kv_bytes(self, shape: LLMShape) -> int:
+        """Return the bytes of the key-value caches of all rows."""
+        return 2 * shape.kv_heads * shape.head_dim * shape.element_bytes * sum(self.lengths)
+
+    def flops(self, shape: LLMShape) -> int:
+        """Return the FLOPs of the prefills of all rows; see `prefill_flops`."""
+        linear = sum(2 * weights * n for weights, n in zip(shape.layer_parameters, self.lengths, strict=True))
+        attention = 4 * shape.heads * shape.head_dim * sum(self.squares)
+        return linear + attention + 2 * shape.head_parameters * self.rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +117,7 @@ class ImageAccount:
         asked: tokens that the budget granted.
         kept: visual tokens that entered the LLM, newlines not counted.
         valid: visual tokens that would have entered without reduction.
-        encoded: tokens that the vision tower put out, padding included.
+        encoded: tokens of all tiles after the vision side, padding included.
         newlines: newline tokens that entered.
         newlines_full: newline tokens that would have entered.
         granted_per_tile: tokens granted to each tile, base tile first.
@@ -76,73 +150,175 @@ class ImageAccount:
 
 
 @dataclass
+class ImageTotals:
+    """Sums over images.
+
+    Args:
+        images: number of images.
+        asked: tokens that the budget granted.
+        kept: visual tokens that entered the LLM, newlines not counted.
+        valid: visual tokens that would have entered without reduction.
+        newlines: newline tokens that entered.
+        beyond_valid: number of images whose budget granted more tokens than are valid.
+    """
+
+    images: int = 0
+    asked: int = 0
+    kept: int = 0
+    valid: int = 0
+    newlines: int = 0
+    beyond_valid: int = 0
+
+    def add(self, image: ImageAccount) -> None:
+        """Enter one image."""
+        self.images += 1
+        self.asked += image.asked
+        self.kept += image.kept
+        self.valid += image.valid
+        self.newlines += image.newlines
+        self.beyond_valid += image.asked > image.valid
+
+
+@dataclass
 class TokenAccount:
-    """Tokens, cache bytes and FLOPs of everything that a run has seen.
+    """Tokens, cache bytes and FLOPs of all calls of a run.
+
+    Memory is bounded: totals are running sums over all calls, and entries are kept for the last `HISTORY` images and
+    prompt rows. `add` is the only way to enter something.
 
     Args:
         llm: the shape of the language model.
-        images: one entry per image, in the order seen.
-        prompt_lengths: tokens of each prompt row as (full, reduced), padding not counted.
         attention: where the attention came from that the strategy read; None if it read none.
-        second_look_flops: FLOPs of the second model that looked at the pictures, if there was one.
+        second_look_flops: FLOPs of a second model that read the images, if there was one.
     """
 
     llm: LLMShape
-    images: list[ImageAccount] = field(default_factory=list)
-    prompt_lengths: list[tuple[int, int]] = field(default_factory=list)
     attention: str | None = None
     second_look_flops: int = 0
+    images: deque[ImageAccount] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
+    """One entry per image, in the order of the calls; the last `HISTORY` of them."""
+    prompt_lengths: deque[RowLengths] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
+    """One entry per prompt row, in the order of the calls; the last `HISTORY` of them."""
 
-    def add(self, selections: Sequence[Selection], prompt_lengths: Sequence[tuple[int, int]]) -> None:
-        """Enter the images and prompt rows of one call."""
-        self.images += [ImageAccount.of(selection) for selection in selections]
-        self.prompt_lengths += prompt_lengths
+    def __post_init__(self) -> None:
+        """Start all totals at zero."""
+        self._images = ImageTotals()
+        self._full = LayerSums.of(self.llm)
+        self._reduced = LayerSums.of(self.llm)
+
+    def add(self, selections: Sequence[Selection], lengths: Sequence[RowLengths | tuple[int, int]]) -> None:
+        """Enter the images and prompt rows of one call.
+
+        Args:
+            selections: one per image.
+            lengths: tokens of each prompt row; a pair (full, reduced) has the reduced length in all layers.
+
+        Raises:
+            ValueError: if a row has not one length per layer.
+        """
+        layers = self.llm.layers
+        rows = [row if isinstance(row, RowLengths) else RowLengths(row[0], (row[1],) * layers) for row in lengths]
+        for row in rows:
+            if len(row.layers) != layers:
+                raise ValueError(
+                    f"a prompt row has lengths for {len(row.layers)} layers, but the LLM has {layers}; "
+                    "give one length per layer"
+                )
+        for row in rows:
+            self._full.add((row.full,) * layers)
+            self._reduced.add(row.layers)
+        self.prompt_lengths.extend(rows)
+        for image in map(ImageAccount.of, selections):
+            self._images.add(image)
+            self.images.append(image)
+
+    @property
+    def image_count(self) -> int:
+        """Number of images of all calls."""
+        return self._images.images
+
+    @property
+    def row_count(self) -> int:
+        """Number of prompt rows of all calls."""
+        return self._reduced.rows
 
     @property
     def asked(self) -> int:
         """Tokens granted to all images."""
-        return sum(image.asked for image in self.images)
+        return self._images.asked
 
     @property
     def kept(self) -> int:
         """Visual tokens of all images that entered the LLM, newlines not counted."""
-        return sum(image.kept for image in self.images)
+        return self._images.kept
+
+    @property
+    def valid(self) -> int:
+        """Visual tokens of all images that would have entered without reduction, newlines not counted."""
+        return self._images.valid
+
+    @property
+    def newlines(self) -> int:
+        """Newline tokens of all images that entered the LLM."""
+        return self._images.newlines
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of all prompt rows that entered the LLM."""
+        return self._reduced.lengths[0]
+
+    @property
+    def prompt_length_full(self) -> int:
+        """Tokens of all prompt rows without reduction."""
+        return self._full.lengths[0]
 
     @property
     def tokens_per_layer(self) -> list[int]:
         """Prompt tokens of all rows in each LLM layer; the same everywhere for reduction before the LLM."""
-        return [sum(after for _, after in self.prompt_lengths)] * self.llm.layers
+        return list(self._reduced.lengths)
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens of a prompt row, averaged over LLM layers and rows: what papers call "192 tokens".
+
+        All tokens that a later layer lacks count as visual ones; newline tokens are not counted. 0.0 before the first
+        call.
+        """
+        dropped_inside = self.prompt_length - sum(self._reduced.lengths) / self.llm.layers
+        return (self.kept - dropped_inside) / self.row_count if self.row_count else 0.0
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the key-value cache after prefill, all rows."""
-        return sum(kv_bytes(self.llm, after) for _, after in self.prompt_lengths)
+        return self._reduced.kv_bytes(self.llm)
 
     @property
     def kv_bytes_full(self) -> int:
-        """Bytes that the cache would have taken without reduction."""
-        return sum(kv_bytes(self.llm, before) for before, _ in self.prompt_lengths)
+        """Bytes of the key-value cache without reduction."""
+        return self._full.kv_bytes(self.llm)
 
     @property
     def flops(self) -> int:
         """FLOPs of prefill in the LLM, all rows."""
-        return sum(prefill_flops(self.llm, after) for _, after in self.prompt_lengths)
+        return self._reduced.flops(self.llm)
 
     @property
     def flops_full(self) -> int:
-        """FLOPs that prefill would have taken without reduction."""
-        return sum(prefill_flops(self.llm, before) for before, _ in self.prompt_lengths)
+        """FLOPs of prefill in the LLM without reduction."""
+        return self._full.flops(self.llm)
 
     def summary(self) -> dict[str, Any]:
-        """Return the totals as plain numbers, and where attention was read."""
+        """Return the totals as plain numbers, and the source of the attention."""
         return {
-            "images": len(self.images),
+            "images": self.image_count,
             "asked": self.asked,
             "kept": self.kept,
-            "valid": sum(image.valid for image in self.images),
-            "newlines": sum(image.newlines for image in self.images),
-            "prompt_length": sum(after for _, after in self.prompt_lengths),
-            "prompt_length_full": sum(before for before, _ in self.prompt_lengths),
+            "valid": self.valid,
+            "newlines": self.newlines,
+            "average_tokens": self.average_tokens,
+            "prompts": self.row_count,
+            "prompt_length": self.prompt_length,
+            "prompt_length_full": self.prompt_length_full,
             "kv_bytes": self.kv_bytes,
             "kv_bytes_full": self.kv_bytes_full,
             "prefill_flops": self.flops,
@@ -153,10 +329,11 @@ class TokenAccount:
 
     def __str__(self) -> str:
         """Return one line for people."""
-        if not self.prompt_lengths:
+        if not self.row_count:
             return "no image seen"
+        limit = f" of {self.valid} valid" if self._images.beyond_valid else ""
         parts = [
-            f"{len(self.images)} image(s): {self.asked} tokens asked, {self.kept} kept",
+            f"{self.image_count} image(s): {self.asked} tokens asked, {self.kept} kept{limit}",
             f"KV cache {self.kv_bytes / self.kv_bytes_full:.1%} and prefill FLOPs "
             f"{self.flops / self.flops_full:.1%} of full",
         ]

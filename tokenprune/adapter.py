@@ -1,12 +1,12 @@
-"""What makes one model family speak tokenprune's words. Concrete adapters live in `tokenprune.models`."""
+"""The interface between tokenprune and one family of transformers models; the families are in `tokenprune.models`."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -27,22 +27,65 @@ class LLMShape:
     """The numbers of a decoder that cost accounting needs.
 
     Args:
-        layers: number of decoder layers.
         heads: query heads per layer.
         kv_heads: key and value heads per layer.
         head_dim: width of a head.
-        linear_parameters: weights of all linear maps in the decoder layers together (biases left out).
+        layer_parameters: weights of the linear maps of each decoder layer (biases left out).
         head_parameters: weights of the language model head.
         element_bytes: bytes of one cached number.
     """
 
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    linear_parameters: int
+    layer_parameters: tuple[int, ...]
     head_parameters: int
     element_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_parameters)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear maps of all decoder layers."""
+        return sum(self.layer_parameters)
+
+
+class VisualTokens(ABC):
+    """The visual tokens of the images of a call, as they would enter the LLM with nothing dropped."""
+
+    @abstractmethod
+    def all(self) -> list[Tensor]:
+        """Return all tokens of each image, newline tokens included, `[length, dim]` each."""
+
+    @abstractmethod
+    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the kept tokens of each image, `[kept, dim]` each.
+
+        Args:
+            masks: the kept positions of each packed image, bool `[length]` each.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens(VisualTokens):
+    """Visual tokens that are computed already.
+
+    Args:
+        packed: the tokens of each image, `[length, dim]` each.
+    """
+
+    packed: list[Tensor]
+
+    def all(self) -> list[Tensor]:
+        """Return all tokens of each image, `[length, dim]` each."""
+        return self.packed
+
+    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the kept tokens of each image, `[kept, dim]` each."""
+        return [tokens[mask.to(tokens.device)] for tokens, mask in zip(self.packed, masks, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,52 +93,54 @@ class Encoding:
     """The encoded images of one call, in the order of their places in the prompt.
 
     Args:
-        images: what strategies see.
-        packed: each image as the model would feed it to the LLM, newlines included, `[length, dim]` each.
-        outputs: the model's own output object, for `Adapter.hand_over`.
-        inputs: the vision inputs that were encoded, for encoding them anew.
+        images: the input of a strategy, one per image.
+        tokens: the visual tokens of the images.
+        outputs: the model's own output object of `get_image_features`; None if its tower was left early.
+        inputs: the vision inputs that were encoded, to encode them at another resolution.
         videos: the model's own output object of videos in the same call, if there are any; they are never reduced.
+        complete: whether `outputs` equals that of the unmodified model in every field.
+        repeats: how many times the images are listed, for several questions about them.
     """
 
     images: list[EncodedImage]
-    packed: list[Tensor]
-    outputs: Any
+    tokens: VisualTokens
+    outputs: Any = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     videos: Any = None
+    complete: bool = False
+    repeats: int = 1
 
-    staged: ClassVar[bool] = False
-    """Whether tiles can still be left out."""
+    @property
+    def packed(self) -> list[Tensor]:
+        """All visual tokens of each image, newline tokens included, `[length, dim]` each."""
+        return self.tokens.all() * self.repeats
 
-    def base_tiles(self) -> list[EncodedImage]:
-        """Return the images as far as their base tiles alone show them; `leave_out` comes next.
-
-        Signals of other tiles may be zero, and features may be missing.
-        """
-        return self.images
-
-    def leave_out(self, paid: Sequence[Tensor | None]) -> None:
-        """Spend no more on tiles of which nothing can stay, if that is still possible.
+    def gather_kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the kept tokens of each image, `[kept, dim]` each.
 
         Args:
-            paid: for each image which of its tiles can keep tokens, base tile first, bool `[tiles]`; None is all.
+            masks: the kept positions of each packed image, bool `[length]` each.
         """
-
-    def kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return what stays of each image, `[kept, dim]` each.
-
-        Args:
-            masks: which packed positions stay, bool `[length]` each.
-        """
-        return taken(self.packed, masks)
+        if self.repeats == 1:
+            return self.tokens.gather(masks)
+        return PackedTokens(self.packed).gather(masks)
 
     def repeated(self, times: int) -> Encoding:
-        """Return the encoding of the same images again and again, for several questions about them."""
-        return Encoding(self.images * times, self.packed * times, self.outputs, self.inputs)
+        """Return the encoding with its images listed several times, for several questions about them."""
+        return replace(self, images=self.images * times, repeats=self.repeats * times)
 
 
-def taken(packed: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """Return what stays of images as they would enter the LLM, `[kept, dim]` each."""
-    return [features[mask.to(features.device)] for features, mask in zip(packed, masks, strict=True)]
+@dataclass(frozen=True, eq=False)
+class FeatureInputs:
+    """Model inputs that replace the vision inputs of a call.
+
+    Args:
+        inputs: keyword inputs of `forward` and `generate`.
+        context: the context to hold while the model runs on them; None if the unmodified model takes them.
+    """
+
+    inputs: dict[str, Any]
+    context: AbstractContextManager[None] | None = None
 
 
 class Adapter(ABC):
@@ -112,7 +157,13 @@ class Adapter(ABC):
     """Name of the transformers class."""
 
     pixels: ClassVar[str] = "pixel_values"
-    """Name of the model input that holds the pictures; a call without it has none."""
+    """Name of the model input that holds the images; a call without it has none."""
+
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    """Names of vision inputs, beside the pixels, without which the layout of an image is unknown."""
+
+    video_pixels: ClassVar[str] = "pixel_values_videos"
+    """Name of the model input that holds the frames of videos; they are never reduced."""
 
     broken_with: ClassVar[frozenset[str]] = frozenset()
     """Versions of transformers whose own model of this family raises; nothing can be attached to it there."""
@@ -183,57 +234,122 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image of a call, without encoding it.
+
+        Args:
+            inputs: the model inputs of the call.
+
+        Raises:
+            ValueError: if a vision input is missing or does not fit the prompt.
+        """
+
+    @abstractmethod
     def encode(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
+        self,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int = 0,
+        text_model: str | None = None,
+        truncated: bool = False,
     ) -> Encoding:
         """Run the vision side once and capture the needed signals; those of the question come from `embed_question`.
 
         Args:
             inputs: the model inputs of the call; only `image_inputs` are read.
             needs: the signals to capture.
-            pictures: how many of the images keep their pixels for drawing.
+            keep_pixels: how many of the images keep their pixels for drawing.
             text_model: the CLIP checkpoint whose projections align features with text.
+            truncated: whether the tower may stop after the last required layer, and the projector may run on kept
+                tokens only. Kept features are equal up to rounding; `Encoding.complete` is False.
 
         Raises:
             ValueError: if a signal names a layer that the vision tower does not have, or the text model does not fit.
         """
 
-    def encode_staged(
-        self, inputs: Mapping[str, Any], needs: Sequence[Signal], pictures: int = 0, text_model: str | None = None
-    ) -> Encoding:
-        """Return the images of a call that is about to lose tokens; here as `encode` does.
-
-        An adapter that can encode them only as far as the answer of a strategy takes it writes it. Kept features are
-        the same within rounding.
-
-        Args:
-            inputs: the model inputs of the call; only `image_inputs` are read.
-            needs: the signals to capture.
-            pictures: how many of the images keep their pixels for drawing.
-            text_model: the CLIP checkpoint whose projections align features with text.
-        """
-        return self.encode(inputs, needs, pictures, text_model)
-
-    def has_pictures(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether a call brings pictures that are not encoded yet."""
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call contains images that are not encoded yet."""
         return inputs.get(self.pixels) is not None
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Return what must be on the model while a strategy is attached, beside the hooks that every model gets."""
-        return nullcontext()
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Check that a call with images has every vision input that their layouts require.
+
+        Args:
+            inputs: the model inputs of the call.
+
+        Raises:
+            ValueError: if a vision input is missing.
+        """
+        if inputs.get(self.pixels) is None:
+            return
+        missing = [name for name in self.required_inputs if inputs.get(name) is None]
+        if missing:
+            raise self.input_error(f"{type(self.model).__name__} needs {' and '.join(missing)} beside {self.pixels}")
+
+    def input_tensor(
+        self, inputs: Mapping[str, Any], name: str, shape: Sequence[int | None], convert: bool = False
+    ) -> Tensor:
+        """Return a vision input after a check of its type and shape.
+
+        Args:
+            inputs: the model inputs of the call.
+            name: the name of the input.
+            shape: its expected shape; None stands for any length.
+            convert: whether arrays and lists of numbers are read, too, because the model takes them.
+
+        Raises:
+            ValueError: if the input is no tensor of this shape.
+        """
+        value, size = inputs[name], ", ".join("any" if side is None else str(side) for side in shape)
+        expected = f"{type(self.model).__name__} needs {name} as a tensor of shape [{size}]"
+        try:
+            is_read = convert and not isinstance(value, Tensor)
+            tensor = torch.stack([torch.as_tensor(row) for row in value]) if is_read else value
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self.input_error(f"{expected}, but it is {value!r:.80}") from error
+        if not isinstance(tensor, Tensor):
+            raise self.input_error(f"{expected}, but it is a {type(value).__name__}")
+        sides = [side if wanted is None else wanted for side, wanted in zip(tensor.shape, shape, strict=False)]
+        if tensor.dim() != len(shape) or list(tensor.shape) != sides:
+            raise self.input_error(f"{expected}, but its shape is {list(tensor.shape)}")
+        return tensor
+
+    def input_error(self, fault: str) -> ValueError:
+        """Return an error about the vision inputs of a call that names the processor of the model.
+
+        Args:
+            fault: what is wrong and what was expected.
+        """
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
+
+        processor = PROCESSOR_MAPPING_NAMES.get(getattr(getattr(self.model, "config", None), "model_type", ""))
+        name = f" ({processor})" if processor else ""
+        return ValueError(f"{fault}; make the inputs with the processor that belongs to the model{name}")
+
+    def has_only_videos(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether a call contains videos and no image."""
+        return inputs.get(self.video_pixels) is not None and inputs.get(self.pixels) is None
 
     @abstractmethod
-    def hand_over(
+    def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
-    ) -> dict[str, Any]:
+    ) -> FeatureInputs:
         """Return the model inputs that carry features past the vision side.
 
         Args:
-            encoding: what `encode` returned.
+            encoding: the result of `encode`.
             packed: the kept features of each image, `[kept, dim]` each.
-            places: which position of each image they come from, `[kept]` each, for whatever else the model keeps per
-                position; None is all of them in order.
+            places: the position of each kept feature in its packed image, `[kept]` each, for anything else that the
+                model stores per position; None is all of them in order.
         """
+
+    def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
+        """Return the model inputs that carry all features, so that the output object is the unmodified model's.
+
+        Args:
+            encoding: a complete encoding.
+        """
+        return self.features_to_inputs(encoding, encoding.packed)
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the image positions of the prompt, bool `[rows, length]`.
@@ -246,7 +362,7 @@ class Adapter(ABC):
             return torch.as_tensor(ids == self.image_token_id)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
-            raise ValueError("images were given without a prompt; pass input_ids (or inputs_embeds) too")
+            raise ValueError("the call has images and no prompt; pass input_ids (or inputs_embeds), too")
         embedding = self.model.get_input_embeddings()(torch.tensor(self.image_token_id, device=embeds.device))
         return torch.as_tensor((embeds == embedding).all(dim=-1))
 
@@ -286,14 +402,14 @@ class Adapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
 
-    def unencoded(self, inputs: Mapping[str, Any], pictures: int = 0) -> Encoding:
+    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features, before the vision tower has run.
 
         Adapters that provide the signal ``"resolution"`` write it.
 
         Args:
             inputs: the model inputs of the call.
-            pictures: how many of the images keep their pixels for drawing.
+            keep_pixels: how many of the images keep their pixels for drawing.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
 

@@ -20,7 +20,7 @@ def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     Returns:
         float32 `[tiles, heads, tokens]`.
     """
-    return (query[:, :, :1] @ _match_heads(key, query).transpose(-1, -2) * scaling)[:, :, 0, 1:].float()
+    return _logits(query[:, :, :1], _match_heads(key, query), scaling)[:, :, 0, 1:].float()
 
 
 def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = N
     Returns:
         Softmax over all keys with the CLS key removed, float32 `[tiles, heads, tokens]`.
     """
-    logits = _without_padding((query[:, :, :1] @ _match_heads(key, query).transpose(-1, -2)) * scaling, real)
+    logits = _without_padding(_logits(query[:, :, :1], _match_heads(key, query), scaling), real)
     return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:]
 
 
@@ -51,7 +51,10 @@ def joint_row(query: Tensor, key: Tensor) -> Tensor:
     """
     key = _match_heads(key, query)
     width = query.shape[1] * query.shape[3]
-    logits: Tensor = einsum(query[:, :, 0], key, "tiles heads dim, tiles heads n dim -> tiles n") / width**0.5
+    query = query[:, :, 0]
+    if query.dtype == torch.float16:
+        query, key = query.float(), key.float()
+    logits: Tensor = einsum(query, key, "tiles heads dim, tiles heads n dim -> tiles n") / width**0.5
     return logits.softmax(dim=-1, dtype=torch.float32)[:, None, 1:]
 
 
@@ -79,16 +82,29 @@ def received(
         each = [None] * len(query) if real is None else real.split(1)
         tiles = zip(query.split(1), key.split(1), each, strict=True)
         return torch.cat([received(q, k, scaling, prefix, r, chunk) for q, k, r in tiles])
-    key = _match_heads(key, query).transpose(-1, -2)
-    total = torch.zeros(*query.shape[:2], key.shape[-1], dtype=torch.float32, device=query.device)
-    context = key.shape[-1] - query.shape[2]
+    key = _match_heads(key, query)
+    total = torch.zeros(*key.shape[:3], dtype=torch.float32, device=query.device)
+    context = key.shape[2] - query.shape[2]
     for part, counts in zip(torch.split(query, chunk, dim=2), _asking(query, real, context, chunk), strict=True):
-        logits = part @ key
-        logits *= scaling  # in place, as what follows: these are the largest tensors here
-        rows = _without_padding(logits, real).softmax(dim=-1, dtype=torch.float32)
+        rows = _without_padding(_logits(part, key, scaling), real).softmax(dim=-1, dtype=torch.float32)
         total += rows.sum(dim=2) if counts is None else rows.mul_(counts[:, None, :, None]).sum(dim=2)
     asked = query.shape[2] if real is None else real[:, context:].float().sum(dim=1)[:, None, None]
     return total[:, :, context + prefix :] / asked
+
+
+def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return scaled dot products, `[tiles, heads, queries, keys]`; in float32 where float16 would overflow.
+
+    Args:
+        query: `[tiles, heads, queries, head_dim]`.
+        key: `[tiles, heads, keys, head_dim]`.
+        scaling: factor on the dot products.
+    """
+    if query.dtype == torch.float16:  # the largest number is 65,504, and the kernels accumulate in float32
+        query, key = query.float(), key.float()
+    logits = query @ key.transpose(-1, -2)
+    logits *= scaling  # in place: for all queries these are large tensors
+    return logits
 
 
 def _asking(query: Tensor, real: Tensor | None, context: int, chunk: int) -> Sequence[Tensor | None]:

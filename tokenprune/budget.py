@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -12,33 +15,40 @@ from torch import Tensor
 
 from tokenprune.image import TileGeometry
 
+PERCENT = re.compile(r"\s*(\d{1,3}\.?\d*|\.\d+)\s*%\s*")
+"""A ratio as text: ``"20%"``, ``"12.5 %"``."""
+
+MAX_DENOMINATOR = 10**6
+"""Largest denominator of a ratio as a fraction. It exceeds the number of tokens of any image, so ``157 / 2880`` is
+exact, and it is far coarser than a float, so ``1 - 0.9`` is 1/10."""
+
+
+class OneTokenWarning(UserWarning):
+    """A budget of the count 1, which W&B's server also makes of the ratio 1.0."""
+
 
 @dataclass(frozen=True)
 class Budget:
     """How many visual tokens of an image may enter the LLM.
 
-    Every meaning found in the field can be said by name. ``Budget(0.2)`` is HiRED's: 20 % of tiles x tokens.
+    Every meaning found in the field has a name. ``Budget(0.2)`` is HiRED's: 20 % of tiles x tokens.
 
     Args:
-        amount: a float is a ratio from 0.0 to 1.0, an int is a number of tokens.
+        amount: a float from 0.0 to 1.0 or a text such as ``"20%"`` is a ratio, an int is a number of tokens. Numbers of
+            numpy and fractions are accepted.
         per: ``"image"``, or ``"tile"``: the amount is granted once for each tile; the allocation still divides the sum.
         of: what a ratio refers to: all ``"encoded"`` tokens, or those of the model's ``"unpadded"`` layout.
         newlines: learned row separators are ``"free"``, or ``"counted"`` as tokens (also in what a ratio refers to).
     """
 
-    amount: int | float
+    amount: int | float | str
     per: Literal["image", "tile"] = "image"
     of: Literal["encoded", "unpadded"] = "encoded"
     newlines: Literal["free", "counted"] = "free"
 
     def __post_init__(self) -> None:
-        """Refuse amounts that are neither a ratio nor a count."""
-        is_number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
-        if not is_number or self.amount < 0 or (isinstance(self.amount, float) and not self.amount <= 1.0):
-            raise ValueError(
-                f"budget {self.amount!r} is neither a ratio nor a count; write a float from 0.0 to 1.0 for a ratio of "
-                "the tokens (0.2 is 20 %), or an int for a number of tokens (160)"
-            )
+        """Raise a `ValueError` if the amount is neither a ratio nor a count, or an option is not known."""
+        plain_amount(self.amount)
         for name, value, allowed in (
             ("per", self.per, ("image", "tile")),
             ("of", self.of, ("encoded", "unpadded")),
@@ -47,17 +57,24 @@ class Budget:
             if value not in allowed:
                 raise ValueError(f"budget {name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
 
+    @property
+    def number(self) -> int | float:
+        """The amount as a Python number: a float is a ratio, an int is a count."""
+        return plain_amount(self.amount)
+
     def asked(self, geometry: TileGeometry) -> int:
         """Return the number of tokens this budget grants an image.
 
-        A ratio is rounded down, in exact decimal arithmetic (``int(100 * 0.29)`` would be 28).
+        A ratio is rounded down in exact arithmetic, as the simple fraction next to the float: ``int(100 * 0.29)`` would
+        be 28, ``int(500 * (1 - 0.9))`` would be 49.
 
         Args:
             geometry: the layout of the image.
         """
-        if isinstance(self.amount, int):
-            return self.amount * (geometry.tiles if self.per == "tile" else 1)
-        ratio = Fraction(repr(float(self.amount)))
+        number = self.number
+        if isinstance(number, int):
+            return number * (geometry.tiles if self.per == "tile" else 1)
+        ratio = Fraction(number).limit_denominator(MAX_DENOMINATOR)
         per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid.sum(dim=1).tolist()
         separators = geometry.separators if self.newlines == "counted" else 0
         if self.per == "tile":
@@ -65,13 +82,72 @@ class Budget:
         return int(ratio * (sum(per_tile) + separators))
 
 
-def as_budget(value: Budget | float | int) -> Budget:
-    """Return ``value`` as a budget; plain numbers take the default meaning.
+def plain_amount(amount: object) -> int | float:
+    """Return an amount as a Python number: a ratio as a float from 0.0 to 1.0, a count as an int.
+
+    Args:
+        amount: a whole number (count), another real number (ratio), or a text such as ``"20%"`` (ratio).
 
     Raises:
-        ValueError: if the number is neither a ratio nor a count.
+        ValueError: if the amount is neither a ratio nor a count.
     """
-    return value if isinstance(value, Budget) else Budget(value)
+    percent = PERCENT.fullmatch(amount) if isinstance(amount, str) else None
+    value = amount if percent is None else Fraction(percent[1]) / 100
+    if isinstance(value, Real) and not isinstance(amount, bool):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if number >= 0 and (isinstance(number, int) or number <= 1):
+            return number
+    raise ValueError(
+        f"budget {amount!r} is neither a ratio nor a count; write a float from 0.0 to 1.0 or a percentage for a ratio "
+        'of the tokens (0.2 and "20%" are the same), or an int for a number of tokens (160); take .item() of a tensor'
+    )
+
+
+def ratio_of(amount: float | str) -> float:
+    """Return a ratio as a float, where counts have no meaning.
+
+    Args:
+        amount: a number from 0 to 1, or a text such as ``"20%"``.
+
+    Raises:
+        ValueError: if the amount is no ratio.
+    """
+    return float(plain_amount(amount if isinstance(amount, str) else float(amount)))
+
+
+def as_budget(value: Budget | float | int | str) -> Budget:
+    """Return a budget whose amount is a Python number; plain amounts take the default meaning.
+
+    Args:
+        value: a budget or an amount.
+
+    Raises:
+        ValueError: if the amount is neither a ratio nor a count.
+    """
+    budget = value if isinstance(value, Budget) else Budget(value)
+    return budget if type(budget.amount) in (int, float) else replace(budget, amount=budget.number)
+
+
+def plain_budget(value: Budget | float | int | str) -> Budget | float | int:
+    """Return a budget as a configuration stores it: a Python number, or a `Budget` with one.
+
+    A count of 1 raises a `OneTokenWarning`: W&B's server turns the ratio 1.0 into 1, which keeps one token, silently.
+
+    Args:
+        value: a budget or an amount.
+
+    Raises:
+        ValueError: if the amount is neither a ratio nor a count.
+    """
+    budget = as_budget(value)
+    if budget.amount == 1 and isinstance(budget.amount, int):
+        warnings.warn(
+            f"a budget of 1 keeps one token per {budget.per}; to keep all tokens, write 1.0 in Python and YAML, and "
+            '"100%" in sweeps (W&B turns 1.0 into 1)',
+            OneTokenWarning,
+            stacklevel=4,
+        )
+    return budget if isinstance(value, Budget) else budget.number
 
 
 def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> list[int]:

@@ -54,7 +54,7 @@ def run_parser() -> ArgumentParser:
         type=TokenReducer,
         default={"class_path": f"{HiRED.__module__}.{HiRED.__qualname__}"},
         help="strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class; its parameters follow "
-        "as --reducer.NAME, e.g. --reducer.budget 0.2 (20 %%), --reducer.budget 160 (tokens), "
+        "as --reducer.NAME, e.g. --reducer.budget 0.2 or 20%% (ratio), --reducer.budget 160 (tokens), "
         "--reducer.selection RandomSelection --reducer.selection.seed 3",
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens")
@@ -192,7 +192,7 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("what", choices=["strategies", "run"], help="what to measure")
     parser.add_argument("--names", type=str, nargs="+", help="strategies; all known ones if left out")
     parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known")
-    parser.add_argument("--budget", type=float, default=0.2, help="budget as a ratio")
+    parser.add_argument("--budget", type=float | str, default=0.2, help="budget as a ratio: 0.2 or 20%%")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     try:
@@ -200,11 +200,12 @@ def bench(argv: Sequence[str]) -> int:
         known, _ = with_plugins(config.plugin)
     except (LookupError, _argument_error()) as error:
         raise _user_error(error, parser) from error
+    from tokenprune.budget import ratio_of
     from tokenprune.experiments.selection_cost import measure, report
 
     if config.what == "run":
         raise UserError("write `run` before its options: tokenprune bench run --model mini")
-    print(report(measure(config.names, config.budget, config.repeats, config.threads, known=known)))
+    print(report(measure(config.names, ratio_of(config.budget), config.repeats, config.threads, known=known)))
     return 0
 
 

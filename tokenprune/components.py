@@ -35,16 +35,6 @@ class AllocationPolicy(Component, ABC):
     ignores_tiles: ClassVar[bool] = False
     """Whether tiles do not matter: the selection then sees one sequence (`EncodedImage.in_packed_order`)."""
 
-    @property
-    def reads_scores(self) -> bool:
-        """Whether the scores of the selection are read. Without them it is known early which tiles get nothing."""
-        return True
-
-    @property
-    def base_tile_alone(self) -> bool:
-        """Whether all signals are of the base tile alone: it is then encoded first, and what is paid for after it."""
-        return bool(self.needs) and all(signal.tiles == "base" for signal in self.needs)
-
     @abstractmethod
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Return the tokens that each tile may keep.
@@ -75,9 +65,6 @@ class AllocationPolicy(Component, ABC):
 @dataclass
 class SelectionPolicy(Component, ABC):
     """Chooses tokens inside a tile."""
-
-    each_tile_alone: ClassVar[bool] = False
-    """Whether nothing is read of other tiles than the one of the token: tiles without a budget are not needed then."""
 
     @abstractmethod
     def score(self, image: EncodedImage) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -274,32 +272,6 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
-class WhenRead(Mapping[Key, Tensor]):
-    """Tensors that are made when they are first read.
-
-    Args:
-        makers: makes each tensor by (kind, layer index).
-    """
-
-    def __init__(self, makers: Mapping[Key, Callable[[], Tensor]]) -> None:
-        self._makers = makers
-        self._made: dict[Key, Tensor] = {}
-
-    def __getitem__(self, key: Key) -> Tensor:
-        if key not in self._made:
-            self._made[key] = self._makers[key]()
-        return self._made[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._makers
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-
 class MissingSignalError(LookupError):
     """A signal was read that no `needs` declared."""
 
@@ -309,18 +281,16 @@ class Signal(NamedTuple):
 
     Args:
         kind: the name of a method of `EncodedImage` that reads it, such as ``"cls_attention"``.
-        layer: the layer or layers that it is read from; signals that belong to no layer leave it alone.
-        tiles: ``"base"`` if it is read of the base tile alone, so that it need not be there of others.
+        layer: the layer or layers that it is read from; signals that belong to no layer keep the default.
     """
 
     kind: str
     layer: LayerChoice = "feature"
-    tiles: Literal["all", "base"] = "all"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(init=False, eq=False)
 class EncodedImage:
-    """One encoded image: geometry, features and the signals that were asked for. Tensors only; easy to build by hand.
+    """One encoded image: geometry, features and the captured signals. Tensors only; easy to build by hand.
 
     Args:
         geometry: the layout of the tiles.
@@ -329,43 +299,79 @@ class EncodedImage:
         layers: number of layers of the vision tower.
         feature_layer: index of the layer whose output the model uses.
         newline: the learned newline token, `[dim]`; None if the model has none.
-        pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
-        depths: layers and feature layer of the model that a kind of signal was read from, where that is not the vision
+        pixels: the tiles as images for drawing, uint8 `[tiles, height, width, 3]`.
+        depths: layers and feature layer of the model that a kind of signal was read from, if that is not the vision
             tower.
+        compute_features: returns the features; replaces `features` where many strategies do not read them. It is
+            called at the first access only.
+        device: where the tensors are; that of `features` by default.
+
+    Raises:
+        TypeError: if neither `features` nor `compute_features` is passed.
     """
 
     geometry: TileGeometry
-    features: Tensor
-    signals: Mapping[Key, Tensor] = field(default_factory=dict)
-    layers: int = 1
-    feature_layer: int = 0
-    newline: Tensor | None = None
-    pixels: Tensor | None = None
-    depths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    signals: Mapping[Key, Tensor]
+    layers: int
+    feature_layer: int
+    newline: Tensor | None
+    pixels: Tensor | None
+    depths: Mapping[str, tuple[int, int]]
+    compute_features: Callable[[], Tensor]
+    device: torch.device
+
+    def __init__(
+        self,
+        geometry: TileGeometry,
+        features: Tensor | None = None,
+        signals: Mapping[Key, Tensor] | None = None,
+        layers: int = 1,
+        feature_layer: int = 0,
+        newline: Tensor | None = None,
+        pixels: Tensor | None = None,
+        depths: Mapping[str, tuple[int, int]] | None = None,
+        compute_features: Callable[[], Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if features is None and compute_features is None:
+            raise TypeError("an EncodedImage needs features [tiles, tokens, dim] or compute_features; pass one of them")
+        self.geometry, self.newline, self.pixels = geometry, newline, pixels
+        self.signals, self.depths = signals or {}, depths or {}
+        self.layers, self.feature_layer = layers, feature_layer
+        if features is not None:
+            self.compute_features, self.device = cache(lambda: features), features.device
+        elif compute_features is not None:
+            self.compute_features = compute_features  # cached already, so that `dataclasses.replace` shares the result
+            self.device = compute_features().device if device is None else torch.device(device)
 
     @property
-    def device(self) -> torch.device:
-        """Where the tensors are; unlike `features.device` it makes no features that nobody else reads."""
-        return self.features.device
+    def features(self) -> Tensor:
+        """Visual tokens as they would enter the LLM, `[tiles, tokens, dim]`."""
+        return self.compute_features()
 
-    def with_signals(
-        self, found: Mapping[Key, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
-    ) -> EncodedImage:
-        """Return the same image with more signals; what is made only when it is read stays so.
+    def with_features(self, features: Tensor) -> EncodedImage:
+        """Return the same image with other features.
 
         Args:
-            found: tensors by (kind, layer index).
-            depths: layers and feature layer of the model that a kind comes from, where that is not the vision tower.
+            features: visual tokens, `[tiles, tokens, dim]`.
         """
-        image = copy.copy(self)
-        object.__setattr__(image, "signals", ChainMap(found, self.signals))  # type: ignore[arg-type]
-        object.__setattr__(image, "depths", {**self.depths, **(depths or {})})
-        return image
+        return replace(self, compute_features=cache(lambda: features), device=features.device)
+
+    def with_signals(
+        self, signals: Mapping[Key, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
+    ) -> EncodedImage:
+        """Return the same image with more signals.
+
+        Args:
+            signals: tensors by (kind, layer index).
+            depths: layers and feature layer of the model that a kind comes from, if that is not the vision tower.
+        """
+        return replace(self, signals={**self.signals, **signals}, depths={**self.depths, **(depths or {})})
 
     def in_packed_order(self) -> EncodedImage:
         """Return the valid tokens of all tiles as one tile of a single row, in the order in which the model packs them.
 
-        Strategies that treat an image as one sequence see it like this.
+        Strategies that treat an image as one sequence read it like this.
         """
         places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.device)
 
@@ -382,18 +388,12 @@ class EncodedImage:
                 return value[:1]
             return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, places.to(value.device)]
 
-        def pooled(key: Key) -> Tensor:
-            return pool(key[0], self.signals[key])
-
-        return LazyImage(
+        return replace(
+            self,
             geometry=TileGeometry.single((1, len(places))),
-            make=lambda: pool("features", self.features),
-            at=self.device,
-            signals=WhenRead({key: partial(pooled, key) for key in self.signals}),
-            layers=self.layers,
-            feature_layer=self.feature_layer,
-            newline=self.newline,
-            depths=self.depths,
+            signals={key: pool(key[0], value) for key, value in self.signals.items()},
+            pixels=None,
+            compute_features=cache(lambda: pool("features", self.features)),
         )
 
     def read(self, signal: Signal) -> Tensor:
@@ -490,44 +490,3 @@ class EncodedImage:
         Begin, end and the padding up to the tower's length are among them; `question_tokens` has the words alone.
         """
         return self.read(Signal("question_positions"))
-
-
-class LazyImage(EncodedImage):
-    """An image whose features are made when they are first read, since many strategies do not read them.
-
-    Args:
-        geometry: the layout of the tiles.
-        features: the features, if they are there already (`dataclasses.replace` gives them).
-        signals: captured tensors by (kind, layer index).
-        make: makes the features, `[tiles, tokens, dim]`.
-        at: where they will be.
-        rest: the other fields of `EncodedImage`.
-    """
-
-    def __init__(
-        self,
-        geometry: TileGeometry,
-        features: Tensor | None = None,
-        signals: Mapping[Key, Tensor] | None = None,
-        *,
-        make: Callable[[], Tensor] | None = None,
-        at: torch.device | None = None,
-        **rest: Any,
-    ) -> None:
-        known = {one.name: one.default for one in fields(EncodedImage) if one.default is not MISSING}
-        given = {"geometry": geometry, "signals": signals or {}, "_make": make, "_at": at}
-        values = {"depths": {}, **known, **rest, **given}
-        values |= {} if features is None else {"features": features}
-        vars(self).update(values)  # frozen, like every encoded image
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        at: torch.device | None = vars(self)["_at"]
-        return self.features.device if at is None else at
-
-    @cached_property
-    def features(self) -> Tensor:
-        """Visual tokens as they would enter the LLM, `[tiles, tokens, dim]`."""
-        made: Tensor = vars(self)["_make"]()
-        return made

@@ -24,7 +24,7 @@ from tokenprune.components import (
 from tokenprune.configure import presets, with_plugins
 from tokenprune.conformance import Report
 from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
-from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
 from tokenprune.saliency import SecondLook, attention_source
 
 Row = Mapping[str, str]
@@ -54,7 +54,7 @@ def strategy_rows(plugins: Sequence[str] = ()) -> list[Row]:
         {
             "name": name,
             "what": first_line(found),
-            "stage": found.stage,
+            "stage": str(found.stage),
             "needs": ", ".join(sorted({_signal(signal) for signal in found().needs})) or "features",
             "dropped tokens": _dropped(found()),
             "budget": "exact" if found.exact else "a ceiling",
@@ -72,7 +72,7 @@ def _signal(signal: Signal) -> str:
 
 
 def _dropped(reducer: TokenReducer) -> str:
-    if reducer.stage == "image":
+    if isinstance(reducer, ImageReducer):
         return "never made"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportioned, as_budget
+from tokenprune.budget import Budget, apportioned, as_budget, plain_budget
 from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.saliency import SOURCES, Attention, SecondLook
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image, top_per_tile
+from tokenprune.stages import ImageStage, ProjectorStage, Stage
 
 if TYPE_CHECKING:
-    from tokenprune.attach import Run
+    from tokenprune.attach import Attachment
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TokenReducer(Configurable, ABC):
     write `select`, and declare in `needs` what `select` reads beyond the features.
 
     Args:
-        budget: tokens that may enter the LLM: a float is a ratio, an int a count, `Budget` says more.
+        budget: tokens that may enter the LLM: a float or ``"20%"`` is a ratio, an int a count; `Budget` has options.
         positions: position ids of what stays: ``"reindex"`` (0, 1, 2, ...) or ``"preserve"`` (as in the full prompt).
         newlines: learned row separators: ``"keep_rows"`` keeps those of rows that keep a token, ``"drop"``, ``"keep"``.
         text_model: for strategies that read the question: the CLIP checkpoint that the vision tower comes from, with
@@ -42,8 +42,8 @@ class TokenReducer(Configurable, ABC):
             tiles of which no token is kept. What opens and closes the whole image stays.
     """
 
-    stage: ClassVar[str] = "projector"
-    """Where the strategy acts: ``"image"`` before the vision tower, ``"projector"`` before the LLM."""
+    stage: ClassVar[Stage] = ProjectorStage()
+    """Where the strategy acts: before the vision tower, or between it and the LLM."""
     exact: ClassVar[bool] = True
     """Whether the budget is always spent in full; for others it is a ceiling, and their docstring says why."""
     published: ClassVar[str] = ""
@@ -51,7 +51,7 @@ class TokenReducer(Configurable, ABC):
     parity: ClassVar[str] = ""
     """How many recorded cases of the official implementation are equal, and with what."""
 
-    budget: int | float | Budget = 0.2
+    budget: int | float | str | Budget = 0.2
     positions: Literal["reindex", "preserve"] = "reindex"
     newlines: Newlines = "keep_rows"
     text_model: str | None = None
@@ -60,7 +60,7 @@ class TokenReducer(Configurable, ABC):
 
     def __post_init__(self) -> None:
         """Check the options once, so that a typo does not wait for the first image."""
-        as_budget(self.budget)
+        self.budget = plain_budget(self.budget)
         for name, value, allowed in (
             ("positions", self.positions, ("reindex", "preserve")),
             ("newlines", self.newlines, ("keep_rows", "drop", "keep")),
@@ -85,19 +85,6 @@ class TokenReducer(Configurable, ABC):
     @abstractmethod
     def select(self, image: EncodedImage) -> Selection:
         """Choose the tokens of one image. A pure function of the image and the fields of this instance."""
-
-    def paid_tiles(self, image: EncodedImage) -> Tensor | None:
-        """Return which tiles can keep tokens and will be read, bool `[tiles]`; None if that is not known beforehand.
-
-        The other ones need not be encoded any further: what `select` reads of them afterwards can be zero. The answer
-        should read no more of the image than it takes: reading a signal encodes the image up to its layer.
-        """
-        return None
-
-    @property
-    def base_tile_alone(self) -> bool:
-        """Whether `paid_tiles` reads signals of the base tile alone, so that nothing else is encoded before it."""
-        return False
 
     def reduce(self, image: EncodedImage) -> Selection:
         """Return a checked and complete selection: what `select` chose, with its newline tokens.
@@ -138,24 +125,51 @@ class TokenReducer(Configurable, ABC):
             raise ValueError(f"{type(self).__name__}.select returned an order that is no permutation of {kept} tokens")
 
     def __call__(
-        self, model: Any, *, question: str | Sequence[str] | None = None, tokenizer: Any = None
-    ) -> AbstractContextManager[Run]:
-        """Attach the strategy to a live model: ``with reducer(model) as run: model.generate(...)``.
+        self,
+        model: Any,
+        *,
+        question: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        outputs: Literal["full", "reduced"] = "full",
+        strict: bool = False,
+    ) -> Attachment:
+        """Return the context that attaches the strategy: ``with reducer(model) as run: model.generate(...)``.
 
         Args:
-            model: an unmodified transformers model of a supported family.
-            question: for strategies that read the question: one for all prompts, or one per row of a batch. Left out,
+            model: an unmodified transformers model of a supported family, or a PEFT, compiled, or data parallel
+                wrapper around one.
+            question: for strategies that read the question: one for all prompts, or one per row of a batch. By default
                 it is read from the prompt.
-            tokenizer: reads the prompt; left out, that of the folder or hub id which the model was loaded from.
+            tokenizer: decodes the prompt; by default that of the folder or hub id from which the model was loaded.
+            outputs: the length of the logits and hidden states that a plain call ``model(...)`` returns: ``"full"``
+                is that of the prompt, and a dropped position shows the state of the last kept position before it;
+                ``"reduced"`` is that of the shortened prompt, described by `run.rows`.
+            strict: whether leaving the block raises instead of warning if no image was reduced.
 
         Raises:
-            TypeError: if no adapter knows the model.
-            ValueError: if the adapter does not provide a needed signal.
-            RuntimeError: if the model already has a reducer, or (on leaving) if no image was ever reduced.
+            TypeError: if no adapter supports the model.
+            ValueError: if the adapter does not provide a needed signal (on entering).
+            RuntimeError: if the model has a reducer already (on entering).
         """
-        from tokenprune.attach import attach
+        from tokenprune.attach import Attachment
 
-        return attach(model, self, question, tokenizer)
+        return Attachment(model, self, question, tokenizer, outputs, strict)
+
+    def attach(
+        self,
+        model: Any,
+        *,
+        question: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        outputs: Literal["full", "reduced"] = "full",
+    ) -> Attachment:
+        """Attach the strategy until `Attachment.detach` is called, for servers: ``handle = reducer.attach(model)``.
+
+        Arguments and errors are those of ``reducer(model)``. The record is ``handle.run``.
+        """
+        attachment = self(model, question=question, tokenizer=tokenizer, outputs=outputs)
+        attachment.attach()
+        return attachment
 
     def within_budget(
         self,
@@ -259,7 +273,7 @@ class ImageReducer(TokenReducer):
     The budget is a ceiling: only products of height and width can be encoded.
     """
 
-    stage: ClassVar[str] = "image"
+    stage: ClassVar[Stage] = ImageStage()
     exact: ClassVar[bool] = False
 
     @property
@@ -281,7 +295,8 @@ class ImageReducer(TokenReducer):
         separators = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
         if self.newlines != "drop":
             separators = kept_separators(geometry, kept, "keep_rows")
-        return Selection(geometry, kept, as_budget(self.budget).asked(geometry), separators=separators)
+        asked = as_budget(self.budget).asked(geometry)
+        return Selection(geometry, kept, asked, separators=separators, resized_grid=grid)
 
 
 @dataclass
@@ -329,24 +344,6 @@ class ComponentReducer(TokenReducer):
         """The signals that the parts read."""
         parts = (self.allocation, self.selection, self.merging, self.order)
         return [signal for part in parts if part is not None for signal in part.needs]
-
-    def paid_tiles(self, image: EncodedImage) -> Tensor | None:
-        """Return which tiles the allocation pays for, where it can tell and the selection needs no other ones."""
-        alone = self.selection.each_tile_alone and self.merging is None and self.order is None
-        budget = as_budget(self.budget)
-        if not alone or self.allocation.reads_scores or self.allocation.ignores_tiles or budget.newlines == "counted":
-            return None
-        valid = image.geometry.valid.to(image.device)
-        candidates = self._candidates(valid)
-        capacity: list[int] = candidates.sum(dim=1).tolist()
-        total = min(budget.asked(image.geometry), sum(capacity))
-        granted = self.allocation.allocate(image, total, capacity, torch.zeros(valid.shape, device=image.device))
-        return torch.tensor(granted) > 0
-
-    @property
-    def base_tile_alone(self) -> bool:
-        """Whether the allocation reads signals of the base tile alone."""
-        return self.allocation.base_tile_alone
 
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,28 +16,93 @@ TEXT_INPUTS: Mapping[str, int] = {"inputs_embeds": 0, "labels": -100, "token_typ
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where the kept positions of each prompt row come from.
+    """The positions of the full prompt that remain in each row of the reduced prompt.
 
     Args:
-        index: position in the full prompt that stands at each position of the shorter one, `[rows, width]`.
-        mask: which positions are real, bool `[rows, width]`; the others are padding.
+        index: position in the full prompt of each position of the reduced one, `[rows, width]`.
+        mask: which positions of the reduced prompt are real, bool `[rows, width]`; the others are padding.
+        length: width of the full prompt.
     """
 
     index: Tensor
     mask: Tensor
+    length: int
+
+    @classmethod
+    def unchanged(cls, mask: Tensor) -> Rows:
+        """Return the rows of a prompt that nothing was dropped from.
+
+        Args:
+            mask: real positions, `[rows, length]`.
+        """
+        length = mask.shape[1]
+        return cls(torch.arange(length, device=mask.device).expand(len(mask), length), mask.bool(), length)
 
     def take(self, value: Tensor, fill: float) -> Tensor:
-        """Return the kept positions of a tensor, padding filled.
+        """Return the kept positions of a tensor of the full prompt, padding filled, `[rows, width, ...]`.
 
         Args:
             value: `[rows, length, ...]`.
-            fill: what stands at padding.
+            fill: the value at padding.
         """
         index, mask = self.index, self.mask
         for _ in range(value.dim() - 2):
             index, mask = index.unsqueeze(-1), mask.unsqueeze(-1)
-        taken = value.gather(1, index.expand(*self.index.shape, *value.shape[2:]))
-        return taken.masked_fill(~mask, fill)
+        kept = value.gather(1, index.expand(*self.index.shape, *value.shape[2:]))
+        return kept.masked_fill(~mask, fill)
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The position in the reduced prompt that each position of the full prompt reads, `[rows, length]`.
+
+        That of the last kept position at or before it; the first kept one if there is none.
+        """
+        kept = torch.zeros(len(self.index), self.length, dtype=torch.long, device=self.index.device)
+        kept = kept.scatter_add(1, self.index, self.mask.long())  # padding adds 0
+        first = self.mask.long().argmax(dim=1, keepdim=True)
+        return (kept.cumsum(dim=1) - 1).clamp(min=0) + first
+
+    def expand(self, value: Tensor, last: int = 0) -> Tensor:
+        """Return a tensor of the reduced prompt at the length of the full one, `[rows, length, ...]`.
+
+        A dropped position shows the value of the last kept position at or before it. So a loss over text that follows
+        an image equals that of the reduced prompt.
+
+        Args:
+            value: `[rows, width, ...]`, or its last positions only.
+            last: how many of the last positions to return; 0 returns all.
+        """
+        source = self.source[:, -last:] - (self.index.shape[1] - value.shape[1])
+        index = source.clamp(min=0).to(value.device)
+        for _ in range(value.dim() - 2):
+            index = index.unsqueeze(-1)
+        return value.gather(1, index.expand(*source.shape, *value.shape[2:]))
+
+    def cpu(self) -> Rows:
+        """Return the same rows on the CPU."""
+        return Rows(self.index.cpu(), self.mask.cpu(), self.length)
+
+
+def align(value: Tensor, rows: Rows, fill: float = 0) -> Tensor:
+    """Return a tensor of the full prompt at the positions that remain in the reduced one, `[rows, width, ...]`.
+
+    For labels (``fill=-100``), masks and weights that belong to outputs of reduced length
+    (``reducer(model, outputs="reduced")``), to the returned cache, or to attention maps.
+
+    Args:
+        value: `[rows, length, ...]`.
+        rows: the rows of the call: `run.rows`.
+        fill: the value at padding.
+
+    Raises:
+        ValueError: if the tensor is not of the full prompt's length.
+    """
+    if value.dim() < 2 or value.shape[0] != len(rows.index) or value.shape[1] != rows.length:
+        raise ValueError(
+            f"align needs a tensor of the full prompt, [{len(rows.index)}, {rows.length}, ...], not "
+            f"{list(value.shape)}; pass the labels or the mask that belong to the call which run.rows describes"
+        )
+    return Rows(rows.index.to(value.device), rows.mask.to(value.device), rows.length).take(value, fill)
 
 
 TextSeparatorSide: TypeAlias = Literal["none", "before", "after"]
@@ -99,7 +165,7 @@ def shorter_rows(
     column = torch.arange(width, device=stays.device).expand(len(stays), width)
     source = column - (width - counts) if side == "left" else column
     mask = (source >= 0) & (source < counts)
-    return Rows(order.gather(1, source.clamp(0, order.shape[1] - 1)) * mask, mask)
+    return Rows(order.gather(1, source.clamp(0, order.shape[1] - 1)) * mask, mask, order.shape[1])
 
 
 def padding_side(attention_mask: Tensor, has_labels: bool) -> Literal["left", "right"]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from tokenprune.components import Component
-from tokenprune.image import EncodedImage, Signal, WhenRead
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice, resolve_layers
 
 Attention: TypeAlias = Literal["auto", "cls", "received", "pooling"]
@@ -127,10 +126,7 @@ def standing_in(image: EncodedImage, needs: Sequence[Signal], source: str) -> En
     if source == SOURCES["cls"] or not layers:
         return image
 
-    def read(layer: int) -> Tensor:
-        return image.signals[source, layer]
-
-    return image.with_signals(WhenRead({(SOURCES["cls"], layer): partial(read, layer) for layer in layers}))
+    return image.with_signals({(SOURCES["cls"], layer): image.signals[source, layer] for layer in layers})
 
 
 def seen_by(

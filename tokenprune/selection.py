@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -33,7 +33,9 @@ class Selection:
         before_projector: whether features are mixed before the projector instead of after it.
         order: the order in which kept tokens enter the LLM, `[kept]`: entry n is the number (in packed order) of the
             token that comes n-th. None is the packed order. Newlines stay where they are.
-        pixels: the tiles as pictures for drawing, uint8 `[tiles, height, width, 3]`.
+        pixels: the tiles as images for drawing, uint8 `[tiles, height, width, 3]`.
+        resized_grid: height x width of the tokens of a tile, for strategies that encode the image at another
+            resolution.
     """
 
     geometry: TileGeometry
@@ -46,6 +48,7 @@ class Selection:
     before_projector: bool = False
     order: Tensor | None = None
     pixels: Tensor | None = None
+    resized_grid: tuple[int, int] | None = None
 
     @property
     def kept_per_tile(self) -> list[int]:
@@ -83,6 +86,22 @@ class Selection:
         else:
             mask[packed == SEPARATOR] = False
         return mask
+
+    def compact(self) -> Selection:
+        """Return the selection on the CPU without scores and mixing matrix, for long runs."""
+
+        def small(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.cpu().clone()
+
+        return replace(
+            self,
+            kept=self.kept.cpu().clone(),
+            budgets=small(self.budgets),
+            separators=small(self.separators),
+            order=small(self.order),
+            scores=None,
+            mixing=None,
+        )
 
     def overlay(self, picture: Image.Image | None = None) -> Image.Image:
         """Draw the kept tokens of every tile, base tile first.

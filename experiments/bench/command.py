@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from tokenprune.attach import Run
+from tokenprune.budget import ratio_of
 from tokenprune.configure import prepare
 from tokenprune.experiments.bench.flame import trace
 from tokenprune.experiments.bench.machine import environment
@@ -24,6 +24,7 @@ from tokenprune.experiments.bench.report import as_table, what_ran, write
 from tokenprune.experiments.bench.spread import interval_rank
 from tokenprune.experiments.bench.subject import Size, Subject, subject
 from tokenprune.experiments.selection_cost import torch_threads
+from tokenprune.pipeline import missing_signals
 from tokenprune.reducer import TokenReducer
 
 SCHEMA = 1
@@ -47,7 +48,13 @@ def bench_parser() -> ArgumentParser:
         "llava-v1.6-vicuna-7b",
     )
     add("--reducers", type=str, nargs="+", default=["HiRED"], help="strategies or presets by name, or file.py:Class")
-    add("--budgets", type=float, nargs="+", default=[1.0, 0.4, 0.2, 0.1, 0.05], help="budgets as ratios")
+    add(
+        "--budgets",
+        type=float | str,
+        nargs="+",
+        default=[1.0, 0.4, 0.2, 0.1, 0.05],
+        help="budgets as ratios: 0.2 or 20%%",
+    )
     add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one picture each")
     add("--sizes", type=str, nargs="+", default=["672x672"], help="height x width of the pictures in pixels: 672x672")
     add("--tokens", type=int, default=16, help="new tokens of each prompt")
@@ -73,7 +80,7 @@ class Request:
 
     model: str = "mini"
     reducers: Sequence[str] = ("HiRED",)
-    budgets: Sequence[float] = (1.0, 0.4, 0.2, 0.1, 0.05)
+    budgets: Sequence[float | str] = (1.0, 0.4, 0.2, 0.1, 0.05)
     batches: Sequence[int] = (1,)
     sizes: Sequence[str] = ("672x672",)
     protocol: Protocol = field(default_factory=Protocol)
@@ -99,14 +106,30 @@ def size_of(text: str) -> Size:
     return int(found[1]), int(found[2])
 
 
+def positive_ratio(budget: float | str) -> float:
+    """Return a budget as a ratio.
+
+    Raises:
+        ValueError: if it is not above 0 and at most 1.
+    """
+    try:
+        ratio = ratio_of(budget)
+    except ValueError:
+        ratio = 0.0
+    if ratio == 0:
+        text = str(budget).removesuffix(".0")
+        raise ValueError(f"--budgets {text}: give ratios above 0 and up to 1, such as 0.2 or 20%")
+    return ratio
+
+
 def named_reducers(
-    names: Sequence[str], budgets: Sequence[float], plugins: Sequence[str]
+    names: Sequence[str], budgets: Sequence[float | str], plugins: Sequence[str]
 ) -> list[tuple[str, TokenReducer]]:
     """Return strategies at all budgets with a name each.
 
     Args:
         names: strategies or presets.
-        budgets: ratios.
+        budgets: ratios, as numbers or as texts such as ``"20%"``.
         plugins: Python files of the user.
 
     Raises:
@@ -119,12 +142,11 @@ def named_reducers(
     found = []
     for name in names:
         for budget in budgets:
-            if not 0 < budget <= 1:
-                raise ValueError(f"--budgets {budget:g}: give ratios above 0 and up to 1")
+            ratio = positive_ratio(budget)
             words = [part for plugin in plugins for part in ("--plugin", plugin)]
-            words += ["--reducer", name, "--reducer.budget", repr(float(budget))]
+            words += ["--reducer", name, "--reducer.budget", repr(ratio)]
             reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(words))).reducer
-            found.append((f"{name.rpartition(':')[2]} {100 * budget:g} %", reducer))
+            found.append((f"{name.rpartition(':')[2]} {100 * ratio:g} %", reducer))
     return found
 
 
@@ -186,7 +208,7 @@ def check(made: Subject, variants: Sequence[Variant]) -> None:
         ValueError: if the model lacks what a strategy needs.
     """
     for variant in variants:
-        missing = [] if variant.reducer is None else Run(variant.reducer, made.adapter).missing
+        missing = [] if variant.reducer is None else missing_signals(variant.reducer, made.adapter)
         if missing:
             raise ValueError(
                 f"{variant.name} needs {', '.join(missing)}, which {type(made.model).__name__} with this vision tower "

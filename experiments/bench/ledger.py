@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenprune.adapter import Adapter
-from tokenprune.attach import Run
 from tokenprune.models.probe import PROBE
+from tokenprune.pipeline import Pipeline
 
 BEFORE = ("vision encode", "signal capture", "projector", "packing", "reducer", "rewrite", "generate", "prefill")
 """Phases of a call up to its first token."""
@@ -99,14 +99,17 @@ class Ledger:
 
 @contextmanager
 def watched(
-    adapter: Adapter, ledger: Ledger, run: Run | None = None, forwarded: Callable[[Any], None] | None = None
+    adapter: Adapter,
+    ledger: Ledger,
+    pipeline: Pipeline | None = None,
+    forwarded: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
     """Book the phases of whatever goes through a model inside the block.
 
     Args:
         adapter: the adapter of the model.
         ledger: takes the bookings.
-        run: the attached run; None if the model runs plain.
+        pipeline: the attached strategy; None if the model runs plain.
         forwarded: is given the output of each forward pass of the model.
     """
     model = adapter.model
@@ -138,16 +141,13 @@ def watched(
             station(merger, "forward", "projector")
         if place := getattr(adapter, "projector_at", None):
             station(attrgetter(place)(model.base_model), "forward", "projector")
-        if run is not None:
-            station(run, "reduced", "rewrite")
-            station(run, "encode", "signal capture")
-            for name in ("encode", "encode_staged", "by_image"):
-                if hasattr(run.adapter, name):
-                    station(run.adapter, name, "signal capture")
-            station(run.reducer, "reduce", "reducer")
-            station(run.adapter, "encode_resized", "packing")
-            for name in ("read_questions", "embed_question"):
-                station(run.adapter, name, "signal capture")
+        if pipeline is not None:
+            station(pipeline, "prepare", "rewrite")
+            for name in ("encode", "unencoded", "by_image", "read_questions", "embed_question"):
+                if hasattr(adapter, name):
+                    station(adapter, name, "signal capture")
+            station(pipeline.reducer, "reduce", "reducer")
+            station(adapter, "encode_resized", "packing")
             undo.enter_context(_capture_booked(ledger))
         yield
 

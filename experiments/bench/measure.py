@@ -7,9 +7,8 @@ all of them. Ratios are taken inside a round.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -20,14 +19,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.generation.streamers import BaseStreamer
 
-from tokenprune.attach import Run
+from tokenprune.attach import Attachment
 from tokenprune.configure import as_config
 from tokenprune.experiments.bench.ledger import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, Ledger, watched
 from tokenprune.experiments.bench.machine import peak_memory, wait_for
 from tokenprune.experiments.bench.spread import Ratio, Spread
 from tokenprune.experiments.bench.subject import Size, Subject, picture
 from tokenprune.experiments.cost.meter import Meter
+from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
 
 T = TypeVar("T")
 PLAIN = "plain"
@@ -175,17 +176,6 @@ class _Tokens(BaseStreamer):
         """Nothing is left to do."""
 
 
-@contextmanager
-def no_pictures() -> Iterator[None]:
-    """Keep no pixels for drawing: a run does so for its first images only, and each call here is a run."""
-    home: Any = importlib.import_module("tokenprune.attach")
-    before, home.PICTURES = home.PICTURES, 0
-    try:
-        yield
-    finally:
-        home.PICTURES = before
-
-
 def call(
     subject: Subject,
     inputs: Mapping[str, Any],
@@ -212,19 +202,22 @@ def call(
         Time of the call, time until its first token, the ledger, and the run of a reducer.
     """
     device, booked = subject.model.device, None
-    attached = nullcontext() if variant.reducer is None else variant.reducer(subject.model, tokenizer=subject.processor)
-    with torch.inference_mode(), no_pictures(), attached as run, around or nullcontext():
+    reducer, pipeline, run = variant.reducer, None, None
+    with torch.inference_mode(), ExitStack() as stack:
+        if reducer is not None:
+            attachment = Attachment(subject.model, reducer, tokenizer=subject.processor, keep_pixels=False)
+            run, pipeline = stack.enter_context(attachment), attachment.pipeline
+        stack.enter_context(around or nullcontext())
         wait_for(device)
         booked = ledger() if ledger is not None else None
-        adapter = subject.adapter if run is None else run.adapter
-        with watched(adapter, booked, run, forwarded) if booked is not None else nullcontext():
+        adapter = subject.adapter if pipeline is None else pipeline.adapter
+        with watched(adapter, booked, pipeline, forwarded) if booked is not None else nullcontext():
             if booked is not None:
                 booked.start()
             began = clock()
             streamer = _Tokens(clock, booked)
-            subject.model.generate(
-                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=streamer
-            )
+            lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            call_generate(subject.model, inputs, **lengths, do_sample=False, streamer=streamer)
             wait_for(device)
             ended = clock()
             if booked is not None:

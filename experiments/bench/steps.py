@@ -1,9 +1,8 @@
-"""What each saving in the vision side is worth: encodes in turns, from the plain model to all savings.
+"""What each saving of the vision side is worth: encodes in turns, from the plain model to all savings.
 
 Run it: ``python -m tokenprune.experiments.bench.steps --model llava-v1.6-vicuna-7b --budget 0.2``
 
-Savings are taken back by telling the adapter not to make them; nothing else differs. Only what makes the LLM's input is
-run: tower, projector, packing, signals, choosing and rewriting.
+Only the code that produces the inputs of the LLM runs: tower, projector, packing, capture, selection and rewriting.
 """
 
 from __future__ import annotations
@@ -11,71 +10,58 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from jsonargparse import ArgumentParser
 
-from tokenprune.adapter import Encoding
-from tokenprune.attach import Run
+from tokenprune.budget import ratio_of
 from tokenprune.experiments.bench.command import size_of
 from tokenprune.experiments.bench.ledger import ENCODE, Ledger, watched
 from tokenprune.experiments.bench.machine import environment, wait_for
-from tokenprune.experiments.bench.measure import flop_counter, no_pictures, turns
+from tokenprune.experiments.bench.measure import flop_counter, turns
 from tokenprune.experiments.bench.spread import Ratio, Spread
 from tokenprune.experiments.bench.subject import Subject, picture, subject
 from tokenprune.experiments.selection_cost import torch_threads
-from tokenprune.image import Signal
 from tokenprune.models.placeholder import PlaceholderAdapter
-from tokenprune.models.staged import StagedEncoding
+from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import HiRED
 
-Adapting = Callable[[PlaceholderAdapter], AbstractContextManager[Any]]
+
+def _plain(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
+    """Run the unmodified vision side."""
+    adapter = pipeline.adapter
+    assert isinstance(adapter, PlaceholderAdapter)
+    adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
 
 
-def _whole(adapter: PlaceholderAdapter) -> AbstractContextManager[Any]:
-    """Encode images whole, before tokens are chosen."""
-    return patch.object(adapter, "can_stage", lambda *given: False)
+def _select_afterwards(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
+    """Encode images completely, then select tokens."""
+    pipeline.prepare(inputs, generating=True, encoding=pipeline.encode(inputs))
 
 
-@contextmanager
-def _all_layers(adapter: PlaceholderAdapter) -> Any:
-    """Run the layers behind the last needed one, too."""
-    with _whole(adapter), patch.object(adapter, "needed_part", lambda *given: nullcontext()):
-        yield
+def _project_all(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
+    """Stop the tower after the last required layer, and project every token."""
+    encoding = pipeline.adapter.encode(inputs, pipeline.needs, truncated=True)
+    encoding.tokens.all()
+    pipeline.prepare(inputs, generating=True, encoding=encoding)
 
 
-def _together(adapter: PlaceholderAdapter) -> AbstractContextManager[Any]:
-    """Run all tiles up to where it is known which are paid for."""
-    return patch.object(StagedEncoding, "base_tiles", Encoding.base_tiles)
+def _all_savings(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
+    """Run the default path: the projector runs on kept tokens only."""
+    pipeline.prepare(inputs, generating=True)
 
 
-@contextmanager
-def _all_outputs(adapter: PlaceholderAdapter) -> Any:
-    """Run the whole last needed layer, as for a strategy that reads its outputs."""
-    original = adapter.wanted
-
-    def wanted(needs: Sequence[Signal], layer: int) -> dict[int, set[str]]:
-        return original([*needs, Signal("vision_features", layer)], layer)
-
-    with _together(adapter), patch.object(adapter, "wanted", wanted):
-        yield
-
-
-STEPS: Mapping[str, Adapting | None] = {
-    "plain": None,
-    "chosen afterwards": _all_layers,
-    "needed layers": _whole,
-    "projector on kept tokens": _all_outputs,
-    "last layer on kept tokens": _together,
-    "base tile first": lambda adapter: nullcontext(),
+STEPS: Mapping[str, Callable[[Pipeline, Mapping[str, Any]], None]] = {
+    "plain": _plain,
+    "selected afterwards": _select_afterwards,
+    "required layers": _project_all,
+    "projector on kept tokens": _all_savings,
 }
-"""Each has what the one before it has; the last is what runs by default."""
+"""Each step has the savings of the one before it; the last is the default."""
 
 
 @dataclass
@@ -93,32 +79,22 @@ class Step:
     flops: dict[str, int] = field(default_factory=dict)
 
 
-def encode(made: Subject, inputs: Mapping[str, Any], name: str, budget: float, ledger: Ledger) -> None:
-    """Make what enters the LLM once, with some of the savings.
+def encode(model: Subject, inputs: Mapping[str, Any], name: str, budget: float, ledger: Ledger) -> None:
+    """Produce the inputs of the LLM once, with the savings of a step.
 
     Args:
-        made: the model.
+        model: the model.
         inputs: its inputs.
         name: the step.
         budget: of HiRED.
         ledger: takes the bookings.
     """
-    adapter, adapting = made.adapter, STEPS[name]
-    assert isinstance(adapter, PlaceholderAdapter)
-    with ExitStack() as undo:
-        undo.enter_context(torch.inference_mode())
-        undo.enter_context(no_pictures())
-        run = None if adapting is None else Run(HiRED(budget), adapter)
-        if adapting is not None:
-            undo.enter_context(adapting(adapter))
-        undo.enter_context(watched(adapter, ledger, run))
-        wait_for(made.model.device)
+    pipeline = Pipeline(HiRED(budget), model.adapter, keep_pixels=False)
+    with torch.inference_mode(), watched(model.adapter, ledger, None if name == "plain" else pipeline):
+        wait_for(model.model.device)
         ledger.start()
-        if run is None:
-            made.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
-        else:
-            run.reduced(dict(inputs), generating=True)
-        wait_for(made.model.device)
+        STEPS[name](pipeline, inputs)
+        wait_for(model.model.device)
         ledger.settle()
 
 
@@ -198,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tokenprune.experiments.bench.steps", description=__doc__)
     add = parser.add_argument
     add("--model", default="llava-v1.6-vicuna-7b", help="as in `tokenprune bench run`; its LLM is cut to one layer")
-    add("--budget", type=float, default=0.2, help="of HiRED, as a ratio")
+    add("--budget", type=float | str, default=0.2, help="of HiRED, as a ratio: 0.2 or 20%%")
     add("--size", type=str, default="672x672", help="height x width of the picture in pixels")
     add("--repeats", type=int, default=7, help="timed rounds")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -207,18 +183,18 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--out", type=str, help="file for the JSON")
     config = parser.parse_args(words)
     try:
-        size = size_of(config.size)
+        size, budget = size_of(config.size), ratio_of(config.budget)
     except ValueError as error:
         parser.error(str(error).replace("--sizes", "--size"))
     with torch_threads(config.threads or torch.get_num_threads()):
         made = subject(config.model, config.device, config.dtype, None, 1)
-        if not isinstance(made.adapter, PlaceholderAdapter) or not made.adapter.staged:
-            parser.error(f"--model {config.model}: pictures of {made.adapter.family} are encoded whole")
-        found = measure(made, size, config.budget, config.repeats, lambda text: print(text, file=sys.stderr))
+        if not isinstance(made.adapter, PlaceholderAdapter) or not made.adapter.projects_per_token:
+            parser.error(f"--model {config.model}: images of {made.adapter.family} pass the whole tower and projector")
+        found = measure(made, size, budget, config.repeats, lambda text: print(text, file=sys.stderr))
         result = {
             "model": made.as_data(),
             "environment": environment(made.model.device),
-            "budget": config.budget,
+            "budget": budget,
             "size": config.size,
             "repeats": config.repeats,
             "steps": as_data(found),

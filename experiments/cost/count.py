@@ -146,7 +146,7 @@ def cut(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[
     return inputs, layout
 
 
-def evenly_kept(layout: TileGeometry, budget: int | float | Budget, newlines: Any) -> Selection:
+def evenly_kept(layout: TileGeometry, budget: int | float | str | Budget, newlines: Any) -> Selection:
     """Return evenly spaced tokens, which stand for a method's choice.
 
     Args:
@@ -193,15 +193,16 @@ def encode(
         batch: number of pictures.
         selection: what stays of each.
     """
-    if selection is None or selection.everything or not adapter.can_stage(inputs, ()):
+    if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
-    return adapter.stage(inputs, [layout] * batch, ()).kept([selection.packed_mask()] * batch)
+    tokens, _, _ = adapter.run_tower(inputs, [layout] * batch, {}, truncated=True)
+    return tokens.gather([selection.packed_mask()] * batch)
 
 
 def count(
     model: Any,
     image_size: tuple[int, int],
-    budget: int | float | Budget | None = None,
+    budget: int | float | str | Budget | None = None,
     batch: int = 1,
     text_tokens: int = 60,
     newlines: Any = "keep_rows",

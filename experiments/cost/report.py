@@ -41,7 +41,11 @@ def cost_parser() -> ArgumentParser:
     parser.add_argument("--model", default="llava-v1.6-vicuna-7b", help="name of a shipped architecture")
     parser.add_argument("--image-size", default="672x672", help="height x width of the pictures in pixels")
     parser.add_argument(
-        "--budget", type=int | float, default=[0.2], nargs="+", help="budgets beside the full prompt: 0.2, 160"
+        "--budget",
+        type=int | float | str,
+        default=[0.2],
+        nargs="+",
+        help="budgets beside the full prompt: 0.2 or 20%% (ratios), 160 (tokens)",
     )
     parser.add_argument("--device", type=str, nargs="+", default=["all"], help=f"{', '.join(DEVICES)}, or all")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, with one picture each")
@@ -136,7 +140,7 @@ def as_json(config: Any, rows: Rows) -> dict[str, Any]:
         "batches": [
             {
                 "batch": counted.batch,
-                "budget": None if counted.budget is None else counted.budget.amount,
+                "budget": None if counted.budget is None else counted.budget.number,
                 "tokens": {**vars(counted.tokens), "prompt": counted.tokens.prompt},
                 "weight_bytes": counted.weight_bytes,
                 "kv_bytes": counted.kv_bytes,
@@ -241,7 +245,7 @@ def as_tables(config: Any, rows: Rows) -> None:
 def _budget(counted: Counted) -> str:
     if counted.budget is None:
         return "full"
-    amount = counted.budget.amount
+    amount = counted.budget.number
     return f"{amount:.0%}" if isinstance(amount, float) else str(amount)
 
 

@@ -24,10 +24,10 @@ from loguru import logger  # type: ignore[import-not-found]
 
 import tokenprune
 from tokenprune.adapter import find_adapter
-from tokenprune.attach import Run
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config, one_line, prepare
 from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
 
 PREFIX = "reducer."
 """Model arguments that begin so are parameters of the strategy."""
@@ -172,7 +172,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
     Args:
         base: name of the lmms-eval model; it must hold a transformers model in ``.model``.
         reducer: the strategy: class name, kebab-case alias, preset or ``file.py:Class``.
-        budget: short for ``reducer.budget``.
+        budget: short for ``reducer.budget``, e.g. ``0.2``, ``20%`` or ``160``.
         plugin: Python file whose classes get known by name.
         fingerprint: must be that of strategy and code, if given; makes answers in a response cache safe.
         rest: ``reducer.NAME`` are parameters of the strategy, all others arguments of the lmms-eval model.
@@ -235,7 +235,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         with self.reducer(inner.model, tokenizer=tokenizer) as run, errors_surface(inner.model):
             answers = getattr(inner, method)([own_copy(request) for request in requests])
         self._tell(run)
-        if method == "loglikelihood" and any(full != reduced for full, reduced in run.account.prompt_lengths):
+        if method == "loglikelihood" and run.account.prompt_length != run.account.prompt_length_full:
             raise RuntimeError(
                 "lmms-eval's wrappers cut the logits of loglikelihood at positions of the full prompt, and the prompt "
                 "was shortened, so the result would mean nothing. Use a generate_until task, or budget=1.0"
@@ -247,7 +247,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         total = run.account.summary()
         logger.info(f"tokenprune: rank {self.rank}: {run.account}")
         per_image = {f"tokens_{name}": total[name] / total["images"] for name in ("asked", "kept", "valid")}
-        prompts = len(run.account.prompt_lengths)
+        prompts = run.account.row_count
         per_prompt = {name: total[name] / prompts for name in ("prompt_length", "prompt_length_full")}
         log_metrics(0, 0, 0, additional_metrics={**per_image, **per_prompt})
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Needs, Split, boards
+from tokenprune.pipeline import call_generate
 
 __all__ = ["Sample", "accuracy", "answers", "ask", "held_out", "interval"]
 
@@ -93,7 +94,7 @@ def answers(model: Any, processor: Any, image: Image.Image, questions: Sequence[
         The answers in order.
     """
     inputs = ask(processor, image, questions).to(model.device)
-    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    out = call_generate(model, inputs, max_new_tokens=4, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

@@ -83,14 +83,9 @@ class VisualContentAllocation(AllocationPolicy):
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
 
     @property
-    def reads_scores(self) -> bool:
-        """That tokens are granted whatever they score."""
-        return False
-
-    @property
     def needs(self) -> Sequence[Signal]:
         """The base tile's CLS attention of the chosen layer."""
-        return (Signal("cls_attention", self.layer, tiles="base"),)
+        return (Signal("cls_attention", self.layer),)
 
     def content(self, image: EncodedImage) -> Tensor:
         """Return the visual content ``s_i`` of each sub-image, float64 `[sub_images]`."""
@@ -167,11 +162,6 @@ class UniformAllocation(AllocationPolicy):
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
-    @property
-    def reads_scores(self) -> bool:
-        """That tokens are granted whatever they score."""
-        return False
-
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
         """Return the same for all tiles."""
         if self.rounding == "floor":
@@ -188,11 +178,6 @@ class UniformAllocation(AllocationPolicy):
 @dataclass
 class ProportionalAllocation(AllocationPolicy):
     """Tokens in proportion to the valid tokens of each tile."""
-
-    @property
-    def reads_scores(self) -> bool:
-        """That tokens are granted whatever they score."""
-        return False
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
         """Return the tokens that each tile can keep."""
@@ -219,11 +204,6 @@ class GlobalTopAllocation(AllocationPolicy):
 class BaseTileAllocation(AllocationPolicy):
     """Everything for the base tile; what it cannot hold is not spent."""
 
-    @property
-    def reads_scores(self) -> bool:
-        """That tokens are granted whatever they score."""
-        return False
-
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Give the base tile the whole budget."""
         return [min(total, capacity[0]), *(0 for _ in capacity[1:])]
@@ -238,11 +218,6 @@ class SubImagesAllocation(AllocationPolicy):
     """
 
     pooled: bool = False
-
-    @property
-    def reads_scores(self) -> bool:
-        """Whether tokens win in one pool."""
-        return self.pooled
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Give the sub-images the whole budget."""

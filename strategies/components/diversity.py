@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -275,8 +274,6 @@ class SaliencyCoverage(SelectionPolicy):
         alpha: power of the saliency; 0 is coverage alone.
     """
 
-    each_tile_alone: ClassVar[bool] = True
-
     layer: LayerChoice = "feature"
     alpha: float = 1.0
 
@@ -303,8 +300,6 @@ class ImportantThenDiverse(SelectionPolicy):
         layer: layer of the vision tower whose CLS attention and features are read.
         important_share: share of the budget for attention alone.
     """
-
-    each_tile_alone: ClassVar[bool] = True
 
     layer: LayerChoice = "feature"
     important_share: float = 0.5
@@ -339,8 +334,6 @@ class AnchorsBuffersRegisters(SelectionPolicy):
         anchor_share: share of the budget for anchors and their neighbours (alpha).
         wrap: let neighbours run over the ends of rows, as the release does.
     """
-
-    each_tile_alone: ClassVar[bool] = True
 
     object_layer: LayerChoice = 0.35
     layer: LayerChoice = "feature"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ class TopAttention(SelectionPolicy):
         heads: how heads are combined: ``"sum"``, ``"max"``, the index of a single head, or ``"joint"`` for the
             attention of all heads taken as one wide head.
     """
-
-    each_tile_alone: ClassVar[bool] = True
 
     layer: LayerChoice = "feature"
     heads: Literal["sum", "max", "joint"] | int = "sum"
@@ -66,8 +64,6 @@ class RandomSelection(SelectionPolicy):
         seed: seed of the draw; report several.
     """
 
-    each_tile_alone: ClassVar[bool] = True
-
     seed: int = 0
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -80,8 +76,6 @@ class RandomSelection(SelectionPolicy):
 @dataclass
 class StrideSelection(SelectionPolicy):
     """Keep evenly spaced tokens, in row-major order of the valid tokens of a tile."""
-
-    each_tile_alone: ClassVar[bool] = True
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return a sequence whose largest entries lie evenly spaced at any number, `[tiles, tokens]`.

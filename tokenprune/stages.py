@@ -1,0 +1,195 @@
+"""Stages: where in a model a strategy acts. A stage encodes the images of a call and returns the features that enter.
+
+The pipeline calls the stage of its strategy; a stage is an object, so that a new one is one class and no comparison of
+names elsewhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune.image import SEPARATOR, EncodedImage, Signal
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Adapter, Encoding
+    from tokenprune.selection import Selection
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """One place in a model where tokens are reduced."""
+
+    name: ClassVar[str]
+    """The name in tables and records."""
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+    @abstractmethod
+    def encode(
+        self,
+        adapter: Adapter,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int,
+        text_model: str | None,
+        truncated: bool,
+    ) -> Encoding:
+        """Return the images of a call as the strategy reads them.
+
+        Args:
+            adapter: the adapter of the model.
+            inputs: the model inputs of the call.
+            needs: the signals to capture.
+            keep_pixels: how many of the images keep their pixels for drawing.
+            text_model: the CLIP checkpoint whose projections align features with text.
+            truncated: whether only kept tokens have to pass the whole vision side.
+        """
+
+    @abstractmethod
+    def gather_features(
+        self,
+        adapter: Adapter,
+        encoding: Encoding,
+        images: Sequence[EncodedImage],
+        selections: Sequence[Selection],
+    ) -> list[Tensor]:
+        """Return the features that enter the LLM, `[kept, dim]` per image.
+
+        Args:
+            adapter: the adapter of the model.
+            encoding: the encoding of the images.
+            images: the images as the strategy read them.
+            selections: the selections of the strategy.
+        """
+
+
+class ProjectorStage(Stage):
+    """Between the vision tower and the LLM: kept, mixed and ordered visual tokens enter."""
+
+    name: ClassVar[str] = "projector"
+
+    def encode(
+        self,
+        adapter: Adapter,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int,
+        text_model: str | None,
+        truncated: bool,
+    ) -> Encoding:
+        """Run the vision side once, with the needed signals captured."""
+        return adapter.encode(inputs, needs, keep_pixels, text_model, truncated)
+
+    def gather_features(
+        self,
+        adapter: Adapter,
+        encoding: Encoding,
+        images: Sequence[EncodedImage],
+        selections: Sequence[Selection],
+    ) -> list[Tensor]:
+        """Return kept tokens or their mixtures in the order of the selection, newline tokens in place."""
+        masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
+        kept = encoding.gather_kept(masks)
+        packed = encoding.packed if any(s.mixing is not None and not s.before_projector for s in selections) else None
+        out = []
+        for number, (selection, image, mask) in enumerate(zip(selections, images, masks, strict=True)):
+            features = kept[number]
+            if selection.mixing is None and selection.order is None:
+                out.append(features)
+                continue
+            is_token = selection.geometry.packed.to(features.device)[mask] != SEPARATOR
+            tokens = features[is_token]
+            if selection.mixing is not None:
+                mixing = selection.mixing.to(features.device)
+                if packed is None or selection.before_projector:
+                    sources = projector_sources(image, mixing.shape[1])
+                    tokens = adapter.project(mix(mixing, sources)).to(features.dtype)
+                else:
+                    tokens = mix(mixing, selection.geometry.unpack(packed[number]).flatten(0, 1))
+            if selection.order is not None:
+                tokens = tokens[selection.order.to(tokens.device)]
+            features = features.clone()
+            features[is_token] = tokens
+            out.append(features)
+        return out
+
+
+class ImageStage(Stage):
+    """Before the vision tower: images are encoded at a lower resolution."""
+
+    name: ClassVar[str] = "image"
+
+    def encode(
+        self,
+        adapter: Adapter,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int,
+        text_model: str | None,
+        truncated: bool,
+    ) -> Encoding:
+        """Return the layouts of the images without features."""
+        return adapter.unencoded(inputs, keep_pixels)
+
+    def gather_features(
+        self,
+        adapter: Adapter,
+        encoding: Encoding,
+        images: Sequence[EncodedImage],
+        selections: Sequence[Selection],
+    ) -> list[Tensor]:
+        """Encode each image once at the resolution of its selection, and drop newline tokens if none is kept."""
+        count = len(encoding.images) // encoding.repeats
+        grids = [selection.resized_grid for selection in selections[:count]]
+        encoded = adapter.encode_resized(encoding.inputs, grids)
+        out = []
+        for number, selection in enumerate(selections):
+            grid, features = grids[number % count], encoded[number % count]
+            if grid is not None and not selection.kept_separators:
+                places = selection.geometry.resized(grid)[0].packed.to(features.device)
+                features = features[places != SEPARATOR]
+            out.append(features)
+        return out
+
+
+def mix(mixing: Tensor, sources: Tensor) -> Tensor:
+    """Return mixtures of vectors, `[kept, width]`; computed in float32, since half precision sums them badly.
+
+    Args:
+        mixing: weights, `[kept, sources]`, sparse or dense.
+        sources: the mixed vectors, `[sources, width]`.
+    """
+    return (mixing.to(torch.float32) @ sources.float()).to(sources.dtype)
+
+
+def projector_sources(image: EncodedImage, columns: int) -> Tensor:
+    """Return the vectors that a mixing matrix before the projector mixes, `[columns, width]`.
+
+    Args:
+        image: the encoded image.
+        columns: number of columns of the matrix: the tokens, or the tokens and the CLS tokens of the tiles.
+    """
+    tokens = image.projector_inputs().flatten(0, 1)
+    return tokens if columns == len(tokens) else torch.cat([tokens, image.cls_features("feature")[:, 0]])
+
+
+def entering_places(selection: Selection, mask: Tensor) -> Tensor:
+    """Return the packed position of each token in the order in which the tokens enter the LLM, `[kept]`.
+
+    Args:
+        selection: the selection of the image.
+        mask: kept positions of the packed image, bool `[length]`.
+    """
+    places = mask.nonzero()[:, 0]
+    if selection.order is not None:
+        is_token = selection.geometry.packed.to(mask.device)[places] != SEPARATOR
+        places[is_token] = places[is_token][selection.order.to(mask.device)]
+    return places
