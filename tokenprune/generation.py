@@ -60,10 +60,7 @@ def generate_reduced(
             functions = [_for_reduced_prompt(function, prompt, width, dropped) for function in inputs[name]]
             inputs[name] = type(inputs[name])(functions)
     if inputs.get("prefix_allowed_tokens_fn") is not None:
-        repeats = 1 if _option("num_beams", inputs, config) > 1 else _option("num_return_sequences", inputs, config)
-        inputs["prefix_allowed_tokens_fn"] = _FullPromptPrefix(
-            inputs["prefix_allowed_tokens_fn"], prompt.repeat_interleave(repeats, dim=0), width
-        )
+        inputs["prefix_allowed_tokens_fn"] = _FullPromptPrefix(inputs["prefix_allowed_tokens_fn"], prompt, width)
     if inputs.get("streamer") is not None:
         inputs["streamer"] = _FullPromptStreamer(inputs["streamer"], prompt.cpu())
     output = generate(generation_config=generation_config, **inputs)
@@ -124,12 +121,6 @@ def with_full_prompt(sequences: Tensor, prompt: Tensor, width: int) -> Tensor:
     """
     repeats = len(sequences) // len(prompt)
     return torch.cat([prompt.to(sequences.device).repeat_interleave(repeats, dim=0), sequences[:, width:]], dim=1)
-
-
-def _option(name: str, inputs: Mapping[str, Any], config: Any) -> int:
-    value = inputs.get(name)
-    value = getattr(config, name, None) if value is None else value
-    return 1 if value is None else int(value)
 
 
 def _describe(value: Any) -> str:

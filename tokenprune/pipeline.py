@@ -177,7 +177,7 @@ class Pipeline:
         """
         inputs, default = {**call.inputs, **options}, self.adapter.model.generation_config
         with call.held(), self._inside_generate():
-            if not call.is_shortened or prompt is None:  # with inputs_embeds only, generate returns new tokens
+            if not call.is_shortened:
                 return self._generate(generation_config=generation_config, **inputs)
             return generate_reduced(self._generate, inputs, generation_config, default, prompt, call.rows)
 
