@@ -7,7 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -295,7 +295,7 @@ class PlaceholderAdapter(Adapter):
         images = [
             EncodedImage(
                 geometry=layout,
-                compute_features=cache(partial(_unpacked, layout, tokens, number)),
+                compute_features=partial(_unpacked, layout, tokens, number),
                 device=inputs[self.pixels].device,
                 signals={key: parts[number] for key, parts in signals.items()},
                 layers=len(self.tower_layers),

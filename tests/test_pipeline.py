@@ -465,7 +465,6 @@ def test_a_vision_side_of_another_dtype(inputs: Any, reducer: Any) -> None:
 def test_features_are_computed_when_they_are_read() -> None:
     """`dataclasses.replace` and the methods of an image do not compute them."""
     from dataclasses import replace
-    from functools import cache
 
     calls = []
 
@@ -473,7 +472,7 @@ def test_features_are_computed_when_they_are_read() -> None:
         calls.append(1)
         return torch.ones(1, 4, 3)
 
-    image = EncodedImage(TileGeometry.single((2, 2)), compute_features=cache(compute), device="cpu")
+    image = EncodedImage(TileGeometry.single((2, 2)), compute_features=compute, device="cpu")
     other = replace(image.with_signals({("keys", 0): torch.zeros(1, 1, 4, 2)}), layers=3).in_packed_order()
     assert not calls
     assert other.features.shape == (1, 4, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -272,6 +272,40 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
+class Deferred:
+    """A tensor that is computed at the first call and returned again at later ones.
+
+    Args:
+        compute: returns the tensor.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Return the tensor."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    def __reduce__(self) -> tuple[type[Known], tuple[Tensor]]:
+        """Pickle and copy the tensor, not the way to compute it."""
+        return Known, (self(),)
+
+
+class Known(Deferred):
+    """A tensor that is computed already.
+
+    Args:
+        value: the tensor.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(lambda: value)
+        self._value = value
+
+
 class MissingSignalError(LookupError):
     """A signal was read that no `needs` declared."""
 
@@ -339,10 +373,11 @@ class EncodedImage:
         self.signals, self.depths = signals or {}, depths or {}
         self.layers, self.feature_layer = layers, feature_layer
         if features is not None:
-            self.compute_features, self.device = cache(lambda: features), features.device
+            self.compute_features, self.device = Known(features), features.device
         elif compute_features is not None:
-            self.compute_features = compute_features  # cached already, so that `dataclasses.replace` shares the result
-            self.device = compute_features().device if device is None else torch.device(device)
+            is_deferred = isinstance(compute_features, Deferred)  # shared by copies of `dataclasses.replace`
+            self.compute_features = compute_features if is_deferred else Deferred(compute_features)
+            self.device = self.features.device if device is None else torch.device(device)
 
     @property
     def features(self) -> Tensor:
@@ -355,7 +390,7 @@ class EncodedImage:
         Args:
             features: visual tokens, `[tiles, tokens, dim]`.
         """
-        return replace(self, compute_features=cache(lambda: features), device=features.device)
+        return replace(self, compute_features=Known(features), device=features.device)
 
     def with_signals(
         self, signals: Mapping[Key, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
@@ -393,7 +428,7 @@ class EncodedImage:
             geometry=TileGeometry.single((1, len(places))),
             signals={key: pool(key[0], value) for key, value in self.signals.items()},
             pixels=None,
-            compute_features=cache(lambda: pool("features", self.features)),
+            compute_features=Deferred(lambda: pool("features", self.features)),
         )
 
     def read(self, signal: Signal) -> Tensor:

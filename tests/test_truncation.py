@@ -1,0 +1,390 @@
+"""Truncated encoding: the tower stops early, the projector runs on kept tokens, and the result is the same."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.families import FAMILIES
+from tests.tiny import batch, tiny_model
+from tokenprune.adapter import PackedTokens, adapters, find_adapter
+from tokenprune.catalogue import strategies
+from tokenprune.models.idefics3 import Idefics3Adapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models.truncation import ProjectedTokens
+from tokenprune.pipeline import Pipeline, PreparedCall, missing_signals
+from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.merging import MeanOfRest
+from tokenprune.strategies.components.selection import TopAttention
+
+TRUNCATED = {
+    name: kind
+    for name, kind in adapters().items()
+    if issubclass(kind, PlaceholderAdapter) and kind.projects_per_token and kind.runs()
+}
+SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
+
+
+@pytest.fixture(params=sorted(TRUNCATED))
+def adapter(request: Any) -> PlaceholderAdapter:
+    kind = TRUNCATED[request.param]
+    model = kind.example().eval()
+    if hasattr(model.config, "vision_aspect_ratio"):
+        model.config.vision_aspect_ratio = "anyres_max_9"  # that of the example shrinks canvases
+    return kind(model)
+
+
+def inputs_of(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
+    return adapter.example_inputs(sizes)
+
+
+def features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
+    """The features of all images that enter the LLM, `[kept, dim]`."""
+    if "mm_encoder_outputs" not in call.inputs:  # nothing is kept
+        return torch.zeros(1, 1)
+    packed = call.inputs["mm_encoder_outputs"]["image"][adapter.features_in]
+    return torch.cat([tokens.flatten(0, -2) for tokens in packed])
+
+
+def both(
+    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any]
+) -> tuple[PreparedCall, PreparedCall]:
+    """Reduce the same call from a complete encoding and from a truncated one."""
+    first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
+    with torch.no_grad():
+        complete = first.prepare(inputs, generating=True, encoding=first.encode(inputs))
+        return complete, second.prepare(inputs, generating=True)
+
+
+@contextmanager
+def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Collect the number of vectors that each module gets."""
+    seen: dict[str, list[int]] = {name: [] for name in modules}
+
+    def note(name: str) -> Any:
+        return lambda module, args: seen[name].append(args[0].shape[:-1].numel())
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tokens_of(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | None = None) -> type:
+    """The kind of tokens that a truncated encoding has: projected when they are needed, or at once."""
+    needs = Pipeline(reducer or HiRED(0.3), adapter).needs
+    return type(adapter.encode(inputs, needs, truncated=True).tokens)
+
+
+# --- nothing changes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str) -> None:
+    reducer = strategies()[name](0.3)  # type: ignore[call-arg]
+    if missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
+        pytest.skip("the family does not provide the signals")
+    if reducer.reads_question:
+        reducer = replace(reducer, text_model=adapter.example_text_model())
+    complete, truncated = both(adapter, reducer, inputs_of(adapter))
+    for first, second in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+    assert torch.equal(complete.inputs["input_ids"], truncated.inputs["input_ids"])
+
+
+def test_the_tests_do_truncate(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter)
+    with torch.no_grad():
+        assert tokens_of(adapter, inputs) is ProjectedTokens
+        assert isinstance(adapter.encode(inputs, ()).tokens, PackedTokens)
+        assert adapter.encode(inputs, ()).complete
+        assert not adapter.encode(inputs, (), truncated=True).complete
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_dtypes(adapter: PlaceholderAdapter, attn: str, dtype: torch.dtype) -> None:
+    adapter.model.set_attn_implementation(attn)
+    adapter.model.to(dtype)
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs_of(adapter).items()}
+    complete, truncated = both(adapter, HiRED(0.3), inputs)
+    for a, b in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(a.kept, b.kept)
+    first, second = features(adapter, complete), features(adapter, truncated)
+    assert torch.allclose(first.float(), second.float(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_all_tokens_are_those_of_the_model(adapter: PlaceholderAdapter) -> None:
+    """Projected all at once they are bit-identical to the model's own."""
+    inputs = inputs_of(adapter)
+    with torch.no_grad():
+        complete, truncated = (adapter.encode(inputs, (), truncated=t).packed for t in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(complete, truncated, strict=True))
+
+
+def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
+    reducer = ComponentReducer(0.2, allocation=UniformAllocation(), selection=TopAttention(), merging=MeanOfRest())
+    if missing_signals(reducer, adapter):
+        pytest.skip("the projector pools")
+    complete, truncated = both(adapter, reducer, inputs_of(adapter))
+    assert any(selection.mixing is not None for selection in truncated.selections)
+    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+
+
+def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
+    inputs, grads = inputs_of(adapter, [[(112, 112)]]), []
+    pipeline = Pipeline(HiRED(0.3), adapter)
+    for encoding in (pipeline.encode(inputs), None):
+        adapter.model.zero_grad()
+        features(adapter, pipeline.prepare(inputs, encoding=encoding)).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 10
+    for name in set(grads[0]) | set(grads[1]):
+        first, second = grads[0][name], grads[1][name]
+        # That of a key's bias is zero up to rounding: a softmax does not depend on what all keys share.
+        slack = 1e-4 if name.endswith("k_proj.bias") else 1e-6
+        assert float((first - second).norm()) <= 1e-4 * float(first.norm()) + slack, name
+
+
+# --- and less is computed ---------------------------------------------------------------------------------------------
+
+
+def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
+    modules = {
+        **{f"mlp {index}": layer.mlp for index, layer in enumerate(layers)},
+        "projector": adapter.projector.linear_1,
+        "norm after the tower": adapter.tower.post_layernorm,
+    }
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Pipeline(HiRED(40, allocation=UniformAllocation()), adapter).prepare(inputs, generating=True)
+    everything = 5 * (1 + 16)
+    assert (len(layers), last) == (4, 2)
+    assert seen == {
+        "mlp 0": [everything],
+        "mlp 1": [everything],
+        "mlp 2": [everything],
+        "mlp 3": [],
+        "projector": [40],
+        "norm after the tower": [],
+    }
+
+
+def test_reading_features_projects_all_tokens_once() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    for reducer, projected in ((VisPruner(10), 10), (DivPrune(10), 5 * 16)):
+        with torch.no_grad(), sizes_seen({"projector": adapter.projector.linear_1}) as seen:
+            Pipeline(reducer, adapter).prepare(inputs, generating=True)
+        assert seen == {"projector": [projected]}
+
+
+def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
+    inputs, layers = inputs_of(adapter, [[(112, 112)]]), adapter.tower_layers
+    reducer = HiRED(0.3, selection=TopAttention(layer=-1))
+    with torch.no_grad(), sizes_seen({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as seen:
+        Pipeline(reducer, adapter).prepare(inputs, generating=True)
+    assert all(len(sizes) == 1 for sizes in seen.values())
+
+
+INNER = [
+    name
+    for name, family in FAMILIES.items()
+    if family.adapter.runs() and hasattr(family.adapter.example().config, "vision_feature_layer")
+]
+
+
+@pytest.mark.parametrize("name", [*INNER, "granite4_vision", "phi4_multimodal"])
+def test_every_family_with_features_of_an_inner_layer_skips_the_later_ones(name: str) -> None:
+    """Also the families whose tokens are projected by the model's own code."""
+    model = FAMILIES[name].model()
+    config, inputs = model.config, FAMILIES[name].batch([FAMILIES[name].sizes[0]])
+    adapter = find_adapter(model)
+    assert isinstance(adapter, PlaceholderAdapter)
+    if hasattr(config, "deepstack_layer_map"):
+        config.deepstack_layer_map, config.spatial_vision_layer = [(0, 0), (1, 1)], 2
+    elif name == "phi4_multimodal":
+        adapter.embedder.layer_idx = 2
+    elif isinstance(config.vision_feature_layer, int):
+        config.vision_feature_layer = 2
+    else:
+        config.vision_feature_layer = [1, 2] * (len(config.vision_feature_layer) // 2) + [2] * (
+            len(config.vision_feature_layer) % 2
+        )
+    last = adapter.feature_layer(inputs)
+    assert last < len(adapter.tower_layers) - 1
+    calls: list[int] = []
+    inner = [next(layer.children()) for layer in adapter.tower_layers]
+    hooks = [m.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, m in enumerate(inner)]
+    with torch.no_grad(), FasterVLM(0.3)(model):
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert max(calls) == last, calls
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with HiRED(1.0)(model):
+            assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_pooling_head_runs_only_if_it_is_read() -> None:
+    adapter = LlavaNextAdapter(tiny_model("llava_next", tower="siglip"))
+    inputs = dict(batch("llava_next", [(112, 112)], tower="siglip"))
+    for attention, times in (("auto", 0), ("pooling", 1)):
+        with torch.no_grad(), sizes_seen({"head": adapter.tower.head.mlp}) as seen:
+            Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
+        assert len(seen["head"]) == times
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts the operators that make a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
+    waits = []
+    for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
+        adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+        inputs = inputs_of(adapter, [[(112, 112)]] * size)
+        pipeline = Pipeline(HiRED(budget, allocation=UniformAllocation()), adapter, keep_pixels=False)
+        with torch.no_grad(), NumbersRead() as read:
+            pipeline.prepare(inputs, generating=True)
+        waits.append(read.times)
+    assert waits[0] == waits[1]
+    assert waits[2] == waits[3]
+    assert waits[2] - waits[0] <= 2 * 16  # two more images
+
+
+def test_what_was_encoded_is_gone_before_the_llm_runs(adapter: PlaceholderAdapter) -> None:
+    """No collector is needed: a cycle would keep hidden states through the prefill."""
+    model, inputs, alive = adapter.model, inputs_of(adapter, [[(112, 112)]]), list[int]()
+    model.generation_config.eos_token_id = None
+    born: list[weakref.ref[Any]] = []
+    layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
+    watch = layer.register_forward_hook(lambda module, args, output: born.append(weakref.ref(output)))
+    count = adapter.decoder.register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in born)))
+    gc.collect()
+    gc.disable()
+    try:
+        for reducer in (HiRED(0.3), DivPrune(0.3)):
+            with reducer(model):
+                model.generate(**inputs, max_new_tokens=1)
+    finally:
+        gc.enable()
+        watch.remove()
+        count.remove()
+    assert len(born) == 2
+    assert alive == [0, 0]
+
+
+def test_only_features_are_passed_on(adapter: PlaceholderAdapter) -> None:
+    """Everything else of the model's own output would stay alive through the prefill."""
+    with torch.no_grad():
+        call = Pipeline(HiRED(0.3), adapter).prepare(inputs_of(adapter), generating=True)
+    assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_in]
+
+
+# --- where it cannot be -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_shrunk_canvas_is_not_left_early() -> None:
+    adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
+    kinds = [tokens_of(adapter, inputs_of(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
+    assert kinds == [PackedTokens, ProjectedTokens]
+
+
+@torch.no_grad()
+def test_tiles_with_masked_patches_are_not_left_early() -> None:
+    adapter = Idefics3Adapter(Idefics3Adapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)], [(56, 56)]])  # one tile beside padding tiles
+    pixels = inputs[adapter.pixels]
+    whole = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
+    part = whole.clone()
+    part[0, 0, 28:] = False
+    kinds = [tokens_of(adapter, {**inputs, "pixel_attention_mask": mask}) for mask in (whole, part)]
+    assert not whole.all()
+    assert kinds == [ProjectedTokens, PackedTokens]
+
+
+def test_training_is_not_left_early(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    adapter.model.train()
+    kinds = [tokens_of(adapter, inputs)]
+    with torch.no_grad():
+        kinds.append(tokens_of(adapter, inputs))
+        adapter.model.eval()
+        adapter.model.hf_device_map = {"a": 0, "b": "cpu"}  # accelerate moves weights module by module
+        kinds.append(tokens_of(adapter, inputs))
+    assert kinds == [PackedTokens, ProjectedTokens, PackedTokens]
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["kernel", "mlp", "projector"])
+@pytest.mark.parametrize("family", ["llava_next", "granite4_vision"])
+def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: str) -> None:
+    model = FAMILIES[family].model()
+    adapter, inputs = find_adapter(model), FAMILIES[family].batch([(112, 112)])
+    assert isinstance(adapter, PlaceholderAdapter)
+    with torch.no_grad():
+        model(**inputs)  # transformers installs its own capturing hooks at the first call
+    last = adapter.tower_layers[adapter.feature_layer(inputs)]
+    projector = adapter.projector if adapter.projector_at else last.self_attn.out_proj
+    where = {"kernel": last.self_attn.q_proj, "mlp": last.mlp, "projector": projector}[at]
+
+    def state() -> list[Any]:
+        return [
+            (
+                sorted(vars(module)),
+                id(getattr(module, "config", None)),
+                len(module._forward_pre_hooks),
+                len(module._forward_hooks),
+            )
+            for module in model.modules()
+        ]
+
+    before = state()
+
+    def fail(*args: Any) -> None:
+        raise failure
+
+    broken = where.register_forward_pre_hook(fail)
+    with pytest.raises(failure), torch.no_grad():
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+    broken.remove()
+    assert state() == before
+    with torch.no_grad():
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+    assert state() == before
+
+
+def test_too_few_tiles_are_refused() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
+    with pytest.raises(ValueError, match="image_sizes as a tensor of shape"):
+        Pipeline(HiRED(0.3), adapter).prepare(inputs | {"pixel_values": inputs["pixel_values"][:1]}, generating=True)
