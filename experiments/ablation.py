@@ -25,7 +25,7 @@ from tokenprune.configure import as_config, content_of, one_line, prepare
 from tokenprune.experiments.experiment import Cell, Experiment, Progress, lacking, rank_and_world, run_cells
 from tokenprune.experiments.loading import outline
 from tokenprune.experiments.pictures import PICTURES
-from tokenprune.experiments.records import forget_errors, write_whole
+from tokenprune.experiments.records import discard, forget_errors, write_whole
 from tokenprune.experiments.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -276,6 +276,7 @@ def ablate(
     tell: Callable[[Progress], None] = lambda progress: None,
     retry_errors: bool = False,
     pictures: int = PICTURES,
+    fresh: bool = False,
 ) -> Progress:
     """Run an ablation, or go on with it.
 
@@ -289,6 +290,7 @@ def ablate(
         tell: is told after every record.
         retry_errors: try the samples again that failed before.
         pictures: so many pictures of a model and task are stored for reports.
+        fresh: discard the records that are there.
 
     Raises:
         ValueError: if the configuration is not valid.
@@ -302,9 +304,14 @@ def ablate(
         raise ValueError(f"--workers {workers}: give the number of processes, at least 1")
     if retry_errors and world > 1:
         raise ValueError("--retry-errors cannot be used under torchrun; run the command once without torchrun")
+    if fresh and world > 1:
+        raise ValueError("--fresh cannot be used under torchrun; run the command once without torchrun")
     groups = by_model(shard_of(everything, shard))
     check(groups)
     claim(out, config, everything)
+    if fresh:
+        for cell in itertools.chain(*groups):
+            discard(cell.folder(out))
     if retry_errors:
         for cell in itertools.chain(*groups):
             forget_errors(cell.folder(out))

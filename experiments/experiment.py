@@ -24,6 +24,7 @@ import yaml
 from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
+from tokenprune.experiments.identity import SampleDigests, check_identities
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
 from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
@@ -177,6 +178,7 @@ def run_cells(
         ValueError: if the cells do not share model and task, two samples have one id, the model cannot be had, or it
             lacks a signal.
         InUseError: if another process writes the same records.
+        IdentityError: if there are records of another model, data set, code or library version.
     """
     shared = cells[0].experiment
     for cell in cells:
@@ -194,7 +196,11 @@ def run_cells(
         files = []
         for cell in cells:
             files.append(stack.enter_context(RecordFile(cell.folder(out), rank if world > 1 else None)))
+        digests = SampleDigests(samples)
+        identities = check_identities({cell.folder(out): cell.experiment for cell in cells}, out, digests)
+        for cell in cells:
             _write_config(cell, out)
+            identities[cell.folder(out)].write(cell.folder(out))
         wanted = {sample.id for group in mine for sample in group}
         progress = Progress(len(wanted) * len(cells), sum(len(wanted & file.done) for file in files))
         progress.errors = sum(len(wanted & file.failed) for file in files)
@@ -217,7 +223,7 @@ def run_cells(
                 for cell, file, record, selection in _records(
                     adapter, processor, group, pending, progress, keep, watched, passes
                 ):
-                    file.add(record)
+                    file.add({**record, "sample_digest": digests[record["sample"]]})
                     _count(progress, cell, record)
                     if watch is not None:
                         watch(cell, record, selection)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.hub import cached_file
 
 from tokenprune.adapter import find_adapter
 from tokenprune.models import mini
@@ -58,6 +59,34 @@ def _place(name: str) -> str:
     if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
         raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
     return place
+
+
+def checkpoint_folder(name: str, option: str = "model") -> Path:
+    """Return the folder with the files of a checkpoint: its own, or the snapshot in the cache of the hub.
+
+    Args:
+        name: `mini`, a folder, or a hub id.
+        option: the option that names it, ``"model"`` or ``"text_model"``.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    if name == "mini":
+        return mini.path() if option == "model" else mini.text_path()
+    place = _place(name) if option == "model" else name
+    if Path(place).is_dir():
+        return Path(place)
+    try:
+        config = cached_file(place, "config.json")
+    except OSError as error:
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"--{option} {name} cannot be found: {first}") from error
+    return Path(str(config)).parent
+
+
+def is_hub_snapshot(folder: Path) -> bool:
+    """Return whether a folder is a snapshot in the cache of the hub; its name is then the commit."""
+    return folder.parent.name == "snapshots"
 
 
 def outline(name: str) -> Any:

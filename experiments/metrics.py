@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 
 from rapidfuzz.distance import Levenshtein
 
@@ -69,24 +70,86 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float =
     return 0.0
 
 
+VQA_NUMBERS: Mapping[str, str] = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+"""Number words that the official VQA evaluation writes as digits."""
+VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+"""Characters that it removes, or replaces by a space; periods and apostrophes have rules of their own."""
+# fmt: off
+VQA_CONTRACTIONS = (
+    "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't", "don't", "hadn't",
+    "hadn't've", "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's", "i'd've", "i'm", "i've",
+    "isn't", "it'd", "it'd've", "it'll", "ma'am", "might've", "mightn't", "mightn't've", "must've", "mustn't",
+    "needn't", "not've", "o'clock", "oughtn't", "shan't", "she'd've", "she's", "should've", "shouldn't",
+    "shouldn't've", "somebody'd", "somebody'd've", "somebody'll", "somebody's", "someone'd", "someone'd've",
+    "someone'll", "someone's", "something'd", "something'd've", "something'll", "that'd", "that'd've", "that's",
+    "there'd", "there'd've", "there're", "there's", "they'd", "they'd've", "they'll", "they're", "they've", "'twas",
+    "wasn't", "we'd've", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd",
+    "where's", "where've", "who'd", "who'd've", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't",
+    "would've", "wouldn't", "wouldn't've", "y'all", "y'all'd've", "y'all'll", "you'd", "you'd've", "you'll", "you're",
+    "you've",
+)
+# fmt: on
+"""Contractions that people write without an apostrophe; words that exist without one (its, were, well) are missing."""
+
+
+def _spellings(contraction: str) -> Iterator[str]:
+    """Yield a contraction with one or more apostrophes removed."""
+    parts = contraction.split("'")
+    for glue in product(("'", ""), repeat=len(parts) - 1):
+        if "" in glue:
+            yield "".join(part + mark for part, mark in zip(parts, (*glue, ""), strict=True))
+
+
+_FULL_SPELLING = {spelling: word for word in VQA_CONTRACTIONS for spelling in _spellings(word)}
+
+
+def vqa_normalized(text: str) -> str:
+    """Return an answer as the official VQA evaluation compares it.
+
+    Number words become digits, articles go, contractions get their apostrophes. Punctuation is removed if it stands
+    beside a space or if a comma stands between digits of the answer, and becomes a space otherwise. Periods that are
+    no decimal points go.
+
+    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015; GT-Vision-Lab/VQA, vqaEval.py.
+    """
+    text = " ".join(text.split())
+    has_comma_in_number = re.search(r"\d,\d", text) is not None
+    plain = text
+    for mark in VQA_PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if beside_space or has_comma_in_number else " ")
+    plain = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", plain)
+    words = (VQA_NUMBERS.get(word, word) for word in plain.lower().split())
+    return " ".join(_FULL_SPELLING.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Return the accuracy of VQAv2 and TextVQA: three people of ten who agree make a full score.
 
-    Averaged over all ways of leaving one person out. Words are compared without articles and punctuation.
+    Averaged over all ways of omitting one person. Prediction and answers are compared as `vqa_normalized` returns them.
+    A single answer counts as right or wrong.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015.
     """
-
-    def plain(text: str) -> str:
-        words = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
-        return " ".join(word for word in words if word not in ("a", "an", "the"))
-
-    given, people = plain(prediction), [plain(answer) for answer in answers]
+    predicted, people = vqa_normalized(prediction), [vqa_normalized(answer) for answer in answers]
     if len(people) == 1:
-        return float(given == people[0])
-    matches = [given == person for person in people]
-    left_out = [min(1.0, (sum(matches) - match) / 3) for match in matches]
-    return sum(left_out) / len(left_out) if left_out else 0.0
+        return float(predicted == people[0])
+    matches = [predicted == person for person in people]
+    scores = [min(1.0, (sum(matches) - match) / 3) for match in matches]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:

@@ -121,6 +121,25 @@ def join(cell: Path, order: Sequence[str]) -> None:
                 merge(cell, order)
 
 
+def discard(cell: Path) -> None:
+    """Remove the records of a cell and what was computed from them.
+
+    Args:
+        cell: the folder of the cell.
+
+    Raises:
+        InUseError: if another process has the records open.
+    """
+    if not cell.is_dir():
+        return
+    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    if lock is None:
+        raise InUseError(IN_USE.format(cell))
+    with lock:
+        for file in (*files_of(cell), cell / "identity.json", cell / "summary.json"):
+            file.unlink(missing_ok=True)
+
+
 def forget_errors(cell: Path) -> int:
     """Take the records of samples that failed out of a cell, so that they are tried again; return their number.
 

@@ -489,3 +489,14 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
 def test_mini_has_its_demo() -> None:
     assert mini.picture_path().is_file()
     assert {"question", "answer", "type", "needs"} == set(mini.demo_questions()[0])
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.png", "HTTP://example.com/a.png"])
+def test_addresses_are_not_fetched(capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str) -> None:
+    assert cli.main(["run", "--image", address, "--question", "x", "--out", str(tmp_path)]) == 2
+    assert f"{address} is an address, and addresses are not fetched; download the image" in capsys.readouterr().err
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"image": address, "question": "x", "answer": "y"}) + "\n")
+    words = ["evaluate", "--task", "folder", "--task.path", str(data), "--out", str(tmp_path / "out"), "--quiet", "true"]
+    assert cli.main(words) == 2
+    assert f"line 1: {address} is an address" in capsys.readouterr().err

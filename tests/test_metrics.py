@@ -55,3 +55,31 @@ def test_a_minus_is_no_punctuation() -> None:
     assert exact_match("-5", ["5"]) == 0.0
     assert exact_match(" -5. ", ["-5"]) == exact_match("(-5)", ["-5"]) == 1.0
     assert exact_match("- a star", ["a star"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "equal"),
+    [
+        ("two", "2", True),
+        ("None", "0", True),
+        ("1,000", "1000", True),
+        ("dont walk", "don't walk", True),
+        ("couldnt've", "couldn't've", True),
+        ("its", "it's", False),
+        ("3 5", "3.5", False),
+        ("3.5", "3.5", True),
+        ("St. John", "st john", True),
+        ("a red, round ball.", "red round ball", True),
+        ("ping-pong", "ping pong", True),
+        ("yes!", "yes", True),
+        ("the an a", "", True),
+    ],
+)
+def test_vqa_answers_are_normalized_as_officially(prediction: str, answer: str, equal: bool) -> None:
+    assert vqa_accuracy(prediction, [answer] * 10) == float(equal)
+
+
+def test_vqa_accuracy_averages_over_omitted_people() -> None:
+    assert vqa_accuracy("red", ["red"] * 3 + ["blue"] * 7) == pytest.approx(0.9)
+    assert vqa_accuracy("red", ["red"] * 4 + ["blue"] * 6) == 1.0
+    assert vqa_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)

@@ -231,6 +231,9 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
     )
+    parser.add_argument(
+        "--fresh", type=bool, nargs="?", const=True, default=False, help="discard the records that are there"
+    )
     _add_pictures(parser)
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
     return parser
@@ -244,7 +247,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from tokenprune.experiments.console import show
     from tokenprune.experiments.experiment import Cell, rank_and_world
     from tokenprune.experiments.publish import run_tracked
-    from tokenprune.experiments.records import forget_errors
+    from tokenprune.experiments.records import discard, forget_errors
 
     parser = evaluate_parser()
     own = Namespace()  # type: ignore[no-untyped-call]
@@ -254,6 +257,12 @@ def evaluate(argv: Sequence[str]) -> int:
         raise _user_error(error, parser) from error
     cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
     out = Path(own.out)
+    if own.fresh and rank_and_world()[1] > 1:
+        raise _user_error(
+            ValueError("--fresh cannot be used under torchrun; run the command once without torchrun"), parser
+        )
+    if own.fresh:
+        discard(cell.folder(out))
     if own.retry_errors:
         forget_errors(cell.folder(out))
     return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell, own.pictures), out, own.quiet)
@@ -281,6 +290,9 @@ def ablate(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--retry-errors", type=bool, nargs="?", const=True, default=False, help="try samples again that failed before"
     )
+    parser.add_argument(
+        "--fresh", type=bool, nargs="?", const=True, default=False, help="discard the records that are there"
+    )
     _add_pictures(parser)
     parser.add_argument("--dry-run", type=bool, nargs="?", const=True, default=False, help="list the settings and stop")
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
@@ -292,8 +304,10 @@ def ablate(argv: Sequence[str]) -> int:
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
     grid, shard, workers, pictures = config.grid, config.shard, config.workers, config.pictures
-    retry = config.retry_errors
-    code = show(lambda tell: ablation.ablate(grid, out, shard, workers, tell, retry, pictures), out, config.quiet)
+    retry, fresh = config.retry_errors, config.fresh
+    code = show(
+        lambda tell: ablation.ablate(grid, out, shard, workers, tell, retry, pictures, fresh), out, config.quiet
+    )
     if config.wandb is not None and rank_and_world()[0] == 0:
         from tokenprune.experiments.publish import publish
 

@@ -10,6 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+NOT_FETCHED = "{} is an address, and addresses are not fetched; download the image first, and give its file"
+"""What is wrong with an address in place of a file."""
+
+
+def is_address(path: str) -> bool:
+    """Return whether a text is an address on the web and not a file."""
+    return path.lower().startswith(("http://", "https://", "http:/", "https:/"))
+
 
 def load_picture(path: str | Path) -> Image.Image:
     """Return a picture file as RGB, upright.
@@ -23,6 +31,8 @@ def load_picture(path: str | Path) -> Image.Image:
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    if is_address(str(path)):
+        raise ValueError(NOT_FETCHED.format(path))
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the file of a picture")

@@ -269,7 +269,7 @@ def random_prompts(
         tokens = adapter.token_grid[0] * adapter.token_grid[1]
         numbers = [tokens * int(one) for one in vision.pop("num_patches")]
     else:
-        numbers = [len(layout.packed) for layout in adapter.layouts(vision)]  # type: ignore[attr-defined]
+        numbers = [len(layout.packed) for layout in adapter.layouts(vision)]
     text = torch.tensor(words[2:])[torch.randint(len(words) - 2, (rows, length), generator=draw)].tolist()
     prompts = [
         [words[2], *opening, *[adapter.image_token_id] * number, *closing, *one]

@@ -30,6 +30,7 @@ class Sample:
         answers: accepted answers.
         type: kind of question, for tables.
         split: kind of difficulty, for tables.
+        content: returns a hash of the file of the picture; None hashes the pixels.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Sample:
     answers: tuple[str, ...]
     type: str = ""
     split: str = ""
+    content: Callable[[], str] | None = None
 
 
 @dataclass

@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image
 
+from tokenprune.experiments.hashing import hash_file
 from tokenprune.experiments.metrics import METRICS
 from tokenprune.experiments.tasks.base import Sample, Task
-from tokenprune.pictures import load_picture
+from tokenprune.pictures import NOT_FETCHED, is_address, load_picture
 
 PICTURE = ("image", "file_name", "picture", "image_path")
 ANSWER = ("answers", "answer", "label", "text")
@@ -121,6 +122,8 @@ class Folder(Task):
         for name, value in (("image", picture), ("question", question), ("answer", answer)):
             if value in (None, "", []):
                 raise ValueError(f"{where}: there is no {name}; expected an object such as {_EXAMPLE}")
+        if is_address(str(picture)):
+            raise ValueError(f"{where}: {NOT_FETCHED.format(picture)}")
         # Lines of a metadata file in a folder below say in which folder they stand, so that two `a.png` stay apart.
         below = file.parent.relative_to(root) if root.is_dir() else Path()
         answers = answer if isinstance(answer, list) else [answer]
@@ -132,6 +135,7 @@ class Folder(Task):
             answers=tuple(str(one) for one in answers),
             type=str(row.get("type") or ""),
             split=str(row.get("split") or ""),
+            content=partial(hash_file, file.parent / str(picture)),
         )
 
 

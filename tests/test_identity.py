@@ -1,0 +1,179 @@
+"""Records belong to a model, a data set, code and versions: a changed one is noticed, and never mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tokenprune import cli
+from tokenprune.experiments import identity
+from tokenprune.experiments.experiment import Cell, Experiment, run_cells
+from tokenprune.experiments.identity import IdentityError
+from tokenprune.experiments.records import discard, read_lines
+from tokenprune.experiments.tasks import Boards, Folder
+from tokenprune.models import mini
+from tokenprune.strategies import HiRED
+
+
+def write(folder: Path, questions: list[tuple[str, str]], shade: int = 0) -> Path:
+    """Write a data set of questions about one image."""
+    pixels = np.array(Image.open(mini.picture_path()).convert("RGB"))
+    Image.fromarray(np.clip(pixels.astype(int) + shade, 0, 255).astype(np.uint8)).save(folder / "b.png")
+    lines = [json.dumps({"image": "b.png", "question": q, "answer": a}) for q, a in questions]
+    (folder / "d.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "d.jsonl"
+
+
+QUESTIONS = [("How many shapes are there?", "4"), ("Where is it?", "top")]
+
+
+def run(data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    cell = Cell(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2, **options), "HiRED")
+    run_cells([cell], out)
+    return list(read_lines(cell.folder(out) / "records.jsonl"))
+
+
+def test_an_unchanged_run_is_resumed(tmp_path: Path) -> None:
+    data = write(tmp_path, QUESTIONS)
+    first = run(data, tmp_path / "out")
+    assert run(data, tmp_path / "out") == first
+    assert len({record["sample_digest"] for record in first}) == 2
+
+
+def test_new_samples_at_the_end_are_run(tmp_path: Path) -> None:
+    run(write(tmp_path, QUESTIONS), tmp_path / "out")
+    records = run(write(tmp_path, [*QUESTIONS, ("What number is on it?", "7")]), tmp_path / "out")
+    assert [record["question"] for record in records] == [
+        "How many shapes are there?",
+        "Where is it?",
+        "What number is on it?",
+    ]
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "question": (
+        lambda p: write(p, [("How many stars are there?", "4"), QUESTIONS[1]]),
+        r"1 sample changed: .*question",
+    ),
+    "answer": (lambda p: write(p, [QUESTIONS[0], ("Where is it?", "left")]), r"1 sample changed: .*answer"),
+    "image": (lambda p: write(p, QUESTIONS, shade=9), r"2 samples changed: .*image"),
+    "order": (lambda p: write(p, [("What number is on it?", "7"), *QUESTIONS]), r"2 samples changed"),
+    "missing": (lambda p: write(p, QUESTIONS[:1]), r"1 sample left the data set: .*Where is it"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_data_is_noticed(tmp_path: Path, name: str) -> None:
+    change, sentence = CHANGES[name]
+    data = write(tmp_path, QUESTIONS)
+    before = run(data, tmp_path / "out")
+    change(tmp_path)
+    with pytest.raises(IdentityError, match=sentence) as caught:
+        run(data, tmp_path / "out")
+    assert "--fresh" in str(caught.value)
+    assert "another --out" in str(caught.value)
+    records = next((tmp_path / "out").rglob("records.jsonl"))
+    assert list(read_lines(records)) == before
+
+
+def test_changed_weights_are_noticed(tmp_path: Path) -> None:
+    """Also of the same size, and only if the content differs."""
+    model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype="float32")
+    folder = tmp_path / "checkpoint"
+
+    def save() -> None:
+        model.save_pretrained(folder)
+        AutoProcessor.from_pretrained(mini.path()).save_pretrained(folder)
+
+    save()
+    data = write(tmp_path, QUESTIONS)
+    run(data, tmp_path / "out", model=str(folder))
+    save()
+    run(data, tmp_path / "out", model=str(folder))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    save()
+    with pytest.raises(IdentityError, match=r"the weights or configuration of .*model.safetensors changed"):
+        run(data, tmp_path / "out", model=str(folder))
+
+
+def test_changed_versions_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path, QUESTIONS)
+    run(data, tmp_path / "out")
+    now = identity.library_versions()
+    monkeypatch.setattr(identity, "library_versions", lambda: {**now, "transformers": "99.0"})
+    with pytest.raises(IdentityError, match=rf"transformers {now['transformers']} -> 99.0"):
+        run(data, tmp_path / "out")
+
+
+def test_changed_code_of_a_strategy_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, data = tmp_path / "loud.py", write(tmp_path, QUESTIONS)
+    source = """
+from dataclasses import dataclass
+from tokenprune import ScoreReducer
+
+
+@dataclass
+class Loud(ScoreReducer):
+    '''Keep large tokens.'''
+
+    def score(self, image):
+        return image.features.float().norm(dim=-1)
+"""
+    words = ["evaluate", "--reducer", f"{file}:Loud", "--task", "folder", "--task.path", str(data), "--quiet", "true"]
+    words += ["--out", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    file.write_text(source)
+    assert cli.main(words) == 0
+    file.write_text(source.replace("return ", "return -"))
+    assert cli.main(words) != 0
+    assert "the code in loud.py changed" in capsys.readouterr().err
+    assert cli.main([*words, "--fresh"]) == 0
+
+
+def test_records_without_an_identity_are_refused(tmp_path: Path) -> None:
+    data = write(tmp_path, QUESTIONS)
+    run(data, tmp_path / "out")
+    next((tmp_path / "out").rglob("identity.json")).unlink()
+    with pytest.raises(IdentityError, match="they have no identity"):
+        run(data, tmp_path / "out")
+    discard(next((tmp_path / "out").rglob("records.jsonl")).parent)
+    assert len(run(data, tmp_path / "out")) == 2
+
+
+def test_a_grid_names_what_changed_once(tmp_path: Path) -> None:
+    base = Experiment(task=Boards(1), max_new_tokens=2)
+    cells = [Cell(replace(base, reducer=HiRED(budget)), str(budget)) for budget in (0.1, 0.2)]
+    run_cells(cells, tmp_path)
+    for file in tmp_path.rglob("identity.json"):
+        content = json.loads(file.read_text())
+        content["versions"]["torch"] = "1.0"
+        file.write_text(json.dumps(content))
+    with pytest.raises(
+        IdentityError, match=r"records of 2 of 2 settings that do not belong to this run: torch 1.0 -> "
+    ) as e:
+        run_cells(cells, tmp_path)
+    assert str(e.value).count("torch 1.0") == 1
+
+
+def test_fresh_discards_the_records_of_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path, QUESTIONS)
+    grid = tmp_path / "grid.yaml"
+    task = f"{{class_path: Folder, init_args: {{path: {data}}}}}"
+    grid.write_text(f"task: {task}\nmax_new_tokens: 2\ngrid:\n  reducer.budget: [0.1, 0.2]\nbaselines: []\n")
+    words = ["ablate", str(grid), "--out", str(tmp_path / "out"), "--quiet", "true"]
+    if cli.main([*words, "--dry-run"]) != 0:
+        pytest.fail(capsys.readouterr().err)
+    assert cli.main(words) == 0
+    write(tmp_path, QUESTIONS, shade=9)
+    assert cli.main(words) != 0
+    assert "2 samples changed" in capsys.readouterr().err
+    assert cli.main([*words, "--fresh"]) == 0
