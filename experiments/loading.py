@@ -131,13 +131,15 @@ def model_inputs(model: Any, processor: Any, picture: Image.Image, questions: Se
             prompts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
         else:
             prompts.append(f"USER: <image>\n{question} ASSISTANT:")
-    try:
-        inputs = processor(
-            images=[picture] * len(prompts), text=prompts, return_tensors="pt", padding=True, padding_side="left"
-        )
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{file}: the model's processor cannot take a picture of {picture.width} x {picture.height} "
-            f"({' '.join(str(error).split())}); crop or pad it"
-        ) from error
-    return inputs.to(model.device, model.dtype)
+    options = {"text": prompts, "return_tensors": "pt", "padding": True, "padding_side": "left"}
+    errors: list[Exception] = []
+    # Some processors take the images of a batch as one list, others as a list for each prompt.
+    for images in ([picture] * len(prompts), [[picture]] * len(prompts)):
+        try:
+            return processor(images=images, **options).to(model.device, model.dtype)
+        except (ValueError, RuntimeError, ZeroDivisionError, TypeError, AttributeError) as error:
+            errors.append(error)
+    raise ValueError(
+        f"{file}: the model's processor cannot take a picture of {picture.width} x {picture.height} "
+        f"({' '.join(str(errors[0]).split())}); crop or pad it"
+    ) from errors[0]

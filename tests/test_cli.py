@@ -401,7 +401,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--reducer.positions", "x"], "--reducer.positions: 'x' is not valid; give 'reindex' or 'preserve'"),
         (
             ["run", "--reducer.budget", "abc"],
-            "--reducer.budget: 'abc' is not valid; give a whole number or a number",
+            "budget 'abc' is neither a ratio nor a count; write a float from 0.0 to 1.0 or a percentage",
         ),
         (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
         (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
@@ -493,10 +493,20 @@ def test_mini_has_its_demo() -> None:
 
 @pytest.mark.parametrize("address", ["https://example.com/a.png", "HTTP://example.com/a.png"])
 def test_addresses_are_not_fetched(capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str) -> None:
-    assert cli.main(["run", "--image", address, "--question", "x", "--out", str(tmp_path)]) == 2
+    assert main(["run", "--image", address, "--question", "x", "--out", str(tmp_path)]) == 2
     assert f"{address} is an address, and addresses are not fetched; download the image" in capsys.readouterr().err
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"image": address, "question": "x", "answer": "y"}) + "\n")
-    words = ["evaluate", "--task", "folder", "--task.path", str(data), "--out", str(tmp_path / "out"), "--quiet", "true"]
-    assert cli.main(words) == 2
+    words = [
+        "evaluate",
+        "--task",
+        "folder",
+        "--task.path",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+        "true",
+    ]
+    assert main(words) == 2
     assert f"line 1: {address} is an address" in capsys.readouterr().err

@@ -232,14 +232,9 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         inner.task_dict, inner.cache_hook = self.task_dict, self.cache_hook
         inner._rank, inner._world_size = self._rank, self._world_size
         tokenizer = getattr(inner, "tokenizer", None)
-        with self.reducer(inner.model, tokenizer=tokenizer) as run, errors_surface(inner.model):
+        with self.reducer(inner.model, tokenizer=tokenizer, strict=True) as run, errors_surface(inner.model):
             answers = getattr(inner, method)([own_copy(request) for request in requests])
         self._tell(run)
-        if method == "loglikelihood" and run.account.prompt_length != run.account.prompt_length_full:
-            raise RuntimeError(
-                "lmms-eval's wrappers cut the logits of loglikelihood at positions of the full prompt, and the prompt "
-                "was shortened, so the result would mean nothing. Use a generate_until task, or budget=1.0"
-            )
         return answers
 
     def _tell(self, run: Run) -> None:
@@ -260,7 +255,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         return self._answers("generate_until_multi_round", requests)
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Score given answers, with all tokens only."""
+        """Score given answers."""
         return self._answers("loglikelihood", requests)
 
     def clean(self) -> None:
