@@ -14,11 +14,10 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from tokenprune.image import ROW_SIGNALS, SEPARATOR, Signal, TileGeometry
 from tokenprune.models.example import example_parts, example_siglip, with_sharp_attention
-from tokenprune.models.llava_next import EXAMPLE_GRIDS
-from tokenprune.models.llava_next_video import BesideVideosAdapter
+from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
 
-class LlavaOnevisionAdapter(BesideVideosAdapter):
+class LlavaOnevisionAdapter(LlavaNextAdapter):
     """`LlavaOnevisionForConditionalGeneration`: a SigLIP tower.
 
     A canvas of more tokens than `vision_aspect_ratio` allows is shrunk by the model. A position of the smaller canvas

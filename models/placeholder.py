@@ -171,8 +171,16 @@ class PlaceholderAdapter(Adapter):
 
     @cached_property
     def image_inputs(self) -> frozenset[str]:
-        """The parameters of the model's own `get_image_features`."""
-        return frozenset(inspect.signature(self.model.base_model.get_image_features).parameters) - {"kwargs"}
+        """The parameters of the model's `get_image_features` and, if it has one, of `get_video_features`.
+
+        The model takes pixels or features, not both, so videos beside images are encoded with them and passed on whole.
+        """
+        return self._feature_parameters("image") | self._feature_parameters("video")
+
+    def _feature_parameters(self, modality: str) -> frozenset[str]:
+        """Return the parameters of the model's function that encodes a modality; none if it has no such function."""
+        encode = getattr(self.model.base_model, f"get_{modality}_features", None)
+        return frozenset() if encode is None else frozenset(inspect.signature(encode).parameters) - {"kwargs"}
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:
@@ -305,7 +313,8 @@ class PlaceholderAdapter(Adapter):
             )
             for number, layout in enumerate(layouts)
         ]
-        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), complete=not truncated)
+        videos = self.encode_videos(inputs)
+        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), videos, complete=not truncated)
 
     def _run_vision_side(
         self,
@@ -315,12 +324,10 @@ class PlaceholderAdapter(Adapter):
         truncated: bool,
     ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
         """Run the model's own `get_image_features`; return the visual tokens, its output object and the signals."""
-        feature_layer, arguments = self.feature_layer(inputs), self.vision_arguments(inputs)
+        feature_layer = self.feature_layer(inputs)
+        arguments = {**self.vision_arguments(inputs), **self._output_options(inputs)}
         reads_head = any("pooling_attention" in kinds for kinds in wanted.values())
         projected = any("projector_inputs" in kinds for kinds in wanted.values())
-        if self.passes_output_options:
-            options = ("output_attentions", "output_hidden_states")
-            arguments |= {name: inputs[name] for name in options if inputs.get(name) is not None}
         with ExitStack() as stack:
             if truncated and not reads_head:
                 head = self.tower.head if self.pooling_head is not None else None
@@ -417,8 +424,28 @@ class PlaceholderAdapter(Adapter):
         return patches if self.norm_at is None else torch.as_tensor(attrgetter(self.norm_at)(self.tower)(patches))
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the vision inputs that a call brings."""
-        return {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        """Return the vision inputs of a call that belong to its images."""
+        names = self.image_inputs - (self._feature_parameters("video") - self._feature_parameters("image"))
+        return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+    def encode_videos(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the model's own output object of the videos of a call; None if it has none.
+
+        Args:
+            inputs: the model inputs of the call.
+        """
+        if inputs.get(self.video_pixels) is None or not self._feature_parameters("video"):
+            return None
+        names = self._feature_parameters("video")
+        arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        return self.model.base_model.get_video_features(**arguments, **self._output_options(inputs), return_dict=True)
+
+    def _output_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options about outputs that the model's `forward` passes to its vision side."""
+        if not self.passes_output_options:
+            return {}
+        options = ("output_attentions", "output_hidden_states")
+        return {name: inputs[name] for name in options if inputs.get(name) is not None}
 
     def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
         """Run the model's own vision side once and return its output object.
@@ -522,7 +549,7 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
-        return Encoding(images, tokens, inputs=arguments)
+        return Encoding(images, tokens, inputs=arguments, videos=self.encode_videos(inputs))
 
     def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each, base tile first."""

@@ -513,3 +513,31 @@ def test_a_pipeline_prepares_what_a_block_runs(model: Any, inputs: Any) -> None:
         with HiRED(0.2)(model) as run:
             model(**inputs)
     assert "HiRED" in repr(run)
+
+
+@torch.no_grad()
+def test_a_model_prepared_by_accelerate(inputs: Any) -> None:
+    from accelerate import Accelerator
+
+    model = tiny_model("llava_next")
+    with HiRED(0.2)(model):
+        expected, written = model(**inputs).logits, model.generate(**inputs, max_new_tokens=2)
+    prepared = Accelerator(cpu=True).prepare(model)
+    with HiRED(0.2)(prepared):
+        torch.testing.assert_close(prepared(**inputs).logits, expected)
+        assert torch.equal(prepared.generate(**inputs, max_new_tokens=2), written)
+
+
+@torch.no_grad()
+def test_distributed_data_parallel(inputs: Any, tmp_path: Any) -> None:
+    model = tiny_model("llava_next")
+    with HiRED(0.2)(model):
+        expected = model(**inputs).logits
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with HiRED(0.2)(wrapped) as run:
+            torch.testing.assert_close(wrapped(**inputs).logits, expected)
+        assert run.account.image_count == 3
+    finally:
+        torch.distributed.destroy_process_group()

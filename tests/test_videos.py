@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -70,3 +71,30 @@ def test_frames_stay_when_pictures_are_encoded_anew() -> None:
         other = model(**{**inputs, "pixel_values_videos": -inputs["pixel_values_videos"]}).logits
     assert one.shape == other.shape
     assert float((one - other).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_videos_beside_images_with_mrope(name: str) -> None:
+    """Videos are passed on whole; at 100 % the output is that of the unmodified model."""
+    family = FAMILIES[name]
+    model, frames = family.model(), np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
+    part = "<|vision_start|>{}<|vision_end|>"
+    text = f"USER: {part.format('<|image_pad|>')} and {part.format('<|video_pad|>')} what? ASSISTANT:"
+    inputs = family.processor()(images=[picture(112, 112)], videos=[frames], text=[text], return_tensors="pt")
+    plain = model(**inputs).logits
+    with HiRED(1.0)(model):
+        assert torch.equal(model(**inputs).logits, plain)
+    with HiRED(0.3, positions="preserve")(model, outputs="reduced") as run:
+        short = model(**inputs).logits
+        model.generate(**inputs, max_new_tokens=1)
+    oracle = model(**oracle_inputs(model, inputs, run_of_first(run), "preserve")).logits
+    kept = kept_mask(model, inputs, run_of_first(run))
+    assert float((short[0] - oracle[0][kept[0]]).abs().max()) < 1e-5
+
+
+def run_of_first(run: Any) -> Any:
+    """The record of the first of two calls with one image each."""
+    first = copy.copy(run)
+    first.selections = run.selections[:1]
+    return first
