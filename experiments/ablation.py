@@ -22,7 +22,15 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from tokenprune.configure import as_config, content_of, one_line, prepare
-from tokenprune.experiments.experiment import Cell, Experiment, Progress, lacking, rank_and_world, run_cells
+from tokenprune.experiments.experiment import (
+    Cell,
+    Experiment,
+    Progress,
+    check_records,
+    lacking,
+    rank_and_world,
+    run_cells,
+)
 from tokenprune.experiments.loading import outline
 from tokenprune.experiments.pictures import PICTURES
 from tokenprune.experiments.records import discard, forget_errors, write_whole
@@ -290,10 +298,11 @@ def ablate(
         tell: is told after every record.
         retry_errors: try the samples again that failed before.
         pictures: so many pictures of a model and task are stored for reports.
-        fresh: discard the records that are there.
+        fresh: discard the records that are there, and run all samples again.
 
     Raises:
         ValueError: if the configuration is not valid.
+        IdentityError: if there are records of another model, data set, code or library version.
         InUseError: if another process runs the same settings.
         RuntimeError: if a worker failed.
     """
@@ -315,6 +324,8 @@ def ablate(
     if retry_errors:
         for cell in itertools.chain(*groups):
             forget_errors(cell.folder(out))
+    for group in groups:  # all of them before the first one runs
+        check_records(group, out)
     if workers > 1 and world == 1:
         return _shared(path, shard, out, workers, tell, pictures)
     return _run(groups, out, rank, world, tell, pictures)

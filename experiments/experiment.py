@@ -24,7 +24,7 @@ import yaml
 from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
-from tokenprune.experiments.identity import SampleDigests, check_identities
+from tokenprune.experiments.identity import SampleDigests, check_identities, has_records
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
 from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
@@ -223,7 +223,8 @@ def run_cells(
                 for cell, file, record, selection in _records(
                     adapter, processor, group, pending, progress, keep, watched, passes
                 ):
-                    file.add({**record, "sample_digest": digests[record["sample"]]})
+                    record["sample_digest"] = digests[record["sample"]]
+                    file.add(record)
                     _count(progress, cell, record)
                     if watch is not None:
                         watch(cell, record, selection)
@@ -237,6 +238,21 @@ def run_cells(
     for cell in cells:
         _summarise(cell, out)
     return progress
+
+
+def check_records(cells: Sequence[Cell], out: Path) -> None:
+    """Check before anything runs that the records in a run directory belong to the present model, data and code.
+
+    Args:
+        cells: experiments that share model and task.
+        out: the run directory.
+
+    Raises:
+        IdentityError: if records belong to others; the error names each change.
+    """
+    if any(has_records(cell.folder(out)) for cell in cells):
+        digests = SampleDigests(list(cells[0].experiment.task.samples()))
+        check_identities({cell.folder(out): cell.experiment for cell in cells}, out, digests)
 
 
 def _summarise(cell: Cell, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def checkpoint_folder(name: str, option: str = "model") -> Path:
 
 def is_hub_snapshot(folder: Path) -> bool:
     """Return whether a folder is a snapshot in the cache of the hub; its name is then the commit."""
-    return folder.parent.name == "snapshots"
+    return folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
 
 
 def outline(name: str) -> Any:

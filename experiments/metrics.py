@@ -6,7 +6,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
 
 from rapidfuzz.distance import Levenshtein
 
@@ -29,7 +28,10 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 if one of the answers stands in the prediction as whole words, as OCRBench counts."""
+    """Return 1 if one of the answers stands in the prediction as whole words.
+
+    OCRBench counts an answer that is any part of the prediction, also within a word.
+    """
     given = normalised(prediction)
     return float(
         any(re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", given) is not None for answer in answers)
@@ -49,6 +51,8 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
     """Return 1 for a number within 5 % of an answer, or the same text (ChartQA).
+
+    ChartQA's script reads no thousands separators ("1,000") and compares texts with their outer punctuation.
 
     Source: Masry et al., "ChartQA", Findings of ACL 2022.
     """
@@ -89,39 +93,40 @@ VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 """Characters that it removes, or replaces by a space; periods and apostrophes have rules of their own."""
 # fmt: off
 VQA_CONTRACTIONS = (
-    "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't", "don't", "hadn't",
-    "hadn't've", "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's", "i'd've", "i'm", "i've",
+    "'ow's'at", "'twas", "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't",
+    "don't", "hadn't", "hadn't've", "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's",
     "isn't", "it'd", "it'd've", "it'll", "ma'am", "might've", "mightn't", "mightn't've", "must've", "mustn't",
-    "needn't", "not've", "o'clock", "oughtn't", "shan't", "she'd've", "she's", "should've", "shouldn't",
-    "shouldn't've", "somebody'd", "somebody'd've", "somebody'll", "somebody's", "someone'd", "someone'd've",
-    "someone'll", "someone's", "something'd", "something'd've", "something'll", "that'd", "that'd've", "that's",
-    "there'd", "there'd've", "there're", "there's", "they'd", "they'd've", "they'll", "they're", "they've", "'twas",
-    "wasn't", "we'd've", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd",
-    "where's", "where've", "who'd", "who'd've", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't",
-    "would've", "wouldn't", "wouldn't've", "y'all", "y'all'd've", "y'all'll", "you'd", "you'd've", "you'll", "you're",
-    "you've",
+    "needn't", "not've", "o'clock", "oughtn't", "shan't", "she'd've", "should've", "shouldn't", "shouldn't've",
+    "somebody'd've", "somebody'll", "somebody's", "someone'd", "someone'd've", "someone'll", "someone's",
+    "something'd", "something'd've", "something'll", "that's", "there'd", "there'd've", "there're", "there's",
+    "they'd", "they'd've", "they'll", "they're", "they've", "wasn't", "we'd've", "we've", "weren't", "what'll",
+    "what're", "what's", "what've", "when's", "where'd", "where's", "where've", "who'd", "who'd've", "who'll",
+    "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "wouldn't've", "y'all",
+    "y'all'd've", "y'all'll", "you'd", "you'd've", "you'll", "you're", "you've",
 )
 # fmt: on
-"""Contractions that people write without an apostrophe; words that exist without one (its, were, well) are missing."""
+"""Contractions that the official VQA evaluation completes if one apostrophe is missing, and no others."""
 
 
 def _spellings(contraction: str) -> Iterator[str]:
-    """Yield a contraction with one or more apostrophes removed."""
-    parts = contraction.split("'")
-    for glue in product(("'", ""), repeat=len(parts) - 1):
-        if "" in glue:
-            yield "".join(part + mark for part, mark in zip(parts, (*glue, ""), strict=True))
+    """Yield a contraction with one apostrophe removed, for each of its apostrophes."""
+    for place, letter in enumerate(contraction):
+        if letter == "'":
+            yield contraction[:place] + contraction[place + 1 :]
 
 
-_FULL_SPELLING = {spelling: word for word in VQA_CONTRACTIONS for spelling in _spellings(word)}
+_FULL_SPELLING: Mapping[str, str] = {
+    **{spelling: word for word in VQA_CONTRACTIONS for spelling in _spellings(word)},
+    "somebody'd": "somebodyd",  # the official table has this pair in the other direction
+}
 
 
 def vqa_normalized(text: str) -> str:
     """Return an answer as the official VQA evaluation compares it.
 
     Number words become digits, articles go, contractions get their apostrophes. Punctuation is removed if it stands
-    beside a space or if a comma stands between digits of the answer, and becomes a space otherwise. Periods that are
-    no decimal points go.
+    beside a space or if a comma stands between digits of the answer, and becomes a space otherwise. A period
+    is removed unless a digit follows.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015; GT-Vision-Lab/VQA, vqaEval.py.
     """
@@ -131,7 +136,7 @@ def vqa_normalized(text: str) -> str:
     for mark in VQA_PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if beside_space or has_comma_in_number else " ")
-    plain = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", plain)
+    plain = re.sub(r"\.(?!\d)", "", plain)
     words = (VQA_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_FULL_SPELLING.get(word, word) for word in words if word not in ("a", "an", "the"))
 
@@ -141,6 +146,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Averaged over all ways of omitting one person. Prediction and answers are compared as `vqa_normalized` returns them.
     A single answer counts as right or wrong.
+
+    Differences from the published scripts: VQAv2 skips the normalization of a question whose ten answers are equal;
+    TextVQA removes each comma and question mark and separates ``'s`` before it normalizes.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015.
     """
@@ -153,7 +161,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of words in common with the best answer (SQuAD)."""
+    """Return the F1 of words in common with the best answer (SQuAD).
+
+    SQuAD's script also removes articles and the punctuation inside words; here only outer punctuation of the text goes.
+    """
 
     def f1(answer: str) -> float:
         given, wanted = normalised(prediction).split(), normalised(answer).split()

@@ -77,16 +77,16 @@ def with_pixels(encoding: Encoding, adapter: Adapter, inputs: Mapping[str, Any])
 
 
 def store(out: Path, name: str, pixels: Tensor) -> str:
-    """Write the tiles of a picture, one below the other, unless they are there; return the path in the run directory.
+    """Write the tiles of a picture, one below the other; return the path in the run directory.
+
+    A file of the same content stays. One of other content belongs to discarded records of a changed image, and is
+    replaced.
 
     Args:
         out: the run directory.
         name: name of the file without its end.
         pixels: uint8 `[tiles, height, width, 3]`.
     """
-    for end in (".png", ".jpg"):
-        if (out / f"{name}{end}").is_file():
-            return f"{name}{end}"
     tiles, height, width, _ = pixels.shape
     scale = min(1.0, SIDE / max(height, width), math.sqrt(PIXELS / (tiles * height * width)))
     size = max(1, int(width * scale)), max(1, int(height * scale))
@@ -97,7 +97,10 @@ def store(out: Path, name: str, pixels: Tensor) -> str:
     if len(content) > BYTES:
         end, content = ".jpg", _file(strip, "JPEG", quality=85, subsampling=0)
     (out / FOLDER).mkdir(exist_ok=True)
-    write_whole(out / f"{name}{end}", content)
+    path, other = out / f"{name}{end}", out / f"{name}{'.jpg' if end == '.png' else '.png'}"
+    if not path.is_file() or path.read_bytes() != content:
+        write_whole(path, content)
+    other.unlink(missing_ok=True)
     return f"{name}{end}"
 
 

@@ -510,3 +510,12 @@ def test_addresses_are_not_fetched(capsys: pytest.CaptureFixture[str], tmp_path:
     ]
     assert main(words) == 2
     assert f"line 1: {address} is an address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["ftp://example.com/a.png", "s3://bucket/a.png"])
+def test_addresses_of_other_schemes_and_of_data_sets_are_not_fetched(
+    capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    assert f"{address} is an address" in refused(capsys, "run", "--image", address)
+    said = refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
+    assert f"{address} is an address, and addresses are not fetched; download the data set" in said

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenprune import cli
-from tokenprune.experiments import identity
+from tokenprune.experiments import identity, publish
 from tokenprune.experiments.experiment import Cell, Experiment, run_cells
 from tokenprune.experiments.identity import IdentityError
+from tokenprune.experiments.loading import is_hub_snapshot
 from tokenprune.experiments.records import discard, read_lines
 from tokenprune.experiments.tasks import Boards, Folder
 from tokenprune.models import mini
@@ -177,3 +178,90 @@ def test_fresh_discards_the_records_of_an_ablation(tmp_path: Path, capsys: pytes
     assert cli.main(words) != 0
     assert "2 samples changed" in capsys.readouterr().err
     assert cli.main([*words, "--fresh"]) == 0
+
+
+def test_fresh_and_a_refusal_with_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command refuses before a worker starts, and the records stay as they are."""
+    data, grid = write(tmp_path, QUESTIONS), tmp_path / "grid.yaml"
+    task = f"{{class_path: Folder, init_args: {{path: {data}}}}}"
+    grid.write_text(f"task: {task}\nmax_new_tokens: 2\ngrid:\n  reducer.budget: [0.1, 0.2]\nbaselines: []\n")
+    words = ["ablate", str(grid), "--out", str(tmp_path / "out"), "--workers", "2", "--quiet", "true"]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    files = sorted((tmp_path / "out").rglob("records.jsonl"))
+    before = [file.read_bytes() for file in files]
+    write(tmp_path, [QUESTIONS[0], ("Where is it?", "left")])
+    capfd.readouterr()
+    assert cli.main(words) == 2
+    said = capfd.readouterr().err
+    assert said.count("1 sample changed: d/2 (answers)") == 1
+    assert "worker" not in said
+    assert [file.read_bytes() for file in files] == before
+    assert cli.main([*words, "--fresh"]) == 0
+    for file in files:
+        assert sorted((record["question"], record["answer"]) for record in read_lines(file)) == [
+            ("How many shapes are there?", "4"),
+            ("Where is it?", "left"),
+        ]
+
+
+def test_all_settings_are_checked_before_the_first_one_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second task has stale records, the first one a sample without a record."""
+    grid, folders = tmp_path / "grid.yaml", [tmp_path / "a", tmp_path / "b"]
+    tasks = []
+    for folder in folders:
+        folder.mkdir()
+        tasks.append({"class_path": "Folder", "init_args": {"path": str(write(folder, QUESTIONS))}})
+    grid.write_text(
+        json.dumps({"max_new_tokens": 2, "grid": {"task": tasks, "reducer.budget": [0.1]}, "baselines": False})
+    )
+    words = ["ablate", str(grid), "--out", str(tmp_path / "out"), "--quiet", "true"]
+    assert cli.main(words) == 0
+    files = sorted((tmp_path / "out").rglob("records.jsonl"))
+    before = [file.read_bytes() for file in files]
+    write(folders[0], [*QUESTIONS, ("What number is on it?", "7")])
+    write(folders[1], QUESTIONS, shade=9)
+    assert cli.main(words) == 2
+    assert "2 samples changed: d/1 (image), d/2 (image)" in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_refused_run_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path, QUESTIONS)
+    words = ["evaluate", "--task", "folder", "--task.path", str(data), "--quiet", "true", "--max-new-tokens", "2"]
+    words += ["--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    write(tmp_path, QUESTIONS, shade=9)
+    monkeypatch.setattr(publish, "tracked", lambda *_, **__: pytest.fail("stale records were published"))
+    assert cli.main([*words, "--wandb", "project"]) == 2
+
+
+def test_a_sweep_ends_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, sweep = write(tmp_path, QUESTIONS), tmp_path / "sweep.yaml"
+    parameters = {"reducer.budget": {"values": [0.1]}, "max-new-tokens": {"value": 2}, "task": {"value": "folder"}}
+    parameters |= {"task.path": {"value": str(data)}, "out": {"value": str(tmp_path / "out")}}
+    command = ["${env}", "tokenprune", "evaluate", "${args}"]
+    sweep.write_text(json.dumps({"method": "grid", "parameters": parameters, "command": command}))
+    assert cli.main(["sweep", str(sweep), "--local"]) == 0
+    write(tmp_path, [QUESTIONS[0], ("Where is he?", "top")])
+    capsys.readouterr()
+    assert cli.main(["sweep", str(sweep), "--local"]) == 2
+    assert "1 sample changed: d/2 (question)" in capsys.readouterr().err
+
+
+def test_a_stored_image_is_replaced_when_records_are_discarded(tmp_path: Path) -> None:
+    data = write(tmp_path, QUESTIONS)
+    run(data, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "pictures").iterdir()
+    before = file.read_bytes()
+    write(tmp_path, QUESTIONS, shade=60)
+    discard(next((tmp_path / "out").rglob("records.jsonl")).parent)
+    records = run(data, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "pictures").iterdir()
+    assert file.read_bytes() != before
+    assert {record["picture"] for record in records} == {f"pictures/{file.name}"}
+
+
+@pytest.mark.parametrize(("name", "is_snapshot"), [("a" * 40, True), ("step-1000", False)])
+def test_a_folder_of_own_checkpoints_is_no_snapshot_of_the_hub(tmp_path: Path, name: str, is_snapshot: bool) -> None:
+    assert is_hub_snapshot(tmp_path / "snapshots" / name) is is_snapshot

@@ -73,6 +73,16 @@ def test_a_minus_is_no_punctuation() -> None:
         ("ping-pong", "ping pong", True),
         ("yes!", "yes", True),
         ("the an a", "", True),
+        ("red,blue", "red blue", True),
+        ("3.", "3", True),
+        ("ows'at", "'ow's'at", False),
+        ("'ows'at", "'ow's'at", True),
+        ("somebody'd", "somebodyd", True),
+        # Contractions that the official table does not have, or not without all of their apostrophes.
+        ("im", "i'm", False),
+        ("shes", "she's", False),
+        ("thatd", "that'd", False),
+        ("couldntve", "couldn't've", False),
     ],
 )
 def test_vqa_answers_are_normalized_as_officially(prediction: str, answer: str, equal: bool) -> None:

@@ -245,7 +245,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
     from tokenprune.experiments.ablation import experiment_of
     from tokenprune.experiments.console import show
-    from tokenprune.experiments.experiment import Cell, rank_and_world
+    from tokenprune.experiments.experiment import Cell, check_records, rank_and_world
     from tokenprune.experiments.publish import run_tracked
     from tokenprune.experiments.records import discard, forget_errors
 
@@ -265,6 +265,7 @@ def evaluate(argv: Sequence[str]) -> int:
         discard(cell.folder(out))
     if own.retry_errors:
         forget_errors(cell.folder(out))
+    check_records([cell], out)  # before W&B receives records of another state
     return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell, own.pictures), out, own.quiet)
 
 

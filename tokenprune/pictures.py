@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,8 +16,12 @@ NOT_FETCHED = "{} is an address, and addresses are not fetched; download the ima
 
 
 def is_address(path: str) -> bool:
-    """Return whether a text is an address on the web and not a file."""
-    return path.lower().startswith(("http://", "https://", "http:/", "https:/"))
+    """Return whether a text is an address such as ``https://...`` and not a file.
+
+    Args:
+        path: the text as the user wrote it; `Path` removes one slash.
+    """
+    return re.match(r"https?:/|[a-z][a-z\d+.-]+://", path.lower()) is not None
 
 
 def load_picture(path: str | Path) -> Image.Image:

@@ -66,6 +66,11 @@ class Folder(Task):
 
     def samples(self) -> Iterator[Sample]:
         """Yield the lines, those about one picture together."""
+        if is_address(self.path):  # before `Path` removes a slash
+            raise ValueError(
+                f"{self.path} is an address, and addresses are not fetched; download the data set first, and give its "
+                "file or folder"
+            )
         root = Path(self.path).expanduser()
         rows = [self._sample(root, *line) for line in self._lines(root)]
         seen: set[str] = set()

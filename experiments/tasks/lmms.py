@@ -86,17 +86,19 @@ class LmmsTask(Task):
         for place in range(min(self.limit or len(documents), len(documents))):
             group, question, kind = f"{self.name}/document-{place}", "", ""
             answers: tuple[str, ...] = ()
+            content: Callable[[], str] | None = None
             try:
                 document = documents[place]
                 picture, question = _asked(task, document)
                 pixels = f"{picture.mode} {picture.size}".encode() + picture.tobytes()
-                group = f"{self.name}/{hashlib.sha256(pixels).hexdigest()[:12]}"
+                digest = hashlib.sha256(pixels).hexdigest()
+                group, content = f"{self.name}/{digest[:12]}", partial(str, digest)
                 answers = _answers(task, document)
                 kind = "" if self.type_by is None else str(document[self.type_by])
             except Exception as error:  # its record will say so; the others are asked
                 errors.append(f"document {place}: {_said(error)}")
             opens = partial(self._picture, place)
-            rows.append(Sample(f"{self.name}/{place}", group, opens, question, answers, kind))
+            rows.append(Sample(f"{self.name}/{place}", group, opens, question, answers, kind, content=content))
         if len(errors) == len(rows):
             raise ValueError(f"{self.name}: no document can be asked about. {errors[0] if errors else 'There is none'}")
         self._probe(rows[0])
