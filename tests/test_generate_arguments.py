@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from torch import Tensor
 from transformers import (
     CompileConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     WatermarkingConfig,
@@ -272,7 +278,7 @@ def test_not_available(model: Any, name: str) -> None:
         generate(model, inputs, NOT_AVAILABLE[name])
 
 
-@pytest.mark.parametrize("by", ["argument", "config", "model"])
+@pytest.mark.parametrize("by", ["argument", "config", "model", "model beside a config"])
 @pytest.mark.parametrize("embedded", [False, True])
 @torch.no_grad()
 def test_total_lengths(inputs: Any, by: str, embedded: bool) -> None:
@@ -286,13 +292,103 @@ def test_total_lengths(inputs: Any, by: str, embedded: bool) -> None:
     arguments: dict[str, Any] = {"max_length": total, "min_length": total} if by == "argument" else {}
     if by == "config":
         arguments["generation_config"] = GenerationConfig(max_length=total, min_length=total, pad_token_id=0)
-    if by == "model":
+    if by == "model beside a config":
+        arguments["generation_config"] = GenerationConfig(do_sample=False, pad_token_id=0)
+    if by.startswith("model"):
         model.generation_config.max_length = model.generation_config.min_length = total
     arguments["suppress_tokens"] = [image_token()]
     plain = model.generate(**calls, **arguments)
     with HiRED(0.2)(model):
         reduced = model.generate(**calls, **arguments)
     assert reduced.shape == plain.shape
+
+
+@torch.no_grad()
+def test_the_least_length_of_the_model_beside_a_config(inputs: Any) -> None:
+    model, ends = tiny_model("llava_next"), list(range(3, 400))
+    total = inputs["input_ids"].shape[1] + 3
+    model.generation_config.min_length = total
+    config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=ends)
+    plain = model.generate(**inputs, generation_config=config)
+    with HiRED(0.2)(model):
+        assert model.generate(**inputs, generation_config=config).shape == plain.shape == (2, total + 1)
+    assert config.min_length is None
+
+
+@pytest.mark.parametrize("below", [0, 10])
+def test_a_length_within_the_prompt_is_refused(model: Any, inputs: Any, below: int) -> None:
+    """As without a strategy; the sentence counts the full prompt."""
+    length = inputs["input_ids"].shape[1]
+    with HiRED(0.2)(model), pytest.raises(ValueError, match=f"has {length} tokens .* max_length={length - below} "):
+        model.generate(**inputs, max_length=length - below)
+
+
+@torch.no_grad()
+def test_scores_equal_the_oracle(model: Any, inputs: Any) -> None:
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3, "num_return_sequences": 2}]
+    for way in ways:
+        options = {**way, "max_new_tokens": NEW, "suppress_tokens": [image_token()]}
+        options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        with HiRED(0.2)(model) as run:
+            short = model.generate(**inputs, **options)
+        full = model.generate(**oracle(model, inputs, run), **options)
+        assert torch.equal(short.sequences, full.sequences)
+        for name in ("scores", "logits"):
+            for a, b in zip(short[name], full[name], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        steps = [model.compute_transition_scores(o.sequences, o.scores, o.get("beam_indices")) for o in (short, full)]
+        torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_positional_arguments(model: Any, inputs: Any, budget: float) -> None:
+    config, others = GenerationConfig(max_new_tokens=2, pad_token_id=0), dict(inputs)
+    ids = others.pop("input_ids")
+    with HiRED(budget)(model):
+        named = model.generate(**inputs, generation_config=config)
+        processor = RecordingProcessor()
+        assert torch.equal(model.generate(ids, config, [processor], **others), named)
+        assert len(processor.ids) == 2
+        assert torch.equal(model.generate(inputs=ids, generation_config=config, **others), named)
+        with pytest.raises(ValueError, match="`inputs` and `input_ids` are both set"):
+            model.generate(ids, **inputs)
+        with pytest.raises(TypeError, match="multiple values"):
+            model.generate(ids, config, generation_config=config, **others)
+
+
+@torch.no_grad()
+def test_synced_gpus(model: Any, inputs: Any) -> None:
+    with HiRED(0.2)(model):
+        assert torch.equal(generate(model, inputs, {"synced_gpus": False}), generate(model, inputs, {}))
+
+
+class RecordingStreamer:
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+@pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_streamer_gets_the_full_prompt_and_the_new_tokens(model: Any, budget: float, way: str) -> None:
+    inputs, streamer = batch("llava_next", [(60, 160)]), RecordingStreamer()
+    lookup = {"prompt_lookup_num_tokens": 3} if way == "prompt lookup" else {}
+    with HiRED(budget)(model):
+        output = generate(model, inputs, {"streamer": streamer, **lookup})
+    assert torch.equal(streamer.values[0], inputs["input_ids"])
+    assert torch.equal(torch.cat([value.flatten() for value in streamer.values]), output[0])
+    assert streamer.ends == 1
 
 
 # --- functions of the caller ------------------------------------------------------------------------------------------
@@ -372,6 +468,138 @@ def test_processors_of_transformers_keep_their_meaning(model: Any, inputs: Any) 
         assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments)), arguments
 
 
+@torch.no_grad()
+def test_a_repeated_function_runs_once(model: Any, inputs: Any) -> None:
+    """As without a strategy."""
+    counts = []
+    for budget in (None, 0.2, 1.0):
+        processor, criterion = RecordingProcessor(), RecordingCriterion(1000)
+        arguments = {"logits_processor": [processor, processor], "stopping_criteria": [criterion, criterion]}
+        with nullcontext() if budget is None else HiRED(budget)(model):
+            generate(model, inputs, arguments)
+        counts.append((len(processor.ids), len(criterion.ids)))
+    assert counts == [(NEW, NEW)] * 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beside_default", [False, True])
+@torch.no_grad()
+def test_ignored_prompt_lengths(model: Any, inputs: Any, beams: int, beside_default: bool) -> None:
+    """A position of the full prompt from which tokens are penalized: the end, one in an image, one for each row."""
+    length = inputs["input_ids"].shape[1]
+    rows = torch.tensor([length - 3, length - 6]).repeat_interleave(beams)
+    for ignored in (length, length - 3, length + 1, 40, rows):
+        arguments: dict[str, Any] = {
+            "max_new_tokens": 8,
+            "num_beams": beams,
+            "logits_processor": [RepetitionPenaltyLogitsProcessor(5.0, prompt_ignore_length=ignored)],
+            "suppress_tokens": [image_token()],
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
+        if beside_default:
+            arguments["repetition_penalty"] = 1.3
+        with HiRED(0.2)(model) as run:
+            short = model.generate(**inputs, **arguments)
+        full = model.generate(**oracle(model, inputs, run), **arguments)
+        assert torch.equal(short.sequences, full.sequences)
+        for a, b in zip(short.scores, full.scores, strict=True):
+            a, b = (scores.index_fill(1, torch.tensor([image_token()]), 0) for scores in (a, b))
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        kept = arguments["logits_processor"][0].prompt_ignore_length
+        assert kept is ignored  # the object of the caller stays
+
+
+@torch.no_grad()
+def test_a_prefix_processor_of_the_caller_gets_the_full_prompt(model: Any, inputs: Any) -> None:
+    prompt, seen = inputs["input_ids"], []
+
+    def prefix(row: int, ids: Tensor) -> list[int]:
+        seen.append((row, ids.clone()))
+        return list(range(3, 300))
+
+    with HiRED(0.2)(model):
+        generate(model, inputs, {"logits_processor": [PrefixConstrainedLogitsProcessor(prefix, 3)], "num_beams": 3})
+    assert {row for row, _ in seen} == {0, 1}
+    assert all(torch.equal(ids[: prompt.shape[1]], prompt[row]) for row, ids in seen)
+
+
+# --- neighbors --------------------------------------------------------------------------------------------------------
+
+AROUND = (224, 264)
+"""The tokens before and after the image of the second sentence of `batch`."""
+ADJACENT: Mapping[str, Any] = {
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "no_repeat_ngram_size, object": {"logits_processor": [NoRepeatNGramLogitsProcessor(2)]},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 2},
+}
+"""Options that compare n-grams."""
+
+
+@pytest.mark.parametrize("name", ADJACENT)
+@torch.no_grad()
+def test_tokens_around_an_image_without_kept_tokens_are_no_bigram(model: Any, name: str) -> None:
+    """The bigram is forced: it is allowed by the oracle, and would be banned in the reduced prompt."""
+    inputs = batch("llava_next", [(60, 160)])
+    length, text = inputs["input_ids"].shape[1], inputs["input_ids"][inputs["input_ids"] != image_token()].tolist()
+    assert tuple(text[2:4]) == AROUND
+
+    def prefix(row: int, ids: Tensor) -> list[int]:
+        return [AROUND[0]] if len(ids) == length else [AROUND[1], 9]
+
+    processors = [*ADJACENT[name].get("logits_processor", []), PrefixConstrainedLogitsProcessor(prefix, 1)]
+    forced = {"logits_processor": processors, "max_new_tokens": 2, "sequence_bias": [[[AROUND[1]], 50.0]]}
+    with HiRED(0.2)(model) as run:
+        short = generate(model, inputs, {**ADJACENT[name], **forced})
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), {**ADJACENT[name], **forced}))
+    assert tuple(short[0, length:].tolist()) == AROUND
+    with HiRED(0.0)(model):
+        sentence = name.split(",")[0] + " compares neighboring tokens"
+        with pytest.raises(ValueError, match=sentence):
+            generate(model, inputs, {**ADJACENT[name], **forced})
+
+
+ENDS: Mapping[str, Mapping[str, Any]] = {
+    "sequence_bias": {"sequence_bias": [[[29, 224, 5], 30.0]]},
+    "bad_words_ids": {"bad_words_ids": [[224, 5]]},
+    "stop_strings": {"stop_strings": "e: a", "tokenizer": "of the model"},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig()},
+    "guidance_scale": {"guidance_scale": 1.5},
+}
+"""Options that read the end of the prompt."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+@torch.no_grad()
+def test_the_end_of_the_prompt(model: Any, name: str) -> None:
+    """A prompt that ends with an image: refused if nothing of it is kept, else equal to the oracle."""
+    inputs = batch("llava_next", [(60, 160)])
+    end = int((inputs["input_ids"][0] == image_token()).nonzero()[-1]) + 1
+    inputs = {**inputs, **{key: inputs[key][:, :end] for key in ("input_ids", "attention_mask")}}
+    with HiRED(0.2)(model) as run:
+        short = generate(model, inputs, ENDS[name])
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), ENDS[name]))
+    with HiRED(0.0)(model), pytest.raises(ValueError, match=f"{name} compares neighboring tokens"):
+        generate(model, inputs, ENDS[name])
+
+
+@torch.no_grad()
+def test_a_watermark_over_several_tokens(model: Any) -> None:
+    """Its seed reads the last tokens of the prompt, images included."""
+    inputs = batch("llava_next", [(60, 160)])
+    arguments = {"watermarking_config": WatermarkingConfig(context_width=4)}
+    with HiRED(0.0)(model) as run:
+        short = generate(model, inputs, arguments)
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments))
+    arguments = {"watermarking_config": WatermarkingConfig(context_width=12)}
+    with HiRED(0.0)(model), pytest.raises(ValueError, match="watermarking_config compares neighboring tokens"):
+        generate(model, inputs, arguments)
+
+
+# --- assistants and custom loops --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("budget", [0.2, 1.0])
 @torch.no_grad()
 def test_assisted_decoding(model: Any, budget: float) -> None:
@@ -389,6 +617,50 @@ def test_assisted_decoding(model: Any, budget: float) -> None:
             assert torch.equal(generate(model, inputs, arguments), greedy)
             full = inputs["input_ids"]
             assert all(torch.equal(ids[:, : full.shape[1]], full) for ids in processor.ids)
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@pytest.mark.parametrize("has_own_tokenizer", [False, True])
+@torch.no_grad()
+def test_an_assistant_without_images(model: Any, budget: float, has_own_tokenizer: bool) -> None:
+    """A language model gets the placeholders as text."""
+    inputs = batch("llava_next", [(60, 160)])
+    config = model.config.get_text_config().to_dict() | {"vocab_size": 450 if has_own_tokenizer else len(tokenizer())}
+    torch.manual_seed(1)
+    assistant = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    arguments: dict[str, Any] = {"assistant_model": assistant, "max_new_tokens": 6}
+    if has_own_tokenizer:
+        other = tokenizer(image_token="<image>", mark="<mark>")
+        arguments |= {"tokenizer": tokenizer(), "assistant_tokenizer": other}
+    with HiRED(budget)(model):
+        assert torch.equal(generate(model, inputs, arguments), generate(model, inputs, {"max_new_tokens": 6}))
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_custom_loop_with_another_result(model: Any, inputs: Any, budget: float) -> None:
+    """It is returned as it is, also that of a loop in a folder."""
+
+    def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> dict[str, int]:
+        return {"width": input_ids.shape[1]}
+
+    with HiRED(budget)(model) as run:
+        assert model.generate(**inputs, custom_generate=loop) == {"width": run.rows.index.shape[1]}
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_custom_loop_in_a_folder(model: Any, inputs: Any, tmp_path: Path, budget: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    file = tmp_path / "loop" / "custom_generate" / "generate.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import torch\n\n\ndef generate(model, input_ids, **kwargs):\n"
+        "    return torch.cat([input_ids, torch.full((len(input_ids), 1), 7)], dim=1)\n"
+    )
+    with HiRED(budget)(model):
+        output = model.generate(**inputs, custom_generate=str(tmp_path / "loop"), trust_remote_code=True)
+    assert torch.equal(output, torch.cat([inputs["input_ids"], torch.full((2, 1), 7)], dim=1))
 
 
 @torch.no_grad()

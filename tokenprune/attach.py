@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
@@ -329,11 +330,21 @@ class _Generate:
         model = self.pipeline.adapter.model
         return type(model).generate.__get__(memo.get(id(model), model))
 
-    def __call__(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Generate from the reduced prompt; returned sequences begin with the full one."""
-        if inputs is not None and kwargs.get("input_ids") is None:
-            kwargs["input_ids"] = inputs
-        return self.pipeline.generate(kwargs, generation_config)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate from the reduced prompt; returned sequences begin with the full one.
+
+        Raises:
+            ValueError: if the prompt is given twice.
+        """
+        options = inspect.signature(GenerationMixin.generate).bind(None, *args, **kwargs).arguments
+        inputs = {**options.pop("kwargs", {}), **options}
+        inputs.pop("self")
+        prompt, config = inputs.pop("inputs", None), inputs.pop("generation_config", None)
+        if prompt is not None and inputs.get("input_ids") is not None:
+            raise ValueError("`inputs` and `input_ids` are both set, and both are the prompt; leave one of them out")
+        if prompt is not None:
+            inputs["input_ids"] = prompt
+        return self.pipeline.generate(inputs, config)
 
 
 def _restore_generate(model: Any, before: Any) -> None:

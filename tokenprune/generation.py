@@ -7,12 +7,22 @@ Length limits, streamers, stopping criteria, logits processors and returned sequ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteria,
+    StopStringCriteria,
+)
+from transformers.utils.generic import ModelOutput
 
 from tokenprune.rewrite import Rows
 
@@ -43,22 +53,26 @@ def generate_reduced(
         The result of `generate`; sequences begin with the full prompt.
 
     Raises:
-        ValueError: for `token_healing`.
+        ValueError: for `token_healing`, for a `max_length` within the prompt, and for options that compare neighboring
+            tokens if dropped image tokens made other text adjacent.
     """
-    config = default_config if generation_config is None else generation_config
-    if inputs.get("token_healing", getattr(config, "token_healing", False)):
+    inputs, width = dict(inputs), rows.index.shape[1]
+    options = _Options(inputs, generation_config, default_config)
+    if options.get("token_healing"):
         raise ValueError(
             "token_healing rewrites the prompt as text, and the ids of a reduced prompt are not those of a text; "
             "leave it out, or set budget=1.0"
         )
-    dropped, width = rows.length - rows.index.shape[1], rows.index.shape[1]
-    inputs, generation_config = _with_lower_limits(dict(inputs), generation_config, config, dropped)
+    inputs, generation_config = _with_lower_limits(inputs, generation_config, options, rows)
     if prompt is None:
         return generate(generation_config=generation_config, **inputs)
+    _refuse_adjacent_text(inputs, options, prompt, rows)
+    repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
     for name in ("logits_processor", "stopping_criteria"):
         if inputs.get(name) is not None:
-            functions = [_for_reduced_prompt(function, prompt, width, dropped) for function in inputs[name]]
-            inputs[name] = type(inputs[name])(functions)
+            functions = list(inputs[name])
+            unique = [f for i, f in enumerate(functions) if f not in functions[:i]]  # as `generate` does
+            inputs[name] = type(inputs[name])([_for_reduced_prompt(f, prompt, rows, repeats) for f in unique])
     if inputs.get("prefix_allowed_tokens_fn") is not None:
         inputs["prefix_allowed_tokens_fn"] = _FullPromptPrefix(inputs["prefix_allowed_tokens_fn"], prompt, width)
     if inputs.get("streamer") is not None:
@@ -66,8 +80,9 @@ def generate_reduced(
     output = generate(generation_config=generation_config, **inputs)
     if isinstance(output, Tensor):
         return with_full_prompt(output, prompt, width)
-    output["sequences"] = output.sequences = with_full_prompt(output.sequences, prompt, width)
-    return output
+    if isinstance(output, ModelOutput) and isinstance(output.get("sequences"), Tensor):
+        output["sequences"] = output.sequences = with_full_prompt(output["sequences"], prompt, width)
+    return output  # a custom loop may return another type
 
 
 def refuse_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
@@ -127,25 +142,165 @@ def _describe(value: Any) -> str:
     return f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+class _Options:
+    """The options of one call: arguments come first, then its generation config, then that of the model.
+
+    Args:
+        inputs: keyword arguments of `generate`.
+        configs: generation configs, the first has precedence; None is skipped.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], *configs: Any) -> None:
+        self._inputs = dict(inputs)
+        self._configs = [config for config in configs if config is not None]
+
+    def get(self, name: str) -> Any:
+        """Return the value of an option; None if it is not set."""
+        if name in self._inputs:
+            return self._inputs[name]
+        values = (getattr(config, name, None) for config in self._configs)
+        return next((value for value in values if value is not None), None)
+
+
 def _with_lower_limits(
-    inputs: dict[str, Any], generation_config: Any, config: Any, dropped: int
+    inputs: dict[str, Any], generation_config: Any, options: _Options, rows: Rows
 ) -> tuple[dict[str, Any], Any]:
-    """Lower total length limits by the dropped width, wherever they are set; `max_new_tokens` stays."""
+    """Lower total length limits by the dropped width, wherever they are set; `max_new_tokens` stays.
+
+    Raises:
+        ValueError: if the full prompt is as long as `max_length`.
+    """
     lowered = {}
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if inputs.get(total) is not None:
-            inputs[total] -= dropped
-        elif inputs.get(new, getattr(config, new, None)) is None and getattr(config, total, None):
-            lowered[total] = getattr(config, total) - dropped
-    if lowered and generation_config is not None:
+        if options.get(total) is not None and options.get(new) is None:
+            lowered[total] = max(options.get(total) - rows.length + rows.index.shape[1], 0)
+    if "max_length" in lowered and options.get("max_length") <= rows.length:
+        raise ValueError(
+            f"the prompt has {rows.length} tokens before reduction, but max_length={options.get('max_length')} counts "
+            "prompt and new tokens; raise max_length or, better, set max_new_tokens"
+        )
+    in_config = {name: value for name, value in lowered.items() if name not in inputs}
+    inputs.update({name: value for name, value in lowered.items() if name in inputs})
+    if in_config and generation_config is not None:
         generation_config = copy.deepcopy(generation_config)
-        generation_config.update(**lowered)
-    elif lowered:
-        inputs.update(lowered)
+        generation_config.update(**in_config)
+    else:
+        inputs.update(in_config)
     return inputs, generation_config
 
 
-def _for_reduced_prompt(function: Any, prompt: Tensor, width: int, dropped: int) -> Any:
+def _refuse_adjacent_text(inputs: Mapping[str, Any], options: _Options, prompt: Tensor, rows: Rows) -> None:
+    """Raise for options that compare neighboring tokens, if these differ between the full and the reduced prompt.
+
+    That takes an image of which nothing is kept, or a prompt that ends with an image. Image tokens are not generated,
+    so n-grams that contain them do not count.
+
+    Args:
+        inputs: keyword arguments of `generate`, with the prompt reduced.
+        options: the options of the call.
+        prompt: ids of the full prompt, `[rows, length]`.
+        rows: the positions that remain.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    ngrams, sequences, tails = _compared_lengths(inputs, options)
+    if not (ngrams or sequences or tails):
+        return
+    for full, short, dropped in _prompt_pairs(inputs["input_ids"], prompt, rows):
+        for name, length in tails.items():
+            if full[-length:] != short[-length:]:
+                raise ValueError(_adjacent_text(name))
+        for name, length in {**ngrams, **sequences}.items():
+            if _text_tail(full, length - 1, dropped) != _text_tail(short, length - 1, dropped):
+                raise ValueError(_adjacent_text(name))
+        for name, length in ngrams.items():
+            if _continuations(full, length, dropped) != _continuations(short, length, dropped):
+                raise ValueError(_adjacent_text(name))
+
+
+def _adjacent_text(name: str) -> str:
+    return (
+        f"{name} compares neighboring tokens of the prompt, and dropped image tokens made other tokens adjacent; "
+        f"leave {name} out, or set a budget that keeps more tokens of each image"
+    )
+
+
+def _compared_lengths(
+    inputs: Mapping[str, Any], options: _Options
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Return the lengths of compared n-grams, of compared text, and of the end of the prompt that is read exactly.
+
+    Each maps the name of an option to a number of tokens. Processors and criteria of transformers that the caller
+    passes count as their option.
+    """
+    functions = [f for name in ("logits_processor", "stopping_criteria") for f in inputs.get(name) or ()]
+
+    def values(option: str, kind: type, attribute: str) -> list[Any]:
+        """Return the set values of an option, and of processors or criteria that do the same."""
+        passed = [getattr(function, attribute) for function in functions if type(function) is kind]
+        return [value for value in (options.get(option), *passed) if value]
+
+    biases = values("sequence_bias", SequenceBiasLogitsProcessor, "sequence_bias")
+    words = values("bad_words_ids", NoBadWordsLogitsProcessor, "bad_word_ids")
+    texts = values("stop_strings", StopStringCriteria, "stop_strings")
+    ngrams = {
+        "no_repeat_ngram_size": values("no_repeat_ngram_size", NoRepeatNGramLogitsProcessor, "ngram_size"),
+        "encoder_no_repeat_ngram_size": values(
+            "encoder_no_repeat_ngram_size", EncoderNoRepeatNGramLogitsProcessor, "ngram_size"
+        ),
+    }
+    sequences = {
+        "sequence_bias": [len(ids if isinstance(value, Mapping) else ids[0]) for value in biases for ids in value],
+        "bad_words_ids": [len(ids) for value in words for ids in value],
+        "stop_strings": [  # a token has at least a byte
+            len(text.encode()) for value in texts for text in ([value] if isinstance(value, str) else value)
+        ],
+    }
+    watermark = options.get("watermarking_config")
+    tails = {
+        "watermarking_config": [] if watermark is None else [getattr(watermark, "context_width", 1)],
+        "guidance_scale": [1] if options.get("guidance_scale") not in (None, 1) else [],
+    }
+    longest = ({name: max(value) for name, value in group.items() if value} for group in (ngrams, sequences, tails))
+    return next(longest), next(longest), next(longest)
+
+
+def _prompt_pairs(short: Tensor, prompt: Tensor, rows: Rows) -> Iterator[tuple[list[int], list[int], set[int]]]:
+    """Yield the ids of each full prompt, of its reduced prompt, and those of padding and of dropped positions."""
+    kept = torch.zeros_like(prompt).scatter_add(1, rows.index.to(prompt.device), rows.mask.long().to(prompt.device))
+    dropped = prompt.masked_fill(kept > 0, -1)
+    padding = short.masked_fill(rows.mask.to(short.device), -1)
+    for row in range(len(prompt)):
+        yield prompt[row].tolist(), short[row].tolist(), {*dropped[row].tolist(), *padding[row].tolist()} - {-1}
+
+
+def _text_tail(ids: Sequence[int], length: int, dropped: set[int]) -> list[int]:
+    """Return the last ids of a prompt, at most `length`, that follow every image and padding."""
+    tail = list(ids[max(len(ids) - length, 0) :])
+    images = [position for position, token in enumerate(tail) if token in dropped]
+    return tail[images[-1] + 1 :] if images else tail
+
+
+def _continuations(ids: Sequence[int], size: int, dropped: set[int]) -> set[tuple[int, tuple[int, ...]]]:
+    """Return the ends of n-grams of a prompt that begin with its last tokens; all n-grams begin with its last 0 tokens.
+
+    Args:
+        ids: the prompt.
+        size: length of the n-grams.
+        dropped: ids that are not generated; ends with such an id are left out.
+    """
+    grams = {tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)}
+    tails = [tuple(ids[len(ids) - length :]) for length in range(size)]
+    ends = {(len(tail), gram[len(tail) :]) for tail in tails for gram in grams if gram[: len(tail)] == tail}
+    return {(length, end) for length, end in ends if dropped.isdisjoint(end)}
+
+
+def _is_from_transformers(function: Any) -> bool:
+    return type(function).__module__.startswith("transformers.")
+
+
+def _for_reduced_prompt(function: Any, prompt: Tensor, rows: Rows, repeats: int) -> Any:
     """Return a processor or criterion that behaves on the reduced prompt as it would on the full one.
 
     transformers replaces its default processors and criteria by those of the caller that have the same type. So its own
@@ -154,20 +309,46 @@ def _for_reduced_prompt(function: Any, prompt: Tensor, width: int, dropped: int)
     Args:
         function: a logits processor or a stopping criterion.
         prompt: ids of the full prompt, `[rows, length]`.
-        width: width of the reduced prompt.
-        dropped: positions that the prompt lost.
+        rows: the positions that remain.
+        repeats: sequences of each row.
     """
-    if type(function).__module__.startswith("transformers."):
-        lengths = {name: value - dropped for name in LENGTHS if isinstance(value := getattr(function, name, None), int)}
-        if not lengths:
-            return function
+    width = rows.index.shape[1]
+    if not _is_from_transformers(function):
+        kind = _FullPromptCriterion if isinstance(function, StoppingCriteria) else _FullPromptProcessor
+        return kind(function, prompt, width)
+    attributes: dict[str, Any] = {
+        name: value - rows.length + width for name in LENGTHS if isinstance(value := getattr(function, name, None), int)
+    }
+    if getattr(function, "prompt_ignore_length", None) is not None:
+        attributes["prompt_ignore_length"] = _ignored_length(function.prompt_ignore_length, rows, repeats)
+    if isinstance(function, PrefixConstrainedLogitsProcessor):
+        prefix = function._prefix_allowed_tokens_fn
+        attributes["_prefix_allowed_tokens_fn"] = _FullPromptPrefix(prefix, prompt, width)
+    if attributes:
         function = copy.copy(function)
-        for name, value in lengths.items():
+        for name, value in attributes.items():
             setattr(function, name, value)
-        return function
-    if isinstance(function, StoppingCriteria):
-        return _FullPromptCriterion(function, prompt, width)
-    return _FullPromptProcessor(function, prompt, width)
+    return function
+
+
+def _ignored_length(length: int | Tensor, rows: Rows, repeats: int) -> int | Tensor:
+    """Return how many positions of the reduced prompt come before a position of the full one.
+
+    Args:
+        length: the position of the full prompt, for all rows or for each, `[rows * repeats]`.
+        rows: the positions that remain.
+        repeats: sequences of each row.
+
+    Returns:
+        An int if `length` is one and all rows agree; else a number for each row, `[rows * repeats]`.
+    """
+    lengths = torch.as_tensor(length, device=rows.index.device)
+    lengths = lengths.expand(len(rows.index) * repeats) if lengths.dim() == 0 else lengths
+    expanded = [v.repeat_interleave(len(lengths) // len(rows.index), dim=0) for v in (rows.index, rows.mask)]
+    after = expanded[1] & (expanded[0] >= lengths[:, None])
+    past = rows.index.shape[1] + (lengths - rows.length).clamp(min=0)
+    columns = torch.where(after.any(dim=1), after.int().argmax(dim=1), past)
+    return int(columns[0]) if isinstance(length, int) and bool((columns == columns[0]).all()) else columns
 
 
 class _FullPrompt:
