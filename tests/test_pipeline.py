@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from tests.families import FAMILIES
 from tests.test_families import kept_mask
@@ -541,3 +541,24 @@ def test_distributed_data_parallel(inputs: Any, tmp_path: Any) -> None:
         assert run.account.image_count == 3
     finally:
         torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def test_an_assistant_with_a_reducer_of_its_own(model: Any) -> None:
+    inputs, helper = batch("llava_next", [(60, 160)]), tiny_model("llava_next")
+    handle = HiRED(0.2).attach(helper)
+    with HiRED(0.2)(model):
+        greedy = model.generate(**inputs, max_new_tokens=5)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, assistant_model=helper), greedy)
+    handle.detach()
+
+
+@torch.no_grad()
+def test_a_model_without_a_cache(model: Any) -> None:
+    """Also if only the generation config of the model says so."""
+    inputs, config = batch("llava_next", [(60, 160)]), GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    with HiRED(0.2, positions="preserve")(model):
+        expected = model.generate(**inputs, generation_config=config, use_cache=False)
+        model.generation_config.use_cache = False
+        config.use_cache = None
+        assert torch.equal(model.generate(**inputs, generation_config=config), expected)

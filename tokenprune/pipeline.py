@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from tokenprune.run import Run
 from tokenprune.saliency import SecondLook, attention_layers, attention_source, read_from, seen_by, standing_in
 from tokenprune.selection import Selection
 from tokenprune.stages import entering_places
+
+_GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
+"""Whether this thread is inside `generate` of any attached model; assistant models then get reduced prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,14 +151,17 @@ class Pipeline:
             The result of `generate`; sequences begin with the full prompt.
         """
         model, inputs, own = self.adapter.model, dict(inputs), self._generate
-        if self.is_generating:  # an assistant model inside `generate`: the prompt is reduced already
-            return own(generation_config=generation_config, **inputs)
-        if encoding is None and not self.adapter.has_images(inputs):
+        has_images = self.adapter.has_images(inputs)
+        if self.is_generating or (_GENERATING.get() and not has_images):
+            with self._inside_generate():  # an assistant model inside `generate`: the prompt is reduced already
+                return own(generation_config=generation_config, **inputs)
+        if encoding is None and not has_images:
             self._check_without_images(inputs)
             with self._inside_generate():
                 return own(generation_config=generation_config, **inputs)
         config = model.generation_config if generation_config is None else generation_config
-        cached = inputs["use_cache"] if inputs.get("use_cache") is not None else config.use_cache is not False
+        choices = (inputs.get("use_cache"), config.use_cache, model.generation_config.use_cache)
+        cached = next((choice for choice in choices if choice is not None), True)
         with torch.no_grad():
             if inputs.get("attention_mask") is None and inputs.get("input_ids") is not None:
                 inputs["attention_mask"] = inferred_mask(inputs["input_ids"], inputs, config, model.generation_config)
@@ -184,9 +191,11 @@ class Pipeline:
     @contextmanager
     def _inside_generate(self) -> Iterator[None]:
         self._local.depth = getattr(self._local, "depth", 0) + 1
+        token = _GENERATING.set(True)
         try:
             yield
         finally:
+            _GENERATING.reset(token)
             self._local.depth -= 1
 
     def _encode(self, inputs: Mapping[str, Any], truncated: bool) -> Encoding:
