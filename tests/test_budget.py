@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tokenprune.budget import Budget, apportion, as_budget
+from tokenprune.budget import Budget, OneTokenWarning, apportion, as_budget, plain_budget, ratio_of
+from tokenprune.configure import as_config
 from tokenprune.image import TileGeometry
+from tokenprune.strategies import HiRED
 
 PARTS = st.lists(
     st.tuples(
@@ -173,7 +178,97 @@ def test_ratios_are_exact_decimals(percent: int, hundreds: int) -> None:
     assert Budget(percent / 100).asked(layout) == percent * hundreds
 
 
-@pytest.mark.parametrize("amount", [1.5, -1, -0.1, True, False, math.nan, math.inf, "0.2", None, [1]])
+def square_of(tokens: int) -> TileGeometry:
+    return TileGeometry((0, 0), (1, tokens), torch.zeros(0, 4), torch.arange(tokens))
+
+
+@settings(deadline=None)
+@given(fraction=st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_a_computed_ratio_grants_the_tokens_it_was_computed_from(fraction: tuple[int, int]) -> None:
+    kept, tokens = fraction
+    assert Budget(kept / tokens).asked(square_of(tokens)) == kept
+    assert Budget(1 - kept / tokens).asked(square_of(tokens)) == tokens - kept
+    assert Budget(np.float32(kept / tokens)).asked(square_of(tokens)) in (kept, kept - 1)
+    assert Budget(Fraction(kept, tokens)).asked(square_of(tokens)) == kept  # type: ignore[arg-type]
+
+
+def test_ratios_of_scripts() -> None:
+    assert Budget(1 - 0.9).asked(square_of(500)) == 50
+    assert Budget(1 - 0.8).asked(square_of(500)) == 100
+    assert Budget(0.1 * 3).asked(square_of(10)) == 3
+    assert Budget(157 / 2880).asked(square_of(2880)) == 157
+    assert Budget(np.float32(0.1)).asked(square_of(500)) == 50  # type: ignore[arg-type]
+    assert Budget(0.0999).asked(square_of(500)) == 49
+
+
+@settings(deadline=None)
+@given(number=st.one_of(st.integers(0, 100), st.decimals(0, 100, places=3)), spaces=st.sampled_from(["", " "]))
+def test_a_percentage_is_the_ratio(number: Any, spaces: str) -> None:
+    text = f"{spaces}{number}{spaces}%"
+    ratio = float(Fraction(number) / 100)
+    assert as_budget(text) == Budget(ratio)
+    assert ratio_of(text) == plain_budget(text) == ratio
+
+
+@pytest.mark.parametrize(
+    ("amount", "plain"),
+    [
+        ("20%", 0.2),
+        ("100%", 1.0),
+        ("0%", 0.0),
+        ("12.5 %", 0.125),
+        (np.int64(60), 60),
+        (np.uint8(3), 3),
+        (np.float64(0.2), 0.2),
+        (np.float32(0.5), 0.5),
+        (Fraction(1, 5), 0.2),
+        (0.2, 0.2),
+        (160, 160),
+    ],
+)
+def test_a_reducer_stores_plain_numbers(amount: Any, plain: int | float) -> None:
+    reducer = HiRED(amount)
+    assert (reducer.budget, type(reducer.budget)) == (plain, type(plain))
+    assert reducer == HiRED(plain)
+    nested = HiRED(Budget(amount, per="tile"))
+    assert nested.budget == Budget(plain, per="tile")
+    config = as_config(nested)["init_args"]["budget"]
+    assert (config["amount"], type(config["amount"])) == (plain, type(plain))
+    assert Budget(amount).asked(square_of(1000)) == Budget(plain).asked(square_of(1000))
+
+
+def test_counts_are_no_ratios() -> None:
+    assert ratio_of(1) == 1.0
+    for amount in (2, 1.5, "120%", "abc", -1):
+        with pytest.raises(ValueError, match="neither a ratio nor a count"):
+            ratio_of(amount)
+
+
+@pytest.mark.parametrize(("budget", "unit"), [(1, "image"), (np.int64(1), "image"), (Budget(1, per="tile"), "tile")])
+def test_one_token_is_warned_of(budget: Any, unit: str) -> None:
+    with pytest.warns(OneTokenWarning, match=f'one token per {unit}; .* 1.0 in Python and YAML, and "100%" in sweeps'):
+        HiRED(budget)
+
+
+@pytest.mark.parametrize("budget", [1.0, "100%", 0, 2, 0.2, Budget(1.0), Budget("100%")])
+def test_other_budgets_are_not_warned_of(budget: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiRED(budget)
+
+
+NUMBERS_OF_OTHER_KINDS = [np.bool_(True), np.array(0.2), torch.tensor(0.2), torch.tensor(3), np.float64("nan"), 1j]
+
+
+@pytest.mark.parametrize("amount", NUMBERS_OF_OTHER_KINDS, ids=repr)
+def test_numbers_of_other_kinds_are_refused(amount: Any) -> None:
+    with pytest.raises(ValueError, match=r"neither a ratio nor a count.*take \.item\(\) of a tensor"):
+        HiRED(amount)
+
+
+@pytest.mark.parametrize(
+    "amount", [1.5, -1, -0.1, True, False, math.nan, math.inf, "0.2", None, [1], "", "%", "-5%", "101%", "abc", "1e1%"]
+)
 def test_amounts_that_mean_nothing_are_refused(amount: object) -> None:
     with pytest.raises(ValueError, match="neither a ratio nor a count"):
         Budget(amount)  # type: ignore[arg-type]
