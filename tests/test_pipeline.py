@@ -562,3 +562,39 @@ def test_a_model_without_a_cache(model: Any) -> None:
         model.generation_config.use_cache = False
         config.use_cache = None
         assert torch.equal(model.generate(**inputs, generation_config=config), expected)
+
+
+@torch.no_grad()
+def test_ctrl_c_inside_a_plain_call(model: Any, inputs: Any) -> None:
+    """The next call is not taken for the interrupted one."""
+    text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
+    plain = model(**text).logits
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with HiRED(0.2)(model):
+        hook = model.get_output_embeddings().register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        hook.remove()
+        assert torch.equal(model(**text).logits, plain)
+
+
+@torch.no_grad()
+def test_positional_arguments_of_a_wrapper(inputs: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(tiny_model("llava_next"), config).eval()
+    vision = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    plain = wrapped(inputs["input_ids"], inputs["attention_mask"], **vision).logits
+    with HiRED(1.0)(wrapped):
+        assert torch.equal(wrapped(inputs["input_ids"], inputs["attention_mask"], **vision).logits, plain)
+
+
+@torch.no_grad()
+def test_more_logits_than_positions_and_tuples_by_config(model: Any, inputs: Any) -> None:
+    with HiRED(0.2)(model):
+        logits = model(**inputs).logits
+        assert torch.equal(model(**inputs, logits_to_keep=10_000).logits, logits)
+        model.config.return_dict = False
+        assert torch.equal(model(**inputs)[0], logits)

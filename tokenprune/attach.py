@@ -226,11 +226,15 @@ def _hook_forward(
         pipeline: the strategy bound to the model.
         outputs: the length of what a call returns.
     """
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = _positional_names(module) or _positional_names(model)
     local = threading.local()
 
     def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
         """Reduce the inputs. Calls of `generate`, text-only calls and copies of the model pass."""
+        if called is module:
+            for stale in getattr(local, "calls", ()):  # torch calls no hook after Ctrl-C inside a call
+                stale.exit()
+            local.calls = []
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         if called is not module or pipeline.is_generating:
             return None
@@ -238,7 +242,7 @@ def _hook_forward(
             pipeline.check_forward(inputs)
             return None
         expands = outputs == "full"
-        call = _CallInProgress(pipeline.prepare(inputs), inputs, expands)
+        call = _CallInProgress(pipeline.prepare(inputs), _with_return_dict(inputs, model), expands)
         call.enter()
         local.calls = [*getattr(local, "calls", ()), call]
         return (), call.inputs
@@ -264,6 +268,18 @@ def _hook_forward(
     return remove
 
 
+def _positional_names(module: nn.Module) -> list[str]:
+    """Return the names of the positional arguments of a module's `forward`; none if it takes any."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def _with_return_dict(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return inputs with the `return_dict` that the config of the model sets, if the call sets none."""
+    choice = inputs.get("return_dict")
+    return {**inputs, "return_dict": getattr(model.config, "return_dict", True) if choice is None else choice}
+
+
 class _CallInProgress:
     """One plain call between its two hooks.
 
@@ -275,7 +291,8 @@ class _CallInProgress:
 
     def __init__(self, prepared: PreparedCall, inputs: Mapping[str, Any], expands: bool) -> None:
         self._prepared = prepared
-        self._keep = inputs.get("logits_to_keep")
+        keep = inputs.get("logits_to_keep")
+        self._keep = min(keep, prepared.rows.length) if isinstance(keep, int) else keep
         self._expands = expands and prepared.is_shortened
         self._as_tuple = self._expands and inputs.get("return_dict") is False
         self._stack = ExitStack()
