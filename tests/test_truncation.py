@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.families import FAMILIES
 from tests.tiny import batch, tiny_model
-from tokenprune.adapter import PackedTokens, adapters, find_adapter
+from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
 from tokenprune.catalogue import strategies
 from tokenprune.models.idefics3 import Idefics3Adapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.models.placeholder import PlaceholderAdapter
 from tokenprune.models.truncation import ProjectedTokens
 from tokenprune.pipeline import Pipeline, PreparedCall, missing_signals
@@ -60,13 +62,13 @@ def features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
 
 
 def both(
-    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any]
+    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], generating: bool = True
 ) -> tuple[PreparedCall, PreparedCall]:
     """Reduce the same call from a complete encoding and from a truncated one."""
     first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
     with torch.no_grad():
-        complete = first.prepare(inputs, generating=True, encoding=first.encode(inputs))
-        return complete, second.prepare(inputs, generating=True)
+        complete = first.prepare(inputs, generating=generating, encoding=first.encode(inputs))
+        return complete, second.prepare(inputs, generating=generating)
 
 
 @contextmanager
@@ -80,6 +82,25 @@ def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
     try:
         yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def runs_of(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Count the calls of each module."""
+    runs = dict.fromkeys(modules, 0)
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            runs[name] += 1
+
+        return hook
+
+    hooks = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    try:
+        yield runs
     finally:
         for hook in hooks:
             hook.remove()
@@ -136,6 +157,54 @@ def test_all_tokens_are_those_of_the_model(adapter: PlaceholderAdapter) -> None:
     with torch.no_grad():
         complete, truncated = (adapter.encode(inputs, (), truncated=t).packed for t in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(complete, truncated, strict=True))
+
+
+@contextmanager
+def collected_encodings(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAdapter) -> Iterator[list[Encoding]]:
+    """Collect what `encode` of an adapter returns inside the block."""
+    encodings: list[Encoding] = []
+    encode = adapter.encode
+
+    def collect(*args: Any, **kwargs: Any) -> Encoding:
+        encodings.append(encode(*args, **kwargs))
+        return encodings[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "encode", collect)
+        yield encodings
+
+
+@pytest.mark.parametrize("budget", [1.0, 10_000])
+def test_at_100_percent_the_encoding_is_complete(
+    adapter: PlaceholderAdapter, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer runs once, and the output object equals that of the model; a count is compared with the layouts."""
+    inputs = inputs_of(adapter)
+    layers = {f"{index}": layer.mlp for index, layer in enumerate(adapter.tower_layers)}
+    with torch.no_grad():
+        plain = adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
+        with collected_encodings(monkeypatch, adapter) as encodings, sizes_seen(layers) as seen:
+            call = Pipeline(HiRED(budget), adapter).prepare(inputs, generating=True)
+        assert [(e.complete, type(e.tokens)) for e in encodings] == [(True, PackedTokens)]
+        assert all(len(sizes) == 1 for sizes in seen.values())
+        outputs = call.inputs["mm_encoder_outputs"]["image"]
+        assert list(outputs) == list(plain)
+        for a, b in zip(outputs[adapter.features_in], plain[adapter.features_in], strict=True):
+            assert torch.equal(a, b)
+        with collected_encodings(monkeypatch, adapter) as encodings:
+            Pipeline(HiRED(0.99), adapter).prepare(inputs, generating=True)
+        assert [(e.complete, type(e.tokens)) for e in encodings] == [(False, ProjectedTokens)]
+
+
+def test_images_of_a_truncated_encoding_can_be_pickled(adapter: PlaceholderAdapter) -> None:
+    """Their features are projected for it, once."""
+    with torch.no_grad():
+        inputs = inputs_of(adapter)
+        images, complete = adapter.encode(inputs, (), truncated=True).images, adapter.encode(inputs, ()).images
+        for image, other in zip(images, complete, strict=True):
+            twin = pickle.loads(pickle.dumps(image))
+            assert torch.equal(twin.features, image.features)
+            assert torch.equal(twin.features, other.features)
 
 
 def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
@@ -205,53 +274,98 @@ def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
     assert all(len(sizes) == 1 for sizes in seen.values())
 
 
-INNER = [
-    name
-    for name, family in FAMILIES.items()
-    if family.adapter.runs() and hasattr(family.adapter.example().config, "vision_feature_layer")
-]
+RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.runs()]
+"""Rows of the test matrix whose models run in the installed transformers."""
+BY_ARGUMENT = {
+    "aya_vision",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "pixtral",
+    "vipllava",
+}
+"""Families whose `forward` takes `vision_feature_layer`."""
 
 
-@pytest.mark.parametrize("name", [*INNER, "granite4_vision", "phi4_multimodal"])
-def test_every_family_with_features_of_an_inner_layer_skips_the_later_ones(name: str) -> None:
-    """Also the families whose tokens are projected by the model's own code."""
-    model = FAMILIES[name].model()
-    config, inputs = model.config, FAMILIES[name].batch([FAMILIES[name].sizes[0]])
-    adapter = find_adapter(model)
+def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
+    """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
+    if name == "mllama":  # not in the matrix: its images are not in the prompt
+        adapter = MllamaAdapter(MllamaAdapter.example().eval())
+        return adapter, adapter.example_inputs([[(112, 112)]])
+    adapter = find_adapter(FAMILIES[name].model())
     assert isinstance(adapter, PlaceholderAdapter)
-    if hasattr(config, "deepstack_layer_map"):
+    return adapter, dict(FAMILIES[name].batch([FAMILIES[name].sizes[0]]))
+
+
+def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
+    """Make a model use the output of an inner layer; return False if its family takes that of the last layer only."""
+    config = adapter.model.config
+    if hasattr(config, "deepstack_layer_map"):  # Granite 4 Vision
         config.deepstack_layer_map, config.spatial_vision_layer = [(0, 0), (1, 1)], 2
-    elif name == "phi4_multimodal":
+    elif hasattr(config, "vision_feature_layer"):
+        layers = config.vision_feature_layer
+        config.vision_feature_layer = 2 if isinstance(layers, int) else ([1, 2] * len(layers))[-len(layers) :]
+    elif adapter.family == "phi4_multimodal":
         adapter.embedder.layer_idx = 2
-    elif isinstance(config.vision_feature_layer, int):
-        config.vision_feature_layer = 2
     else:
-        config.vision_feature_layer = [1, 2] * (len(config.vision_feature_layer) // 2) + [2] * (
-            len(config.vision_feature_layer) % 2
-        )
+        return False
+    return True
+
+
+def test_every_family_is_tested() -> None:
+    tested = {type(family_call(name)[0]) for name in [*RUNNABLE, "mllama"]}
+    assert tested == {kind for kind in adapters().values() if kind.runs()}
+
+
+@pytest.mark.parametrize(
+    ("name", "by_argument"),
+    [*((name, False) for name in [*RUNNABLE, "mllama"]), *((name, True) for name in sorted(BY_ARGUMENT))],
+)
+def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool) -> None:
+    """In every family, also where tokens are projected by the model's own code; nothing else changes."""
+    adapter, inputs = family_call(name)
+    model, depth = adapter.model, len(adapter.tower_layers)
+    if by_argument:
+        default = model.config.vision_feature_layer
+        inputs["vision_feature_layer"] = 2 if isinstance(default, int) else [1, 2]
+    is_inner = by_argument or use_inner_layer(adapter)
     last = adapter.feature_layer(inputs)
-    assert last < len(adapter.tower_layers) - 1
-    calls: list[int] = []
-    inner = [next(layer.children()) for layer in adapter.tower_layers]
-    hooks = [m.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, m in enumerate(inner)]
-    with torch.no_grad(), FasterVLM(0.3)(model):
+    assert last == (1 if is_inner else depth - 1)
+    modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
+    reducer = FasterVLM(0.3)
+    needed = max([last, *adapter.wanted(Pipeline(reducer, adapter).needs, last)])
+    assert needed == last
+    with torch.no_grad(), runs_of(modules) as runs, reducer(model):
         model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    assert max(calls) == last, calls
+    assert [runs[str(index)] > 0 for index in range(depth)] == [index <= last for index in range(depth)]
+    logits = []
+    complete, truncated = both(adapter, reducer, inputs, generating=False)
+    for call in (complete, truncated):
+        assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
+        with torch.no_grad(), call.held():
+            logits.append(model(**call.inputs).logits)
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-5 * max(1.0, float(logits[0].abs().max()))
     with torch.no_grad():
         plain = model(**inputs).logits
         with HiRED(1.0)(model):
             assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_a_pooling_head_runs_only_if_it_is_read() -> None:
-    adapter = LlavaNextAdapter(tiny_model("llava_next", tower="siglip"))
-    inputs = dict(batch("llava_next", [(112, 112)], tower="siglip"))
+@pytest.mark.parametrize("family", ["llava_next", "phi4_multimodal"])
+def test_a_pooling_head_runs_only_if_it_is_read(family: str) -> None:
+    """In a family whose projector runs on kept tokens only, and in one whose own code projects."""
+    if family == "llava_next":
+        adapter: PlaceholderAdapter = LlavaNextAdapter(tiny_model(family, tower="siglip"))
+        inputs = dict(batch(family, [(112, 112)], tower="siglip"))
+    else:
+        adapter, inputs = family_call(family)
     for attention, times in (("auto", 0), ("pooling", 1)):
-        with torch.no_grad(), sizes_seen({"head": adapter.tower.head.mlp}) as seen:
+        with torch.no_grad(), runs_of({"head": adapter.tower.head.mlp}) as runs:
             Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
-        assert len(seen["head"]) == times
+        assert runs["head"] == times
 
 
 class NumbersRead(TorchDispatchMode):
@@ -280,11 +394,21 @@ def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
     assert waits[2] - waits[0] <= 2 * 16  # two more images
 
 
-def test_what_was_encoded_is_gone_before_the_llm_runs(adapter: PlaceholderAdapter) -> None:
+def test_what_was_encoded_is_gone_before_the_llm_runs(
+    adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No collector is needed: a cycle would keep hidden states through the prefill."""
     model, inputs, alive = adapter.model, inputs_of(adapter, [[(112, 112)]]), list[int]()
     model.generation_config.eos_token_id = None
     born: list[weakref.ref[Any]] = []
+    run_tower = type(adapter).run_tower
+
+    def watched_tower(*args: Any) -> Any:
+        tokens, outputs, captured = run_tower(*args)
+        born.extend(map(weakref.ref, (tokens, tokens.hidden)))
+        return tokens, outputs, captured
+
+    monkeypatch.setattr(type(adapter), "run_tower", watched_tower)
     layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
     watch = layer.register_forward_hook(lambda module, args, output: born.append(weakref.ref(output)))
     count = adapter.decoder.register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in born)))
@@ -298,7 +422,7 @@ def test_what_was_encoded_is_gone_before_the_llm_runs(adapter: PlaceholderAdapte
         gc.enable()
         watch.remove()
         count.remove()
-    assert len(born) == 2
+    assert len(born) == 2 * 3  # the tokens, their hidden states, and the output of a layer
     assert alive == [0, 0]
 
 
@@ -383,8 +507,18 @@ def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: s
     assert state() == before
 
 
+def test_too_few_images_are_refused(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
+    with pytest.raises(ValueError, match=r"Image features and image tokens do not match|as a tensor of shape \[1, 2\]"):
+        Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, generating=True)
+
+
 def test_too_few_tiles_are_refused() -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
-    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
-    with pytest.raises(ValueError, match="image_sizes as a tensor of shape"):
-        Pipeline(HiRED(0.3), adapter).prepare(inputs | {"pixel_values": inputs["pixel_values"][:1]}, generating=True)
+    inputs = inputs_of(adapter, [[(112, 112)], [(112, 112)]])
+    with pytest.raises(
+        ValueError, match=r"pixel_values hold 2 images of \[4, 4\] tiles, but their layouts have \[5, 5\]"
+    ):
+        Pipeline(HiRED(0.3), adapter).prepare(
+            inputs | {"pixel_values": inputs["pixel_values"][:, :-1]}, generating=True
+        )

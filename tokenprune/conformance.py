@@ -286,7 +286,7 @@ def inputs_unchanged(reducer: TokenReducer) -> None:
 
 
 def needs_are_read(reducer: TokenReducer) -> None:
-    """Every declared signal is read, no other one, and of the base tile alone what is declared so."""
+    """Every declared signal is read, and no other one."""
     read: set[tuple[str, int]] = set()
     for layout in LAYOUTS.values():
         image = example_image(reducer, layout)
@@ -302,10 +302,6 @@ def needs_are_read(reducer: TokenReducer) -> None:
     if idle := wanted(reducer) - read - used_later:
         names = ", ".join(f"{kind} of layer {layer}" for kind, layer in sorted(idle))
         raise CheckError(f"watched which signals it reads: expected all declared ones, never saw {names}")
-
-
-def _listed(paid: Tensor | None) -> str:
-    return "None" if paid is None else str(paid.tolist())
 
 
 def round_trips(reducer: TokenReducer) -> None:
