@@ -27,13 +27,14 @@ from tokenprune.experiments.experiment import (
     Experiment,
     Progress,
     check_records,
+    discard_records,
     lacking,
     rank_and_world,
     run_cells,
 )
 from tokenprune.experiments.loading import outline
 from tokenprune.experiments.pictures import PICTURES
-from tokenprune.experiments.records import discard, forget_errors, write_whole
+from tokenprune.experiments.records import forget_errors, write_whole
 from tokenprune.experiments.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -319,8 +320,7 @@ def ablate(
     check(groups)
     claim(out, config, everything)
     if fresh:
-        for cell in itertools.chain(*groups):
-            discard(cell.folder(out))
+        discard_records(list(itertools.chain(*groups)), out)
     if retry_errors:
         for cell in itertools.chain(*groups):
             forget_errors(cell.folder(out))

@@ -24,10 +24,10 @@ import yaml
 from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.components import Configurable
 from tokenprune.configure import as_config
-from tokenprune.experiments.identity import SampleDigests, check_identities, has_records
+from tokenprune.experiments.identity import LIBRARIES, SampleDigests, check_identities, has_records, model_folders
 from tokenprune.experiments.loading import load, model_inputs
 from tokenprune.experiments.pictures import PICTURES, in_record, is_stored, picture_name, store, with_pixels
-from tokenprune.experiments.records import NAME, RecordFile, files_of, join, merge, read_lines, write_whole
+from tokenprune.experiments.records import NAME, RecordFile, discard, files_of, join, merge, read_lines, write_whole
 from tokenprune.experiments.tasks import Boards, Sample, Task
 from tokenprune.pipeline import Pipeline, attention_name, counted_encodes, missing_signals
 from tokenprune.reducer import TokenReducer
@@ -36,8 +36,6 @@ from tokenprune.strategies import HiRED
 
 WATCHED = 4
 """So many pictures of a run keep their pixels for those who watch it."""
-PACKAGES = ("tokenprune", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
-"""Whose versions can change a result."""
 
 
 @dataclass
@@ -255,6 +253,25 @@ def check_records(cells: Sequence[Cell], out: Path) -> None:
         check_identities({cell.folder(out): cell.experiment for cell in cells}, out, digests)
 
 
+def discard_records(cells: Sequence[Cell], out: Path) -> None:
+    """Discard the records of experiments, once their data and models are known to be there to run them again.
+
+    Args:
+        cells: the experiments.
+        out: the run directory.
+
+    Raises:
+        ValueError: if the data of a task or a model cannot be found; all records stay.
+        InUseError: if another process has the records open.
+    """
+    for task in {json.dumps(as_config(cell.experiment.task)): cell.experiment.task for cell in cells}.values():
+        task.check()
+    for cell in cells:
+        model_folders(cell.experiment)
+    for cell in cells:
+        discard(cell.folder(out))
+
+
 def _summarise(cell: Cell, out: Path) -> None:
     """Write ``summary.json``: what only all answers together tell, if the task has such numbers."""
     folder = cell.folder(out)
@@ -321,7 +338,7 @@ def environment(model: Any) -> dict[str, Any]:
 
     device = str(model.device)
     return {
-        **{package: of(package) for package in PACKAGES},
+        **{package: of(package) for package in LIBRARIES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(model.device) if device.startswith("cuda") else device,

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from tokenprune.experiments.experiment import Experiment
 
 NAME = "identity.json"
-LAYOUT = 1
+LAYOUT = 2
 """Version of the content of ``identity.json``."""
-LIBRARIES = ("tokenprune", "torch", "transformers")
-"""Packages whose version is part of the identity."""
+LIBRARIES = ("tokenprune", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
+"""Packages whose version can change an answer."""
 SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
 """Endings of the files of a checkpoint folder that loading a model or its processor can read."""
 TRAINING_FILES = frozenset({"all_results.json", "eval_results.json", "train_results.json", "trainer_state.json"})
@@ -117,10 +117,10 @@ def _with_imports(path: Path, module: ModuleType, files: set[Path]) -> None:
 
 
 def code_hashes(experiment: Experiment) -> dict[str, str]:
-    """Return the hash of each Python file outside the package that an experiment runs, by file name.
+    """Return the hash of each file of code outside the package that an experiment runs, by file name.
 
-    These are the plug-ins, the modules of the strategy, its components and the task, and the files below the folder of
-    such a module that it imports from.
+    These are the plug-ins, the modules of the strategy, its components and the task, the files below the folder of
+    such a module that it imports from, and `Task.files`. The standard library is skipped.
 
     Args:
         experiment: the experiment.
@@ -131,11 +131,10 @@ def code_hashes(experiment: Experiment) -> dict[str, str]:
     files: set[Path] = set()
     for name in sorted(modules):
         source = _source_of(sys.modules.get(name))
-        installed = source is None or source.is_relative_to(Path(inspect.__file__).resolve().parent)
-        if source is not None and not _is_shipped(name) and (source in plugins or not installed):
+        is_standard = name.partition(".")[0] in sys.stdlib_module_names
+        if source is not None and not _is_shipped(name) and (source in plugins or not is_standard):
             _with_imports(source, sys.modules[name], files)
-    for path in plugins - files:
-        files.add(path)
+    files |= plugins | {path.resolve() for path in experiment.task.files()}
     names = [path.name for path in files]
     return {path.name if names.count(path.name) == 1 else str(path): hash_file(path) for path in sorted(files)}
 
@@ -161,18 +160,21 @@ class Identity:
 
     @classmethod
     def read(cls, folder: Path) -> Identity | None:
-        """Return the identity that an experiment's folder holds; None if it has none, or one of another layout."""
+        """Return the identity that an experiment's folder holds; None if there is none of the present layout."""
         path = folder / NAME
         if not path.is_file():
             return None
-        content = json.loads(path.read_text())
-        if content.pop("layout", None) != LAYOUT:
+        try:
+            content = json.loads(path.read_text())
+            if content.pop("layout", None) != LAYOUT:
+                return None
+            content["checkpoints"] = {
+                model: {name: FileState(**state) for name, state in files.items()}
+                for model, files in content["checkpoints"].items()
+            }
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: nothing shows what the records belong to
             return None
-        content["checkpoints"] = {
-            model: {name: FileState(**state) for name, state in files.items()}
-            for model, files in content["checkpoints"].items()
-        }
-        return cls(**content)
 
     def write(self, folder: Path) -> None:
         """Write the identity into an experiment's folder."""
@@ -222,15 +224,39 @@ def _listed(phrases: Sequence[str]) -> str:
     return ", ".join(phrases[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of the installed packages that are part of the identity."""
+def library_versions(packages: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Return the version of each package that is installed, by package.
+
+    Args:
+        packages: names of the packages.
+    """
     versions = {}
-    for package in LIBRARIES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that is not installed
             continue
     return versions
+
+
+def model_folders(experiment: Experiment) -> dict[str, Path]:
+    """Return the folder of each model that an experiment loads, by name of the model.
+
+    These are the model, the text model of the strategy, and the base model of a folder with an adapter of peft.
+
+    Args:
+        experiment: the experiment.
+
+    Raises:
+        ValueError: if a model cannot be found.
+    """
+    folders = {experiment.model: checkpoint_folder(experiment.model)}
+    config = folders[experiment.model] / "adapter_config.json"
+    if config.is_file() and (base := json.loads(config.read_text()).get("base_model_name_or_path")):
+        folders[f"base model {base}"] = checkpoint_folder(base)
+    if (text_model := experiment.reducer.text_model) is not None:
+        folders[f"text_model {text_model}"] = checkpoint_folder(text_model, "text_model")
+    return folders
 
 
 def identity_of(experiment: Experiment, previous: Identity | None = None) -> Identity:
@@ -245,17 +271,14 @@ def identity_of(experiment: Experiment, previous: Identity | None = None) -> Ide
     """
     checkpoints: dict[str, Mapping[str, FileState]] = {}
     commits: dict[str, str] = {}
-    models = {experiment.model: checkpoint_folder(experiment.model)}
-    if experiment.reducer.text_model is not None:
-        name = f"text_model {experiment.reducer.text_model}"
-        models[name] = checkpoint_folder(experiment.reducer.text_model, "text_model")
-    for name, folder in models.items():
+    for name, folder in model_folders(experiment).items():
         if is_hub_snapshot(folder):
             commits[name] = folder.name
         else:
             known = previous.checkpoints.get(name, {}) if previous is not None else {}
             checkpoints[name] = checkpoint_states(folder, known)
-    return Identity(library_versions(), code_hashes(experiment), checkpoints, commits)
+    versions = library_versions((*LIBRARIES, *experiment.task.packages))
+    return Identity(versions, code_hashes(experiment), checkpoints, commits)
 
 
 # --- identity of a sample ---------------------------------------------------------------------------------------------
@@ -371,7 +394,7 @@ def check_identities(experiments: Mapping[Path, Experiment], out: Path, digests:
         if not records:
             continue
         if old is None:
-            found = ["they have no identity (an older version of tokenprune wrote them)"]
+            found = ["they have no identity (an older version of tokenprune wrote them, or the file is damaged)"]
         else:
             found = [*new.changes_since(old), *digests.changes_in(records)]
         stale += bool(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,28 @@ def checkpoint_folder(name: str, option: str = "model") -> Path:
     if Path(place).is_dir():
         return Path(place)
     try:
-        config = cached_file(place, "config.json")
+        return _snapshot(place)
     except OSError as error:
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"--{option} {name} cannot be found: {first}") from error
+
+
+@cache
+def _snapshot(repository: str) -> Path:
+    """Return the folder of a hub repository in the cache; the hub is read once per process.
+
+    Raises:
+        OSError: if the repository has no configuration of a model, nor of an adapter of peft.
+    """
+    try:
+        config = cached_file(repository, "config.json")
+    except OSError:
+        try:
+            config = cached_file(repository, "adapter_config.json")
+        except OSError:
+            config = None
+        if config is None:
+            raise
     return Path(str(config)).parent
 
 

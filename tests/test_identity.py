@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from tokenprune.experiments.experiment import Cell, Experiment, run_cells
 from tokenprune.experiments.identity import IdentityError
 from tokenprune.experiments.loading import is_hub_snapshot
 from tokenprune.experiments.records import discard, read_lines
-from tokenprune.experiments.tasks import Boards, Folder
+from tokenprune.experiments.tasks import Boards, Folder, LmmsTask
 from tokenprune.models import mini
 from tokenprune.strategies import HiRED
 
@@ -111,7 +113,7 @@ def test_changed_versions_are_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     data = write(tmp_path, QUESTIONS)
     run(data, tmp_path / "out")
     now = identity.library_versions()
-    monkeypatch.setattr(identity, "library_versions", lambda: {**now, "transformers": "99.0"})
+    monkeypatch.setattr(identity, "library_versions", lambda packages: {**now, "transformers": "99.0"})
     with pytest.raises(IdentityError, match=rf"transformers {now['transformers']} -> 99.0"):
         run(data, tmp_path / "out")
 
@@ -265,3 +267,114 @@ def test_a_stored_image_is_replaced_when_records_are_discarded(tmp_path: Path) -
 @pytest.mark.parametrize(("name", "is_snapshot"), [("a" * 40, True), ("step-1000", False)])
 def test_a_folder_of_own_checkpoints_is_no_snapshot_of_the_hub(tmp_path: Path, name: str, is_snapshot: bool) -> None:
     assert is_hub_snapshot(tmp_path / "snapshots" / name) is is_snapshot
+
+
+def test_fresh_keeps_the_records_if_the_run_cannot_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records that cannot be computed again are not discarded."""
+    model, folder = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype="float32"), tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(mini.path()).save_pretrained(folder)
+    data, grid = write(tmp_path, QUESTIONS), tmp_path / "grid.yaml"
+    words = ["evaluate", "--task", "folder", "--task.path", str(data), "--model", str(folder), "--quiet", "true"]
+    words += ["--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    task = {"class_path": "Folder", "init_args": {"path": str(data)}}
+    content = {"model": str(folder), "task": task, "max_new_tokens": 2, "grid": {"reducer.budget": [0.1]}}
+    grid.write_text(json.dumps({**content, "baselines": False}))
+    commands = [words, ["ablate", str(grid), "--out", str(tmp_path / "grid"), "--quiet", "true"]]
+    assert [cli.main(command) for command in commands] == [0, 0]
+    files = sorted(tmp_path.rglob("records.jsonl"))
+    before = [file.read_bytes() for file in files]
+    assert len(files) == 2
+    for place in (data, folder):
+        place.rename(tmp_path / "away")
+        for command in commands:
+            capsys.readouterr()
+            assert cli.main([*command, "--fresh"]) == 2
+            assert "no such f" in capsys.readouterr().err
+            assert [file.read_bytes() for file in files] == before
+        (tmp_path / "away").rename(place)
+    assert [cli.main([*command, "--fresh"]) for command in commands] == [0, 0]
+
+
+def test_a_changed_base_model_of_an_adapter_is_noticed(tmp_path: Path) -> None:
+    """The folder of an adapter of peft holds no weights of its base model."""
+    peft = pytest.importorskip("peft")
+    model, base, adapter = (
+        AutoModelForImageTextToText.from_pretrained(mini.path(), dtype="float32"),
+        tmp_path / "base",
+        tmp_path / "adapter",
+    )
+    processor = AutoProcessor.from_pretrained(mini.path())
+    model.save_pretrained(base)
+    loaded = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")
+    peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    for folder in (base, adapter):
+        processor.save_pretrained(folder)
+    data = write(tmp_path, QUESTIONS)
+    first = run(data, tmp_path / "out", model=str(adapter))
+    assert run(data, tmp_path / "out", model=str(adapter)) == first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    model.save_pretrained(base)
+    with pytest.raises(IdentityError, match=r"of base model .*base: model.safetensors changed"):
+        run(data, tmp_path / "out", model=str(adapter))
+
+
+def test_processes_that_share_the_samples_compare_identities(tmp_path: Path) -> None:
+    """The second process finds the records of the first one; it joins them, or refuses changed data."""
+    data, out = write(tmp_path, QUESTIONS), tmp_path / "out"
+    (tmp_path / "c.png").write_bytes((tmp_path / "b.png").read_bytes())
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], lines[1].replace("b.png", "c.png")]) + "\n")
+    cell = Cell(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2), "HiRED")
+    run_cells([cell], out, rank=0, world=2)
+    original = data.read_text()
+    data.write_text(original.replace("How many", "So many"))
+    with pytest.raises(IdentityError, match=r"1 sample changed: d/1 \(question\)"):
+        run_cells([cell], out, rank=1, world=2)
+    data.write_text(original)
+    run_cells([cell], out, rank=1, world=2)
+    records = list(read_lines(cell.folder(out) / "records.jsonl"))
+    assert [record["question"] for record in records] == [question for question, _ in QUESTIONS]
+    run_cells([cell], out, rank=0, world=2)
+    assert list(read_lines(cell.folder(out) / "records.jsonl")) == records
+
+
+@pytest.mark.parametrize("content", ["{torn", "[]", '{"layout": 2}', '{"layout": 1}'])
+def test_a_damaged_identity_is_refused_as_a_missing_one(tmp_path: Path, content: str) -> None:
+    data = write(tmp_path, QUESTIONS)
+    run(data, tmp_path / "out")
+    next((tmp_path / "out").rglob("identity.json")).write_text(content)
+    with pytest.raises(IdentityError, match=r"they have no identity .* --fresh"):
+        run(data, tmp_path / "out")
+
+
+def test_versions_of_image_and_tokenizer_libraries_count() -> None:
+    names = identity.identity_of(Experiment()).versions
+    assert {"torch", "transformers", "tokenizers", "torchvision", "pillow"} <= set(names)
+    assert "lmms_eval" in LmmsTask.packages
+
+
+def test_files_of_own_lmms_tasks_count(tmp_path: Path) -> None:
+    for name in ("mine.yaml", "_default_template_yaml", "utils.py", "notes.txt"):
+        (tmp_path / name).write_text("a")
+    experiment = Experiment(task=LmmsTask("mine", include_path=str(tmp_path)))
+    before = identity.code_hashes(experiment)
+    assert set(before) == {"mine.yaml", "_default_template_yaml", "utils.py"}
+    (tmp_path / "utils.py").write_text("b")
+    assert identity.code_hashes(experiment)["utils.py"] != before["utils.py"]
+
+
+def test_an_installed_strategy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package beside the standard library is no part of the standard library."""
+    packages = tmp_path / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "quiet_strategies.py").write_text(
+        "from dataclasses import dataclass\nfrom tokenprune.strategies import HiRED\n\n\n"
+        "@dataclass\nclass Quiet(HiRED):\n    '''Keep what HiRED keeps.'''\n"
+    )
+    monkeypatch.syspath_prepend(str(packages))
+    module = importlib.import_module("quiet_strategies")
+    # As without a virtual environment, where installed packages lie below the folder of the standard library.
+    monkeypatch.setattr(inspect, "__file__", str(tmp_path / "lib" / "inspect.py"))
+    assert set(identity.code_hashes(Experiment(reducer=module.Quiet(0.2)))) == {"quiet_strategies.py"}

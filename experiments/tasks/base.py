@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -47,6 +48,9 @@ class Sample:
 class Task(Configurable, ABC):
     """A task. Subclass it and write `samples`; its fields are its configuration."""
 
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages beside the usual ones whose version can change an answer or a score."""
+
     @property
     def metric(self) -> str:
         """Name of the metric."""
@@ -62,6 +66,13 @@ class Task(Configurable, ABC):
         Raises:
             ValueError: if the data cannot be had; it says what was expected and what to do.
         """
+
+    def files(self) -> Iterable[Path]:
+        """Return the files that define prompts or scores, beside the module of the task; none if there are none.
+
+        A change of such a file is a change of the identity of a run. Images and questions belong to `samples`.
+        """
+        return ()
 
     def prompt(self, sample: Sample) -> str:
         """Return what the model is asked."""

@@ -12,12 +12,13 @@ import importlib.util
 import inspect
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -50,6 +51,8 @@ class LmmsTask(Task):
         include_path: folder with tasks of your own in lmms-eval's format.
     """
 
+    packages: ClassVar[tuple[str, ...]] = ("lmms_eval",)
+
     name: str
     limit: int | None = None
     score_by: str | None = None
@@ -76,6 +79,13 @@ class LmmsTask(Task):
     def check(self) -> None:
         """Raise a `ValueError` if lmms-eval or the task is not there, or it is of a kind that cannot be run."""
         self._config()
+
+    def files(self) -> Iterable[Path]:
+        """Return the Python and YAML files below `include_path`, templates without an ending included."""
+        if self.include_path is None:
+            return ()
+        paths = sorted(Path(self.include_path).expanduser().rglob("*"))
+        return [path for path in paths if path.is_file() and path.name.endswith((".py", "yaml", ".yml"))]
 
     def samples(self) -> Iterator[Sample]:
         """Yield the documents, those about one picture together; every picture is opened once for that."""
