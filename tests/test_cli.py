@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 
 from tests.tiny import picture, tiny_model, tiny_processor
 from tokenprune import __version__
+from tokenprune.budget import OneTokenWarning
 from tokenprune.catalogue import strategies
 from tokenprune.cli import main
 from tokenprune.configure import as_config
@@ -188,6 +190,44 @@ def test_a_parameter_without_its_class_keeps_the_rest(capsys: pytest.CaptureFixt
     assert parts(found, "selection")["init_args"] == {"layer": -2, "heads": "sum"}
     assert parts(found, "allocation")["init_args"]["base_share"] == 0.25
     assert found["budgets"][0] == 25
+
+
+def test_budgets_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("20%", "20 %", "0.2"):
+        found = run_json(capsys, f"--reducer.budget={text}", "--max-new-tokens", "1")
+        assert found["asked"] == found["kept"] == 100
+        assert parts(found, "budget") == 0.2
+    Path("percent.yaml").write_text("reducer:\n  class_path: HiRED\n  init_args:\n    budget: 100%\n")
+    assert parts(run_json(capsys, "--config", "percent.yaml", "--max-new-tokens", "1"), "budget") == 1.0
+    nested = run_json(capsys, "--reducer.budget.amount", "10%", "--reducer.budget.per", "tile", "--max-new-tokens", "1")
+    assert parts(nested, "budget") == {"amount": 0.1, "per": "tile", "of": "encoded", "newlines": "free"}
+
+
+def test_the_budget_1_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(OneTokenWarning, match="one token"):
+        assert run_json(capsys, "--reducer.budget=1", "--max-new-tokens", "1")["kept"] == 1
+
+
+def test_a_check_warns_of_the_budget_that_was_passed_only() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OneTokenWarning)
+        assert main(["check", "hired"]) == 0
+    with pytest.warns(OneTokenWarning, match="one token"):
+        assert main(["check", "hired", "--reducer.budget=1"]) == 0
+
+
+@pytest.mark.parametrize("budget", ["120%", "few", "0", "0%"])
+def test_bench_refuses_budgets_that_are_no_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    said = refused(capsys, "bench", "run", "--model", "mini", "--budgets", budget)
+    assert f"--budgets {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%" in said
+
+
+@pytest.mark.parametrize("budget", ["120%", "2", "-0.1"])
+def test_bench_of_strategies_refuses_budgets_that_are_no_ratios(
+    capsys: pytest.CaptureFixture[str], budget: str
+) -> None:
+    said = refused(capsys, "bench", "strategies", "--names", "HiRED", f"--budget={budget}")
+    assert "is neither a ratio nor a count" in said
 
 
 @pytest.mark.parametrize(

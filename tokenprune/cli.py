@@ -136,10 +136,12 @@ def list_names(argv: Sequence[str]) -> None:
 
 def check(argv: Sequence[str]) -> int:
     """Run the command `check`; the exit code is 1 if the strategy breaks a promise."""
+    import warnings
     from dataclasses import asdict
 
     from jsonargparse import ArgumentParser
 
+    from tokenprune.budget import OneTokenWarning
     from tokenprune.configure import prepare
     from tokenprune.conformance import check_reducer
     from tokenprune.reducer import TokenReducer
@@ -161,7 +163,9 @@ def check(argv: Sequence[str]) -> int:
         raise _user_error(error, parser) from error
     if chosen.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
-    report = check_reducer(chosen.reducer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OneTokenWarning)  # the checks themselves use a budget of one token
+        report = check_reducer(chosen.reducer)
     if chosen.json:
         import json
 
@@ -245,9 +249,9 @@ def evaluate(argv: Sequence[str]) -> int:
 
     from tokenprune.experiments.ablation import experiment_of
     from tokenprune.experiments.console import show
-    from tokenprune.experiments.experiment import Cell, check_records, rank_and_world
+    from tokenprune.experiments.experiment import Cell, check_records, discard_records, rank_and_world
     from tokenprune.experiments.publish import run_tracked
-    from tokenprune.experiments.records import discard, forget_errors
+    from tokenprune.experiments.records import forget_errors
 
     parser = evaluate_parser()
     own = Namespace()  # type: ignore[no-untyped-call]
@@ -262,7 +266,7 @@ def evaluate(argv: Sequence[str]) -> int:
             ValueError("--fresh cannot be used under torchrun; run the command once without torchrun"), parser
         )
     if own.fresh:
-        discard(cell.folder(out))
+        discard_records([cell], out)
     if own.retry_errors:
         forget_errors(cell.folder(out))
     check_records([cell], out)  # before W&B receives records of another state
