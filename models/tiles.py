@@ -273,19 +273,19 @@ def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
         embedded: Tensor = embedding(ids)
         return embedded.detach().to(device)
 
-    vocabulary = torch.arange(len(embedding.get_parameter("weight")), device=device)
+    vocabulary = torch.arange(len(torch.as_tensor(embedding.weight)), device=device)
     keys = torch.cat([row_keys(embed(ids)) for ids in vocabulary.split(VOCABULARY_CHUNK)])
     keys, order = keys.sort(stable=True)
     first, last = (torch.searchsorted(keys, row_keys(vectors), right=right) for right in (False, True))
-    found = torch.full_like(first, -1)
+    matches = torch.full_like(first, -1)
     open_rows = (first < last).nonzero()[:, 0]
     while len(open_rows):  # once, except for different embeddings of one key
         ids = order[first[open_rows]]
         equal = (embed(ids) == vectors[open_rows]).all(dim=-1)
-        found[open_rows[equal]] = ids[equal]
+        matches[open_rows[equal]] = ids[equal]
         first[open_rows] += 1
         open_rows = open_rows[~equal & (first < last)[open_rows]]
-    return found
+    return matches
 
 
 def row_keys(vectors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportion
+from tokenprune.budget import Budget, apportion, ratio_of
 from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import LayerChoice
@@ -128,7 +128,7 @@ class GlobalCom2(ComponentReducer):
     selection: SelectionPolicy = field(default_factory=LocalAndGlobal, kw_only=True)
 
     @classmethod
-    def release(cls, retention: float = 0.25) -> GlobalCom2:
+    def release(cls, retention: float | str = 0.25) -> GlobalCom2:
         """Return GlobalCom2 as published in code: a retention ratio per unpadded tile, all newlines on top.
 
         The base tile's tokens come in the order of their scores. Kept tokens of sub-images stand at their true places
@@ -136,8 +136,8 @@ class GlobalCom2(ComponentReducer):
         padding.
 
         Args:
-            retention: share of the unpadded tokens to keep (R).
+            retention: share of the unpadded tokens to keep (R), as a number or a text such as ``"20%"``.
         """
-        allocation = GuidedAllocation(region="quadrant", retention=retention)
-        budget = Budget(float(retention), of="unpadded")
-        return cls(budget, newlines="keep", allocation=allocation, order=ByScore(tiles="base"))
+        ratio = ratio_of(retention)
+        allocation = GuidedAllocation(region="quadrant", retention=ratio)
+        return cls(Budget(ratio, of="unpadded"), newlines="keep", allocation=allocation, order=ByScore(tiles="base"))

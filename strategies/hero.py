@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.budget import apportion
+from tokenprune.budget import apportion, ratio_of
 from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
@@ -127,7 +127,7 @@ class HERO(ComponentReducer):
     @classmethod
     def release(
         cls,
-        retention: float = 0.2,
+        retention: float | str = 0.2,
         saliency: float = 0.5,
         saliency_temperature: float = 0.1,
         relevance_temperature: float = 0.1,
@@ -143,7 +143,7 @@ class HERO(ComponentReducer):
         leaves only some thirty different scores a tile; here as in float32.
 
         Args:
-            retention: share of the tokens to keep (R).
+            retention: share of the tokens to keep (R), as a number or a text such as ``"20%"``.
             saliency: share of likeness to the picture against likeness to the question (alpha).
             saliency_temperature: of the softmax over sub-images (T_cls).
             relevance_temperature: of the softmax over sub-images (T_clip).
@@ -151,15 +151,16 @@ class HERO(ComponentReducer):
             late: layers read for the base tile.
             text_model: the CLIP checkpoint that the vision tower comes from.
         """
+        ratio = ratio_of(retention)
         allocation = SaliencyAndRelevance(
             saliency,
             saliency_temperature=saliency_temperature,
             relevance_temperature=relevance_temperature,
-            retention=retention,
+            retention=ratio,
         )
         layers = {name: value for name, value in (("early", early), ("late", late)) if value is not None}
         return cls(
-            float(retention),
+            ratio,
             newlines="keep",
             text_model=text_model,
             allocation=allocation,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenprune.budget import Budget, OneTokenWarning, apportion, as_budget, plain_budget, ratio_of
 from tokenprune.configure import as_config
 from tokenprune.image import TileGeometry
-from tokenprune.strategies import HiRED
+from tokenprune.strategies import HERO, GlobalCom2, HiRED
 
 PARTS = st.lists(
     st.tuples(
@@ -235,6 +235,17 @@ def test_a_reducer_stores_plain_numbers(amount: Any, plain: int | float) -> None
     config = as_config(nested)["init_args"]["budget"]
     assert (config["amount"], type(config["amount"])) == (plain, type(plain))
     assert Budget(amount).asked(square_of(1000)) == Budget(plain).asked(square_of(1000))
+
+
+@pytest.mark.parametrize("retention", ["50%", np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_presets_of_a_ratio_store_plain_numbers(retention: Any) -> None:
+    for reducer, plain in (
+        (GlobalCom2.release(retention), GlobalCom2.release(0.5)),
+        (HERO.release(retention), HERO.release(0.5)),
+    ):
+        assert as_config(reducer) == as_config(plain)
+        stored = as_config(reducer)["init_args"]["allocation"]["init_args"]["retention"]
+        assert (stored, type(stored)) == (0.5, float)
 
 
 def test_counts_are_no_ratios() -> None:

@@ -226,11 +226,12 @@ CUT = ("--model", "llava-1.5-7b", "--image-size", "336x336", "--llm-layers", "1"
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cost", *CUT, "--budget", "0.5", "10", "--device", "p40", "h100", "--json"]) == 0
+    assert main(["cost", *CUT, "--budget", "50%", "10", "--device", "p40", "h100", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     full, half, ten = made["batches"]
     assert (made["llm_layers"], full["tokens"]["kept"], half["tokens"]["kept"]) == (1, 576, 288)
     assert ten["tokens"]["prompt"] == 10 + 60
+    assert (half["budget"], ten["budget"]) == (0.5, 10)
     assert full["tower_flops"] + full["projector_flops"] == full["phases"]["encode"]["flops"]
     p40, h100 = half["devices"]
     assert p40["ttft_s"]["by_kernel"] > h100["ttft_s"]["by_kernel"] > h100["ttft_s"]["fused"] > 0

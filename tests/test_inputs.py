@@ -23,7 +23,7 @@ from tokenprune.strategies import HiRED
 ALL = {**FAMILIES, MLLAMA.name: MLLAMA}
 TILED = [name for name, family in FAMILIES.items() if issubclass(family.adapter, TiledAdapter)]
 RUNNING = [name for name in TILED if FAMILIES[name].adapter.runs()]
-SIDE_BY_SIDE = [*TILED, "llava_next_video", "llava_onevision"]
+ALL_RUNNING = [name for name, family in FAMILIES.items() if family.adapter.runs()]
 REQUIRED = [(name, required) for name, family in ALL.items() for required in family.adapter.required_inputs]
 
 
@@ -54,7 +54,7 @@ def as_embeddings(model: Any, inputs: Any) -> dict[str, Any]:
     return {**{name: value for name, value in inputs.items() if name != "input_ids"}, "inputs_embeds": embeds}
 
 
-@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_embeddings_have_the_layouts_of_their_ids(name: str) -> None:
     family, model = FAMILIES[name], model_of(name)
@@ -62,9 +62,10 @@ def test_embeddings_have_the_layouts_of_their_ids(name: str) -> None:
     assert_same_layouts(adapter.layouts(as_embeddings(model, inputs)), adapter.layouts(inputs))
 
 
-@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("name", ALL_RUNNING)
 @torch.no_grad()
 def test_embeddings_keep_the_tokens_of_their_ids(name: str) -> None:
+    """Phi-4-multimodal encodes no image where embeddings come in place of ids, so its logits differ."""
     family, model = FAMILIES[name], model_of(name)
     inputs = family.batch(*family.rows[:2])
     embedded = as_embeddings(model, inputs)
@@ -72,7 +73,7 @@ def test_embeddings_keep_the_tokens_of_their_ids(name: str) -> None:
         expected = model(**inputs).logits
     with HiRED(0.3)(model) as embedded_run:
         logits = model(**embedded).logits
-    assert torch.equal(logits, expected)
+    assert name == "phi4_multimodal" or torch.equal(logits, expected)
     assert all(map(torch.equal, kept(embedded_run), kept(run)))
     plain = model(**embedded).logits
     with HiRED(1.0)(model):
@@ -118,6 +119,35 @@ def test_embedded_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embedded_ids(vectors[:0], embedding).tolist() == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
+    ],
+    ids=["LoRA", "copy", "trainable tokens"],
+)
+@torch.no_grad()
+def test_embeddings_of_a_wrapped_embedding_module(options: dict[str, Any]) -> None:
+    """Adapters of peft replace the module that embeds ids."""
+    peft = pytest.importorskip("peft")
+    family = FAMILIES["internvl"]
+    model = peft.get_peft_model(family.model(), peft.LoraConfig(r=2, **options)).eval()
+    inputs = family.batch([family.sizes[0]])
+    embedded = as_embeddings(model, inputs)
+    adapter = find_adapter(model.get_base_model())
+    assert adapter.prompt_ids(embedded).equal(inputs["input_ids"])  # type: ignore[attr-defined]
+    plain = model(**embedded).logits
+    with HiRED(1.0)(model):
+        assert torch.equal(model(**embedded).logits, plain)
+    with HiRED(0.3)(model) as run:
+        model(**inputs)
+    with HiRED(0.3)(model) as embedded_run:
+        model(**embedded)
+    assert all(map(torch.equal, kept(embedded_run), kept(run)))
+
+
 def test_a_call_without_prompt_is_refused() -> None:
     family, model = FAMILIES["internvl"], model_of("internvl")
     inputs = {"pixel_values": family.batch([family.sizes[0]])["pixel_values"]}
@@ -128,7 +158,7 @@ def test_a_call_without_prompt_is_refused() -> None:
 # --- images side by side ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_images_without_text_between_them(name: str) -> None:
     """Each is an image of its own, with the layout that it has alone; several of LLaVA-OneVision are not tiled."""
@@ -347,7 +377,7 @@ def test_sizes_that_do_not_fit_the_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("depth", "whole", "source"),
-    [(2, [7, 15, 23, 31], [0, 1]), (9, [7, 15, 23, 31], [7] * 9), (4, [], [0, 1, 2, 3]), (3, [1, 5], [1, 1, 1])],
+    [(2, [7, 15, 23, 31], [0, 1]), (12, [7, 15, 23, 31], [7] * 12), (4, [], [0, 1, 2, 3]), (3, [1, 5], [1, 1, 1])],
 )
 @torch.no_grad()
 def test_full_attention_layers_beyond_the_tower(depth: int, whole: list[int], source: list[int]) -> None:

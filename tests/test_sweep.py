@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tokenprune.budget import OneTokenWarning
 from tokenprune.cli import COMMANDS
 from tokenprune.configure import as_config
 from tokenprune.experiments import sweep
 from tokenprune.experiments.ablation import experiment_of
 from tokenprune.experiments.experiment import Experiment
+from tokenprune.strategies import HiRED
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "configs" / "sweeps"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -208,6 +210,17 @@ def test_values_that_arrive_as_others_are_warned_of(caplog: pytest.LogCaptureFix
         "reducer.allocation: W&B passes null as the word None; leave the parameter out instead",
         f"reducer.budget: W&B's server may pass 1.0 as 1; {hint}",
     ]
+
+
+def test_ratios_as_text_mean_the_ratio_whatever_the_server_does(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"method": "grid", "parameters": {"reducer.budget": {"values": ["20%", "100%"]}}}
+    experiments = [parsed(["evaluate", *sweep.arguments(parameters)]) for parameters in sweep.runs(config)]
+    assert not caplog.records
+    assert [experiment.reducer.budget for experiment in experiments] == [0.2, 1.0]
+    hashes = [Experiment(reducer=HiRED(ratio)).hash() for ratio in (0.2, 1.0)]
+    assert [experiment.hash() for experiment in experiments] == hashes
+    with pytest.warns(OneTokenWarning, match="one token"):
+        assert parsed(["evaluate", "--reducer.budget=1"]).reducer.budget == 1
 
 
 def test_each_run_is_started_once_whatever_the_others_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
