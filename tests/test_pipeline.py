@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import threading
 import warnings
 import weakref
 from dataclasses import dataclass, fields
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
@@ -22,7 +24,7 @@ from tests.tiny import batch, tiny_model
 from tokenprune import Budget, EncodedImage, Run, TileGeometry, align
 from tokenprune.account import HISTORY
 from tokenprune.adapter import adapters, find_adapter
-from tokenprune.attach import check_transformers, unwrap
+from tokenprune.attach import _Hook, check_transformers, unwrap
 from tokenprune.pipeline import Pipeline, inferred_mask
 from tokenprune.rewrite import Rows
 from tokenprune.run import DRAWABLE
@@ -598,3 +600,136 @@ def test_more_logits_than_positions_and_tuples_by_config(model: Any, inputs: Any
         assert torch.equal(model(**inputs, logits_to_keep=10_000).logits, logits)
         model.config.return_dict = False
         assert torch.equal(model(**inputs)[0], logits)
+
+
+def hooks_of(model: Any) -> list[Any]:
+    """Return all hooks and replaced methods of a model."""
+    replaced = [set(vars(module)) & {"forward", "generate"} for module in model.modules()]
+    return [[(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()], replaced]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mllama", "phi4_multimodal"])
+def test_ctrl_c_that_leaves_the_block(family: str) -> None:
+    """A family that holds contexts during a call answers as before after the block, also in other threads."""
+    model = tiny_model(family)
+    inputs = batch(family, [(112, 112)])
+    plain, before = model(**inputs).logits, hooks_of(model)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), HiRED(0.2)(model):
+        model(**inputs)
+    hook.remove()
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(model(**inputs).logits), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert torch.equal(results[0], plain)
+    assert hooks_of(model) == before
+
+
+@torch.no_grad()
+def test_detach_during_a_call_of_another_thread(model: Any, inputs: Any) -> None:
+    """The call in progress ends as it began, and its hooks are removed with it."""
+    plain, inside, go_on = model(**inputs).logits, threading.Event(), threading.Event()
+    before = hooks_of(model)
+
+    def wait(*args: Any) -> None:
+        inside.set()
+        go_on.wait(60)
+
+    handle = HiRED(0.2).attach(model)
+    expected = model(**inputs).logits
+    hook = model.get_output_embeddings().register_forward_pre_hook(wait)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(model(**inputs).logits))
+    thread.start()
+    inside.wait(60)
+    handle.detach()
+    hook.remove()
+    assert torch.equal(model(**inputs).logits, plain)
+    go_on.set()
+    thread.join()
+    assert torch.equal(results[0], expected)
+    assert hooks_of(model) == before
+
+
+@torch.no_grad()
+def test_a_reduced_cache_is_noticed_in_a_later_block(model: Any, inputs: Any) -> None:
+    """The mark belongs to the cache: caches of full prompts stay usable after a reduced call."""
+    text = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    full = model(**inputs, use_cache=True).past_key_values
+    longer = {name: torch.cat([value, value[:, -1:]], dim=1) for name, value in text.items()}
+    new = {**longer, "input_ids": longer["input_ids"][:, -1:]}
+    plain = model(**new, past_key_values=copy.deepcopy(full)).logits
+    with HiRED(0.2)(model):
+        reduced = model(**inputs, use_cache=True).past_key_values
+        generated = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+        assert torch.equal(model(**new, past_key_values=copy.deepcopy(full)).logits, plain)
+        continued = model.generate(**longer, past_key_values=copy.deepcopy(full), max_new_tokens=2)
+    assert torch.equal(continued, model.generate(**longer, past_key_values=copy.deepcopy(full), max_new_tokens=2))
+    with FasterVLM(0.2)(model):
+        model(**inputs)
+        for cache in (reduced, generated, copy.deepcopy(reduced)):
+            with pytest.raises(ValueError, match="cache that holds a reduced prompt"):
+                model.generate(**longer, past_key_values=cache, max_new_tokens=2)
+            with pytest.raises(ValueError, match="of a reduced prompt"):
+                model(**new, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_over_image_tokens_is_refused(model: Any, inputs: Any) -> None:
+    mask = inputs["attention_mask"].clone()
+    mask[0, (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[3:8, 0]] = 0
+    hidden = {**inputs, "attention_mask": mask}
+    plain = model(**hidden).logits
+    with HiRED(1.0)(model):
+        assert torch.equal(model(**hidden).logits, plain)
+    with HiRED(0.2)(model):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match="hides image tokens"):
+                call(**hidden)
+        model(**inputs)
+
+
+def test_shifted_labels_are_refused(model: Any, inputs: Any) -> None:
+    labels = inputs["input_ids"]
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    with HiRED(0.2)(model), pytest.raises(ValueError, match="shift_labels"):
+        model(**inputs, labels=labels, shift_labels=shifted)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_made_inside_the_block(model: Any, inputs: Any) -> None:
+    """They are plain models without a reference to the strategy."""
+    with HiRED(0.2)(model) as run:
+        copies = [pickle.loads(pickle.dumps(model))]  # transformers' own hooks cannot be pickled after a call
+        model(**inputs)
+        copies.append(copy.deepcopy(model))
+    assert run.account.image_count == 3
+    copies.append(pickle.loads(pickle.dumps(copies[0])))
+    plain, expected = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3)
+    for twin in copies:
+        assert torch.equal(twin(**inputs).logits, plain)
+        assert torch.equal(twin.generate(**inputs, max_new_tokens=3), expected)
+        assert not any(isinstance(hook, _Hook) for hook in twin._forward_hooks.values())
+        with HiRED(0.2)(twin) as run:
+            twin(**inputs)
+        assert run.account.image_count == 3
+
+
+@torch.no_grad()
+def test_virtual_tokens_of_prompt_tuning(inputs: Any) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = get_peft_model(tiny_model("llava_next"), config).eval()
+    plain = wrapped(**inputs).logits
+    with HiRED(0.2)(wrapped, outputs="reduced"):
+        reduced = wrapped(**inputs).logits
+    with HiRED(0.2)(wrapped) as run:
+        logits = wrapped(**inputs).logits
+    assert logits.shape == plain.shape
+    assert torch.equal(logits[:, :4], reduced[:, :4])
+    assert torch.equal(logits[:, 4:], run.rows.expand(reduced[:, 4:]))

@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
-from tokenprune.pipeline import Pipeline, PreparedCall
+from tokenprune.pipeline import Pipeline, PreparedCall, mark_caches
 from tokenprune.run import Run
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Attachment:
                 )
             pipeline = Pipeline(self._reducer, adapter, **self._options)
             for module in (*wrappers, model):
-                undo.callback(_hook_forward(module, model, pipeline, self._outputs))
+                undo.callback(_ForwardHooks(module, model, pipeline, self._outputs).remove)
             if hasattr(model, "generate"):
                 undo.callback(_restore_generate, model, before)
                 model.generate = _Generate(pipeline)
@@ -215,57 +216,112 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
     return next(iter(children.values())) if len(children) == 1 and wrapped & children.keys() else None
 
 
-def _hook_forward(
-    module: nn.Module, model: Any, pipeline: Pipeline, outputs: Literal["full", "reduced"]
-) -> Callable[[], None]:
-    """Reduce the plain calls of a module, and return the function that removes the hooks.
+class _ForwardHooks:
+    """The hooks of a module's `forward` that reduce its plain calls.
+
+    A call in progress is stored per thread. If a call is interrupted (Ctrl-C), torch runs no hook after it: the next
+    call of the thread, or `remove`, then leaves its contexts.
 
     Args:
         module: the model or a wrapper around it.
         model: the model; its `forward` names positional arguments.
         pipeline: the strategy bound to the model.
-        outputs: the length of what a call returns.
+        outputs: the length of the output of a call.
     """
-    names = _positional_names(module) or _positional_names(model)
-    local = threading.local()
 
-    def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
-        """Reduce the inputs. Calls of `generate`, text-only calls and copies of the model pass."""
-        if called is module:
-            for stale in getattr(local, "calls", ()):  # torch calls no hook after Ctrl-C inside a call
-                stale.exit()
-            local.calls = []
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if called is not module or pipeline.is_generating:
+    def __init__(self, module: nn.Module, model: Any, pipeline: Pipeline, outputs: Literal["full", "reduced"]) -> None:
+        self._module, self._model, self._pipeline, self._expands = module, model, pipeline, outputs == "full"
+        self._names = _positional_names(module) or _positional_names(model)
+        self._calls: dict[int, _CallInProgress | None] = {}
+        """By thread; None while the inputs are prepared."""
+        self._is_active, self._lock = True, threading.Lock()
+        self._handles = [
+            module.register_forward_pre_hook(_Hook(self.before), with_kwargs=True),
+            module.register_forward_hook(_Hook(self.after), with_kwargs=True, always_call=True),
+        ]
+
+    def before(
+        self, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Any] | None:
+        """Reduce the inputs. Calls of `generate`, text-only calls and shallow copies of the model pass."""
+        if called is not self._module:
             return None
-        if not pipeline.adapter.has_images(inputs):
-            pipeline.check_forward(inputs)
+        self._end()
+        pipeline, inputs = self._pipeline, {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if pipeline.is_generating or not self._begin():
             return None
-        expands = outputs == "full"
-        call = _CallInProgress(pipeline.prepare(inputs), _with_return_dict(inputs, model), expands)
-        call.enter()
-        local.calls = [*getattr(local, "calls", ()), call]
+        call = None
+        try:
+            if pipeline.adapter.has_images(inputs):
+                prepared = pipeline.prepare(inputs)
+                call = _CallInProgress(prepared, _with_return_dict(inputs, self._model), self._expands)
+                call.enter()
+            else:
+                pipeline.check_forward(inputs)
+        finally:
+            if call is None:
+                self._end()
+        if call is None:
+            return None
+        self._calls[threading.get_ident()] = call
         return (), call.inputs
 
-    def after(called: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after(self, called: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Leave the contexts of the call, and return its output at the length of the full prompt."""
-        calls = getattr(local, "calls", [])
-        if called is not module or not calls:
-            return None
-        *local.calls, call = calls
-        call.exit()
-        return None if output is None else call.restore(output)
+        call = self._end() if called is self._module else None
+        return None if call is None or output is None else call.restore(output)
 
-    hooks = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True, always_call=True),
-    ]
+    def remove(self) -> None:
+        """Remove the hooks. If other threads are inside a call, the last of these calls removes them."""
+        with self._lock:
+            self._is_active = False
+        self._end()
 
-    def remove() -> None:
-        for hook in hooks:
-            hook.remove()
+    def _begin(self) -> bool:
+        """Register a call of this thread; False if the hooks were removed."""
+        with self._lock:
+            if self._is_active:
+                self._calls[threading.get_ident()] = None
+            return self._is_active
 
-    return remove
+    def _end(self) -> _CallInProgress | None:
+        """Leave the contexts of this thread's call, and return the call; None if there is none."""
+        call = self._calls.pop(threading.get_ident(), None)
+        if call is not None:
+            call.exit()
+        with self._lock:
+            if not (self._is_active or self._calls):
+                for handle in self._handles:
+                    handle.remove()
+        return call
+
+
+class _Hook:
+    """A hook that does nothing in a copy of the model.
+
+    Args:
+        function: the function of the hook.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a deep copy and a pickled copy are made: without the strategy."""
+        return _inactive_hook, ()
+
+
+def _inactive_hook() -> Callable[..., None]:
+    """Return the hook of a copy of the model."""
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    """Leave a call of a copied model as it is."""
 
 
 def _positional_names(module: nn.Module) -> list[str]:
@@ -319,6 +375,8 @@ class _CallInProgress:
 
     def restore(self, output: Any) -> Any:
         """Return the output with logits and hidden states at the length of the full prompt."""
+        if self._prepared.is_reduced:
+            mark_caches(output)
         if not self._expands:
             return output
         for name in EXPANDED:
@@ -331,8 +389,12 @@ class _CallInProgress:
 
     def _expand(self, value: Tensor, name: str) -> Tensor:
         rows, keep = self._prepared.rows, self._keep if name == "logits" else None
+        width = rows.index.shape[1]
         if isinstance(keep, Tensor):
             return rows.expand(value)[:, keep]
+        if not keep and value.shape[1] > width:  # virtual tokens of prompt tuning precede the prompt
+            virtual = value.shape[1] - width
+            return torch.cat([value[:, :virtual], rows.expand(value[:, virtual:])], dim=1)
         return rows.expand(value, last=keep or 0)
 
 
@@ -342,10 +404,9 @@ class _Generate:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the ordinary `generate` for a copy of the model that is made inside the block."""
-        model = self.pipeline.adapter.model
-        return type(model).generate.__get__(memo.get(id(model), model))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a deep copy and a pickled copy are made: the ordinary `generate` of the copied model."""
+        return _plain_generate, (self.pipeline.adapter.model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from the reduced prompt; returned sequences begin with the full one.
@@ -362,6 +423,11 @@ class _Generate:
         if prompt is not None:
             inputs["input_ids"] = prompt
         return self.pipeline.generate(inputs, config)
+
+
+def _plain_generate(model: Any) -> Any:
+    """Return the `generate` of a model without a reducer."""
+    return type(model).generate.__get__(model)
 
 
 def _restore_generate(model: Any, before: Any) -> None:

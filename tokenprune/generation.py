@@ -101,6 +101,11 @@ def refuse_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
             "a reduced prompt needs a 2-D attention_mask [rows, length], and this one is "
             f"{_describe(mask)}; leave masks that are prepared for a kernel out"
         )
+    if inputs.get("shift_labels") is not None:
+        raise ValueError(
+            "shift_labels are labels that were shifted over the full prompt, and a reduced prompt has other neighbors; "
+            "pass labels instead"
+        )
     if mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError(
             "position_ids that restart without an attention_mask mean packed sequences; these cannot be reduced. "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.budget import as_budget
@@ -49,6 +50,11 @@ class PreparedCall:
     selections: list[Selection]
     is_shortened: bool = False
     contexts: tuple[AbstractContextManager[Any], ...] = ()
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether an image lost tokens."""
+        return not all(selection.everything for selection in self.selections)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -184,9 +190,15 @@ class Pipeline:
         """
         inputs, default = {**call.inputs, **options}, self.adapter.model.generation_config
         with call.held(), self._inside_generate():
-            if not call.is_shortened:
-                return self._generate(generation_config=generation_config, **inputs)
-            return generate_reduced(self._generate, inputs, generation_config, default, prompt, call.rows)
+            if call.is_reduced:
+                mark_caches(inputs)
+            if call.is_shortened:
+                output = generate_reduced(self._generate, inputs, generation_config, default, prompt, call.rows)
+            else:
+                output = self._generate(generation_config=generation_config, **inputs)
+            if call.is_reduced:
+                mark_caches(output)
+            return output
 
     @contextmanager
     def _inside_generate(self) -> Iterator[None]:
@@ -237,6 +249,11 @@ class Pipeline:
                 inputs, text, encoding, is_shared, selections, mask, generating, second_look_flops
             )
         refuse_arguments(inputs, generating)
+        if adapter.in_prompt and bool((placeholders & (mask == 0)).any()):
+            raise ValueError(
+                "the attention_mask hides image tokens, and these cannot be left out of a reduced prompt; leave the "
+                "image and its tokens out of the call, or set budget=1.0"
+            )
         packed = reducer.stage.gather_features(adapter, encoding, images, selections)
         masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
         places = [entering_places(*pair) for pair in zip(selections, masks, strict=True)]
@@ -303,8 +320,8 @@ class Pipeline:
                 f"{type(self.reducer).__name__} is attached, but videos are not reduced, and this call has videos and "
                 f"no image ({self.adapter.video_pixels} without {self.adapter.pixels}); run it outside the block"
             )
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values") or inputs.get("cache")
-        if not self.run.has_dropped or cache is None or ids is None or cache.get_seq_length() == 0:
+        ids = inputs.get("input_ids")
+        if ids is None or reduced_cache(inputs) is None:
             return
         if bool((ids == self.adapter.image_token_id).any()):
             raise ValueError(
@@ -323,12 +340,12 @@ class Pipeline:
             NotImplementedError: if the call has videos only.
         """
         self._check_without_images(inputs)
-        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values") or inputs.get("cache")
+        mask, cache = inputs.get("attention_mask"), reduced_cache(inputs)
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        if not self.run.has_dropped or cache is None or tokens is None or not isinstance(mask, Tensor):
+        if cache is None or tokens is None or not isinstance(mask, Tensor):
             return
         stored = int(cache.get_seq_length())
-        if stored and mask.dim() == 2 and mask.shape[1] > stored + tokens.shape[1] and self.adapter.in_prompt:
+        if mask.dim() == 2 and mask.shape[1] > stored + tokens.shape[1] and self.adapter.in_prompt:
             raise ValueError(
                 f"the attention_mask has {mask.shape[1]} positions, but the cache holds {stored} of a reduced prompt "
                 f"and the call adds {tokens.shape[1]}; shorten the part of the prompt with "
@@ -421,6 +438,31 @@ class Pipeline:
             if isinstance(pad, int) and pad >= 0 and pad != self.adapter.image_token_id:
                 return pad
         return 0 if self.adapter.image_token_id else 1
+
+
+def mark_caches(values: Any) -> None:
+    """Mark the key-value caches among inputs or outputs of a call: they hold a reduced prompt.
+
+    The mark stays on the cache object and its copies, also in a later block.
+
+    Args:
+        values: a mapping or a tuple; other values are left alone.
+    """
+    items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
+    for item in items:
+        if isinstance(item, Cache):
+            item.holds_reduced_prompt = True  # type: ignore[attr-defined]
+
+
+def reduced_cache(inputs: Mapping[str, Any]) -> Any:
+    """Return the filled key-value cache of a call that holds a reduced prompt; None if there is none.
+
+    Args:
+        inputs: keyword inputs of `forward` or `generate`.
+    """
+    cache: Any = inputs.get("past_key_values") or inputs.get("cache")  # renamed in transformers 5.24
+    is_reduced = getattr(cache, "holds_reduced_prompt", False) and cache.get_seq_length() > 0
+    return cache if is_reduced else None
 
 
 def missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:

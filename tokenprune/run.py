@@ -35,8 +35,6 @@ class Run:
         """Tokens, cache bytes and FLOPs of all calls."""
         self.rows: Rows | None = None
         """The positions of the full prompt that remained in the last call; None before the first."""
-        self.has_dropped = False
-        """Whether a call was reduced, so that a key-value cache may hold a reduced prompt."""
 
     @property
     def drawable(self) -> int:
@@ -62,7 +60,6 @@ class Run:
         self.account.add(selections, lengths)
         self.account.second_look_flops += second_look_flops
         self.rows = rows.cpu()
-        self.has_dropped |= not all(selection.everything for selection in selections)
         self.selections += [s if number < complete else s.compact() for number, s in enumerate(selections)]
         del self.selections[:-HISTORY]
 
