@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models._base.tiled import TiledAdapter
 from tokenprune.rewrite import TextSeparatorSide
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
-from tokenprune.models.single import SingleTileAdapter
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
+from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
 class DeepseekVLAdapter(SingleTileAdapter):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter, grid_difference, thumbnail
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
+from tokenprune.models._base.tiled import TiledAdapter, grid_difference, thumbnail
 
 ALIKE = 0.5
 """Crops show what a base tile shows if they differ from it by less than this part of its variance."""

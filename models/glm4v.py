@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, with_sharp_attention
-from tokenprune.models.native import MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models._base.example import EXAMPLE_IMAGE, with_sharp_attention
+from tokenprune.models._base.native_resolution import MergedPatchesAdapter, example_mrope_llm
 
 
 class Glm4vAdapter(MergedPatchesAdapter):

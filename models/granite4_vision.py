@@ -14,7 +14,7 @@ from transformers import Granite4VisionConfig, Granite4VisionForConditionalGener
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
 from tokenprune.image import TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.idefics3 import NestedTilesAdapter
 
 

@@ -17,8 +17,14 @@ from transformers import (
 )
 
 from tokenprune.image import Signal, TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter, placeholder_spans, tile_spans
+from tokenprune.models._base.example import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_TILE,
+    example_llm,
+    example_tower,
+    with_sharp_attention,
+)
+from tokenprune.models._base.tiled import TiledAdapter, placeholder_spans, tile_spans
 from tokenprune.rewrite import TextSeparatorSide
 
 

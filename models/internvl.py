@@ -12,8 +12,14 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
 from tokenprune.image import Signal
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, example_tower, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models._base.example import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_TILE,
+    example_llm,
+    example_tower,
+    with_sharp_attention,
+)
+from tokenprune.models._base.tiled import TiledAdapter
 
 
 class InternVLAdapter(TiledAdapter):

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
 from tokenprune.image import TileGeometry, token_dim
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
-from tokenprune.models.placeholder import pool
-from tokenprune.models.tiles import TiledAdapter, find_grid, placeholder_spans, split_pairs
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
+from tokenprune.models._base.placeholder import pool
+from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs
 from tokenprune.rewrite import TextSeparatorSide
 
 

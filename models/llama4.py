@@ -14,13 +14,13 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Tex
 
 from tokenprune.adapter import Encoding, LLMShape
 from tokenprune.image import Signal, TileGeometry
-from tokenprune.models.example import (
+from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     example_decoder,
     example_tower,
     with_sharp_attention,
 )
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models._base.tiled import TiledAdapter
 
 
 class Llama4Adapter(TiledAdapter):

@@ -12,8 +12,8 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tokenprune.image import SEPARATOR, TileGeometry, anyres_regions
-from tokenprune.models.example import EXAMPLE_TILE, example_parts, seeded, with_sharp_attention
-from tokenprune.models.placeholder import PlaceholderAdapter
+from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, seeded, with_sharp_attention
+from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 EXAMPLE_GRIDS = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]]
 """Sizes of the canvas of example models: up to three tiles a side."""

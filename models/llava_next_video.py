@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-from tokenprune.models.example import example_parts, with_sharp_attention
+from tokenprune.models._base.example import example_parts, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from tokenprune.image import ROW_SIGNALS, SEPARATOR, Signal, TileGeometry
-from tokenprune.models.example import example_parts, example_siglip, with_sharp_attention
+from tokenprune.models._base.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
-from tokenprune.models.native import PixtralTowerAdapter, example_pixtral
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
+from tokenprune.models._base.native_resolution import PixtralTowerAdapter, example_pixtral
 
 
 class Mistral3Adapter(PixtralTowerAdapter):

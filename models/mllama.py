@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import SEPARATOR, TileGeometry, token_dim
-from tokenprune.models.example import (
+from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_PAD,
     EXAMPLE_TEXT,
@@ -28,8 +28,8 @@ from tokenprune.models.example import (
     seeded,
     with_sharp_attention,
 )
-from tokenprune.models.placeholder import PlaceholderAdapter
-from tokenprune.models.probe import replaced_forward
+from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._capture.hooks import replaced_forward
 
 
 class MllamaAdapter(PlaceholderAdapter):

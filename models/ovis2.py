@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2VisionConfig, Qwen2Config
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
+from tokenprune.models._base.tiled import TiledAdapter
 
 
 class Ovis2Adapter(TiledAdapter):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
-from tokenprune.models.single import SingleTileAdapter
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
+from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
 class PaliGemmaAdapter(SingleTileAdapter):

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
-from tokenprune.models.tiles import TiledAdapter
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
+from tokenprune.models._base.tiled import TiledAdapter
 
 
 class PerceptionLMAdapter(TiledAdapter):

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import SEPARATOR, TileGeometry
-from tokenprune.models.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
-from tokenprune.models.placeholder import PlaceholderAdapter
-from tokenprune.models.probe import replaced_forward
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
+from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._capture.hooks import replaced_forward
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):

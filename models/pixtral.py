@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tokenprune.models.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
-from tokenprune.models.native import EXAMPLE_TOKEN, PixtralTowerAdapter, example_pixtral
+from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
+from tokenprune.models._base.native_resolution import EXAMPLE_TOKEN, PixtralTowerAdapter, example_pixtral
 
 
 class PixtralAdapter(PixtralTowerAdapter):

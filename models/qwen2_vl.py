@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tokenprune.models.example import with_sharp_attention
-from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models._base.example import with_sharp_attention
+from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 
 
 class Qwen2VLAdapter(MergedPatchesAdapter):

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.models.example import with_sharp_attention
-from tokenprune.models.native import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models._base.example import with_sharp_attention
+from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 
 
 class Qwen3VLAdapter(MergedPatchesAdapter):

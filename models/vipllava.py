@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
-from tokenprune.models.example import example_parts, with_sharp_attention
-from tokenprune.models.single import SingleTileAdapter
+from tokenprune.models._base.example import example_parts, with_sharp_attention
+from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
 class VipLlavaAdapter(SingleTileAdapter):

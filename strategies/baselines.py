@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenprune.budget import Budget
-from tokenprune.components import AllocationPolicy, MergingPolicy, SelectionPolicy
+from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import BaseTileAllocation, UniformAllocation
 from tokenprune.strategies.components.merging import PooledCells

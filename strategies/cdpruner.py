@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tokenprune.budget import Budget
-from tokenprune.components import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import determinantal, in_each_tile

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 
 from tokenprune.budget import as_budget
-from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import SEPARATOR, EncodedImage
+from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies.components.allocation import GlobalTopAllocation

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.budget import Budget
-from tokenprune.components import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import ScoreMassAllocation
 from tokenprune.strategies.components.diversity import facility_location, in_each_tile

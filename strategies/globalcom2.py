@@ -21,9 +21,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion, ratio_of
-from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import base_tile_coverage
 from tokenprune.strategies.components.order import ByScore

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.budget import apportion, ratio_of
-from tokenprune.components import AllocationPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 
 

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.components import AllocationPolicy, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage
+from tokenprune.policies import AllocationPolicy, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation

@@ -23,8 +23,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.components import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import ROWS, cosines, in_each_tile

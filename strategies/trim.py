@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget
-from tokenprune.components import AllocationPolicy, MergingPolicy, SelectionPolicy
 from tokenprune.image import EncodedImage
+from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRest

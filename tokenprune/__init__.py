@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
-    from tokenprune.components import AllocationPolicy as AllocationPolicy
-    from tokenprune.components import Merged as Merged
-    from tokenprune.components import MergingPolicy as MergingPolicy
-    from tokenprune.components import OrderPolicy as OrderPolicy
-    from tokenprune.components import RelevancePolicy as RelevancePolicy
-    from tokenprune.components import SelectionPolicy as SelectionPolicy
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
     from tokenprune.image import TileGeometry as TileGeometry
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.pipeline import Pipeline as Pipeline
     from tokenprune.pipeline import PreparedCall as PreparedCall
+    from tokenprune.policies import AllocationPolicy as AllocationPolicy
+    from tokenprune.policies import Merged as Merged
+    from tokenprune.policies import MergingPolicy as MergingPolicy
+    from tokenprune.policies import OrderPolicy as OrderPolicy
+    from tokenprune.policies import RelevancePolicy as RelevancePolicy
+    from tokenprune.policies import SelectionPolicy as SelectionPolicy
     from tokenprune.reducer import ComponentReducer as ComponentReducer
     from tokenprune.reducer import ImageReducer as ImageReducer
     from tokenprune.reducer import ScoreReducer as ScoreReducer
@@ -41,26 +41,26 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapter",
-    "AllocationPolicy": "components",
+    "AllocationPolicy": "policies",
     "Attachment": "attach",
     "Budget": "budget",
     "ComponentReducer": "reducer",
     "EncodedImage": "image",
     "ImageReducer": "reducer",
     "LayerChoice": "layers",
-    "Merged": "components",
-    "MergingPolicy": "components",
-    "OrderPolicy": "components",
+    "Merged": "policies",
+    "MergingPolicy": "policies",
+    "OrderPolicy": "policies",
     "Pipeline": "pipeline",
     "PreparedCall": "pipeline",
-    "RelevancePolicy": "components",
+    "RelevancePolicy": "policies",
     "Rows": "rewrite",
     "Run": "run",
     "ScoreReducer": "reducer",
     "SecondLook": "saliency",
     "Seen": "saliency",
     "Selection": "selection",
-    "SelectionPolicy": "components",
+    "SelectionPolicy": "policies",
     "Signal": "image",
     "TileGeometry": "image",
     "TokenAccount": "account",

@@ -2,6 +2,6 @@
 
 import sys
 
-from tokenprune.cli import main
+from tokenprune.cli.main import main
 
 sys.exit(main())

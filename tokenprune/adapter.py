@@ -485,7 +485,7 @@ def find_adapter(model: Any) -> Adapter:
     families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in known))
     raise TypeError(
         f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
-        "tokenprune.Adapter, about 40 lines: docs/adapters.md"
+        "tokenprune.Adapter, about 40 lines: docs/how-to/write-an-adapter.md"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.components import Component
+from tokenprune.policies import Component
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import collect
 

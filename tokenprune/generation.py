@@ -1,7 +1,7 @@
 """Calls transformers' `generate` on a reduced prompt so that its caller meets only the full one.
 
 Length limits, streamers, stopping criteria, logits processors and returned sequences refer to the full prompt.
-`docs/generate-arguments.md` lists every argument.
+`docs/reference/generate-arguments.md` lists every argument.
 """
 
 from __future__ import annotations

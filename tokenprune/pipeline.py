@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from tokenprune.budget import as_budget
 from tokenprune.generation import generate_reduced, refuse_arguments
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
-from tokenprune.reducer import TokenReducer
 from tokenprune.rewrite import Rows, emptied_text, kept_positions, padding_side, shorten, shorter_rows
 from tokenprune.run import Run
 from tokenprune.saliency import SecondLook, attention_layers, attention_source, read_from, seen_by, standing_in
 from tokenprune.selection import Selection
 from tokenprune.stages import entering_places
+
+if TYPE_CHECKING:
+    from tokenprune.reducer import TokenReducer
 
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
 """Whether this thread is inside `generate` of any attached model; assistant models then get reduced prompts."""

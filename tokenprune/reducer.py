@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportioned, as_budget, plain_budget
-from tokenprune.components import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.policies import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.saliency import SOURCES, Attention, SecondLook
 from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image, top_per_tile
 from tokenprune.stages import ImageStage, ProjectorStage, Stage

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from tokenprune.components import Component
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice, resolve_layers
+from tokenprune.policies import Component
 
 Attention: TypeAlias = Literal["auto", "cls", "received", "pooling"]
 """Where attention over the tokens of a tile comes from; ``"auto"``: CLS if there is one, else what tokens receive."""

@@ -16,14 +16,15 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from tokenprune.budget import ratio_of
-from tokenprune.configure import prepare
+from tokenprune.cli.errors import add_flag
+from tokenprune.cli.parsing import prepare
+from tokenprune.experiments.bench.bench_model import Size, Subject, subject
+from tokenprune.experiments.bench.environment import environment
 from tokenprune.experiments.bench.flame import trace
-from tokenprune.experiments.bench.machine import environment
 from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and
 from tokenprune.experiments.bench.report import as_table, what_ran, write
-from tokenprune.experiments.bench.spread import interval_rank
-from tokenprune.experiments.bench.subject import Size, Subject, subject
-from tokenprune.experiments.selection_cost import torch_threads
+from tokenprune.experiments.bench.samples import interval_rank
+from tokenprune.experiments.bench.selection_cost import torch_threads
 from tokenprune.pipeline import missing_signals
 from tokenprune.reducer import TokenReducer
 
@@ -67,10 +68,10 @@ def bench_parser() -> ArgumentParser:
     add("--llm-layers", type=int, help="keep only so many layers of the LLM; the output says so")
     add("--prompt-tokens", type=int, default=32, help="text tokens of a prompt, with random weights")
     add("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known by name")
-    add("--trace", type=bool, nargs="?", const=True, default=False, help="also profile a call of each variant")
+    add_flag(parser, "--trace", "also profile a call of each variant")
     add("--out", default="tokenprune-bench", help="folder for bench.json, bench.md and phases.png")
-    add("--json", type=bool, nargs="?", const=True, default=False, help="print the JSON instead of tables")
-    add("--quiet", type=bool, nargs="?", const=True, default=False, help="show no progress")
+    add_flag(parser, "--json", "print the JSON instead of tables")
+    add_flag(parser, "--quiet", "show no progress")
     return parser
 
 
@@ -158,7 +159,7 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
         tell: is told what is done.
 
     Returns:
-        The result as plain data: see docs/performance.md.
+        The result as plain data: see docs/results/performance.md.
 
     Raises:
         ValueError: if an option cannot be used; it says which and what to do.

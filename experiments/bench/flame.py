@@ -19,11 +19,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from tokenprune.experiments.bench.ledger import BEFORE, Ledger
+from tokenprune.experiments.analysis.report.style import INK
+from tokenprune.experiments.bench.bench_model import Subject, picture
 from tokenprune.experiments.bench.measure import Setting, Variant, call
+from tokenprune.experiments.bench.phase_timer import BEFORE, Ledger
 from tokenprune.experiments.bench.report import COLOURS
-from tokenprune.experiments.bench.subject import Subject, picture
-from tokenprune.experiments.report.looks import INK
 
 Event = Mapping[str, Any]
 """An event of a Chrome trace; times in microseconds."""

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Attachment
-from tokenprune.configure import as_config
-from tokenprune.experiments.bench.ledger import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, Ledger, watched
-from tokenprune.experiments.bench.machine import peak_memory, wait_for
-from tokenprune.experiments.bench.spread import Ratio, Spread
-from tokenprune.experiments.bench.subject import Size, Subject, picture
-from tokenprune.experiments.cost.meter import Meter
+from tokenprune.configuration import as_config
+from tokenprune.experiments.bench.bench_model import Size, Subject, picture
+from tokenprune.experiments.bench.cost.meter import Meter
+from tokenprune.experiments.bench.environment import peak_memory, wait_for
+from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, Ledger, watched
+from tokenprune.experiments.bench.samples import Ratio, Spread
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run

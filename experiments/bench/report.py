@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.experiments.bench.ledger import BEFORE, MEANING, PHASES
-from tokenprune.experiments.report.looks import FULL, INK, PALETTE
+from tokenprune.experiments.analysis.report.style import FULL, INK, PALETTE
+from tokenprune.experiments.bench.phase_timer import BEFORE, MEANING, PHASES
 
 Result = Mapping[str, Any]
 """What `as_data` of a measurement returned, or the JSON that was read back."""

@@ -11,9 +11,9 @@ from einops import reduce
 from torch import Tensor
 
 from tokenprune.budget import apportion
-from tokenprune.components import AllocationPolicy
 from tokenprune.image import EncodedImage, Signal, TileGeometry, region_coverage
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import AllocationPolicy
 from tokenprune.selection import top_of_image
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.components import SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import SelectionPolicy
 from tokenprune.selection import top_per_tile
 
 ROWS = 64

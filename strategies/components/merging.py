@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.components import Merged, MergingPolicy, unmerged
 from tokenprune.image import EncodedImage, Signal, region_coverage
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import Merged, MergingPolicy, unmerged
 from tokenprune.strategies.components.selection import evenly_spaced
 
 RELEASED = "release"

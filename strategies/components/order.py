@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenprune.components import OrderPolicy
 from tokenprune.image import EncodedImage
+from tokenprune.policies import OrderPolicy
 
 
 def tile_numbers(kept: Tensor) -> Tensor:

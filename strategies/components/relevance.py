@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.components import RelevancePolicy, SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import RelevancePolicy, SelectionPolicy
 
 SIGNS = {"opposite": -1.0, "aligned": 1.0}
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenprune.components import SelectionPolicy
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
+from tokenprune.policies import SelectionPolicy
 
 
 def evenly_spaced(length: int, number: int) -> Tensor:

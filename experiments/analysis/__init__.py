@@ -1,0 +1,1 @@
+"""Analysis of records: statistics and reports."""

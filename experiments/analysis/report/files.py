@@ -1,0 +1,137 @@
+"""Files for other programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tokenprune.experiments.analysis.report.comparisons import against_full, against_random
+from tokenprune.experiments.analysis.report.rows import settings
+from tokenprune.experiments.analysis.stats import Cell, Difference, short
+
+
+def cell_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return one row an experiment, with its differences to full tokens and to every random seed that is there.
+
+    Args:
+        cells: the experiments.
+    """
+    full: dict[str, Difference] = {}
+    random: dict[tuple[str, int], Difference] = {}
+    for part in settings(cells).values():
+        full |= {cell.hash: difference for cell, difference in against_full(part)}
+        random |= {(cell.hash, seed): difference for cell, seed, difference in against_random(part)}
+    found = []
+    for cell in cells:
+        row: dict[str, Any] = {
+            "hash": cell.hash,
+            "name": cell.name,
+            "method": cell.method,
+            "strategy": cell.strategy,
+            "budget": cell.budget,
+            "role": cell.role,
+            "seed": cell.seed,
+            "model": short(json.loads(cell.setting[0])),
+            "task": short(json.loads(cell.setting[1])),
+            "metric": cell.metric,
+            "n": cell.score.n,
+            "n_errors": cell.n_errors,
+            "groups": cell.score.groups,
+            "mean": cell.score.mean,
+            "low": cell.score.low,
+            "high": cell.score.high,
+        }
+        row |= {name: cell.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
+        row |= {f"{name}_median": cell.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
+        if full:
+            row |= _difference_row("minus_full", full.get(cell.hash))
+        for seed in sorted({seed for _, seed in random}):
+            row |= _difference_row(f"minus_random_{seed}", random.get((cell.hash, seed)))
+        row |= {f"factor.{name}": short(value) for name, value in cell.factors.items()}
+        found.append(row)
+    return found
+
+
+def _difference_row(name: str, difference: Difference | None) -> dict[str, Any]:
+    parts = ("", "_low", "_high", "_n", "_mcnemar_p", "_holm_p", "_verdict")
+    if difference is None:
+        return {f"{name}{part}": None for part in parts}
+    s, d = difference.score, difference
+    values = (s.mean, s.low, s.high, s.n, d.p, d.holm, d.verdict)
+    return {f"{name}{part}": value for part, value in zip(parts, values, strict=True)}
+
+
+def record_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Return one row a record, with what identifies its experiment; lists are written as JSON.
+
+    Args:
+        cells: the experiments.
+    """
+    found = []
+    for cell in cells:
+        head = {"hash": cell.hash, "method": cell.method, "budget": cell.budget, "role": cell.role, "seed": cell.seed}
+        for record in cell.records:
+            plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record.items()}
+            found.append(head | plain)
+    return found
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; what is not known stays empty.
+
+    Args:
+        path: the file.
+        lines: the rows; they need not have the same names.
+    """
+    names = dict.fromkeys(name for line in lines for name in line)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(names), restval="")
+        writer.writeheader()
+        writer.writerows({name: "" if _unknown(value) else value for name, value in line.items()} for line in lines)
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def need_pyarrow() -> tuple[Any, Any]:
+    """Return pyarrow and its module for Parquet.
+
+    Raises:
+        ImportError: without pyarrow; it says what to do.
+    """
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ImportError(
+            "Parquet needs pyarrow: `pip install tokenprune[parquet]`; the CSV files hold the same rows"
+        ) from error
+
+
+def write_parquet(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as Parquet; a column that mixes words with numbers becomes text.
+
+    Args:
+        path: the file.
+        lines: the rows; they need not have the same names.
+
+    Raises:
+        ImportError: without pyarrow.
+    """
+    pyarrow, parquet = need_pyarrow()
+    names = dict.fromkeys(name for line in lines for name in line)
+    columns = {name: _one_type([line.get(name) for line in lines]) for name in names}
+    parquet.write_table(pyarrow.table(columns), str(path))
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """Return a column that Parquet can hold: text if it mixes words with numbers, as budgets and answers may."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or len(kinds) < 2:
+        return values
+    return [value if value is None or isinstance(value, str) else str(value) for value in values]

@@ -1,0 +1,1 @@
+"""Evaluation: experiments, grids, tasks, metrics, and their records."""

@@ -1,0 +1,8 @@
+"""Tasks: pictures, questions, accepted answers, and how answers are scored."""
+
+from tokenprune.experiments.evaluation.tasks.base import Sample, Task, tasks
+from tokenprune.experiments.evaluation.tasks.boards import Boards
+from tokenprune.experiments.evaluation.tasks.folder import Folder
+from tokenprune.experiments.evaluation.tasks.lmms_eval import LmmsTask
+
+__all__ = ["Boards", "Folder", "LmmsTask", "Sample", "Task", "tasks"]

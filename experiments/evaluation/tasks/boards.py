@@ -1,0 +1,49 @@
+"""The embedded model's own held-out task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from PIL import Image
+
+from tokenprune.experiments.evaluation.tasks.base import Sample, Task
+from tokenprune.models.mini.boards import boards, make_board
+
+
+def _draw(index: int) -> Image.Image:
+    return make_board(index, "heldout").image
+
+
+@dataclass
+class Boards(Task):
+    """Questions about notice boards that the embedded model has not seen.
+
+    Splits: ``tiles`` takes the high-resolution tiles, ``base`` the base tile, ``either`` one of them.
+
+    Args:
+        number: number of boards; each has about 18 questions.
+        first: index of the first board. The training schedule was chosen with a look at boards 0 to 71.
+    """
+
+    number: int = 40
+    first: int = 1000
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the questions of each board."""
+        for board in boards(self.number, "heldout", self.first):
+            group, picture = (
+                f"boards/{board.index}",
+                partial(_draw, board.index),
+            )  # drawn again: pictures of all boards would fill the memory
+            for place, question in enumerate(board.questions):
+                yield Sample(
+                    id=f"{group}/{place}",
+                    group=group,
+                    picture=picture,
+                    question=question.text,
+                    answers=(question.answer,),
+                    type=question.type,
+                    split=question.needs,
+                )

@@ -1,0 +1,1 @@
+"""Weights & Biases: tracking, publishing and sweeps."""

@@ -1,0 +1,718 @@
+"""What the adapters share whose model replaces placeholder tokens by the output of `get_image_features`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from operator import attrgetter
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
+
+from tokenprune.adapter import Adapter, Encoding, FeatureInputs, LLMShape, PackedTokens, VisualTokens
+from tokenprune.image import (
+    ALIGNED_FROM,
+    ALIGNED_SIGNALS,
+    CLS_SIGNALS,
+    ROW_SIGNALS,
+    SEPARATOR,
+    TEXT_SIGNALS,
+    EncodedImage,
+    Key,
+    Signal,
+    TileGeometry,
+    token_dim,
+)
+from tokenprune.models._base.clip_text import example_text_model, question_in, text_tower
+from tokenprune.models._base.example import EXAMPLE_PAD, EXAMPLE_TEXT
+from tokenprune.models._base.linear_weights import linear_weights
+from tokenprune.models._capture.hooks import Tower, probe, wanted_layers
+from tokenprune.models._capture.truncated_tower import ProjectedTokens, run_until, skipped_layers
+
+
+class PlaceholderAdapter(Adapter):
+    """An adapter of a model whose image features fill placeholders in the prompt.
+
+    A family says where its parts are and how it lays out an image: class attributes, and `layouts`. Encoding, capturing
+    and handing over are the same for all.
+    """
+
+    tower_at: ClassVar[str] = "vision_tower"
+    """Where the vision tower is in the base model."""
+    layers_at: ClassVar[str] = "encoder.layers"
+    """Where its layers are in the tower."""
+    attention_at: ClassVar[str] = "self_attn"
+    """Name of the attention module in a layer of the tower; it asks transformers' `AttentionInterface`."""
+    projector_at: ClassVar[str | None] = "multi_modal_projector"
+    """Where the module is in the base model that maps each visual token by itself; None if there is none such."""
+    language_model_at: ClassVar[str] = "language_model"
+    """Where the decoder is in the base model."""
+    pooling_in: ClassVar[str | None] = None
+    """Name of the number in the config that says how many patches along a side become one visual token; None: one."""
+    patch_order: ClassVar[str] = "(h p w q)"
+    """How the patches of a tile are ordered in the tower; token ``(h, w)`` is made of ``p x q`` patches (einops)."""
+    base_first: ClassVar[bool] = True
+    """Whether the base tile is encoded and packed before the sub-images, or after them."""
+    one_sequence: ClassVar[bool] = False
+    """Whether the tower runs over all images as one sequence; each is then one tile of its own size."""
+    features_by_tile: ClassVar[bool] = False
+    """Whether `get_image_features` returns a tensor with a row for each tile instead of a list."""
+    features_in: ClassVar[str] = "pooler_output"
+    """Which field of what it returns fills the placeholders."""
+    resizable: ClassVar[bool] = False
+    """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
+    norm_at: ClassVar[str | None] = None
+    """Where the norm is in the tower that its outputs pass before they are used; None if the model takes them as the
+    layer puts them out."""
+    projects_per_token: ClassVar[bool] = False
+    """Whether a visual token depends on its own patches only, once the tower has run; an image consists of such tokens
+    and newline tokens, and `visual_tokens` computes them."""
+    passes_output_options: ClassVar[bool] = False
+    """Whether the model's `forward` passes `output_attentions` and `output_hidden_states` to its vision side."""
+
+    @abstractmethod
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image of a call."""
+
+    @abstractmethod
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the vision inputs of pictures with random pixels; the same pixels for the same size."""
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether the model is of this family, by class name along its bases."""
+        return any(base.__name__ == cls.model_class for base in type(model).__mro__)
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels and as many placeholders as the layouts say."""
+        sizes = list(dict.fromkeys(size for row in rows for size in row))
+        layouts = zip(sizes, self.layouts(self.example_pixels(sizes)), strict=True)
+        return self.example_prompts(rows, {size: [self.image_token_id] * len(one.packed) for size, one in layouts})
+
+    def example_prompts(
+        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return inputs with random pixels, left-padded.
+
+        Args:
+            rows: for each prompt, height x width of its pictures in pixels.
+            images: the ids that stand for a picture of each size.
+        """
+        prompts = [[1, *(token for size in row for token in [*images[size], *EXAMPLE_TEXT])] for row in rows]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        vision = self.example_pixels([size for row in rows for size in row])
+        return {"input_ids": ids, "attention_mask": (ids != EXAMPLE_PAD).long(), **vision}
+
+    @cached_property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return attrgetter(self.tower_at)(self.model.base_model)
+
+    @cached_property
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """The encoder layers of the vision tower."""
+        layers: Sequence[nn.Module] = attrgetter(self.layers_at)(self.tower)
+        return layers
+
+    @cached_property
+    def cls(self) -> Literal["none", "first", "last"]:
+        """Where the CLS token stands in the sequence of the tower."""
+        embeddings = getattr(self.tower, "embeddings", None)
+        return "first" if any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token")) else "none"
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the tower has a CLS token."""
+        return self.cls != "none"
+
+    @cached_property
+    def pooling_head(self) -> nn.MultiheadAttention | None:
+        """The attention of SigLIP's pooling head; None if the checkpoint has none."""
+        head = getattr(getattr(self.tower, "head", None), "attention", None)
+        return head if isinstance(head, nn.MultiheadAttention) else None
+
+    @cached_property
+    def pooling(self) -> int:
+        """Patches along a side that become one visual token."""
+        return 1 if self.pooling_in is None else int(getattr(self.model.config, self.pooling_in))
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Kinds of signals that this model can give."""
+        kinds = {"received_attention", "keys", "vision_features"}
+        if self.projector_at is not None:
+            kinds |= {"projector_inputs"}
+        if self.resizable:
+            kinds |= {"resolution"}
+        if self.has_cls:
+            kinds |= {"cls_attention", "cls_logits", "joint_attention", "cls_features"}
+        if self.pooling_head is not None:
+            kinds |= {"pooling_attention"}
+        if self.tower.config.model_type == "clip_vision_model":
+            kinds |= ALIGNED_SIGNALS | TEXT_SIGNALS
+        return frozenset(kinds)
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id of the image placeholder."""
+        token: int = self.model.config.image_token_id
+        return token
+
+    @cached_property
+    def image_inputs(self) -> frozenset[str]:
+        """The parameters of the model's `get_image_features` and, if it has one, of `get_video_features`.
+
+        The model takes pixels or features, not both, so videos beside images are encoded with them and passed on whole.
+        """
+        return self._feature_parameters("image") | self._feature_parameters("video")
+
+    def _feature_parameters(self, modality: str) -> frozenset[str]:
+        """Return the parameters of the model's function that encodes a modality; none if it has no such function."""
+        encode = getattr(self.model.base_model, f"get_{modality}_features", None)
+        return frozenset() if encode is None else frozenset(inspect.signature(encode).parameters) - {"kwargs"}
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the visual tokens of one tile."""
+        config = self.tower.config
+        image, patch = (
+            one[0] if isinstance(one, (list, tuple)) else one for one in (config.image_size, config.patch_size)
+        )
+        side = image // patch // self.pooling
+        return side, side
+
+    @cached_property
+    def decoder(self) -> Any:
+        """The module with the decoder layers."""
+        return attrgetter(self.language_model_at)(self.model.base_model)
+
+    @cached_property
+    def llm(self) -> LLMShape:
+        """The shape of the language model."""
+        config = self.model.config.get_text_config()
+        return LLMShape(
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            layer_parameters=tuple(linear_weights(layer) for layer in self.decoder.layers),
+            head_parameters=config.hidden_size * config.vocab_size,
+            element_bytes=self.model.dtype.itemsize,
+        )
+
+    def feature_layer(self, inputs: Mapping[str, Any]) -> int:
+        """Return the index of the (deepest) layer whose output the model uses; the last one unless the config says.
+
+        Raises:
+            ValueError: if the model uses the embeddings, which no layer puts out.
+        """
+        return max(self.feature_layers(inputs))
+
+    def feature_layers(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the indices of all layers whose outputs the model uses, side by side.
+
+        Raises:
+            ValueError: if the model uses the embeddings alone, which no layer puts out.
+        """
+        chosen: Any = inputs.get("vision_feature_layer")
+        chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
+        depth = len(self.tower_layers)
+        indices = [
+            depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, (list, tuple)) else [chosen])
+        ]
+        if not 0 <= max(indices) < depth:
+            raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
+        return indices
+
+    @cached_property
+    def projector(self) -> Any:
+        """What turns features of the vision tower into visual tokens."""
+        return attrgetter(self.projector_at or "")(self.model.base_model)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
+        projected: Tensor = self.projector(features.to(floating_dtype(self.projector))[None])[0]
+        return projected
+
+    def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
+        """Return a question in the space that the text model shares with the vision tower."""
+        return text_tower(text_model).embed(text, self.model.device)
+
+    def example_text_model(self) -> str:
+        """Return the folder of a tiny CLIP checkpoint whose vision tower is as wide as that of the model."""
+        return example_text_model(self.tower.config.hidden_size)
+
+    def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
+        """Return what the user asks in each prompt row.
+
+        Raises:
+            ValueError: if no tokenizer was given and the model does not say which folder or hub id it comes from.
+        """
+        tokenizer = self._own_tokenizer if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
+        special = [*tokenizer.all_special_tokens, tokenizer.decode([self.image_token_id])]
+        real = input_ids != self.image_token_id
+        real = real if attention_mask is None else real & attention_mask.bool()
+        return [question_in(tokenizer.decode(ids[keep]), special) for ids, keep in zip(input_ids, real, strict=True)]
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        name = getattr(self.model, "name_or_path", "")
+        if not name:
+            raise ValueError(
+                "the question cannot be read from the prompt: the model was not loaded from a folder or hub id with a "
+                "tokenizer. Attach with reducer(model, tokenizer=processor.tokenizer) or question=..."
+            )
+        return AutoTokenizer.from_pretrained(name)
+
+    def encode(
+        self,
+        inputs: Mapping[str, Any],
+        needs: Sequence[Signal],
+        keep_pixels: int = 0,
+        text_model: str | None = None,
+        truncated: bool = False,
+    ) -> Encoding:
+        """Run the vision side once, with the needed signals captured."""
+        self.check_select_strategy(inputs)
+        feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
+        wanted = self.wanted(needs, feature_layer)
+
+        def align(features: Tensor) -> Tensor:
+            return text_tower(text_model).align(features)
+
+        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a checkpoint that does not fit is refused first
+            align(self.model.get_input_embeddings().weight.new_zeros(1, 1, self.tower.config.hidden_size))
+        leaves_early = truncated and self.can_leave_early(inputs, needs)
+        run = self.run_tower if leaves_early else self._run_vision_side
+        tokens, outputs, captured = run(inputs, layouts, wanted, truncated)
+        signals = {key: self.by_image(key[0], parts, layouts, inputs) for key, parts in captured.items()}
+        for layer, kinds in wanted.items():
+            for kind in kinds & ALIGNED_SIGNALS:
+                signals[kind, layer] = [align(source) for source in signals[ALIGNED_FROM[kind], layer]]
+        pixels = self.pictures(inputs, layouts, keep_pixels)
+        images = [
+            EncodedImage(
+                geometry=layout,
+                compute_features=partial(_unpacked, layout, tokens, number),
+                device=inputs[self.pixels].device,
+                signals={key: parts[number] for key, parts in signals.items()},
+                layers=len(self.tower_layers),
+                feature_layer=feature_layer,
+                newline=self.newline,
+                pixels=pixels[number] if number < len(pixels) else None,
+            )
+            for number, layout in enumerate(layouts)
+        ]
+        videos = self.encode_videos(inputs)
+        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), videos, complete=not truncated)
+
+    def _run_vision_side(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        wanted: dict[int, set[str]],
+        truncated: bool,
+    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
+        """Run the model's own `get_image_features`; return the visual tokens, its output object and the signals."""
+        feature_layer = self.feature_layer(inputs)
+        arguments = {**self.vision_arguments(inputs), **self._output_options(inputs)}
+        reads_head = any("pooling_attention" in kinds for kinds in wanted.values())
+        projected = any("projector_inputs" in kinds for kinds in wanted.values())
+        with ExitStack() as stack:
+            if truncated and not reads_head:
+                head = self.tower.head if self.pooling_head is not None else None
+                stack.enter_context(skipped_layers(self.tower_layers, max([feature_layer, *wanted]), head))
+            captured = stack.enter_context(probe(self.tower_parts(layouts), wanted))
+            projector_inputs = stack.enter_context(self.projector_probe(projected))
+            outputs = self.run_vision(arguments, layouts)
+        if projected:
+            captured["projector_inputs", feature_layer] = projector_inputs
+        return PackedTokens(self.features(outputs, layouts)), outputs, captured
+
+    def run_tower(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        wanted: dict[int, set[str]],
+        truncated: bool,
+    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
+        """Run the tower up to the last required layer; return the visual tokens, None, and the captured signals.
+
+        Args:
+            inputs: the model inputs of the call.
+            layouts: the layouts of its images.
+            wanted: kinds of signals per layer index.
+            truncated: always True.
+
+        Raises:
+            ValueError: if there are not as many tiles as the layouts say.
+        """
+        feature_layers, images = self.feature_layers(inputs), self.tiles_of(inputs, layouts)
+        tiles = [image[: layout.tiles] for image, layout in zip(images, layouts, strict=False)]
+        if len(images) != len(layouts) or any(len(a) != b.tiles for a, b in zip(tiles, layouts, strict=True)):
+            raise ValueError(
+                f"{self.pixels} hold {len(images)} images of {list(map(len, tiles))} tiles, but their layouts have "
+                f"{[layout.tiles for layout in layouts]}; make the inputs with the processor that belongs to the model"
+            )
+        pixels, last = torch.cat(tiles).to(floating_dtype(self.tower)), max([*feature_layers, *wanted])
+        parts = self.tower_parts(layouts)
+        with probe(parts, wanted) as captured:
+            outputs = run_until(partial(self.tower, pixels), self.tower_layers, last, feature_layers)
+        hidden = torch.cat(outputs, dim=-1)[:, parts.prefix :]
+        if any("projector_inputs" in kinds for kinds in wanted.values()):
+            captured["projector_inputs", max(feature_layers)] = [self.normed(hidden).detach()]
+        return ProjectedTokens(self, layouts, hidden), None, captured
+
+    def wanted(self, needs: Sequence[Signal], feature_layer: int) -> dict[int, set[str]]:
+        """Return the kinds of signals to capture in each layer, and what aligned ones are made from."""
+        wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
+        for kinds in wanted.values():
+            kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
+        return wanted
+
+    def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
+        """Return whether the tower can be left after the last required layer.
+
+        False in training with gradients, which may recompute layers; if weights are moved to the device module by
+        module; for signals of the pooling head; and for inputs of a projector that pools.
+
+        Args:
+            inputs: the model inputs of the call.
+            needs: the signals to capture.
+        """
+        kinds = {signal.kind for signal in needs}
+        return (
+            self.projects_per_token
+            and not (torch.is_grad_enabled() and self.model.training)
+            and len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) == 1
+            and "pooling_attention" not in kinds
+            and not ("projector_inputs" in kinds and self.pooling > 1)
+            and min(self.feature_layers(inputs)) >= 0
+        )
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens that are made of some patches, `[tokens, dim]`.
+
+        Args:
+            patches: what the feature layers put out for the patches of each token, row by row, `[tokens, patches,
+                width]`.
+        """
+        tokens: Tensor = self.projector(self.normed(patches).transpose(0, 1))[0]
+        return tokens
+
+    def all_visual_tokens(self, hidden: Tensor, patches: Tensor) -> Tensor:
+        """Return all visual tokens of some tiles, `[tiles * tokens, dim]`.
+
+        Args:
+            hidden: what the feature layers put out, without CLS, `[tiles, sequence, width]`.
+            patches: the places of the patches of each token, row by row, `[tokens, patches]`.
+        """
+        return self.visual_tokens(hidden[:, patches].flatten(0, 1))
+
+    def normed(self, patches: Tensor) -> Tensor:
+        """Return outputs of the feature layers as the model uses them."""
+        return patches if self.norm_at is None else torch.as_tensor(attrgetter(self.norm_at)(self.tower)(patches))
+
+    def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the vision inputs of a call that belong to its images."""
+        names = self.image_inputs - (self._feature_parameters("video") - self._feature_parameters("image"))
+        return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+    def encode_videos(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the model's own output object of the videos of a call; None if it has none.
+
+        Args:
+            inputs: the model inputs of the call.
+        """
+        if inputs.get(self.video_pixels) is None or not self._feature_parameters("video"):
+            return None
+        names = self._feature_parameters("video")
+        arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        return self.model.base_model.get_video_features(**arguments, **self._output_options(inputs), return_dict=True)
+
+    def _output_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options about outputs that the model's `forward` passes to its vision side."""
+        if not self.passes_output_options:
+            return {}
+        options = ("output_attentions", "output_hidden_states")
+        return {name: inputs[name] for name in options if inputs.get(name) is not None}
+
+    def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
+        """Run the model's own vision side once and return its output object.
+
+        Args:
+            arguments: the vision inputs of the call.
+            layouts: the layouts of the images.
+        """
+        return self.model.base_model.get_image_features(**arguments, return_dict=True)
+
+    def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
+        """Return where signals are found in the tower while it encodes some images."""
+        patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
+        segments = patches if self.one_sequence else None
+        return Tower(self.tower_layers, self.attention_at, self.cls, segments, pooling=self.pooling_head)
+
+    @contextmanager
+    def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Capture what the projector is given while the block runs, if that is wanted."""
+        parts: list[Tensor] = []
+        if not wanted:
+            yield parts
+            return
+        hook = self.projector.register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
+        try:
+            yield parts
+        finally:
+            hook.remove()
+
+    def by_image(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a captured signal by images, with the base tile first and patches pooled to tokens.
+
+        Args:
+            kind: the kind of the signal.
+            captured: what the probe found, tiles along the first dimension.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        if not layouts:
+            return []
+        if self.one_sequence:
+            whole = self.from_sequence(kind, captured, layouts, inputs)
+        else:
+            whole = list(torch.cat(list(captured)).split([one.tiles for one in layouts]))
+        out = []
+        for value, layout in zip(whole, layouts, strict=True):
+            ordered = value if self.base_first else value.roll(1, 0)
+            pooled = kind not in CLS_SIGNALS and kind != "projector_inputs"
+            out.append(pool(kind, ordered, layout.token_grid, self.pooling, self.patch_order) if pooled else ordered)
+        return out
+
+    def from_sequence(
+        self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return a signal by images where the tower runs over all of them as one sequence, `[1, ...]` each.
+
+        Args:
+            kind: the kind of the signal.
+            captured: stretches of the sequence, whatever their lengths.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        dim = token_dim(kind)
+        sequence = torch.cat(list(captured), dim)
+        patches = 1 if kind == "projector_inputs" else self.pooling**2
+        order = self.sequence_order(inputs)
+        if order is not None:
+            sequence = sequence.index_select(dim, order.to(sequence.device))
+        return list(sequence.split([layout.tokens * patches for layout in layouts], dim))
+
+    def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return where in the one sequence of the tower each patch stands, `[patches]`; None if none is moved."""
+        return None
+
+    def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return each image as it would enter the LLM, `[length, dim]` each."""
+        found = outputs[self.features_in]
+        flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+        return list(flat.split([len(layout.packed) for layout in layouts]))
+
+    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return the first images as pictures for drawing, base tile first, `[tiles, height, width, 3]` each."""
+        return [as_pictures(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
+
+    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
+        """Return an encoding with layouts and no features."""
+        self.check_select_strategy(inputs)
+        arguments = self.vision_arguments(inputs)
+        device, layouts = inputs[self.pixels].device, self.layouts(inputs)
+        shown = self.pictures(inputs, layouts, keep_pixels)
+        images = [
+            EncodedImage(
+                geometry=layout,
+                features=torch.zeros(layout.tiles, layout.tokens, 0, device=device),
+                layers=len(self.tower_layers),
+                feature_layer=self.feature_layer(inputs),
+                pixels=shown[number] if number < len(shown) else None,
+            )
+            for number, layout in enumerate(layouts)
+        ]
+        tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
+        return Encoding(images, tokens, inputs=arguments, videos=self.encode_videos(inputs))
+
+    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each, base tile first."""
+        found = [one[: layout.tiles] for one, layout in zip(self.tiles_of(inputs, layouts), layouts, strict=True)]
+        return found if self.base_first else [one.roll(1, 0) for one in found]
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation of the colours, as the processor's own file says them.
+
+        Raises:
+            ValueError: if there is no such file, or it does not say.
+        """
+        name = getattr(self.model, "name_or_path", "")
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"how the pictures of {self.model_class} are normalised cannot be read from {name!r} "
+                f"({' '.join(str(error).split())[:200]}); give image_mean and image_std of its image processor"
+            ) from error
+        if not getattr(processor, "do_normalize", True):
+            return [0.0] * 3, [1.0] * 3
+        return processor.image_mean, processor.image_std
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
+        pixels = inputs[self.pixels]
+        return pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The learned newline token, `[dim]`; None if the model has none."""
+        return None
+
+    def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
+        """Shrink the pixels of every tile and run the vision tower with interpolated position embeddings."""
+        layouts, chosen = self.layouts(inputs), inputs.get("vision_feature_layer")
+        chosen = self.model.config.vision_feature_layer if chosen is None else chosen
+        patch, packed = self.tower.config.patch_size, []
+        for layout, grid, tiles in zip(layouts, grids, self.tiles_of(inputs, layouts), strict=True):
+            if grid is None:
+                packed.append(torch.zeros(0, self.model.config.get_text_config().hidden_size, device=tiles.device))
+                continue
+            size = (grid[0] * patch, grid[1] * patch)
+            small = F.interpolate(tiles[: layout.tiles].float(), size, mode="bicubic", antialias=True)
+            hidden = self.tower(
+                small.to(floating_dtype(self.tower)), interpolate_pos_encoding=True, output_hidden_states=True
+            ).hidden_states
+            wanted = [hidden[index] for index in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
+            features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
+            packed.append(self.insert_newlines(features, layout.resized(grid)[0].packed.to(features.device)))
+        return packed
+
+    def insert_newlines(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return visual tokens and newlines as they enter the LLM, `[length, dim]`.
+
+        Args:
+            tokens: the visual tokens, `[some, dim]`.
+            places: which of them stands at each position, or `SEPARATOR` for a newline, `[length]`.
+        """
+        laid = tokens[places.clamp(min=0)]
+        if self.newline is None:
+            return laid
+        return torch.where(places[:, None] == SEPARATOR, self.newline.to(laid.dtype), laid)
+
+    def features_to_inputs(
+        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the kept features; images of which no token is kept are omitted."""
+        packed = [features for features in packed if len(features)]
+        if not packed:
+            return self.with_videos(encoding, {})
+        # A new object: generate expands it in place for beams. If the LLM reads features only, it holds nothing else.
+        only_features = self.projects_per_token or encoding.outputs is None
+        outputs = BaseModelOutputWithPooling() if only_features else copy.copy(encoding.outputs)
+        features = torch.cat(packed)[:, None] if self.features_by_tile else packed
+        outputs[self.features_in] = features  # sets the attribute, too
+        return self.with_videos(encoding, {"image": outputs})
+
+    def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the model's own output object of `get_image_features`."""
+        if encoding.repeats > 1:
+            return self.features_to_inputs(encoding, encoding.packed)
+        return self.with_videos(encoding, {"image": copied_output(encoding.outputs)})
+
+    def with_videos(self, encoding: Encoding, outputs: dict[str, Any]) -> FeatureInputs:
+        """Return `mm_encoder_outputs` with the output objects of images and, if the call has any, of videos."""
+        if encoding.videos is not None:
+            outputs["video"] = copied_output(encoding.videos)
+        return FeatureInputs({"mm_encoder_outputs": outputs} if outputs else {})
+
+    def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a feature selection under which tokens do not form a grid.
+
+        Raises:
+            ValueError: if the CLS token is kept among the visual tokens, or a patch is cut off as if it were CLS.
+        """
+        configured = getattr(self.model.config, "vision_feature_select_strategy", None)
+        strategy = inputs.get("vision_feature_select_strategy") or configured
+        fitting = "default" if self.has_cls else "full"
+        if strategy not in (None, fitting):
+            raise ValueError(
+                f"vision_feature_select_strategy={strategy!r} leaves no grid of patches in a tower "
+                f"{'with' if self.has_cls else 'without'} a CLS token; set it to {fitting!r}"
+            )
+
+
+def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, order: str) -> Tensor:
+    """Pool a signal from patches to tokens: attention is summed, vectors are averaged.
+
+    Args:
+        kind: the kind of the signal.
+        value: the signal, `[tiles, heads, patches]`, or with a width behind the patches.
+        token_grid: height x width of the tokens of a tile.
+        pooling: patches along a side of a token.
+        order: how patches are ordered, in einops' words.
+
+    Returns:
+        The signal with tokens in the place of patches; logits are joined so that their softmax is summed.
+    """
+    if pooling == 1:
+        return value
+    sizes = {"h": token_grid[0], "w": token_grid[1], "p": pooling, "q": pooling}
+    if kind == "cls_logits":
+        return rearrange(value, f"tiles heads {order} -> tiles heads (h w) (p q)", **sizes).logsumexp(dim=-1)
+    if kind in ROW_SIGNALS:
+        return reduce(value, f"tiles heads {order} -> tiles heads (h w)", "sum", **sizes)
+    heads = "heads " if value.dim() == 4 else ""
+    return reduce(value, f"tiles {heads}{order} dim -> tiles {heads}(h w) dim", "mean", **sizes)
+
+
+def as_pictures(pixels: Tensor) -> Tensor:
+    """Turn normalised pixels into pictures, stretched to the full range: only the processor knows its mean.
+
+    Args:
+        pixels: the tiles of an image as the processor made them, `[tiles, 3, height, width]`.
+
+    Returns:
+        uint8 `[tiles, height, width, 3]` on the CPU.
+    """
+    pixels = pixels.detach().float()
+    low, high = pixels.min(), pixels.max()
+    scaled = (pixels - low) / (high - low).clamp(min=1e-6) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def _unpacked(layout: TileGeometry, tokens: VisualTokens, number: int) -> Tensor:
+    """Return the visual tokens of one image by tiles, `[tiles, tokens, dim]`."""
+    return layout.unpack(tokens.all()[number].detach())
+
+
+def copied_output(outputs: ModelOutput) -> ModelOutput:
+    """Return a shallow copy of an output object with its fields in the same order, which `copy.copy` changes.
+
+    Args:
+        outputs: an output object of transformers, which `generate` would expand in place for beams.
+    """
+    copied = copy.copy(outputs)
+    for name in outputs:
+        copied.move_to_end(name)
+    return copied
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype in which a module computes: that of its first floating-point weight."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

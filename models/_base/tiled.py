@@ -1,0 +1,337 @@
+"""What the adapters share whose images are tiles of one size: how the tiles of a call are grouped and laid out.
+
+Processors of these families return tiles and a prompt, and no grid. The text between the placeholders tells which tiles
+belong to one image. Its grid is the one in which the sub-images, put together and shrunk, resemble the base tile.
+
+The unmodified models accept any prompt with as many placeholders as the tiles have tokens. If the text is not that of
+the processor, tiles that it leaves ungrouped count as an image each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenprune.image import TileGeometry
+from tokenprune.models._base.example import EXAMPLE_TILE, seeded
+from tokenprune.models._base.placeholder import PlaceholderAdapter
+
+THUMBNAIL_SIDE = 32
+"""Side in pixels at which tiles and base tile are compared."""
+
+VOCABULARY_CHUNK = 4096
+"""Rows of the embedding matrix that are compared with a prompt at a time."""
+
+KEY_COLUMNS = 64
+"""Columns of an embedding that its hash covers."""
+
+
+class TiledAdapter(PlaceholderAdapter):
+    """A family whose images are tiles of one size, cut evenly from the picture, and the whole picture as base tile."""
+
+    grouped_by: ClassVar[Literal["opening", "closing"]] = "opening"
+    """What the id before a run of placeholders says: that of the row's first run opens an image (``"opening"``), or
+    that of its last run closes one (``"closing"``)."""
+    features_by_tile: ClassVar[bool] = True
+    base_first: ClassVar[bool] = False
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image, from the prompt and the pixels.
+
+        Raises:
+            ValueError: if a vision input is missing, or the placeholders do not fit the tiles.
+        """
+        self.check_inputs(inputs)
+        parts = self.all_tiles(inputs).split(self.tiles_per_image(inputs))
+        grids = [
+            grid if len(tiles) == 1 + grid[0] * grid[1] else self.find_grid(tiles)
+            for tiles, grid in zip(parts, self.grids(inputs, parts), strict=True)
+        ]
+        return [self.layout(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)]
+
+    def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
+        """Return the layout of one image.
+
+        Args:
+            tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
+            grid: rows x cols of its sub-images.
+        """
+        return TileGeometry.tiled(grid, self.token_grid, self.base_first)
+
+    def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Return rows x cols of the sub-images of each image; by the pixels, where the prompt does not say it.
+
+        Args:
+            inputs: the model inputs of the call.
+            parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
+        """
+        return [self.find_grid(tiles) for tiles in parts]
+
+    def find_grid(self, tiles: Tensor) -> tuple[int, int]:
+        """Return rows x cols of the sub-images of an image, by its pixels.
+
+        Args:
+            tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
+        """
+        ordered = tiles if self.base_first else tiles.roll(1, 0)
+        return find_grid(ordered[1:], ordered[0])
+
+    def ids_after(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
+        """Return the id after each tile of each image; that of the placeholder if the next tile follows at once."""
+        ids = F.pad(self.prompt_ids(inputs), (0, 1), value=-1)
+        spans = tile_spans(placeholder_spans(ids == self.image_token_id), self.tokens_per_tile)
+        after = [int(ids[span.row, span.start + span.length]) for span in spans or ()]
+        ends = torch.tensor([len(tiles) for tiles in parts], dtype=torch.long).cumsum(0).tolist()
+        return [after[end - len(tiles) : end] for tiles, end in zip(parts, ends, strict=True)]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Number of visual tokens of one tile."""
+        return self.token_grid[0] * self.token_grid[1]
+
+    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
+        pixels: Tensor = inputs[self.pixels]
+        return pixels
+
+    def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the number of tiles of each image, in the order of the prompt.
+
+        Raises:
+            ValueError: if the placeholders do not fit the tiles.
+        """
+        ids, tiles = self.prompt_ids(inputs), len(self.all_tiles(inputs))
+        spans = self.tile_spans(ids, tiles)
+        return [1] * tiles if spans is None else split_pairs(group_tiles(spans, ids, self.grouped_by))
+
+    def tile_spans(self, ids: Tensor, tiles: int) -> list[Span] | None:
+        """Return the placeholders of each tile, in the order of the prompts; None if text interrupts a tile.
+
+        Args:
+            ids: the prompts, `[rows, length]`.
+            tiles: number of tiles of the call.
+
+        Raises:
+            ValueError: if the prompts do not have as many placeholders as the tiles have tokens.
+        """
+        placeholders = ids == self.image_token_id
+        places, tokens = int(placeholders.sum()), self.tokens_per_tile
+        if places != tiles * tokens:
+            fit = f"{places // tokens} tiles" if places % tokens == 0 else f"{places / tokens:.2f} tiles"
+            raise self.input_error(
+                f"Image features and image tokens do not match: the prompt has places for {fit}, but there are {tiles} "
+                f"(of {tokens} tokens each)"
+            )
+        return tile_spans(placeholder_spans(placeholders), tokens)
+
+    def prompt_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the ids of the prompts on the CPU, `[rows, length]`.
+
+        If the prompts come as embeddings, their ids are found by comparison with the embedding matrix; a vector that
+        is no row of it, such as a soft prompt, has the id -1.
+
+        Raises:
+            ValueError: if there is no prompt.
+        """
+        ids: Tensor | None = inputs.get("input_ids")
+        if ids is not None:
+            return ids.cpu()
+        placeholders, embeds = self.placeholders(inputs), inputs["inputs_embeds"]
+        ids = torch.full(placeholders.shape, self.image_token_id, device=embeds.device)
+        ids[~placeholders] = embedded_ids(embeds[~placeholders], self.model.get_input_embeddings())
+        return ids.cpu()
+
+    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each."""
+        return torch.split(self.all_tiles(inputs), [layout.tiles for layout in layouts])
+
+    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the tiles of each picture, in the model's order."""
+        return {self.pixels: torch.cat([self.example_tiles(size) for size in sizes])}
+
+    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows x cols of the tiles of an example picture: as many as fit, at most two a side."""
+        rows, cols = (min(2, max(1, round(side / EXAMPLE_TILE))) for side in size)
+        return rows, cols
+
+    def example_tiles(self, size: tuple[int, int]) -> Tensor:
+        """Return the tiles of an example picture, `[tiles, 3, side, side]`."""
+        rows, cols = self.example_grid(size)
+        canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=seeded(size))
+        base = F.interpolate(canvas[None], (EXAMPLE_TILE, EXAMPLE_TILE), mode="bilinear", antialias=True)
+        if rows * cols == 1:
+            return base
+        parts = rearrange(canvas, "c (rows h) (cols w) -> (rows cols) c h w", rows=rows, cols=cols)
+        return torch.cat([base, parts] if self.base_first else [parts, base])
+
+    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """Return inputs with random pixels."""
+        sizes = dict.fromkeys(size for row in rows for size in row)
+        return self.example_prompts(rows, {size: self.example_ids(self.example_grid(size)) for size in sizes})
+
+    def example_ids(self, grid: tuple[int, int]) -> list[int]:
+        """Return the ids that stand for a picture; 8 opens it, or stands before its base tile, and 9 closes it.
+
+        Args:
+            grid: rows x cols of its sub-images; of a picture in one piece (1, 1).
+        """
+        pieces = grid[0] * grid[1]
+        number = pieces + int(pieces > 1)
+        if self.grouped_by == "closing":
+            return [*[10, *self.example_tile] * (number - 1), 8, *self.example_tile, 9]
+        return [8, *self.example_tile * number, 9]
+
+    @property
+    def example_tile(self) -> list[int]:
+        """The placeholders of one tile."""
+        return [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
+
+
+class Span(NamedTuple):
+    """A stretch of placeholders without text between them, in one prompt row.
+
+    Args:
+        row: the prompt row.
+        start: its first position.
+        length: its number of placeholders.
+    """
+
+    row: int
+    start: int
+    length: int
+
+
+def placeholder_spans(placeholders: Tensor) -> list[Span]:
+    """Return the stretches of placeholders in the order of the prompts.
+
+    Args:
+        placeholders: image positions, bool `[rows, length]`.
+    """
+    edges = F.pad(placeholders.cpu().long(), (1, 1)).diff(dim=1)
+    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
+    return [Span(row, start, stop - start) for (row, start), stop in zip(starts, stops, strict=True)]
+
+
+def tile_spans(spans: Sequence[Span], tokens: int) -> list[Span] | None:
+    """Return the placeholders of each tile; None if a stretch of placeholders is no whole number of tiles.
+
+    Args:
+        spans: the stretches of placeholders.
+        tokens: placeholders of one tile.
+    """
+    if any(span.length % tokens for span in spans):
+        return None
+    return [Span(row, start, tokens) for row, first, length in spans for start in range(first, first + length, tokens)]
+
+
+def group_tiles(spans: Sequence[Span], ids: Tensor, by: Literal["opening", "closing"]) -> list[int]:
+    """Return the number of tiles of each image.
+
+    Args:
+        spans: the placeholders of each tile; tiles without text between them belong to one image.
+        ids: the prompts, `[rows, length]`.
+        by: whether the id before the row's first tile opens an image, or the one before its last tile closes one.
+    """
+    text = ids.tolist()
+    numbers: list[int] = []
+    for row in sorted({span.row for span in spans}):
+        starts = [span.start for span in spans if span.row == row]
+        ends = {span.start + span.length for span in spans if span.row == row}
+        before = {start: text[row][start - 1] if start else -1 for start in starts if start not in ends}
+        mark = next(iter(before.values()) if by == "opening" else reversed(before.values()))
+        is_open = False
+        for start in starts:
+            if start in ends or (is_open and not (by == "opening" and before[start] == mark)):
+                numbers[-1] += 1
+            else:
+                numbers.append(1)
+            if start in before:
+                is_open = by == "opening" or before[start] != mark
+    return numbers
+
+
+def split_pairs(numbers: Sequence[int]) -> list[int]:
+    """Return numbers of tiles with 1, 1 in place of 2: an image has a base tile and no, or several, sub-images."""
+    return [part for number in numbers for part in ([1, 1] if number == 2 else [number])]
+
+
+def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
+    """Return the first id whose embedding equals each vector; -1 if there is none, `[vectors]`.
+
+    Args:
+        vectors: embedded tokens, `[vectors, dim]`.
+        embedding: the module that embeds ids.
+    """
+    device = vectors.device
+
+    def embed(ids: Tensor) -> Tensor:
+        embedded: Tensor = embedding(ids)
+        return embedded.detach().to(device)
+
+    vocabulary = torch.arange(len(torch.as_tensor(embedding.weight)), device=device)
+    keys = torch.cat([row_keys(embed(ids)) for ids in vocabulary.split(VOCABULARY_CHUNK)])
+    keys, order = keys.sort(stable=True)
+    first, last = (torch.searchsorted(keys, row_keys(vectors), right=right) for right in (False, True))
+    matches = torch.full_like(first, -1)
+    open_rows = (first < last).nonzero()[:, 0]
+    while len(open_rows):  # once, except for different embeddings of one key
+        ids = order[first[open_rows]]
+        equal = (embed(ids) == vectors[open_rows]).all(dim=-1)
+        matches[open_rows[equal]] = ids[equal]
+        first[open_rows] += 1
+        open_rows = open_rows[~equal & (first < last)[open_rows]]
+    return matches
+
+
+def row_keys(vectors: Tensor) -> Tensor:
+    """Return a hash of each vector over at most `KEY_COLUMNS` evenly spaced columns, int64 `[vectors]`.
+
+    Args:
+        vectors: floating point `[vectors, dim]`; equal vectors have equal hashes.
+    """
+    columns = torch.linspace(0, vectors.shape[1] - 1, min(KEY_COLUMNS, vectors.shape[1]), device=vectors.device).long()
+    # Adding 0.0 turns -0.0 into 0.0.
+    bits = (vectors.detach()[:, columns].float() + 0.0).view(torch.int32).long()
+    factors = 2 * torch.arange(len(columns), device=vectors.device) + 1
+    return (bits * factors * 0x1E3779B97F4A7C15).sum(dim=1)
+
+
+def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
+    """Return rows x cols of the tiles of a picture: the grid that looks like the base tile when it is shrunk.
+
+    Args:
+        tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
+        base: the whole picture, `[3, height, width]`.
+
+    Returns:
+        The grid; of equal ones (a picture of one colour) the most square. (0, 0) if there are no sub-images.
+    """
+    number = len(tiles)
+    if number == 0:
+        return 0, 0
+    grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
+    if len(grids) == 1:
+        return grids[0]
+    return min(sorted(grids, key=lambda one: abs(one[0] - one[1])), key=lambda one: grid_difference(tiles, base, one))
+
+
+def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float:
+    """Return how much tiles put together in a grid differ from the base tile, both shrunk: mean squared difference.
+
+    Args:
+        tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
+        base: the whole picture, `[3, height, width]`.
+        grid: rows x cols of the sub-images.
+    """
+    canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
+    return float((thumbnail(canvas) - thumbnail(base)).square().mean())
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """Return an image shrunk to `THUMBNAIL_SIDE` pixels a side, `[3, height, width]` to `[3, side, side]`."""
+    return F.interpolate(image[None].float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="bilinear", antialias=True)[0]

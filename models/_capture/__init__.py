@@ -1,0 +1,1 @@
+"""Capture of signals while a vision tower runs."""

@@ -1,0 +1,135 @@
+"""Truncated encoding: the vision tower stops after the last required layer, the projector runs on kept tokens only.
+
+The tower's own `forward` runs once, for all tiles. If each visual token depends on its own patches only, a hook leaves
+the tower after the last required layer, and the outputs of its feature layers become tokens where they are kept. In
+other families the model's `get_image_features` runs with the layers after the last required one replaced by the
+identity, and with an unused pooling head skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenprune.adapter import PackedTokens, VisualTokens
+from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.models._capture.hooks import replaced_forward
+
+if TYPE_CHECKING:
+    from tokenprune.models._base.placeholder import PlaceholderAdapter
+
+
+class _TowerExitError(BaseException):  # handlers of errors inside the tower must not catch it
+    """Leaves the tower after its last required layer."""
+
+
+def run_until(forward: Callable[[], Any], layers: Sequence[nn.Module], last: int, read: Sequence[int]) -> list[Tensor]:
+    """Run a tower and leave it after a layer.
+
+    Args:
+        forward: runs the tower's own `forward`.
+        layers: its layers.
+        last: index of the layer after which it stops.
+        read: indices of the layers whose outputs are returned, at most `last`.
+
+    Returns:
+        The outputs of the layers `read`, `[tiles, sequence, width]` each.
+    """
+    outputs: dict[int, Tensor] = {}
+
+    def store(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        raise _TowerExitError
+
+    with ExitStack() as hooks:
+        for index in dict.fromkeys(read):
+            hooks.callback(layers[index].register_forward_hook(store(index)).remove)
+        hooks.callback(layers[last].register_forward_hook(leave).remove)  # the last hook of the layer
+        with suppress(_TowerExitError):
+            forward()
+    return [outputs[index] for index in read]
+
+
+@contextmanager
+def skipped_layers(layers: Sequence[nn.Module], last: int, pooling_head: nn.Module | None = None) -> Iterator[None]:
+    """Skip the layers after the last required one, and an unused pooling head, inside the block.
+
+    Args:
+        layers: the layers of the tower.
+        last: index of the last required layer.
+        pooling_head: a head whose output is not read.
+    """
+    with ExitStack() as undo:
+        for layer in layers[last + 1 :]:
+            undo.enter_context(replaced_forward(layer, lambda hidden, *args, **kwargs: hidden))
+        if pooling_head is not None:
+            undo.enter_context(replaced_forward(pooling_head, lambda hidden_state, **kwargs: hidden_state[:, 0]))
+        yield
+
+
+class ProjectedTokens(VisualTokens):
+    """Visual tokens that are projected when they are needed: all of them, or the kept ones.
+
+    Args:
+        adapter: the adapter of the model.
+        layouts: the layouts of the images; all have the same token grid.
+        hidden: the outputs of the feature layers side by side, without CLS, `[tiles, patches, width]`.
+    """
+
+    def __init__(self, adapter: PlaceholderAdapter, layouts: Sequence[TileGeometry], hidden: Tensor) -> None:
+        self.adapter, self.layouts, self.hidden = adapter, layouts, hidden
+        self.device = torch.device("cpu") if hidden.is_meta else hidden.device  # indices are read by the host
+
+    def all(self) -> list[Tensor]:
+        """Return all tokens of each image, newline tokens included, `[length, dim]` each."""
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> list[Tensor]:
+        flat = self.adapter.all_visual_tokens(self.hidden, self._patches)
+        masks = [torch.ones(len(layout.packed), dtype=torch.bool, device=self.device) for layout in self.layouts]
+        return [self.adapter.insert_newlines(flat, places) for places in self._places(masks)]
+
+    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the kept tokens of each image, `[kept, dim]` each; only these pass the projector."""
+        if "_packed" in vars(self) or not any(bool(mask.any()) for mask in masks):  # projected already, or no token
+            return PackedTokens(self._packed).gather(masks)
+        places, tokens = self._places(masks), self.layouts[0].tokens
+        kept = torch.zeros(len(self.hidden) * tokens + 1, dtype=torch.bool, device=masks[0].device)
+        kept[torch.cat(places)] = True  # newline tokens (-1) mark the entry after the last token
+        index = kept[:-1].nonzero()[:, 0]
+        if not len(index):
+            return PackedTokens(self._packed).gather(masks)
+        rank = kept[:-1].long().cumsum(dim=0) - 1
+        tile, patches = index // tokens, self._patches.to(index.device)[index % tokens]
+        flat = self.adapter.visual_tokens(self.hidden[tile[:, None], patches])
+        return [self.adapter.insert_newlines(flat, torch.where(p == SEPARATOR, p, rank[p])) for p in places]
+
+    @cached_property
+    def _patches(self) -> Tensor:
+        """The patches of each token of a tile, row by row, `[tokens, patches]`."""
+        (height, width), side = self.layouts[0].token_grid, self.adapter.pooling
+        sizes = {"h": height, "w": width, "p": side, "q": side}
+        index = torch.arange(height * width * side**2, device=self.device)
+        return rearrange(index, f"{self.adapter.patch_order} -> (h w) (p q)", **sizes)
+
+    def _places(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the flat index, over all tiles in the model's order, of each kept position; -1 for a newline token."""
+        out, start = [], 0
+        for layout, mask in zip(self.layouts, masks, strict=True):
+            places, total = layout.packed.to(mask.device)[mask], layout.tiles * layout.tokens
+            moved = places if self.adapter.base_first else (places - layout.tokens) % total
+            out.append(torch.where(places == SEPARATOR, places, moved + start))
+            start += total
+        return out

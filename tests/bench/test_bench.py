@@ -1,0 +1,634 @@
+"""The instrument: phases, FLOPs and memory of whole models, measured in turns."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from research import truncation_steps as steps
+from tests.helpers.tiny import batch, tiny_model
+from tokenprune.account import kv_bytes
+from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.cli.main import main
+from tokenprune.experiments.bench.architectures import architectures
+from tokenprune.experiments.bench.bench_model import (
+    Subject,
+    picture,
+    picture_processor,
+    plain_ids,
+    random_config,
+    subject,
+)
+from tokenprune.experiments.bench.command import bench_parser
+from tokenprune.experiments.bench.environment import peak_memory
+from tokenprune.experiments.bench.flame import Bar, flame, flame_figure, trace
+from tokenprune.experiments.bench.measure import (
+    FUSED_ATTENTION,
+    PLAIN,
+    SDPA_ON_CPU,
+    Outcome,
+    Protocol,
+    Setting,
+    Variant,
+    as_data,
+    call,
+    count,
+    flop_counter,
+    measure,
+    turns,
+)
+from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, PHASES, Ledger, watched
+from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
+from tokenprune.experiments.bench.samples import Ratio, Spread, interval_rank
+from tokenprune.image import EncodedImage
+from tokenprune.models._capture.hooks import PROBE
+from tokenprune.models.internvl import InternVLAdapter
+from tokenprune.models.llava import LlavaAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
+from tokenprune.models.qwen2_vl import Qwen2VLAdapter
+from tokenprune.selection import Selection
+from tokenprune.strategies import HiRED, Random
+
+SIZES = [[(112, 56)], [(112, 56)]]
+SETTING = Setting(2, (112, 56))
+
+
+class Ticks:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def pass_by(self, ticks: float) -> None:
+        self.time += ticks
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llava_next")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    return dict(batch("llava_next", *SIZES))
+
+
+@pytest.fixture
+def tiny(model: Any, inputs: dict[str, Any]) -> Subject:
+    adapter = find_adapter(model)
+    return Subject("tiny", model, adapter, "random", 2, 2, lambda pictures: inputs)
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
+    clock = Ticks()
+    ledger = Ledger(clock)
+    clock.pass_by(1)
+    with ledger.phase("rewrite"):
+        clock.pass_by(10)
+        with ledger.phase("reducer"):
+            clock.pass_by(100)
+            with ledger.phase("reducer"):
+                clock.pass_by(100)
+        with suppress(KeyError), ledger.phase("vision encode"):
+            clock.pass_by(1000)
+            raise KeyError
+        clock.pass_by(10)
+    ledger.first_token()
+    clock.pass_by(5)
+    ledger.settle()
+    assert ledger.spent == {"generate": 1, "rewrite": 20, "reducer": 200, "vision encode": 1000, "decode": 5}
+    assert sum(ledger.spent.values()) == clock.time
+
+
+@dataclass
+class SlowHiRED(HiRED):
+    """HiRED that takes time on a clock of its own."""
+
+    clock: Any = field(default=None, kw_only=True)
+
+    def select(self, image: EncodedImage) -> Selection:
+        self.clock.pass_by(1000)
+        return super().select(image)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: Subject, inputs: Any, reduced: bool) -> None:
+    """Each station moves the clock by an amount of its own; what they add up to is the time of the call."""
+    clock, base, hooks = Ticks(), tiny.model.base_model, []
+    for module, ticks in (
+        (base.vision_tower.embeddings, 100),
+        (base.multi_modal_projector.act, 10),
+        (base.language_model.norm, 7),
+    ):
+        hooks.append(module.register_forward_hook(lambda *_, ticks=ticks: clock.pass_by(ticks)))
+    try:
+        variant = Variant("slow", SlowHiRED(0.3, clock=clock)) if reduced else Variant(PLAIN)
+        whole, first, ledger, _ = call(tiny, inputs, variant, 4, clock, lambda: Ledger(clock))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ledger is not None
+    spent = {name: took for name, took in ledger.spent.items() if took}
+    expected = {"vision encode": 100, "projector": 10, "prefill": 7, "decode": 21}
+    assert spent == (expected | {"reducer": 2000} if reduced else expected)  # two images
+    assert whole == sum(spent.values())
+    assert first == whole - 21
+
+
+def test_capture_is_booked_apart_from_the_kernel(tiny: Subject, inputs: Any) -> None:
+    outcome = Outcome(Variant("HiRED", HiRED(0.3)))
+    count(tiny, inputs, outcome)
+    plain = Outcome(Variant(PLAIN))
+    count(tiny, inputs, plain)
+    # Three of four layers are required; all patches of the six tiles are embedded: 16 a tile, of 3 x 14 x 14 values.
+    config = tiny.model.config.vision_config
+    embedding = 2 * 6 * 16 * 3 * 14**2 * config.hidden_size
+    saved = plain.flops["vision encode"] - outcome.flops["vision encode"]
+    assert config.num_hidden_layers * saved == plain.flops["vision encode"] - embedding
+    # Two layers, one query for each head of a tile, 17 keys of width 8, a multiply-add is two.
+    assert outcome.flops["signal capture"] == 2 * (6 + 6) * 4 * 17 * 8
+
+
+def state(model: Any) -> list[Any]:
+    return [
+        [sorted(vars(module)) for module in model.modules()],
+        ALL_ATTENTION_FUNCTIONS[PROBE],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    ]
+
+
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_watching_changes_nothing_and_is_taken_off_again(tiny: Subject, inputs: Any) -> None:
+    before = state(tiny.model)
+    attachment = HiRED(0.3)(tiny.model)
+    with torch.inference_mode(), attachment:
+        pipeline = attachment.pipeline
+        assert pipeline is not None
+        free = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        adapter = pipeline.adapter
+        objects = (pipeline, pipeline.reducer, adapter)
+        vars_before = [sorted(vars(thing)) for thing in objects]
+        with watched(adapter, Ledger(Ticks()), pipeline):
+            seen = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        with (
+            pytest.raises(ValueError, match="image_sizes as a tensor of shape"),
+            watched(adapter, Ledger(Ticks()), pipeline),
+        ):
+            tiny.model.generate(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
+        for failing in (adapter.tower_layers[1].mlp, adapter.projector):  # while the tower runs, and after it was left
+            broken, ledger = failing.register_forward_pre_hook(interrupt), Ledger(Ticks())
+            with pytest.raises(KeyboardInterrupt), watched(adapter, ledger, pipeline):
+                tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            broken.remove()
+            assert not ledger.decoding
+            assert ledger._open == ["generate"]
+        assert [sorted(vars(thing)) for thing in objects] == vars_before
+    assert torch.equal(free, seen)
+    assert state(tiny.model) == before
+
+
+# --- FLOPs and the cache ----------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_plain_call(tiny: Subject, inputs: Any) -> None:
+    with torch.inference_mode(), flop_counter() as counter:
+        tiny.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    plain, full = Outcome(Variant(PLAIN)), Outcome(Variant("HiRED 100 %", HiRED(1.0)))
+    count(tiny, inputs, plain)
+    count(tiny, inputs, full)
+    assert sum(plain.flops.values()) == counter.get_total_flops()
+    capture = full.flops.pop("signal capture")
+    # At 100 % the output object has the outputs of every layer.
+    assert {n: spent for n, spent in full.flops.items() if spent} == {
+        n: spent for n, spent in plain.flops.items() if spent
+    }
+    assert 0 < capture < 0.01 * sum(plain.flops.values())
+    assert set(plain.operators) >= {str(SDPA_ON_CPU), "aten.mm", "aten.addmm"}
+    assert sum(plain.operators.values()) == sum(plain.flops.values())
+
+
+def test_attention_on_a_cpu_is_counted_as_its_plain_matrices() -> None:
+    """Torch's counter does not know the CPU's kernel; with eager attention it sees the same work as products.
+
+    But for what causal attention skips, which eager attention computes and masks.
+    """
+
+    def flops(attn: str, counter: FlopCounterMode) -> int:
+        with torch.inference_mode(), counter:
+            tiny_model("llava_next", attn)(**inputs)
+        return counter.get_total_flops()
+
+    inputs = dict(batch("llava_next", SIZES[0]))
+    config, length = tiny_model("llava_next").config.text_config, inputs["input_ids"].shape[1]
+    skipped = 4 * config.num_hidden_layers * config.hidden_size * length * (length - 1) // 2
+    assert flops("sdpa", flop_counter()) == flops("eager", FlopCounterMode(display=False)) - skipped
+    assert flops("sdpa", FlopCounterMode(display=False)) < flops("sdpa", flop_counter())
+
+
+def test_causal_attention_is_counted_up_to_the_diagonal() -> None:
+    """With as many keys as queries, more, and fewer; a mask given as a tensor skips nothing."""
+
+    def flops(queries: int, keys: int, **given: Any) -> int:
+        query, key = torch.ones(1, 2, queries, 4), torch.ones(1, 2, keys, 4)
+        with flop_counter() as counter:
+            F.scaled_dot_product_attention(query, key, key, **given)
+        return counter.get_total_flops() // (4 * 2 * 4)
+
+    assert flops(5, 5) == 25
+    assert flops(5, 5, is_causal=True) == 15
+    assert flops(2, 5, is_causal=True) == 3
+    assert flops(5, 2, is_causal=True) == 9
+    assert flops(5, 5, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril()) == 25
+
+
+def test_the_places_of_the_causal_flag_are_those_of_the_kernels() -> None:
+    for kernel, place in FUSED_ATTENTION.items():
+        assert kernel.default._schema.arguments[place].name == "is_causal"
+
+
+@pytest.mark.parametrize("budget", [None, 0.3])
+def test_cache_and_tokens_are_those_of_the_prompt(tiny: Subject, inputs: Any, budget: float | None) -> None:
+    outcome = Outcome(Variant("one", None if budget is None else HiRED(budget)))
+    count(tiny, inputs, outcome)
+    with torch.inference_mode(), HiRED(budget or 1.0)(tiny.model) as run:
+        tiny.model(**inputs)
+    assert outcome.visual == sum(image.kept + image.newlines for image in run.account.images)
+    longest = max(after for _, after in run.account.prompt_lengths)
+    assert outcome.prompt == longest
+    assert (longest < inputs["input_ids"].shape[1]) == (budget is not None)
+    assert outcome.kv_bytes == 2 * kv_bytes(tiny.adapter.llm, longest)
+
+
+def test_peak_memory_sees_what_was_alive() -> None:
+    with peak_memory(torch.device("cpu")) as found:
+        torch.ones(64, 1024, 1024).sum()
+    if not found:
+        pytest.skip("this system does not tell")
+    assert found["resident"] - found["resident_before"] > 200e6
+
+
+# --- order and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_comes_first_and_before_every_other_equally_often() -> None:
+    rounds = [turns("abc", number) for number in range(6)]
+    assert Counter(order[0] for order in rounds) == {"a": 2, "b": 2, "c": 2}
+    assert Counter(pair for order in rounds for pair in (tuple(order[:2]), tuple(order[1:]))).total() == 12
+    for one, other in ("ab", "ac", "bc"):
+        assert sum(order.index(one) < order.index(other) for order in rounds) == 3
+    assert turns("a", 5) == ["a"]
+
+
+CALLS: list[str] = []
+
+
+@dataclass
+class Noted(Random):
+    """Random that notes when it is called."""
+
+    label: str = "noted"
+
+    def select(self, image: EncodedImage) -> Selection:
+        if self.label == "greedy":
+            raise torch.OutOfMemoryError("no room")
+        CALLS.append(self.label)
+        return super().select(image)
+
+
+def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> None:
+    CALLS.clear()
+    labels = ("one", "two", "greedy")
+    variants = [Variant(PLAIN), *(Variant(label, Noted(0.3, label=label)) for label in labels)]
+    outcomes = measure(tiny, SETTING, variants, Protocol(tokens=2, repeats=3, warmup=1))
+    timed = CALLS[4 * 2 :: 2]  # two pictures a call; two calls of each variant for FLOPs and memory
+    orders = [[one.name for one in turns(variants, number) if one.name in ("one", "two")] for number in (0, 0, 1, 2)]
+    assert timed == [label for order in orders for label in order]
+    assert [outcome.error for outcome in outcomes] == [None, None, None, "out of memory"]
+    assert [len(outcome.whole) for outcome in outcomes] == [3, 3, 3, 0]
+    for outcome in outcomes[:3]:
+        assert set(outcome.phases) == set(PHASES)
+        for number, whole in enumerate(outcome.whole):
+            covered = sum(outcome.phases[name][number] for name in (*BEFORE, DECODE))
+            assert covered == pytest.approx(whole, rel=0.05)
+    found = as_data(outcomes, SETTING, Protocol(tokens=2, repeats=3))
+    assert [row["error"] for row in found["variants"]] == [None, None, None, "out of memory"]
+    assert "ratios" not in found["variants"][0]
+    own, vision = (outcomes[number].phases for number in (1, 0))
+    shares = [
+        sum(own[name][number] for name in ("signal capture", "reducer", "rewrite")) / vision["vision encode"][number]
+        for number in range(3)
+    ]
+    share = found["variants"][1]["ratios"]["own_share_of_vision_encode"]
+    assert share["median"] == pytest.approx(sorted(shares)[1])
+
+
+def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
+    files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace", "tiny")
+    name = "batch-2-112-x-56-pixels"
+    assert [file.name for file in files[2:]] == [f"{name}-HiRED-30.json", f"{name}-HiRED-30.txt", f"{name}.png"]
+    ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
+    assert {name for name in ranges if name.startswith("phase: ")} == {
+        f"phase: {name}" for name in BEFORE if name not in ("generate", "packing")
+    }
+    assert "aten::addmm" in files[1].read_text()
+    graph = flame(json.loads(files[2].read_text())["traceEvents"])
+    assert set(graph.below) == {name for name in BEFORE if name != "packing"}
+    tower, parts = graph.below["vision encode"], ("CLIPVisionModel", "CLIPEncoder", "CLIPEncoderLayer")
+    while "CLIPMLP" not in tower.below:
+        tower = next(part for name, part in tower.below.items() if name in parts)
+    assert "CLIPAttention" in tower.below
+    assert {"Linear", "QuickGELUActivation"} == set(tower.below["CLIPMLP"].below)
+    assert "CLIPMLP" not in graph.below["signal capture"].below  # the tower runs inside, and is another phase
+    with Image.open(files[4]) as drawn:
+        assert drawn.width > 1000
+
+
+def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
+    return {"cat": kind, "name": name, "ts": start, "dur": length, "ph": "X"}
+
+
+def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
+    """Milliseconds: 100 of rewriting, of which 60 the tower, of which 10 capture; then prefill, and a decoding step."""
+    found = flame(
+        [
+            event("user_annotation", "phase: rewrite", 0, 100e3),
+            event("python_function", "nn.Module: Tower_0", 10e3, 60e3),
+            event("user_annotation", "phase: vision encode", 10e3, 60e3),
+            event("python_function", "nn.Module: Layer_0", 11e3, 20e3),
+            event("python_function", "nn.Module: Layer_1", 31e3, 30e3),
+            event("cpu_op", "aten::conv2d", 31e3, 12e3),
+            event("cpu_op", "aten::addmm", 32e3, 10e3),  # inside it
+            event("cpu_op", "aten::layer", 43.5e3, 0.2e3),  # as the module is called
+            event("cpu_op", "aten::mul", 43.6e3, 0.1e3),
+            event("python_function", "attend.py(3): attend", 44e3, 16e3),  # not drawn
+            event("user_annotation", "phase: signal capture", 45e3, 10e3),
+            event("cpu_op", "aten::matmul", 46e3, 4e3),
+            event("user_annotation", "phase: prefill", 120e3, 50e3),
+            event("cpu_op", "aten::mm", 130e3, 40e3),
+            event("cpu_op", "aten::mm", 180e3, 40e3),
+        ]
+    )
+    convolution, matmul, mm = Bar("conv2d", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
+    tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"conv2d": convolution})})
+    capture, prefill = Bar("signal capture", 10.0, {"matmul": matmul}), Bar("prefill", 50.0, {"mm": mm})
+    assert found.took == pytest.approx(150)
+    below = {name: bar for name, bar in found.below.items() if name != "rewrite"}
+    assert below == {"vision encode": tower, "signal capture": capture, "prefill": prefill}
+    assert found.below["rewrite"].took == pytest.approx(40)
+
+
+def test_a_flame_graph_of_nothing_is_drawn() -> None:
+    assert flame([]) == Bar("")
+    flame_figure({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
+
+
+def test_each_step_does_less_than_the_one_before(tiny: Subject) -> None:
+    found = steps.measure(tiny, (112, 56), 0.3, 2, lambda text: None)
+    spent = [sum(step.flops.values()) for step in found.values()]
+    capture = found["selected afterwards"].flops["signal capture"]
+    assert spent[1] == spent[0] + capture  # the plain model, and the attention that is read
+    assert spent[1] > spent[2] > spent[3]
+    assert found["selected afterwards"].flops["projector"] == found["required layers"].flops["projector"]
+    assert found["required layers"].flops["vision encode"] == found["projector on kept tokens"].flops["vision encode"]
+    data = steps.as_data(found)
+    assert data["plain"]["of_plain"] == {"median": 1.0, "interval": [1.0, 1.0], "coverage": 0.5}
+    assert all(len(one["ms"]["values"]) == 2 for one in data.values())
+
+
+def test_steps_from_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model mini --size 80x160 --repeats 1 --device cpu --out steps.json"
+    assert steps.main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "mini, HiRED at 20 %, 80x160 pixels, 1 rounds in turns" in out
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 2 + len(steps.STEPS)
+    assert set(json.loads(Path("steps.json").read_text())["steps"]) == set(steps.STEPS)
+    with pytest.raises(SystemExit):
+        steps.main(["--model", "mini", "--size", "80"])
+    assert "--size 80: give height x width in pixels" in capsys.readouterr().err
+
+
+def test_intervals_count_what_they_cover() -> None:
+    assert interval_rank(1) == (0, 0.0)
+    assert interval_rank(5) == (0, 0.9375)
+    assert interval_rank(6) == (0, 0.96875)
+    assert interval_rank(9) == (1, 1 - 2 * 10 / 512)
+    ratio = Ratio.of([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])
+    assert (ratio.median, ratio.low, ratio.high, ratio.coverage) == (3.0, 2.0, 4.0, 0.75)
+    assert Spread((1.0, 2.0, 3.0, 4.0, 5.0)).quartiles == (2.0, 4.0)
+
+
+def test_an_interval_covers_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.empty(4000, 9).exponential_(generator=generator).sort(dim=1).values
+    rank, coverage = interval_rank(9)
+    inside = (draws[:, rank] < 0.6931) & (draws[:, -1 - rank] > 0.6931)
+    assert float(inside.float().mean()) == pytest.approx(coverage, abs=0.012)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, InternVLAdapter, Qwen2VLAdapter, Qwen25VLAdapter],
+)
+def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -> None:
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(adapter.example().config.to_dict()))
+    made = subject(str(config), "cpu", llm_layers=1, prompt_tokens=5)
+    said = made.as_data()
+    assert (said["weights"], said["llm_layers"], said["llm_layers_full"], said["cut"]) == ("random", 1, 2, True)
+    inputs = made.prepare([picture((112, 56), seed) for seed in range(2)])
+    assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
+    outcome = Outcome(Variant("half", Random(0.5)))
+    count(made, inputs, outcome)
+    assert min(outcome.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
+    full = int(made.adapter.placeholders(inputs)[0].sum())
+    assert outcome.visual // 2 < full
+    assert outcome.prompt == inputs["input_ids"].shape[1] - full + outcome.visual // 2
+    assert outcome.kv_bytes == 2 * kv_bytes(made.adapter.llm, outcome.prompt)
+
+
+def test_checkpoints_can_be_cut_too() -> None:
+    whole, made = subject("mini", "cpu"), subject("mini", "cpu", attn="eager", llm_layers=1)
+    assert (made.layers, made.full_layers) == (1, 3)
+    assert made.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
+    outcomes = [Outcome(Variant(PLAIN)), Outcome(Variant(PLAIN))]
+    for one, outcome in zip((whole, made), outcomes, strict=True):
+        count(one, one.prepare([picture((80, 160), 0)]), outcome)
+    assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
+    assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
+
+
+def test_shipped_architectures_can_be_given_pictures() -> None:
+    assert "llava-v1.6-vicuna-7b" in architectures()
+    for name in architectures():
+        config = random_config(name)
+        pixels = picture_processor(config)(images=[picture((672, 672), 0)], return_tensors="pt")["pixel_values"]
+        assert pixels.shape[-1] in (336, 384, 448, 3 * 2 * 14**2), name
+        assert config.image_token_id not in plain_ids(config)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+PLUGIN = '''
+from dataclasses import dataclass
+from torch import Tensor
+from tokenprune import EncodedImage, ScoreReducer
+
+
+@dataclass
+class LoudestTokens(ScoreReducer):
+    """Keep the tokens with the largest feature norm."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        print("scoring")
+        return image.features.float().norm(dim=-1)
+'''
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loud.py").write_text(PLUGIN)
+    words = "--reducers hired loud.py:LoudestTokens --budgets 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
+    rest = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
+    assert main(["bench", "run", *words.split(), *rest.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err.replace("scoring\n", "") == ""
+    result = json.loads(out)
+    assert result == json.loads(Path("found/bench.json").read_text())
+    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "settings", "traces"}
+    assert {"device", "device_name", "threads", "torch", "transformers", "tokenprune"} <= set(result["environment"])
+    assert result["environment"]["threads"] == 1
+    assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
+    assert (result["model"]["dtype"], result["model"]["cut"]) == ("float32", True)
+    assert [(one["batch"], one["height"], one["width"]) for one in result["settings"]] == [(1, 80, 160), (2, 80, 160)]
+    names = [PLAIN, "hired 20 %", "LoudestTokens 20 %"]
+    for setting in result["settings"]:
+        assert [row["name"] for row in setting["variants"]] == names
+        plain = setting["variants"][0]
+        for row in setting["variants"]:
+            assert set(row["phases_ms"]) == set(PHASES)
+            spreads = [*row["phases_ms"].values(), *row["measures"].values()]
+            assert all(len(one["values"]) == 2 and set(one) == {"median", "quartiles", "values"} for one in spreads)
+            assert row["flops"]["to_first_token"] > 0
+            assert row["kv_bytes"] > 0
+        for row in setting["variants"][1:]:
+            assert set(row["ratios"]) >= {
+                "encode",
+                "encode_prefill",
+                "ttft",
+                "own_share_of_vision_encode",
+                "flops_to_first_token",
+                "attained",
+            }
+            assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
+            assert row["reducer"]["init_args"]["budget"] == 0.2
+            assert 0 < row["flops"]["phases"]["vision encode"] < plain["flops"]["phases"]["vision encode"]
+        fifth = setting["variants"][1]
+        assert fifth["ratios"]["kv_bytes"] == plain["prompt_length"] / fifth["prompt_length"]
+    assert result["traces"] == []
+    assert Path("found/phases.png").read_bytes().startswith(b"\x89PNG")
+    page = Path("found/bench.md").read_text()
+    assert page == as_markdown(result)
+    assert "CUT: 1 LLM layers are missing" in page
+    assert "2 of 3 LLM layers" in page
+    assert page.count("\n| hired 20 % |") == 4 * 2
+    figure = phases_figure(result)
+    assert len(figure.axes) == 4
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    as_table(result, console)
+    shown = console.export_text()
+    assert "medians and [quartiles]" in shown
+    assert "batch 2, 80 x 160 pixels: encode and prefill" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sizes 672", "--sizes 672: give height x width in pixels"),
+        ("--sizes 0x672", "--sizes 0x672: give height x width"),
+        ("--budgets 1.5", "--budgets 1.5: give ratios above 0 and up to 1"),
+        ("--budgets 0", "--budgets 0: give ratios"),
+        ("--batches 0", "--batches 0: give at least 1"),
+        ("--tokens 1", "--tokens 1: give at least 2"),
+        ("--repeats 0", "--repeats 0: give at least 1"),
+        ("--warmup -1", "--warmup -1: give at least 0"),
+        ("--threads 0", "--threads 0: give at least 1"),
+        ("--prompt-tokens 0", "--prompt-tokens 0: give at least 1"),
+        ("--llm-layers 0", "--llm-layers 0: give at least 1"),
+        ("--llm-layers 4", "--llm-layers 4: the LLM has only 3"),
+        ("--reducers hird", "Did you mean HiRED"),
+        ("--attn fast", "--attn fast cannot be used"),
+        ("--dtype float33", "--dtype float33 is no torch dtype"),
+        ("--model nowhere", "--model nowhere: no such folder or architecture; give"),
+        ("--model llava-v1.6-vicuna-7", "(did you mean llava-v1.6-vicuna-7b?)"),
+        ("--model ./nowhere", "--model ./nowhere: no such folder"),
+        ("--model nowhere.json", "--model nowhere.json cannot be read as a config"),
+        ("--model list.json", "--model list.json cannot be read as a config"),
+        ("--model bert.json", "cannot be prepared without its processor"),
+        ("--repeat 3", "no option --repeat (did you mean --repeats?)"),
+        ("--batches two", "--batches"),
+    ],
+)
+def test_bad_arguments(words: str, message: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("list.json").write_text("[]")
+    Path("bert.json").write_text(json.dumps({"model_type": "paligemma"}))
+    assert main(["bench", "run", "--device", "cpu", "--quiet", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("tokenprune-bench").exists()
+
+
+def test_a_strategy_that_does_not_fit_is_named_before_anything_runs(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Qwen2VLAdapter.example().config.to_dict()
+    Path("qwen.json").write_text(json.dumps(config))
+    assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
+    assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err
+
+
+def test_run_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--repeats", "1", "run"]) == 2
+    assert "write `run` before its options" in capsys.readouterr().err
+
+
+def test_shipped_configs_are_read(in_folder: Path) -> None:
+    files = sorted((Path(__file__).parents[2] / "experiments/configs/bench").glob("*.yaml"))
+    assert files
+    for file in files:
+        first = file.read_text().splitlines()[0]
+        assert first.startswith(f"# tokenprune bench run --config experiments/configs/bench/{file.name}")
+        config = bench_parser().parse_args(["--config", str(file)])
+        assert config.budgets

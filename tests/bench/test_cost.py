@@ -1,0 +1,264 @@
+"""`tokenprune cost`: what is counted on the meta device against models that really run, and the roofline by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from research import hired_table4 as table4
+from tokenprune.account import kv_bytes, prefill_flops
+from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.cli.main import main
+from tokenprune.experiments.bench.architectures import architecture, on_meta
+from tokenprune.experiments.bench.cost.count import Counted, Tokens, count, cut, evenly_kept, tokens_of
+from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
+from tokenprune.experiments.bench.cost.meter import FUSED, Meter, Work
+from tokenprune.experiments.bench.cost.report import parse_size
+from tokenprune.experiments.bench.cost.roofline import predict, seconds
+from tokenprune.models.internvl import InternVLAdapter
+from tokenprune.models.llava import LlavaAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
+from tokenprune.strategies import UniformStride
+
+SIZE = (112, 112)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    InternVLAdapter,
+    Qwen25VLAdapter,
+)
+
+
+def example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
+    """A tiny model on the CPU, inputs with one picture, and the number of its other tokens."""
+    model = adapter.example()
+    model.set_attn_implementation("eager")  # the flash kernel of CPUs is not counted by FlopCounterMode
+    bound = find_adapter(model)
+    inputs = bound.example_inputs([[SIZE]])
+    return model, inputs, int((~bound.placeholders(inputs)).sum())
+
+
+def on_the_meta_device(adapter: type[Adapter]) -> Any:
+    model = adapter.example().to("meta")
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize(("adapter", "budget"), [(LlavaNextAdapter, None), *((one, 0.3) for one in ADAPTERS)])
+def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | None) -> None:
+    model, inputs, text = example(adapter)
+    reducer = UniformStride(1.0 if budget is None else budget)
+    with torch.inference_mode(), reducer(model) as run:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    with torch.inference_mode(), nullcontext() if budget is None else reducer(model):
+        with FlopCounterMode(display=False) as real:
+            model(**inputs, use_cache=True, logits_to_keep=1)
+        cached = sum(one.nbytes for layer in out.past_key_values.layers for one in (layer.keys, layer.values))
+    counted = count(on_the_meta_device(adapter), SIZE, budget, text_tokens=text)
+    assert counted.encode.flops + counted.prefill.flops == real.get_total_flops()
+    assert counted.kv_bytes == cached == run.account.kv_bytes
+    assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
+    assert counted.prefill.flops == run.account.flops
+    assert counted.weight_bytes == sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+
+
+def test_published_code_encodes_whole() -> None:
+    model = on_the_meta_device(LlavaNextAdapter)
+    full, short, published = count(model, SIZE), count(model, SIZE, 0.3), count(model, SIZE, 0.3, whole=True)
+    assert published.encode.flops == full.encode.flops > short.encode.flops
+    assert published.tower_flops > short.tower_flops
+    assert published.prefill.flops == short.prefill.flops < full.prefill.flops
+
+
+def test_a_decode_step_is_what_really_runs() -> None:
+    model, inputs, text = example(LlavaNextAdapter)
+    with torch.inference_mode():
+        cache = model(**inputs, use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as real:
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    counted = count(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
+    assert counted.decode.flops == real.get_total_flops()
+
+
+def test_tower_and_projector_make_up_the_encoding() -> None:
+    model, inputs, text = example(LlavaNextAdapter)
+    with torch.inference_mode(), FlopCounterMode(display=False) as real:
+        model.model.vision_tower(inputs["pixel_values"].flatten(0, 1))
+    counted = count(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
+    assert counted.tower_flops == real.get_total_flops() < counted.encode.flops
+
+
+def test_full_size_agrees_with_the_account() -> None:
+    """Grouped queries at real widths; both ways to attend are the same work in other kernels."""
+    config = architecture("llava-v1.6-mistral-7b", 2)
+    eager, fused = (on_meta(config, attention=attention) for attention in ("eager", FUSED))
+    one, other = count(eager, (336, 336), 0.2, batch=2), count(fused, (336, 336), 0.2, batch=2)
+    shape = find_adapter(eager).llm
+    assert one.prefill.flops == 2 * prefill_flops(shape, one.tokens.prompt)
+    assert one.kv_bytes == 2 * kv_bytes(shape, one.tokens.prompt)
+    for phase, work in one.phases.items():
+        assert work.flops == other.phases[phase].flops == sum(flops * n for (flops, _), n in work.kernels.items())
+    assert other.prefill.peak_bytes <= one.prefill.peak_bytes
+    assert other.encode.moved < one.encode.moved
+
+
+def test_tokens_of_a_large_picture() -> None:
+    adapter = find_adapter(on_meta(architecture("llava-v1.6-vicuna-7b", 1)))
+    assert isinstance(adapter, LlavaNextAdapter)
+    inputs, layout = cut(adapter, (672, 672))
+    full = tokens_of(layout, None, 60)
+    assert inputs["pixel_values"].shape == (1, 5, 3, 336, 336)
+    assert full == Tokens(encoded=2880, full=2928, kept=2880, newlines=48, text=60)
+    assert full.prompt == 2988
+    assert tokens_of(layout, evenly_kept(layout, 160, "drop"), 60) == Tokens(2880, 2928, 160, 0, 60)
+    assert tokens_of(layout, evenly_kept(layout, 0.2, "keep"), 60).prompt == 576 + 48 + 60
+
+
+def test_logits_of_the_whole_prompt_cost_more() -> None:
+    model = on_meta(architecture("llava-1.5-7b", 1), attention=FUSED)
+    last, whole = (count(model, (336, 336), all_logits=every) for every in (False, True))
+    head, length = 2 * 4096 * 32064, last.tokens.prompt
+    assert whole.prefill.flops - last.prefill.flops == (length - 1) * head
+    assert last.prefill.peak_bytes < length * 32064 * (2 + 4) < whole.prefill.peak_bytes
+
+
+def test_a_meter_follows_bytes_by_hand() -> None:
+    weight = torch.empty(3, 4, device="meta")
+    meter = Meter()
+    with torch.inference_mode():
+        with meter.phase() as first:
+            x = torch.empty(2, 3, device="meta")
+            y = x @ weight
+            y.view(8).view(4, 2)
+            del x
+        with meter.phase() as second:
+            z = y + 1
+    assert first.kernels == {(2 * 2 * 3 * 4, 4 * (6 + 12 + 8)): 1}
+    assert (first.flops, first.read_once, first.peak_bytes) == (48, 4 * 12, 4 * (6 + 8))
+    assert second.kernels == {(0, 4 * (8 + 8)): 1}
+    assert (second.read_once, second.peak_bytes) == (4 * 8, 4 * (8 + 8))
+    assert z.shape == (2, 4)
+
+
+# --- the roofline -----------------------------------------------------------------------------------------------------
+
+TOY = Device("toy", {"float32": 50.0, "float16": 100.0}, 2.0, 1000, "made up", {"bfloat16": "float32"})
+
+
+def toy_batch() -> Counted:
+    encode = Work(Counter({(100, 10): 2}), {}, 200, 5, 40)
+    prefill = Work(Counter({(1000, 8): 1, (0, 6): 1}), {}, 1000, 30, 90)
+    decode = Work(Counter({(10, 20): 1}), {}, 10, 20, 60)
+    return Counted(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, encode, prefill, decode, 150)
+
+
+def test_roofline_by_hand() -> None:
+    bounds = seconds(toy_batch().encode, 50, 2)
+    assert (bounds.fused, bounds.by_kernel) == (max(200 / 50, 5 / 2), 2 * max(100 / 50, 10 / 2))
+    made = predict(toy_batch(), TOY, new_tokens=3, dtype="bfloat16")
+    assert made.arithmetic == "float32"
+    assert (made.ttft.fused, made.ttft.by_kernel) == (4 + 20, 10 + 20 + 3)
+    assert (made.decode.fused, made.decode.by_kernel) == (10, 10)
+    assert made.tokens_per_second.by_kernel == pytest.approx(2 * 3 / (33 + 2 * 10))
+    assert made.peak_bytes == 800 + 90  # prefill is larger than decoding with two more tokens of 10 bytes: 60 + 20
+    assert predict(toy_batch(), TOY, 6).peak_bytes == 800 + 60 + 5 * 10
+    half = predict(toy_batch(), TOY, 3, "float32", efficiency=0.5)
+    assert half.ttft.by_kernel == 2 * made.ttft.by_kernel
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert predict(toy_batch(), TOY, 3).fits
+    assert not predict(toy_batch(), replace(TOY, memory=889), 3).fits
+
+
+def test_a_device_computes_as_torch_does() -> None:
+    p40 = find_device("P40")
+    assert p40.rate("float16") == (p40.flops["float32"], "float32")
+    assert p40.rate("float16", native=True)[0] == p40.flops["float32"] / 64
+    with pytest.raises(ValueError, match="T4 has no arithmetic of its own for bfloat16"):
+        find_device("t4").rate("bfloat16", native=True)
+    for device in DEVICES.values():
+        assert device.source
+        assert all(device.rate(dtype)[0] > 0 for dtype in ("float16", "bfloat16", "float32"))
+
+
+@pytest.mark.parametrize(("options", "says"), [({"efficiency": 0.0}, "share of the peak"), ({"new_tokens": 0}, "one")])
+def test_senseless_numbers_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        predict(toy_batch(), TOY, **{"new_tokens": 3, **options})
+
+
+def test_sizes_are_height_x_width() -> None:
+    assert parse_size("336x672") == (336, 672)
+    for wrong in ("336", "0x5", "axb", "3x4x5"):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_size(wrong)
+
+
+# --- the table of the paper -------------------------------------------------------------------------------------------
+
+
+def test_one_number_is_fitted_to_the_published_table() -> None:
+    rows = table4.compare(table4.PUBLISHED[:2], llm_layers=1)
+    share = table4.efficiency_of(rows)
+    assert rows[0].scaled_ttft(share) == pytest.approx(19.49)
+    assert rows[0].native_ttft > rows[0].eager.ttft.by_kernel > rows[0].eager.ttft.fused
+    assert rows[1].eager.peak_bytes < rows[0].eager.peak_bytes
+    records, text = table4.as_records(rows), table4.as_markdown(rows)
+    assert records[0]["peak_gib"]["published"] == 16.04
+    assert "| 1 | 100% | 19.49 |" in text
+    assert f"{rows[1].fused.peak_bytes / GIB:.2f}" in text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+CUT = ("--model", "llava-1.5-7b", "--image-size", "336x336", "--llm-layers", "1")
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", *CUT, "--budget", "50%", "10", "--device", "p40", "h100", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    full, half, ten = made["batches"]
+    assert (made["llm_layers"], full["tokens"]["kept"], half["tokens"]["kept"]) == (1, 576, 288)
+    assert ten["tokens"]["prompt"] == 10 + 60
+    assert (half["budget"], ten["budget"]) == (0.5, 10)
+    assert full["tower_flops"] + full["projector_flops"] == full["phases"]["encode"]["flops"]
+    p40, h100 = half["devices"]
+    assert p40["ttft_s"]["by_kernel"] > h100["ttft_s"]["by_kernel"] > h100["ttft_s"]["fused"] > 0
+    assert half["phases"]["prefill"]["flops"] < full["phases"]["prefill"]["flops"]
+
+
+def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", *CUT, "--batch", "1000", "--device", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "LLM cut to 1 layers" in out
+    assert "out of memory" in out
+    assert all(device.name.split()[0] in out for device in DEVICES.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--model", "llava-7b"), "no architecture is called 'llava-7b'. Did you mean"),
+        (("--device", "h20"), "no device is called 'h20'. Did you mean"),
+        (("--image-size", "5"), "is no size"),
+        (("--batch", "0"), "--batch counts from 1"),
+        (("--llm-layers", "1", "--budget", "1.5"), "neither a ratio nor a count"),
+        (("--dtype", "int8"), "int8"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cost", *options]) == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,681 @@
+"""Every argument of `generate` and of `forward` is right under reduction, refused with a sentence, or not available.
+
+Sequences at 20 % are compared with those of the unmodified model on the full prompt with the dropped positions masked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    WatermarkingConfig,
+)
+
+from tests.helpers.llava_oracle import oracle_inputs
+from tests.helpers.tiny import batch, tiny_model, tokenizer
+from tokenprune.strategies import HiRED
+
+PAGE = Path(__file__).parents[2] / "docs" / "generate-arguments.md"
+NEW = 4
+"""New tokens of most calls."""
+SAMPLE: Mapping[str, Any] = {"do_sample": True, "num_return_sequences": 2}
+LENGTH = "length of the full prompt plus"
+"""Stands for a total length in `SUPPORTED`: (LENGTH, n) is n more than the full prompt."""
+
+SUPPORTED: Mapping[str, Mapping[str, Any]] = {
+    "assistant_confidence_threshold": {"assistant_model": "itself", "assistant_confidence_threshold": 0.3},
+    "assistant_ensemble_weight": {"assistant_model": "itself", "assistant_ensemble_weight": 0.5},
+    "assistant_lookbehind": {"assistant_model": "itself", "assistant_lookbehind": 10},
+    "bad_words_ids": {"bad_words_ids": [[5], [6, 7]]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(100))},
+    "bos_token_id": {"bos_token_id": 1},
+    "cache_config": {"cache_config": None},
+    "cache_implementation": {"cache_implementation": "static"},
+    "compile_config": {"compile_config": CompileConfig(backend="eager")},
+    "decoder_start_token_id": {"decoder_start_token_id": 1},
+    "disable_compile": {"disable_compile": True, "cache_implementation": "static"},
+    "do_sample": SAMPLE,
+    "early_stopping": {"early_stopping": True, "num_beams": 3},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 2},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
+    "eos_token_id": {"eos_token_id": list(range(3, 200))},
+    "epsilon_cutoff": {**SAMPLE, "epsilon_cutoff": 3e-3},
+    "eta_cutoff": {**SAMPLE, "eta_cutoff": 3e-3},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (1, 1.5)},
+    "forced_bos_token_id": {"forced_bos_token_id": 7},
+    "forced_eos_token_id": {"forced_eos_token_id": 2, "max_new_tokens": None, "max_length": (LENGTH, 3)},
+    "guidance_scale": {"guidance_scale": 1.5},
+    "is_assistant": {"is_assistant": False},
+    "length_penalty": {"length_penalty": 2.0, "num_beams": 3},
+    "max_cache_len": {"cache_implementation": "static", "max_cache_len": 400},
+    "max_length": {"max_new_tokens": None, "max_length": (LENGTH, 3)},
+    "max_matching_ngram_size": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2},
+    "max_new_tokens": {"max_new_tokens": 2},
+    "max_time": {"max_time": 1000.0},
+    "min_length": {"min_length": (LENGTH, 3), "eos_token_id": list(range(3, 200))},
+    "min_new_tokens": {"min_new_tokens": 3, "eos_token_id": list(range(3, 200))},
+    "min_p": {**SAMPLE, "min_p": 0.2},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2, "max_new_tokens": 8},
+    "num_assistant_tokens": {"assistant_model": "itself", "num_assistant_tokens": 2},
+    "num_assistant_tokens_schedule": {"assistant_model": "itself", "num_assistant_tokens_schedule": "constant"},
+    "num_beams": {"num_beams": 3, "num_return_sequences": 2},
+    "num_return_sequences": {**SAMPLE, "num_return_sequences": 3},
+    "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
+    "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "output_logits": {"output_logits": True, "return_dict_in_generate": True},
+    "output_scores": {"output_scores": True, "return_dict_in_generate": True, "num_beams": 2},
+    "pad_token_id": {"pad_token_id": 3, "eos_token_id": list(range(3, 200))},
+    "prefill_chunk_size": {"prefill_chunk_size": 7},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "renormalize_logits": {"renormalize_logits": True, "num_beams": 3},
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "return_dict_in_generate": {"return_dict_in_generate": True},
+    "sequence_bias": {"sequence_bias": [[[5], 30.0]]},
+    "stop_strings": {"stop_strings": ["e", "o"], "tokenizer": "of the model"},
+    "suppress_tokens": {"suppress_tokens": list(range(200))},
+    "target_lookbehind": {"assistant_model": "itself", "target_lookbehind": 10},
+    "temperature": {**SAMPLE, "temperature": 0.5},
+    "top_h": {**SAMPLE, "top_h": 0.4},
+    "top_k": {**SAMPLE, "top_k": 3},
+    "top_p": {**SAMPLE, "top_p": 0.5},
+    "typical_p": {**SAMPLE, "typical_p": 0.5},
+    "use_cache": {"use_cache": False},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig()},
+}
+"""Fields of `GenerationConfig`, each with arguments that use it."""
+
+REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "token_healing": ({"token_healing": True, "tokenizer": "of the model"}, "token_healing rewrites the prompt"),
+}
+"""Fields that are refused below 100 %, with arguments and the beginning of the sentence."""
+
+NOT_AVAILABLE: Mapping[str, Mapping[str, Any]] = {
+    "assistant_early_exit": {"assistant_early_exit": 1},
+    "constraints": {"constraints": [], "force_words_ids": [[5]], "num_beams": 2},
+    "continuous_batching_config": {},
+    "diversity_penalty": {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "dola_layers": {"dola_layers": "low"},
+    "force_words_ids": {"force_words_ids": [[5]], "num_beams": 2},
+    "low_memory": {"penalty_alpha": 0.6, "top_k": 4, "low_memory": True},
+    "num_beam_groups": {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "speculation_type": {},
+    "use_mtp": {"use_mtp": True},
+}
+"""Fields that the unmodified model refuses, or that do nothing for it; transformers moved some to hub repositories."""
+
+INTERNAL = {"_from_model_config", "transformers_version"}
+"""Fields that are no options."""
+
+PARAMETERS = {
+    "inputs": "supported",
+    "generation_config": "supported",
+    "logits_processor": "supported",
+    "stopping_criteria": "supported",
+    "prefix_allowed_tokens_fn": "supported",
+    "synced_gpus": "supported",
+    "assistant_model": "supported",
+    "streamer": "supported",
+    "negative_prompt_ids": "refused",
+    "negative_prompt_attention_mask": "refused",
+    "custom_generate": "supported",
+    "kwargs": "supported",
+}
+"""Parameters of `generate`."""
+
+FORWARD = {
+    "input_ids": "supported",
+    "pixel_values": "supported",
+    "image_sizes": "supported",
+    "attention_mask": "supported",
+    "position_ids": "supported",
+    "cache": "refused",
+    "past_key_values": "refused",
+    "inputs_embeds": "supported",
+    "vision_feature_layer": "supported",
+    "vision_feature_select_strategy": "refused",
+    "labels": "supported",
+    "use_cache": "supported",
+    "logits_to_keep": "supported",
+    "mm_encoder_outputs": "supported",
+    "return_dict": "supported",
+    "output_attentions": "supported",
+    "output_hidden_states": "supported",
+    "kwargs": "supported",
+}
+"""Parameters of LLaVA-NeXT's `forward`, and options that it passes on."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = tiny_model("llava_next")
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture
+def inputs() -> Any:
+    return batch("llava_next", [(112, 112)], [(60, 160)])
+
+
+@cache
+def image_token() -> int:
+    return int(tiny_model("llava_next").config.image_token_id)
+
+
+def resolve(arguments: Mapping[str, Any], model: Any, length: int) -> dict[str, Any]:
+    """Arguments with total lengths and objects filled in."""
+    special = {"itself": model, "of the model": tokenizer()}
+    out = {}
+    for name, value in arguments.items():
+        is_length = isinstance(value, tuple) and value[0] == LENGTH
+        out[name] = length + value[1] if is_length else special.get(value, value) if isinstance(value, str) else value
+    return out
+
+
+def generate(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> Tensor:
+    torch.manual_seed(0)
+    defaults = {"max_new_tokens": NEW, "suppress_tokens": [image_token()]}
+    arguments = {**defaults, **resolve(arguments, model, inputs["input_ids"].shape[1])}
+    output = model.generate(**inputs, **{k: v for k, v in arguments.items() if v is not None})
+    return output if isinstance(output, Tensor) else output.sequences
+
+
+def oracle(model: Any, inputs: Any, run: Any) -> dict[str, Any]:
+    """The full prompt with dropped positions masked; `generate` counts positions by itself."""
+    masked = oracle_inputs(model, inputs, run, "reindex")
+    masked.pop("position_ids")
+    return masked
+
+
+# --- nothing is missing -----------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_classified() -> None:
+    classified = [*SUPPORTED, *REFUSED, *NOT_AVAILABLE, *INTERNAL]
+    assert sorted(classified) == sorted(vars(GenerationConfig()))
+
+
+def test_every_parameter_is_classified(model: Any) -> None:
+    assert list(PARAMETERS) == list(inspect.signature(type(model).generate).parameters)[1:]
+    options = {"return_dict", "output_attentions", "output_hidden_states", "past_key_values"}
+    assert set(FORWARD) - options == set(inspect.signature(type(model).forward).parameters) - {"self"} - options
+
+
+def test_the_page_has_every_argument() -> None:
+    text = PAGE.read_text()
+    rows = {
+        **dict.fromkeys(SUPPORTED, "supported"),
+        **dict.fromkeys(REFUSED, "refused"),
+        **dict.fromkeys(NOT_AVAILABLE, "not available"),
+        **PARAMETERS,
+        **FORWARD,
+    }
+    missing = [f"| `{name}` | {state} |" for name, state in rows.items() if f"| `{name}` | {state} |" not in text]
+    assert not missing
+
+
+# --- fields of the generation config ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.no_grad()
+def test_supported(model: Any, name: str) -> None:
+    alone = "assistant_model" in SUPPORTED[name] or "prompt_lookup_num_tokens" in SUPPORTED[name]
+    inputs = batch("llava_next", [(60, 160)], *([] if alone else [[(112, 112)]]))
+    before = generate(model, inputs, SUPPORTED[name])
+    with HiRED(1.0)(model):
+        assert torch.equal(generate(model, inputs, SUPPORTED[name]), before)
+    with HiRED(0.2)(model) as run:
+        short = generate(model, inputs, SUPPORTED[name])
+    arguments = {**SUPPORTED[name], "prefill_chunk_size": None}
+    if alone:  # speculation changes no greedy answer
+        arguments = {}
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_refused(model: Any, inputs: Any, name: str) -> None:
+    arguments, sentence = REFUSED[name]
+    with HiRED(0.2)(model):
+        with pytest.raises(ValueError, match=sentence):
+            generate(model, inputs, arguments)
+        config = GenerationConfig(**{name: arguments[name]}, max_new_tokens=2, pad_token_id=0)
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(**inputs, generation_config=config)
+
+
+@pytest.mark.parametrize("name", [name for name, arguments in NOT_AVAILABLE.items() if arguments])
+@torch.no_grad()
+def test_not_available(model: Any, name: str) -> None:
+    inputs = batch("llava_next", [(60, 160)])
+    with pytest.raises((ValueError, OSError, TypeError, AttributeError, RuntimeError, NotImplementedError)):
+        generate(model, inputs, NOT_AVAILABLE[name])
+
+
+@pytest.mark.parametrize("by", ["argument", "config", "model", "model beside a config"])
+@pytest.mark.parametrize("embedded", [False, True])
+@torch.no_grad()
+def test_total_lengths(inputs: Any, by: str, embedded: bool) -> None:
+    """Limits count the full prompt, wherever they are set."""
+    model = tiny_model("llava_next")
+    model.generation_config.pad_token_id = 0
+    total = inputs["input_ids"].shape[1] + 3
+    calls = dict(inputs)
+    if embedded:
+        calls["inputs_embeds"] = model.get_input_embeddings()(calls.pop("input_ids"))
+    arguments: dict[str, Any] = {"max_length": total, "min_length": total} if by == "argument" else {}
+    if by == "config":
+        arguments["generation_config"] = GenerationConfig(max_length=total, min_length=total, pad_token_id=0)
+    if by == "model beside a config":
+        arguments["generation_config"] = GenerationConfig(do_sample=False, pad_token_id=0)
+    if by.startswith("model"):
+        model.generation_config.max_length = model.generation_config.min_length = total
+    arguments["suppress_tokens"] = [image_token()]
+    plain = model.generate(**calls, **arguments)
+    with HiRED(0.2)(model):
+        reduced = model.generate(**calls, **arguments)
+    assert reduced.shape == plain.shape
+
+
+@torch.no_grad()
+def test_the_least_length_of_the_model_beside_a_config(inputs: Any) -> None:
+    model, ends = tiny_model("llava_next"), list(range(3, 400))
+    total = inputs["input_ids"].shape[1] + 3
+    model.generation_config.min_length = total
+    config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=ends)
+    plain = model.generate(**inputs, generation_config=config)
+    with HiRED(0.2)(model):
+        assert model.generate(**inputs, generation_config=config).shape == plain.shape == (2, total + 1)
+    assert config.min_length is None
+
+
+@pytest.mark.parametrize("below", [0, 10])
+def test_a_length_within_the_prompt_is_refused(model: Any, inputs: Any, below: int) -> None:
+    """As without a strategy; the sentence counts the full prompt."""
+    length = inputs["input_ids"].shape[1]
+    with HiRED(0.2)(model), pytest.raises(ValueError, match=f"has {length} tokens .* max_length={length - below} "):
+        model.generate(**inputs, max_length=length - below)
+
+
+@torch.no_grad()
+def test_scores_equal_the_oracle(model: Any, inputs: Any) -> None:
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3, "num_return_sequences": 2}]
+    for way in ways:
+        options = {**way, "max_new_tokens": NEW, "suppress_tokens": [image_token()]}
+        options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        with HiRED(0.2)(model) as run:
+            short = model.generate(**inputs, **options)
+        full = model.generate(**oracle(model, inputs, run), **options)
+        assert torch.equal(short.sequences, full.sequences)
+        for name in ("scores", "logits"):
+            for a, b in zip(short[name], full[name], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        steps = [model.compute_transition_scores(o.sequences, o.scores, o.get("beam_indices")) for o in (short, full)]
+        torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_positional_arguments(model: Any, inputs: Any, budget: float) -> None:
+    config, others = GenerationConfig(max_new_tokens=2, pad_token_id=0), dict(inputs)
+    ids = others.pop("input_ids")
+    with HiRED(budget)(model):
+        named = model.generate(**inputs, generation_config=config)
+        processor = RecordingProcessor()
+        assert torch.equal(model.generate(ids, config, [processor], **others), named)
+        assert len(processor.ids) == 2
+        assert torch.equal(model.generate(inputs=ids, generation_config=config, **others), named)
+        with pytest.raises(ValueError, match="`inputs` and `input_ids` are both set"):
+            model.generate(ids, **inputs)
+        with pytest.raises(TypeError, match="multiple values"):
+            model.generate(ids, config, generation_config=config, **others)
+
+
+@torch.no_grad()
+def test_synced_gpus(model: Any, inputs: Any) -> None:
+    with HiRED(0.2)(model):
+        assert torch.equal(generate(model, inputs, {"synced_gpus": False}), generate(model, inputs, {}))
+
+
+class RecordingStreamer:
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+@pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_streamer_gets_the_full_prompt_and_the_new_tokens(model: Any, budget: float, way: str) -> None:
+    inputs, streamer = batch("llava_next", [(60, 160)]), RecordingStreamer()
+    lookup = {"prompt_lookup_num_tokens": 3} if way == "prompt lookup" else {}
+    with HiRED(budget)(model):
+        output = generate(model, inputs, {"streamer": streamer, **lookup})
+    assert torch.equal(streamer.values[0], inputs["input_ids"])
+    assert torch.equal(torch.cat([value.flatten() for value in streamer.values]), output[0])
+    assert streamer.ends == 1
+
+
+# --- functions of the caller ------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Keeps the ids that it gets."""
+
+    def __init__(self) -> None:
+        self.ids: list[Tensor] = []
+
+
+class RecordingProcessor(Recorder, LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.ids.append(input_ids.clone())
+        return scores
+
+
+class RecordingCriterion(Recorder, StoppingCriteria):
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.total = total
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.ids.append(input_ids.clone())
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.total)
+
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 3, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("as_list", [True, False])
+@torch.no_grad()
+def test_functions_get_the_full_prompt(model: Any, inputs: Any, way: str, as_list: bool) -> None:
+    prompt = inputs["input_ids"]
+    length = prompt.shape[1]
+    processor, criterion, prefixes = RecordingProcessor(), RecordingCriterion(length + 2), []
+
+    def prefix(row: int, ids: Tensor) -> list[int]:
+        prefixes.append((row, ids.clone()))
+        return list(range(3, 300))
+
+    processors: Any = [processor] if as_list else LogitsProcessorList([processor])
+    criteria: Any = [criterion] if as_list else StoppingCriteriaList([criterion])
+    functions = {"logits_processor": processors, "stopping_criteria": criteria, "prefix_allowed_tokens_fn": prefix}
+    with HiRED(0.2)(model):
+        output = generate(model, inputs, {**WAYS[way], **functions, "max_new_tokens": 6})
+    assert output.shape[1] == length + 2
+    for ids in [*processor.ids, *criterion.ids]:
+        assert torch.equal(ids[:, :length], prompt.repeat_interleave(len(ids) // len(prompt), dim=0))
+        assert ids.shape[1] - length <= 2
+    assert {ids.shape[1] for ids in processor.ids} == {length, length + 1}
+    assert {row for row, _ in prefixes} == {0, 1}
+    assert all(torch.equal(ids[:length], prompt[row]) for row, ids in prefixes)
+
+
+@torch.no_grad()
+def test_processors_of_transformers_keep_their_meaning(model: Any, inputs: Any) -> None:
+    """Lengths that the caller counted on the full prompt; also where the config makes a processor of the same type."""
+    length, ends = inputs["input_ids"].shape[1], list(range(3, 400))
+    cases: list[dict[str, Any]] = [
+        {"logits_processor": [MinLengthLogitsProcessor(length + 3, ends)], "eos_token_id": ends},
+        {"logits_processor": [MinLengthLogitsProcessor(length + 3, ends)], "eos_token_id": ends, "min_length": length},
+        {"logits_processor": [MinNewTokensLengthLogitsProcessor(length, 2, ends)], "eos_token_id": ends},
+        {"stopping_criteria": [MaxLengthCriteria(length + 2)]},
+        {"stopping_criteria": [MaxTimeCriteria(1000.0), MaxLengthCriteria(length + 3)], "max_new_tokens": 5},
+    ]
+    for arguments in cases:
+        with HiRED(0.2)(model) as run:
+            short = generate(model, inputs, arguments)
+        assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments)), arguments
+
+
+@torch.no_grad()
+def test_a_repeated_function_runs_once(model: Any, inputs: Any) -> None:
+    """As without a strategy."""
+    counts = []
+    for budget in (None, 0.2, 1.0):
+        processor, criterion = RecordingProcessor(), RecordingCriterion(1000)
+        arguments = {"logits_processor": [processor, processor], "stopping_criteria": [criterion, criterion]}
+        with nullcontext() if budget is None else HiRED(budget)(model):
+            generate(model, inputs, arguments)
+        counts.append((len(processor.ids), len(criterion.ids)))
+    assert counts == [(NEW, NEW)] * 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beside_default", [False, True])
+@torch.no_grad()
+def test_ignored_prompt_lengths(model: Any, inputs: Any, beams: int, beside_default: bool) -> None:
+    """A position of the full prompt from which tokens are penalized: the end, one in an image, one for each row."""
+    length = inputs["input_ids"].shape[1]
+    rows = torch.tensor([length - 3, length - 6]).repeat_interleave(beams)
+    for ignored in (length, length - 3, length + 1, 40, rows):
+        arguments: dict[str, Any] = {
+            "max_new_tokens": 8,
+            "num_beams": beams,
+            "logits_processor": [RepetitionPenaltyLogitsProcessor(5.0, prompt_ignore_length=ignored)],
+            "suppress_tokens": [image_token()],
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
+        if beside_default:
+            arguments["repetition_penalty"] = 1.3
+        with HiRED(0.2)(model) as run:
+            short = model.generate(**inputs, **arguments)
+        full = model.generate(**oracle(model, inputs, run), **arguments)
+        assert torch.equal(short.sequences, full.sequences)
+        for a, b in zip(short.scores, full.scores, strict=True):
+            a, b = (scores.index_fill(1, torch.tensor([image_token()]), 0) for scores in (a, b))
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        kept = arguments["logits_processor"][0].prompt_ignore_length
+        assert kept is ignored  # the object of the caller stays
+
+
+@torch.no_grad()
+def test_a_prefix_processor_of_the_caller_gets_the_full_prompt(model: Any, inputs: Any) -> None:
+    prompt, seen = inputs["input_ids"], []
+
+    def prefix(row: int, ids: Tensor) -> list[int]:
+        seen.append((row, ids.clone()))
+        return list(range(3, 300))
+
+    with HiRED(0.2)(model):
+        generate(model, inputs, {"logits_processor": [PrefixConstrainedLogitsProcessor(prefix, 3)], "num_beams": 3})
+    assert {row for row, _ in seen} == {0, 1}
+    assert all(torch.equal(ids[: prompt.shape[1]], prompt[row]) for row, ids in seen)
+
+
+# --- neighbors --------------------------------------------------------------------------------------------------------
+
+AROUND = (224, 264)
+"""The tokens before and after the image of the second sentence of `batch`."""
+ADJACENT: Mapping[str, Any] = {
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "no_repeat_ngram_size, object": {"logits_processor": [NoRepeatNGramLogitsProcessor(2)]},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 2},
+}
+"""Options that compare n-grams."""
+
+
+@pytest.mark.parametrize("name", ADJACENT)
+@torch.no_grad()
+def test_tokens_around_an_image_without_kept_tokens_are_no_bigram(model: Any, name: str) -> None:
+    """The bigram is forced: it is allowed by the oracle, and would be banned in the reduced prompt."""
+    inputs = batch("llava_next", [(60, 160)])
+    length, text = inputs["input_ids"].shape[1], inputs["input_ids"][inputs["input_ids"] != image_token()].tolist()
+    assert tuple(text[2:4]) == AROUND
+
+    def prefix(row: int, ids: Tensor) -> list[int]:
+        return [AROUND[0]] if len(ids) == length else [AROUND[1], 9]
+
+    processors = [*ADJACENT[name].get("logits_processor", []), PrefixConstrainedLogitsProcessor(prefix, 1)]
+    forced = {"logits_processor": processors, "max_new_tokens": 2, "sequence_bias": [[[AROUND[1]], 50.0]]}
+    with HiRED(0.2)(model) as run:
+        short = generate(model, inputs, {**ADJACENT[name], **forced})
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), {**ADJACENT[name], **forced}))
+    assert tuple(short[0, length:].tolist()) == AROUND
+    with HiRED(0.0)(model):
+        sentence = name.split(",")[0] + " compares neighboring tokens"
+        with pytest.raises(ValueError, match=sentence):
+            generate(model, inputs, {**ADJACENT[name], **forced})
+
+
+ENDS: Mapping[str, Mapping[str, Any]] = {
+    "sequence_bias": {"sequence_bias": [[[29, 224, 5], 30.0]]},
+    "bad_words_ids": {"bad_words_ids": [[224, 5]]},
+    "stop_strings": {"stop_strings": "e: a", "tokenizer": "of the model"},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig()},
+    "guidance_scale": {"guidance_scale": 1.5},
+}
+"""Options that read the end of the prompt."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+@torch.no_grad()
+def test_the_end_of_the_prompt(model: Any, name: str) -> None:
+    """A prompt that ends with an image: refused if nothing of it is kept, else equal to the oracle."""
+    inputs = batch("llava_next", [(60, 160)])
+    end = int((inputs["input_ids"][0] == image_token()).nonzero()[-1]) + 1
+    inputs = {**inputs, **{key: inputs[key][:, :end] for key in ("input_ids", "attention_mask")}}
+    with HiRED(0.2)(model) as run:
+        short = generate(model, inputs, ENDS[name])
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), ENDS[name]))
+    with HiRED(0.0)(model), pytest.raises(ValueError, match=f"{name} compares neighboring tokens"):
+        generate(model, inputs, ENDS[name])
+
+
+@torch.no_grad()
+def test_a_watermark_over_several_tokens(model: Any) -> None:
+    """Its seed reads the last tokens of the prompt, images included."""
+    inputs = batch("llava_next", [(60, 160)])
+    arguments = {"watermarking_config": WatermarkingConfig(context_width=4)}
+    with HiRED(0.0)(model) as run:
+        short = generate(model, inputs, arguments)
+    assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments))
+    arguments = {"watermarking_config": WatermarkingConfig(context_width=12)}
+    with HiRED(0.0)(model), pytest.raises(ValueError, match="watermarking_config compares neighboring tokens"):
+        generate(model, inputs, arguments)
+
+
+# --- assistants and custom loops --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_assisted_decoding(model: Any, budget: float) -> None:
+    """By the attached model itself and by another model; with functions that get the full prompt."""
+    inputs = batch("llava_next", [(60, 160)])
+    helper = tiny_model("llava_next")
+    with torch.no_grad():
+        for parameter in helper.lm_head.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with HiRED(budget)(model):
+        greedy = generate(model, inputs, {"max_new_tokens": 6})
+        for assistant in (model, helper):
+            processor = RecordingProcessor()
+            arguments = {"assistant_model": assistant, "max_new_tokens": 6, "logits_processor": [processor]}
+            assert torch.equal(generate(model, inputs, arguments), greedy)
+            full = inputs["input_ids"]
+            assert all(torch.equal(ids[:, : full.shape[1]], full) for ids in processor.ids)
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@pytest.mark.parametrize("has_own_tokenizer", [False, True])
+@torch.no_grad()
+def test_an_assistant_without_images(model: Any, budget: float, has_own_tokenizer: bool) -> None:
+    """A language model gets the placeholders as text."""
+    inputs = batch("llava_next", [(60, 160)])
+    config = model.config.get_text_config().to_dict() | {"vocab_size": 450 if has_own_tokenizer else len(tokenizer())}
+    torch.manual_seed(1)
+    assistant = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    arguments: dict[str, Any] = {"assistant_model": assistant, "max_new_tokens": 6}
+    if has_own_tokenizer:
+        other = tokenizer(image_token="<image>", mark="<mark>")
+        arguments |= {"tokenizer": tokenizer(), "assistant_tokenizer": other}
+    with HiRED(budget)(model):
+        assert torch.equal(generate(model, inputs, arguments), generate(model, inputs, {"max_new_tokens": 6}))
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_custom_loop_with_another_result(model: Any, inputs: Any, budget: float) -> None:
+    """It is returned as it is, also that of a loop in a folder."""
+
+    def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> dict[str, int]:
+        return {"width": input_ids.shape[1]}
+
+    with HiRED(budget)(model) as run:
+        assert model.generate(**inputs, custom_generate=loop) == {"width": run.rows.index.shape[1]}
+
+
+@pytest.mark.parametrize("budget", [0.2, 1.0])
+@torch.no_grad()
+def test_a_custom_loop_in_a_folder(model: Any, inputs: Any, tmp_path: Path, budget: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    file = tmp_path / "loop" / "custom_generate" / "generate.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import torch\n\n\ndef generate(model, input_ids, **kwargs):\n"
+        "    return torch.cat([input_ids, torch.full((len(input_ids), 1), 7)], dim=1)\n"
+    )
+    with HiRED(budget)(model):
+        output = model.generate(**inputs, custom_generate=str(tmp_path / "loop"), trust_remote_code=True)
+    assert torch.equal(output, torch.cat([inputs["input_ids"], torch.full((2, 1), 7)], dim=1))
+
+
+@torch.no_grad()
+def test_a_custom_loop(model: Any, inputs: Any) -> None:
+    """A callable gets the reduced prompt; its sequences begin with the full one."""
+
+    def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), 7)], dim=1)
+
+    with HiRED(0.2)(model):
+        output = model.generate(**inputs, custom_generate=loop)
+    assert torch.equal(output, torch.cat([inputs["input_ids"], torch.full((2, 1), 7)], dim=1))
+
+
+@pytest.mark.parametrize("name", ["negative_prompt_ids", "negative_prompt_attention_mask"])
+def test_negative_prompts_are_refused(model: Any, inputs: Any, name: str) -> None:
+    with HiRED(0.2)(model), pytest.raises(ValueError, match=f"{name} is not supported"):
+        model.generate(**inputs, guidance_scale=1.5, **{name: inputs["input_ids"]})

@@ -1,0 +1,116 @@
+"""User pictures of every mode, and broken ones."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenprune.image_files import load_picture, save_picture, to_rgb
+
+RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30)
+GREY = Image.fromarray(RAMP.astype(np.uint8))
+COLOUR = Image.merge("RGB", [GREY, GREY.rotate(180), GREY.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+
+
+def near(picture: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> bool:
+    assert picture.mode == "RGB"
+    assert picture.size == expected.size
+    return float(np.abs(np.asarray(picture, float) - np.asarray(expected.convert("RGB"), float)).max()) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (COLOUR, COLOUR),
+        (GREY, GREY),
+        (COLOUR.convert("CMYK"), COLOUR),
+        (COLOUR.convert("P"), COLOUR.convert("P").convert("RGB")),
+        (GREY.convert("1"), GREY.convert("1").convert("RGB")),
+        (COLOUR.convert("RGBA"), COLOUR),
+        (GREY.convert("LA"), GREY),
+        (Image.fromarray((RAMP * 257).astype(np.uint16)), GREY),
+        (Image.fromarray((RAMP / 255).astype(np.float32)), GREY),
+        (Image.fromarray(RAMP.astype(np.float32)), GREY),
+        (Image.fromarray(RAMP.astype(np.int32)), GREY),
+        (Image.fromarray((RAMP * 257).astype(np.int32)), GREY),
+    ],
+    ids=lambda picture: picture.mode,
+)
+def test_every_mode_becomes_rgb(picture: Image.Image, expected: Image.Image) -> None:
+    assert near(to_rgb(picture), expected)
+
+
+def test_transparency_becomes_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    clear.putpixel((1, 2), (200, 0, 0, 255))
+    rgb = to_rgb(clear)
+    assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((1, 2)) == (200, 0, 0)
+    palette = GREY.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_float_pixels_that_are_no_numbers_do_no_harm() -> None:
+    values = RAMP.astype(np.float32)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    assert to_rgb(Image.fromarray(values)).getpixel((29, 39)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = COLOUR.getexif()
+    exif[0x0112] = 6  # turned a quarter
+    COLOUR.save(tmp_path / "photo.png", exif=exif)
+    assert near(load_picture(tmp_path / "photo.png"), COLOUR.transpose(Image.Transpose.ROTATE_270))
+
+
+def test_animations_give_their_first_frame(tmp_path: Path) -> None:
+    black, white = Image.new("L", (8, 8), 0), Image.new("L", (8, 8), 255)
+    black.save(tmp_path / "a.gif", save_all=True, append_images=[white])
+    assert load_picture(tmp_path / "a.gif").getpixel((3, 3)) == (0, 0, 0)
+
+
+def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
+    COLOUR.resize((300, 300)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name, message in {
+        "cut.png": "broken or cut off",
+        "notes.txt": "not a picture",
+        "empty.jpg": "not a picture",
+        "missing.png": "no such file",
+        ".": "is a folder",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load_picture(tmp_path / name)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    COLOUR.resize((300, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png: too large to be read safely"):
+        load_picture(tmp_path / "bomb.png")
+
+
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "new" / "overlay.png"
+    save_picture(COLOUR, target)
+    before = target.read_bytes()
+
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_picture(GREY, target)
+    assert target.read_bytes() == before
+    assert [path.name for path in target.parent.iterdir()] == ["overlay.png"]

@@ -1,0 +1,359 @@
+"""Promises that every strategy keeps: exact budgets, valid tokens only, determinism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.helpers.build import encoded
+from tokenprune.budget import Budget
+from tokenprune.image import SEPARATOR, EncodedImage, TileGeometry
+from tokenprune.policies import SelectionPolicy
+from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
+from tokenprune.selection import Selection, kept_separators
+from tokenprune.strategies import HiRED
+from tokenprune.strategies.components import (
+    BaseTileAllocation,
+    GlobalTopAllocation,
+    ProportionalAllocation,
+    RandomSelection,
+    StrideSelection,
+    SubImagesAllocation,
+    TopAttention,
+    TopNorm,
+    UniformAllocation,
+    VisualContentAllocation,
+)
+
+
+@dataclass
+class Norm(ScoreReducer):
+    """The README's example of a new strategy."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1)
+
+
+@dataclass
+class Parts(ComponentReducer):
+    """Any allocation with any selection."""
+
+
+SPENDING = [
+    VisualContentAllocation(),
+    VisualContentAllocation(0.0, region="quadrant"),
+    VisualContentAllocation(1.0, statistic="top_count"),
+    UniformAllocation(),
+    ProportionalAllocation(),
+    GlobalTopAllocation(),
+]
+SELECTIONS = [TopAttention(), TopAttention(heads="max", layer=-1), TopNorm(), RandomSelection(1), StrideSelection()]
+REDUCERS: list[TokenReducer] = [
+    Norm(),
+    HiRED(),
+    *(Parts(allocation=one, selection=two) for one, two in product(SPENDING, SELECTIONS)),
+]
+LAYOUTS = st.one_of(
+    st.builds(
+        TileGeometry.anyres,
+        st.tuples(st.integers(1, 300), st.integers(1, 300)),
+        st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        st.just(56),
+    ),
+    st.builds(TileGeometry.single, st.tuples(st.integers(1, 6), st.integers(1, 6))),
+)
+BUDGETS = st.one_of(
+    st.sampled_from([0, 1, 2, 0.0, 1.0, 10_000]), st.integers(0, 300), st.floats(0, 1, allow_nan=False, width=16)
+)
+PROMISE = settings(max_examples=150, deadline=None)
+
+
+@PROMISE
+@given(
+    reducer=st.sampled_from(REDUCERS),
+    layout=LAYOUTS,
+    budget=BUDGETS,
+    per=st.sampled_from(["image", "tile"]),
+    of=st.sampled_from(["encoded", "unpadded"]),
+    newlines=st.sampled_from(["keep_rows", "drop", "keep"]),
+    seed=st.integers(0, 20),
+)
+def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, per, of, newlines, seed) -> None:
+    reducer = replace(reducer, budget=Budget(budget, per=per, of=of), newlines=newlines)
+    image = encoded(layout, seed)
+    selection = reducer.reduce(image)
+    assert selection.asked == reducer.budget.asked(layout)
+    assert selection.kept_tokens == min(selection.asked, int(layout.valid.sum()))
+    assert not bool((selection.kept & ~layout.valid).any())
+    assert selection.kept_per_tile == selection.granted_per_tile
+    assert sum(selection.granted_per_tile) == selection.kept_tokens
+    assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_separators
+    again = reducer.reduce(encoded(layout, seed))
+    assert torch.equal(again.kept, selection.kept)
+    assert torch.equal(again.separators, selection.separators)
+    if budget == 1.0 and type(budget) is float and of == "encoded" and newlines != "drop":
+        assert selection.everything
+
+
+@PROMISE
+@given(
+    reducer=st.sampled_from(REDUCERS),
+    layout=LAYOUTS,
+    budget=BUDGETS,
+    newlines=st.sampled_from(["keep_rows", "drop", "keep"]),
+    seed=st.integers(0, 20),
+)
+def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newlines, seed) -> None:
+    reducer = replace(reducer, budget=Budget(budget, newlines="counted"), newlines=newlines)
+    selection = reducer.reduce(encoded(layout, seed))
+    spent = selection.kept_tokens + selection.kept_separators
+    there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.separators)
+    assert spent == min(selection.asked, there_is)
+    assert not bool((selection.kept & ~layout.valid).any())
+    assert selection.kept_per_tile == selection.granted_per_tile
+    if newlines == "keep_rows":
+        closing = kept_separators(layout, selection.kept, "keep_rows")
+        assert bool((selection.separators | ~closing).all())  # no kept row lost its newline
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        HiRED(),
+        Norm(),
+        Parts(allocation=SubImagesAllocation(), selection=StrideSelection()),
+        Parts(allocation=VisualContentAllocation(0.0), selection=TopAttention()),
+    ],
+    ids=["hired", "norm", "stride", "no base tile"],
+)
+@pytest.mark.parametrize("size", [(60, 160), (100, 41)])
+def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) -> None:
+    """Every budget, against all numbers of tokens; what is left over keeps newlines of emptied rows."""
+    layout = TileGeometry.anyres(size, (2, 2), (4, 4), 56)
+    image = encoded(layout, 1)
+    costs = []
+    for tokens in range(int(layout.valid.sum()) + 1):
+        free = replace(reducer, budget=tokens).reduce(image)
+        costs.append((free.kept_tokens + free.kept_separators, free.kept_tokens))
+    spares = 0
+    for asked in range(costs[-1][0] + 3):
+        selection = replace(reducer, budget=Budget(asked, newlines="counted")).reduce(image)
+        assert selection.kept_tokens == max(tokens for cost, tokens in costs if cost <= asked)
+        closing = int(kept_separators(layout, selection.kept, "keep_rows").sum())
+        spare = min(asked - selection.kept_tokens - closing, layout.separators - closing)
+        assert selection.kept_separators == closing + spare
+        spares += spare > 0
+    assert spares > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    allocation=st.sampled_from(
+        [
+            BaseTileAllocation(),
+            VisualContentAllocation(rounding="floor"),
+            SubImagesAllocation(),
+            SubImagesAllocation(pooled=True),
+        ]
+    ),
+    selection=st.sampled_from(SELECTIONS),
+    padding=st.sampled_from(["exclude", "ignore"]),
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    budget=BUDGETS,
+    newlines=st.sampled_from(["free", "counted"]),
+)
+def test_strategies_that_waste_budget_never_overspend(
+    allocation, selection, padding, size, grid, budget, newlines
+) -> None:
+    layout = TileGeometry.anyres(size, grid, (4, 4), 56)
+    reducer = Parts(Budget(budget, newlines=newlines), allocation=allocation, selection=selection, padding=padding)
+    result = reducer.reduce(encoded(layout))
+    cost = result.kept_tokens + (result.kept_separators if newlines == "counted" else 0)
+    assert cost <= result.asked
+    assert not bool((result.kept & ~layout.valid).any())
+    if padding == "exclude":
+        assert result.kept_per_tile == result.granted_per_tile
+    else:
+        assert all(kept <= paid for kept, paid in zip(result.kept_per_tile, result.granted_per_tile, strict=True))
+
+
+def test_ignoring_padding_loses_what_unpadding_removes() -> None:
+    layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # half of the canvas is padding
+    parts = {"allocation": UniformAllocation(), "selection": RandomSelection(0)}
+    ignoring = Parts(0.5, padding="ignore", **parts).reduce(encoded(layout))
+    assert ignoring.granted_per_tile == [8, 8, 8]
+    assert ignoring.kept_tokens < 24 == ignoring.asked
+    assert Parts(0.5, **parts).reduce(encoded(layout)).kept_tokens == 24
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    which=st.sampled_from(["norm", "attention", "uniform"]),
+    layout=LAYOUTS,
+    budget=BUDGETS,
+    rng=st.randoms(use_true_random=False),
+)
+def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> None:
+    """Selection ranks what a token is, not where it stands: shuffle the tokens inside the tiles and compare."""
+    order = list(range(layout.tokens))
+    rng.shuffle(order)
+    there = torch.tensor(order)
+    inverse = there.argsort()
+    flat = layout.packed.clamp(min=0)
+    moved = torch.where(
+        layout.packed == SEPARATOR, SEPARATOR, flat // layout.tokens * layout.tokens + inverse[flat % layout.tokens]
+    )
+    permuted_layout = replace(layout, packed=moved)
+    image = encoded(layout, rng.randrange(100))
+    permuted = EncodedImage(
+        permuted_layout,
+        image.features[:, there],
+        {key: value[:, :, there] for key, value in image.signals.items() if key[0] == "cls_attention"},
+        layers=image.layers,
+        feature_layer=image.feature_layer,
+    )
+    reducer: TokenReducer = {
+        "norm": Norm(budget),
+        "attention": Parts(budget, allocation=GlobalTopAllocation(), selection=TopAttention()),
+        "uniform": Parts(budget, allocation=UniformAllocation(), selection=TopAttention()),
+    }[which]
+    kept = reducer.reduce(image).kept
+    assert torch.equal(reducer.reduce(permuted).kept, kept[:, there])
+
+
+def test_a_score_reducer_keeps_the_best_of_the_whole_image() -> None:
+    layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
+    image = encoded(layout)
+    selection = Norm(7).reduce(image)
+    scores = image.features.norm(dim=-1)[layout.valid]
+    assert float(image.features.norm(dim=-1)[selection.kept].min()) == float(scores.sort().values[-7])
+    assert bool((selection.scores[~layout.valid] == -torch.inf).all())
+
+
+@dataclass
+class Fixed(TokenReducer):
+    """Answers with what it is told to."""
+
+    answer: object = None
+
+    def select(self, image: EncodedImage) -> Selection:
+        return Selection(image.geometry, self.answer, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (torch.ones(3, 16), "must return a bool mask"),
+        (torch.ones(3, 15, dtype=torch.bool), r"bool mask of shape \[3, 16\]"),
+        (torch.ones(48, dtype=torch.bool), r"not torch.bool \[48\]"),
+        (torch.ones(3, 16, dtype=torch.bool), "kept tokens that the model's own unpadding removes"),
+    ],
+)
+def test_wrong_selections_are_refused(answer: Tensor, words: str) -> None:
+    image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
+    with pytest.raises(ValueError, match=words):
+        Fixed(answer=answer).reduce(image)
+
+
+def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> None:
+    layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
+    kept = torch.zeros(3, 4, dtype=torch.bool)
+    kept[2, 3] = True
+    image = replace(encoded(layout), pixels=torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
+    selection = Fixed(answer=kept).reduce(image)
+    assert selection.separators.tolist() == [False, True]
+    assert selection.pixels is image.pixels
+    assert Fixed(answer=kept, newlines="drop").reduce(image).kept_separators == 0
+    assert Fixed(answer=kept, newlines="keep").reduce(image).kept_separators == 2
+
+    @dataclass
+    class Own(Fixed):
+        def select(self, image: EncodedImage) -> Selection:
+            return replace(super().select(image), separators=torch.tensor([True, False]))
+
+    assert Own(answer=kept).reduce(image).separators.tolist() == [True, False]
+
+
+@dataclass
+class Scores(SelectionPolicy):
+    """Scores that it is given."""
+
+    values: object = None
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return self.values  # type: ignore[return-value]
+
+
+def test_wrong_scores_are_refused_and_odd_ones_are_not() -> None:
+    layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
+    image = encoded(layout)
+
+    def reduce(values: Tensor) -> Selection:
+        return Parts(9, allocation=UniformAllocation(), selection=Scores(values)).reduce(image)
+
+    with pytest.raises(ValueError, match=r"Scores.score must return \[tiles, tokens\] = \[3, 16\], not \[48\]"):
+        reduce(torch.zeros(48))
+    nan = torch.zeros(3, 16)
+    nan[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="returned NaN"):
+        reduce(nan)
+    padding_nan = torch.zeros(3, 16).masked_fill(~layout.valid, torch.nan)
+    assert reduce(padding_nan).kept_tokens == 9  # nobody asks for the score of padding
+    for values in (torch.full((3, 16), -torch.inf), torch.full((3, 16), torch.inf), torch.arange(48).view(3, 16)):
+        assert reduce(values).kept_tokens == 9
+    assert reduce(torch.arange(48).view(3, 16).bfloat16()).kept_tokens == 9
+
+
+def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
+    @dataclass
+    class Nothing(ScoreReducer):
+        def score(self, image: EncodedImage) -> Tensor:
+            return torch.full((3, 16), -torch.inf)
+
+    @dataclass
+    class Worthless(SelectionPolicy):
+        def score(self, image: EncodedImage) -> Tensor:
+            return torch.full(image.features.shape[:2], -torch.inf)
+
+    image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
+    assert Nothing(9).reduce(image).kept_tokens == 9
+    for allocation in (GlobalTopAllocation(), SubImagesAllocation(pooled=True), UniformAllocation()):
+        assert Parts(9, allocation=allocation, selection=Worthless()).reduce(image).kept_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": 1.5}, "neither a ratio nor a count"),
+        ({"positions": "renumber"}, "positions='renumber' is not known; use one of 'reindex', 'preserve'"),
+        ({"newlines": "rows"}, "newlines='rows' is not known"),
+        ({"padding": "pay"}, "padding='pay' is not known"),
+        ({"allocation": TopNorm()}, "is no AllocationPolicy"),
+        ({"allocation": UniformAllocation}, "is no AllocationPolicy"),
+        ({"selection": "top-norm"}, "is no SelectionPolicy"),
+    ],
+)
+def test_options_are_checked_when_a_strategy_is_made(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        HiRED(**options)  # type: ignore[arg-type]
+
+
+def test_nothing_is_mutated() -> None:
+    image = encoded(TileGeometry.anyres((100, 41), (2, 1), (4, 4), 56))
+    before = {key: value.clone() for key, value in image.signals.items()}
+    features, packed = image.features.clone(), image.geometry.packed.clone()
+    reducer = HiRED(Budget(0.4, newlines="counted"))
+    as_made = repr(reducer)
+    reducer.reduce(image)
+    assert all(torch.equal(image.signals[key], value) for key, value in before.items())
+    assert torch.equal(image.features, features)
+    assert torch.equal(image.geometry.packed, packed)
+    assert repr(reducer) == as_made

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from tokenprune import registry
+from tokenprune.adapter import ADAPTERS, Adapter, adapters, find_adapter
+from tokenprune.catalogue import STRATEGIES, components, strategies
+from tokenprune.models.llava import LlavaAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.policies import (
+    AllocationPolicy,
+    Component,
+    MergingPolicy,
+    OrderPolicy,
+    RelevancePolicy,
+    SelectionPolicy,
+)
+from tokenprune.reducer import TokenReducer
+from tokenprune.registry import collect, kebab, load_from_file, lookup
+from tokenprune.saliency import SecondLook
+from tokenprune.strategies import HiRED
+from tokenprune.strategies.components import TopAttention
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("HiRED", "hired"),
+        ("TopAttention", "top-attention"),
+        ("GlobalTopAllocation", "global-top-allocation"),
+        ("TopL2Norm", "top-l2-norm"),
+        ("LLMFilter", "llm-filter"),
+        ("FastV", "fastv"),
+        ("Random", "random"),
+    ],
+)
+def test_kebab(name: str, alias: str) -> None:
+    assert kebab(name) == alias
+
+
+@pytest.mark.parametrize("name", ["HiRED", "hired"])
+def test_strategies_are_found_by_any_alias(name: str) -> None:
+    assert lookup(name, strategies(), "strategy") is HiRED
+
+
+@pytest.mark.parametrize("name", ["TopAttention", "topattention", "top-attention", "top_attention"])
+def test_components_are_found_by_any_alias(name: str) -> None:
+    assert lookup(name, components(), "component") is TopAttention
+
+
+def test_aliases_are_unambiguous() -> None:
+    for known in (strategies(), components(), adapters()):
+        names = [alias for name in known for alias in registry._aliases(name)]
+        assert len(names) == len(set(names))
+
+
+KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy, SecondLook)
+
+
+def test_what_is_known() -> None:
+    assert "HiRED" in strategies()
+    assert not {"TokenReducer", "ScoreReducer", "ComponentReducer"} & set(strategies())
+    assert {"UniformAllocation", "TopNorm", "VisualContentAllocation"} <= set(components())
+    assert all(issubclass(one, KINDS) for one in components().values())
+    assert {"LlavaAdapter", "LlavaNextAdapter"} <= set(adapters())
+    assert "PlaceholderAdapter" not in adapters()
+
+
+def test_did_you_mean() -> None:
+    with pytest.raises(LookupError, match=r"no strategy is called 'hirde'. Did you mean HiRED.*Known: .*HiRED"):
+        lookup("hirde", strategies(), "strategy")
+    with pytest.raises(LookupError, match=r"Did you mean .*TopAttention"):
+        lookup("TopAttenton", components(), "component")
+    with pytest.raises(LookupError, match=r"no strategy is called 'zzzz'. Known"):
+        lookup("zzzz", strategies(), "strategy")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from tokenprune import ScoreReducer
+
+@dataclass
+class {name}(ScoreReducer):
+    def score(self, image):
+        return image.features.norm(dim=-1)
+"""
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_a_class_from_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.py", PLUGIN.format(name="Loudest"))
+    loudest = load_from_file(f"{path}:Loudest")
+    assert issubclass(loudest, TokenReducer)
+    assert load_from_file(f"{path}:Loudest") is loudest  # imported once
+    assert lookup(f"{path}:Loudest", strategies(), "strategy") is loudest
+
+
+def test_two_files_of_one_name_do_not_shadow_each_other(tmp_path: Path) -> None:
+    one = write(tmp_path / "a", "same.py", PLUGIN.format(name="One"))
+    two = write(tmp_path / "b", "same.py", PLUGIN.format(name="Two"))
+    assert load_from_file(f"{one}:One").__name__ == "One"
+    assert load_from_file(f"{two}:Two").__name__ == "Two"
+    assert load_from_file(f"{one}:One").__name__ == "One"
+
+
+def test_errors_of_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "plugin_a.py", PLUGIN.format(name="Loudest"))
+    with pytest.raises(LookupError, match=r"no class 'Quietest'; it has Loudest"):
+        load_from_file(f"{path}:Quietest")
+    with pytest.raises(LookupError, match="no Python file"):
+        load_from_file(f"{tmp_path}/missing.py:Loudest")
+    empty = write(tmp_path, "plugin_b.py", "score = 3\n")
+    with pytest.raises(LookupError, match="it has no class at all"):
+        load_from_file(f"{empty}:score")
+    broken = write(tmp_path, "plugin_c.py", "import no_such_module_anywhere\n")
+    with pytest.raises(LookupError, match="cannot be imported: ModuleNotFoundError"):
+        load_from_file(f"{broken}:Loudest")
+    write(tmp_path, "plugin_c.py", PLUGIN.format(name="Loudest"))
+    assert load_from_file(f"{broken}:Loudest")  # a file that failed once can be mended
+
+
+class Own(HiRED):
+    """A strategy of somebody else's package."""
+
+
+def entry_points_of(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
+    def fake(*, group: str) -> list[EntryPoint]:
+        return [EntryPoint(name, value, group) for name, value in points.items()] if group == STRATEGIES else []
+
+    monkeypatch.setattr(registry, "entry_points", fake)
+
+
+def test_installed_plug_ins_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points_of(monkeypatch, own="tests.core.test_registry:Own", hired="tokenprune.strategies:HiRED")
+    found = collect(STRATEGIES, TokenReducer)
+    assert found["Own"] is Own
+    assert found["HiRED"] is HiRED  # named twice, but one class
+    assert "Own" not in collect(STRATEGIES, Component)
+    assert "Own" not in collect(ADAPTERS, Adapter)
+
+
+def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    impostor = type("HiRED", (HiRED,), {"__module__": "somewhere.else"})
+    monkeypatch.setitem(globals(), "Impostor", impostor)
+    entry_points_of(monkeypatch, hired="tests.core.test_registry:Impostor")
+    with pytest.raises(
+        ValueError, match=r"two classes are called HiRED: tokenprune.strategies.hired and somewhere.else"
+    ):
+        collect(STRATEGIES, TokenReducer)
+
+
+def test_adapters_are_found_by_the_class_of_the_model() -> None:
+    assert type(find_adapter(tiny.tiny_model("llava_next"))) is LlavaNextAdapter
+    model: Any = tiny.tiny_model("llava")
+    adapter = find_adapter(model)
+    assert type(adapter) is LlavaAdapter
+    assert adapter.model is model
+    subclass = type("MyLlava", (type(model),), {})
+    model.__class__ = subclass
+    assert type(find_adapter(model)) is LlavaAdapter
+
+
+def test_an_unknown_model_gets_the_list_of_families() -> None:
+    with pytest.raises(
+        TypeError, match=r"no adapter knows Linear. Supported: .*llava \(LlavaForConditionalGeneration\)"
+    ):
+        find_adapter(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"llava_next \(LlavaNextForConditionalGeneration\)"):
+        find_adapter(None)

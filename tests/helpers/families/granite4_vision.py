@@ -1,0 +1,37 @@
+"""Granite 4 Vision."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import Granite4VisionProcessor, LlavaNextImageProcessor
+
+from tests.helpers.families.base import PATCH, TILE, Family
+from tests.helpers.tiny import PINPOINTS, TEMPLATE, tokenizer
+from tokenprune.models.granite4_vision import Granite4VisionAdapter
+
+
+@cache
+def processor() -> Any:
+    """Pictures are cut into at most four tiles of 2 x 2 tokens."""
+    square = {"height": TILE, "width": TILE}
+    images = LlavaNextImageProcessor(size=square, crop_size=square, image_grid_pinpoints=PINPOINTS)
+    return Granite4VisionProcessor(
+        images,
+        tokenizer(image_token="<image>"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        downsample_rate="1/2",
+    )
+
+
+FAMILIES = [
+    Family(
+        "granite4_vision",
+        Granite4VisionAdapter,
+        processor,
+        skip={"chunked prefill": "the unmodified model cannot: transformers slices pooler_output, which it has not"},
+    )
+]

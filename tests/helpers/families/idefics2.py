@@ -1,0 +1,41 @@
+"""Idefics2, with whole pictures and with pictures that are split in four."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+from transformers import Idefics2ImageProcessor, Idefics2Processor
+
+from tests.helpers.families.base import Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.idefics2 import Idefics2Adapter
+
+NO_PLACES = "a latent of the resampler shows no place of the picture"
+PARTS = "each part of a split picture counts as an image"
+
+
+@cache
+def processor(split: bool) -> Any:
+    """Pictures keep their size, between 28 and 56 pixels a side, and are padded."""
+    special = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
+    images = Idefics2ImageProcessor(do_image_splitting=split, size={"shortest_edge": 28, "longest_edge": 56})
+    tok = tokenizer(**special, end_of_utterance="<end_of_utterance>")
+    return Idefics2Processor(images, tok, image_seq_len=8, chat_template=TEMPLATE)
+
+
+FAMILIES = [
+    Family(
+        name,
+        Idefics2Adapter,
+        partial(processor, split),
+        nested=True,
+        skip={
+            "test_kept_tokens_show_the_bright_spot": NO_PLACES,
+            "test_an_exchanged_token_grid_is_noticed": NO_PLACES,
+            "test_a_second_look_sees_the_bright_spot": NO_PLACES,
+            **({"test_each_row_equals_itself_alone": PARTS, "test_pipeline": PARTS} if split else {}),
+        },
+    )
+    for name, split in (("idefics2", False), ("idefics2, split", True))
+]

@@ -1,0 +1,41 @@
+"""LLaVA-OneVision."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+from tests.helpers.families.base import TILE, Family
+from tests.helpers.tiny import PINPOINTS, TEMPLATE, tokenizer
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+
+TOKENS = {"image_token_id": "<image>", "video_token_id": "<video>"}
+
+
+@cache
+def processor() -> Any:
+    """Pictures are cut into at most four tiles; a canvas of four is shrunk, and pictures beside others are not cut."""
+    square = {"height": TILE, "width": TILE}
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),
+        tokenizer(image_token="<image>", video_token="<video>"),
+        LlavaOnevisionVideoProcessor(size=square),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        vision_aspect_ratio="anyres_max_2",
+    )
+
+
+FAMILIES = [
+    Family(
+        "llava_onevision",
+        LlavaOnevisionAdapter,
+        processor,
+        tokens=TOKENS,
+        nested=True,
+        spots=((56, 112), (112, 56)),  # not shrunk; what is has a test of its own
+    )
+]

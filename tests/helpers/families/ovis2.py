@@ -1,0 +1,34 @@
+"""Ovis2."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import Ovis2ImageProcessor, Ovis2Processor
+
+from tests.helpers.families.base import TILE, Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.ovis2 import Ovis2Adapter
+
+MARKS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+
+
+@cache
+def processor() -> Any:
+    """Pictures are cut into at most six tiles."""
+    special = {f"mark_{number}": mark for number, mark in enumerate(MARKS)}
+    tok = tokenizer(image_token="<IMG_ATOM>", text_image="<image>", **special)
+    images = Ovis2ImageProcessor(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=6)
+    return Ovis2Processor(images, tok, image_seq_length=4, chat_template=TEMPLATE)
+
+
+FAMILIES = [
+    Family(
+        "ovis2",
+        Ovis2Adapter,
+        processor,
+        tokens={"image_token_id": "<IMG_ATOM>", "visual_indicator_token_ids": MARKS},
+        skip={"chunked prefill": "the unmodified model loses the features of its marks between chunks"},
+    )
+]

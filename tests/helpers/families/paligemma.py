@@ -1,0 +1,34 @@
+"""PaliGemma."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import PaliGemmaProcessor, SiglipImageProcessor
+
+from tests.helpers.families.base import TILE, Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.paligemma import PaliGemmaAdapter
+
+
+class PaliGemmaFamily(Family):
+    """A family whose processor makes labels without being asked, all of them -100."""
+
+    def inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What the processor makes of pictures and prompts, without the labels."""
+        made = super().inputs(*args, **kwargs)
+        made.pop("labels")
+        return made
+
+
+@cache
+def processor() -> Any:
+    """Pictures are squeezed into a square."""
+    images = SiglipImageProcessor(size={"height": TILE, "width": TILE}, image_seq_length=16)
+    return PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
+
+
+FAMILIES = [
+    PaliGemmaFamily("paligemma", PaliGemmaAdapter, processor, nested=True, spots=((56, 56), (56, 112)), scale=1.5)
+]

@@ -1,0 +1,37 @@
+"""PerceptionLM."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import PerceptionLMImageProcessor, PerceptionLMProcessor, PerceptionLMVideoProcessor
+
+from tests.helpers.families.base import PATCH, TILE, Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.perception_lm import PerceptionLMAdapter
+
+
+@cache
+def processor() -> Any:
+    """Pictures are cut into at most four tiles, and shown whole as well."""
+    return PerceptionLMProcessor(
+        PerceptionLMVideoProcessor(),
+        PerceptionLMImageProcessor(tile_size=TILE, max_num_tiles=4, vision_input_type="thumb+tile"),
+        tokenizer(image_token="<image>", video_token="<video>"),
+        patch_size=PATCH,
+        pooling_ratio=2,
+        chat_template=TEMPLATE,
+    )
+
+
+FAMILIES = [
+    Family(
+        "perception_lm",
+        PerceptionLMAdapter,
+        processor,
+        tokens={"image_token_id": "<image>", "video_token_id": "<video>"},
+        sizes=((112, 112), (56, 224), (220, 50), (50, 200)),  # four tiles each: the pixels of a batch are one tensor
+        spots=((112, 112), (56, 224), (224, 56)),
+    )
+]

@@ -1,0 +1,54 @@
+"""Phi-4-multimodal."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalImageProcessor, Phi4MultimodalProcessor
+
+from tests.helpers.families.base import PATCH, TILE, Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.phi4_multimodal import Phi4MultimodalAdapter
+
+
+class TinyImages(Phi4MultimodalImageProcessor):
+    """The image processor, which counts 256 tokens in 16 rows for the whole picture, on tiles of 2 x 2 tokens."""
+
+    def _preprocess(self, images: Any, **kwargs: Any) -> Any:
+        data = super()._preprocess(images, **kwargs)
+        data["num_img_tokens"] = [number - (256 + 16) + (4 + 2) for number in data["num_img_tokens"]]
+        return data
+
+
+@cache
+def processor() -> Any:
+    """Pictures are cut into as many tiles as they have pixels for."""
+    tok = tokenizer(image_token="<image>", audio_token="<audio>")
+    images = TinyImages(size={"height": TILE, "width": TILE}, patch_size=PATCH, dynamic_hd=6)
+    return Phi4MultimodalProcessor(images, Phi4MultimodalFeatureExtractor(), tok, chat_template=TEMPLATE)
+
+
+def example() -> Any:
+    """A tiny model that speaks the tokens of the processor."""
+    config = Phi4MultimodalAdapter.example().config
+    config.vision_config.image_token_id = processor().tokenizer.convert_tokens_to_ids("<image>")
+    config.audio_config.audio_token_id = processor().tokenizer.convert_tokens_to_ids("<audio>")
+    return Phi4MultimodalAdapter.example_of(config)
+
+
+FAMILIES = [
+    Family(
+        "phi4_multimodal",
+        Phi4MultimodalAdapter,
+        processor,
+        tokens={},
+        example=example,
+        beams=False,
+        attn="eager",
+        scale=1.0,
+        why="Beams of the unmodified model mix up the pictures of a prompt with two. Under sdpa its vision tower is "
+        "causal unless a picture of the batch has padding, so that a picture is encoded differently beside others.",
+        skip={"chunked prefill": "the unmodified model encodes pictures in every chunk of a prompt, and fails"},
+    )
+]

@@ -1,0 +1,34 @@
+"""Pixtral in LLaVA's frame, and Mistral 3."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+from transformers import PixtralImageProcessor, PixtralProcessor
+
+from tests.helpers.families.base import Family
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.mistral3 import Mistral3Adapter
+from tokenprune.models.pixtral import PixtralAdapter
+
+
+@cache
+def processor(patch_size: int, merge: int) -> Any:
+    """Pictures keep their size, rounded up to whole tokens of 28 pixels."""
+    tok = tokenizer(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+    images = PixtralImageProcessor(size={"longest_edge": 224}, patch_size=patch_size)
+    return PixtralProcessor(images, tok, patch_size=patch_size, spatial_merge_size=merge, chat_template=TEMPLATE)
+
+
+FAMILIES = [
+    Family(
+        name,
+        adapter,
+        partial(processor, patch_size, merge),
+        tokens={"image_token_id": "[IMG]"},
+        image="[IMG]",
+        spots=((112, 112), (56, 140), (140, 56)),
+    )
+    for name, adapter, patch_size, merge in (("pixtral", PixtralAdapter, 28, 1), ("mistral3", Mistral3Adapter, 14, 2))
+]

@@ -1,0 +1,23 @@
+"""Qwen3-VL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+from tests.helpers.families.qwen2_vl import FAMILIES as QWEN2
+from tests.helpers.families.qwen2_vl import images, special
+from tests.helpers.tiny import TEMPLATE, tokenizer
+from tokenprune.models.qwen3_vl import Qwen3VLAdapter
+
+
+@cache
+def processor() -> Any:
+    """Pictures keep their size, rounded to whole tokens of 28 pixels."""
+    return Qwen3VLProcessor(images(), tokenizer(**special()), Qwen3VLVideoProcessor(), chat_template=TEMPLATE)
+
+
+FAMILIES = [replace(QWEN2[0], name="qwen3_vl", adapter=Qwen3VLAdapter, processor=processor)]

@@ -1,0 +1,92 @@
+"""Run directories written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenprune.experiments.analysis.stats import (
+    Cell,
+    short,
+)
+
+MODEL, TASK = "mini", {"class_path": "tokenprune.tasks.Boards", "init_args": {"number": 2}}
+
+
+def record(board: int, question: int, score: float, **more: Any) -> dict[str, Any]:
+    """Return a record as experiments write it."""
+    return {
+        "sample": f"boards/{board}/{question}",
+        "group": f"boards/{board}",
+        "question": "What number is on the red star?",
+        "answer": "36",
+        "prediction": "36" if score == 1 else "17",
+        "score": score,
+        "correct": score == 1,
+        "type": ("number", "side")[question % 2],
+        "split": "tiles",
+        "asked": 40,
+        "kept": 40,
+        "valid": 400,
+        "kept_per_tile": [10, 10, 20],
+        "newlines": 4,
+        "prompt_length": 60,
+        "prompt_length_full": 440,
+        "encode_ms": 8.0,
+        "select_ms": 0.5,
+        "generate_ms": 20.0,
+        "image": f"board-{board}.png",
+        "error": None,
+    } | more
+
+
+def failed(board: int, question: int, text: str = "CUDA | out of memory") -> dict[str, Any]:
+    return record(board, question, 0.0, prediction="", correct=False, error=text)
+
+
+def board_records(scores: Sequence[Sequence[float]], **more: Any) -> list[dict[str, Any]]:
+    """Return records of one list of scores per board."""
+    return [record(b, q, score, **more) for b, board in enumerate(scores) for q, score in enumerate(board)]
+
+
+def write_cell(
+    directory: Path,
+    records: Sequence[Mapping[str, Any]],
+    strategy: str = "HiRED",
+    budget: float | None = 0.1,
+    role: str = "grid",
+    seed: int = 0,
+    factors: Mapping[str, Any] | None = None,
+    model: str = MODEL,
+    task: Any = TASK,
+    tail: str = "",
+    **environment: Any,
+) -> Path:
+    """Write one cell of a run directory; `tail` is what a kill left after the last whole line."""
+    factors = {"reducer.budget": budget} if factors is None and role != "full" else factors or {}
+    number = len(list((directory / "cells").glob("*"))) if directory.exists() else 0
+    folder = directory / "cells" / f"{number:012x}"
+    folder.mkdir(parents=True)
+    given = [f"{key.split('.')[-1]}={short(value)}" for key, value in factors.items()]
+    about = {"name": ", ".join([strategy, *given]), "factors": factors, "strategy": strategy, "budget": budget}
+    about |= {"role": role, "seed": seed, "metric": "accuracy", "hash": folder.name}
+    reducer = {"class_path": f"tokenprune.strategies.{strategy}", "init_args": {"budget": budget}}
+    config = {"model": model, "reducer": reducer, "task": task, "seed": seed, "max_new_tokens": 4}
+    (folder / "cell.json").write_text(json.dumps(about))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "device": "cpu", "dtype": "float32"}))
+    (folder / "environment.json").write_text(
+        json.dumps(
+            {"tokenprune": "0.1.0", "device": "cpu", "commit": None, "started": "2026-01-01T00:00:00"} | environment
+        )
+    )
+    (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records) + tail)
+    return folder
+
+
+def cell(records: Sequence[Mapping[str, Any]], **more: Any) -> Cell:
+    about: dict[str, Any] = {"hash": "0", "name": "X", "strategy": "X", "budget": 0.1, "records": records}
+    return Cell(**(about | more))

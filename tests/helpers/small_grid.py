@@ -1,0 +1,40 @@
+"""A small ablation and its records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenprune.experiments.evaluation.records import read_lines
+
+SMALL: dict[str, Any] = {
+    "model": "mini",
+    "task": {"class_path": "boards", "init_args": {"number": 2}},
+    "batch_size": 32,
+    "max_new_tokens": 4,
+    "reducer": "HiRED",
+    "grid": {
+        "reducer.budget": [0.05, 0.2],
+        "reducer.selection": ["TopAttention", {"class_path": "TopAttention", "init_args": {"layer": "first"}}],
+    },
+}
+
+
+def records(out: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """All records by the hash of their cell."""
+    return {cell.name: list(read_lines(cell / "records.jsonl")) for cell in sorted(Path(out, "cells").iterdir())}
+
+
+def without_times(found: dict[str, list[dict[str, Any]]]) -> Any:
+    return {
+        name: [{key: value for key, value in row.items() if not key.endswith("_ms")} for row in rows]
+        for name, rows in found.items()
+    }
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tokenprune", "ablate", *words, "--quiet"]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})

@@ -1,0 +1,35 @@
+"""Print what the matrix checks of each family, as `models/verified.json` says it: ``python -m tests.helpers.verified``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+from tests.models import test_families
+from tests.helpers.families import FAMILIES
+from tests.helpers.mllama import FAMILY
+
+
+def summary() -> dict[str, Any]:
+    """Names of the checks, for each adapter its rows with what holds for them, and those with tests of their own."""
+    checks = [
+        name
+        for name, check in vars(test_families).items()
+        if name.startswith("test_") and "family" in inspect.signature(check).parameters
+    ]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in FAMILIES.values():
+        said = {"name": row.name, "full": row.full, "oracle": row.oracle, "beams": row.beams, "why": row.why}
+        families.setdefault(row.adapter.__name__, []).append({**said, "skip": dict(row.skip)})
+    own = {FAMILY.adapter.__name__: "tests/models/test_mllama.py"}
+    return {"checks": checks, "families": {name: families[name] for name in sorted(families)}, "own": own}
+
+
+def text() -> str:
+    """The summary as JSON."""
+    return json.dumps(summary(), indent=1)
+
+
+if __name__ == "__main__":
+    print(text())

@@ -1,0 +1,133 @@
+"""The text tower of the embedded model: its folder, what it finds, its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel
+
+from research.mini_training import train_text as training
+from tokenprune.models import mini
+from tokenprune.models.mini.boards import make_board
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return CLIPModel.from_pretrained(mini.text_path()).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(mini.text_path())
+
+
+@pytest.fixture(scope="module")
+def tower() -> Any:
+    return AutoModelForImageTextToText.from_pretrained(mini.path()).model.vision_tower
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_small_and_ordinary(clip: Any) -> None:
+    assert sum(file.stat().st_size for file in mini.text_path().iterdir()) < 1_600_000
+    assert clip.dtype == torch.float32
+    assert clip.visual_projection.out_features == clip.text_projection.out_features
+
+
+def test_the_vision_tower_is_that_of_the_checkpoint(clip: Any, tower: Any) -> None:
+    mine, theirs = clip.vision_model.state_dict(), tower.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert name.startswith("post_layernorm") or torch.equal(mine[name], value), name
+
+
+def test_the_pooled_token_is_the_end(clip: Any, tokenizer: Any) -> None:
+    texts = ["red star", "What number is on the red star?"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    end = tokenizer.eos_token_id
+    assert clip.text_model.eos_token_id == end
+    assert end == batch["input_ids"].max()
+    assert ((batch["input_ids"] == end).sum(1) == 1).all()
+    together = clip.text_model(**batch)
+    for row, text in enumerate(texts):
+        alone = clip.text_model(**tokenizer(text, return_tensors="pt"))
+        assert torch.allclose(alone.last_hidden_state[0, -1], together.pooler_output[row], atol=1e-5)
+
+
+def test_long_texts_are_cut_before_the_end(clip: Any, tokenizer: Any) -> None:
+    ids = tokenizer("the red star " * 30, truncation=True, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == clip.config.text_config.max_position_embeddings
+    assert ids[0, -1] == tokenizer.eos_token_id
+
+
+def test_words_have_the_ids_of_the_model(tokenizer: Any) -> None:
+    question = "What number is on the red star?"
+    assert tokenizer(question)["input_ids"][:-1] == AutoTokenizer.from_pretrained(mini.path())(question)["input_ids"]
+
+
+# --- what it finds ----------------------------------------------------------------------------------------------------
+
+
+def test_patches_and_tiles_fit_the_questions_about_them(clip: Any, tokenizer: Any, tower: Any) -> None:
+    """Floors far below what was measured on 100 held-out boards; an untrained text tower does not reach them."""
+    found = training.measure(clip, tokenizer, start=2000, count=12)
+    assert found["others"][0] > 0.9
+    assert found["items"][0] > 0.85
+    assert found["tile"][0] > found["tile by chance"][0] + 0.3
+    torch.manual_seed(0)
+    blind = training.measure(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
+    assert blind["items"][0] < 0.7
+
+
+def test_unknown_words_in_front_change_little(clip: Any, tokenizer: Any) -> None:
+    board = make_board(2000)
+    question = next(question.text for question in board.questions if question.type == "number_pair")
+    plain, polite = training.patch_scores(clip, tokenizer, board, [question, f"Could you tell me: {question}"])
+    assert np.corrcoef(plain.flatten(), polite.flatten())[0, 1] > 0.9
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_captions_match_the_tiles_that_they_are_about() -> None:
+    nothing = training.NOTHING
+    paper = [0, nothing, nothing, nothing, nothing, 2]
+    star = [1, 4, 0, 4, 2, 2]
+    coarse = [1, 4, 0, training.ILLEGIBLE, training.ILLEGIBLE, 2]
+    shows = np.array([[paper, coarse], [paper, star], [paper, paper]])
+    any_ = training.ANY
+    captions = [
+        training.Caption("red star", (1, 4, 0, any_, any_, any_)),
+        training.Caption("number 42", (1, any_, any_, 4, 2, any_)),
+        training.Caption("dotted paper", (any_, any_, any_, any_, any_, 2)),
+        training.Caption("the cross", (1, 5, any_, any_, any_, any_)),
+    ]
+    match, known = training.matches(captions, shows)
+    assert match.tolist() == [[True, True, False], [False, True, False], [True] * 3, [False] * 3]
+    assert known.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
+
+
+def test_a_caption_matches_its_own_tile(tower: Any) -> None:
+    cache = training.read_boards(training.make_text_model(tower), 6)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        captions = [training.write_caption(rng, shows) for shows in cache.shows]
+        match, known = training.matches(captions, cache.shows)
+        assert match.diagonal().all()
+        assert known.diagonal().all()
+        assert not match.all()
+
+
+def test_the_recipe_runs(tmp_path: Path, tower: Any) -> None:
+    trained: Any = training.train_text(tmp_path, steps=2, boards=4)
+    fresh: Any = training.make_text_model(tower)
+    weight = "encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(trained.vision_model.state_dict()[weight], tower.state_dict()[weight])
+    assert trained.text_model.state_dict()[weight].shape == fresh.text_model.state_dict()[weight].shape
+    assert len((tmp_path / "text.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "text" / "model.safetensors").is_file()

@@ -1,0 +1,524 @@
+"""Truncated encoding: the tower stops early, the projector runs on kept tokens, and the result is the same."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.families import FAMILIES
+from tests.helpers.tiny import batch, tiny_model
+from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
+from tokenprune.catalogue import strategies
+from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._capture.truncated_tower import ProjectedTokens
+from tokenprune.models.idefics3 import Idefics3Adapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.mllama import MllamaAdapter
+from tokenprune.pipeline import Pipeline, PreparedCall, missing_signals
+from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.merging import MeanOfRest
+from tokenprune.strategies.components.selection import TopAttention
+
+TRUNCATED = {
+    name: kind
+    for name, kind in adapters().items()
+    if issubclass(kind, PlaceholderAdapter) and kind.projects_per_token and kind.runs()
+}
+SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
+
+
+@pytest.fixture(params=sorted(TRUNCATED))
+def adapter(request: Any) -> PlaceholderAdapter:
+    kind = TRUNCATED[request.param]
+    model = kind.example().eval()
+    if hasattr(model.config, "vision_aspect_ratio"):
+        model.config.vision_aspect_ratio = "anyres_max_9"  # that of the example shrinks canvases
+    return kind(model)
+
+
+def inputs_of(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
+    return adapter.example_inputs(sizes)
+
+
+def features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
+    """The features of all images that enter the LLM, `[kept, dim]`."""
+    if "mm_encoder_outputs" not in call.inputs:  # nothing is kept
+        return torch.zeros(1, 1)
+    packed = call.inputs["mm_encoder_outputs"]["image"][adapter.features_in]
+    return torch.cat([tokens.flatten(0, -2) for tokens in packed])
+
+
+def both(
+    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], generating: bool = True
+) -> tuple[PreparedCall, PreparedCall]:
+    """Reduce the same call from a complete encoding and from a truncated one."""
+    first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
+    with torch.no_grad():
+        complete = first.prepare(inputs, generating=generating, encoding=first.encode(inputs))
+        return complete, second.prepare(inputs, generating=generating)
+
+
+@contextmanager
+def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Collect the number of vectors that each module gets."""
+    seen: dict[str, list[int]] = {name: [] for name in modules}
+
+    def note(name: str) -> Any:
+        return lambda module, args: seen[name].append(args[0].shape[:-1].numel())
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def runs_of(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Count the calls of each module."""
+    runs = dict.fromkeys(modules, 0)
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            runs[name] += 1
+
+        return hook
+
+    hooks = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    try:
+        yield runs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tokens_of(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | None = None) -> type:
+    """The kind of tokens that a truncated encoding has: projected when they are needed, or at once."""
+    needs = Pipeline(reducer or HiRED(0.3), adapter).needs
+    return type(adapter.encode(inputs, needs, truncated=True).tokens)
+
+
+# --- nothing changes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str) -> None:
+    reducer = strategies()[name](0.3)  # type: ignore[call-arg]
+    if missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
+        pytest.skip("the family does not provide the signals")
+    if reducer.reads_question:
+        reducer = replace(reducer, text_model=adapter.example_text_model())
+    complete, truncated = both(adapter, reducer, inputs_of(adapter))
+    for first, second in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(first.kept, second.kept)
+    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+    assert torch.equal(complete.inputs["input_ids"], truncated.inputs["input_ids"])
+
+
+def test_the_tests_do_truncate(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter)
+    with torch.no_grad():
+        assert tokens_of(adapter, inputs) is ProjectedTokens
+        assert isinstance(adapter.encode(inputs, ()).tokens, PackedTokens)
+        assert adapter.encode(inputs, ()).complete
+        assert not adapter.encode(inputs, (), truncated=True).complete
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_dtypes(adapter: PlaceholderAdapter, attn: str, dtype: torch.dtype) -> None:
+    adapter.model.set_attn_implementation(attn)
+    adapter.model.to(dtype)
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs_of(adapter).items()}
+    complete, truncated = both(adapter, HiRED(0.3), inputs)
+    for a, b in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(a.kept, b.kept)
+    first, second = features(adapter, complete), features(adapter, truncated)
+    assert torch.allclose(first.float(), second.float(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_all_tokens_are_those_of_the_model(adapter: PlaceholderAdapter) -> None:
+    """Projected all at once they are bit-identical to the model's own."""
+    inputs = inputs_of(adapter)
+    with torch.no_grad():
+        complete, truncated = (adapter.encode(inputs, (), truncated=t).packed for t in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(complete, truncated, strict=True))
+
+
+@contextmanager
+def collected_encodings(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAdapter) -> Iterator[list[Encoding]]:
+    """Collect what `encode` of an adapter returns inside the block."""
+    encodings: list[Encoding] = []
+    encode = adapter.encode
+
+    def collect(*args: Any, **kwargs: Any) -> Encoding:
+        encodings.append(encode(*args, **kwargs))
+        return encodings[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "encode", collect)
+        yield encodings
+
+
+@pytest.mark.parametrize("budget", [1.0, 10_000])
+def test_at_100_percent_the_encoding_is_complete(
+    adapter: PlaceholderAdapter, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer runs once, and the output object equals that of the model; a count is compared with the layouts."""
+    inputs = inputs_of(adapter)
+    layers = {f"{index}": layer.mlp for index, layer in enumerate(adapter.tower_layers)}
+    with torch.no_grad():
+        plain = adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
+        with collected_encodings(monkeypatch, adapter) as encodings, sizes_seen(layers) as seen:
+            call = Pipeline(HiRED(budget), adapter).prepare(inputs, generating=True)
+        assert [(e.complete, type(e.tokens)) for e in encodings] == [(True, PackedTokens)]
+        assert all(len(sizes) == 1 for sizes in seen.values())
+        outputs = call.inputs["mm_encoder_outputs"]["image"]
+        assert list(outputs) == list(plain)
+        for a, b in zip(outputs[adapter.features_in], plain[adapter.features_in], strict=True):
+            assert torch.equal(a, b)
+        with collected_encodings(monkeypatch, adapter) as encodings:
+            Pipeline(HiRED(0.99), adapter).prepare(inputs, generating=True)
+        assert [(e.complete, type(e.tokens)) for e in encodings] == [(False, ProjectedTokens)]
+
+
+def test_images_of_a_truncated_encoding_can_be_pickled(adapter: PlaceholderAdapter) -> None:
+    """Their features are projected for it, once."""
+    with torch.no_grad():
+        inputs = inputs_of(adapter)
+        images, complete = adapter.encode(inputs, (), truncated=True).images, adapter.encode(inputs, ()).images
+        for image, other in zip(images, complete, strict=True):
+            twin = pickle.loads(pickle.dumps(image))
+            assert torch.equal(twin.features, image.features)
+            assert torch.equal(twin.features, other.features)
+
+
+def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
+    reducer = ComponentReducer(0.2, allocation=UniformAllocation(), selection=TopAttention(), merging=MeanOfRest())
+    if missing_signals(reducer, adapter):
+        pytest.skip("the projector pools")
+    complete, truncated = both(adapter, reducer, inputs_of(adapter))
+    assert any(selection.mixing is not None for selection in truncated.selections)
+    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+
+
+def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
+    inputs, grads = inputs_of(adapter, [[(112, 112)]]), []
+    pipeline = Pipeline(HiRED(0.3), adapter)
+    for encoding in (pipeline.encode(inputs), None):
+        adapter.model.zero_grad()
+        features(adapter, pipeline.prepare(inputs, encoding=encoding)).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 10
+    for name in set(grads[0]) | set(grads[1]):
+        first, second = grads[0][name], grads[1][name]
+        # That of a key's bias is zero up to rounding: a softmax does not depend on what all keys share.
+        slack = 1e-4 if name.endswith("k_proj.bias") else 1e-6
+        assert float((first - second).norm()) <= 1e-4 * float(first.norm()) + slack, name
+
+
+# --- and less is computed ---------------------------------------------------------------------------------------------
+
+
+def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
+    modules = {
+        **{f"mlp {index}": layer.mlp for index, layer in enumerate(layers)},
+        "projector": adapter.projector.linear_1,
+        "norm after the tower": adapter.tower.post_layernorm,
+    }
+    with torch.no_grad(), sizes_seen(modules) as seen:
+        Pipeline(HiRED(40, allocation=UniformAllocation()), adapter).prepare(inputs, generating=True)
+    everything = 5 * (1 + 16)
+    assert (len(layers), last) == (4, 2)
+    assert seen == {
+        "mlp 0": [everything],
+        "mlp 1": [everything],
+        "mlp 2": [everything],
+        "mlp 3": [],
+        "projector": [40],
+        "norm after the tower": [],
+    }
+
+
+def test_reading_features_projects_all_tokens_once() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    for reducer, projected in ((VisPruner(10), 10), (DivPrune(10), 5 * 16)):
+        with torch.no_grad(), sizes_seen({"projector": adapter.projector.linear_1}) as seen:
+            Pipeline(reducer, adapter).prepare(inputs, generating=True)
+        assert seen == {"projector": [projected]}
+
+
+def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
+    inputs, layers = inputs_of(adapter, [[(112, 112)]]), adapter.tower_layers
+    reducer = HiRED(0.3, selection=TopAttention(layer=-1))
+    with torch.no_grad(), sizes_seen({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as seen:
+        Pipeline(reducer, adapter).prepare(inputs, generating=True)
+    assert all(len(sizes) == 1 for sizes in seen.values())
+
+
+RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.runs()]
+"""Rows of the test matrix whose models run in the installed transformers."""
+BY_ARGUMENT = {
+    "aya_vision",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "pixtral",
+    "vipllava",
+}
+"""Families whose `forward` takes `vision_feature_layer`."""
+
+
+def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
+    """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
+    if name == "mllama":  # not in the matrix: its images are not in the prompt
+        adapter = MllamaAdapter(MllamaAdapter.example().eval())
+        return adapter, adapter.example_inputs([[(112, 112)]])
+    adapter = find_adapter(FAMILIES[name].model())
+    assert isinstance(adapter, PlaceholderAdapter)
+    return adapter, dict(FAMILIES[name].batch([FAMILIES[name].sizes[0]]))
+
+
+def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
+    """Make a model use the output of an inner layer; return False if its family takes that of the last layer only."""
+    config = adapter.model.config
+    if hasattr(config, "deepstack_layer_map"):  # Granite 4 Vision
+        config.deepstack_layer_map, config.spatial_vision_layer = [(0, 0), (1, 1)], 2
+    elif hasattr(config, "vision_feature_layer"):
+        layers = config.vision_feature_layer
+        config.vision_feature_layer = 2 if isinstance(layers, int) else ([1, 2] * len(layers))[-len(layers) :]
+    elif adapter.family == "phi4_multimodal":
+        adapter.embedder.layer_idx = 2
+    else:
+        return False
+    return True
+
+
+def test_every_family_is_tested() -> None:
+    tested = {type(family_call(name)[0]) for name in [*RUNNABLE, "mllama"]}
+    assert tested == {kind for kind in adapters().values() if kind.runs()}
+
+
+@pytest.mark.parametrize(
+    ("name", "by_argument"),
+    [*((name, False) for name in [*RUNNABLE, "mllama"]), *((name, True) for name in sorted(BY_ARGUMENT))],
+)
+def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool) -> None:
+    """In every family, also where tokens are projected by the model's own code; nothing else changes."""
+    adapter, inputs = family_call(name)
+    model, depth = adapter.model, len(adapter.tower_layers)
+    if by_argument:
+        default = model.config.vision_feature_layer
+        inputs["vision_feature_layer"] = 2 if isinstance(default, int) else [1, 2]
+    is_inner = by_argument or use_inner_layer(adapter)
+    last = adapter.feature_layer(inputs)
+    assert last == (1 if is_inner else depth - 1)
+    modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
+    reducer = FasterVLM(0.3)
+    needed = max([last, *adapter.wanted(Pipeline(reducer, adapter).needs, last)])
+    assert needed == last
+    with torch.no_grad(), runs_of(modules) as runs, reducer(model):
+        model(**inputs)
+    assert [runs[str(index)] > 0 for index in range(depth)] == [index <= last for index in range(depth)]
+    logits = []
+    complete, truncated = both(adapter, reducer, inputs, generating=False)
+    for call in (complete, truncated):
+        assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
+        with torch.no_grad(), call.held():
+            logits.append(model(**call.inputs).logits)
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-5 * max(1.0, float(logits[0].abs().max()))
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with HiRED(1.0)(model):
+            assert torch.equal(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "phi4_multimodal"])
+def test_a_pooling_head_runs_only_if_it_is_read(family: str) -> None:
+    """In a family whose projector runs on kept tokens only, and in one whose own code projects."""
+    if family == "llava_next":
+        adapter: PlaceholderAdapter = LlavaNextAdapter(tiny_model(family, tower="siglip"))
+        inputs = dict(batch(family, [(112, 112)], tower="siglip"))
+    else:
+        adapter, inputs = family_call(family)
+    for attention, times in (("auto", 0), ("pooling", 1)):
+        with torch.no_grad(), runs_of({"head": adapter.tower.head.mlp}) as runs:
+            Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
+        assert runs["head"] == times
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts the operators that make a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
+    waits = []
+    for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
+        adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+        inputs = inputs_of(adapter, [[(112, 112)]] * size)
+        pipeline = Pipeline(HiRED(budget, allocation=UniformAllocation()), adapter, keep_pixels=False)
+        with torch.no_grad(), NumbersRead() as read:
+            pipeline.prepare(inputs, generating=True)
+        waits.append(read.times)
+    assert waits[0] == waits[1]
+    assert waits[2] == waits[3]
+    assert waits[2] - waits[0] <= 2 * 16  # two more images
+
+
+def test_what_was_encoded_is_gone_before_the_llm_runs(
+    adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No collector is needed: a cycle would keep hidden states through the prefill."""
+    model, inputs, alive = adapter.model, inputs_of(adapter, [[(112, 112)]]), list[int]()
+    model.generation_config.eos_token_id = None
+    born: list[weakref.ref[Any]] = []
+    run_tower = type(adapter).run_tower
+
+    def watched_tower(*args: Any) -> Any:
+        tokens, outputs, captured = run_tower(*args)
+        born.extend(map(weakref.ref, (tokens, tokens.hidden)))
+        return tokens, outputs, captured
+
+    monkeypatch.setattr(type(adapter), "run_tower", watched_tower)
+    layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
+    watch = layer.register_forward_hook(lambda module, args, output: born.append(weakref.ref(output)))
+    count = adapter.decoder.register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in born)))
+    gc.collect()
+    gc.disable()
+    try:
+        for reducer in (HiRED(0.3), DivPrune(0.3)):
+            with reducer(model):
+                model.generate(**inputs, max_new_tokens=1)
+    finally:
+        gc.enable()
+        watch.remove()
+        count.remove()
+    assert len(born) == 2 * 3  # the tokens, their hidden states, and the output of a layer
+    assert alive == [0, 0]
+
+
+def test_only_features_are_passed_on(adapter: PlaceholderAdapter) -> None:
+    """Everything else of the model's own output would stay alive through the prefill."""
+    with torch.no_grad():
+        call = Pipeline(HiRED(0.3), adapter).prepare(inputs_of(adapter), generating=True)
+    assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_in]
+
+
+# --- where it cannot be -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_shrunk_canvas_is_not_left_early() -> None:
+    adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
+    kinds = [tokens_of(adapter, inputs_of(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
+    assert kinds == [PackedTokens, ProjectedTokens]
+
+
+@torch.no_grad()
+def test_tiles_with_masked_patches_are_not_left_early() -> None:
+    adapter = Idefics3Adapter(Idefics3Adapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)], [(56, 56)]])  # one tile beside padding tiles
+    pixels = inputs[adapter.pixels]
+    whole = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
+    part = whole.clone()
+    part[0, 0, 28:] = False
+    kinds = [tokens_of(adapter, {**inputs, "pixel_attention_mask": mask}) for mask in (whole, part)]
+    assert not whole.all()
+    assert kinds == [ProjectedTokens, PackedTokens]
+
+
+def test_training_is_not_left_early(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter, [[(112, 112)]])
+    adapter.model.train()
+    kinds = [tokens_of(adapter, inputs)]
+    with torch.no_grad():
+        kinds.append(tokens_of(adapter, inputs))
+        adapter.model.eval()
+        adapter.model.hf_device_map = {"a": 0, "b": "cpu"}  # accelerate moves weights module by module
+        kinds.append(tokens_of(adapter, inputs))
+    assert kinds == [PackedTokens, ProjectedTokens, PackedTokens]
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["kernel", "mlp", "projector"])
+@pytest.mark.parametrize("family", ["llava_next", "granite4_vision"])
+def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: str) -> None:
+    model = FAMILIES[family].model()
+    adapter, inputs = find_adapter(model), FAMILIES[family].batch([(112, 112)])
+    assert isinstance(adapter, PlaceholderAdapter)
+    with torch.no_grad():
+        model(**inputs)  # transformers installs its own capturing hooks at the first call
+    last = adapter.tower_layers[adapter.feature_layer(inputs)]
+    projector = adapter.projector if adapter.projector_at else last.self_attn.out_proj
+    where = {"kernel": last.self_attn.q_proj, "mlp": last.mlp, "projector": projector}[at]
+
+    def state() -> list[Any]:
+        return [
+            (
+                sorted(vars(module)),
+                id(getattr(module, "config", None)),
+                len(module._forward_pre_hooks),
+                len(module._forward_hooks),
+            )
+            for module in model.modules()
+        ]
+
+    before = state()
+
+    def fail(*args: Any) -> None:
+        raise failure
+
+    broken = where.register_forward_pre_hook(fail)
+    with pytest.raises(failure), torch.no_grad():
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+    broken.remove()
+    assert state() == before
+    with torch.no_grad():
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+    assert state() == before
+
+
+def test_too_few_images_are_refused(adapter: PlaceholderAdapter) -> None:
+    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
+    with pytest.raises(ValueError, match=r"Image features and image tokens do not match|as a tensor of shape \[1, 2\]"):
+        Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, generating=True)
+
+
+def test_too_few_tiles_are_refused() -> None:
+    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    inputs = inputs_of(adapter, [[(112, 112)], [(112, 112)]])
+    with pytest.raises(
+        ValueError, match=r"pixel_values hold 2 images of \[4, 4\] tiles, but their layouts have \[5, 5\]"
+    ):
+        Pipeline(HiRED(0.3), adapter).prepare(
+            inputs | {"pixel_values": inputs["pixel_values"][:, :-1]}, generating=True
+        )

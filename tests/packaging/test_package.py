@@ -1,0 +1,226 @@
+"""The package as users get it: what a wheel holds, what an import costs, who knows whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import tokenprune
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("strategies", "models", "experiments")
+
+
+def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of a wheel built from a clean copy of the sources."""
+    out = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out / "dist"),
+        str(out / "src"),
+    ]
+    for folder in ("tokenprune", *FOLDERS):
+        shutil.copytree(
+            ROOT / folder, out / "src" / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, out / "src" / file)
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (out / "dist").glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_wheel_holds_one_package(wheel: list[str]) -> None:
+    top = {name.split("/")[0] for name in wheel}
+    assert top == {"tokenprune", f"tokenprune-{tokenprune.__version__}.dist-info"}
+    for needed in ("strategies/hired.py", "strategies/components/selection.py", "models/llava_next.py", "py.typed"):
+        assert f"tokenprune/{needed}" in wheel
+    for needed in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
+        assert f"tokenprune/models/mini/checkpoint/{needed}" in wheel
+    assert "tokenprune/models/mini/pictures/board.png" in wheel
+    assert "tokenprune/models/verified.json" in wheel
+    assert not [name for name in wheel if "research" in name or "test_" in name]
+    assert "tokenprune/experiments/configs/models/llava-v1.6-vicuna-7b.json" in wheel
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_cannot_be_imported_under_their_bare_names(folder: str) -> None:
+    """From the repository root, `import strategies` would load everything a second time."""
+    done = python(f"import {folder}")
+    assert done.returncode == 1
+    assert f"import tokenprune.{folder}, not {folder}" in done.stderr
+    assert python(f"import tokenprune.{folder}").returncode == 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_are_relative(folder: str) -> None:
+    link = ROOT / "tokenprune" / folder
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / folder
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "torch", "transformers", "timm", "wandb", "matplotlib", "numpy"
+    code = f"import sys, tokenprune, tokenprune.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_strategies_never_load_transformers() -> None:
+    code = "import sys; from tokenprune.catalogue import components, strategies; strategies(), components()"
+    loaded = python(f"{code}; print(sys.modules.keys())").stdout
+    assert "tokenprune.strategies.hired" in loaded
+    assert "'transformers'" not in loaded
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_folders_import_only_what_they_may() -> None:
+    """experiments -> strategies, models -> core; strategies and models never import each other."""
+    forbidden = {
+        "strategies": ("tokenprune.models", "tokenprune.experiments", "tokenprune.cli", "transformers"),
+        "models": ("tokenprune.strategies", "tokenprune.experiments", "tokenprune.cli"),
+        "tokenprune": ("tokenprune.strategies", "tokenprune.models.", "tokenprune.experiments", "tokenprune.cli"),
+        "tokenprune/testing": ("tokenprune.strategies", "tokenprune.models.", "tokenprune.experiments"),
+    }
+    for folder, others in forbidden.items():
+        files = (ROOT / folder).glob("*.py") if folder == "tokenprune" else (ROOT / folder).rglob("*.py")
+        for path in files:
+            if path == ROOT / "tokenprune" / "__main__.py":  # the command line
+                continue
+            wrong = [name for name in imports(path) for other in others if f"{name}.".startswith(other)]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_nothing_imports_research_or_a_test() -> None:
+    for folder in ("tokenprune", *FOLDERS):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not [name for name in imports(path) if name.split(".")[0] in ("research", "tests")], path
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imports(path) if ".test_" in name], path
+
+
+def module_files() -> dict[str, Path]:
+    """Return the file of each module of the package and of `research`."""
+    files = {}
+    for folder in ("tokenprune", *FOLDERS, "research"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:1] != ("tokenprune",) or parts[1] not in FOLDERS:
+                prefix = ("tokenprune",) if folder in FOLDERS else ()
+                files[".".join([*prefix, *parts]).removesuffix(".__init__")] = path
+    return files
+
+
+def imported_modules(node: ast.AST, files: dict[str, Path]) -> set[str]:
+    """Return the modules that code imports, also inside functions; not those for types only."""
+    modules: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            modules |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            names = [f"{child.module}.{alias.name}" for alias in child.names]
+            modules |= {name if name in files else child.module for name in names}
+        modules |= imported_modules(child, files)
+    return modules & files.keys()
+
+
+def test_imports_have_no_cycle() -> None:
+    files = module_files()
+    graph = {name: imported_modules(ast.parse(path.read_text()), files) - {name} for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    assert len(graph) > 150
+
+
+def test_public_names_are_real() -> None:
+    for name in tokenprune.__all__:
+        assert getattr(tokenprune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tokenprune.nothing  # noqa: B018
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = tokenprune.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        ("README.md", 3),
+        ("docs/how-to/write-a-strategy.md", 6),
+        ("docs/how-to/run-experiments.md", 1),
+        ("docs/how-to/write-an-adapter.md", 2),
+    ],
+)
+def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
+    """The blocks run as they stand, one after another, in an empty folder."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(code) == blocks
+    done = python("\n".join(code), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_strategy_of_the_guide_is_a_file(tmp_path: Path) -> None:
+    """Its first block, saved under the name that it says, is what the commands of the page take."""
+    (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/write-a-strategy.md").read_text(), re.DOTALL)
+    (tmp_path / "edges.py").write_text(first)
+    command = [sys.executable, "-m", "tokenprune", "check", "edges.py:Edges", "--reducer.early", "0.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Edges keeps all promises" in done.stdout
+
+
+def test_readme_has_the_current_catalogue() -> None:
+    """Mend it with what ``tokenprune list strategies --markdown`` prints."""
+    from tokenprune.cli.listing import as_markdown, strategy_rows
+
+    text = (ROOT / "README.md").read_text()
+    written = text.partition("<!-- tokenprune list strategies --markdown -->\n")[2].partition("\n<!-- end -->")[0]
+    assert written == as_markdown(strategy_rows())
+
+
+def test_docs_have_the_current_families() -> None:
+    """Mend it with what ``tokenprune list models --markdown`` prints."""
+    from tokenprune.cli.listing import as_markdown, model_rows
+
+    text = (ROOT / "docs/reference/models.md").read_text()
+    written = text.partition("<!-- tokenprune list models --markdown -->\n")[2].partition("\n<!-- end -->")[0]
+    assert written == as_markdown(model_rows())
+
+
+def test_what_was_verified_is_what_the_tests_check() -> None:
+    """Mend it with ``python -m tests.helpers.verified > models/verified.json``."""
+    from tests.helpers.verified import text
+
+    assert (ROOT / "models/verified.json").read_text() == text() + "\n"

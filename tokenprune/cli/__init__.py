@@ -1,0 +1,1 @@
+"""The command line: `main`, one module per command, and the parsing of options."""

@@ -1,0 +1,48 @@
+"""The command `tokenprune ablate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from tokenprune.cli.errors import add_flag, parse_options
+from tokenprune.cli.evaluate import add_stored_images
+from tokenprune.cli.progress import show
+from tokenprune.experiments.evaluation.experiment import rank_and_world
+from tokenprune.experiments.evaluation.grid import ablate, expand, load_config, shard_of
+from tokenprune.experiments.tracking.publish import publish
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command `ablate`; the exit code is 1 if samples failed."""
+    parser = ArgumentParser(
+        prog="tokenprune ablate",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Run a grid of experiments, or go on with it: every picture is encoded once for all settings.",
+    )
+    parser.add_argument("grid", type=str, help="YAML file of the ablation")
+    parser.add_argument("--out", type=str, help="run directory; tokenprune-runs/NAME of the file if left out")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the pictures, one a GPU")
+    parser.add_argument("--shard", type=str, help="i/n: every n-th setting from the i-th on, for arrays of jobs")
+    parser.add_argument("--wandb", type=str, help="W&B project; all settings are published when the grid is done")
+    add_flag(parser, "--retry-errors", "try samples again that failed before")
+    add_flag(parser, "--fresh", "discard the records that are there")
+    add_stored_images(parser)
+    add_flag(parser, "--dry-run", "list the settings and stop")
+    add_flag(parser, "--quiet", "show no progress")
+    config = parse_options(parser, argv)
+    if config.dry_run:
+        cells = shard_of(expand(load_config(config.grid)), config.shard)
+        print("\n".join(f"{cell.experiment.hash()}  {cell.role:8}  {cell.name}" for cell in cells))
+        print(f"{len(cells)} settings")
+        return 0
+    out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
+    grid, shard, workers, pictures = config.grid, config.shard, config.workers, config.pictures
+    retry, fresh = config.retry_errors, config.fresh
+    code = show(lambda tell: ablate(grid, out, shard, workers, tell, retry, pictures, fresh), out, config.quiet)
+    if config.wandb is not None and rank_and_world()[0] == 0:
+        publish(out, config.wandb)
+    return code

@@ -1,0 +1,46 @@
+"""The command `tokenprune check`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from jsonargparse import ArgumentParser
+
+from tokenprune.budget import OneTokenWarning
+from tokenprune.cli.errors import INPUT_ERRORS, UserError, add_flag, user_error
+from tokenprune.cli.listing import print_report
+from tokenprune.cli.parsing import prepare
+from tokenprune.reducer import TokenReducer
+from tokenprune.testing.conformance import check_reducer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command `check`; the exit code is 1 if the strategy breaks a promise."""
+    parser = ArgumentParser(
+        prog="tokenprune check",
+        usage="tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--json]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Check that a strategy keeps the promises of the library: exact budgets, batch invariance, ...",
+    )
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
+    parser.add_argument("--reducer", type=TokenReducer, help="strategy, if it is not given as NAME")
+    add_flag(parser, "--json", "print JSON")
+    words = ["--reducer", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    try:
+        chosen = parser.instantiate(parser.parse_args(prepare(words)))
+    except INPUT_ERRORS as error:
+        raise user_error(error, parser) from error
+    if chosen.reducer is None:
+        raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OneTokenWarning)  # the checks themselves use a budget of one token
+        report = check_reducer(chosen.reducer)
+    if chosen.json:
+        print(json.dumps({"passed": report.passed, **asdict(report)}))
+    else:
+        print_report(report)
+    return 0 if report.passed else 1

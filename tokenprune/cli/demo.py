@@ -1,0 +1,224 @@
+"""What `tokenprune run` does: answers with all visual tokens and with a strategy, side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenprune.experiments.evaluation.loading import load, model_inputs
+from tokenprune.image_files import load_picture, save_picture
+from tokenprune.models import mini
+from tokenprune.pipeline import call_generate
+from tokenprune.reducer import TokenReducer
+from tokenprune.run import Run
+from tokenprune.viz import report
+
+DEMO_TYPES = ("number_pair", "number_shape", "colour", "shape", "side", "count", "paper")
+"""Kinds of questions asked about the bundled board, one each."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; see `tokenprune run --help`."""
+
+    model: str
+    images: Sequence[str] | None
+    questions: Sequence[str] | None
+    reducer: TokenReducer
+    max_new_tokens: int
+    repeats: int
+    out: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question about one picture, answered twice.
+
+    `ttft` is the time of a whole call that makes one token (preparation excluded, vision tower included): the median of
+    several, full and reduced in turn, after a warm-up of both.
+    """
+
+    image: str
+    question: str
+    expected: str | None
+    answer_full: str
+    answer: str
+    asked: int
+    kept: int
+    valid: int
+    budgets: list[int]
+    kept_per_tile: list[int]
+    tile_grid: tuple[int, int]
+    newlines: int
+    newlines_full: int
+    prompt_length: int
+    prompt_length_full: int
+    ttft_ms: float
+    ttft_full_ms: float
+    kv_bytes: int
+    kv_bytes_full: int
+    prefill_flops: int
+    prefill_flops_full: int
+    attention: str | None
+    second_look_flops: int
+    overlay: str
+
+
+def answer_all(request: Request) -> list[Answer]:
+    """Load everything, then answer each question about each picture.
+
+    Raises:
+        ValueError: if a picture, the model or an option cannot be used; it says which and what to do.
+        OSError: if the overlay cannot be written.
+    """
+    if request.max_new_tokens < 1 or request.repeats < 1:
+        raise ValueError("--max-new-tokens and --repeats must be at least 1")
+    files = list(request.images) if request.images else [str(mini.picture_path())]
+    pictures = [load_picture(file) for file in files]
+    if request.questions:
+        questions: list[tuple[str, str | None]] = [(question, None) for question in request.questions]
+    elif request.images:
+        questions = [("What is in the picture?", None)]
+    else:
+        known = mini.demo_questions()
+        first = {kind: next((q for q in known if q["type"] == kind), None) for kind in DEMO_TYPES}
+        questions = [(q["question"], q["answer"]) for q in first.values() if q is not None]
+    for question, _ in questions:
+        if not question.strip() or "<image>" in question:
+            raise ValueError(f"--question {question!r}: give words; the place of the picture is put in by itself")
+    out = Path(request.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); give another place") from error
+    model, processor = load(request.model, request.device, request.dtype)
+    answers = []
+    for number, (file, picture) in enumerate(zip(files, pictures, strict=True)):
+        overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
+        for position, (question, expected) in enumerate(questions):
+            inputs = model_inputs(model, processor, picture, [question], file)
+            answers.append(answer(model, processor, inputs, request, file, question, expected, overlay))
+            run = answers[-1][1]
+            if position == 0:
+                try:
+                    save_picture(report(run.selections[0], picture), overlay)
+                except OSError as error:
+                    raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
+    return [one for one, _ in answers]
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    request: Request,
+    file: str,
+    question: str,
+    expected: str | None,
+    overlay: Path,
+) -> tuple[Answer, Run]:
+    """Answer one question with all tokens and with the strategy, and time the first token of both."""
+    length = inputs["input_ids"].shape[1]
+
+    def generate(tokens: int) -> str:
+        out = call_generate(model, inputs, max_new_tokens=tokens, do_sample=False)
+        text: str = processor.decode(out[0, length:], skip_special_tokens=True)
+        return text.strip()
+
+    def first_token() -> float:
+        began = time.perf_counter()
+        generate(1)  # decoding reads the tokens, so a GPU has finished by then
+        return (time.perf_counter() - began) * 1000
+
+    full = generate(request.max_new_tokens)
+    with request.reducer(model, tokenizer=processor) as run:
+        reduced = generate(request.max_new_tokens)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(request.repeats):
+        times[0].append(first_token())
+        with request.reducer(model, tokenizer=processor):
+            times[1].append(first_token())
+    image, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
+    made = Answer(
+        image=file,
+        question=question,
+        expected=expected,
+        answer_full=full,
+        answer=reduced,
+        asked=image.asked,
+        kept=image.kept,
+        valid=image.valid,
+        budgets=list(image.granted_per_tile),
+        kept_per_tile=list(image.kept_per_tile),
+        tile_grid=run.selections[0].geometry.tile_grid,
+        newlines=image.newlines,
+        newlines_full=image.newlines_full,
+        prompt_length=after,
+        prompt_length_full=before,
+        ttft_ms=statistics.median(times[1]),
+        ttft_full_ms=statistics.median(times[0]),
+        kv_bytes=run.account.kv_bytes,
+        kv_bytes_full=run.account.kv_bytes_full,
+        prefill_flops=run.account.flops,
+        prefill_flops_full=run.account.flops_full,
+        attention=run.account.attention,
+        second_look_flops=run.account.second_look_flops,
+        overlay=str(overlay),
+    )
+    return made, run
+
+
+def as_json(request: Request, reducer: Any, answers: Sequence[Answer]) -> str:
+    """Return the answers as one JSON object: the first one's fields, and all under `results`.
+
+    Args:
+        request: what was asked for.
+        reducer: the strategy as plain data.
+        answers: the answers.
+    """
+    rows = [asdict(one) for one in answers]
+    return json.dumps({"model": request.model, "reducer": reducer, **rows[0], "results": rows})
+
+
+def as_table(request: Request, answers: Sequence[Answer]) -> None:
+    """Print the answers side by side, and the cost of both."""
+    console, name = Console(), type(request.reducer).__name__
+    for file in dict.fromkeys(one.image for one in answers):
+        own = [one for one in answers if one.image == file]
+        table = Table(title=file, title_justify="left")
+        for column in ("question", "all tokens", name, *(["right answer"] if own[0].expected else [])):
+            table.add_column(column, overflow="fold")
+        for one in own:
+            table.add_row(one.question, one.answer_full, one.answer, *([one.expected] if one.expected else []))
+        console.print(table)
+        first = own[0]
+        cost = Table(title="first question", title_justify="left")
+        for column in ("", "all tokens", name, "ratio"):
+            cost.add_column(column, justify="left" if column == "" else "right")
+        rows: list[tuple[str, float, float, str]] = [
+            ("prompt length (tokens)", first.prompt_length_full, first.prompt_length, ",.0f"),
+            ("time to first token (ms)", first.ttft_full_ms, first.ttft_ms, ",.1f"),
+            ("KV cache after prefill (kB)", first.kv_bytes_full / 1e3, first.kv_bytes / 1e3, ",.1f"),
+            ("LLM prefill (MFLOP)", first.prefill_flops_full / 1e6, first.prefill_flops / 1e6, ",.1f"),
+        ]
+        for label, full, reduced, style in rows:
+            cost.add_row(label, format(full, style), format(reduced, style), f"{reduced / full:.2f}")
+        console.print(cost)
+        tiles = f"base tile and {first.tile_grid[0]} x {first.tile_grid[1]} sub-images"
+        tiles = tiles if any(first.tile_grid) else "one tile"
+        counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
+        console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
+        if first.attention is not None:
+            cost_of_look = f", {first.second_look_flops / 1e6:,.1f} MFLOP" if first.second_look_flops else ""
+            console.print(f"attention read: {first.attention}{cost_of_look}", soft_wrap=True)
+        console.print(f"overlay: {first.overlay}", soft_wrap=True)

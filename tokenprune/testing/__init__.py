@@ -1,0 +1,1 @@
+"""Tools for authors of strategies and adapters: the conformance checks."""
