@@ -1,4 +1,4 @@
-"""Print what the matrix checks of each family, as `models/verified.json` says it: ``python -m tests.helpers.verified``."""
+"""Print the checks of each family in the form of `models/verified.json`: ``python -m tests.helpers.verified``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import inspect
 import json
 from typing import Any
 
-from tests.models import test_families
 from tests.helpers.families import FAMILIES
 from tests.helpers.mllama import FAMILY
+from tests.models import test_families
 
 
 def summary() -> dict[str, Any]:
