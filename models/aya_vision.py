@@ -1,4 +1,4 @@
-"""Aya Vision: sub-images in row-major order, each after its name as text, the whole picture last."""
+"""Aya Vision: sub-images in row-major order, each after its name as text, the whole image last."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class AyaVisionAdapter(TiledAdapter):
     family: ClassVar[str] = "aya_vision"
     model_class: ClassVar[str] = "AyaVisionForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
-    projector_at: ClassVar[str | None] = None
-    pooling_in: ClassVar[str | None] = "downsample_factor"
+    projector_path: ClassVar[str | None] = None
+    pooling_config_key: ClassVar[str | None] = "downsample_factor"
     projects_per_token: ClassVar[bool] = True
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: the projector sees each token as a small picture."""
+        """Return the visual tokens that are made of some patches: the projector sees each token as a small image."""
         tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(patches))
         return tokens.flatten(0, -2)
 

@@ -1,4 +1,4 @@
-"""Command A Vision: sub-images in row-major order with a line break after each, the whole picture last."""
+"""Command A Vision: sub-images in row-major order with a line break after each, the whole image last."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Cohere2VisionAdapter(TiledAdapter):
     family: ClassVar[str] = "cohere2_vision"
     model_class: ClassVar[str] = "Cohere2VisionForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "after"
-    projector_at: ClassVar[str | None] = None
-    pooling_in: ClassVar[str | None] = "downsample_factor"
-    norm_at: ClassVar[str | None] = "post_layernorm"
+    projector_path: ClassVar[str | None] = None
+    pooling_config_key: ClassVar[str | None] = "downsample_factor"
+    post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: the projector sees each token as a small picture."""
+        """Return the visual tokens that are made of some patches: the projector sees each token as a small image."""
         tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(patches))
         return tokens.flatten(0, -2)
 

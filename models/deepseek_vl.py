@@ -16,10 +16,10 @@ class DeepseekVLAdapter(SingleTileAdapter):
 
     family: ClassVar[str] = "deepseek_vl"
     model_class: ClassVar[str] = "DeepseekVLForConditionalGeneration"
-    tower_at: ClassVar[str] = "vision_model"
-    projector_at: ClassVar[str | None] = "aligner"
+    tower_path: ClassVar[str] = "vision_model"
+    projector_path: ClassVar[str | None] = "aligner"
     features_by_tile: ClassVar[bool] = True
-    norm_at: ClassVar[str | None] = "post_layernorm"
+    post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
     @classmethod

@@ -23,9 +23,9 @@ class Gemma3Adapter(TiledAdapter):
 
     family: ClassVar[str] = "gemma3"
     model_class: ClassVar[str] = "Gemma3ForConditionalGeneration"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
-    norm_at: ClassVar[str | None] = "post_layernorm"
+    post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
     @cached_property
@@ -48,7 +48,7 @@ class Gemma3Adapter(TiledAdapter):
         """Return the number of tiles of each image: a base tile and the crops behind it, if they show what it shows.
 
         Text stands between the base tile and its crops, and always the same few ids between crops. These can also
-        stand between two pictures, so that only pixels tell where the crops end.
+        stand between two images, so that only pixels tell where the crops end.
 
         Raises:
             ValueError: if the placeholders do not fit the tiles.
@@ -73,12 +73,12 @@ class Gemma3Adapter(TiledAdapter):
         return [crop_grid(one) for one in parts]
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for a picture; 11 stands before crops and 12 between them."""
+        """Return the ids that stand for an image; 11 stands before crops and 12 between them."""
         tile, number = [8, *self.example_tile, 9], max(grid)
         return [*tile, 11, *([*tile, 12] * number)[:-1]] if 1 in grid and number > 1 else tile
 
     def example_tiles(self, size: tuple[int, int]) -> Tensor:
-        """Return the tiles of an example picture, `[tiles, 3, side, side]`; crops are one row or one column."""
+        """Return the tiles of an example image, `[tiles, 3, side, side]`; crops are one row or one column."""
         tiles = super().example_tiles(size)
         return tiles[:1] if len(tiles) > 3 else tiles
 

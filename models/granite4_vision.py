@@ -27,7 +27,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
 
     family: ClassVar[str] = "granite4_vision"
     model_class: ClassVar[str] = "Granite4VisionForConditionalGeneration"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
     resizable: ClassVar[bool] = False
     projects_per_token: ClassVar[bool] = False
 

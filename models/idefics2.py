@@ -18,14 +18,14 @@ from tokenprune.models.idefics3 import NestedTilesAdapter
 class Idefics2Adapter(NestedTilesAdapter):
     """`Idefics2ForConditionalGeneration`: signals are those of the resampler, for a latent shows no place.
 
-    Each tile of a split picture counts as an image of its own: the prompt does not say which ones belong together.
+    Each tile of a split image counts as an image of its own: the prompt does not say which ones belong together.
     """
 
     family: ClassVar[str] = "idefics2"
     model_class: ClassVar[str] = "Idefics2ForConditionalGeneration"
-    tower_at: ClassVar[str] = "connector.perceiver_resampler"
-    layers_at: ClassVar[str] = "layers"
-    projector_at: ClassVar[str | None] = None
+    tower_path: ClassVar[str] = "connector.perceiver_resampler"
+    layers_path: ClassVar[str] = "layers"
+    projector_path: ClassVar[str | None] = None
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:
@@ -33,11 +33,11 @@ class Idefics2Adapter(NestedTilesAdapter):
         return 1, int(self.tower.n_latents)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return one tile of latents for each picture, or each part of a split one."""
+        """Return one tile of latents for each image, or each part of a split one."""
         return [TileGeometry.single(self.token_grid)] * len(self.all_tiles(inputs))
 
-    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
-        """Return nothing: latents cannot be drawn on a picture."""
+    def images(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return nothing: latents cannot be drawn on an image."""
         return []
 
     def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
@@ -47,7 +47,7 @@ class Idefics2Adapter(NestedTilesAdapter):
             ValueError: always.
         """
         raise ValueError(
-            "a second model sees places of a picture, but the tokens of Idefics2 are latents of a resampler, which "
+            "a second model sees places of an image, but the tokens of Idefics2 are latents of a resampler, which "
             "have none; read attention='received' instead"
         )
 
@@ -70,5 +70,5 @@ class Idefics2Adapter(NestedTilesAdapter):
         return with_sharp_attention(model, tower="perceiver_resampler")
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return a grid of one tile: example pictures are not split."""
+        """Return a grid of one tile: example images are not split."""
         return 1, 1

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: sub-images in row-major order, each after text that names its place, the whole picture last."""
+"""Idefics3 and SmolVLM: sub-images in row-major order, each after text that names its place, the whole image last."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tokenprune.rewrite import TextSeparatorSide
 class NestedTilesAdapter(TiledAdapter):
     """A family whose pixels are `[rows, tiles, 3, height, width]`; tiles that are zero all over are padding."""
 
-    tower_at: ClassVar[str] = "vision_model"
+    tower_path: ClassVar[str] = "vision_model"
     language_model_at: ClassVar[str] = "text_model"
     features_by_tile: ClassVar[bool] = False
 
@@ -55,9 +55,9 @@ class Idefics3Adapter(NestedTilesAdapter):
     family: ClassVar[str] = "idefics3"
     model_class: ClassVar[str] = "Idefics3ForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
-    projector_at: ClassVar[str | None] = "connector.modality_projection"
-    pooling_in: ClassVar[str | None] = "scale_factor"
-    norm_at: ClassVar[str | None] = "post_layernorm"
+    projector_path: ClassVar[str | None] = "connector.modality_projection"
+    pooling_config_key: ClassVar[str | None] = "scale_factor"
+    post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -83,7 +83,7 @@ class Idefics3Adapter(NestedTilesAdapter):
         return super().can_leave_early(inputs, needs)
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
+        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small image."""
         tokens: Tensor = self.model.base_model.connector(self.normed(patches))
         return tokens[:, 0]
 

@@ -27,9 +27,9 @@ class InternVLAdapter(TiledAdapter):
 
     family: ClassVar[str] = "internvl"
     model_class: ClassVar[str] = "InternVLForConditionalGeneration"
-    layers_at: ClassVar[str] = "encoder.layer"
+    layers_path: ClassVar[str] = "encoder.layer"
     attention_at: ClassVar[str] = "attention"
-    norm_at: ClassVar[str | None] = "layernorm"
+    post_norm_path: ClassVar[str | None] = "layernorm"
     projects_per_token: ClassVar[bool] = True
 
     @cached_property
@@ -42,7 +42,7 @@ class InternVLAdapter(TiledAdapter):
         return inputs.get("vision_feature_layer") is None and super().can_leave_early(inputs, needs)
 
     def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small picture."""
+        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small image."""
         at_the_end = self.model.config.vision_feature_layer == -1
         patches = self.normed(patches) if at_the_end else patches
         small = rearrange(patches, "tokens (p q) width -> tokens p q width", p=self.pooling)

@@ -26,8 +26,8 @@ class Lfm2VlAdapter(TiledAdapter):
     family: ClassVar[str] = "lfm2_vl"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
-    projector_at: ClassVar[str | None] = None
-    pooling_in: ClassVar[str | None] = "downsample_factor"
+    projector_path: ClassVar[str | None] = None
+    pooling_config_key: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)
 
@@ -79,13 +79,13 @@ class Lfm2VlAdapter(TiledAdapter):
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles put together from their patches, padded to the largest, `[tiles, 3, height, width]`."""
-        patch, pictures = self.tower.config.patch_size, []
+        patch, images = self.tower.config.patch_size, []
         shapes = self.shapes(inputs)
         side = [max(one) * patch for one in zip(*shapes, strict=True)]
         for flat, (rows, cols) in zip(inputs[self.pixels], shapes, strict=True):
-            picture = rearrange(flat[: rows * cols], "(h w) (y x c) -> c (h y) (w x)", h=rows, y=patch, x=patch)
-            pictures.append(F.pad(picture, (0, side[1] - cols * patch, 0, side[0] - rows * patch)))
-        return torch.stack(pictures)
+            image = rearrange(flat[: rows * cols], "(h w) (y x c) -> c (h y) (w x)", h=rows, y=patch, x=patch)
+            images.append(F.pad(image, (0, side[1] - cols * patch, 0, side[0] - rows * patch)))
+        return torch.stack(images)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image: every tile has as many rows and columns as the largest one of the image.
@@ -109,7 +109,7 @@ class Lfm2VlAdapter(TiledAdapter):
             out.append(replace(layout, regions=layout.regions * part.repeat(2), packed=packed))
         return out
 
-    def by_image(
+    def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images: each tile pooled by its own size, then padded."""
@@ -139,7 +139,7 @@ class Lfm2VlAdapter(TiledAdapter):
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:
-        """Height x width of the visual tokens of a tile of example pictures; real ones say theirs."""
+        """Height x width of the visual tokens of a tile of example images; real ones say theirs."""
         side = EXAMPLE_TILE // self.tower.config.patch_size // self.pooling
         return side, side
 

@@ -29,13 +29,13 @@ class Llama4Adapter(TiledAdapter):
     family: ClassVar[str] = "llama4"
     model_class: ClassVar[str] = "Llama4ForConditionalGeneration"
     broken_with: ClassVar[frozenset[str]] = frozenset({"5.24.0"})  # forward reads `image_outputs`, which nobody made
-    tower_at: ClassVar[str] = "vision_model"
-    layers_at: ClassVar[str] = "model.layers"
+    tower_path: ClassVar[str] = "vision_model"
+    layers_path: ClassVar[str] = "model.layers"
     language_model_at: ClassVar[str] = "language_model.model"
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     features_in: ClassVar[str] = "last_hidden_state"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
     beams: ClassVar[bool] = False
 
     @cached_property
@@ -55,9 +55,9 @@ class Llama4Adapter(TiledAdapter):
         return [(r, len(ids) // r) if ids else (0, 0) for r, ids in zip(rows, after, strict=True)]
 
     def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
-        """Return the layout of one image: below and right of the picture, its sub-images hold only black padding.
+        """Return the layout of one image: below and right of the image, its sub-images hold only black padding.
 
-        A picture can be black at its edges, too. How far it goes, its base tile says: there nothing is padded.
+        An image can be black at its edges, too. How far it goes, its base tile says: there nothing is padded.
         """
         layout = super().layout(tiles, grid)
         if not layout.sub_images:
@@ -96,7 +96,7 @@ class Llama4Adapter(TiledAdapter):
         return replace(shape, layer_parameters=tuple(totals))
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for a picture: 11 stands between columns, 12 ends a row, 13 opens the base tile."""
+        """Return the ids that stand for an image: 11 stands between columns, 12 ends a row, 13 opens the base tile."""
         line = [*([*self.example_tile, 11] * grid[1])[:-1], 12]
         return [8, *(line * grid[0] if grid != (1, 1) else ()), 13, *self.example_tile, 9]
 

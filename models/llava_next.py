@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.image import SEPARATOR, TileGeometry, anyres_regions
+from tokenprune.image import NEWLINE, TileGeometry, anyres_regions
 from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, seeded, with_sharp_attention
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
@@ -36,11 +36,11 @@ class LlavaNextAdapter(PlaceholderAdapter):
         return with_sharp_attention(LlavaNextForConditionalGeneration(config))
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each picture, padded to the largest number of tiles."""
+        """Return the tiles of each image, padded to the largest number of tiles."""
         numbers = [self.layout(size).tiles for size in sizes]
         pixels = torch.zeros(len(sizes), max(numbers), 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        for picture, size, number in zip(pixels, sizes, numbers, strict=True):
-            picture[:number] = torch.randn(number, *picture.shape[1:], generator=seeded(size))
+        for image, size, number in zip(pixels, sizes, numbers, strict=True):
+            image[:number] = torch.randn(number, *image.shape[1:], generator=seeded(size))
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
     @property
@@ -72,13 +72,13 @@ class LlavaNextAdapter(PlaceholderAdapter):
         """Return the layout of an image: token numbers sent through the model's own packing.
 
         Args:
-            image_size: height x width of the picture in pixels.
+            image_size: height x width of the image in pixels.
         """
         tile_size = self.tower.config.image_size
         tile_grid = get_anyres_image_grid_shape(image_size, self.model.config.image_grid_pinpoints, tile_size)
         tiles, tokens = 1 + tile_grid[0] * tile_grid[1], self.token_grid[0] * self.token_grid[1]
         numbers = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
-        packed = self.pack(numbers, image_size, torch.tensor([SEPARATOR], dtype=torch.float64))
+        packed = self.pack(numbers, image_size, torch.tensor([NEWLINE], dtype=torch.float64))
         regions = anyres_regions(image_size, tile_grid, tile_size)
         return TileGeometry(tile_grid, self.token_grid, regions, packed[:, 0].long())
 
@@ -87,7 +87,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
 
         Args:
             tiles: features, `[tiles, tokens, dim]`.
-            image_size: height x width of the picture in pixels.
+            image_size: height x width of the image in pixels.
             newline: what stands after each row, `[dim]`.
         """
         packed, _ = self.model.base_model.pack_image_features(

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: as LLaVA-NeXT, but a large canvas of sub-images is shrunk, and several pictures are not tiled."""
+"""LLaVA-OneVision: as LLaVA-NeXT, but a large canvas of sub-images is shrunk, and several images are not tiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tokenprune.image import ROW_SIGNALS, SEPARATOR, Signal, TileGeometry
+from tokenprune.image import NEWLINE, ROW_SIGNALS, Signal, TileGeometry
 from tokenprune.models._base.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
@@ -21,7 +21,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     """`LlavaOnevisionForConditionalGeneration`: a SigLIP tower.
 
     A canvas of more tokens than `vision_aspect_ratio` allows is shrunk by the model. A position of the smaller canvas
-    is then called by the token at its centre, and tokens that are nowhere at a centre are not valid. Its features and
+    is then called by the token at its center, and tokens that are nowhere at a center are not valid. Its features and
     signals are the mixture of tokens that the model makes; attention is as much as the area holds.
     """
 
@@ -58,7 +58,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return tiled
         alone = [one == 1 for one in torch.as_tensor(numbers).tolist() for _ in range(one)]
         single = TileGeometry.single(self.token_grid)
-        single = replace(single, packed=torch.cat([single.packed, torch.tensor([SEPARATOR])]))
+        single = replace(single, packed=torch.cat([single.packed, torch.tensor([NEWLINE])]))
         return [whole if one else single for whole, one in zip(tiled, alone, strict=True)]
 
     def pack(self, tiles: Tensor, image_size: tuple[int, int], newline: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         )
         return torch.as_tensor(packed[0])
 
-    def by_image(
+    def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images, shrunk where the model shrinks features."""
-        found = super().by_image(kind, captured, layouts, inputs)
+        found = super().split_by_image(kind, captured, layouts, inputs)
         wholes = self.whole_layouts(inputs)
         return [shrink_signal(kind, *one) for one in zip(found, wholes, layouts, strict=True)]
 
@@ -99,7 +99,7 @@ def shrunk(whole: TileGeometry, limit: int) -> TileGeometry:
     height, width = int(rows // ratio), int(cols // ratio)
     down = ((2 * torch.arange(height) + 1) * rows).div(2 * height, rounding_mode="floor")
     across = ((2 * torch.arange(width) + 1) * cols).div(2 * width, rounding_mode="floor")
-    places = F.pad(places[down[:, None], across], (0, 1), value=SEPARATOR)
+    places = F.pad(places[down[:, None], across], (0, 1), value=NEWLINE)
     return replace(whole, packed=torch.cat([whole.packed[: whole.tokens], places.flatten()]))
 
 

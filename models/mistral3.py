@@ -17,7 +17,7 @@ class Mistral3Adapter(PixtralTowerAdapter):
 
     family: ClassVar[str] = "mistral3"
     model_class: ClassVar[str] = "Mistral3ForConditionalGeneration"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
 
     @cached_property
     def pooling(self) -> int:

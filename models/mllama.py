@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: the LLM attends to the tiles of a picture from outside; there is no base tile.
+"""Llama 3.2 Vision: the LLM attends to the tiles of an image from outside; there is no base tile.
 
 The canvas of the tiles is one tile here. Each tile's CLS token is among the keys of the LLM: it stands as the separator
 that closes its tile, and stays with it.
@@ -19,7 +19,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.image import SEPARATOR, TileGeometry, token_dim
+from tokenprune.image import NEWLINE, TileGeometry, token_dim
 from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_PAD,
@@ -42,15 +42,15 @@ class MllamaAdapter(PlaceholderAdapter):
     family: ClassVar[str] = "mllama"
     model_class: ClassVar[str] = "MllamaForConditionalGeneration"
     in_prompt: ClassVar[bool] = False
-    tower_at: ClassVar[str] = "vision_model"
-    layers_at: ClassVar[str] = "transformer.layers"
-    projector_at: ClassVar[str | None] = None
+    tower_path: ClassVar[str] = "vision_model"
+    layers_path: ClassVar[str] = "transformer.layers"
+    projector_path: ClassVar[str | None] = None
     required_inputs: ClassVar[tuple[str, ...]] = ("aspect_ratio_ids", "aspect_ratio_mask")
     image_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"})
 
     @property
     def image_token_id(self) -> int:
-        """Token id of the mark that says where a picture belongs."""
+        """Token id of the mark that says where an image belongs."""
         return int(self.model.config.image_token_index)
 
     @cached_property
@@ -84,7 +84,7 @@ class MllamaAdapter(PlaceholderAdapter):
         for _, _, rows, cols in self.grids(inputs):
             canvas = torch.arange(rows * height * cols * width).view(rows * height, cols * width)
             tiles = rearrange(canvas, "(rows h) (cols w) -> (rows cols) (h w)", rows=rows, cols=cols)
-            packed = F.pad(tiles, (0, 1), value=SEPARATOR).flatten()
+            packed = F.pad(tiles, (0, 1), value=NEWLINE).flatten()
             out.append(TileGeometry((0, 0), (rows * height, cols * width), torch.zeros(0, 4), packed))
         return out
 
@@ -99,7 +99,7 @@ class MllamaAdapter(PlaceholderAdapter):
         ]
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=keys)  # type: ignore[arg-type]
 
-    def by_image(
+    def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images as canvases, CLS and padding of each tile left out."""
@@ -215,7 +215,7 @@ class MllamaAdapter(PlaceholderAdapter):
         return {**longer, "cross_attention_mask": F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)}
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of all pictures as one prompt row."""
+        """Return the tiles of all images as one prompt row."""
         return self._pixels_of([sizes])
 
     def _pixels_of(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class MllamaAdapter(PlaceholderAdapter):
         return {self.pixels: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; text attends to all pictures that are marked before it."""
+        """Return inputs with random pixels; text attends to all images that are marked before it."""
         prompts = [[1, *(token for _ in row for token in [EXAMPLE_IMAGE, *EXAMPLE_TEXT]), 6] for row in rows]
         width = max(map(len, prompts))
         ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -276,7 +276,7 @@ class MllamaAdapter(PlaceholderAdapter):
             image_token_index=EXAMPLE_IMAGE,
         )
         model = with_sharp_attention(MllamaForConditionalGeneration(config), tower="vision_model")
-        with torch.no_grad():  # gates are zero at first: nothing of a picture would reach the answer
+        with torch.no_grad():  # gates are zero at first: nothing of an image would reach the answer
             for name, parameter in model.named_parameters():
                 if "gate" in name:
                     parameter.fill_(1.0)

@@ -19,9 +19,9 @@ class Ovis2Adapter(TiledAdapter):
 
     family: ClassVar[str] = "ovis2"
     model_class: ClassVar[str] = "Ovis2ForConditionalGeneration"
-    layers_at: ClassVar[str] = "transformer.encoder.layers"
+    layers_path: ClassVar[str] = "transformer.encoder.layers"
     attention_at: ClassVar[str] = "attention"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
 
     @cached_property
@@ -41,7 +41,7 @@ class Ovis2Adapter(TiledAdapter):
         return [(r, (len(tiles) - 1) // r) if len(tiles) > 1 else (0, 0) for r, tiles in zip(rows, parts, strict=True)]
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for a picture, with the marks of its grid."""
+        """Return the ids that stand for an image, with the marks of its grid."""
         start, base, column, row, end = self.marks
         line = [*([*self.example_tile, column] * grid[1])[:-1], row]
         return [start, *self.example_tile, base, *((line * grid[0])[:-1] if grid != (1, 1) else ()), end]

@@ -1,4 +1,4 @@
-"""PaliGemma: one tile an image, no separators; pictures and question see each other, and positions count from 1."""
+"""PaliGemma: one tile an image, no separators; images and question see each other, and positions count from 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PaliGemmaAdapter(SingleTileAdapter):
     family: ClassVar[str] = "paligemma"
     model_class: ClassVar[str] = "PaliGemmaForConditionalGeneration"
     features_by_tile: ClassVar[bool] = True
-    norm_at: ClassVar[str | None] = "post_layernorm"
+    post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""PerceptionLM: the whole picture first, then sub-images in row-major order; average pooling; no text between."""
+"""PerceptionLM: the whole image first, then sub-images in row-major order; average pooling; no text between."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PerceptionLMAdapter(TiledAdapter):
 
     family: ClassVar[str] = "perception_lm"
     model_class: ClassVar[str] = "PerceptionLMForConditionalGeneration"
-    layers_at: ClassVar[str] = "timm_model.blocks"
+    layers_path: ClassVar[str] = "timm_model.blocks"
     attention_at: ClassVar[str] = "attn"
-    projector_at: ClassVar[str | None] = None
-    pooling_in: ClassVar[str | None] = "projector_pooling_ratio"
+    projector_path: ClassVar[str | None] = None
+    pooling_config_key: ClassVar[str | None] = "projector_pooling_ratio"
     base_first: ClassVar[bool] = True
 
     @cached_property
@@ -37,7 +37,7 @@ class PerceptionLMAdapter(TiledAdapter):
         """Height x width of the visual tokens of one tile.
 
         Raises:
-            ValueError: if patches do not fill tokens, so that a token shares patches with its neighbours.
+            ValueError: if patches do not fill tokens, so that a token shares patches with its neighbors.
         """
         rows, cols = self.tower.timm_model.patch_embed.grid_size
         if rows % self.pooling or cols % self.pooling:
@@ -61,11 +61,11 @@ class PerceptionLMAdapter(TiledAdapter):
         return super().features_to_inputs(replace(encoding, outputs=None), packed, places)
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return a grid of four tiles for every example picture."""
+        """Return a grid of four tiles for every example image."""
         return min([(2, 2), (1, 4), (4, 1)], key=lambda grid: abs(grid[0] / grid[1] - size[0] / size[1]))
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each picture, in the model's order."""
+        """Return the tiles of each image, in the model's order."""
         return {self.pixels: torch.stack([self.example_tiles(size) for size in sizes])}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Phi-4-multimodal: sub-images row by row with a separator after each row, a separator, the whole picture likewise."""
+"""Phi-4-multimodal: sub-images row by row with a separator after each row, a separator, the whole image likewise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.hooks import replaced_forward
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):
-    """`Phi4MultimodalForCausalLM`, which embeds pictures and places them in one module.
+    """`Phi4MultimodalForCausalLM`, which embeds images and places them in one module.
 
     Encoding calls that module with a prompt of placeholders only. Kept features go in through the argument for pixels:
     during such a call, the module takes three dimensions for features that are encoded already.
@@ -31,14 +31,14 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
     family: ClassVar[str] = "phi4_multimodal"
     model_class: ClassVar[str] = "Phi4MultimodalForCausalLM"
     pixels: ClassVar[str] = "image_pixel_values"
-    tower_at: ClassVar[str] = "embed_tokens_extend.image_embed.img_processor"
-    projector_at: ClassVar[str | None] = None
+    tower_path: ClassVar[str] = "embed_tokens_extend.image_embed.img_processor"
+    projector_path: ClassVar[str | None] = None
     required_inputs: ClassVar[tuple[str, ...]] = ("image_sizes", "image_attention_mask")
     image_inputs = frozenset({"image_pixel_values", "image_sizes", "image_attention_mask"})
 
     @property
     def embedder(self) -> Any:
-        """The module that encodes pictures and puts them in their places."""
+        """The module that encodes images and puts them in their places."""
         return self.model.base_model.embed_tokens_extend.image_embed
 
     @cached_property
@@ -90,8 +90,8 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         real = rearrange(mask[1 : 1 + rows * cols, ::2, ::2], to_canvas, rows=rows)
         numbers = even.packed.view(-1, *self.token_grid)
         canvas = rearrange(numbers[1:], to_canvas, rows=rows)[: int(real[:, 0].sum()), : int(real[0].sum())]
-        parts = [F.pad(lines, (0, 1), value=SEPARATOR).flatten() for lines in (canvas, numbers[0])]
-        packed = torch.cat([parts[0], torch.tensor([SEPARATOR]), parts[1]])
+        parts = [F.pad(lines, (0, 1), value=NEWLINE).flatten() for lines in (canvas, numbers[0])]
+        packed = torch.cat([parts[0], torch.tensor([NEWLINE]), parts[1]])
         return TileGeometry(even.tile_grid, even.token_grid, even.regions, packed)
 
     def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
@@ -101,13 +101,13 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         nothing = torch.zeros(1, length, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
         return BaseModelOutputWithPooling(pooler_output=self.embedder(ids, nothing, **arguments))
 
-    def by_image(
+    def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images; the tower also ran over tiles that fill up smaller ones."""
         whole = torch.cat(list(captured)).unflatten(0, (len(layouts), -1))
         own = torch.cat([value[: layout.tiles] for value, layout in zip(whole, layouts, strict=True)])
-        return super().by_image(kind, [own], layouts, inputs)
+        return super().split_by_image(kind, [own], layouts, inputs)
 
     def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
@@ -149,13 +149,13 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
             yield
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each picture on a canvas of at most two tiles a side, without padding."""
+        """Return the tiles of each image on a canvas of at most two tiles a side, without padding."""
         grids = [[min(2, max(1, round(side / EXAMPLE_TILE))) for side in size] for size in sizes]
         most = 1 + max(rows * cols for rows, cols in grids)
         pixels = torch.zeros(len(sizes), most, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        for picture, size, (rows, cols) in zip(pixels, sizes, grids, strict=True):
+        for image, size, (rows, cols) in zip(pixels, sizes, grids, strict=True):
             tiles = 1 + rows * cols
-            picture[:tiles] = torch.randn(tiles, *picture.shape[1:], generator=seeded(size))
+            image[:tiles] = torch.randn(tiles, *image.shape[1:], generator=seeded(size))
         patches = EXAMPLE_TILE // self.tower.config.patch_size
         return {
             self.pixels: pixels,
@@ -195,4 +195,4 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
             config: its configuration.
         """
         torch.manual_seed(0)
-        return Phi4MultimodalForCausalLM(config).eval()  # attention is sharp as it is initialised
+        return Phi4MultimodalForCausalLM(config).eval()  # attention is sharp as it is initialized

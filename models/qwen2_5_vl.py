@@ -1,7 +1,7 @@
 """Qwen2.5-VL: as Qwen2-VL, but most layers of the tower attend inside windows, and patches stand window by window.
 
-Signals are put back in the order of the picture. In a layer with windows a token receives attention from its window
-alone, which says nothing about the picture: attention is read from the nearest layer that sees all of it.
+Signals are put back in the order of the image. In a layer with windows a token receives attention from its window
+alone, which says nothing about the image: attention is read from the nearest layer that sees all of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that see the whole picture."""
+        """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that see the whole image."""
         torch.manual_seed(0)
         vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
         config = Qwen2_5_VLConfig(

@@ -2,7 +2,7 @@
 
 Run it: ``python -m research.emulated``
 
-A strategy sees one picture and answers with a selection, so it cannot do what some releases do: look at other pictures
+A strategy sees one image and answers with a selection, so it cannot do what some releases do: look at other images
 of a batch, put tokens at wrong places, feed zero vectors, or replace the processor's tile grid. Here the encoding of a
 board is changed as that code changes it, and the questions are answered from what then enters the LLM.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from research.heldout import Answers, answer, in_points, interval, text_guided
 from tokenprune.adapter import Encoding, PackedTokens, find_adapter
 from tokenprune.budget import as_budget
-from tokenprune.image import SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.image import NEWLINE, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Board, boards, make_board
 from tokenprune.reducer import TokenReducer
@@ -33,17 +33,17 @@ from tokenprune.strategies import TRIM, FasterVLM, GlobalCom2, HiRED, HoloV, Pru
 from tokenprune.strategies.trim import OutlierAllocation, outlier_share
 
 BATCH = 8
-"""Pictures of a batch."""
+"""Images of a batch."""
 Grid: TypeAlias = tuple[int, int]
 
 
 class Fed(NamedTuple):
-    """What enters the LLM: the pictures of a prompt, and a strategy for them.
+    """What enters the LLM: the images of a prompt, and a strategy for them.
 
     Args:
-        encoding: the pictures of one prompt; the questions are about the last one.
+        encoding: the images of one prompt; the questions are about the last one.
         reducer: the strategy.
-        tokens: what stays of the last picture; a token in another row or tile grid is another one.
+        tokens: what stays of the last image; a token in another row or tile grid is another one.
     """
 
     encoding: Encoding
@@ -70,7 +70,7 @@ class Shown:
     earlier: Sequence[Encoding]
 
     def asked(self, image: EncodedImage) -> EncodedImage:
-        """Return a picture with the first question of the board."""
+        """Return an image with the first question of the board."""
         asked = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
         text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
         return replace(image, signals={**image.signals, **text})
@@ -80,10 +80,10 @@ class Shown:
         image = encoding.images[-1]
         kept = reducer.reduce(self.asked(image)).kept.flatten()
         layout = image.geometry
-        rows = torch.cumsum(layout.packed == SEPARATOR, dim=0).tolist()
+        rows = torch.cumsum(layout.packed == NEWLINE, dim=0).tolist()
         places = zip(layout.packed.tolist(), rows, strict=True)
         grid = {place: layout.tile_grid if place >= layout.tokens else None for place in range(len(kept))}
-        return Fed(encoding, reducer, frozenset((grid[p], p, r) for p, r in places if p != SEPARATOR and bool(kept[p])))
+        return Fed(encoding, reducer, frozenset((grid[p], p, r) for p, r in places if p != NEWLINE and bool(kept[p])))
 
 
 Way: TypeAlias = Callable[[Shown, float], Fed]
@@ -107,7 +107,7 @@ def relaid(make: Callable[[float], TokenReducer], layout: Callable[[TileGeometry
 
     Args:
         make: the strategy at a budget; it sees which tokens the other packing cuts off.
-        layout: `TileGeometry.packed` from the true layout and the height x width of the picture in pixels.
+        layout: `TileGeometry.packed` from the true layout and the height x width of the image in pixels.
     """
 
     def way(shown: Shown, budget: float) -> Fed:
@@ -128,7 +128,7 @@ def exchanged(layout: TileGeometry, size: Grid, tile_size: int = TILE) -> Tensor
 
     Args:
         layout: the true layout.
-        size: height x width of the picture in pixels.
+        size: height x width of the image in pixels.
         tile_size: side of a tile in pixels.
     """
     rows, cols = layout.tile_grid
@@ -142,7 +142,7 @@ def misplaced(layout: TileGeometry, size: Grid) -> Tensor:
         layout: the true layout.
         size: not used, the true layout knows.
     """
-    nothing = SEPARATOR - 1
+    nothing = NEWLINE - 1
     tiles = torch.full((layout.sub_images, layout.tokens), nothing)
     for tile, valid in enumerate(layout.valid[1:]):
         inside = valid.nonzero()[:, 0]
@@ -150,7 +150,7 @@ def misplaced(layout: TileGeometry, size: Grid) -> Tensor:
     (rows, cols), (height, width) = layout.tile_grid, layout.token_grid
     to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
     canvas = rearrange(tiles, to_canvas, rows=rows, cols=cols, height=height, width=width)
-    canvas = torch.cat([canvas, torch.full((len(canvas), 1), SEPARATOR)], dim=1).flatten()
+    canvas = torch.cat([canvas, torch.full((len(canvas), 1), NEWLINE)], dim=1).flatten()
     return torch.cat([torch.arange(layout.tokens), canvas[canvas != nothing]])
 
 
@@ -173,14 +173,14 @@ def as_it_is(encoding: Encoding, features: Tensor) -> tuple[Encoding, TokenReduc
 
 
 def together(images: Sequence[EncodedImage]) -> EncodedImage:
-    """Return the tiles of several pictures as if they were those of one, without newlines.
+    """Return the tiles of several images as if they were those of one, without newlines.
 
     Args:
-        images: encoded pictures of one model.
+        images: encoded images of one model.
     """
     layouts = [image.geometry for image in images]
     starts = np.cumsum([0, *(layout.tiles * layout.tokens for layout in layouts)])
-    packed = [p[p != SEPARATOR] + int(s) for p, s in zip([one.packed for one in layouts], starts, strict=False)]
+    packed = [p[p != NEWLINE] + int(s) for p, s in zip([one.packed for one in layouts], starts, strict=False)]
     tiles = sum(layout.tiles for layout in layouts)
     geometry = TileGeometry((tiles - 1, 1), layouts[0].token_grid, torch.zeros(tiles - 1, 4), torch.cat(packed))
     signals = {key: torch.cat([image.signals[key] for image in images]) for key in images[0].signals}
@@ -189,7 +189,7 @@ def together(images: Sequence[EncodedImage]) -> EncodedImage:
 
 
 def outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
-    """Feed what PruMerge's release leaves of the last picture of a batch: outliers are counted over all of them."""
+    """Feed what PruMerge's release leaves of the last image of a batch: outliers are counted over all of them."""
     images = [one.images[0] for one in (*shown.earlier[1 - BATCH :], shown.encoding)]
     batch, own = together(images), images[-1].geometry
     selection: Selection = PruMerge.release().reduce(batch)
@@ -209,7 +209,7 @@ class OutliersOfBatch(OutlierAllocation):
     """TRIM's adaptive share as in a batch: outliers are counted over all of it.
 
     Args:
-        others: softmaxed scores of the other pictures, one list.
+        others: softmaxed scores of the other images, one list.
     """
 
     others: list[float] = field(default_factory=list)
@@ -226,7 +226,7 @@ def adaptive(allocation: OutlierAllocation) -> TRIM:
 
 
 def relevance_outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
-    """Feed what TRIM's adaptive share leaves of the last picture of a batch whose pictures are all asked one thing."""
+    """Feed what TRIM's adaptive share leaves of the last image of a batch whose images are all asked one thing."""
     score, others = adaptive(OutlierAllocation()).selection.score, []
     for encoding in shown.earlier[1 - BATCH :]:
         scores = score(shown.asked(encoding.images[0]))
@@ -236,7 +236,7 @@ def relevance_outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
 
 
 def base_tile(encoding: Encoding) -> Encoding:
-    """Return a picture as LLaVA-1.5 has it: nothing but the base tile."""
+    """Return an image as LLaVA-1.5 has it: nothing but the base tile."""
     image = encoding.images[0]
     layout = TileGeometry.single(image.geometry.token_grid)
     signals = {key: value[:1] for key, value in image.signals.items()}
@@ -245,33 +245,33 @@ def base_tile(encoding: Encoding) -> Encoding:
 
 
 def shared_mask(first: EncodedImage, second: EncodedImage) -> EncodedImage:
-    """Return the second picture with the attention of the first, as HiRED on LLaVA-1.5 ranks it."""
+    """Return the second image with the attention of the first, as HiRED on LLaVA-1.5 ranks it."""
     return replace(second, signals=first.signals)
 
 
 def shifted_attention(first: EncodedImage, second: EncodedImage) -> EncodedImage:
-    """Return the second picture with the attention that GlobalCom2 reads for it: one tile after the first one's start.
+    """Return the second image with the attention that GlobalCom2 reads for it: one tile after the first one's start.
 
-    Its base tile is ranked by the first picture's first sub-image, and so on through the tiles of both.
+    Its base tile is ranked by the first image's first sub-image, and so on through the tiles of both.
     """
     tiles = second.geometry.tiles
     both = {key: torch.cat([first.signals[key], value])[1 : 1 + tiles] for key, value in second.signals.items()}
     return replace(second, signals=both)
 
 
-def second_picture(
+def second_image(
     make: Callable[[float], TokenReducer],
     read: Callable[[EncodedImage, EncodedImage], EncodedImage] = lambda first, second: second,
     alone: bool = False,
     part: Callable[[Encoding], Encoding] = lambda encoding: encoding,
 ) -> Way:
-    """Return the way of a strategy with the second of two pictures.
+    """Return the way of a strategy with the second of two images.
 
     Args:
         make: the strategy at a budget.
-        read: the second picture as the code reads it, from the first and the second.
-        alone: whether the second picture stands in a prompt of its own, beside another prompt in a batch.
-        part: what the model has of each picture.
+        read: the second image as the code reads it, from the first and the second.
+        alone: whether the second image stands in a prompt of its own, beside another prompt in a batch.
+        part: what the model has of each image.
     """
 
     def way(shown: Shown, budget: float) -> Fed:
@@ -291,7 +291,7 @@ def regridded(make: Callable[[float | int], TokenReducer], choose: Callable[[Gri
 
     Args:
         make: the strategy at a budget.
-        choose: rows x cols of the sub-images from height x width of the picture in pixels.
+        choose: rows x cols of the sub-images from height x width of the image in pixels.
         as_many: whether as many tokens stay as with the model's own grid, or the same share.
     """
 
@@ -305,15 +305,15 @@ def regridded(make: Callable[[float | int], TokenReducer], choose: Callable[[Gri
 
 
 def two_by_two(size: Grid) -> Grid:
-    """Return the grid that VisPruner and CDPruner take for every picture."""
+    """Return the grid that VisPruner and CDPruner take for every image."""
     return 2, 2
 
 
 def largest_used_share(size: Grid, grids: Sequence[Grid] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))) -> Grid:
-    """Return FasterVLM's choice: the grid whose canvas the picture fills to the largest share, the first of equals.
+    """Return FasterVLM's choice: the grid whose canvas the image fills to the largest share, the first of equals.
 
     Args:
-        size: height x width of the picture in pixels.
+        size: height x width of the image in pixels.
         grids: rows x cols to choose from.
     """
 
@@ -382,15 +382,15 @@ def emulations() -> list[Emulation]:
         Emulation("HiRED", "the release with that exchange", hired, relaid(HiRED.release, exchanged)),
         Emulation(
             "HiRED",
-            "base tile only, mask of the first picture of a batch",
-            second_picture(HiRED, alone=True, part=base_tile),
-            second_picture(HiRED, shared_mask, alone=True, part=base_tile),
+            "base tile only, mask of the first image of a batch",
+            second_image(HiRED, alone=True, part=base_tile),
+            second_image(HiRED, shared_mask, alone=True, part=base_tile),
         ),
         Emulation(
             "HiRED",
-            "base tile only, mask of the first picture of a prompt",
-            second_picture(HiRED, part=base_tile),
-            second_picture(HiRED, shared_mask, part=base_tile),
+            "base tile only, mask of the first image of a prompt",
+            second_image(HiRED, part=base_tile),
+            second_image(HiRED, shared_mask, part=base_tile),
         ),
         Emulation("GlobalCom2", "tokens at their number inside the unpadded tile", globalcom2, wrong_places),
         Emulation(
@@ -402,15 +402,15 @@ def emulations() -> list[Emulation]:
         ),
         Emulation(
             "GlobalCom2",
-            "second picture of a batch by the attention of the first",
+            "second image of a batch by the attention of the first",
             globalcom2,
-            second_picture(GlobalCom2, shifted_attention, alone=True),
+            second_image(GlobalCom2, shifted_attention, alone=True),
         ),
         Emulation(
             "GlobalCom2",
-            "second picture of a prompt by the attention of the first",
-            second_picture(GlobalCom2),
-            second_picture(GlobalCom2, shifted_attention),
+            "second image of a prompt by the attention of the first",
+            second_image(GlobalCom2),
+            second_image(GlobalCom2, shifted_attention),
         ),
         Emulation("HoloV", "zero vectors instead of missing tokens", plain(HoloV.release), zero_filled),
         Emulation(
@@ -468,12 +468,12 @@ def encode(model: Any, processor: Any, board: Board, grid: Grid | None = None) -
 
 
 def prompts(processor: Any, questions: Sequence[str], lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Return the text inputs of one prompt per question, each with the same pictures.
+    """Return the text inputs of one prompt per question, each with the same images.
 
     Args:
         processor: the processor.
         questions: the questions.
-        lengths: tokens of each picture.
+        lengths: tokens of each image.
     """
     texts, image = [], processor.image_token
     for question in questions:

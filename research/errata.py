@@ -36,24 +36,24 @@ from tokenprune.strategies import (
     VisionZip,
     VisPruner,
 )
-from tokenprune.strategies.cdpruner import ConditionalDiversity
+from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import (
-    AnchorsBuffersRegisters,
-    ByScore,
+    AnchorBufferRegisterSelection,
     ContextualMerging,
-    MergedLast,
-    NeighbourMerging,
+    MergedLastOrder,
+    NeighborMerging,
     ScoreMassAllocation,
+    ScoreOrder,
     TextRelevance,
-    TopAttention,
-    TopRelevance,
+    TopAttentionSelection,
+    TopRelevanceSelection,
     UniformAllocation,
     VisualContentAllocation,
 )
-from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
+from tokenprune.strategies.eadp import DenseTextRelevance, FacilityLocationSelection
 from tokenprune.strategies.globalcom2 import GuidedAllocation
-from tokenprune.strategies.hero import SaliencyAndRelevance
-from tokenprune.strategies.tops import OptimalPreservation
+from tokenprune.strategies.hero import SaliencyRelevanceAllocation
+from tokenprune.strategies.tops import OptimalPreservationSelection
 
 LOW, HIGH = -0.545, 0.564
 """Range of the relevance of all patches to the questions of boards 1000 to 1124, in the embedded text tower."""
@@ -82,7 +82,7 @@ class Deviation:
 
 
 @dataclass
-class StretchedOverBatch(ConditionalDiversity):
+class StretchedOverBatch(ConditionalDiversitySelection):
     """CDPruner as in a batch of many images: relevance is stretched over the range that all of them cover together.
 
     Args:
@@ -136,14 +136,14 @@ def deviations() -> list[Deviation]:
             GlobalCom2(),
             {
                 "quadrants instead of true regions": GlobalCom2(allocation=GuidedAllocation(region="quadrant")),
-                "base tile in the order of its scores": GlobalCom2(order=ByScore(tiles="base")),
+                "base tile in the order of its scores": GlobalCom2(order=ScoreOrder(tiles="base")),
                 "the release": lambda budget: GlobalCom2.release(budget),
             },
         ),
         *of(
             HiPrune(),
             {
-                "neighbours run over the ends of rows": HiPrune(selection=AnchorsBuffersRegisters(wrap=True)),
+                "neighbours run over the ends of rows": HiPrune(selection=AnchorBufferRegisterSelection(wrap=True)),
                 "newlines dropped": HiPrune(newlines="drop"),
                 "rounding down, padding paid for": HiPrune(allocation=even, padding="ignore"),
             },
@@ -155,15 +155,15 @@ def deviations() -> list[Deviation]:
         *of(
             PruMerge(),
             {
-                "sums instead of means": PruMerge(merging=NeighbourMerging(weights="release")),
-                "order of attention": PruMerge(order=ByScore()),
+                "sums instead of means": PruMerge(merging=NeighborMerging(weights="release")),
+                "order of attention": PruMerge(order=ScoreOrder()),
                 "the release, which sets its own count": PruMerge.release(),
             },
         ),
         *of(
             PruMergePlus(),
             {
-                "sums instead of means": PruMergePlus(merging=NeighbourMerging(weights="release")),
+                "sums instead of means": PruMergePlus(merging=NeighborMerging(weights="release")),
                 "the release, which sets its own count": PruMergePlus.release(),
             },
         ),
@@ -179,15 +179,20 @@ def deviations() -> list[Deviation]:
         *of(
             trim,
             {
-                "merged token after the others": replace(trim, order=MergedLast()),
-                "cosines instead of dot products": replace(trim, selection=TopRelevance(whole)),
+                "merged token after the others": replace(trim, order=MergedLastOrder()),
+                "cosines instead of dot products": replace(trim, selection=TopRelevanceSelection(whole)),
             },
         ),
-        *of(VTCCLS(), {"the last 30 % of the layers instead of three": VTCCLS(selection=TopAttention(layer=[-3, -2]))}),
+        *of(
+            VTCCLS(),
+            {"the last 30 % of the layers instead of three": VTCCLS(selection=TopAttentionSelection(layer=[-3, -2]))},
+        ),
         *of(
             HERO(text_model="mini"),
             {
-                "rounding down": lambda b: HERO(b, text_model="mini", allocation=SaliencyAndRelevance(retention=b)),
+                "rounding down": lambda b: HERO(
+                    b, text_model="mini", allocation=SaliencyRelevanceAllocation(retention=b)
+                ),
                 "the release": lambda budget: HERO.release(budget, text_model="mini"),
             },
         ),
@@ -198,15 +203,17 @@ def deviations() -> list[Deviation]:
                 "stretched over a large batch": replace(cdpruner, selection=StretchedOverBatch(whole)),
             },
         ),
-        *of(TOPS(), {"division by the mean": TOPS(selection=OptimalPreservation(rescaling="mean"))}),
+        *of(TOPS(), {"division by the mean": TOPS(selection=OptimalPreservationSelection(rescaling="mean"))}),
         *of(
             eadp,
             {
-                "a fifth of the words instead of half": replace(eadp, selection=Representatives(few_words)),
-                "squared importance": replace(eadp, selection=Representatives(squared)),
-                "all text positions": replace(eadp, selection=Representatives(positions)),
+                "a fifth of the words instead of half": replace(eadp, selection=FacilityLocationSelection(few_words)),
+                "squared importance": replace(eadp, selection=FacilityLocationSelection(squared)),
+                "all text positions": replace(eadp, selection=FacilityLocationSelection(positions)),
                 "rounding down": replace(eadp, allocation=ScoreMassAllocation(rounding="floor")),
-                "the release": lambda b: replace(EADP.release(b, "mini"), selection=Representatives(released)),
+                "the release": lambda b: replace(
+                    EADP.release(b, "mini"), selection=FacilityLocationSelection(released)
+                ),
             },
         ),
     ]

@@ -1,6 +1,6 @@
-"""A picture through LLaVA-NeXT at its real vision tower size, with random weights and few LLM layers.
+"""An image through LLaVA-NeXT at its real vision tower size, with random weights and few LLM layers.
 
-Run it: ``python -m research.full_size --image PICTURE``
+Run it: ``python -m research.full_size --image IMAGE``
 
 Nothing here depends on the weights: it shows that layouts, budgets, capturing and rewriting hold at ViT-L/14-336 with
 576 tokens a tile, up to 2,880 visual tokens and the hidden width of a 7B model. Needs about 4 GB of memory.
@@ -22,7 +22,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from tokenprune.image_files import load_picture
+from tokenprune.image_files import load_image
 from tokenprune.models import mini
 from tokenprune.strategies import HiRED
 
@@ -63,16 +63,16 @@ def build(llm_layers: int) -> tuple[Any, Any]:
 
 
 def main(image: str, budget: float = 0.2, llm_layers: int = 2, out: str | None = None) -> None:
-    """Send a picture through the model, in full and reduced, and print what was kept.
+    """Send an image through the model, in full and reduced, and print what was kept.
 
     Args:
-        image: file of the picture.
+        image: file of the image.
         budget: budget of HiRED as a ratio.
         llm_layers: decoder layers; the real 7B has 32.
         out: file for the overlay.
     """
     model, processor = build(llm_layers)
-    inputs = processor(images=[load_picture(image)], text=["<image> what number"], return_tensors="pt")
+    inputs = processor(images=[load_image(image)], text=["<image> what number"], return_tensors="pt")
     with torch.inference_mode():
         full = model(**inputs, logits_to_keep=1).logits
         with HiRED(1.0)(model):
@@ -81,7 +81,7 @@ def main(image: str, budget: float = 0.2, llm_layers: int = 2, out: str | None =
             model(**inputs, logits_to_keep=1)
     entry, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
     layout = run.selections[0].geometry
-    print(f"picture {tuple(inputs['image_sizes'][0].tolist())}, tile grid {layout.tile_grid}, {llm_layers} LLM layers")
+    print(f"image {tuple(inputs['image_sizes'][0].tolist())}, tile grid {layout.tile_grid}, {llm_layers} LLM layers")
     print(
         f"visual tokens: {entry.encoded} encoded, {entry.valid} valid and {entry.newlines_full} newlines in the prompt"
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from research.mini_training.evaluate import ask
 from tokenprune.adapter import Encoding, find_adapter
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.experiments.analysis import stats as statistics
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
@@ -29,17 +29,17 @@ from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import ComponentReducer, TokenReducer
 from tokenprune.run import Run
 from tokenprune.strategies import EADP, TRIM, CDPruner, HiRED, Random
-from tokenprune.strategies.cdpruner import ConditionalDiversity
+from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import (
     BaseTileAllocation,
     ContextualMerging,
     GlobalTopAllocation,
-    SaliencyCoverage,
+    SaliencyCoverageSelection,
     SubImagesAllocation,
     TextRelevance,
-    TopRelevance,
+    TopRelevanceSelection,
 )
-from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
+from tokenprune.strategies.eadp import DenseTextRelevance, FacilityLocationSelection
 from tokenprune.strategies.globalcom2 import GuidedAllocation
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
@@ -56,13 +56,13 @@ def compared() -> dict[str, TokenReducer]:
         "HiRED, positions preserved": HiRED(positions="preserve"),
         "HiRED.paper": HiRED.paper(),
         "HiRED.release": HiRED.release(),
-        "TopAttention, one pool": HiRED(allocation=GlobalTopAllocation()),
-        "TopAttention, sub-images only": HiRED(allocation=SubImagesAllocation(pooled=True)),
-        "TopAttention, base tile only": HiRED(allocation=BaseTileAllocation()),
+        "TopAttentionSelection, one pool": HiRED(allocation=GlobalTopAllocation()),
+        "TopAttentionSelection, sub-images only": HiRED(allocation=SubImagesAllocation(pooled=True)),
+        "TopAttentionSelection, base tile only": HiRED(allocation=BaseTileAllocation()),
         **{name: kind(text_model="mini" if kind().reads_question else None) for name, kind in shipped.items()},
         **{f"{type(reducer).__name__}, sign of this text tower": reducer for reducer in text_guided()},
         "GlobalCom2's tiles, SCOPE's tokens, VisionZip's merging": ComponentReducer(
-            allocation=GuidedAllocation(), selection=SaliencyCoverage(), merging=ContextualMerging()
+            allocation=GuidedAllocation(), selection=SaliencyCoverageSelection(), merging=ContextualMerging()
         ),
         **{f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)},
     }
@@ -76,9 +76,9 @@ def text_guided() -> tuple[CDPruner, EADP, TRIM]:
     """
     whole, dot = TextRelevance(sign="aligned"), TextRelevance(likeness="dot", sign="aligned")
     return (
-        CDPruner(selection=ConditionalDiversity(whole), text_model="mini"),
-        EADP(selection=Representatives(DenseTextRelevance(sign="aligned")), text_model="mini"),
-        TRIM(selection=TopRelevance(dot), text_model="mini"),
+        CDPruner(selection=ConditionalDiversitySelection(whole), text_model="mini"),
+        EADP(selection=FacilityLocationSelection(DenseTextRelevance(sign="aligned")), text_model="mini"),
+        TRIM(selection=TopRelevanceSelection(dot), text_model="mini"),
     )
 
 

@@ -1,7 +1,7 @@
 """HiRED's Table 4 beside what is predicted for it: LLaVA-NeXT-7B on a Tesla P40.
 
-The setting is that of the script published with the paper (run_HiRED_sys_report.py): float16, a picture of 600 x 600,
-15 new tokens, no newline tokens, logits of the whole prompt in float32 as transformers made them then, pictures encoded
+The setting is that of the script published with the paper (run_HiRED_sys_report.py): float16, an image of 600 x 600,
+15 new tokens, no newline tokens, logits of the whole prompt in float32 as transformers made them then, images encoded
 whole.
 """
 
@@ -21,7 +21,7 @@ from tokenprune.experiments.bench.cost.meter import FUSED
 from tokenprune.experiments.bench.cost.roofline import Prediction, predict
 
 TEXT_TOKENS = 60
-"""Tokens of the script's prompt beside the picture, estimated: Vicuna's tokenizer is not shipped here."""
+"""Tokens of the script's prompt beside the image, estimated: Vicuna's tokenizer is not shipped here."""
 NEW_TOKENS = 15
 """Tokens of an answer, the script's ``max_new_tokens``."""
 

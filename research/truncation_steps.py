@@ -19,12 +19,12 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tokenprune.budget import ratio_of
-from tokenprune.experiments.bench.bench_model import Subject, picture, subject
+from tokenprune.experiments.bench.bench_model import BenchModel, image, subject
 from tokenprune.experiments.bench.command import size_of
 from tokenprune.experiments.bench.environment import environment, wait_for
 from tokenprune.experiments.bench.measure import flop_counter, turns
-from tokenprune.experiments.bench.phase_timer import ENCODE, Ledger, watched
-from tokenprune.experiments.bench.samples import Ratio, Spread
+from tokenprune.experiments.bench.phase_timer import ENCODE, PhaseTimer, instrument
+from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.experiments.bench.selection_cost import torch_threads
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.pipeline import Pipeline
@@ -79,7 +79,7 @@ class Step:
     flops: dict[str, int] = field(default_factory=dict)
 
 
-def encode(model: Subject, inputs: Mapping[str, Any], name: str, budget: float, ledger: Ledger) -> None:
+def encode(model: BenchModel, inputs: Mapping[str, Any], name: str, budget: float, ledger: PhaseTimer) -> None:
     """Produce the inputs of the LLM once, with the savings of a step.
 
     Args:
@@ -90,27 +90,27 @@ def encode(model: Subject, inputs: Mapping[str, Any], name: str, budget: float, 
         ledger: takes the bookings.
     """
     pipeline = Pipeline(HiRED(budget), model.adapter, keep_pixels=False)
-    with torch.inference_mode(), watched(model.adapter, ledger, None if name == "plain" else pipeline):
+    with torch.inference_mode(), instrument(model.adapter, ledger, None if name == "plain" else pipeline):
         wait_for(model.model.device)
         ledger.start()
         STEPS[name](pipeline, inputs)
         wait_for(model.model.device)
-        ledger.settle()
+        ledger.flush()
 
 
 def measure(
-    made: Subject, size: tuple[int, int], budget: float, repeats: int, tell: Callable[[str], None]
+    made: BenchModel, size: tuple[int, int], budget: float, repeats: int, tell: Callable[[str], None]
 ) -> dict[str, Step]:
     """Measure all steps in turns.
 
     Args:
         made: the model.
-        size: height x width of the picture in pixels.
+        size: height x width of the image in pixels.
         budget: of HiRED.
         repeats: timed rounds, after one that is not timed.
         tell: is told what is done.
     """
-    inputs, found = made.prepare([picture(size, 0)]), {name: Step() for name in STEPS}
+    inputs, found = made.prepare([image(size, 0)]), {name: Step() for name in STEPS}
 
     def now() -> float:
         wait_for(made.model.device)
@@ -119,13 +119,13 @@ def measure(
     for name, step in found.items():
         tell(f"FLOPs of {name}")
         with flop_counter() as counter:
-            booked = Ledger(counter.get_total_flops)
+            booked = PhaseTimer(counter.get_total_flops)
             encode(made, inputs, name, budget, booked)
         step.flops = {phase: int(spent) for phase, spent in booked.spent.items()}
     for number in range(repeats):
         tell(f"round {number + 1} of {repeats}")
         for name in turns(list(STEPS), number):
-            booked = Ledger(now)
+            booked = PhaseTimer(now)
             encode(made, inputs, name, budget, booked)
             found[name].whole.append(sum(booked.spent.values()))
             for phase in ENCODE:
@@ -138,10 +138,10 @@ def as_data(found: Mapping[str, Step]) -> dict[str, Any]:
     plain = found["plain"]
     return {
         name: {
-            "ms": Spread(tuple(1e3 * one for one in step.whole)).as_data(),
+            "ms": Samples(tuple(1e3 * one for one in step.whole)).as_data(),
             "of_plain": Ratio.of(step.whole, plain.whole).as_data(),
             "flops_of_plain": sum(step.flops.values()) / sum(plain.flops.values()),
-            "phases_ms": {n: Spread(tuple(1e3 * one for one in took)).median for n, took in step.phases.items()},
+            "phases_ms": {n: Samples(tuple(1e3 * one for one in took)).median for n, took in step.phases.items()},
             "phases_flops": step.flops,
         }
         for name, step in found.items()
@@ -175,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default="llava-v1.6-vicuna-7b", help="as in `tokenprune bench run`; its LLM is cut to one layer")
     add("--budget", type=float | str, default=0.2, help="of HiRED, as a ratio: 0.2 or 20%%")
-    add("--size", type=str, default="672x672", help="height x width of the picture in pixels")
+    add("--size", type=str, default="672x672", help="height x width of the image in pixels")
     add("--repeats", type=int, default=7, help="timed rounds")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")

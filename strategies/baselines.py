@@ -13,7 +13,7 @@ from tokenprune.budget import Budget
 from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import BaseTileAllocation, UniformAllocation
-from tokenprune.strategies.components.merging import PooledCells
+from tokenprune.strategies.components.merging import PooledGridMerging
 from tokenprune.strategies.components.selection import RandomSelection, StrideSelection
 
 
@@ -65,4 +65,4 @@ class SpatialPooling(ComponentReducer):
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=StrideSelection, kw_only=True)
-    merging: MergingPolicy | None = field(default_factory=PooledCells, kw_only=True)
+    merging: MergingPolicy | None = field(default_factory=PooledGridMerging, kw_only=True)

@@ -27,7 +27,7 @@ from tokenprune.strategies.components.relevance import TextRelevance, rescaled
 
 
 @dataclass
-class ConditionalDiversity(SelectionPolicy):
+class ConditionalDiversitySelection(SelectionPolicy):
     """Keep relevant tokens that span a large volume (CDPruner).
 
     Args:
@@ -66,7 +66,7 @@ class CDPruner(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=ConditionalDiversity, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=ConditionalDiversitySelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> CDPruner:
@@ -84,6 +84,6 @@ class CDPruner(ComponentReducer):
             newlines="drop",
             text_model=text_model,
             allocation=UniformAllocation(rounding="floor"),
-            selection=ConditionalDiversity(among="all"),
+            selection=ConditionalDiversitySelection(among="all"),
             padding="ignore",
         )

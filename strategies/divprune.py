@@ -3,8 +3,8 @@
 Paper: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025,
 arXiv 2503.02175. Repository: vbdi/divprune, commit 799e2d9.
 
-Max-min diversity on projected tokens with distance ``1 - cos``: the first pick is the token whose nearest neighbour is
-farthest, each next one maximises the smallest distance to those picked. No attention is needed.
+Max-min diversity on projected tokens with distance ``1 - cos``: the first pick is the token whose nearest neighbor is
+farthest, each next one maximizes the smallest distance to those picked. No attention is needed.
 
 The release works on the packed sequence, where newline tokens are candidates like all others, and keeps
 ``round(ratio * length)`` of them, half to even. Repaired: the budget is for visual tokens, and newlines follow the
@@ -19,12 +19,12 @@ from typing import ClassVar
 import torch
 
 from tokenprune.budget import as_budget
-from tokenprune.image import SEPARATOR, EncodedImage
+from tokenprune.image import NEWLINE, EncodedImage
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
-from tokenprune.strategies.components.diversity import MaxMinDiversity, max_min_diverse
+from tokenprune.strategies.components.diversity import MaxMinDiversitySelection, max_min_diverse
 
 
 @dataclass
@@ -40,7 +40,7 @@ class DivPrune(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=GlobalTopAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=MaxMinDiversity, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=MaxMinDiversitySelection, kw_only=True)
     newlines_compete: bool = field(default=False, kw_only=True)
 
     @classmethod
@@ -61,10 +61,10 @@ class DivPrune(ComponentReducer):
         number = min(len(packed), round(amount * len(packed)) if isinstance(amount, float) else amount)
         sequence = image.features.flatten(0, 1)[packed.clamp(min=0)]
         if image.newline is not None:
-            sequence[packed == SEPARATOR] = image.newline.to(sequence.dtype)
+            sequence[packed == NEWLINE] = image.newline.to(sequence.dtype)
         picked = torch.zeros(len(packed), dtype=torch.bool, device=packed.device)
         picked[max_min_diverse(sequence, number)] = True
         kept = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.bool, device=packed.device)
-        kept[packed[picked & (packed != SEPARATOR)]] = True
-        separators = picked[packed == SEPARATOR]
+        kept[packed[picked & (packed != NEWLINE)]] = True
+        separators = picked[packed == NEWLINE]
         return Selection(geometry, kept.view(geometry.tiles, geometry.tokens), number, separators=separators)

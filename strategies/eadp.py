@@ -6,7 +6,7 @@ arXiv 2607.02484. Repository: SJTU-DeepVisionLab/EADP, commit e1a0880.
 With ``c_ij`` the negative cosine of text token ``i`` and visual token ``j`` in CLIP's shared space: ``p_i =
 softmax_j(c_ij / tau)`` has the entropy ``h_i``; text tokens of low entropy count, weighted by ``softmax(-h / gamma)``:
 ``s^D``; with ``s^G`` the negative cosine of the whole question, ``s = mu s^G + (1 - mu) s^D`` is stretched to 0..1,
-smoothed by a 3 x 3 Gaussian and raised to ``beta`` (Eq. 2 to 12). Tokens are then picked greedily to maximise
+smoothed by a 3 x 3 Gaussian and raised to ``beta`` (Eq. 2 to 12). Tokens are then picked greedily to maximize
 ``sum_j s_j max(picked i) Sim_ij`` with ``Sim = (1 + cos) / 2`` over projected tokens (Eq. 13, 14). Tiles share the
 budget by the sum of ``s``.
 
@@ -121,7 +121,7 @@ class DenseTextRelevance(RelevancePolicy):
 
 
 @dataclass
-class Representatives(SelectionPolicy):
+class FacilityLocationSelection(SelectionPolicy):
     """Keep tokens that together resemble all tokens, the relevant ones most (facility location; EADP).
 
     Args:
@@ -156,14 +156,14 @@ class EADP(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=ScoreMassAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=Representatives, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=FacilityLocationSelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> EADP:
         """Return EADP as published in code for LLaVA: no unpadding in mind, no newlines, rounded down.
 
         A long question is cut into segments with a begin and an end of their own here; the release cuts without. In a
-        batch of pictures with different numbers of tiles, the release treats every tile as a picture; here an image
+        batch of images with different numbers of tiles, the release treats every tile as an image; here an image
         decides for itself.
 
         Args:
@@ -177,6 +177,6 @@ class EADP(ComponentReducer):
             newlines="drop",
             text_model=text_model,
             allocation=ScoreMassAllocation(rounding="floor"),
-            selection=Representatives(relevance),
+            selection=FacilityLocationSelection(relevance),
             padding="ignore",
         )

@@ -15,7 +15,7 @@ from tokenprune.budget import Budget
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 
 @dataclass
@@ -29,7 +29,7 @@ class FasterVLM(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=TopAttentionSelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2) -> FasterVLM:

@@ -6,7 +6,7 @@ Vision-Language Models", AAAI 2026. Repository: xuyang-liu16/GlobalCom2, commit 
 With ``g`` the CLS logits (before softmax, mean over heads) of the last ViT layer and R the retention ratio: the sum of
 the base tile's ``g`` over the part of each sub-image gives ``sigma = softmax(sums / 10)``; sub-image ``i`` keeps the
 share ``min(1, R * (1 + sigma_i - mean(sigma)))`` of its tokens, the base tile the share R. Inside a sub-image tokens
-are ranked by the sum of two vectors of unit length: its own ``g``, and the base tile's ``g`` enlarged to the picture.
+are ranked by the sum of two vectors of unit length: its own ``g``, and the base tile's ``g`` enlarged to the image.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import base_tile_coverage
-from tokenprune.strategies.components.order import ByScore
+from tokenprune.strategies.components.order import ScoreOrder
 
 
 def enlarged(base: Tensor, geometry: TileGeometry) -> Tensor:
-    """Stretch a map of the base tile over the picture on the canvas of the sub-images.
+    """Stretch a map of the base tile over the image on the canvas of the sub-images.
 
     Args:
         base: one number per token of the base tile, `[tokens]`.
@@ -89,7 +89,7 @@ class GuidedAllocation(AllocationPolicy):
 
 
 @dataclass
-class LocalAndGlobal(SelectionPolicy):
+class LocalGlobalSelection(SelectionPolicy):
     """Keep tokens that both their own tile and the base tile attend to.
 
     Args:
@@ -125,7 +125,7 @@ class GlobalCom2(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=GuidedAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=LocalAndGlobal, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=LocalGlobalSelection, kw_only=True)
 
     @classmethod
     def release(cls, retention: float | str = 0.25) -> GlobalCom2:
@@ -140,4 +140,4 @@ class GlobalCom2(ComponentReducer):
         """
         ratio = ratio_of(retention)
         allocation = GuidedAllocation(region="quadrant", retention=ratio)
-        return cls(Budget(ratio, of="unpadded"), newlines="keep", allocation=allocation, order=ByScore(tiles="base"))
+        return cls(Budget(ratio, of="unpadded"), newlines="keep", allocation=allocation, order=ScoreOrder(tiles="base"))

@@ -1,4 +1,4 @@
-"""HERO: tiles are paid by how like the picture and how near the question they are; tiles and base read other layers.
+"""HERO: tiles are paid by how like the image and how near the question they are; tiles and base read other layers.
 
 Paper: Li et al., "HERO: Rethinking Visual Token Early Dropping in High-Resolution Large Vision-Language Models",
 arXiv 2509.13067. Repository: Lxxx-0327/HERO, commit 41cc334.
@@ -33,11 +33,11 @@ from tokenprune.reducer import ComponentReducer
 
 
 @dataclass
-class SaliencyAndRelevance(AllocationPolicy):
-    """Sub-images are paid by density, likeness to the whole picture, and likeness to the question (HERO).
+class SaliencyRelevanceAllocation(AllocationPolicy):
+    """Sub-images are paid by density, likeness to the whole image, and likeness to the question (HERO).
 
     Args:
-        saliency: share of likeness to the picture against likeness to the question (alpha); at 1.0 no text is read.
+        saliency: share of likeness to the image against likeness to the question (alpha); at 1.0 no text is read.
         density: share of the number of valid tokens.
         saliency_temperature: of the softmax over sub-images (T_cls).
         relevance_temperature: of the softmax over sub-images (T_clip).
@@ -55,7 +55,7 @@ class SaliencyAndRelevance(AllocationPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """CLS tokens, and unless only the picture counts, CLS tokens and question in the shared space."""
+        """CLS tokens, and unless only the image counts, CLS tokens and question in the shared space."""
         text = () if self.saliency == 1.0 else (Signal("aligned_cls", self.layer), Signal("question"))
         return (Signal("cls_features", self.layer), *text)
 
@@ -90,7 +90,7 @@ def _sharpened(image: EncodedImage, layer: LayerChoice) -> Tensor:
 
 
 @dataclass
-class EarlyAndLateAttention(SelectionPolicy):
+class EarlyLateAttentionSelection(SelectionPolicy):
     """Rank sub-images by early CLS attention and the base tile by late CLS attention (HERO).
 
     Args:
@@ -113,7 +113,7 @@ class EarlyAndLateAttention(SelectionPolicy):
 
 @dataclass
 class HERO(ComponentReducer):
-    """Tiles paid by likeness to picture and question, ranked by early (base tile: late) CLS attention.
+    """Tiles paid by likeness to image and question, ranked by early (base tile: late) CLS attention.
 
     The budget is spent exactly; see the module for what was assumed.
     """
@@ -121,8 +121,8 @@ class HERO(ComponentReducer):
     published: ClassVar[str] = "arXiv 2509.13067"
     parity: ClassVar[str] = "release(): 6/6 transcribed cases"
 
-    allocation: AllocationPolicy = field(default_factory=SaliencyAndRelevance, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=EarlyAndLateAttention, kw_only=True)
+    allocation: AllocationPolicy = field(default_factory=SaliencyRelevanceAllocation, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=EarlyLateAttentionSelection, kw_only=True)
 
     @classmethod
     def release(
@@ -144,7 +144,7 @@ class HERO(ComponentReducer):
 
         Args:
             retention: share of the tokens to keep (R), as a number or a text such as ``"20%"``.
-            saliency: share of likeness to the picture against likeness to the question (alpha).
+            saliency: share of likeness to the image against likeness to the question (alpha).
             saliency_temperature: of the softmax over sub-images (T_cls).
             relevance_temperature: of the softmax over sub-images (T_clip).
             early: layers read for sub-images.
@@ -152,7 +152,7 @@ class HERO(ComponentReducer):
             text_model: the CLIP checkpoint that the vision tower comes from.
         """
         ratio = ratio_of(retention)
-        allocation = SaliencyAndRelevance(
+        allocation = SaliencyRelevanceAllocation(
             saliency,
             saliency_temperature=saliency_temperature,
             relevance_temperature=relevance_temperature,
@@ -164,5 +164,5 @@ class HERO(ComponentReducer):
             newlines="keep",
             text_model=text_model,
             allocation=allocation,
-            selection=EarlyAndLateAttention(**layers),
+            selection=EarlyLateAttentionSelection(**layers),
         )

@@ -17,7 +17,7 @@ from tokenprune.budget import Budget
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import VisualContentAllocation
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 
 @dataclass
@@ -31,7 +31,7 @@ class HiRED(ComponentReducer):
     parity: ClassVar[str] = "release(): 12/12 official cases"
 
     allocation: AllocationPolicy = field(default_factory=VisualContentAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=TopAttentionSelection, kw_only=True)
 
     @classmethod
     def paper(cls, budget: int | float | str | Budget = 0.2, base_share: float = 0.5) -> HiRED:

@@ -76,7 +76,7 @@ class StripeOrder(OrderPolicy):
 
 
 @dataclass
-class StripedAttention(SelectionPolicy):
+class StripedAttentionSelection(SelectionPolicy):
     """Keep the most attended tokens of each stripe of the sequence; stripes are paid by their mean attention (HoloV).
 
     Args:
@@ -129,7 +129,7 @@ class HoloV(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=GlobalTopAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=StripedAttention, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=StripedAttentionSelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, stripes: int = 16) -> HoloV:
@@ -141,5 +141,5 @@ class HoloV(ComponentReducer):
             budget: tokens that may enter the LLM.
             stripes: number of stripes of the packed sequence.
         """
-        selection = StripedAttention(stripes, rounding="release")
+        selection = StripedAttentionSelection(stripes, rounding="release")
         return cls(budget, newlines="drop", selection=selection, order=StripeOrder(stripes))

@@ -4,11 +4,11 @@ Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Lar
 arXiv 2403.15388. Repository: 42Shawn/LLaVA-PruMerge, commit 097c041.
 
 With ``a = softmax(q_cls . k / sqrt(width))`` in the last layer, all heads as one: tokens with
-``a > Q3 + 1.5 IQR`` stay; each adds its 32 nearest neighbours (cosine of keys) weighted by ``a``, and one more token is
+``a > Q3 + 1.5 IQR`` stay; each adds its 32 nearest neighbors (cosine of keys) weighted by ``a``, and one more token is
 the sum of the others weighted by ``a``, all before the projector. PruMerge+ also keeps every
 ``int(int(1 / ratio) / 3)``-th token, about three times as many as there are outliers, so that no region is empty.
 Repaired: the budget says how many stay (PruMerge+: a quarter by attention, the others evenly spaced), sums are weighted
-means, so that tokens keep their length, and the order is the picture's.
+means, so that tokens keep their length, and the order is the image's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tokenprune.policies import AllocationPolicy, MergingPolicy, OrderPolicy, Se
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.merging import NeighbourMerging
+from tokenprune.strategies.components.merging import NeighborMerging
 from tokenprune.strategies.components.order import tile_numbers
-from tokenprune.strategies.components.selection import TopAttention, evenly_spaced
+from tokenprune.strategies.components.selection import TopAttentionSelection, evenly_spaced
 from tokenprune.strategies.trim import outlier_share
 
 
@@ -56,7 +56,7 @@ def published_picks(scores: Tensor, plus: bool) -> list[Tensor]:
 
 
 @dataclass
-class PublishedPicks(AllocationPolicy):
+class ReleasedCountAllocation(AllocationPolicy):
     """As many tokens as the release of PruMerge finds, and one for the rest, whatever the budget.
 
     Args:
@@ -72,12 +72,12 @@ class PublishedPicks(AllocationPolicy):
 
 
 @dataclass
-class OutliersThenSpaced(TopAttention):
+class OutlierThenSpacedSelection(TopAttentionSelection):
     """Keep the outliers of attention and evenly spaced tokens, as the release of PruMerge+ does.
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
-        heads: how heads are combined, see `TopAttention`.
+        heads: how heads are combined, see `TopAttentionSelection`.
     """
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class OutliersThenSpaced(TopAttention):
 
 
 @dataclass
-class PublishedOrder(OrderPolicy):
+class ReleasedOrder(OrderPolicy):
     """Outliers by falling attention, spaced tokens, the rest; tile by tile.
 
     Args:
@@ -108,12 +108,12 @@ class PublishedOrder(OrderPolicy):
 
 
 @dataclass
-class ImportantThenSpaced(TopAttention):
+class ImportantThenSpacedSelection(TopAttentionSelection):
     """Keep a share of the budget by attention, and evenly spaced ones of the other tokens (PruMerge+).
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
-        heads: how heads are combined, see `TopAttention`.
+        heads: how heads are combined, see `TopAttentionSelection`.
         important_share: share of the budget for attention alone.
     """
 
@@ -131,17 +131,19 @@ class ImportantThenSpaced(TopAttention):
 
 @dataclass
 class PruMerge(ComponentReducer):
-    """The most attended tokens take up their nearest neighbours; one more holds the rest.
+    """The most attended tokens take up their nearest neighbors; one more holds the rest.
 
-    Repaired: as many tokens as the budget says, weighted means, and the picture's order.
+    Repaired: as many tokens as the budget says, weighted means, and the image's order.
     """
 
     published: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=lambda: TopAttention(layer=-1, heads="joint"), kw_only=True)
-    merging: MergingPolicy | None = field(default_factory=NeighbourMerging, kw_only=True)
+    selection: SelectionPolicy = field(
+        default_factory=lambda: TopAttentionSelection(layer=-1, heads="joint"), kw_only=True
+    )
+    merging: MergingPolicy | None = field(default_factory=NeighborMerging, kw_only=True)
 
     @classmethod
     def release(cls) -> PruMerge:
@@ -149,9 +151,9 @@ class PruMerge(ComponentReducer):
         return cls(
             1.0,
             newlines="drop",
-            allocation=PublishedPicks(),
-            merging=NeighbourMerging(weights="release"),
-            order=PublishedOrder(),
+            allocation=ReleasedCountAllocation(),
+            merging=NeighborMerging(weights="release"),
+            order=ReleasedOrder(),
             padding="ignore",
         )
 
@@ -168,9 +170,9 @@ class PruMergePlus(ComponentReducer):
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(
-        default_factory=lambda: ImportantThenSpaced(layer=-1, heads="joint"), kw_only=True
+        default_factory=lambda: ImportantThenSpacedSelection(layer=-1, heads="joint"), kw_only=True
     )
-    merging: MergingPolicy | None = field(default_factory=NeighbourMerging, kw_only=True)
+    merging: MergingPolicy | None = field(default_factory=NeighborMerging, kw_only=True)
 
     @classmethod
     def release(cls) -> PruMergePlus:
@@ -178,9 +180,9 @@ class PruMergePlus(ComponentReducer):
         return cls(
             1.0,
             newlines="drop",
-            allocation=PublishedPicks(plus=True),
-            selection=OutliersThenSpaced(layer=-1, heads="joint"),
-            merging=NeighbourMerging(weights="release"),
-            order=PublishedOrder(plus=True),
+            allocation=ReleasedCountAllocation(plus=True),
+            selection=OutlierThenSpacedSelection(layer=-1, heads="joint"),
+            merging=NeighborMerging(weights="release"),
+            order=ReleasedOrder(plus=True),
             padding="ignore",
         )

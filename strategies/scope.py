@@ -1,4 +1,4 @@
-"""SCOPE: salient tokens that together cover the picture.
+"""SCOPE: salient tokens that together cover the image.
 
 Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025.
 Repository: kinredon/SCOPE, commit 6bf7306.
@@ -16,7 +16,7 @@ from tokenprune.budget import Budget
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import SaliencyCoverage
+from tokenprune.strategies.components.diversity import SaliencyCoverageSelection
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SCOPE(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=SaliencyCoverage, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=SaliencyCoverageSelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, alpha: float = 1.0) -> SCOPE:
@@ -40,5 +40,5 @@ class SCOPE(ComponentReducer):
             budget: tokens that may enter the LLM.
             alpha: power of the saliency.
         """
-        allocation, selection = UniformAllocation(rounding="floor"), SaliencyCoverage(alpha=alpha)
+        allocation, selection = UniformAllocation(rounding="floor"), SaliencyCoverageSelection(alpha=alpha)
         return cls(budget, newlines="drop", allocation=allocation, selection=selection, padding="ignore")

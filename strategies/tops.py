@@ -11,7 +11,7 @@ dropping inside the LLM and gives this stage twice the tokens that its tables na
 
 Assumed, since the paper does not say: CLS attention of the feature layer, mean over heads; cosine as the similarity;
 rescaling by minimum and maximum (section 4.1; its algorithm listings divide by the mean: ``rescaling="mean"``); each
-tile for itself with an even share of the budget; the picture's order.
+tile for itself with an even share of the budget; the image's order.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def optimal_preservation(
 
 
 @dataclass
-class OptimalPreservation(SelectionPolicy):
+class OptimalPreservationSelection(SelectionPolicy):
     """Keep tokens that are relevant, cover the others and differ from each other (TOPS).
 
     Args:
@@ -130,4 +130,4 @@ class TOPS(ComponentReducer):
     published: ClassVar[str] = "arXiv 2606.27161"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=OptimalPreservation, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=OptimalPreservationSelection, kw_only=True)

@@ -3,7 +3,7 @@
 Paper: Song et al., "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs",
 COLING 2025, arXiv 2409.10994. Repository: FreedomIntelligence/TRIM, commit f5a232d.
 
-``p = softmax(-(tokens . text))`` with tokens and question in CLIP's shared space, neither normalised; the top share
+``p = softmax(-(tokens . text))`` with tokens and question in CLIP's shared space, neither normalized; the top share
 stays, and one more token is the mean of the others, before the projector. The sign is the release's: patches that show
 what the text says are less like it. The share is given, or found from outliers: ``#(p > Q3 + 1.5 IQR) / tokens``.
 """
@@ -22,9 +22,9 @@ from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.merging import MeanOfRest
-from tokenprune.strategies.components.order import MergedLast
-from tokenprune.strategies.components.relevance import TextRelevance, TopRelevance
+from tokenprune.strategies.components.merging import MeanOfRestMerging
+from tokenprune.strategies.components.order import MergedLastOrder
+from tokenprune.strategies.components.relevance import TextRelevance, TopRelevanceSelection
 
 
 def outlier_share(values: Tensor) -> float:
@@ -58,7 +58,7 @@ class OutlierAllocation(AllocationPolicy):
 class TRIM(ComponentReducer):
     """The tokens that have most to do with the question, and the mean of the others.
 
-    Repaired: the merged token is part of the budget and stands in the picture's order.
+    Repaired: the merged token is part of the budget and stands in the image's order.
     """
 
     published: ClassVar[str] = "COLING 2025, arXiv 2409.10994"
@@ -66,9 +66,9 @@ class TRIM(ComponentReducer):
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(
-        default_factory=lambda: TopRelevance(TextRelevance(likeness="dot")), kw_only=True
+        default_factory=lambda: TopRelevanceSelection(TextRelevance(likeness="dot")), kw_only=True
     )
-    merging: MergingPolicy | None = field(default_factory=MeanOfRest, kw_only=True)
+    merging: MergingPolicy | None = field(default_factory=MeanOfRestMerging, kw_only=True)
 
     @classmethod
     def release(cls, share: float | None = None, tokens: int = 576, text_model: str | None = None) -> TRIM:
@@ -86,6 +86,6 @@ class TRIM(ComponentReducer):
             newlines="drop",
             text_model=text_model,
             allocation=allocation,
-            order=MergedLast(),
+            order=MergedLastOrder(),
             padding="ignore",
         )

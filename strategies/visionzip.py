@@ -25,11 +25,11 @@ from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import ContextualMerging
 from tokenprune.strategies.components.order import tile_numbers
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 
 @dataclass
-class ClsDominantContextual(OrderPolicy):
+class ClsDominantContextualOrder(OrderPolicy):
     """CLS, dominant, contextual tokens of the base tile; then all sub-images' dominant, CLS and contextual ones."""
 
     def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class ClsDominantContextual(OrderPolicy):
 class VisionZip(ComponentReducer):
     """The most attended tokens, and contextual ones that gather the others.
 
-    Repaired: contextual tokens are means in the picture's order, and the budget is spent exactly.
+    Repaired: contextual tokens are means in the image's order, and the budget is spent exactly.
     """
 
     published: ClassVar[str] = "CVPR 2025, arXiv 2412.04467"
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=TopAttention, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=TopAttentionSelection, kw_only=True)
     merging: MergingPolicy | None = field(default_factory=ContextualMerging, kw_only=True)
 
     @classmethod
@@ -69,6 +69,6 @@ class VisionZip(ComponentReducer):
             newlines="drop",
             allocation=UniformAllocation(rounding="floor"),
             merging=ContextualMerging(number=contextual, combine="sum", spacing="step", cls=True),
-            order=ClsDominantContextual(),
+            order=ClsDominantContextualOrder(),
             padding="ignore",
         )

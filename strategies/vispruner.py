@@ -16,7 +16,7 @@ from tokenprune.budget import Budget
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import ImportantThenDiverse
+from tokenprune.strategies.components.diversity import ImportantThenDiverseSelection
 
 
 @dataclass
@@ -30,7 +30,7 @@ class VisPruner(ComponentReducer):
     parity: ClassVar[str] = "release(): 6/6 official cases"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=ImportantThenDiverse, kw_only=True)
+    selection: SelectionPolicy = field(default_factory=ImportantThenDiverseSelection, kw_only=True)
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, important_share: float = 0.5) -> VisPruner:
@@ -43,5 +43,5 @@ class VisPruner(ComponentReducer):
             important_share: share of the budget for attention alone (r).
         """
         allocation = UniformAllocation(rounding="floor")
-        selection = ImportantThenDiverse(important_share=important_share)
+        selection = ImportantThenDiverseSelection(important_share=important_share)
         return cls(budget, newlines="drop", allocation=allocation, selection=selection, padding="ignore")

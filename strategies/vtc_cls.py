@@ -17,7 +17,7 @@ from typing import ClassVar
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 
 @dataclass
@@ -30,4 +30,4 @@ class VTCCLS(ComponentReducer):
     published: ClassVar[str] = "arXiv 2412.05819"
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
-    selection: SelectionPolicy = field(default_factory=lambda: TopAttention(layer=[-4, -3, -2]), kw_only=True)
+    selection: SelectionPolicy = field(default_factory=lambda: TopAttentionSelection(layer=[-4, -3, -2]), kw_only=True)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from tokenprune.rewrite import Rows as Rows
     from tokenprune.rewrite import align as align
     from tokenprune.run import Run as Run
-    from tokenprune.saliency import SecondLook as SecondLook
-    from tokenprune.saliency import Seen as Seen
+    from tokenprune.saliency import SaliencyModel as SaliencyModel
+    from tokenprune.saliency import SaliencyOutput as SaliencyOutput
     from tokenprune.selection import Selection as Selection
 
 __version__ = "0.1.0"
@@ -57,8 +57,8 @@ _HOME = {
     "Rows": "rewrite",
     "Run": "run",
     "ScoreReducer": "reducer",
-    "SecondLook": "saliency",
-    "Seen": "saliency",
+    "SaliencyModel": "saliency",
+    "SaliencyOutput": "saliency",
     "Selection": "selection",
     "SelectionPolicy": "policies",
     "Signal": "image",

@@ -142,7 +142,7 @@ class ImageAccount:
             kept=selection.kept_tokens,
             valid=int(geometry.valid.sum()),
             encoded=geometry.tiles * geometry.tokens,
-            newlines=selection.kept_separators,
+            newlines=selection.kept_newlines,
             newlines_full=geometry.separators,
             granted_per_tile=tuple(selection.granted_per_tile),
             kept_per_tile=tuple(selection.kept_per_tile),

@@ -178,7 +178,7 @@ class Adapter(ABC):
     """Where text inside the span of an image belongs, if there is any that separates rows or tiles."""
 
     beams: ClassVar[bool] = True
-    """Whether the unmodified model generates with beams from pictures."""
+    """Whether the unmodified model generates with beams from images."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -230,7 +230,7 @@ class Adapter(ABC):
         """Return inputs of `forward` and `generate` with random pixels, left-padded.
 
         Args:
-            rows: for each prompt, height x width of its pictures in pixels.
+            rows: for each prompt, height x width of its images in pixels.
         """
 
     @abstractmethod
@@ -416,7 +416,7 @@ class Adapter(ABC):
     def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return the pixels of each image as the model is given them, base tile first.
 
-        Adapters of models at whose pictures a second model can look (`SecondLook`) write it.
+        Adapters of models at whose images a second model can look (`SaliencyModel`) write it.
 
         Args:
             inputs: the vision inputs of a call.
@@ -427,12 +427,12 @@ class Adapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} shows no tiles, so no second model can look at them")
 
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return mean and standard deviation of the colours with which the model's processor normalises pictures.
+    def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation of the colors with which the model's processor normalizes images.
 
         Adapters that write `tiles` write it.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not know how its pictures are normalised")
+        raise NotImplementedError(f"{type(self).__name__} does not know how its images are normalised")
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.
@@ -453,7 +453,7 @@ class Adapter(ABC):
         raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot embed a question")
 
     def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
-        """Return what the user asks in each prompt row: the text of the last turn, without template and pictures.
+        """Return what the user asks in each prompt row: the text of the last turn, without template and images.
 
         Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
 

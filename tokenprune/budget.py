@@ -200,7 +200,7 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
     return share
 
 
-def apportioned(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
+def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
     """Divide as `apportion` does, in tensors of one shape and without reading a number: for compiled regions.
 
     In float64 instead of exact fractions: shares that are equal, or whole numbers, up to rounding may fall otherwise.

@@ -16,7 +16,7 @@ from tokenprune.layers import LayerChoice, resolve_layers
 
 Key: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
-SEPARATOR = -1
+NEWLINE = -1
 """Marks a learned newline token in `TileGeometry.packed`."""
 ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"})
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
@@ -27,9 +27,9 @@ ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "align
 ALIGNED_SIGNALS = frozenset(ALIGNED_FROM)
 """Kinds of signals in the space that the vision tower shares with its text tower."""
 USED_WHEN_ATTACHED = frozenset({"projector_inputs", "resolution"})
-"""Kinds that a strategy declares for what is done with its answer: features are mixed, a picture is encoded anew."""
+"""Kinds that a strategy declares for what is done with its answer: features are mixed, an image is encoded anew."""
 TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
-"""Kinds of signals that come from the prompt instead of the picture, `[..., width]`."""
+"""Kinds of signals that come from the prompt instead of the image, `[..., width]`."""
 
 
 def token_dim(kind: str) -> int:
@@ -53,7 +53,7 @@ class TileGeometry:
         regions: the part of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of the
             base tile, `[sub_images, 4]`. Sub-images that hold only padding cover nothing.
         packed: what stands at each image position of the prompt, `[length]`: the flat index ``tile * tokens + token``
-            of a token, or `SEPARATOR` for a learned newline. Tokens that are missing here were removed by the model's
+            of a token, or `NEWLINE` for a learned newline. Tokens that are missing here were removed by the model's
             own unpadding: they are not valid.
     """
 
@@ -86,30 +86,28 @@ class TileGeometry:
         """Which tokens survive the model's own unpadding, bool `[tiles, tokens]`."""
         total = self.tiles * self.tokens
         mask = torch.zeros(total + 1, dtype=torch.bool, device=self.packed.device)
-        behind = torch.where(self.packed == SEPARATOR, total, self.packed)  # newlines: the entry that is cut off
+        behind = torch.where(self.packed == NEWLINE, total, self.packed)  # newlines: the entry that is cut off
         mask[behind] = True
         return mask[:total].view(self.tiles, self.tokens)
 
     @cached_property
     def separators(self) -> int:
         """Number of learned newline tokens."""
-        return int((self.packed == SEPARATOR).sum())
+        return int((self.packed == NEWLINE).sum())
 
     @cached_property
-    def separator_of(self) -> Tensor:
+    def newline_of(self) -> Tensor:
         """Which separator closes the row of each packed position, `[length]`; -1 where none does.
 
         A row is the run of tokens since the separator before, of the base tile or of the sub-images. Base tile tokens
         that stand before the first row of the sub-images belong to no row.
         """
-        is_separator = self.packed == SEPARATOR
-        row = torch.cumsum(is_separator, dim=0) - is_separator.long()
+        is_newline = self.packed == NEWLINE
+        row = torch.cumsum(is_newline, dim=0) - is_newline.long()
         outside = row >= self.separators
-        of_base = (self.packed < self.tokens) & ~is_separator
-        last = (is_separator.nonzero()[:, 0] - 1).clamp(min=0)
-        outside |= ~is_separator & (
-            of_base != of_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True
-        )
+        of_base = (self.packed < self.tokens) & ~is_newline
+        last = (is_newline.nonzero()[:, 0] - 1).clamp(min=0)
+        outside |= ~is_newline & (of_base != of_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
         return row.masked_fill(outside, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -120,28 +118,28 @@ class TileGeometry:
         """
         places = self.packed.to(packed.device)
         features = packed.new_zeros(self.tiles * self.tokens, packed.shape[-1])
-        features[places[places != SEPARATOR]] = packed[places != SEPARATOR]
+        features[places[places != NEWLINE]] = packed[places != NEWLINE]
         return features.view(self.tiles, self.tokens, -1)
 
     def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:
-        """Return the layout of the same picture at a lower resolution.
+        """Return the layout of the same image at a lower resolution.
 
         Args:
             token_grid: height x width of the tokens of a tile, at most the present ones.
 
         Returns:
-            The new layout, and the tokens of this one that stand at the centres of the new tokens, in the same order,
-            bool `[tiles, tokens]`. A new token is valid if its centre is.
+            The new layout, and the tokens of this one that stand at the centers of the new tokens, in the same order,
+            bool `[tiles, tokens]`. A new token is valid if its center is.
         """
         if token_grid == self.token_grid:  # a strip so thin that only its newlines are left cannot be told from `valid`
             return self, self.valid
         (rows, cols), (height, width) = self.tile_grid, self.token_grid
 
-        def centres(cells: int, old: int, new: int) -> Tensor:
+        def centers(cells: int, old: int, new: int) -> Tensor:
             return ((2 * torch.arange(cells * new) + 1) * old).div(2 * new, rounding_mode="floor")
 
         standing = torch.zeros(self.tiles, height, width, dtype=torch.bool)
-        standing[0][centres(1, height, token_grid[0])[:, None], centres(1, width, token_grid[1])] = True
+        standing[0][centers(1, height, token_grid[0])[:, None], centers(1, width, token_grid[1])] = True
         base = torch.arange(math.prod(token_grid))
         if not self.sub_images:
             return replace(self, token_grid=token_grid, packed=base), standing.flatten(1)
@@ -150,7 +148,7 @@ class TileGeometry:
         valid = rearrange(self.valid[1:].cpu(), to_canvas, height=height, width=width, **sizes)
         numbers = torch.arange(len(base), (1 + self.sub_images) * len(base)).view(self.sub_images, -1)
         numbers = rearrange(numbers, to_canvas, height=token_grid[0], width=token_grid[1], **sizes)
-        down, across = centres(rows, height, token_grid[0]), centres(cols, width, token_grid[1])
+        down, across = centers(rows, height, token_grid[0]), centers(cols, width, token_grid[1])
         stay_down, stay_across = valid.any(dim=1)[down], valid.any(dim=0)[across]
         canvas = torch.zeros_like(valid)
         canvas[down[stay_down][:, None], across[stay_across]] = True
@@ -159,7 +157,7 @@ class TileGeometry:
         )
         numbers = numbers[stay_down][:, stay_across]
         if self.separators and numbers.numel():
-            numbers = torch.cat([numbers, torch.full((len(numbers), 1), SEPARATOR)], dim=1)
+            numbers = torch.cat([numbers, torch.full((len(numbers), 1), NEWLINE)], dim=1)
         base_first = bool(self.packed[0] < self.tokens)
         parts = [base, numbers.flatten()] if base_first else [numbers.flatten(), base]
         return replace(self, token_grid=token_grid, packed=torch.cat(parts)), standing.flatten(1)
@@ -171,7 +169,7 @@ class TileGeometry:
 
     @classmethod
     def tiled(cls, tile_grid: tuple[int, int], token_grid: tuple[int, int], base_first: bool) -> TileGeometry:
-        """Return the layout of a picture that is cut evenly, its tiles one after the other and without separators.
+        """Return the layout of an image that is cut evenly, its tiles one after the other and without separators.
 
         Args:
             tile_grid: rows x cols of the sub-images.
@@ -191,10 +189,10 @@ class TileGeometry:
         """Return the layout that LLaVA-NeXT's AnyRes gives an image.
 
         The base tile is the whole image squeezed into a square; the sub-images cut a canvas on which the image is
-        scaled to fit and centred. Rows of the canvas end with a newline token.
+        scaled to fit and centerd. Rows of the canvas end with a newline token.
 
         Args:
-            image_size: height x width of the picture in pixels.
+            image_size: height x width of the image in pixels.
             tile_grid: rows x cols of the sub-images.
             token_grid: height x width of the tokens of a tile.
             tile_size: side of a tile in pixels.
@@ -207,7 +205,7 @@ class TileGeometry:
         )
         top, left = _unpadding(image_size, (index.shape[0], index.shape[1]))
         index = index[top : index.shape[0] - top, left : index.shape[1] - left]
-        newline = torch.full((index.shape[0], 1), SEPARATOR)
+        newline = torch.full((index.shape[0], 1), NEWLINE)
         packed = torch.cat([torch.arange(math.prod(token_grid)), torch.cat([index, newline], dim=1).flatten()])
         return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
 
@@ -227,7 +225,7 @@ def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile
     """Return which part of the whole image each sub-image of an AnyRes canvas shows.
 
     Args:
-        image_size: height x width of the picture in pixels.
+        image_size: height x width of the image in pixels.
         tile_grid: rows x cols of the sub-images.
         tile_size: side of a tile in pixels.
 
@@ -408,7 +406,7 @@ class EncodedImage:
 
         Strategies that treat an image as one sequence read it like this.
         """
-        places = self.geometry.packed[self.geometry.packed != SEPARATOR].to(self.device)
+        places = self.geometry.packed[self.geometry.packed != NEWLINE].to(self.device)
 
         def pool(kind: str, value: Tensor) -> Tensor:
             if kind in ROW_SIGNALS:
@@ -500,12 +498,12 @@ class EncodedImage:
     def aligned_features(self, layer: LayerChoice) -> Tensor:
         """Return tokens in the space that the vision tower shares with its text tower, `[tiles, tokens, shared]`.
 
-        They are not normalised: ``visual_projection(post_layernorm(x))`` of CLIP.
+        They are not normalized: ``visual_projection(post_layernorm(x))`` of CLIP.
         """
         return self.read(Signal("aligned_features", layer))
 
     def aligned_cls(self, layer: LayerChoice) -> Tensor:
-        """Return each tile's CLS token in the space shared with the text tower, not normalised, `[tiles, 1, shared]`.
+        """Return each tile's CLS token in the space shared with the text tower, not normalized, `[tiles, 1, shared]`.
 
         Of the last layer, it is what CLIP calls the embedding of an image.
         """

@@ -24,7 +24,14 @@ from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.rewrite import Rows, emptied_text, kept_positions, padding_side, shorten, shorter_rows
 from tokenprune.run import Run
-from tokenprune.saliency import SecondLook, attention_layers, attention_source, read_from, seen_by, standing_in
+from tokenprune.saliency import (
+    SaliencyModel,
+    attention_layers,
+    attention_source,
+    read_from,
+    with_cls_substitute,
+    with_saliency,
+)
 from tokenprune.selection import Selection
 from tokenprune.stages import entering_places
 
@@ -96,7 +103,7 @@ class Pipeline:
         self.reducer, self.adapter, self.question, self.tokenizer = reducer, adapter, question, tokenizer
         self.keep_pixels = keep_pixels
         self.signal = attention_source(reducer.attention, adapter.provides)
-        """The kind of signal that replaces CLS attention; or ``"second_look"``."""
+        """The kind of signal that replaces CLS attention; or ``"saliency_model"``."""
         self.needs = read_from(reducer.needs, self.signal)
         """The signals that are captured for the strategy."""
         if problem := lacking(reducer, adapter):
@@ -367,15 +374,15 @@ class Pipeline:
         look, needs = self.reducer.attention, self.reducer.needs
         count = len(encoding.images) // encoding.repeats
         unique = encoding.images[:count]
-        if not isinstance(look, SecondLook) or not attention_layers(needs):
-            return [standing_in(image, needs, self.signal) for image in unique] * encoding.repeats, 0
+        if not isinstance(look, SaliencyModel) or not attention_layers(needs):
+            return [with_cls_substitute(image, needs, self.signal) for image in unique] * encoding.repeats, 0
         tiles = self.adapter.tiles(encoding.inputs, [image.geometry for image in unique])
         is_set = look.image_mean is not None and look.image_std is not None
-        mean, std = (look.image_mean, look.image_std) if is_set else self.adapter.normalisation()
+        mean, std = (look.image_mean, look.image_std) if is_set else self.adapter.pixel_mean_std()
         images, total = [], 0
         for image, pixels in zip(unique, tiles, strict=True):
             center, spread = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
-            visible, flops = seen_by(image, look, (pixels.float() * spread + center).clamp(0, 1), needs)
+            visible, flops = with_saliency(image, look, (pixels.float() * spread + center).clamp(0, 1), needs)
             images.append(visible)
             total += flops
         return images * encoding.repeats, total
@@ -511,7 +518,7 @@ def attention_name(reducer: TokenReducer, adapter: Adapter) -> str | None:
     if not attention_layers(reducer.needs):
         return None
     look = reducer.attention
-    return look.name if isinstance(look, SecondLook) else attention_source(look, adapter.provides)
+    return look.name if isinstance(look, SaliencyModel) else attention_source(look, adapter.provides)
 
 
 def reduce_once(reducer: TokenReducer, images: Sequence[EncodedImage]) -> list[Selection]:

@@ -32,7 +32,7 @@ class Component(Configurable):
 class AllocationPolicy(Component, ABC):
     """Divides the budget of an image over its tiles."""
 
-    ignores_tiles: ClassVar[bool] = False
+    pools_tiles: ClassVar[bool] = False
     """Whether tiles do not matter: the selection then sees one sequence (`EncodedImage.in_packed_order`)."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Merged(NamedTuple):
     weights: Tensor
 
 
-def unmerged(picked: Tensor) -> Tensor:
+def identity_weights(picked: Tensor) -> Tensor:
     """Return the weights of tokens that stay what they are, `[tiles, tokens, tokens]`.
 
     Args:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportioned, as_budget, plain_budget
-from tokenprune.image import ALIGNED_SIGNALS, SEPARATOR, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.budget import Budget, apportion_tensor, as_budget, plain_budget
+from tokenprune.image import ALIGNED_SIGNALS, NEWLINE, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.policies import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
-from tokenprune.saliency import SOURCES, Attention, SecondLook
-from tokenprune.selection import Newlines, Selection, kept_separators, top_of_image, top_per_tile
+from tokenprune.saliency import SOURCES, Attention, SaliencyModel
+from tokenprune.selection import Newlines, Selection, kept_newlines, top_of_image, top_per_tile
 from tokenprune.stages import ImageStage, ProjectorStage, Stage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TokenReducer(Configurable, ABC):
             its text tower; a folder, a hub id, or ``"mini"`` for that of the embedded model.
         attention: for strategies that read CLS attention: ``"auto"`` reads it where the vision tower has a CLS token,
             and else the attention that each token receives; ``"cls"``, ``"received"``, ``"pooling"`` (the probe of
-            SigLIP's pooling head) insist on one. A `SecondLook`, such as `TimmSaliency`, reads that of a second model.
+            SigLIP's pooling head) fix the source. A `SaliencyModel` (`TimmSaliency`) computes it with another model.
         text_separators: text that separates rows or tiles inside an image, such as ``[IMG_BREAK]`` (learned newlines
             are no text, see `newlines`): ``"keep"`` leaves it in the prompt; ``"drop_empty"`` drops that of rows and
             tiles of which no token is kept. What opens and closes the whole image stays.
@@ -55,7 +55,7 @@ class TokenReducer(Configurable, ABC):
     positions: Literal["reindex", "preserve"] = "reindex"
     newlines: Newlines = "keep_rows"
     text_model: str | None = None
-    attention: Attention | SecondLook = "auto"
+    attention: Attention | SaliencyModel = "auto"
     text_separators: Literal["keep", "drop_empty"] = "keep"
 
     def __post_init__(self) -> None:
@@ -68,9 +68,9 @@ class TokenReducer(Configurable, ABC):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.attention, SecondLook) and self.attention not in ("auto", *SOURCES):
+        if not isinstance(self.attention, SaliencyModel) and self.attention not in ("auto", *SOURCES):
             words = ", ".join(map(repr, ("auto", *SOURCES)))
-            raise ValueError(f"attention={self.attention!r} is not known; use one of {words}, or a SecondLook")
+            raise ValueError(f"attention={self.attention!r} is not known; use one of {words}, or a SaliencyModel")
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -79,7 +79,7 @@ class TokenReducer(Configurable, ABC):
 
     @property
     def reads_question(self) -> bool:
-        """Whether a needed signal comes from the question, or from the space that it shares with the picture."""
+        """Whether a needed signal comes from the question, or from the space that it shares with the image."""
         return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in self.needs)
 
     @abstractmethod
@@ -107,7 +107,7 @@ class TokenReducer(Configurable, ABC):
         self._check_mixing(selection)
         separators = selection.separators
         if separators is None:
-            separators = kept_separators(geometry, kept, self.newlines)
+            separators = kept_newlines(geometry, kept, self.newlines)
         return replace(selection, separators=separators, pixels=image.pixels)
 
     def _check_mixing(self, selection: Selection) -> None:
@@ -197,11 +197,11 @@ class TokenReducer(Configurable, ABC):
         limit = int(geometry.valid.sum()) if limit is None else limit
         number = min(asked, limit)
         kept, granted = choose(number)
-        separators = kept_separators(geometry, kept, self.newlines)
+        separators = kept_newlines(geometry, kept, self.newlines)
         if budget.newlines == "counted":
 
             def cost(kept: Tensor) -> int:
-                return int(kept.sum()) + int(kept_separators(geometry, kept, self.newlines).sum())
+                return int(kept.sum()) + int(kept_newlines(geometry, kept, self.newlines).sum())
 
             while number > 0 and cost(kept) > asked:
                 number = max(0, number - (cost(kept) - asked))
@@ -211,7 +211,7 @@ class TokenReducer(Configurable, ABC):
                 if cost(more) > asked:
                     break
                 number, kept, granted = number + 1, more, more_granted
-            separators = kept_separators(geometry, kept, self.newlines)
+            separators = kept_newlines(geometry, kept, self.newlines)
             if self.newlines == "keep_rows":
                 spare = max(0, asked - cost(kept))
                 separators = separators.clone()
@@ -268,7 +268,7 @@ class ScoreReducer(TokenReducer):
 
 @dataclass
 class ImageReducer(TokenReducer):
-    """A strategy that acts before the vision tower: the picture is encoded at a lower resolution.
+    """A strategy that acts before the vision tower: the image is encoded at a lower resolution.
 
     The budget is a ceiling: only products of height and width can be encoded.
     """
@@ -294,7 +294,7 @@ class ImageReducer(TokenReducer):
         kept = kept.to(image.device)
         separators = torch.zeros(geometry.separators, dtype=torch.bool, device=kept.device)
         if self.newlines != "drop":
-            separators = kept_separators(geometry, kept, "keep_rows")
+            separators = kept_newlines(geometry, kept, "keep_rows")
         asked = as_budget(self.budget).asked(geometry)
         return Selection(geometry, kept, asked, separators=separators, resized_grid=grid)
 
@@ -348,8 +348,8 @@ class ComponentReducer(TokenReducer):
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then choose inside each tile (or in the one pool of all tiles)."""
         geometry, device = image.geometry, image.device
-        if self.allocation.ignores_tiles and geometry.sub_images:
-            places = geometry.packed[geometry.packed != SEPARATOR].to(device)[None]
+        if self.allocation.pools_tiles and geometry.sub_images:
+            places = geometry.packed[geometry.packed != NEWLINE].to(device)[None]
             image = image.in_packed_order()
         else:
             places = torch.arange(geometry.tiles * geometry.tokens, device=device).view(geometry.tiles, -1)
@@ -369,13 +369,13 @@ class ComponentReducer(TokenReducer):
             kept = kept & valid
             kept_at = at_places(kept, False)
             chosen.append((kept_at, kept, merged))
-            return kept_at, kept_at.sum(dim=1).tolist() if self.allocation.ignores_tiles else granted
+            return kept_at, kept_at.sum(dim=1).tolist() if self.allocation.pools_tiles else granted
 
         selection = self.within_budget(image, choose, at_places(scores, -torch.inf), sum(capacity), geometry)
         kept, merged = next((kept, merged) for mask, kept, merged in chosen if mask is selection.kept)
         if merged is None and self.order is None:
             return selection
-        in_prompt = geometry.packed[geometry.packed != SEPARATOR].to(device)
+        in_prompt = geometry.packed[geometry.packed != NEWLINE].to(device)
         in_prompt = in_prompt[selection.kept.flatten()[in_prompt]]  # flat index of each kept token, in packed order
         slot = torch.empty(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
         slot[places.flatten()] = torch.arange(places.numel(), device=device)
@@ -398,7 +398,7 @@ class ComponentReducer(TokenReducer):
 
         The same tokens as `select` keeps, without what is drawn, counted and checked; for
         ``torch.compile(reducer.mask, fullgraph=True)`` and CUDA graphs. Ties of shares may fall otherwise
-        (`apportioned`).
+        (`apportion_tensor`).
 
         Args:
             image: the encoded image; `image.geometry.valid` must have been read before.
@@ -408,7 +408,7 @@ class ComponentReducer(TokenReducer):
         """
         plain = type(self.selection).pick is SelectionPolicy.pick and self.merging is None and self.order is None
         budget = as_budget(self.budget)
-        if not plain or self.allocation.ignores_tiles or budget.newlines == "counted":
+        if not plain or self.allocation.pools_tiles or budget.newlines == "counted":
             raise ValueError(
                 f"{self!r} is no single graph: it needs a selection that ranks scores, an allocation by tiles, no "
                 "merging, no order, and free newlines; use select"
@@ -418,7 +418,7 @@ class ComponentReducer(TokenReducer):
         candidates = self._candidates(valid)
         scores = self.selection.score(image).float().masked_fill(~candidates, -torch.inf)
         capacity = candidates.sum(dim=1)
-        granted = apportioned(budget.asked(geometry), self.allocation.weights(image, capacity, scores), capacity)
+        granted = apportion_tensor(budget.asked(geometry), self.allocation.weights(image, capacity, scores), capacity)
         return top_per_tile(scores, granted, candidates) & valid
 
     def _pick(

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def kebab(name: str) -> str:
-    """Return the kebab-case alias of a class name: `TopAttention` is `top-attention`, `HiRED` is `hired`."""
+    """Return the kebab-case alias of a class name: `TopNorm` is `top-norm`, `HiRED` is `hired`."""
     return re.sub(r"(?<=[A-Za-z0-9])(?=[A-Z][a-z0-9])", "-", name).lower()
 
 

@@ -30,11 +30,11 @@ SOURCES: Mapping[str, str] = {
     "pooling": "pooling_attention",
 }
 """The signal that each choice reads."""
-SECOND_LOOK = "second_look"
+SECOND_LOOK = "saliency_model"
 """Stands for the signal if a second model is read."""
 
 
-class Seen(NamedTuple):
+class SaliencyOutput(NamedTuple):
     """What a second model attends to.
 
     Args:
@@ -51,13 +51,13 @@ class Seen(NamedTuple):
 
 
 @dataclass
-class SecondLook(Component, ABC):
+class SaliencyModel(Component, ABC):
     """A second model that looks at the same tiles; its attention is read in place of the vision tower's.
 
     Args:
-        image_mean: mean of the colours with which the VLM's processor normalises pictures. Left out, mean and deviation
+        image_mean: mean of the colors with which the VLM's processor normalizes images. Left out, mean and deviation
             are read from the processor's file in the VLM's own folder or hub id.
-        image_std: standard deviation of the colours, likewise.
+        image_std: standard deviation of the colors, likewise.
     """
 
     image_mean: list[float] | None = field(default=None, kw_only=True)
@@ -74,24 +74,24 @@ class SecondLook(Component, ABC):
         """What the records call it."""
 
     @abstractmethod
-    def look(self, pictures: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> Seen:
+    def look(self, images: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> SaliencyOutput:
         """Return what the model attends to.
 
         Args:
-            pictures: the tiles of one image, colours from 0 to 1, `[tiles, 3, height, width]`.
+            images: the tiles of one image, colors from 0 to 1, `[tiles, 3, height, width]`.
             token_grid: height x width of the tokens of a tile.
             layers: the layers to read, to be resolved on the depth of this model.
         """
 
 
-def attention_source(choice: Attention | SecondLook, provides: Collection[str]) -> str:
+def attention_source(choice: Attention | SaliencyModel, provides: Collection[str]) -> str:
     """Return the kind of signal that a strategy is given as ``"cls_attention"``, or `SECOND_LOOK`.
 
     Args:
         choice: what the strategy's `attention` says.
         provides: kinds of signals that the model gives.
     """
-    if isinstance(choice, SecondLook):
+    if isinstance(choice, SaliencyModel):
         return SECOND_LOOK
     if choice == "auto":
         return next((SOURCES[one] for one in ("cls", "received") if SOURCES[one] in provides), SOURCES["cls"])
@@ -110,7 +110,7 @@ def read_from(needs: Sequence[Signal], source: str) -> list[Signal]:
     return [one._replace(kind=source) if one.kind == SOURCES["cls"] else one for one in needs]
 
 
-def standing_in(image: EncodedImage, needs: Sequence[Signal], source: str) -> EncodedImage:
+def with_cls_substitute(image: EncodedImage, needs: Sequence[Signal], source: str) -> EncodedImage:
     """Return an image whose CLS attention is the signal that stands in for it.
 
     Args:
@@ -129,18 +129,18 @@ def standing_in(image: EncodedImage, needs: Sequence[Signal], source: str) -> En
     return image.with_signals({(SOURCES["cls"], layer): image.signals[source, layer] for layer in layers})
 
 
-def seen_by(
-    image: EncodedImage, look: SecondLook, pictures: Tensor, needs: Sequence[Signal]
+def with_saliency(
+    image: EncodedImage, look: SaliencyModel, images: Tensor, needs: Sequence[Signal]
 ) -> tuple[EncodedImage, int]:
     """Return an image whose CLS attention is that of a second model, and the FLOPs that it took.
 
     Args:
         image: the encoded image.
         look: the second model.
-        pictures: the tiles of the image, colours from 0 to 1, base tile first, `[tiles, 3, height, width]`.
+        images: the tiles of the image, colors from 0 to 1, base tile first, `[tiles, 3, height, width]`.
         needs: what the strategy declares.
     """
-    seen = look.look(pictures, image.geometry.token_grid, attention_layers(needs))
+    seen = look.look(images, image.geometry.token_grid, attention_layers(needs))
     found = {(SOURCES["cls"], layer): rows for layer, rows in seen.rows.items()}
     return image.with_signals(found, {SOURCES["cls"]: (seen.layers, seen.feature_layer)}), seen.flops
 

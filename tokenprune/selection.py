@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.image import NEWLINE, TileGeometry
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,7 +68,7 @@ class Selection:
         return int(self.kept.sum())
 
     @property
-    def kept_separators(self) -> int:
+    def kept_newlines(self) -> int:
         """Number of kept newline tokens."""
         return 0 if self.separators is None else int(self.separators.sum())
 
@@ -82,9 +82,9 @@ class Selection:
         packed = self.geometry.packed
         mask = self.kept.flatten()[packed.clamp(min=0)]
         if self.separators is not None:
-            mask[packed == SEPARATOR] = self.separators
+            mask[packed == NEWLINE] = self.separators
         else:
-            mask[packed == SEPARATOR] = False
+            mask[packed == NEWLINE] = False
         return mask
 
     def compact(self) -> Selection:
@@ -103,18 +103,18 @@ class Selection:
             mixing=None,
         )
 
-    def overlay(self, picture: Image.Image | None = None) -> Image.Image:
+    def overlay(self, image: Image.Image | None = None) -> Image.Image:
         """Draw the kept tokens of every tile, base tile first.
 
         Args:
-            picture: the original picture, to be drawn beside the tiles that the model saw.
+            image: the original image, to be drawn beside the tiles that the model saw.
 
         Raises:
             ValueError: if the selection carries no pixels (a run keeps those of its first images only).
         """
         from tokenprune.viz import overlay
 
-        return overlay(self, picture)
+        return overlay(self, image)
 
 
 def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def top_of_image(scores: Tensor, total: int, candidates: Tensor) -> Tensor:
     return top_per_tile(scores.reshape(1, -1), budget, candidates.reshape(1, -1)).view_as(candidates)
 
 
-def kept_separators(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> Tensor:
+def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> Tensor:
     """Return which learned newline tokens stay.
 
     Args:
@@ -170,8 +170,8 @@ def kept_separators(geometry: TileGeometry, kept: Tensor, newlines: Newlines) ->
         return torch.full((geometry.separators,), newlines == "keep", device=kept.device)
     if newlines != "keep_rows":
         raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
-    row, packed = geometry.separator_of.to(kept.device), geometry.packed.to(kept.device)
-    in_row = (packed != SEPARATOR) & (row >= 0)
+    row, packed = geometry.newline_of.to(kept.device), geometry.packed.to(kept.device)
+    in_row = (packed != NEWLINE) & (row >= 0)
     stays = torch.full((geometry.separators,), bool(kept.any()), device=kept.device)
     stays[row[in_row]] = False
     stays[row[in_row & kept.flatten()[packed.clamp(min=0)]]] = True

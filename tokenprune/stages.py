@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.image import SEPARATOR, EncodedImage, Signal
+from tokenprune.image import NEWLINE, EncodedImage, Signal
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
@@ -105,7 +105,7 @@ class ProjectorStage(Stage):
             if selection.mixing is None and selection.order is None:
                 out.append(features)
                 continue
-            is_token = selection.geometry.packed.to(features.device)[mask] != SEPARATOR
+            is_token = selection.geometry.packed.to(features.device)[mask] != NEWLINE
             tokens = features[is_token]
             if selection.mixing is not None:
                 mixing = selection.mixing.to(features.device)
@@ -153,9 +153,9 @@ class ImageStage(Stage):
         out = []
         for number, selection in enumerate(selections):
             grid, features = grids[number % count], encoded[number % count]
-            if grid is not None and not selection.kept_separators:
+            if grid is not None and not selection.kept_newlines:
                 places = selection.geometry.resized(grid)[0].packed.to(features.device)
-                features = features[places != SEPARATOR]
+                features = features[places != NEWLINE]
             out.append(features)
         return out
 
@@ -190,6 +190,6 @@ def entering_places(selection: Selection, mask: Tensor) -> Tensor:
     """
     places = mask.nonzero()[:, 0]
     if selection.order is not None:
-        is_token = selection.geometry.packed.to(mask.device)[places] != SEPARATOR
+        is_token = selection.geometry.packed.to(mask.device)[places] != NEWLINE
         places[is_token] = places[is_token][selection.order.to(mask.device)]
     return places

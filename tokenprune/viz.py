@@ -1,4 +1,4 @@
-"""Pictures of selections. Everything returns an image or a figure; nothing is shown, no global style is touched."""
+"""Images of selections. Everything returns an image or a figure; nothing is shown, no global style is touched."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from tokenprune.selection import Selection
 
 KEPT, GRANTED = "#D55E00", "#B4C7D9"
-"""Vermilion for what is kept (told apart from blue-grey by every kind of colour vision) and blue-grey for grants."""
+"""Vermilion for what is kept (told apart from blue-grey by every kind of color vision) and blue-grey for grants."""
 INK, PADDING = "#222222", "#8A8A8A"
 TILE_SIDE, GAP, LABEL = 240, 10, 24
 """Least side of a drawn tile, space between tiles, height of a label; in pixels."""
 
 
-def overlay(selection: Selection, picture: Image.Image | None = None) -> Image.Image:
+def overlay(selection: Selection, image: Image.Image | None = None) -> Image.Image:
     """Draw the kept tokens of every tile: the base tile at the left, the sub-images in their grid.
 
     Kept tokens are clear and outlined, dropped ones faded, and padding that the model removes itself is hatched.
 
     Args:
         selection: the selection, with pixels.
-        picture: the original picture, to be drawn at the very left.
+        image: the original image, to be drawn at the very left.
 
     Raises:
         ValueError: if the selection carries no pixels.
@@ -44,11 +44,11 @@ def overlay(selection: Selection, picture: Image.Image | None = None) -> Image.I
     width, height = tiles[0].size
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
     left, scaled, caption = 0, None, ""
-    if picture is not None:
-        caption = f"picture {picture.width} x {picture.height}"
-        share = min(2 * width / picture.width, 2 * height / picture.height)
-        scaled = picture.convert("RGB").resize(
-            (max(1, round(picture.width * share)), max(1, round(picture.height * share))), Image.Resampling.LANCZOS
+    if image is not None:
+        caption = f"image {image.width} x {image.height}"
+        share = min(2 * width / image.width, 2 * height / image.height)
+        scaled = image.convert("RGB").resize(
+            (max(1, round(image.width * share)), max(1, round(image.height * share))), Image.Resampling.LANCZOS
         )
         left = scaled.width + 3 * GAP
     across = left + width + (3 * GAP + cols * (width + GAP) - GAP if rows else 0)
@@ -96,14 +96,14 @@ def budget_bars(selection: Selection) -> Figure:
     return figure
 
 
-def report(selection: Selection, picture: Image.Image | None = None) -> Image.Image:
+def report(selection: Selection, image: Image.Image | None = None) -> Image.Image:
     """Draw the overlay with the budget bars under it.
 
     Args:
         selection: the selection, with pixels.
-        picture: the original picture, to be drawn at the very left.
+        image: the original image, to be drawn at the very left.
     """
-    top, figure = overlay(selection, picture), budget_bars(selection)
+    top, figure = overlay(selection, image), budget_bars(selection)
     figure.set_dpi(100)
     bars = figure_image(figure)
     sheet = Image.new("RGB", (max(top.width, bars.width), top.height + bars.height), "white")

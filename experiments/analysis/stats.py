@@ -1,7 +1,7 @@
 """Intervals, paired differences and factor effects from the records of a run directory.
 
-Samples about one picture are not independent, so every interval comes from a bootstrap that resamples groups, which are
-the samples of one picture. Two experiments are compared sample by sample. ``docs/explanation/statistics.md`` says why.
+Samples about one image are not independent, so every interval comes from a bootstrap that resamples groups, which are
+the samples of one image. Two experiments are compared sample by sample. ``docs/explanation/statistics.md`` says why.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ DRAWS = 2000
 """Bootstrap samples of an interval."""
 CHUNK = 2_000_000
 """Numbers drawn at a time, so that many groups do not fill the memory."""
-LAYOUT = (
-    "a folder with cells/<hash>/cell.json and cells/<hash>/records.jsonl, as `tokenprune ablate` and `evaluate` write"
-)
-"""What a run directory is, for messages."""
+LAYOUT = "a folder with settings/<hash>/setting.json and settings/<hash>/records.jsonl, as `tokenprune ablate` writes"
+"""The layout of a run directory, for messages."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Setting:
     """One experiment: a model, a reducer, a task and a seed, with what was recorded.
 
     Args:
@@ -148,7 +146,7 @@ class Cell:
         return ", ".join([name, *parts])
 
     @property
-    def setting(self) -> tuple[str, str]:
+    def context(self) -> tuple[str, str]:
         """Model and task, which two experiments must share to be compared."""
         return _key(self.config.get("model")), _key(self.config.get("task"))
 
@@ -194,13 +192,13 @@ class Results:
 
     Args:
         name: name of the directory.
-        cells: the experiments.
+        settings: the experiments.
         notes: what a reader should know about how complete they are.
         directory: where they were read.
     """
 
     name: str
-    cells: Sequence[Cell]
+    settings: Sequence[Setting]
     notes: Sequence[str] = ()
     directory: Path | None = None
 
@@ -227,13 +225,13 @@ class Factor:
     Args:
         name: dotted name of the factor.
         levels: its levels, best first; empty if no setting of the others was run at every level.
-        cells: experiments that were used.
+        settings: experiments that were used.
         left_out: experiments without a partner at every other level.
     """
 
     name: str
     levels: Sequence[Level]
-    cells: int
+    settings: int
     left_out: int
 
     @property
@@ -284,27 +282,29 @@ def read(directory: Path) -> Results:
     Raises:
         ValueError: if it is no run directory, holds no record yet, or holds a broken or repeated record.
     """
-    if not (directory / "cells").is_dir():
-        inside = " (this is one cell: give the folder two levels up)" if (directory / "cell.json").is_file() else ""
-        state = "has no folder cells/" if directory.is_dir() else "does not exist"
+    if not (directory / "settings").is_dir():
+        inside = (
+            " (this is one setting: give the folder two levels up)" if (directory / "setting.json").is_file() else ""
+        )
+        state = "has no folder settings/" if directory.is_dir() else "does not exist"
         raise ValueError(f"{directory} {state}{inside}; expected {LAYOUT}. Run one of them with this folder first.")
-    cells, notes = [], []
-    for folder in sorted(path for path in (directory / "cells").iterdir() if path.is_dir()):
-        if not (folder / "cell.json").is_file() or not files_of(folder):
-            notes.append(f"cells/{folder.name} has no cell.json or no records.jsonl and was left out.")
+    settings, notes = [], []
+    for folder in sorted(path for path in (directory / "settings").iterdir() if path.is_dir()):
+        if not (folder / "setting.json").is_file() or not files_of(folder):
+            notes.append(f"settings/{folder.name} has no setting.json or no records.jsonl and was left out.")
             continue
-        cell = _read_cell(folder)
-        if cell.torn:
-            notes.append(f"{cell.name} ({cell.hash}): the last line of its records is cut off and was left out.")
-        if cell.records:
-            cells.append(cell)
+        setting = _read_setting(folder)
+        if setting.torn:
+            notes.append(f"{setting.name} ({setting.hash}): the last line of its records is cut off and was left out.")
+        if setting.records:
+            settings.append(setting)
         else:
-            notes.append(f"{cell.name} ({cell.hash}) has no record yet and was left out.")
-    if not cells:
+            notes.append(f"{setting.name} ({setting.hash}) has no record yet and was left out.")
+    if not settings:
         raise ValueError(
             f"{directory} holds no record; expected {LAYOUT}. Run one of them to the end, or a little longer."
         )
-    return Results(directory.resolve().name, _in_order(cells), notes, directory)
+    return Results(directory.resolve().name, _in_order(settings), notes, directory)
 
 
 def read_records(path: Path) -> tuple[list[Record], bool]:
@@ -342,7 +342,7 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
 
 
 def _all_records(folder: Path) -> tuple[list[Record], bool]:
-    """Return the records of all files of a cell, each sample once, and whether a last line was torn."""
+    """Return the records of all files of a setting, each sample once, and whether a last line was torn."""
     found: dict[str, tuple[Record, Path]] = {}
     torn = False
     for path in files_of(folder):
@@ -368,8 +368,8 @@ def _check(record: Any, where: str) -> None:
         raise ValueError(f"{where}: expected a score from 0 to 1, got {score!r}")
 
 
-def _read_cell(folder: Path) -> Cell:
-    path = folder / "cell.json"
+def _read_setting(folder: Path) -> Setting:
+    path = folder / "setting.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         name, strategy, budget = about["name"], about["strategy"], about["budget"]
@@ -379,7 +379,7 @@ def _read_cell(folder: Path) -> Cell:
         ) from error
     config, environment = folder / "config.yaml", folder / "environment.json"
     records, torn = _all_records(folder)
-    return Cell(
+    return Setting(
         hash=folder.name,
         name=name,
         strategy=strategy,
@@ -395,15 +395,15 @@ def _read_cell(folder: Path) -> Cell:
     )
 
 
-def _in_order(cells: Iterable[Cell]) -> list[Cell]:
+def _in_order(settings: Iterable[Setting]) -> list[Setting]:
     """Return full tokens first, then the grid, then the baselines: folders are named by hash, which is no order."""
     roles = ("full", "grid", "baseline")
 
-    def place(cell: Cell) -> tuple[Any, ...]:
-        role = roles.index(cell.role) if cell.role in roles else len(roles)
-        return cell.setting, role, cell.method, budget_order(cell.budget), cell.seed, cell.hash
+    def place(setting: Setting) -> tuple[Any, ...]:
+        role = roles.index(setting.role) if setting.role in roles else len(roles)
+        return setting.context, role, setting.method, budget_order(setting.budget), setting.seed, setting.hash
 
-    return sorted(cells, key=place)
+    return sorted(settings, key=place)
 
 
 def _key(value: Any) -> str:
@@ -454,16 +454,16 @@ def mean_score(records: Iterable[Record], seed: int = 0) -> Interval:
     return interval([float(row["score"]) for row in rows], [str(row["group"]) for row in rows], seed)
 
 
-def by(cell: Cell, name: str, seed: int = 0) -> dict[str, Interval]:
+def by(setting: Setting, name: str, seed: int = 0) -> dict[str, Interval]:
     """Return the mean score for each value of a field, such as ``type`` or ``split``.
 
     Args:
-        cell: the experiment.
+        setting: the experiment.
         name: the field.
         seed: seed of the bootstrap.
     """
     parts: dict[str, list[Record]] = {}
-    for record in cell.answered.values():
+    for record in setting.answered.values():
         parts.setdefault(str(record.get(name) or ""), []).append(record)
     return {value: mean_score(parts[value], seed) for value in sorted(parts)}
 
@@ -482,7 +482,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def compare(first: Cell, second: Cell, seed: int = 0) -> Difference:
+def compare(first: Setting, second: Setting, seed: int = 0) -> Difference:
     """Compare two experiments on the samples that both answered without an error.
 
     Args:
@@ -528,37 +528,37 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
     return [replace(difference, holm=p) for difference, p in zip(differences, adjusted, strict=True)]
 
 
-def full_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+def full_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
     """Return the experiment with all tokens to compare with, or `None`.
 
     Args:
-        cell: an experiment.
-        cells: all experiments.
+        setting: an experiment.
+        settings: all experiments.
     """
-    return _closest(cell, [other for other in cells if other.role == "full" and other.setting == cell.setting])
+    return _closest(setting, [other for other in settings if other.role == "full" and other.context == setting.context])
 
 
-def randoms_of(cell: Cell, cells: Iterable[Cell]) -> dict[int, Cell]:
+def randoms_of(setting: Setting, settings: Iterable[Setting]) -> dict[int, Setting]:
     """Return the experiments with random tokens at the same budget by seed.
 
     Args:
-        cell: an experiment.
-        cells: all experiments.
+        setting: an experiment.
+        settings: all experiments.
     """
-    found: dict[int, list[Cell]] = {}
-    for other in cells:
-        if other.strategy == "Random" and (other.setting, other.budget) == (cell.setting, cell.budget):
+    found: dict[int, list[Setting]] = {}
+    for other in settings:
+        if other.strategy == "Random" and (other.context, other.budget) == (setting.context, setting.budget):
             found.setdefault(other.seed, []).append(other)
-    closest = {seed: _closest(cell, others) for seed, others in sorted(found.items())}
+    closest = {seed: _closest(setting, others) for seed, others in sorted(found.items())}
     return {seed: other for seed, other in closest.items() if other is not None}
 
 
-def _closest(cell: Cell, others: Sequence[Cell]) -> Cell | None:
+def _closest(setting: Setting, others: Sequence[Setting]) -> Setting | None:
     """Return the experiment that agrees most in what is left of the configuration, such as precision."""
     rest = ("max_new_tokens", "temperature", "dtype", "batch_size", "device", "seed")
 
-    def agreement(other: Cell) -> int:
-        return sum(cell.config.get(name) == other.config.get(name) for name in rest)
+    def agreement(other: Setting) -> int:
+        return sum(setting.config.get(name) == other.config.get(name) for name in rest)
 
     return max(others, key=agreement, default=None)
 
@@ -566,22 +566,22 @@ def _closest(cell: Cell, others: Sequence[Cell]) -> Cell | None:
 # --- all experiments --------------------------------------------------------------------------------------------------
 
 
-def factor(cells: Iterable[Cell], name: str, seed: int = 0) -> Factor:
+def factor(settings: Iterable[Setting], name: str, seed: int = 0) -> Factor:
     """Compare the levels of a factor, averaged over the other factors.
 
     Only values of the other factors that were run at every level count, and of these only the samples that every level
-    answered: an unfinished grid must not favour the level that met the easier half.
+    answered: an unfinished grid must not favor the level that met the easier half.
 
     Args:
-        cells: the experiments; those outside the grid are left out.
+        settings: the experiments; those outside the grid are left out.
         name: dotted name of the factor.
         seed: seed of the bootstrap.
     """
-    grid = [cell for cell in cells if cell.role == "grid" and name in cell.factors]
-    names = {_key(cell.factors[name]): cell.factors[name] for cell in grid}
-    blocks: dict[str, dict[str, Cell]] = {}
-    for cell in grid:
-        blocks.setdefault(_others(cell, name), {}).setdefault(_key(cell.factors[name]), cell)
+    grid = [setting for setting in settings if setting.role == "grid" and name in setting.factors]
+    names = {_key(setting.factors[name]): setting.factors[name] for setting in grid}
+    blocks: dict[str, dict[str, Setting]] = {}
+    for setting in grid:
+        blocks.setdefault(_others(setting, name), {}).setdefault(_key(setting.factors[name]), setting)
     complete = [block for block in blocks.values() if len(block) == len(names)]
     scores: dict[str, list[float]] = {key: [] for key in names}
     groups: list[str] = []
@@ -590,9 +590,9 @@ def factor(cells: Iterable[Cell], name: str, seed: int = 0) -> Factor:
         first = next(iter(block.values()))
         common = [s for s in first.answered if all(s in other.answered for other in block.values())]
         used += len(block) if common else 0
-        groups += [f"{first.setting[1]} {first.answered[sample]['group']}" for sample in common]
-        for key, cell in block.items():
-            scores[key] += [float(cell.answered[sample]["score"]) for sample in common]
+        groups += [f"{first.context[1]} {first.answered[sample]['group']}" for sample in common]
+        for key, setting in block.items():
+            scores[key] += [float(setting.answered[sample]["score"]) for sample in common]
     if not groups:
         return Factor(name, (), 0, len(grid))
     means = {key: np.array(found) for key, found in scores.items()}
@@ -608,25 +608,25 @@ def factor(cells: Iterable[Cell], name: str, seed: int = 0) -> Factor:
     return Factor(name, levels, used, len(grid) - used)
 
 
-def _others(cell: Cell, name: str) -> str:
+def _others(setting: Setting, name: str) -> str:
     """Return everything but one factor that two experiments must share to differ in that factor alone."""
-    model, task = cell.setting
+    model, task = setting.context
     path = name.split(".")
-    rest = {key: value for key, value in cell.factors.items() if key != name}
-    fixed = {"model": model, "task": task, "seed": cell.seed}
+    rest = {key: value for key, value in setting.factors.items() if key != name}
+    fixed = {"model": model, "task": task, "seed": setting.seed}
     return _key([rest, {key: value for key, value in fixed.items() if key not in (path[0], path[-1])}])
 
 
-def factors(cells: Sequence[Cell], seed: int = 0) -> list[Factor]:
+def factors(settings: Sequence[Setting], seed: int = 0) -> list[Factor]:
     """Compare the levels of every factor of the grid that has more than one.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
         seed: seed of the bootstrap.
     """
-    grid = [cell for cell in cells if cell.role == "grid"]
-    names = dict.fromkeys(name for cell in grid for name in cell.factors)
-    varied = [n for n in names if len({_key(cell.factors[n]) for cell in grid if n in cell.factors}) > 1]
+    grid = [setting for setting in settings if setting.role == "grid"]
+    names = dict.fromkeys(name for setting in grid for name in setting.factors)
+    varied = [n for n in names if len({_key(setting.factors[n]) for setting in grid if n in setting.factors}) > 1]
     return [factor(grid, name, seed) for name in varied]
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a model, real or with random weights at full size, and pictures and prompts for it."""
+"""What is measured: a model, real or with random weights at full size, and images and prompts for it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 
-QUESTION = "What is in the picture?"
+QUESTION = "What is in the image?"
 """What checkpoints are asked; models with random weights get random ids."""
 CUT = ("num_hidden_layers", "num_layers")
 """Fields of a text config that say how many layers there are."""
 
 Size = tuple[int, int]
-"""Height x width of a picture in pixels."""
+"""Height x width of an image in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class BenchModel:
     """A model that can be measured.
 
     Args:
@@ -43,7 +43,7 @@ class Subject:
         weights: ``"checkpoint"`` or ``"random"``.
         layers: LLM layers that it has here.
         full_layers: LLM layers that it should have.
-        prepare: makes model inputs of pictures, one prompt each.
+        prepare: makes model inputs of images, one prompt each.
         processor: the processor of a checkpoint; None if the weights are random.
     """
 
@@ -82,7 +82,7 @@ def subject(
     attn: str | None = None,
     llm_layers: int | None = None,
     prompt_tokens: int = 32,
-) -> Subject:
+) -> BenchModel:
     """Return a model to measure.
 
     Args:
@@ -112,12 +112,12 @@ def subject(
         decoder.layers = nn.ModuleList(decoder.layers[:llm_layers])
         cut_layers(model.config, llm_layers)
 
-    def prepare(pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
-        """Ask one question about each picture, in one batch."""
-        parts = [model_inputs(model, processor, one, [QUESTION], "picture") for one in pictures]
+    def prepare(images: Sequence[Image.Image]) -> Mapping[str, Any]:
+        """Ask one question about each image, in one batch."""
+        parts = [model_inputs(model, processor, one, [QUESTION], "image") for one in images]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    return Subject(name, model, adapter, "checkpoint", len(decoder.layers), full, prepare, processor)
+    return BenchModel(name, model, adapter, "checkpoint", len(decoder.layers), full, prepare, processor)
 
 
 def random_config(name: str) -> Any:
@@ -145,11 +145,11 @@ def random_config(name: str) -> Any:
 
 def random_subject(
     name: str, config: Any, device: str, dtype: str, attn: str | None, llm_layers: int | None, prompt_tokens: int
-) -> Subject:
+) -> BenchModel:
     """Return a model with random weights: throughput does not depend on them."""
     text = config.get_text_config()
     full = text.num_hidden_layers
-    pixels, words = picture_processor(config), plain_ids(config)
+    pixels, words = image_processor(config), plain_ids(config)
     if llm_layers is not None:
         _check_cut(llm_layers, full)
         cut_layers(config, llm_layers)
@@ -168,11 +168,11 @@ def random_subject(
     _use_kernel(model, attn)
     adapter = find_adapter(model)
 
-    def prepare(pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
-        vision = pixels(images=list(pictures), return_tensors="pt")
-        return random_prompts(adapter, dict(vision), len(pictures), words, prompt_tokens, model)
+    def prepare(images: Sequence[Image.Image]) -> Mapping[str, Any]:
+        vision = pixels(images=list(images), return_tensors="pt")
+        return random_prompts(adapter, dict(vision), len(images), words, prompt_tokens, model)
 
-    return Subject(name, model, adapter, "random", text.num_hidden_layers, full, prepare)
+    return BenchModel(name, model, adapter, "random", text.num_hidden_layers, full, prepare)
 
 
 def cut_layers(config: Any, number: int) -> None:
@@ -199,7 +199,7 @@ def _use_kernel(model: Any, attn: str | None) -> None:
         raise ValueError(f"--attn {attn} cannot be used: {' '.join(str(error).split())[:300]}") from error
 
 
-def picture_processor(config: Any) -> Any:
+def image_processor(config: Any) -> Any:
     """Return the image processor of a family, from its config alone.
 
     Raises:
@@ -226,7 +226,7 @@ def picture_processor(config: Any) -> Any:
             merge_size=vision.spatial_merge_size,
         )
     raise ValueError(
-        f"pictures for a {family} ({vision.model_type}) with random weights cannot be prepared without its processor; "
+        f"images for a {family} ({vision.model_type}) with random weights cannot be prepared without its processor; "
         "give a checkpoint folder, or one of llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl"
     )
 
@@ -249,12 +249,12 @@ def plain_ids(config: Any) -> list[int]:
 def random_prompts(
     adapter: Adapter, vision: dict[str, Any], rows: int, words: Sequence[int], length: int, model: Any
 ) -> dict[str, Any]:
-    """Return model inputs of pictures with random text behind each.
+    """Return model inputs of images with random text behind each.
 
     Args:
         adapter: the adapter of the model.
         vision: what the image processor made.
-        rows: the number of pictures, one a prompt.
+        rows: the number of images, one a prompt.
         words: ids to draw text from.
         length: text tokens of a prompt.
         model: inputs go to its device, pixels to its dtype.
@@ -264,7 +264,7 @@ def random_prompts(
     if isinstance(adapter, MergedPatchesAdapter):
         numbers = [int(one.prod()) // adapter.pooling**2 for one in vision["image_grid_thw"]]
     elif isinstance(adapter, TiledAdapter):
-        # Ids around the placeholders tell such models which tiles are one picture.
+        # Ids around the placeholders tell such models which tiles are one image.
         opening, closing = [words[0]], [words[1]]
         tokens = adapter.token_grid[0] * adapter.token_grid[1]
         numbers = [tokens * int(one) for one in vision.pop("num_patches")]
@@ -275,7 +275,7 @@ def random_prompts(
         [words[2], *opening, *[adapter.image_token_id] * number, *closing, *one]
         for number, one in zip(numbers, text, strict=True)
     ]
-    ids = torch.tensor(prompts)  # pictures of one size make prompts of one length
+    ids = torch.tensor(prompts)  # images of one size make prompts of one length
     names = {name: value for name, value in vision.items() if name in adapter.image_inputs}
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **names}
     if adapter.vision_positions:
@@ -289,12 +289,12 @@ def _to(value: Any, model: Any) -> Any:
     return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
-def picture(size: Size, seed: int) -> Image.Image:
-    """Return a picture of smooth random blobs.
+def image(size: Size, seed: int) -> Image.Image:
+    """Return an image of smooth random blobs.
 
     Args:
         size: height x width in pixels.
-        seed: another one for each picture of a batch.
+        seed: another one for each image of a batch.
     """
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size[1], size[0]), Image.Resampling.BICUBIC)

@@ -18,10 +18,18 @@ from rich.console import Console
 from tokenprune.budget import ratio_of
 from tokenprune.cli.errors import add_flag
 from tokenprune.cli.parsing import prepare
-from tokenprune.experiments.bench.bench_model import Size, Subject, subject
+from tokenprune.experiments.bench.bench_model import BenchModel, Size, subject
 from tokenprune.experiments.bench.environment import environment
 from tokenprune.experiments.bench.flame import trace
-from tokenprune.experiments.bench.measure import Outcome, Protocol, Setting, Variant, as_data, measure, plain_and
+from tokenprune.experiments.bench.measure import (
+    BenchProtocol,
+    Measurement,
+    Variant,
+    Workload,
+    as_data,
+    measure,
+    plain_and,
+)
 from tokenprune.experiments.bench.report import as_table, what_ran, write
 from tokenprune.experiments.bench.samples import interval_rank
 from tokenprune.experiments.bench.selection_cost import torch_threads
@@ -56,8 +64,8 @@ def bench_parser() -> ArgumentParser:
         default=[1.0, 0.4, 0.2, 0.1, 0.05],
         help="budgets as ratios: 0.2 or 20%%",
     )
-    add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one picture each")
-    add("--sizes", type=str, nargs="+", default=["672x672"], help="height x width of the pictures in pixels: 672x672")
+    add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one image each")
+    add("--sizes", type=str, nargs="+", default=["672x672"], help="height x width of the images in pixels: 672x672")
     add("--tokens", type=int, default=16, help="new tokens of each prompt")
     add("--repeats", type=int, default=7, help="timed rounds; below 6 no interval covers 95 %%")
     add("--warmup", type=int, default=1, help="untimed rounds before")
@@ -76,7 +84,7 @@ def bench_parser() -> ArgumentParser:
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchConfig:
     """What is to be measured; see `tokenprune bench run --help`."""
 
     model: str = "mini"
@@ -84,7 +92,7 @@ class Request:
     budgets: Sequence[float | str] = (1.0, 0.4, 0.2, 0.1, 0.05)
     batches: Sequence[int] = (1,)
     sizes: Sequence[str] = ("672x672",)
-    protocol: Protocol = field(default_factory=Protocol)
+    protocol: BenchProtocol = field(default_factory=BenchProtocol)
     device: str = "auto"
     dtype: str = "auto"
     attn: str | None = None
@@ -151,7 +159,7 @@ def named_reducers(
     return found
 
 
-def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(request: BenchConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Measure everything that was asked for.
 
     Args:
@@ -185,8 +193,8 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
         about = {"model": made.as_data(), "environment": environment(made.model.device)}
         for size in sizes:
             for batch in request.batches:
-                setting = Setting(batch, size)
-                outcomes: list[Outcome] = measure(made, setting, variants, request.protocol, tell)
+                setting = Workload(batch, size)
+                outcomes: list[Measurement] = measure(made, setting, variants, request.protocol, tell)
                 settings.append(as_data(outcomes, setting, request.protocol))
                 if request.trace is not None:
                     tell(f"{setting}: profiling")
@@ -202,7 +210,7 @@ def run(request: Request, tell: Callable[[str], None] = lambda text: None) -> di
         }
 
 
-def check(made: Subject, variants: Sequence[Variant]) -> None:
+def check(made: BenchModel, variants: Sequence[Variant]) -> None:
     """Look at all strategies first, so that a misfit does not wait for its turn.
 
     Raises:
@@ -223,13 +231,13 @@ def command(config: Any) -> int:
     Args:
         config: what the parser has read.
     """
-    request = Request(
+    request = BenchConfig(
         model=config.model,
         reducers=config.reducers,
         budgets=config.budgets,
         batches=config.batches,
         sizes=config.sizes,
-        protocol=Protocol(config.tokens, config.repeats, config.warmup),
+        protocol=BenchProtocol(config.tokens, config.repeats, config.warmup),
         device=config.device,
         dtype=config.dtype,
         attn=config.attn,

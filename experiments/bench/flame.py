@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 from tokenprune.experiments.analysis.report.style import INK
-from tokenprune.experiments.bench.bench_model import Subject, picture
-from tokenprune.experiments.bench.measure import Setting, Variant, call
-from tokenprune.experiments.bench.phase_timer import BEFORE, Ledger
-from tokenprune.experiments.bench.report import COLOURS
+from tokenprune.experiments.bench.bench_model import BenchModel, image
+from tokenprune.experiments.bench.measure import Variant, Workload, call
+from tokenprune.experiments.bench.phase_timer import BEFORE, PhaseTimer
+from tokenprune.experiments.bench.report import COLORS
 
 Event = Mapping[str, Any]
 """An event of a Chrome trace; times in microseconds."""
@@ -53,7 +53,9 @@ class Bar:
     below: dict[str, Bar] = field(default_factory=dict)
 
 
-def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folder: Path, heading: str) -> list[Path]:
+def trace(
+    subject: BenchModel, setting: Workload, variants: Sequence[Variant], folder: Path, heading: str
+) -> list[Path]:
     """Profile one call of each variant to its first decoding step, and return the files.
 
     `*.json` is a Chrome trace (chrome://tracing, Perfetto) with the phases as ranges; `*.txt` lists the operators that
@@ -65,9 +67,9 @@ def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folde
         setting: its inputs.
         variants: the ways to run it.
         folder: where files go; made if it is not there.
-        heading: what ran, and where, for the picture.
+        heading: what ran, and where, for the image.
     """
-    inputs = subject.prepare([picture(setting.size, seed) for seed in range(setting.batch)])
+    inputs = subject.prepare([image(setting.size, seed) for seed in range(setting.batch)])
     device = subject.model.device.type
     cuda = [ProfilerActivity.CUDA] if device == "cuda" else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def trace(subject: Subject, setting: Setting, variants: Sequence[Variant], folde
         call(subject, inputs, variant, 2)
         file = folder / f"{_file_name(f'{setting}-{variant.name}')}.json"
         with profile(activities=[ProfilerActivity.CPU, *cuda], with_stack=True) as found:
-            call(subject, inputs, variant, 2, ledger=lambda: Ledger(perf_counter))
+            call(subject, inputs, variant, 2, ledger=lambda: PhaseTimer(perf_counter))
         found.export_chrome_trace(str(file))
         if device == "cpu":
             graphs[variant.name] = flame(json.loads(file.read_text())["traceEvents"])
@@ -159,7 +161,7 @@ def flame_figure(graphs: Mapping[str, Bar], heading: str) -> Figure:
         start = 0.0
         for phase in BEFORE:
             if phase in graph.below:
-                _draw(axes, graph.below[phase], COLOURS[phase], start, 0, longest, graph.took)
+                _draw(axes, graph.below[phase], COLORS[phase], start, 0, longest, graph.took)
                 start += graph.below[phase].took
         axes.set_title(f"{name}: {graph.took:,.0f} ms", fontsize=9, loc="left", color=INK)
         axes.set(xlim=(0, longest), ylim=(levels, 0), yticks=[])
@@ -169,12 +171,12 @@ def flame_figure(graphs: Mapping[str, Bar], heading: str) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, bar: Bar, colour: str, start: float, level: int, longest: float, whole: float) -> None:
+def _draw(axes: Axes, bar: Bar, color: str, start: float, level: int, longest: float, whole: float) -> None:
     """Draw a bar and what is below it; what would be a thin line is left white."""
     if bar.took < 0.001 * longest:
         return
     paler = 0.12 * level  # the deeper, the paler
-    fill = [channel + (1 - channel) * min(paler, 0.6) for channel in to_rgb(colour)]
+    fill = [channel + (1 - channel) * min(paler, 0.6) for channel in to_rgb(color)]
     axes.barh(level + 0.5, bar.took, left=start, height=0.96, color=[fill], edgecolor="white", linewidth=0.4)
     label = f"{bar.name} {bar.took / whole:.0%}"
     room = int(190 * bar.took / longest)  # letters that fit
@@ -182,7 +184,7 @@ def _draw(axes: Axes, bar: Bar, colour: str, start: float, level: int, longest: 
         text = label if len(label) <= room else f"{label[: room - 1]}…"
         axes.text(start + bar.took / 2, level + 0.5, text, ha="center", va="center", fontsize=6.5, color="#1A1A1A")
     for below in sorted(bar.below.values(), key=lambda one: -one.took):
-        _draw(axes, below, colour, start, level + 1, longest, whole)
+        _draw(axes, below, color, start, level + 1, longest, whole)
         start += below.took
 
 

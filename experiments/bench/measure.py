@@ -21,11 +21,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Attachment
 from tokenprune.configuration import as_config
-from tokenprune.experiments.bench.bench_model import Size, Subject, picture
+from tokenprune.experiments.bench.bench_model import BenchModel, Size, image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
-from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, Ledger, watched
-from tokenprune.experiments.bench.samples import Ratio, Spread
+from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, PhaseTimer, instrument
+from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
@@ -49,12 +49,12 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """Inputs that all variants are given.
 
     Args:
-        batch: prompts, one picture each.
-        size: height x width of the pictures in pixels.
+        batch: prompts, one image each.
+        size: height x width of the images in pixels.
     """
 
     batch: int
@@ -66,7 +66,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class BenchProtocol:
     """How is measured.
 
     Args:
@@ -91,7 +91,7 @@ class Protocol:
 
 
 @dataclass
-class Outcome:
+class Measurement:
     """What was found about one variant in one setting; times in seconds.
 
     Args:
@@ -120,7 +120,7 @@ class Outcome:
     visual: int = 0
     error: str | None = None
 
-    def series(self, setting: Setting, tokens: int) -> dict[str, list[float]]:
+    def series(self, setting: Workload, tokens: int) -> dict[str, list[float]]:
         """Return what is compared, per round: less is better in all of it."""
         encode = self.together(ENCODE)
         prefill = [one + other for one, other in zip(encode, self.together(["prefill"]), strict=True)]
@@ -159,7 +159,7 @@ def turns(variants: Sequence[T], round_number: int) -> list[T]:
 class _Tokens(BaseStreamer):
     """Notes when tokens come: `generate` hands them over when the device has made them."""
 
-    def __init__(self, clock: Callable[[], float], ledger: Ledger | None) -> None:
+    def __init__(self, clock: Callable[[], float], ledger: PhaseTimer | None) -> None:
         self.clock, self.ledger = clock, ledger
         self.times: list[float] = []
         self.prompt = True
@@ -177,15 +177,15 @@ class _Tokens(BaseStreamer):
 
 
 def call(
-    subject: Subject,
+    subject: BenchModel,
     inputs: Mapping[str, Any],
     variant: Variant,
     tokens: int,
     clock: Callable[[], float] = perf_counter,
-    ledger: Callable[[], Ledger] | None = None,
+    ledger: Callable[[], PhaseTimer] | None = None,
     around: AbstractContextManager[Any] | None = None,
     forwarded: Callable[[Any], None] | None = None,
-) -> tuple[float, float, Ledger | None, Run | None]:
+) -> tuple[float, float, PhaseTimer | None, Run | None]:
     """Let a variant answer once.
 
     Args:
@@ -211,7 +211,7 @@ def call(
         wait_for(device)
         booked = ledger() if ledger is not None else None
         adapter = subject.adapter if pipeline is None else pipeline.adapter
-        with watched(adapter, booked, pipeline, forwarded) if booked is not None else nullcontext():
+        with instrument(adapter, booked, pipeline, forwarded) if booked is not None else nullcontext():
             if booked is not None:
                 booked.start()
             began = clock()
@@ -221,7 +221,7 @@ def call(
             wait_for(device)
             ended = clock()
             if booked is not None:
-                booked.settle()
+                booked.flush()
     return ended - began, streamer.times[0] - began, booked, run
 
 
@@ -264,7 +264,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def count(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+def count(subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement) -> None:
     """Fill in what needs no clock: FLOPs of each phase, the size of the cache, and the tokens."""
     tokens, counter = 2, flop_counter()  # all decoding steps are alike
 
@@ -272,8 +272,8 @@ def count(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome) -> None
         if not outcome.kv_bytes:
             outcome.kv_bytes = cache_bytes(out.past_key_values)
 
-    def ledger() -> Ledger:
-        return Ledger(counter.get_total_flops)
+    def ledger() -> PhaseTimer:
+        return PhaseTimer(counter.get_total_flops)
 
     meter = Meter(subject.model.device.type)
     with meter.phase() as work:  # what is alive at once; CUDA tells it by itself, resident memory on a CPU does not
@@ -292,7 +292,7 @@ def count(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome) -> None
         outcome.visual = sum(image.kept + image.newlines for image in run.account.images)
 
 
-def watch_memory(subject: Subject, inputs: Mapping[str, Any], outcome: Outcome, tokens: int) -> None:
+def watch_memory(subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement, tokens: int) -> None:
     """Fill in the memory at the peak of an ordinary call."""
     with peak_memory(subject.model.device) as found:
         call(subject, inputs, outcome.variant, tokens)
@@ -306,12 +306,12 @@ def cache_bytes(cache: Any) -> int:
 
 
 def measure(
-    subject: Subject,
-    setting: Setting,
+    subject: BenchModel,
+    setting: Workload,
     variants: Sequence[Variant],
-    protocol: Protocol,
+    protocol: BenchProtocol,
     tell: Callable[[str], None] = lambda text: None,
-) -> list[Outcome]:
+) -> list[Measurement]:
     """Measure variants in turns, with the same inputs.
 
     Args:
@@ -324,12 +324,12 @@ def measure(
     Returns:
         One outcome per variant. One for which memory did not suffice says so, and the others go on.
     """
-    pictures = [picture(setting.size, seed) for seed in range(setting.batch)]
-    inputs = subject.prepare(pictures)
-    outcomes = {variant.name: Outcome(variant) for variant in variants}
+    images = [image(setting.size, seed) for seed in range(setting.batch)]
+    inputs = subject.prepare(images)
+    outcomes = {variant.name: Measurement(variant) for variant in variants}
     device = subject.model.device
 
-    def attempt(what: Callable[..., None], outcome: Outcome, *rest: Any) -> None:
+    def attempt(what: Callable[..., None], outcome: Measurement, *rest: Any) -> None:
         if outcome.error is not None:
             return
         try:
@@ -347,7 +347,7 @@ def measure(
         tell(f"{setting}: round {number + 1} of {protocol.repeats}" if number >= 0 else f"{setting}: warming up")
         wait_for(device)
         began = perf_counter()
-        inputs = subject.prepare(pictures)
+        inputs = subject.prepare(images)
         wait_for(device)
         prepared = perf_counter() - began
         for outcome in turns(list(outcomes.values()), max(0, number)):
@@ -356,7 +356,7 @@ def measure(
 
 
 def time_once(
-    subject: Subject, inputs: Mapping[str, Any], outcome: Outcome, tokens: int, prepared: float, keep: bool
+    subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement, tokens: int, prepared: float, keep: bool
 ) -> None:
     """Time a variant once.
 
@@ -377,8 +377,8 @@ def time_once(
         wait_for(device)
         return perf_counter()
 
-    def ledger() -> Ledger:
-        return Ledger(now)
+    def ledger() -> PhaseTimer:
+        return PhaseTimer(now)
 
     if device.type == "cpu":
         whole, first, booked, _ = call(subject, inputs, outcome.variant, tokens, ledger=ledger)
@@ -394,7 +394,7 @@ def time_once(
     outcome.phases.setdefault(PREPROCESS, []).append(prepared)
 
 
-def as_data(outcomes: Sequence[Outcome], setting: Setting, protocol: Protocol) -> dict[str, Any]:
+def as_data(outcomes: Sequence[Measurement], setting: Workload, protocol: BenchProtocol) -> dict[str, Any]:
     """Return the outcomes of a setting as plain data, with ratios to the plain model.
 
     Args:
@@ -426,8 +426,8 @@ def as_data(outcomes: Sequence[Outcome], setting: Setting, protocol: Protocol) -
                     "decode_per_step": one.flops_of([DECODE]),
                 },
                 "phases_ms": {name: milliseconds(took).as_data() for name, took in one.phases.items()},
-                "measures": {name: Spread(tuple(values)).as_data() for name, values in series.items()}
-                | {"new_tokens_per_s": Spread(tuple(per_second)).as_data()},
+                "measures": {name: Samples(tuple(values)).as_data() for name, values in series.items()}
+                | {"new_tokens_per_s": Samples(tuple(per_second)).as_data()},
             }
             if plain is not None and one is not plain:
                 row["ratios"] = ratios(one, plain, setting, protocol)
@@ -435,12 +435,12 @@ def as_data(outcomes: Sequence[Outcome], setting: Setting, protocol: Protocol) -
     return {"batch": setting.batch, "height": setting.size[0], "width": setting.size[1], "variants": rows}
 
 
-def milliseconds(seconds: Sequence[float]) -> Spread:
+def milliseconds(seconds: Sequence[float]) -> Samples:
     """Return times that were taken in seconds."""
-    return Spread(tuple(1e3 * one for one in seconds))
+    return Samples(tuple(1e3 * one for one in seconds))
 
 
-def ratios(one: Outcome, plain: Outcome, setting: Setting, protocol: Protocol) -> dict[str, Any]:
+def ratios(one: Measurement, plain: Measurement, setting: Workload, protocol: BenchProtocol) -> dict[str, Any]:
     """Return how many times less a variant takes than the plain model: times with intervals, the rest exactly."""
     mine, theirs = one.series(setting, protocol.tokens), plain.series(setting, protocol.tokens)
     found: dict[str, Any] = {

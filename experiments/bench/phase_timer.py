@@ -30,10 +30,10 @@ OWN = ("signal capture", "reducer", "rewrite")
 DECODE = "decode"
 """Everything from the first token on."""
 PREPROCESS = "preprocess"
-"""Pictures and text become tensors on the device; outside of a call, and the same for all."""
+"""Images and text become tensors on the device; outside of a call, and the same for all."""
 PHASES = (PREPROCESS, *BEFORE, DECODE)
 MEANING = {
-    PREPROCESS: "pictures and text become tensors on the device",
+    PREPROCESS: "images and text become tensors on the device",
     "vision encode": "the vision tower",
     "signal capture": "reading the signals that a reducer needs, and laying them out by image",
     "projector": "from the tower's width to that of the LLM",
@@ -47,7 +47,7 @@ MEANING = {
 """What each phase holds."""
 
 
-class Ledger:
+class PhaseTimer:
     """Books what a reading grows by to the innermost open phase.
 
     Args:
@@ -65,7 +65,7 @@ class Ledger:
         """Begin here: what was spent before belongs to nobody."""
         self._last = self.read()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Book everything up to now."""
         now = self.read()
         self.spent[self._open[-1]] = self.spent.get(self._open[-1], 0) + now - self._last
@@ -76,19 +76,19 @@ class Ledger:
         """Book what the block spends to a phase, without what phases inside it spend."""
         new = self._open[-1] != name  # a phase inside itself needs no reading, which waits for the device
         if new:
-            self.settle()
+            self.flush()
         self._open.append(name)
         try:
             with record_function(f"phase: {name}") if new else nullcontext():  # seen by profilers, else nearly free
                 yield
         finally:
             if new:
-                self.settle()
+                self.flush()
             self._open.pop()
 
     def first_token(self) -> None:
         """From now on, everything that no phase claims is decoding."""
-        self.settle()
+        self.flush()
         self._open[0] = DECODE
 
     @property
@@ -98,9 +98,9 @@ class Ledger:
 
 
 @contextmanager
-def watched(
+def instrument(
     adapter: Adapter,
-    ledger: Ledger,
+    ledger: PhaseTimer,
     pipeline: Pipeline | None = None,
     forwarded: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
@@ -115,7 +115,7 @@ def watched(
     model = adapter.model
     with ExitStack() as undo:
 
-        def station(owner: Any, name: str, phase: str, seen: Callable[[Any], None] | None = None) -> None:
+        def wrap_phase(owner: Any, name: str, phase: str, seen: Callable[[Any], None] | None = None) -> None:
             original, own = getattr(owner, name), name in vars(owner)
 
             @functools.wraps(original)  # generate and adapters read signatures
@@ -129,31 +129,31 @@ def watched(
             undo.callback(setattr, owner, name, original) if own else undo.callback(delattr, owner, name)
             setattr(owner, name, booked)
 
-        station(model, "forward", "prefill", forwarded)
-        station(model.base_model, "get_image_features", "packing")
+        wrap_phase(model, "forward", "prefill", forwarded)
+        wrap_phase(model.base_model, "get_image_features", "packing")
         tower: Any = getattr(adapter, "tower", None)
         merger = getattr(tower, "merger", None)  # Qwen's projector is part of the tower
         parts = [] if tower is None else [tower, *tower.children(), *getattr(adapter, "tower_layers", ())]
         for module in parts:  # the parts too, for whoever runs no more of a tower than is needed
             if module is not merger:
-                station(module, "forward", "vision encode")
+                wrap_phase(module, "forward", "vision encode")
         if merger is not None:
-            station(merger, "forward", "projector")
-        if place := getattr(adapter, "projector_at", None):
-            station(attrgetter(place)(model.base_model), "forward", "projector")
+            wrap_phase(merger, "forward", "projector")
+        if place := getattr(adapter, "projector_path", None):
+            wrap_phase(attrgetter(place)(model.base_model), "forward", "projector")
         if pipeline is not None:
-            station(pipeline, "prepare", "rewrite")
-            for name in ("encode", "unencoded", "by_image", "read_questions", "embed_question"):
+            wrap_phase(pipeline, "prepare", "rewrite")
+            for name in ("encode", "unencoded", "split_by_image", "read_questions", "embed_question"):
                 if hasattr(adapter, name):
-                    station(adapter, name, "signal capture")
-            station(pipeline.reducer, "reduce", "reducer")
-            station(adapter, "encode_resized", "packing")
+                    wrap_phase(adapter, name, "signal capture")
+            wrap_phase(pipeline.reducer, "reduce", "reducer")
+            wrap_phase(adapter, "encode_resized", "packing")
             undo.enter_context(_capture_booked(ledger))
         yield
 
 
 @contextmanager
-def _capture_booked(ledger: Ledger) -> Iterator[None]:
+def _capture_booked(ledger: PhaseTimer) -> Iterator[None]:
     """Book what the probe reads inside attention modules, apart from the kernel that it hands on to."""
     probed = ALL_ATTENTION_FUNCTIONS[PROBE]
 

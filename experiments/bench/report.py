@@ -19,7 +19,7 @@ from tokenprune.experiments.bench.phase_timer import BEFORE, MEANING, PHASES
 Result = Mapping[str, Any]
 """What `as_data` of a measurement returned, or the JSON that was read back."""
 
-COLOURS: Mapping[str, str] = {
+COLORS: Mapping[str, str] = {
     "preprocess": "#7F7F7F",
     "vision encode": PALETTE[0],
     "signal capture": PALETTE[1],
@@ -31,7 +31,7 @@ COLOURS: Mapping[str, str] = {
     "prefill": PALETTE[2],
     "decode": PALETTE[6],
 }
-"""One colour per phase, out of the palette of the reports."""
+"""One color per phase, out of the palette of the reports."""
 
 
 def number(value: float) -> str:
@@ -229,7 +229,7 @@ def _panel(left: Axes, right: Axes, setting: Result) -> None:
     start = [0.0] * len(rows)
     for phase in ("preprocess", *BEFORE):
         took = [one["phases_ms"][phase]["median"] for one in rows]
-        left.barh(names, took, left=start, color=COLOURS[phase], label=phase, height=0.7)
+        left.barh(names, took, left=start, color=COLORS[phase], label=phase, height=0.7)
         start = [one + other for one, other in zip(start, took, strict=True)]
     for place, one in enumerate(rows):
         before = one["phases_ms"]["preprocess"]["median"]
@@ -240,7 +240,7 @@ def _panel(left: Axes, right: Axes, setting: Result) -> None:
         [one["median"] - one["quartiles"][0] for one in steps],
         [one["quartiles"][1] - one["median"] for one in steps],
     ]
-    right.barh(names, [one["median"] for one in steps], xerr=errors, color=COLOURS["decode"], height=0.7, ecolor=FULL)
+    right.barh(names, [one["median"] for one in steps], xerr=errors, color=COLORS["decode"], height=0.7, ecolor=FULL)
     right.set_yticks([])
     left.set_title(title(setting), fontsize=10, loc="left")
     for axes in (left, right):

@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Spread:
+class Samples:
     """Repeated measurements of one thing.
 
     Args:

@@ -1,4 +1,4 @@
-"""What choosing tokens costs beside encoding the picture: every strategy on one image of LLaVA-NeXT's full size.
+"""What choosing tokens costs beside encoding the image: every strategy on one image of LLaVA-NeXT's full size.
 
 Run it: ``python -m tokenprune.experiments.bench.selection_cost``
 
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.image import USED_WHEN_ATTACHED, EncodedImage, Signal, TileGeometry
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
@@ -222,7 +222,7 @@ def measure(
         for _ in range(1 + repeats):
             encodes.append(timed(lambda: tower(pixels)))
             for name, reducer in reducers.items():
-                # A layout remembers what it worked out; that of the next picture has yet to.
+                # A layout remembers what it worked out; that of the next image has yet to.
                 one = replace(image, geometry=size.geometry, signals=signals[name])
                 selects[name].append(timed(lambda reducer=reducer, one=one: reducer.reduce(one)))  # type: ignore[misc]
     return [Cost(name, tuple(times[1:]), tuple(encodes[1:])) for name, times in selects.items()]

@@ -1,4 +1,4 @@
-"""One experiment: model x reducer x task x seed -> records. Several of them share each picture's encoding."""
+"""One experiment: model x reducer x task x seed -> records. Several of them share each image's encoding."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from tokenprune.experiments.evaluation.records import (
     write_whole,
 )
 from tokenprune.experiments.evaluation.stored_images import (
-    PICTURES,
+    IMAGES,
+    image_name,
     in_record,
     is_stored,
-    picture_name,
     store,
     with_pixels,
 )
@@ -57,7 +57,7 @@ from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 
 WATCHED = 4
-"""So many pictures of a run keep their pixels for those who watch it."""
+"""So many images of a run keep their pixels for those who watch it."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Experiment(Configurable):
         seed: seed of sampling; without effect while answers are greedy.
         max_new_tokens: longest answer in tokens, unless the task says it (`LmmsTask` does).
         temperature: of sampling; 0 answers greedily; unless the task says it.
-        batch_size: questions about one picture that are answered together. A crash loses at most one batch.
+        batch_size: questions about one image that are answered together. A crash loses at most one batch.
         dtype: ``auto`` (float32 on a CPU) or the name of a torch dtype.
         device: ``auto`` or a torch device; no part of what identifies an experiment.
         plugin: Python files whose classes get known by name.
@@ -105,7 +105,7 @@ class Experiment(Configurable):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Setting:
     """One experiment of a grid, with what the tables call it.
 
     Args:
@@ -122,10 +122,10 @@ class Cell:
 
     def folder(self, out: Path) -> Path:
         """Return the folder of the records."""
-        return out / "cells" / self.experiment.hash()
+        return out / "settings" / self.experiment.hash()
 
     def describe(self) -> dict[str, Any]:
-        """Return what ``cell.json`` says."""
+        """Return what ``setting.json`` says."""
         reducer = self.experiment.reducer
         return {
             "name": self.name,
@@ -139,8 +139,8 @@ class Cell:
         }
 
 
-Watch = Callable[[Cell, Mapping[str, Any], Selection | None], None]
-"""Is given a cell, a record of it, and the selection behind the record unless the sample failed."""
+Watch = Callable[[Setting, Mapping[str, Any], Selection | None], None]
+"""Is given a setting, a record of it, and the selection behind the record unless the sample failed."""
 
 
 @dataclass
@@ -148,65 +148,65 @@ class Progress:
     """How far a run has come.
 
     Args:
-        total: records that all cells will have.
+        total: records that all settings will have.
         done: records that are there.
         errors: records of samples that failed, those of earlier runs included.
-        pictures: pictures that were encoded.
+        images: images that were encoded.
         encodes: passes through the vision tower that encoded them, counted at the tower; 0 if the adapter names none.
         more_encodes: passes through it while answering, by strategies that encode at another resolution.
-        cell: name of the cell that wrote last.
-        scores: sum of scores and number of records of each cell in this run.
+        setting: name of the setting that wrote last.
+        scores: sum of scores and number of records of each setting in this run.
     """
 
     total: int
     done: int = 0
     errors: int = 0
-    pictures: int = 0
+    images: int = 0
     encodes: int = 0
     more_encodes: int = 0
-    cell: str = ""
+    setting: str = ""
     scores: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
-def run_cells(
-    cells: Sequence[Cell],
+def run_settings(
+    settings: Sequence[Setting],
     out: Path,
     rank: int = 0,
     world: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
     watch: Watch | None = None,
-    pictures: int = PICTURES,
+    images: int = IMAGES,
 ) -> Progress:
     """Run experiments that share model and task; what has a record already is not done again.
 
-    Every picture is encoded once, with the signals that all cells together need; only the LLM runs again.
+    Every image is encoded once, with the signals that all settings together need; only the LLM runs again.
 
     Args:
-        cells: the experiments; they differ in reducer and seed only.
+        settings: the experiments; they differ in reducer and seed only.
         out: the run directory.
         rank: number of this process among those that share the samples.
         world: number of these processes.
         tell: is told after every record.
-        watch: is given every record and the selection behind it, which carries pixels for the first few pictures.
-        pictures: so many pictures are stored in the run directory, with the kept tokens in their records, for reports;
+        watch: is given every record and the selection behind it, which carries pixels for the first few images.
+        images: so many images are stored in the run directory, with the kept tokens in their records, for reports;
             evenly spread over the task.
 
     Returns:
         What was done; `Progress.errors` counts samples that have an error record.
 
     Raises:
-        ValueError: if the cells do not share model and task, two samples have one id, the model cannot be had, or it
+        ValueError: if the settings do not share model and task, two samples have one id, the model cannot be had, or it
             lacks a signal.
         InUseError: if another process writes the same records.
         IdentityError: if there are records of another model, data set, code or library version.
     """
-    shared = cells[0].experiment
-    for cell in cells:
-        one = cell.experiment
+    shared = settings[0].experiment
+    for setting in settings:
+        one = setting.experiment
         if (one.model, one.dtype, as_config(one.task)) != (shared.model, shared.dtype, as_config(shared.task)):
-            raise ValueError("cells that run together must share model, dtype and task")
-    if len({cell.experiment.reducer.text_model for cell in cells} - {None}) > 1:
-        raise ValueError("cells that run together must share reducer.text_model")
+            raise ValueError("settings that run together must share model, dtype and task")
+    if len({setting.experiment.reducer.text_model for setting in settings} - {None}) > 1:
+        raise ValueError("settings that run together must share reducer.text_model")
     samples = list(shared.task.samples())
     if twice := [name for name, number in Counter(sample.id for sample in samples).items() if number > 1]:
         raise ValueError(f"{type(shared.task).__name__}: several samples have the id {twice[0]!r}; ids must differ")
@@ -214,89 +214,93 @@ def run_cells(
     mine = groups[rank::world]
     with ExitStack() as stack:
         files = []
-        for cell in cells:
-            files.append(stack.enter_context(RecordFile(cell.folder(out), rank if world > 1 else None)))
+        for setting in settings:
+            files.append(stack.enter_context(RecordFile(setting.folder(out), rank if world > 1 else None)))
         digests = SampleDigests(samples)
-        identities = check_identities({cell.folder(out): cell.experiment for cell in cells}, out, digests)
-        for cell in cells:
-            _write_config(cell, out)
-            identities[cell.folder(out)].write(cell.folder(out))
+        identities = check_identities({setting.folder(out): setting.experiment for setting in settings}, out, digests)
+        for setting in settings:
+            _write_config(setting, out)
+            identities[setting.folder(out)].write(setting.folder(out))
         wanted = {sample.id for group in mine for sample in group}
-        progress = Progress(len(wanted) * len(cells), sum(len(wanted & file.done) for file in files))
+        progress = Progress(len(wanted) * len(settings), sum(len(wanted & file.done) for file in files))
         progress.errors = sum(len(wanted & file.failed) for file in files)
         tell(progress)
         if progress.done < progress.total:
             device = _device(shared.device, rank)
             model, processor = load(shared.model, device, shared.dtype)
-            if wrong := lacking(model, cells):
+            if wrong := lacking(model, settings):
                 raise ValueError("these settings cannot run:\n  " + "\n  ".join(wrong))
             adapter, around = find_adapter(model), environment(model)
-            for cell in cells:
-                attention = attention_name(cell.experiment.reducer, adapter)
+            for setting in settings:
+                attention = attention_name(setting.experiment.reducer, adapter)
                 read = {} if attention is None else {"attention": attention}
-                write_whole(cell.folder(out) / "environment.json", json.dumps({**around, **read}, indent=1))
+                write_whole(setting.folder(out) / "environment.json", json.dumps({**around, **read}, indent=1))
             passes = stack.enter_context(counted_encodes(adapter))
             for number, group in list(enumerate(groups))[rank::world]:
-                pending = [(c, f, [s for s in group if s.id not in f.done]) for c, f in zip(cells, files, strict=True)]
-                keep = out if is_stored(number, len(groups), pictures) else None
-                watched = watch is not None and progress.pictures < WATCHED
-                for cell, file, record, selection in _records(
+                pending = [
+                    (c, f, [s for s in group if s.id not in f.done]) for c, f in zip(settings, files, strict=True)
+                ]
+                keep = out if is_stored(number, len(groups), images) else None
+                watched = watch is not None and progress.images < WATCHED
+                for setting, file, record, selection in _records(
                     adapter, processor, group, pending, progress, keep, watched, passes
                 ):
                     record["sample_digest"] = digests[record["sample"]]
                     file.add(record)
-                    _count(progress, cell, record)
+                    _count(progress, setting, record)
                     if watch is not None:
-                        watch(cell, record, selection)
+                        watch(setting, record, selection)
                     tell(progress)
         if world == 1:
-            for cell in cells:
-                merge(cell.folder(out), [sample.id for sample in samples])
+            for setting in settings:
+                merge(setting.folder(out), [sample.id for sample in samples])
     if world > 1:
-        for cell in cells:
-            join(cell.folder(out), [sample.id for sample in samples])
-    for cell in cells:
-        _summarise(cell, out)
+        for setting in settings:
+            join(setting.folder(out), [sample.id for sample in samples])
+    for setting in settings:
+        _summarize(setting, out)
     return progress
 
 
-def check_records(cells: Sequence[Cell], out: Path) -> None:
+def check_records(settings: Sequence[Setting], out: Path) -> None:
     """Check before anything runs that the records in a run directory belong to the present model, data and code.
 
     Args:
-        cells: experiments that share model and task.
+        settings: experiments that share model and task.
         out: the run directory.
 
     Raises:
         IdentityError: if records belong to others; the error names each change.
     """
-    if any(has_records(cell.folder(out)) for cell in cells):
-        digests = SampleDigests(list(cells[0].experiment.task.samples()))
-        check_identities({cell.folder(out): cell.experiment for cell in cells}, out, digests)
+    if any(has_records(setting.folder(out)) for setting in settings):
+        digests = SampleDigests(list(settings[0].experiment.task.samples()))
+        check_identities({setting.folder(out): setting.experiment for setting in settings}, out, digests)
 
 
-def discard_records(cells: Sequence[Cell], out: Path) -> None:
+def discard_records(settings: Sequence[Setting], out: Path) -> None:
     """Discard the records of experiments, once their data and models are known to be there to run them again.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
         out: the run directory.
 
     Raises:
         ValueError: if the data of a task or a model cannot be found; all records stay.
         InUseError: if another process has the records open.
     """
-    for task in {json.dumps(as_config(cell.experiment.task)): cell.experiment.task for cell in cells}.values():
+    for task in {
+        json.dumps(as_config(setting.experiment.task)): setting.experiment.task for setting in settings
+    }.values():
         task.check()
-    for cell in cells:
-        model_folders(cell.experiment)
-    for cell in cells:
-        discard(cell.folder(out))
+    for setting in settings:
+        model_folders(setting.experiment)
+    for setting in settings:
+        discard(setting.folder(out))
 
 
-def _summarise(cell: Cell, out: Path) -> None:
+def _summarize(setting: Setting, out: Path) -> None:
     """Write ``summary.json``: what only all answers together tell, if the task has such numbers."""
-    folder = cell.folder(out)
+    folder = setting.folder(out)
     if files_of(folder) != [folder / NAME]:  # another process still writes its part
         return
     records = read_lines(folder / NAME)
@@ -304,16 +308,16 @@ def _summarise(cell: Cell, out: Path) -> None:
     file = folder / "summary.json"
     if file.is_file() and json.loads(file.read_text())["answers"] == len(answers):
         return
-    if numbers := cell.experiment.task.summary(answers):
+    if numbers := setting.experiment.task.summary(answers):
         write_whole(file, json.dumps({"answers": len(answers), "metrics": numbers}, indent=1))
 
 
-def _count(progress: Progress, cell: Cell, record: Mapping[str, Any]) -> None:
-    total, number = progress.scores.get(cell.name, (0.0, 0))
-    progress.scores[cell.name] = (total + record["score"], number + 1)
+def _count(progress: Progress, setting: Setting, record: Mapping[str, Any]) -> None:
+    total, number = progress.scores.get(setting.name, (0.0, 0))
+    progress.scores[setting.name] = (total + record["score"], number + 1)
     progress.done += 1
     progress.errors += record["error"] is not None
-    progress.cell = cell.name
+    progress.setting = setting.name
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -325,27 +329,27 @@ def _device(name: str, rank: int) -> str:
     return f"cuda:{rank % torch.cuda.device_count()}" if name == "auto" and torch.cuda.is_available() else name
 
 
-def _write_config(cell: Cell, out: Path) -> None:
-    folder = cell.folder(out)
-    if not (folder / "cell.json").is_file():
-        write_whole(folder / "config.yaml", yaml.safe_dump(cell.experiment.config(), sort_keys=False))
-        write_whole(folder / "cell.json", json.dumps(cell.describe(), indent=1))
+def _write_config(setting: Setting, out: Path) -> None:
+    folder = setting.folder(out)
+    if not (folder / "setting.json").is_file():
+        write_whole(folder / "config.yaml", yaml.safe_dump(setting.experiment.config(), sort_keys=False))
+        write_whole(folder / "setting.json", json.dumps(setting.describe(), indent=1))
 
 
-def lacking(model: Any, cells: Sequence[Cell]) -> list[str]:
-    """Return one line for every cell whose strategy needs what the model cannot give.
+def lacking(model: Any, settings: Sequence[Setting]) -> list[str]:
+    """Return one line for every setting whose strategy needs what the model cannot give.
 
     Args:
         model: the model; its weights are not read.
-        cells: experiments with this model.
+        settings: experiments with this model.
     """
     adapter, wrong = find_adapter(model), []
-    for cell in cells:
-        reducer = cell.experiment.reducer
+    for setting in settings:
+        reducer = setting.experiment.reducer
         if missing := missing_signals(reducer, adapter):
-            wrong.append(f"{cell.name}: {type(model).__name__} gives no {', '.join(missing)}")
+            wrong.append(f"{setting.name}: {type(model).__name__} gives no {', '.join(missing)}")
         elif reducer.reads_question and reducer.text_model is None:
-            wrong.append(f"{cell.name}: reads the question; set reducer.text_model")
+            wrong.append(f"{setting.name}: reads the question; set reducer.text_model")
     return wrong
 
 
@@ -382,7 +386,7 @@ def _commit() -> str | None:
         return None
 
 
-Pending = tuple[Cell, RecordFile, list[Sample]]
+Pending = tuple[Setting, RecordFile, list[Sample]]
 
 
 def _records(
@@ -394,65 +398,65 @@ def _records(
     out: Path | None,
     watched: bool,
     passes: Sequence[int],
-) -> Iterator[tuple[Cell, RecordFile, dict[str, Any], Selection | None]]:
-    """Yield the missing records of all cells for one picture, encoded once, and stored if `out` is a run directory."""
+) -> Iterator[tuple[Setting, RecordFile, dict[str, Any], Selection | None]]:
+    """Yield the missing records of all settings for one image, encoded once, and stored if `out` is a run directory."""
     if not any(missing for _, _, missing in pending):
         return
     text_model = next((c.experiment.reducer.text_model for c, _, _ in pending if c.experiment.reducer.text_model), None)
     model = adapter.model
-    needs = [signal for cell, _, _ in pending for signal in Pipeline(cell.experiment.reducer, adapter).needs]
+    needs = [signal for setting, _, _ in pending for signal in Pipeline(setting.experiment.reducer, adapter).needs]
     try:
-        picture = group[0].picture()
+        image = group[0].image()
         before = passes[0]
         began = time.perf_counter()
         with torch.no_grad():
-            inputs = model_inputs(model, processor, picture, [group[0].question], group[0].group)
+            inputs = model_inputs(model, processor, image, [group[0].question], group[0].group)
             encoding = adapter.encode(inputs, needs, 0, text_model)
         encode_ms = (time.perf_counter() - began) * 1000
         if out is not None or watched:  # not while the clock runs
             encoding = with_pixels(encoding, adapter, inputs)
-    except Exception as error:  # one bad picture must not end a night's run
-        for cell, file, missing in pending:
+    except Exception as error:  # one bad image must not end a night's run
+        for setting, file, missing in pending:
             for sample in missing:
-                yield cell, file, _failed(sample, error), None
+                yield setting, file, _failed(sample, error), None
         return
-    progress.pictures += 1
+    progress.images += 1
     progress.encodes += passes[0] - before
     name, pixels = None, encoding.images[0].pixels
     if out is not None and pixels is not None:
         shared = pending[0][0].experiment
-        name = store(out, picture_name(shared.model, as_config(shared.task), group[0].group), pixels)
+        name = store(out, image_name(shared.model, as_config(shared.task), group[0].group), pixels)
     prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
 
     def text_of(questions: Sequence[str]) -> Mapping[str, Any]:
-        """Return the text inputs of a batch; the processor goes over the pixels too, so all cells share them."""
+        """Return the text inputs of a batch; the processor goes over the pixels too, so all settings share them."""
         key = tuple(questions)
         if key not in prompts:
-            prompts[key] = model_inputs(model, processor, picture, questions, group[0].group)
+            prompts[key] = model_inputs(model, processor, image, questions, group[0].group)
         return prompts[key]
 
-    for cell, file, missing in pending:
-        for batch in _batches(group, cell.experiment.batch_size):
+    for setting, file, missing in pending:
+        for batch in _batches(group, setting.experiment.batch_size):
             due = {sample.id for sample in missing} & {sample.id for sample in batch}
             if not due:
                 continue
             selections: Sequence[Selection | None]
             try:
                 before = passes[0]
-                text = text_of([cell.experiment.task.prompt(sample) for sample in batch])
-                records, selections = _answer(adapter, processor, cell.experiment, text, batch, encoding, encode_ms)
+                text = text_of([setting.experiment.task.prompt(sample) for sample in batch])
+                records, selections = _answer(adapter, processor, setting.experiment, text, batch, encoding, encode_ms)
             except Exception as error:
                 records, selections = [_failed(sample, error) for sample in batch], [None] * len(batch)
             progress.more_encodes += passes[0] - before
             for record, selection in zip(records, selections, strict=True):
-                record["picture"] = name
+                record["stored_image"] = name
                 record["selection"] = in_record(selection) if name is not None and selection is not None else None
                 if record["sample"] in due:
-                    yield cell, file, record, selection
+                    yield setting, file, record, selection
 
 
 def _batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Cut the samples of a picture into batches, the same ones whatever is done already."""
+    """Cut the samples of an image into batches, the same ones whatever is done already."""
     return [group[start : start + size] for start in range(0, len(group), size)]
 
 
@@ -465,7 +469,7 @@ def _answer(
     encoding: Encoding,
     encode_ms: float,
 ) -> tuple[list[dict[str, Any]], list[Selection]]:
-    """Return the records of a batch of questions about an encoded picture, and the selections behind them."""
+    """Return the records of a batch of questions about an encoded image, and the selections behind them."""
     pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor)
     torch.manual_seed(experiment.seed)
     with torch.no_grad():
@@ -536,6 +540,6 @@ def _record(
         **numbers,
         "image": sample.group,
         "error": error,
-        "picture": None,
+        "stored_image": None,
         "selection": None,
     }

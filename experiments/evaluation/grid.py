@@ -21,21 +21,21 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from tokenprune.cli.parsing import content_of, one_line, prepare
+from tokenprune.cli.parsing import content_of, format_error, prepare
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import (
-    Cell,
     Experiment,
     Progress,
+    Setting,
     check_records,
     discard_records,
     lacking,
     rank_and_world,
-    run_cells,
+    run_settings,
 )
 from tokenprune.experiments.evaluation.loading import outline
 from tokenprune.experiments.evaluation.records import forget_errors, write_whole
-from tokenprune.experiments.evaluation.stored_images import PICTURES
+from tokenprune.experiments.evaluation.stored_images import IMAGES
 from tokenprune.experiments.evaluation.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -54,17 +54,17 @@ def experiment_parser(prog: str, description: str) -> ArgumentParser:
     parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
     for name, kind, default in (("reducer", TokenReducer, "HiRED"), ("task", Task, "Boards")):
         parser.add_argument(f"--{name}", type=kind, help=f"class name; parameters follow as --{name}.NAME")
-        parser.set_defaults({name: json.loads(words_for(name, default)[1])})
+        parser.set_defaults({name: json.loads(resolve_args(name, default)[1])})
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 answers greedily")
-    parser.add_argument("--batch-size", type=int, default=1, help="questions about one picture answered together")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions about one image answered together")
     parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
 
 
-def words_for(name: str, value: Any) -> list[str]:
+def resolve_args(name: str, value: Any) -> list[str]:
     """Return an option as the command line wants it, class names resolved."""
     text = value if isinstance(value, str) else json.dumps(value)
     return prepare([f"--{name}", text], {"task": (Task, tasks())})
@@ -92,23 +92,23 @@ def experiment_of(
     return Experiment(**{name: getattr(chosen, name) for name in KEYS})
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value of a grid as tables show it."""
     if isinstance(value, Mapping) and "class_path" in value:
-        inside = ", ".join(f"{name}={in_words(one)}" for name, one in (value.get("init_args") or {}).items())
+        inside = ", ".join(f"{name}={format_value(one)}" for name, one in (value.get("init_args") or {}).items())
         short = str(value["class_path"]).rpartition(".")[2]
         return f"{short}({inside})" if inside else short
     return str(value)
 
 
-def words_of(name: str, value: Any) -> list[str]:
+def to_cli_args(name: str, value: Any) -> list[str]:
     """Return the words of an option; nested values as JSON."""
     option = "--" + name.replace("_", "-") if "." not in name else f"--{name}"
     return [option, value if isinstance(value, str) else json.dumps(value)]
 
 
-def expand(config: Mapping[str, Any]) -> list[Cell]:
-    """Return all cells of an ablation: the grid, and unless switched off the rows that every table needs.
+def expand(config: Mapping[str, Any]) -> list[Setting]:
+    """Return all settings of an ablation: the grid, and unless switched off the rows that every table needs.
 
     Args:
         config: the keys of an experiment, and ``grid`` (options to lists of values), ``baselines`` (default true) and
@@ -127,33 +127,37 @@ def expand(config: Mapping[str, Any]) -> list[Cell]:
         if not isinstance(values, list) or not values:
             raise ValueError(f"grid.{option}: give a list of values, e.g. [0.1, 0.2], not {values!r}")
     plugins = [word for plugin in config.get("plugin") or [] for word in ("--plugin", plugin)]
-    base = [w for name, value in config.items() if name in KEYS and name != "plugin" for w in words_of(name, value)]
+    base = [w for name, value in config.items() if name in KEYS and name != "plugin" for w in to_cli_args(name, value)]
     parser = experiment_parser("tokenprune evaluate", "")
-    cells: dict[str, Cell] = {}
+    settings: dict[str, Setting] = {}
     problems: list[str] = []
     for values in itertools.product(*grid.values()):
         factors = dict(zip(grid, values, strict=True))
-        named = ", ".join(f"{option.removeprefix('reducer.')}={in_words(value)}" for option, value in factors.items())
+        named = ", ".join(
+            f"{option.removeprefix('reducer.')}={format_value(value)}" for option, value in factors.items()
+        )
         try:
-            overrides = [word for option, value in factors.items() for word in words_of(option, value)]
+            overrides = [word for option, value in factors.items() for word in to_cli_args(option, value)]
             replaced = {f"--{option.replace('_', '-')}" for option in factors}
             kept = [w for n in range(0, len(base), 2) for w in base[n : n + 2] if base[n] not in replaced]
             experiment = experiment_of([*plugins, *kept, *overrides], parser)
         except Exception as error:
-            problems.append(f"{named or 'the experiment'}: {one_line(error)}")
+            problems.append(f"{named or 'the experiment'}: {format_error(error)}")
             continue
         name = f"{type(experiment.reducer).__name__}, {named}" if "reducer" not in factors else named
-        shown = {option: in_words(value) for option, value in factors.items()}
-        cells.setdefault(experiment.hash(), Cell(experiment, name, "grid", shown))
+        shown = {option: format_value(value) for option, value in factors.items()}
+        settings.setdefault(experiment.hash(), Setting(experiment, name, "grid", shown))
     if problems:
         raise ValueError(f"{len(problems)} settings of the grid are not valid:\n  " + "\n  ".join(problems))
     if config.get("baselines", True):
-        for cell in baselines([cell.experiment for cell in cells.values()], int(config.get("random_seeds", 3))):
-            cells.setdefault(cell.experiment.hash(), cell)
-    return list(cells.values())
+        for setting in baselines(
+            [setting.experiment for setting in settings.values()], int(config.get("random_seeds", 3))
+        ):
+            settings.setdefault(setting.experiment.hash(), setting)
+    return list(settings.values())
 
 
-def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
+def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting]:
     """Yield the rows that every table needs: all tokens, and for each budget random, spaced, pooled and shrunk ones.
 
     Args:
@@ -162,7 +166,7 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
     """
     shared = {json.dumps(as_config(replace(e, reducer=UniformStride(1.0)))): e for e in experiments}
     for experiment in shared.values():
-        yield Cell(replace(experiment, reducer=UniformStride(1.0)), "full tokens", "full")
+        yield Setting(replace(experiment, reducer=UniformStride(1.0)), "full tokens", "full")
     budgets = {json.dumps(as_config(replace(e, reducer=UniformStride(e.reducer.budget)))): e for e in experiments}
     for experiment in budgets.values():
         budget = experiment.reducer.budget
@@ -170,8 +174,8 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
         rows += [kind(budget) for kind in (UniformStride, BaseTileOnly, SpatialPooling, ImageDownsample)]
         for reducer in rows:
             seed = f", seed {reducer.selection.seed}" if isinstance(reducer, Random) else ""  # type: ignore[attr-defined]
-            name = f"{type(reducer).__name__}{seed}, budget={in_words(as_config(budget))}"
-            yield Cell(replace(experiment, reducer=reducer), name, "baseline", {"reducer.budget": as_config(budget)})
+            name = f"{type(reducer).__name__}{seed}, budget={format_value(as_config(budget))}"
+            yield Setting(replace(experiment, reducer=reducer), name, "baseline", {"reducer.budget": as_config(budget)})
 
 
 def load_config(path: str) -> dict[str, Any]:
@@ -191,18 +195,18 @@ def load_config(path: str) -> dict[str, Any]:
     return config
 
 
-def hash_of(cells: Sequence[Cell]) -> str:
+def hash_of(settings: Sequence[Setting]) -> str:
     """Return 12 letters that identify an ablation by its experiments, however its file was written."""
-    return hashlib.sha256(" ".join(sorted(cell.experiment.hash() for cell in cells)).encode()).hexdigest()[:12]
+    return hashlib.sha256(" ".join(sorted(setting.experiment.hash() for setting in settings)).encode()).hexdigest()[:12]
 
 
-def claim(out: Path, config: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+def claim(out: Path, config: Mapping[str, Any], settings: Sequence[Setting]) -> None:
     """Note in a run directory which ablation it belongs to.
 
     Args:
         out: the run directory.
         config: the ablation.
-        cells: what `expand` makes of it.
+        settings: what `expand` makes of it.
 
     Raises:
         ValueError: if the directory belongs to another one.
@@ -219,26 +223,28 @@ def claim(out: Path, config: Mapping[str, Any], cells: Sequence[Cell]) -> None:
         old = hash_of(expand(there))
     except (ValueError, LookupError):
         old = "not known: it is not valid any more"
-    if old != hash_of(cells):
-        raise ValueError(f"{out} holds another ablation (hash {old}, this one is {hash_of(cells)}); give another --out")
+    if old != hash_of(settings):
+        raise ValueError(
+            f"{out} holds another ablation (hash {old}, this one is {hash_of(settings)}); give another --out"
+        )
 
 
-def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells that can share encodings: those of one model, dtype, task and text model (or none)."""
-    groups: dict[str, list[Cell]] = {}
+def by_model(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Return the settings that can share encodings: those of one model, dtype, task and text model (or none)."""
+    groups: dict[str, list[Setting]] = {}
     first: dict[str, str] = {}
-    for cell in sorted(cells, key=lambda cell: cell.experiment.reducer.text_model is None):
-        one = cell.experiment
+    for setting in sorted(settings, key=lambda setting: setting.experiment.reducer.text_model is None):
+        one = setting.experiment
         key = json.dumps([one.model, one.dtype, as_config(one.task)], sort_keys=True)
         text_model = one.reducer.text_model or first.setdefault(key, "")
         first.setdefault(key, text_model)
-        groups.setdefault(f"{key} {text_model}", []).append(cell)
-    place = {id(cell): number for number, cell in enumerate(cells)}
-    ordered = [sorted(group, key=lambda cell: place[id(cell)]) for group in groups.values()]
+        groups.setdefault(f"{key} {text_model}", []).append(setting)
+    place = {id(setting): number for number, setting in enumerate(settings)}
+    ordered = [sorted(group, key=lambda setting: place[id(setting)]) for group in groups.values()]
     return sorted(ordered, key=lambda group: place[id(group[0])])
 
 
-def check(groups: Sequence[Sequence[Cell]]) -> None:
+def check(groups: Sequence[Sequence[Setting]]) -> None:
     """Look at all models and tasks of a grid before the first one runs.
 
     Args:
@@ -259,23 +265,23 @@ def check(groups: Sequence[Sequence[Cell]]) -> None:
                 outlines[shared.model] = outline(shared.model)
             wrong += lacking(outlines[shared.model], group)
         except (ValueError, LookupError, TypeError, OSError) as error:
-            wrong.append(one_line(error))
+            wrong.append(format_error(error))
     if wrong:
         raise ValueError("these settings cannot run:\n  " + "\n  ".join(dict.fromkeys(wrong)))
 
 
-def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
+def shard_of(settings: Sequence[Setting], shard: str | None) -> list[Setting]:
     """Return the part of a grid that ``i/n`` names, i from 0.
 
     Raises:
         ValueError: if it is not of that form.
     """
     if shard is None:
-        return list(cells)
+        return list(settings)
     number, slash, total = shard.partition("/")
     if not (slash and number.isdigit() and total.isdigit() and int(number) < int(total)):
         raise ValueError(f"--shard {shard}: write i/n with i from 0 to n - 1, e.g. 0/4")
-    return list(cells)[int(number) :: int(total)]
+    return list(settings)[int(number) :: int(total)]
 
 
 def ablate(
@@ -285,21 +291,21 @@ def ablate(
     workers: int = 1,
     tell: Callable[[Progress], None] = lambda progress: None,
     retry_errors: bool = False,
-    pictures: int = PICTURES,
+    images: int = IMAGES,
     fresh: bool = False,
 ) -> Progress:
     """Run an ablation, or go on with it.
 
-    Under torchrun or accelerate (``RANK`` and ``WORLD_SIZE`` are set) this process takes its part of the pictures.
+    Under torchrun or accelerate (``RANK`` and ``WORLD_SIZE`` are set) this process takes its part of the images.
 
     Args:
         path: the YAML file.
         out: the run directory.
         shard: ``i/n`` takes every n-th setting from the i-th on.
-        workers: processes that share the pictures, one a GPU where there are GPUs.
+        workers: processes that share the images, one a GPU where there are GPUs.
         tell: is told after every record.
         retry_errors: try the samples again that failed before.
-        pictures: so many pictures of a model and task are stored for reports.
+        images: so many images of a model and task are stored for reports.
         fresh: discard the records that are there, and run all samples again.
 
     Raises:
@@ -323,24 +329,24 @@ def ablate(
     if fresh:
         discard_records(list(itertools.chain(*groups)), out)
     if retry_errors:
-        for cell in itertools.chain(*groups):
-            forget_errors(cell.folder(out))
+        for setting in itertools.chain(*groups):
+            forget_errors(setting.folder(out))
     for group in groups:  # all of them before the first one runs
         check_records(group, out)
     if workers > 1 and world == 1:
-        return _shared(path, shard, out, workers, tell, pictures)
-    return _run(groups, out, rank, world, tell, pictures)
+        return _shared(path, shard, out, workers, tell, images)
+    return _run(groups, out, rank, world, tell, images)
 
 
 def _run(
-    groups: Sequence[Sequence[Cell]],
+    groups: Sequence[Sequence[Setting]],
     out: Path,
     rank: int,
     world: int,
     tell: Callable[[Progress], None],
-    pictures: int,
+    images: int,
 ) -> Progress:
-    """Run the cells of each model and task, one after the other."""
+    """Run the settings of each model and task, one after the other."""
     total = Progress(0)
     for group in groups:
         before = total
@@ -348,35 +354,35 @@ def _run(
         def tell_all(now: Progress, before: Progress = before) -> None:
             tell(_added(before, now))
 
-        total = _added(before, run_cells(group, out, rank, world, tell_all, pictures=pictures))
+        total = _added(before, run_settings(group, out, rank, world, tell_all, images=images))
     return total
 
 
 def _added(one: Progress, other: Progress) -> Progress:
-    counts = ("total", "done", "errors", "pictures", "encodes", "more_encodes")
+    counts = ("total", "done", "errors", "images", "encodes", "more_encodes")
     return Progress(
         **{name: getattr(one, name) + getattr(other, name) for name in counts},
-        cell=other.cell or one.cell,
+        setting=other.setting or one.setting,
         scores={**one.scores, **other.scores},
     )
 
 
-def _of_workers(found: Sequence[Progress], cell: str) -> Progress:
-    """Return the progress of processes that share the samples of the same cells."""
+def _of_workers(found: Sequence[Progress], setting: str) -> Progress:
+    """Return the progress of processes that share the samples of the same settings."""
     whole = Progress(0)
     for one in found:
         whole = _added(whole, one)
     names = {name for one in found for name in one.scores}
     pairs = {name: [one.scores.get(name, (0.0, 0)) for one in found] for name in names}
     scores = {name: (sum(score for score, _ in of), sum(number for _, number in of)) for name, of in pairs.items()}
-    return replace(whole, cell=cell, scores=scores)
+    return replace(whole, setting=setting, scores=scores)
 
 
 SECONDS = 0.2
 """A worker says so often how far it is."""
 
 
-def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any, pictures: int) -> None:
+def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any, images: int) -> None:
     """Run as one of several workers, which tells its parent how far it is and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     parent = multiprocessing.parent_process()
@@ -398,20 +404,20 @@ def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: 
     try:
         # Built anew from the file, which loads plug-ins too: their classes cannot be sent from process to process.
         groups = by_model(shard_of(expand(load_config(path)), shard))
-        told.put((rank, _run(groups, out, rank, world, tell, pictures)))
+        told.put((rank, _run(groups, out, rank, world, tell, images)))
     except Exception as error:
-        print(f"tokenprune: worker {rank}: {one_line(error)}", file=sys.stderr)
+        print(f"tokenprune: worker {rank}: {format_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _shared(
-    path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None], pictures: int
+    path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None], images: int
 ) -> Progress:
     """Run several workers; the last one puts their records together."""
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     processes = [
-        context.Process(target=_work, args=(path, shard, out, rank, workers, told, pictures), daemon=True)
+        context.Process(target=_work, args=(path, shard, out, rank, workers, told, images), daemon=True)
         for rank in range(workers)
     ]
     found: dict[int, Progress] = {}
@@ -422,7 +428,7 @@ def _shared(
             rank, found[rank] = told.get(timeout=seconds)
         except queue.Empty:
             return False
-        tell(_of_workers([found[one] for one in sorted(found)], found[rank].cell))
+        tell(_of_workers([found[one] for one in sorted(found)], found[rank].setting))
         return True
 
     try:

@@ -296,7 +296,7 @@ def image_digest(sample: Sample) -> str | None:
     try:
         if sample.content is not None:
             return sample.content()
-        image = sample.picture()
+        image = sample.image()
         return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
     except Exception:  # a task may open its images in any way; the run stores the error in the record
         return None

@@ -1,4 +1,4 @@
-"""Loads checkpoints, and makes model inputs of pictures and questions."""
+"""Loads checkpoints, and makes model inputs of images and questions."""
 
 from __future__ import annotations
 
@@ -130,18 +130,18 @@ def outline(name: str) -> Any:
     return model
 
 
-def model_inputs(model: Any, processor: Any, picture: Image.Image, questions: Sequence[str], file: str) -> Any:
-    """Return the inputs of `generate` for questions about one picture, one row each, by the chat template if any.
+def model_inputs(model: Any, processor: Any, image: Image.Image, questions: Sequence[str], file: str) -> Any:
+    """Return the inputs of `generate` for questions about one image, one row each, by the chat template if any.
 
     Args:
         model: the model; inputs go to its device and dtype.
         processor: its processor.
-        picture: the picture.
+        image: the image.
         questions: the questions.
-        file: what the picture is called, for errors.
+        file: what the image is called, for errors.
 
     Raises:
-        ValueError: if the processor or the model's own unpadding can make nothing of the picture's shape.
+        ValueError: if the processor or the model's own unpadding can make nothing of the image's shape.
     """
     prompts = []
     for question in questions:
@@ -154,12 +154,12 @@ def model_inputs(model: Any, processor: Any, picture: Image.Image, questions: Se
     options = {"text": prompts, "return_tensors": "pt", "padding": True, "padding_side": "left"}
     errors: list[Exception] = []
     # Some processors take the images of a batch as one list, others as a list for each prompt.
-    for images in ([picture] * len(prompts), [[picture]] * len(prompts)):
+    for images in ([image] * len(prompts), [[image]] * len(prompts)):
         try:
             return processor(images=images, **options).to(model.device, model.dtype)
         except (ValueError, RuntimeError, ZeroDivisionError, TypeError, AttributeError) as error:
             errors.append(error)
     raise ValueError(
-        f"{file}: the model's processor cannot take a picture of {picture.width} x {picture.height} "
+        f"{file}: the model's processor cannot take an image of {image.width} x {image.height} "
         f"({' '.join(str(errors[0]).split())}); crop or pad it"
     ) from errors[0]

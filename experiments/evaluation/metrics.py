@@ -13,7 +13,7 @@ Metric = Callable[[str, Sequence[str]], float]
 """From a prediction and the accepted answers to a score."""
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Return a text in lower case, without punctuation at its ends and with single spaces; a number keeps its minus."""
     plain = " ".join(text.lower().split())
     inner = plain.strip(string.punctuation + " ")
@@ -23,8 +23,8 @@ def normalised(text: str) -> str:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """Return 1 if the prediction is one of the answers, letter case, outer punctuation and spaces aside."""
-    given = normalised(prediction).replace(" ", "")
-    return float(any(given == normalised(answer).replace(" ", "") for answer in answers))
+    given = normalized(prediction).replace(" ", "")
+    return float(any(given == normalized(answer).replace(" ", "") for answer in answers))
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
@@ -32,14 +32,14 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 
     OCRBench counts an answer that is any part of the prediction, also within a word.
     """
-    given = normalised(prediction)
+    given = normalized(prediction)
     return float(
-        any(re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", given) is not None for answer in answers)
+        any(re.search(rf"(?<!\w){re.escape(normalized(answer))}(?!\w)", given) is not None for answer in answers)
     )
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Return the average normalised Levenshtein similarity (DocVQA): the best answer counts, below the threshold none.
+    """Return the average normalized Levenshtein similarity (DocVQA): the best answer counts, below the threshold none.
 
     Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019.
     """
@@ -69,7 +69,7 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float =
         if given is not None and wanted is not None and wanted != 0:
             if abs(given - wanted) <= tolerance * abs(wanted):
                 return 1.0
-        elif normalised(prediction) == normalised(answer):
+        elif normalized(prediction) == normalized(answer):
             return 1.0
     return 0.0
 
@@ -167,7 +167,7 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """
 
     def f1(answer: str) -> float:
-        given, wanted = normalised(prediction).split(), normalised(answer).split()
+        given, wanted = normalized(prediction).split(), normalized(answer).split()
         common = sum((Counter(given) & Counter(wanted)).values())
         return 2 * common / (len(given) + len(wanted)) if common else 0.0
 

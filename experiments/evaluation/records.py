@@ -1,7 +1,7 @@
 """Records of an experiment: one JSON line a sample, flushed at once, so that a crash loses nothing that was done.
 
-A folder of one experiment (a *cell*) holds ``records.jsonl``. Processes that share the samples of a cell each append to
-a part of their own, ``records.part-<rank>.jsonl``; `merge` puts the parts together in the order of the samples.
+The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each appends to its own
+part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ def _parsed(text: str, file: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{file}, line {number} is no record ({error}); remove the line to go on") from error
 
 
-def files_of(cell: Path) -> list[Path]:
-    """Return the files that hold records of a cell."""
-    return [file for file in (cell / NAME, *sorted(cell.glob("records.part-*.jsonl"))) if file.is_file()]
+def files_of(setting: Path) -> list[Path]:
+    """Return the files that hold records of a setting."""
+    return [file for file in (setting / NAME, *sorted(setting.glob("records.part-*.jsonl"))) if file.is_file()]
 
 
-def done(cell: Path) -> set[str]:
-    """Return the ids of the samples of a cell that have a record."""
-    return {record["sample"] for file in files_of(cell) for record in read_lines(file)}
+def done(setting: Path) -> set[str]:
+    """Return the ids of the samples of a setting that have a record."""
+    return {record["sample"] for file in files_of(setting) for record in read_lines(file)}
 
 
-def merge(cell: Path, order: Sequence[str]) -> None:
-    """Put the parts of a cell together into one file, in the order of the samples; each sample once.
+def merge(setting: Path, order: Sequence[str]) -> None:
+    """Put the parts of a setting together into one file, in the order of the samples; each sample once.
 
     Args:
-        cell: the folder of the cell.
+        setting: the folder of the setting.
         order: ids of all samples.
     """
-    if files_of(cell) == [cell / NAME]:
+    if files_of(setting) == [setting / NAME]:
         return
     found: dict[str, dict[str, Any]] = {}
-    for file in files_of(cell):
+    for file in files_of(setting):
         for record in read_lines(file):
             found.setdefault(record["sample"], record)
     place = {sample: number for number, sample in enumerate(order)}
     merged = sorted(found.values(), key=lambda record: place.get(record["sample"], len(place)))
-    write_whole(cell / NAME, "".join(json.dumps(record) + "\n" for record in merged))
-    for file in cell.glob("records.part-*.jsonl"):
+    write_whole(setting / NAME, "".join(json.dumps(record) + "\n" for record in merged))
+    for file in setting.glob("records.part-*.jsonl"):
         file.unlink()
 
 
@@ -105,58 +105,58 @@ def locked(file: Path, kind: int) -> IO[str] | None:
     return lock
 
 
-def join(cell: Path, order: Sequence[str]) -> None:
-    """Put the parts of a cell together if all samples are there and no process writes them any more.
+def join(setting: Path, order: Sequence[str]) -> None:
+    """Put the parts of a setting together if all samples are there and no process writes them any more.
 
     Every process that shares the samples calls this when it has closed its part; the last one finds no other.
 
     Args:
-        cell: the folder of the cell.
+        setting: the folder of the setting.
         order: ids of all samples.
     """
-    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    lock = locked(setting / LOCK, fcntl.LOCK_EX)
     if lock is not None:
         with lock:
-            if set(order) <= done(cell):
-                merge(cell, order)
+            if set(order) <= done(setting):
+                merge(setting, order)
 
 
-def discard(cell: Path) -> None:
-    """Remove the records of a cell and what was computed from them.
+def discard(setting: Path) -> None:
+    """Remove the records of a setting and what was computed from them.
 
     Args:
-        cell: the folder of the cell.
+        setting: the folder of the setting.
 
     Raises:
         InUseError: if another process has the records open.
     """
-    if not cell.is_dir():
+    if not setting.is_dir():
         return
-    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    lock = locked(setting / LOCK, fcntl.LOCK_EX)
     if lock is None:
-        raise InUseError(IN_USE.format(cell))
+        raise InUseError(IN_USE.format(setting))
     with lock:
-        for file in (*files_of(cell), cell / "identity.json", cell / "summary.json"):
+        for file in (*files_of(setting), setting / "identity.json", setting / "summary.json"):
             file.unlink(missing_ok=True)
 
 
-def forget_errors(cell: Path) -> int:
-    """Take the records of samples that failed out of a cell, so that they are tried again; return their number.
+def forget_errors(setting: Path) -> int:
+    """Take the records of samples that failed out of a setting, so that they are tried again; return their number.
 
     Args:
-        cell: the folder of the cell.
+        setting: the folder of the setting.
 
     Raises:
         InUseError: if another process has the records open.
     """
-    if not files_of(cell):
+    if not files_of(setting):
         return 0
-    lock = locked(cell / LOCK, fcntl.LOCK_EX)
+    lock = locked(setting / LOCK, fcntl.LOCK_EX)
     if lock is None:
-        raise InUseError(IN_USE.format(cell))
+        raise InUseError(IN_USE.format(setting))
     number = 0
     with lock:
-        for file in files_of(cell):
+        for file in files_of(setting):
             records = list(read_lines(file))
             good = [record for record in records if record["error"] is None]
             if len(good) < len(records):
@@ -166,10 +166,10 @@ def forget_errors(cell: Path) -> int:
 
 
 class RecordFile:
-    """The open records of one cell, for one process.
+    """The open records of one setting, for one process.
 
     Args:
-        cell: the folder of the cell; made if it is not there.
+        setting: the folder of the setting; made if it is not there.
         rank: number of this process among those that share the samples; None if it has them all.
 
     Raises:
@@ -178,18 +178,18 @@ class RecordFile:
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, cell: Path, rank: int | None = None) -> None:
-        cell.mkdir(parents=True, exist_ok=True)
-        self.file = cell / (NAME if rank is None else f"records.part-{rank}.jsonl")
+    def __init__(self, setting: Path, rank: int | None = None) -> None:
+        setting.mkdir(parents=True, exist_ok=True)
+        self.file = setting / (NAME if rank is None else f"records.part-{rank}.jsonl")
         wanted = [(LOCK, fcntl.LOCK_EX)] if rank is None else [(LOCK, fcntl.LOCK_SH), (f"{LOCK}.{rank}", fcntl.LOCK_EX)]
         self._locks: list[IO[str]] = []
         for name, kind in wanted:
-            lock = locked(cell / name, kind)
+            lock = locked(setting / name, kind)
             if lock is None:
                 self._unlock()
-                raise InUseError(IN_USE.format(cell))
+                raise InUseError(IN_USE.format(setting))
             self._locks.append(lock)
-        records = [one for other in files_of(cell) if other != self.file for one in read_lines(other)]
+        records = [one for other in files_of(setting) if other != self.file for one in read_lines(other)]
         text = self.file.read_text() if self.file.is_file() else ""
         own = list(_parsed(text, self.file))
         whole = "".join(json.dumps(record) + "\n" for record in own)

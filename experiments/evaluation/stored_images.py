@@ -1,9 +1,9 @@
 """What shows a selection again without model and data: kept tokens in the record, tiles in the run directory.
 
-Disk is bounded: so many pictures of a run (`PICTURES`, the option ``--pictures``), each as its tiles of at most `SIDE`
-and together `PIXELS` pixels. Only records of these pictures hold kept tokens, about 400 letters each for the 2,880
-tokens of LLaVA-NeXT. A picture is written whole before the first record that names it, so a kill leaves no record
-without its picture.
+Disk is bounded: so many images of a run (`IMAGES`, the option ``--images``), each as its tiles of at most `SIDE`
+and together `PIXELS` pixels. Only records of these images hold kept tokens, about 400 letters each for the 2,880
+tokens of LLaVA-NeXT. An image is written whole before the first record that names it, so a kill leaves no record
+without its image.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from tokenprune.experiments.evaluation.records import write_whole
 from tokenprune.image import TileGeometry
 from tokenprune.selection import Selection
 
-FOLDER = "pictures"
-"""Folder of the pictures in a run directory."""
-PICTURES = 200
-"""So many pictures of a model and task are stored unless something else is asked for."""
+FOLDER = "images"
+"""Folder of the images in a run directory."""
+IMAGES = 200
+"""So many images of a model and task are stored unless something else is asked for."""
 SIDE, PIXELS, BYTES = 240, 1 << 20, 150_000
-"""Largest side of a stored tile, pixels of all tiles of a picture, and bytes of a PNG file; larger ones are JPEG."""
+"""Largest side of a stored tile, pixels of all tiles of an image, and bytes of a PNG file; larger ones are JPEG."""
 
 
 def is_stored(number: int, total: int, most: int) -> bool:
-    """Whether a picture is one of those that are stored: evenly spread, whoever encodes them and in whatever order.
+    """Whether an image is one of those that are stored: evenly spread, whoever encodes them and in whatever order.
 
     Args:
-        number: number of the picture in its task.
-        total: pictures of the task.
+        number: number of the image in its task.
+        total: images of the task.
         most: how many are stored.
     """
     return number * most // total != (number - 1) * most // total if most < total else True
 
 
-def picture_name(model: str, task: Any, group: str) -> str:
-    """Return the name of the file of a picture, which the settings of a run directory share.
+def image_name(model: str, task: Any, group: str) -> str:
+    """Return the name of the file of an image, which the settings of a run directory share.
 
     Args:
         model: the model, on which the tiles depend.
         task: configuration of the task.
-        group: name of the picture in its task.
+        group: name of the image in its task.
     """
     key = json.dumps([model, task, group], sort_keys=True)
     return f"{FOLDER}/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -77,7 +77,7 @@ def with_pixels(encoding: Encoding, adapter: Adapter, inputs: Mapping[str, Any])
 
 
 def store(out: Path, name: str, pixels: Tensor) -> str:
-    """Write the tiles of a picture, one below the other; return the path in the run directory.
+    """Write the tiles of an image, one below the other; return the path in the run directory.
 
     A file of the same content stays. One of other content belongs to discarded records of a changed image, and is
     replaced.
@@ -152,7 +152,7 @@ def from_record(out: Path, record: Mapping[str, Any]) -> Selection | None:
         out: the run directory.
         record: the record.
     """
-    said, name = record.get("selection"), record.get("picture")
+    said, name = record.get("selection"), record.get("stored_image")
     if not said or not name or not (out / name).is_file():
         return None
     (rows, cols), (height, width) = said["tile_grid"], said["token_grid"]

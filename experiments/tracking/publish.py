@@ -10,57 +10,52 @@ from typing import Any
 import yaml
 
 from tokenprune.experiments.analysis.stats import short
-from tokenprune.experiments.evaluation.experiment import Cell, Progress, run_cells
+from tokenprune.experiments.evaluation.experiment import Progress, Setting, run_settings
 from tokenprune.experiments.evaluation.records import files_of, read_lines
-from tokenprune.experiments.evaluation.stored_images import PICTURES, from_record
+from tokenprune.experiments.evaluation.stored_images import IMAGES, from_record
 from tokenprune.experiments.tracking.tracker import Tracker, tracked
 from tokenprune.selection import Selection
 
 OVERLAYS = 4
-"""Pictures of an experiment whose kept tokens are drawn."""
+"""Images of an experiment whose kept tokens are drawn."""
 
 
 def run_tracked(
-    cell: Cell,
+    setting: Setting,
     out: Path,
     project: str | None,
     rank: int,
     world: int,
     tell: Callable[[Progress], None],
-    pictures: int = PICTURES,
+    images: int = IMAGES,
 ) -> Progress:
-    """Run one experiment and track it, with pictures of the kept tokens.
+    """Run one experiment and track it, with images of the kept tokens.
 
     Args:
-        cell: the experiment.
+        setting: the experiment.
         out: the run directory.
         project: W&B project; None tracks nothing.
         rank: number of this process; only the first one tracks.
         world: number of processes.
         tell: is told after every record.
-        pictures: so many pictures are stored for reports.
+        images: so many images are stored for reports.
     """
     if project is None or rank:
-        return run_cells([cell], out, rank, world, tell, pictures=pictures)
-    with tracked(project, **_options(cell.describe(), cell.experiment.config(), out, "evaluate")) as tracker:
-        before = _replay(tracker, cell.folder(out))
+        return run_settings([setting], out, rank, world, tell, images=images)
+    with tracked(project, **_options(setting.describe(), setting.experiment.config(), out, "evaluate")) as tracker:
+        before = _replay(tracker, setting.folder(out))
         drawn: set[str] = set(before)
 
-        def watch(cell: Cell, record: Mapping[str, Any], selection: Selection | None) -> None:
+        def watch(setting: Setting, record: Mapping[str, Any], selection: Selection | None) -> None:
             tracker.record(record)
-            picture = str(record["group"])
-            if (
-                selection is not None
-                and selection.pixels is not None
-                and picture not in drawn
-                and len(drawn) < OVERLAYS
-            ):
-                drawn.add(picture)
-                tracker.overlay(picture, selection)
+            image = str(record["group"])
+            if selection is not None and selection.pixels is not None and image not in drawn and len(drawn) < OVERLAYS:
+                drawn.add(image)
+                tracker.overlay(image, selection)
 
-        progress = run_cells([cell], out, rank, world, tell, watch, pictures)
-        tracker.pareto(_points(out)[_setting(cell.experiment.config())])
-        tracker.finish({}, _files(cell.folder(out)))
+        progress = run_settings([setting], out, rank, world, tell, watch, images)
+        tracker.pareto(_points(out)[_setting(setting.experiment.config())])
+        tracker.finish({}, _files(setting.folder(out)))
     return progress
 
 
@@ -91,12 +86,12 @@ def publish(out: Path, project: str) -> int:
 
 
 def _folders(out: Path) -> list[Path]:
-    return sorted(file.parent for file in (out / "cells").glob("*/cell.json"))
+    return sorted(file.parent for file in (out / "settings").glob("*/setting.json"))
 
 
 def _about(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what an experiment is called, and its configuration."""
-    return json.loads((folder / "cell.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+    return json.loads((folder / "setting.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
 
 
 def _points(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -118,16 +113,16 @@ def _setting(config: Mapping[str, Any]) -> str:
 
 
 def _draw(tracker: Tracker, out: Path, folder: Path) -> None:
-    """Give a tracker the kept tokens of the first few pictures that are stored."""
+    """Give a tracker the kept tokens of the first few images that are stored."""
     drawn: set[str] = set()
     for record in read_lines(folder / "records.jsonl"):
         if len(drawn) == OVERLAYS:
             return
-        picture = str(record["group"])
-        selection = None if picture in drawn else from_record(out, record)
+        image = str(record["group"])
+        selection = None if image in drawn else from_record(out, record)
         if selection is not None:
-            drawn.add(picture)
-            tracker.overlay(picture, selection)
+            drawn.add(image)
+            tracker.overlay(image, selection)
 
 
 def _options(said: Mapping[str, Any], config: Mapping[str, Any], out: Path, job: str) -> dict[str, Any]:
@@ -143,7 +138,7 @@ def _options(said: Mapping[str, Any], config: Mapping[str, Any], out: Path, job:
 
 
 def _replay(tracker: Tracker, folder: Path) -> list[str]:
-    """Give a tracker the records that are there; return their pictures."""
+    """Give a tracker the records that are there; return their images."""
     groups = []
     for record in read_lines(folder / "records.jsonl"):
         tracker.record(record)
@@ -152,5 +147,5 @@ def _replay(tracker: Tracker, folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    names = ("config.yaml", "cell.json", "environment.json", "records.jsonl")
+    names = ("config.yaml", "setting.json", "environment.json", "records.jsonl")
     return [folder / name for name in names if (folder / name).is_file()]

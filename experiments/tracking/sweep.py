@@ -335,7 +335,7 @@ def _nested(names: Sequence[tuple[str, ...]], values: Sequence[Any]) -> dict[str
 
 
 def _grid_values(spec: Mapping[str, Any]) -> list[Any]:
-    """Return all values of a parameter of a grid; a quantised one ends before its maximum, as W&B's does."""
+    """Return all values of a parameter of a grid; a quantized one ends before its maximum, as W&B's does."""
     if "value" in spec:
         return [spec["value"]]
     if "values" in spec:

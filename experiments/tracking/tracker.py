@@ -5,7 +5,7 @@ offline and says how to upload later. Whatever wandb does wrong becomes one warn
 then on.
 
 Names in the run: `eval/*` (over `eval/tokens_kept`) and `perf/*` hold the results, `progress/*` the course of the run,
-`samples/predictions` the table of answers, `vis/*` pictures. Media stay out of `eval/`, since wandb's rules for
+`samples/predictions` the table of answers, `vis/*` images. Media stay out of `eval/`, since wandb's rules for
 `eval/*` would catch them too.
 """
 
@@ -46,10 +46,10 @@ COLUMNS = (
 """Columns of the table of answers; the fields of a record by the same names."""
 TIMES = ("encode_ms", "select_ms", "generate_ms")
 CLASSES = {1: "kept", 2: "dropped", 3: "padding"}
-"""Classes of the mask over a picture; 0 is the space between tiles."""
+"""Classes of the mask over an image; 0 is the space between tiles."""
 GAP = 8
 """Pixels between tiles."""
-MAX_PICTURES = 50
+MAX_IMAGES = 50
 """Overlays of one run; with more, wandb's pages get slow."""
 MAX_ROWS = 10_000
 """Rows of a table that wandb shows; all records belong in the files of the run."""
@@ -118,7 +118,7 @@ class Tracker:
         self._offline = False
         self._records: list[dict[str, Any]] = []
         self._score = 0.0
-        self._errors = self._pictures = 0
+        self._errors = self._images = 0
 
     @property
     def folder(self) -> Path | None:
@@ -202,23 +202,23 @@ class Tracker:
 
     @_harmless
     def overlay(self, name: str, selection: Selection) -> None:
-        """Log a picture whose kept tokens, dropped tokens and padding can be switched on and off.
+        """Log an image whose kept tokens, dropped tokens and padding can be switched on and off.
 
         Args:
             name: name of the sample.
             selection: the selection, with pixels; without them nothing is logged.
         """
         if selection.pixels is None:
-            log.info("W&B: %s has no picture: the selection carries no pixels", name)
+            log.info("W&B: %s has no image: the selection carries no pixels", name)
             return
-        self._pictures += 1
-        if self._pictures > MAX_PICTURES:
-            if self._pictures == MAX_PICTURES + 1:
-                log.warning("W&B gets the first %d pictures of a run only", MAX_PICTURES)
+        self._images += 1
+        if self._images > MAX_IMAGES:
+            if self._images == MAX_IMAGES + 1:
+                log.warning("W&B gets the first %d images of a run only", MAX_IMAGES)
             return
         import wandb
 
-        pixels, mask = picture_and_mask(selection)
+        pixels, mask = image_and_mask(selection)
         caption = f"{name}: {selection.kept_tokens} kept of {selection.asked} asked {selection.kept_per_tile}"
         masks = {"tokens": {"mask_data": mask, "class_labels": CLASSES}}
         self._run.log({f"vis/selection/{_plain(name)}": wandb.Image(pixels, caption=caption, masks=masks)})
@@ -237,7 +237,9 @@ class Tracker:
 
         columns = list(dict.fromkeys(key for point in points for key in point))
         front = set(pareto([(point["kept"], point["score"]) for point in points]))
-        rows = [[*(_cell(point.get(key)) for key in columns), number in front] for number, point in enumerate(points)]
+        rows = [
+            [*(_setting(point.get(key)) for key in columns), number in front] for number, point in enumerate(points)
+        ]
         table = wandb.Table(columns=[*columns, "front"], data=rows, allow_mixed_types=True)
         title = "Score over kept visual tokens"
         self._run.log({f"vis/{_plain(name)}": wandb.plot.scatter(table, x="kept", y="score", title=title)})
@@ -264,11 +266,11 @@ class Tracker:
         numbers = {key: value for key, value in results.items() if _is_number(value)}
         if numbers:
             self._run.log(numbers)
-        self._run.summary.update({key: _cell(value) for key, value in results.items() if key not in numbers})
+        self._run.summary.update({key: _setting(value) for key, value in results.items() if key not in numbers})
         if self._records:
             if len(self._records) > MAX_ROWS:
                 log.warning("W&B shows the first %d of %d answers in its table", MAX_ROWS, len(self._records))
-            rows = [[_cell(one.get(key)) for key in COLUMNS] for one in self._records[:MAX_ROWS]]
+            rows = [[_setting(one.get(key)) for key in COLUMNS] for one in self._records[:MAX_ROWS]]
             table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
             self._run.log({"samples/predictions": table})
         there = [Path(file) for file in files if Path(file).is_file()]
@@ -357,8 +359,8 @@ def from_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found | {f"perf/{key}": median(values) for key in TIMES if (values := column(key))}
 
 
-def picture_and_mask(selection: Selection) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Lay the tiles out as the picture was cut: the base tile at the left, the sub-images in their grid.
+def image_and_mask(selection: Selection) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Lay the tiles out as the image was cut: the base tile at the left, the sub-images in their grid.
 
     Args:
         selection: the selection, with pixels.
@@ -401,7 +403,7 @@ def _place(key: str) -> str:
     return f"{'perf' if cost else 'eval'}/{key}"
 
 
-def _cell(value: Any) -> Any:
+def _setting(value: Any) -> Any:
     """Return a value as something a table can hold: lists become text."""
     if isinstance(value, np.generic):
         return value.item()

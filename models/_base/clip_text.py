@@ -93,7 +93,7 @@ class TextTower:
         Returns:
             ``question``, a vector per segment `[segments, shared]`; ``question_tokens``, one per text token
             `[text_tokens, shared]`; and ``question_positions``, one per position of every segment, filled up with id 0
-            to the tower's length, `[segments, positions, shared]`. None is normalised.
+            to the tower's length, `[segments, positions, shared]`. None is normalized.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         step = self.longest - 2
@@ -156,7 +156,7 @@ def _example_folder(width: int) -> TemporaryDirectory[str]:
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
     folder = TemporaryDirectory(prefix="tokenprune-")
-    words = ["<unk>", "<s>", "what", "is", "in", "the", "picture", "</s>"]
+    words = ["<unk>", "<s>", "what", "is", "in", "the", "image", "</s>"]
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 EXAMPLE_PAD, EXAMPLE_IMAGE, EXAMPLE_TILE = 0, 3, 56
 """Padding id, placeholder id and side of a tile in pixels of example models."""
 EXAMPLE_TEXT = (5, 6, 7)
-"""Ids of text after each picture of example inputs."""
+"""Ids of text after each image of example inputs."""
 
 
 def example_tower(**more: Any) -> dict[str, Any]:
@@ -70,5 +70,5 @@ def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
 
 
 def seeded(size: tuple[int, int]) -> torch.Generator:
-    """Return a random generator for the pixels of an example picture."""
+    """Return a random generator for the pixels of an example image."""
     return torch.Generator().manual_seed(10_000 * size[0] + size[1])

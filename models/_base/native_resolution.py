@@ -1,4 +1,4 @@
-"""What the adapters share whose towers take pictures at their own resolution: an image is one tile."""
+"""What the adapters share whose towers take images at their own resolution: an image is one tile."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def example_pixtral(patch_size: int) -> PixtralVisionConfig:
 class MergedPatchesAdapter(PlaceholderAdapter):
     """A family with Qwen's interface: flat patches in merge blocks, `image_grid_thw`, and M-RoPE."""
 
-    tower_at: ClassVar[str] = "visual"
-    layers_at: ClassVar[str] = "blocks"
+    tower_path: ClassVar[str] = "visual"
+    layers_path: ClassVar[str] = "blocks"
     attention_at: ClassVar[str] = "attn"
-    projector_at: ClassVar[str | None] = None
+    projector_path: ClassVar[str | None] = None
     patch_order: ClassVar[str] = "(h w p q)"
     one_sequence: ClassVar[bool] = True
     passes_output_options: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class MergedPatchesAdapter(PlaceholderAdapter):
         return super().counted_positions(mask).expand(3, -1, -1)
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the patches of each picture, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
+        """Return the patches of each image, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
         config = self.tower.config
         grids = [[1, *(self.pooling * max(1, round(side / EXAMPLE_TOKEN)) for side in size)] for size in sizes]
         width = 3 * config.temporal_patch_size * config.patch_size**2
@@ -132,15 +132,15 @@ class MergedPatchesAdapter(PlaceholderAdapter):
 
 
 class PixtralTowerAdapter(PlaceholderAdapter):
-    """A family with a Pixtral tower: pictures padded to one size, `image_sizes`, and text after each row of tokens."""
+    """A family with a Pixtral tower: images padded to one size, `image_sizes`, and text after each row of tokens."""
 
-    layers_at: ClassVar[str] = "transformer.layers"
+    layers_path: ClassVar[str] = "transformer.layers"
     attention_at: ClassVar[str] = "attention"
     one_sequence: ClassVar[bool] = True
     text_separator_side: ClassVar[TextSeparatorSide] = "after"
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return one tile per image, of the size that its picture has.
+        """Return one tile per image, of the size that its image has.
 
         Raises:
             ValueError: if sizes are missing or do not fit the pixels, or a side is no whole number of tokens.
@@ -179,14 +179,14 @@ class PixtralTowerAdapter(PlaceholderAdapter):
         return [pixels[None, :, :rows, :cols] for pixels, (rows, cols) in images]
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return each picture padded to the largest, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
+        """Return each image padded to the largest, its sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
         rounded = [[EXAMPLE_TOKEN * max(1, round(side / EXAMPLE_TOKEN)) for side in size] for size in sizes]
         height, width = (max(sides) for sides in zip(*rounded, strict=True))
-        pictures = [
+        images = [
             F.pad(torch.randn(3, rows, cols, generator=seeded(size)), (0, width - cols, 0, height - rows))
             for size, (rows, cols) in zip(sizes, rounded, strict=True)
         ]
-        return {self.pixels: torch.stack(pictures), "image_sizes": torch.tensor(rounded)}
+        return {self.pixels: torch.stack(images), "image_sizes": torch.tensor(rounded)}
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
         """Return inputs with random pixels; the id 8 ends a row of an image, 9 the last one."""

@@ -24,8 +24,8 @@ from tokenprune.image import (
     ALIGNED_FROM,
     ALIGNED_SIGNALS,
     CLS_SIGNALS,
+    NEWLINE,
     ROW_SIGNALS,
-    SEPARATOR,
     TEXT_SIGNALS,
     EncodedImage,
     Key,
@@ -36,7 +36,7 @@ from tokenprune.image import (
 from tokenprune.models._base.clip_text import example_text_model, question_in, text_tower
 from tokenprune.models._base.example import EXAMPLE_PAD, EXAMPLE_TEXT
 from tokenprune.models._base.linear_weights import linear_weights
-from tokenprune.models._capture.hooks import Tower, probe, wanted_layers
+from tokenprune.models._capture.hooks import Tower, capture_signals, wanted_layers
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, run_until, skipped_layers
 
 
@@ -47,17 +47,17 @@ class PlaceholderAdapter(Adapter):
     and handing over are the same for all.
     """
 
-    tower_at: ClassVar[str] = "vision_tower"
+    tower_path: ClassVar[str] = "vision_tower"
     """Where the vision tower is in the base model."""
-    layers_at: ClassVar[str] = "encoder.layers"
+    layers_path: ClassVar[str] = "encoder.layers"
     """Where its layers are in the tower."""
     attention_at: ClassVar[str] = "self_attn"
     """Name of the attention module in a layer of the tower; it asks transformers' `AttentionInterface`."""
-    projector_at: ClassVar[str | None] = "multi_modal_projector"
+    projector_path: ClassVar[str | None] = "multi_modal_projector"
     """Where the module is in the base model that maps each visual token by itself; None if there is none such."""
     language_model_at: ClassVar[str] = "language_model"
     """Where the decoder is in the base model."""
-    pooling_in: ClassVar[str | None] = None
+    pooling_config_key: ClassVar[str | None] = None
     """Name of the number in the config that says how many patches along a side become one visual token; None: one."""
     patch_order: ClassVar[str] = "(h p w q)"
     """How the patches of a tile are ordered in the tower; token ``(h, w)`` is made of ``p x q`` patches (einops)."""
@@ -71,7 +71,7 @@ class PlaceholderAdapter(Adapter):
     """Which field of what it returns fills the placeholders."""
     resizable: ClassVar[bool] = False
     """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
-    norm_at: ClassVar[str | None] = None
+    post_norm_path: ClassVar[str | None] = None
     """Where the norm is in the tower that its outputs pass before they are used; None if the model takes them as the
     layer puts them out."""
     projects_per_token: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class PlaceholderAdapter(Adapter):
 
     @abstractmethod
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the vision inputs of pictures with random pixels; the same pixels for the same size."""
+        """Return the vision inputs of images with random pixels; the same pixels for the same size."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -105,8 +105,8 @@ class PlaceholderAdapter(Adapter):
         """Return inputs with random pixels, left-padded.
 
         Args:
-            rows: for each prompt, height x width of its pictures in pixels.
-            images: the ids that stand for a picture of each size.
+            rows: for each prompt, height x width of its images in pixels.
+            images: the ids that stand for an image of each size.
         """
         prompts = [[1, *(token for size in row for token in [*images[size], *EXAMPLE_TEXT])] for row in rows]
         width = max(map(len, prompts))
@@ -117,12 +117,12 @@ class PlaceholderAdapter(Adapter):
     @cached_property
     def tower(self) -> Any:
         """The vision tower."""
-        return attrgetter(self.tower_at)(self.model.base_model)
+        return attrgetter(self.tower_path)(self.model.base_model)
 
     @cached_property
     def tower_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the vision tower."""
-        layers: Sequence[nn.Module] = attrgetter(self.layers_at)(self.tower)
+        layers: Sequence[nn.Module] = attrgetter(self.layers_path)(self.tower)
         return layers
 
     @cached_property
@@ -145,13 +145,13 @@ class PlaceholderAdapter(Adapter):
     @cached_property
     def pooling(self) -> int:
         """Patches along a side that become one visual token."""
-        return 1 if self.pooling_in is None else int(getattr(self.model.config, self.pooling_in))
+        return 1 if self.pooling_config_key is None else int(getattr(self.model.config, self.pooling_config_key))
 
     @property
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model can give."""
         kinds = {"received_attention", "keys", "vision_features"}
-        if self.projector_at is not None:
+        if self.projector_path is not None:
             kinds |= {"projector_inputs"}
         if self.resizable:
             kinds |= {"resolution"}
@@ -237,7 +237,7 @@ class PlaceholderAdapter(Adapter):
     @cached_property
     def projector(self) -> Any:
         """What turns features of the vision tower into visual tokens."""
-        return attrgetter(self.projector_at or "")(self.model.base_model)
+        return attrgetter(self.projector_path or "")(self.model.base_model)
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
@@ -295,11 +295,11 @@ class PlaceholderAdapter(Adapter):
         leaves_early = truncated and self.can_leave_early(inputs, needs)
         run = self.run_tower if leaves_early else self._run_vision_side
         tokens, outputs, captured = run(inputs, layouts, wanted, truncated)
-        signals = {key: self.by_image(key[0], parts, layouts, inputs) for key, parts in captured.items()}
+        signals = {key: self.split_by_image(key[0], parts, layouts, inputs) for key, parts in captured.items()}
         for layer, kinds in wanted.items():
             for kind in kinds & ALIGNED_SIGNALS:
                 signals[kind, layer] = [align(source) for source in signals[ALIGNED_FROM[kind], layer]]
-        pixels = self.pictures(inputs, layouts, keep_pixels)
+        pixels = self.images(inputs, layouts, keep_pixels)
         images = [
             EncodedImage(
                 geometry=layout,
@@ -332,7 +332,7 @@ class PlaceholderAdapter(Adapter):
             if truncated and not reads_head:
                 head = self.tower.head if self.pooling_head is not None else None
                 stack.enter_context(skipped_layers(self.tower_layers, max([feature_layer, *wanted]), head))
-            captured = stack.enter_context(probe(self.tower_parts(layouts), wanted))
+            captured = stack.enter_context(capture_signals(self.tower_parts(layouts), wanted))
             projector_inputs = stack.enter_context(self.projector_probe(projected))
             outputs = self.run_vision(arguments, layouts)
         if projected:
@@ -366,7 +366,7 @@ class PlaceholderAdapter(Adapter):
             )
         pixels, last = torch.cat(tiles).to(floating_dtype(self.tower)), max([*feature_layers, *wanted])
         parts = self.tower_parts(layouts)
-        with probe(parts, wanted) as captured:
+        with capture_signals(parts, wanted) as captured:
             outputs = run_until(partial(self.tower, pixels), self.tower_layers, last, feature_layers)
         hidden = torch.cat(outputs, dim=-1)[:, parts.prefix :]
         if any("projector_inputs" in kinds for kinds in wanted.values()):
@@ -421,7 +421,11 @@ class PlaceholderAdapter(Adapter):
 
     def normed(self, patches: Tensor) -> Tensor:
         """Return outputs of the feature layers as the model uses them."""
-        return patches if self.norm_at is None else torch.as_tensor(attrgetter(self.norm_at)(self.tower)(patches))
+        return (
+            patches
+            if self.post_norm_path is None
+            else torch.as_tensor(attrgetter(self.post_norm_path)(self.tower)(patches))
+        )
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the vision inputs of a call that belong to its images."""
@@ -475,7 +479,7 @@ class PlaceholderAdapter(Adapter):
         finally:
             hook.remove()
 
-    def by_image(
+    def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a captured signal by images, with the base tile first and patches pooled to tokens.
@@ -489,7 +493,7 @@ class PlaceholderAdapter(Adapter):
         if not layouts:
             return []
         if self.one_sequence:
-            whole = self.from_sequence(kind, captured, layouts, inputs)
+            whole = self.split_sequence(kind, captured, layouts, inputs)
         else:
             whole = list(torch.cat(list(captured)).split([one.tiles for one in layouts]))
         out = []
@@ -499,7 +503,7 @@ class PlaceholderAdapter(Adapter):
             out.append(pool(kind, ordered, layout.token_grid, self.pooling, self.patch_order) if pooled else ordered)
         return out
 
-    def from_sequence(
+    def split_sequence(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Return a signal by images where the tower runs over all of them as one sequence, `[1, ...]` each.
@@ -528,16 +532,16 @@ class PlaceholderAdapter(Adapter):
         flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
         return list(flat.split([len(layout.packed) for layout in layouts]))
 
-    def pictures(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
-        """Return the first images as pictures for drawing, base tile first, `[tiles, height, width, 3]` each."""
-        return [as_pictures(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
+    def images(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return the first images as images for drawing, base tile first, `[tiles, height, width, 3]` each."""
+        return [as_images(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
 
     def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
         arguments = self.vision_arguments(inputs)
         device, layouts = inputs[self.pixels].device, self.layouts(inputs)
-        shown = self.pictures(inputs, layouts, keep_pixels)
+        shown = self.images(inputs, layouts, keep_pixels)
         images = [
             EncodedImage(
                 geometry=layout,
@@ -556,8 +560,8 @@ class PlaceholderAdapter(Adapter):
         found = [one[: layout.tiles] for one, layout in zip(self.tiles_of(inputs, layouts), layouts, strict=True)]
         return found if self.base_first else [one.roll(1, 0) for one in found]
 
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return mean and standard deviation of the colours, as the processor's own file says them.
+    def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and standard deviation of the colors, as the processor's own file says them.
 
         Raises:
             ValueError: if there is no such file, or it does not say.
@@ -567,7 +571,7 @@ class PlaceholderAdapter(Adapter):
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"how the pictures of {self.model_class} are normalised cannot be read from {name!r} "
+                f"how the images of {self.model_class} are normalised cannot be read from {name!r} "
                 f"({' '.join(str(error).split())[:200]}); give image_mean and image_std of its image processor"
             ) from error
         if not getattr(processor, "do_normalize", True):
@@ -608,12 +612,12 @@ class PlaceholderAdapter(Adapter):
 
         Args:
             tokens: the visual tokens, `[some, dim]`.
-            places: which of them stands at each position, or `SEPARATOR` for a newline, `[length]`.
+            places: which of them stands at each position, or `NEWLINE` for a newline, `[length]`.
         """
         laid = tokens[places.clamp(min=0)]
         if self.newline is None:
             return laid
-        return torch.where(places[:, None] == SEPARATOR, self.newline.to(laid.dtype), laid)
+        return torch.where(places[:, None] == NEWLINE, self.newline.to(laid.dtype), laid)
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
@@ -681,8 +685,8 @@ def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, or
     return reduce(value, f"tiles {heads}{order} dim -> tiles {heads}(h w) dim", "mean", **sizes)
 
 
-def as_pictures(pixels: Tensor) -> Tensor:
-    """Turn normalised pixels into pictures, stretched to the full range: only the processor knows its mean.
+def as_images(pixels: Tensor) -> Tensor:
+    """Turn normalized pixels into images, stretched to the full range: only the processor knows its mean.
 
     Args:
         pixels: the tiles of an image as the processor made them, `[tiles, 3, height, width]`.

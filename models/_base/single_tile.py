@@ -20,6 +20,6 @@ class SingleTileAdapter(PlaceholderAdapter):
         return [TileGeometry.single(self.token_grid)] * len(inputs[self.pixels])
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return one tile per picture."""
+        """Return one tile per image."""
         tiles = [torch.randn(3, EXAMPLE_TILE, EXAMPLE_TILE, generator=seeded(size)) for size in sizes]
         return {self.pixels: torch.stack(tiles)}

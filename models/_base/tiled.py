@@ -32,7 +32,7 @@ KEY_COLUMNS = 64
 
 
 class TiledAdapter(PlaceholderAdapter):
-    """A family whose images are tiles of one size, cut evenly from the picture, and the whole picture as base tile."""
+    """A family whose images are tiles of one size, cut evenly from the image, and the whole image as base tile."""
 
     grouped_by: ClassVar[Literal["opening", "closing"]] = "opening"
     """What the id before a run of placeholders says: that of the row's first run opens an image (``"opening"``), or
@@ -151,16 +151,16 @@ class TiledAdapter(PlaceholderAdapter):
         return torch.split(self.all_tiles(inputs), [layout.tiles for layout in layouts])
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each picture, in the model's order."""
+        """Return the tiles of each image, in the model's order."""
         return {self.pixels: torch.cat([self.example_tiles(size) for size in sizes])}
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows x cols of the tiles of an example picture: as many as fit, at most two a side."""
+        """Return rows x cols of the tiles of an example image: as many as fit, at most two a side."""
         rows, cols = (min(2, max(1, round(side / EXAMPLE_TILE))) for side in size)
         return rows, cols
 
     def example_tiles(self, size: tuple[int, int]) -> Tensor:
-        """Return the tiles of an example picture, `[tiles, 3, side, side]`."""
+        """Return the tiles of an example image, `[tiles, 3, side, side]`."""
         rows, cols = self.example_grid(size)
         canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=seeded(size))
         base = F.interpolate(canvas[None], (EXAMPLE_TILE, EXAMPLE_TILE), mode="bilinear", antialias=True)
@@ -175,10 +175,10 @@ class TiledAdapter(PlaceholderAdapter):
         return self.example_prompts(rows, {size: self.example_ids(self.example_grid(size)) for size in sizes})
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for a picture; 8 opens it, or stands before its base tile, and 9 closes it.
+        """Return the ids that stand for an image; 8 opens it, or stands before its base tile, and 9 closes it.
 
         Args:
-            grid: rows x cols of its sub-images; of a picture in one piece (1, 1).
+            grid: rows x cols of its sub-images; of an image in one piece (1, 1).
         """
         pieces = grid[0] * grid[1]
         number = pieces + int(pieces > 1)
@@ -302,14 +302,14 @@ def row_keys(vectors: Tensor) -> Tensor:
 
 
 def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
-    """Return rows x cols of the tiles of a picture: the grid that looks like the base tile when it is shrunk.
+    """Return rows x cols of the tiles of an image: the grid that looks like the base tile when it is shrunk.
 
     Args:
         tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
-        base: the whole picture, `[3, height, width]`.
+        base: the whole image, `[3, height, width]`.
 
     Returns:
-        The grid; of equal ones (a picture of one colour) the most square. (0, 0) if there are no sub-images.
+        The grid; of equal ones (an image of one color) the most square. (0, 0) if there are no sub-images.
     """
     number = len(tiles)
     if number == 0:
@@ -325,7 +325,7 @@ def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float
 
     Args:
         tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
-        base: the whole picture, `[3, height, width]`.
+        base: the whole image, `[3, height, width]`.
         grid: rows x cols of the sub-images.
     """
     canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])

@@ -68,7 +68,7 @@ def _own_kernel(module: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def exchanged_config(attention: Any, names: tuple[str, str], **entries: Any) -> Iterator[None]:
+def swapped_config(attention: Any, names: tuple[str, str], **entries: Any) -> Iterator[None]:
     """Let an attention module call a private kernel while the block runs.
 
     Args:
@@ -142,7 +142,7 @@ class Tower:
         """Return a tensor with the CLS token first."""
         return value.roll(1, dim) if self.cls == "last" else value
 
-    def by_image(self, value: Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[Tensor]:
+    def split_by_image(self, value: Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[Tensor]:
         """Return the images of one sequence apart; anything else whole.
 
         Args:
@@ -156,7 +156,7 @@ class Tower:
 
 
 @contextmanager
-def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
+def capture_signals(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
     """Capture signals while the block runs the vision tower.
 
     Args:
@@ -177,7 +177,7 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
             query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, lengths: Sequence[int] | None
         ) -> None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            queries, keys = (tower.by_image(tower.in_order(one, 2), 2, lengths) for one in (query, key))
+            queries, keys = (tower.split_by_image(tower.in_order(one, 2), 2, lengths) for one in (query, key))
             real = None if mask is None or len(queries) > 1 else tower.in_order(real_positions(mask), 1)
             for q, k in zip(queries, keys, strict=True):
                 if "cls_attention" in kinds:
@@ -197,7 +197,7 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).detach()
             hidden = hidden[None] if hidden.dim() == 2 else hidden
-            for one in tower.by_image(tower.in_order(hidden, 1), 1):
+            for one in tower.split_by_image(tower.in_order(hidden, 1), 1):
                 if "vision_features" in kinds:
                     add("vision_features", index, one[:, tower.prefix :])
                 if "cls_features" in kinds:
@@ -233,7 +233,7 @@ def probe(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str,
                     undo.callback(attention.register_forward_pre_hook(expect).remove)
                     continue
                 record = recorder(index, read)
-                undo.enter_context(exchanged_config(attention, (PROBE, FLASH_PROBE), tokenprune_record=record))
+                undo.enter_context(swapped_config(attention, (PROBE, FLASH_PROBE), tokenprune_record=record))
         if any(hasattr(getattr(layer, tower.attention, None), "fused_attn") for layer in tower.layers):
             undo.enter_context(torch_kernel)
         yield captured

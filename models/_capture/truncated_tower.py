@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import PackedTokens, VisualTokens
-from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.models._capture.hooks import replaced_forward
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class ProjectedTokens(VisualTokens):
         rank = kept[:-1].long().cumsum(dim=0) - 1
         tile, patches = index // tokens, self._patches.to(index.device)[index % tokens]
         flat = self.adapter.visual_tokens(self.hidden[tile[:, None], patches])
-        return [self.adapter.insert_newlines(flat, torch.where(p == SEPARATOR, p, rank[p])) for p in places]
+        return [self.adapter.insert_newlines(flat, torch.where(p == NEWLINE, p, rank[p])) for p in places]
 
     @cached_property
     def _patches(self) -> Tensor:
@@ -130,6 +130,6 @@ class ProjectedTokens(VisualTokens):
         for layout, mask in zip(self.layouts, masks, strict=True):
             places, total = layout.packed.to(mask.device)[mask], layout.tiles * layout.tokens
             moved = places if self.adapter.base_first else (places - layout.tokens) % total
-            out.append(torch.where(places == SEPARATOR, places, moved + start))
+            out.append(torch.where(places == NEWLINE, places, moved + start))
             start += total
         return out

@@ -1,11 +1,11 @@
-"""Notice boards: a seeded world of pictures and questions, small enough to be drawn on the fly.
+"""Notice boards: a seeded world of images and questions, small enough to be drawn on the fly.
 
-A board is a sheet of paper with one to four coloured shapes. Every shape carries a white plate with a two-digit
+A board is a sheet of paper with one to four colored shapes. Every shape carries a white plate with a two-digit
 number, legible in the full-resolution tiles of an AnyRes model and not in its downscaled base tile. No shape and no
-colour occurs twice on a board. Most of the paper is empty, as in a document: that makes a token budget meaningful.
+color occurs twice on a board. Most of the paper is empty, as in a document: that makes a token budget meaningful.
 
 Two boards with the same ``(split, index)`` are the same board. The splits cannot share a board by construction: what
-is written on a board (the set of its shape, colour and number triples) is hashed, and one sixteenth of all hash values
+is written on a board (the set of its shape, color and number triples) is hashed, and one sixteenth of all hash values
 belongs to ``heldout``, the rest to ``train``. A draw that falls into the other split is drawn again.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "GRIDS",
     "PAPERS",
     "SHAPES",
@@ -44,7 +44,7 @@ GRIDS: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """Tile grids as (rows, columns)."""
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 PAPERS = ("plain", "ruled", "dotted", "graded")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 
 _RGB = np.array(
     [(214, 32, 36), (28, 150, 44), (36, 66, 214), (236, 196, 20), (142, 40, 160), (24, 184, 200)], np.float32
@@ -75,26 +75,26 @@ class Item:
 
     Attributes:
         shape: Index into `SHAPES`.
-        colour: Index into `COLOURS`.
+        color: Index into `COLORS`.
         number: The two-digit number on its plate, 10 to 99.
-        box: Top, left, bottom, right in pixels of the picture.
-        digits: The boxes of the tens digit and of the units digit, in pixels of the picture.
+        box: Top, left, bottom, right in pixels of the image.
+        digits: The boxes of the tens digit and of the units digit, in pixels of the image.
     """
 
     shape: int
-    colour: int
+    color: int
     number: int
     box: tuple[int, int, int, int]
     digits: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 
     @property
     def name(self) -> str:
-        """Colour and shape in words."""
-        return f"{COLOURS[self.colour]} {SHAPES[self.shape]}"
+        """Color and shape in words."""
+        return f"{COLORS[self.color]} {SHAPES[self.shape]}"
 
     @property
-    def centre(self) -> tuple[float, float]:
-        """Vertical and horizontal centre in pixels."""
+    def center(self) -> tuple[float, float]:
+        """Vertical and horizontal center in pixels."""
         top, left, bottom, right = self.box
         return (top + bottom) / 2, (left + right) / 2
 
@@ -106,7 +106,7 @@ class Question:
     Attributes:
         text: The question.
         answer: The one correct answer.
-        type: What is asked: ``number_pair``, ``number_shape``, ``number_colour``, ``colour``, ``shape``, ``count``,
+        type: What is asked: ``number_pair``, ``number_shape``, ``number_color``, ``color``, ``shape``, ``count``,
             ``side``, ``height``, ``paper``, or on demand ``order``.
         needs: Where the answer stands: ``tiles`` (only the full-resolution tiles show it), ``base`` (only the base tile
             shows it, because a tile does not know where it lies) or ``either``.
@@ -122,12 +122,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Board:
-    """A picture with its items and all questions that can be asked about it.
+    """An image with its items and all questions that can be asked about it.
 
     Attributes:
-        pixels: The picture `[height, width, 3]`, uint8.
+        pixels: The image `[height, width, 3]`, uint8.
         grid: Rows and columns of the tiles that it fills.
-        offset: Vertical and horizontal padding that AnyRes puts before the picture, in pixels.
+        offset: Vertical and horizontal padding that AnyRes puts before the image, in pixels.
         paper: Index into `PAPERS`.
         items: What is on it.
         questions: What can be asked.
@@ -146,7 +146,7 @@ class Board:
 
     @property
     def image(self) -> Image.Image:
-        """The picture as a Pillow image."""
+        """The image as a Pillow image."""
         return Image.fromarray(self.pixels)
 
 
@@ -167,7 +167,7 @@ def make_board(
         split: ``train`` or ``heldout``.
         grid: Rows and columns of tiles, one of `GRIDS`; drawn at random if not given.
         items: How many shapes; drawn at random if not given.
-        places: Ask also in which half of the picture things are (``side``, ``height``).
+        places: Ask also in which half of the image things are (``side``, ``height``).
         orders: Ask also which of two things is left of the other (``order``). The shipped model was shown such
             questions for a part of its training and did not learn to answer them, so they are left out by default.
         crowded: Put many more shapes on the board, with repeats and without questions (lessons for a vision tower).
@@ -218,13 +218,13 @@ def boards(count: int, split: Split = "heldout", start: int = 0) -> Iterator[Boa
 
 
 def make_demo() -> Board:
-    """Return the board of the bundled picture: two by two tiles, four shapes, chosen among ten held-out ones."""
+    """Return the board of the bundled image: two by two tiles, four shapes, chosen among ten held-out ones."""
     return make_board(6, "heldout", grid=(2, 2), items=4)
 
 
 def all_words() -> list[str]:
     """Return every word and sign of the questions and answers, digits left out, in a fixed order."""
-    return [*_WORDS.split(), *SHAPES, *COLOURS, *PAPERS]
+    return [*_WORDS.split(), *SHAPES, *COLORS, *PAPERS]
 
 
 def _split_of(contents: list[tuple[int, int, int]]) -> Split:
@@ -235,11 +235,11 @@ def _split_of(contents: list[tuple[int, int, int]]) -> Split:
 
 def _contents(rng: np.random.Generator, count: int, *, crowded: bool) -> list[tuple[int, int, int]]:
     if crowded:
-        shapes, colours = rng.integers(len(SHAPES), size=count), rng.integers(len(COLOURS), size=count)
+        shapes, colors = rng.integers(len(SHAPES), size=count), rng.integers(len(COLORS), size=count)
     else:
-        shapes, colours = rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLOURS))[:count]
+        shapes, colors = rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLORS))[:count]
     numbers = rng.integers(10, 100, size=count)
-    return [(int(s), int(c), int(n)) for s, c, n in zip(shapes, colours, numbers, strict=True)]
+    return [(int(s), int(c), int(n)) for s, c, n in zip(shapes, colors, numbers, strict=True)]
 
 
 def _place(
@@ -251,7 +251,7 @@ def _place(
 ) -> Iterator[Item]:
     """Find room for each item inside one tile: a tower that reads tiles alone cannot read a number cut in two."""
     taken: list[tuple[int, int, int, int]] = []
-    for shape, colour, number in contents:
+    for shape, color, number in contents:
         for _ in range(200):
             side = int(rng.integers(_SIZES[0], _SIZES[1] + 1))
             row, column = int(rng.integers(grid[0])), int(rng.integers(grid[1]))
@@ -272,7 +272,7 @@ def _place(
         plate_left = left + (side - _PLATE[1]) // 2
         tens = (plate_top + 1, plate_left + 1, plate_top + 8, plate_left + 6)
         units = (plate_top + 1, plate_left + 7, plate_top + 8, plate_left + 12)
-        yield Item(shape, colour, number, taken[-1], (tens, units))
+        yield Item(shape, color, number, taken[-1], (tens, units))
 
 
 @lru_cache(maxsize=64)
@@ -327,7 +327,7 @@ def _draw(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: t
     for item in items:
         top, left, bottom, right = item.box
         alpha = stencil(item.shape, bottom - top)[..., None]
-        paint = _RGB[item.colour] + rng.uniform(-14, 14, size=3)
+        paint = _RGB[item.color] + rng.uniform(-14, 14, size=3)
         sheet[top:bottom, left:right] += alpha * (paint - sheet[top:bottom, left:right])
         (plate_top, plate_left, _, _), _ = item.digits
         sheet[plate_top - 1 : plate_top + 8, plate_left - 1 : plate_left + 12] = 250
@@ -352,12 +352,12 @@ def _ask(
     """Yield every question that has one clear answer."""
     height, width = size
     for index, item in enumerate(items):
-        shape, colour, about = SHAPES[item.shape], COLOURS[item.colour], (index,)
-        for kind, name in (("pair", item.name), ("shape", shape), ("colour", f"{colour} shape")):
+        shape, color, about = SHAPES[item.shape], COLORS[item.color], (index,)
+        for kind, name in (("pair", item.name), ("shape", shape), ("colour", f"{color} shape")):
             yield Question(f"What number is on the {name}?", str(item.number), f"number_{kind}", "tiles", about)
-        yield Question(f"What color is the {shape}?", colour, "colour", "either", about)
-        yield Question(f"What shape is {colour}?", shape, "shape", "either", about)
-        down, right = item.centre
+        yield Question(f"What color is the {shape}?", color, "colour", "either", about)
+        yield Question(f"What shape is {color}?", shape, "shape", "either", about)
+        down, right = item.center
         # A tile does not say where it lies, so only the base tile knows a side that spans several tiles.
         if places and abs(right - width / 2) >= 6:
             answer = "left" if right < width / 2 else "right"
@@ -371,7 +371,7 @@ def _ask(
     yield Question("What paper is this?", PAPERS[paper], "paper", "either", ())
     for _ in range(min(len(items) - 1, 2) if orders else 0):
         one, two = (int(value) for value in rng.permutation(len(items))[:2])
-        gap = items[two].centre[1] - items[one].centre[1]
+        gap = items[two].center[1] - items[one].center[1]
         if abs(gap) >= 10:
             text = f"Is the {items[one].name} left of the {items[two].name}?"
             answer = "yes" if gap > 0 else "no"
@@ -379,5 +379,5 @@ def _ask(
 
 
 def as_dict(question: Question) -> dict[str, Any]:
-    """Return a question as the dictionary that is stored beside the demo picture."""
+    """Return a question as the dictionary that is stored beside the demo image."""
     return {"question": question.text, "answer": question.answer, "type": question.type, "needs": question.needs}

@@ -161,10 +161,10 @@ def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
 
 
 def write_demo(folder: Path) -> None:
-    """Write the demo picture and its questions.
+    """Write the demo image and its questions.
 
     Args:
-        folder: The folder of the pictures.
+        folder: The folder of the images.
     """
     board = make_demo()
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,15 @@ __all__ = ["Sample", "accuracy", "answers", "ask", "held_out", "interval"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
-        image: The picture.
+        image: The image.
         question: The question.
         answer: The correct answer.
         type: What is asked, see `tokenprune.models.mini.boards.Question`.
         needs: Where the answer stands: ``tiles``, ``base`` or ``either``.
-        board: Number of the picture in its split. Samples of the same picture are not independent.
+        board: Number of the image in its split. Samples of the same image are not independent.
     """
 
     image: Image.Image
@@ -42,11 +42,11 @@ class Sample:
 
 
 def held_out(count: int | None = None, *, start: int = 0, split: Split = "heldout") -> Iterator[Sample]:
-    """Yield held-out questions, all questions of a picture after each other.
+    """Yield held-out questions, all questions of an image after each other.
 
     Args:
         count: How many questions; without it they never end.
-        start: The first picture.
+        start: The first image.
         split: ``heldout``, or ``train`` to look at what the model was trained on.
 
     Yields:
@@ -63,11 +63,11 @@ def held_out(count: int | None = None, *, start: int = 0, split: Split = "heldou
 
 
 def ask(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
-    """Return model inputs for several questions about one picture.
+    """Return model inputs for several questions about one image.
 
     Args:
         processor: The processor of the checkpoint.
-        image: The picture.
+        image: The image.
         questions: The questions.
 
     Returns:
@@ -82,12 +82,12 @@ def ask(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
 
 @torch.no_grad()
 def answers(model: Any, processor: Any, image: Image.Image, questions: Sequence[str]) -> list[str]:
-    """Answer several questions about one picture greedily.
+    """Answer several questions about one image greedily.
 
     Args:
         model: The model; a reducer may be attached to it.
         processor: Its processor.
-        image: The picture.
+        image: The image.
         questions: The questions.
 
     Returns:
@@ -107,8 +107,8 @@ def accuracy(
     Args:
         model: The model; a reducer may be attached to it.
         processor: Its processor.
-        samples: The samples, questions of the same picture after each other.
-        progress: Is told the number of questions done after every picture.
+        samples: The samples, questions of the same image after each other.
+        progress: Is told the number of questions done after every image.
 
     Returns:
         Right or wrong by type, in order.
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Greedy accuracy on held-out boards.")
     parser.add_argument("--checkpoint", type=Path, default=mini.path(), help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=2000, help="number of questions")
-    parser.add_argument("--start", type=int, default=0, help="first picture")
+    parser.add_argument("--start", type=int, default=0, help="first image")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint)

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as pictures
+from torchvision.transforms.v2 import functional as images
 
 from research.mini_training.build import PATCH, SIDE
 from tokenprune.image import TileGeometry
-from tokenprune.models.mini.boards import COLOURS, PAPERS, SHAPES, TILE, Board, Question, stencil
+from tokenprune.models.mini.boards import COLORS, PAPERS, SHAPES, TILE, Board, Question, stencil
 
 __all__ = [
     "DENSE",
@@ -37,7 +37,7 @@ TOKENS = SIDE * SIDE
 """Tokens of a tile."""
 DENSE = {
     "shape": len(SHAPES) + 1,
-    "colour": len(COLOURS) + 1,
+    "colour": len(COLORS) + 1,
     "tens": 11,
     "units": 11,
     "paper": len(PAPERS),
@@ -47,7 +47,7 @@ DENSE = {
 """What every patch has to name, and the number of classes; the last class of the first four means nothing."""
 PLACES = {"side": 3, "height": 3}
 """What the patches of items have to name in stage 3, and the number of classes."""
-SEVERAL = {"pair": len(SHAPES) * len(COLOURS), "tens": 10, "units": 10}
+SEVERAL = {"pair": len(SHAPES) * len(COLORS), "tens": 10, "units": 10}
 """What CLS has to name, several at once."""
 
 
@@ -60,7 +60,7 @@ class Lesson:
         digits: Whether a patch shows a good part of the tens digit and of the units digit, `[2, items, tiles, tokens]`.
         dense: Class of each patch by head, `[tiles, tokens]`.
         several: What is in a tile by head, 0 or 1, `[tiles, classes]`.
-        places: Half of the picture that the item of a patch lies in, by head, `[tiles, tokens]`: 0 left or top, 1 right
+        places: Half of the image that the item of a patch lies in, by head, `[tiles, tokens]`: 0 left or top, 1 right
             or bottom, 2 for items in sub-images, which do not say where they lie.
     """
 
@@ -128,12 +128,12 @@ def lesson(board: Board) -> Lesson:
     owner = covered[0].argmax(0) if count else np.zeros((tiles, TOKENS), np.int64)
     for number, item in enumerate(board.items):
         mine = shown[number] & (owner == number)
-        dense["shape"][mine], dense["colour"][mine] = item.shape, item.colour
-        for name, centre, extent in (("side", item.centre[1], width), ("height", item.centre[0], height)):
+        dense["shape"][mine], dense["colour"][mine] = item.shape, item.color
+        for name, center, extent in (("side", item.center[1], width), ("height", item.center[0], height)):
             places[name][mine] = 2
-            places[name][0][mine[0]] = IGNORE if abs(centre - extent / 2) < 6 else int(centre > extent / 2)
+            places[name][0][mine[0]] = IGNORE if abs(center - extent / 2) < 6 else int(center > extent / 2)
         present = shown[number].any(-1)
-        several["pair"][present, item.shape * len(COLOURS) + item.colour] = 1
+        several["pair"][present, item.shape * len(COLORS) + item.color] = 1
         for name, value, where in zip(("tens", "units"), divmod(item.number, 10), digits[:, number], strict=True):
             dense[name][where] = value
             several[name][where.any(-1), value] = 1
@@ -152,11 +152,11 @@ def tiles_of(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
     tiles, numbers = [], []
     for board in boards:
         rows, columns = board.grid
-        picture = torch.from_numpy(board.pixels).permute(2, 0, 1)
-        base = pictures.resize(picture, [TILE, TILE], InterpolationMode.BICUBIC, antialias=True)
+        image = torch.from_numpy(board.pixels).permute(2, 0, 1)
+        base = images.resize(image, [TILE, TILE], InterpolationMode.BICUBIC, antialias=True)
         canvas = torch.zeros(3, rows * TILE, columns * TILE, dtype=torch.uint8)
         top, left = board.offset
-        canvas[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+        canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
         cut = canvas.reshape(3, rows, TILE, columns, TILE).permute(1, 3, 0, 2, 4).reshape(-1, 3, TILE, TILE)
         tiles += [base[None], cut]
         numbers.append(1 + rows * columns)
@@ -175,11 +175,11 @@ def packing(board: Board) -> tuple[Integers, Integers]:
     """
     height, width = board.pixels.shape[:2]
     layout = TileGeometry.anyres((height, width), board.grid, (SIDE, SIDE), TILE)
-    return layout.packed.numpy(), layout.separator_of.numpy()
+    return layout.packed.numpy(), layout.newline_of.numpy()
 
 
 def random_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
-    """Draw which visual tokens of a picture are there.
+    """Draw which visual tokens of an image are there.
 
     Chance and the board's own geometry decide; no strategy, no attention and no score is asked.
 

@@ -8,7 +8,7 @@ tower frozen at first and trained along at the end.
 In most steps of stage 2 a part of the visual tokens is removed, so that the LLM learns to live with gaps. What is
 removed is drawn at random (single tokens, a rate for each tile, blocks, whole tiles, objects and background at rates of
 their own); no strategy, no attention and no score ever chooses. A question is asked only while the tokens that show its
-answer are left. The tower learns from complete pictures only, so it never learns to prepare for gaps.
+answer are left. The tower learns from complete images only, so it never learns to prepare for gaps.
 
 Data, subsets and order follow from the step number, so a run that was stopped goes on as if it had not been:
 bit for bit with one thread, up to rounding with more.
@@ -45,14 +45,14 @@ from research.mini_training.lessons import (
 )
 from tokenprune.models.mini.boards import GRIDS, Board, Question, make_board
 
-PICTURES = 16
-"""Pictures in a step."""
+IMAGES = 16
+"""Images in a step."""
 QUESTIONS = 10
-"""Questions about each picture in a step of stage 2."""
+"""Questions about each image in a step of stage 2."""
 TOWER_STEPS = 1100
 READER_STEPS = 2320
 CROWDED_UNTIL = 500
-"""Until this step of stage 1 three of four steps show crowded boards: more to learn in every picture."""
+"""Until this step of stage 1 three of four steps show crowded boards: more to learn in every image."""
 SMALL_UNTIL = 250
 """Until this step of stage 2 only boards of two tiles are shown: the same lessons in shorter sequences."""
 FULL_UNTIL = 250
@@ -64,10 +64,10 @@ HARD_FROM = 1000
 PLACES_UNTIL = 1300
 """Until this step of stage 2 some questions ask where things are; they were not learned and then left out."""
 PLACES_FROM = 1820
-"""From this step of stage 2 patches of the base tile are taught to name the half of the picture that their item lies
+"""From this step of stage 2 patches of the base tile are taught to name the half of the image that their item lies
 in, and questions about it are asked again."""
 FULL_AGAIN_UNTIL = 1980
-"""From PLACES_FROM until this step no token is removed: the tower learns in complete pictures only."""
+"""From PLACES_FROM until this step no token is removed: the tower learns in complete images only."""
 READING_PLACES = range(2100, 2160)
 """In these steps of stage 2 the tower is frozen, the rate high, and most questions ask where things are."""
 TOWER_RATES = ((0, 0.05), (19, 1.0), (605, 1.0), (TOWER_STEPS, 0.03))
@@ -77,7 +77,7 @@ READER_RATES = (
     *((1300, 0.1), (1819, 0.005), (1820, 0.02), (1840, 0.25), (1979, 0.25), (1980, 0.12), (2080, 0.12)),
     *((2099, 0.1079), (2100, 0.4), (2160, 0.4), (2161, 0.1), (READER_STEPS, 0.005)),
 )
-"""Rates of stage 2. At the full rate colours and shapes are learned, and at a third of it which number is whose."""
+"""Rates of stage 2. At the full rate colors and shapes are learned, and at a third of it which number is whose."""
 
 
 class Heads(nn.Module):
@@ -99,7 +99,7 @@ class Heads(nn.Module):
         Args:
             hidden: CLS and patches after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each.
             lessons: The ground truth of the boards that the tiles belong to.
-            places: Whether patches of items also name the half of the picture.
+            places: Whether patches of items also name the half of the image.
 
         Returns:
             The loss and the shares.
@@ -147,7 +147,7 @@ def tower_output(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One training sequence: the picture, then questions that see the picture and themselves only.
+    """One training sequence: the image, then questions that see the image and themselves only.
 
     Attributes:
         places: Flat tile token at each visual position, -1 for a newline, `[visual]`.
@@ -196,7 +196,7 @@ def make_prompt(
         stays |= order < 0
     elif newlines == "kept rows":
         stays |= (order < 0) & np.isin(line, line[stays & (line >= 0)])
-    # An empty picture cannot be asked about; the first token of the base tile always exists.
+    # An empty image cannot be asked about; the first token of the base tile always exists.
     stays[0] |= not stays.any()
     before = _PREFIX_LENGTH
     preserve = gaps and rng.random() < 0.3
@@ -250,8 +250,8 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
 
     Args:
         model: The model.
-        features: Projected tokens of each picture, `[tiles * tokens, dim]` each.
-        prompts: What is shown and asked of each picture.
+        features: Projected tokens of each image, `[tiles * tokens, dim]` each.
+        prompts: What is shown and asked of each image.
 
     Returns:
         The loss and the share.
@@ -300,7 +300,7 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
     return loss, (failed[count > 0] == 0).float().mean().item()
 
 
-def optimisers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Optimizer]:
+def optimizers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside layers and AdamW for everything else (embeddings, heads, vectors).
 
     Args:
@@ -309,7 +309,7 @@ def optimisers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Op
         reader: Whether projector and LLM are trained too.
 
     Returns:
-        The two optimisers.
+        The two optimizers.
     """
     matrices: list[nn.Parameter] = []
     others = list(heads.parameters())
@@ -327,7 +327,7 @@ def set_rates(opts: Sequence[torch.optim.Optimizer], step: int, rates: Sequence[
     """Set the rates of a step.
 
     Args:
-        opts: The optimisers.
+        opts: The optimizers.
         step: The step.
         rates: Knots as (step, factor), linear between.
     """
@@ -341,8 +341,8 @@ def set_rates(opts: Sequence[torch.optim.Optimizer], step: int, rates: Sequence[
 def tower_step(model: Any, heads: Heads, seed: int, step: int) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 1."""
     crowded = step < CROWDED_UNTIL and step % 4 > 0
-    start = 100_000_000 * seed + PICTURES * step
-    boards = [make_board(start + k, "train", crowded=crowded) for k in range(PICTURES)]
+    start = 100_000_000 * seed + IMAGES * step
+    boards = [make_board(start + k, "train", crowded=crowded) for k in range(IMAGES)]
     loss, scores = heads(tower_output(model, tiles_of(boards)[0]), [lesson(board) for board in boards])
     return loss, scores
 
@@ -352,7 +352,7 @@ def reader_step(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 2."""
     rng = np.random.default_rng((seed, 2, step))
-    start = 100_000_000 * seed + 50_000_000 + PICTURES * step
+    start = 100_000_000 * seed + 50_000_000 + IMAGES * step
     if step < HARD_FROM:
         gaps = step >= FULL_UNTIL and step % 5 > 1
     else:
@@ -363,7 +363,7 @@ def reader_step(
     orders, again = step < PLACES_UNTIL, step >= PLACES_FROM
     boards = [
         make_board(start + k, "train", grid=alike[k % len(alike)], places=orders or again, orders=orders)
-        for k in range(PICTURES)
+        for k in range(IMAGES)
     ]
     truths = [lesson(board) for board in boards]
     pixels, tiles = tiles_of(boards)
@@ -408,12 +408,12 @@ def train(
     vision = model.config.vision_config
     heads = Heads(vision.hidden_size, vision.num_hidden_layers)
     write = make_writer()
-    done, spent, opts = 0, 0.0, optimisers(model, heads, reader=False)
+    done, spent, opts = 0, 0.0, optimizers(model, heads, reader=False)
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
         done, spent = state["done"], state["seconds"]
         if done >= tower_steps:
-            opts = optimisers(model, heads, reader=True)
+            opts = optimizers(model, heads, reader=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         if done not in (tower_steps, tower_steps + PLACES_FROM):
@@ -423,7 +423,7 @@ def train(
     model.train()
     while done < min(tower_steps + reader_steps, stop_after or tower_steps + reader_steps):
         if done in (tower_steps, tower_steps + PLACES_FROM):
-            opts = optimisers(model, heads, reader=True)
+            opts = optimizers(model, heads, reader=True)
         if done < tower_steps:
             set_rates(opts, done, TOWER_RATES)
             loss, scores = tower_step(model, heads, seed, done)

@@ -41,7 +41,7 @@ from transformers import (
 from research.mini_training.build import make_tokenizer
 from research.mini_training.lessons import TOKENS, lesson, packing, tiles_of
 from tokenprune.models import mini
-from tokenprune.models.mini.boards import COLOURS, PAPERS, SHAPES, Board, Split, make_board
+from tokenprune.models.mini.boards import COLORS, PAPERS, SHAPES, Board, Split, make_board
 
 __all__ = [
     "Cache",
@@ -95,7 +95,7 @@ class Caption:
 
     Attributes:
         text: The sentence.
-        demands: Class of thing, shape, colour, tens, units and paper, `ANY` where the sentence does not care.
+        demands: Class of thing, shape, color, tens, units and paper, `ANY` where the sentence does not care.
     """
 
     text: str
@@ -109,7 +109,7 @@ class Cache:
     Attributes:
         whole: CLS after the last layer, `[tiles, width]`.
         patches: Patches after the feature layer, half precision, `[tiles, tokens, width]`.
-        shows: Class of thing (1), shape, colour, tens, units and paper of what is in a tile, one row an item. The first
+        shows: Class of thing (1), shape, color, tens, units and paper of what is in a tile, one row an item. The first
             row of a tile is its paper, unused rows repeat it, `[tiles, 1 + items, 6]`.
     """
 
@@ -189,7 +189,7 @@ def _shows(board: Board) -> Integers:
     for number, item in enumerate(board.items):
         for tile in np.flatnonzero(truth.shown[number].any(-1)):
             digits = divmod(item.number, 10) if tile else (ILLEGIBLE, ILLEGIBLE)
-            shows[tile, 1 + number] = [1, item.shape, item.colour, *digits, board.paper]
+            shows[tile, 1 + number] = [1, item.shape, item.color, *digits, board.paper]
     return shows
 
 
@@ -232,14 +232,14 @@ def write_caption(rng: np.random.Generator, shows: Integers) -> Caption:
     if row[3] >= 0 and rng.random() < 0.25:
         templates = _ABOUT_NUMBER
     template, named = templates[rng.integers(len(templates))]
-    thing, shape, colour, tens, units, paper = (int(value) for value in row)
-    text = template.format(shape=SHAPES[shape], colour=COLOURS[colour], number=10 * tens + units, paper=PAPERS[paper])
+    thing, shape, color, tens, units, paper = (int(value) for value in row)
+    text = template.format(shape=SHAPES[shape], color=COLORS[color], number=10 * tens + units, paper=PAPERS[paper])
     if rng.random() < 0.2:
         text = _UNKNOWN * int(rng.integers(1, 5)) + text
     demands = (
         thing if thing else ANY,
         shape if "s" in named else ANY,
-        colour if "c" in named else ANY,
+        color if "c" in named else ANY,
         tens if "n" in named else ANY,
         units if "n" in named else ANY,
         paper if "p" in named else ANY,

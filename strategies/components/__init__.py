@@ -10,42 +10,57 @@ from tokenprune.strategies.components.allocation import (
     VisualContentAllocation,
 )
 from tokenprune.strategies.components.diversity import (
-    AnchorsBuffersRegisters,
-    ImportantThenDiverse,
-    MaxMinDiversity,
-    SaliencyCoverage,
+    AnchorBufferRegisterSelection,
+    ImportantThenDiverseSelection,
+    MaxMinDiversitySelection,
+    SaliencyCoverageSelection,
 )
-from tokenprune.strategies.components.merging import ContextualMerging, MeanOfRest, NeighbourMerging, PooledCells
-from tokenprune.strategies.components.order import ByScore, MergedLast
-from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance, TopRelevance
-from tokenprune.strategies.components.second_look import TimmSaliency
-from tokenprune.strategies.components.selection import RandomSelection, StrideSelection, TopAttention, TopNorm
+from tokenprune.strategies.components.merging import (
+    ContextualMerging,
+    MeanOfRestMerging,
+    NeighborMerging,
+    PooledGridMerging,
+)
+from tokenprune.strategies.components.order import MergedLastOrder, ScoreOrder
+from tokenprune.strategies.components.relevance import (
+    AttentionRelevance,
+    MeanRelevance,
+    TextRelevance,
+    TopRelevanceSelection,
+)
+from tokenprune.strategies.components.saliency_model import TimmSaliency
+from tokenprune.strategies.components.selection import (
+    RandomSelection,
+    StrideSelection,
+    TopAttentionSelection,
+    TopNormSelection,
+)
 
 __all__ = [
-    "AnchorsBuffersRegisters",
+    "AnchorBufferRegisterSelection",
     "AttentionRelevance",
     "BaseTileAllocation",
-    "ByScore",
     "ContextualMerging",
     "GlobalTopAllocation",
-    "ImportantThenDiverse",
-    "MaxMinDiversity",
-    "MeanOfRest",
+    "ImportantThenDiverseSelection",
+    "MaxMinDiversitySelection",
+    "MeanOfRestMerging",
     "MeanRelevance",
-    "MergedLast",
-    "NeighbourMerging",
-    "PooledCells",
+    "MergedLastOrder",
+    "NeighborMerging",
+    "PooledGridMerging",
     "ProportionalAllocation",
     "RandomSelection",
-    "SaliencyCoverage",
+    "SaliencyCoverageSelection",
     "ScoreMassAllocation",
+    "ScoreOrder",
     "StrideSelection",
     "SubImagesAllocation",
     "TextRelevance",
     "TimmSaliency",
-    "TopAttention",
-    "TopNorm",
-    "TopRelevance",
+    "TopAttentionSelection",
+    "TopNormSelection",
+    "TopRelevanceSelection",
     "UniformAllocation",
     "VisualContentAllocation",
 ]

@@ -22,7 +22,7 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
 
     Args:
         geometry: the layout of the image.
-        region: ``"exact"`` is the part of the picture that a sub-image really shows, by area; ``"quadrant"`` cuts the
+        region: ``"exact"`` is the part of the image that a sub-image really shows, by area; ``"quadrant"`` cuts the
             base tile evenly into the tile grid; ``"stripe"`` cuts the flat row-major token sequence into equal runs, as
             HiRED's release does: horizontal stripes whatever the grid.
 
@@ -192,7 +192,7 @@ class ProportionalAllocation(AllocationPolicy):
 class GlobalTopAllocation(AllocationPolicy):
     """One pool and no tile budgets: each tile gets as many tokens as it has among the best of the whole image."""
 
-    ignores_tiles: ClassVar[bool] = True
+    pools_tiles: ClassVar[bool] = True
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Count the best tokens of the image in each tile."""

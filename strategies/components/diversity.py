@@ -1,4 +1,4 @@
-"""Selection policies that weigh tokens against each other: diversity, coverage, de-duplication, neighbourhoods."""
+"""Selection policies that weigh tokens against each other: diversity, coverage, de-duplication, neighborhoods."""
 
 from __future__ import annotations
 
@@ -208,14 +208,14 @@ def important_then_diverse(features: Tensor, scores: Tensor, number: int, import
     return torch.cat([first, rest[:diverse]])
 
 
-def neighbours(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
-    """Return the four neighbours of tokens.
+def neighbors(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
+    """Return the four neighbors of tokens.
 
     Args:
         anchors: token indices, `[anchors]`.
         token_grid: height x width of the tokens.
         wrap: step along the flat sequence and clamp to its ends, as HiPrune's release does; a step at the end of a row
-            then lands in the next one. Else neighbours outside the grid are left out.
+            then lands in the next one. Else neighbors outside the grid are left out.
 
     Returns:
         Token indices, sorted and without repeats.
@@ -253,7 +253,7 @@ def in_each_tile(candidates: Tensor, budgets: Tensor, choose: Callable[[int, Ten
 
 
 @dataclass
-class MaxMinDiversity(SelectionPolicy):
+class MaxMinDiversitySelection(SelectionPolicy):
     """Keep tokens that are far from each other (DivPrune); needs no attention."""
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -266,7 +266,7 @@ class MaxMinDiversity(SelectionPolicy):
 
 
 @dataclass
-class SaliencyCoverage(SelectionPolicy):
+class SaliencyCoverageSelection(SelectionPolicy):
     """Keep salient tokens that cover what the others look like (SCOPE).
 
     Args:
@@ -293,7 +293,7 @@ class SaliencyCoverage(SelectionPolicy):
 
 
 @dataclass
-class ImportantThenDiverse(SelectionPolicy):
+class ImportantThenDiverseSelection(SelectionPolicy):
     """Keep the most attended tokens, and of the rest those that repeat nothing (VisPruner).
 
     Args:
@@ -325,14 +325,14 @@ class ImportantThenDiverse(SelectionPolicy):
 
 
 @dataclass
-class AnchorsBuffersRegisters(SelectionPolicy):
-    """Keep tokens that a middle layer attends to, their neighbours, and tokens that a deep layer attends to (HiPrune).
+class AnchorBufferRegisterSelection(SelectionPolicy):
+    """Keep tokens that a middle layer attends to, their neighbors, and tokens that a deep layer attends to (HiPrune).
 
     Args:
         object_layer: the middle layer, whose received attention finds objects.
         layer: the deep layer, whose received attention finds global information.
-        anchor_share: share of the budget for anchors and their neighbours (alpha).
-        wrap: let neighbours run over the ends of rows, as the release does.
+        anchor_share: share of the budget for anchors and their neighbors (alpha).
+        wrap: let neighbors run over the ends of rows, as the release does.
     """
 
     object_layer: LayerChoice = 0.35
@@ -350,13 +350,13 @@ class AnchorsBuffersRegisters(SelectionPolicy):
         return image.received_attention(self.layer).mean(dim=1)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep anchors, then their neighbours, then the tokens with the largest scores."""
+        """Keep anchors, then their neighbors, then the tokens with the largest scores."""
         objects = image.received_attention(self.object_layer).mean(dim=1).masked_fill(~candidates, -torch.inf)
         order = objects.argsort(dim=1, descending=True, stable=True)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         for own, places, budget in zip(rank, order, budgets.tolist(), strict=True):
             anchors = places[: round(budget * self.anchor_share / 5)]
-            # Anchors rank before their neighbours, and these before everything else.
-            own[neighbours(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
+            # Anchors rank before their neighbors, and these before everything else.
+            own[neighbors(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
             own[anchors] -= 2 * candidates.shape[1]
         return top_per_tile(-rank, budgets, candidates)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal, region_coverage
 from tokenprune.layers import LayerChoice
-from tokenprune.policies import Merged, MergingPolicy, unmerged
+from tokenprune.policies import Merged, MergingPolicy, identity_weights
 from tokenprune.strategies.components.selection import evenly_spaced
 
 RELEASED = "release"
 """Weights as the published code has them."""
 
 
-def stand_in(scores: Tensor, dropped: Tensor) -> int:
+def representative_index(scores: Tensor, dropped: Tensor) -> int:
     """Return the place of a token that stands for all dropped ones: that of the best of them.
 
     Args:
@@ -31,7 +31,7 @@ def stand_in(scores: Tensor, dropped: Tensor) -> int:
 
 
 @dataclass
-class MeanOfRest(MergingPolicy):
+class MeanOfRestMerging(MergingPolicy):
     """One more token per tile: the mean of those that were dropped (TRIM)."""
 
     before_projector: ClassVar[bool] = True
@@ -50,31 +50,31 @@ class MeanOfRest(MergingPolicy):
     ) -> Merged:
         """Put the mean of the dropped tokens in the place of the best of them."""
         made = torch.zeros_like(picked, dtype=torch.long)
-        weights = unmerged(picked)
+        weights = identity_weights(picked)
         for tile in reserved.nonzero()[:, 0].tolist():
             dropped = candidates[tile] & ~picked[tile]
-            place = stand_in(scores[tile], dropped)
+            place = representative_index(scores[tile], dropped)
             made[tile, place] = 1
             weights[tile, place] = dropped / dropped.sum()
         return Merged(made, weights)
 
 
 @dataclass
-class NeighbourMerging(MergingPolicy):
-    """Every kept token takes up its nearest neighbours, weighted by attention; one token holds the rest (PruMerge).
+class NeighborMerging(MergingPolicy):
+    """Every kept token takes up its nearest neighbors, weighted by attention; one token holds the rest (PruMerge).
 
-    With ``a`` the attention of CLS and the neighbours ``j`` of token ``i`` those with the most similar keys:
+    With ``a`` the attention of CLS and the neighbors ``j`` of token ``i`` those with the most similar keys:
     ``(x_i + sum_j a_j x_j) / (1 + sum_j a_j)``; the rest is ``sum_j a_j x_j / sum_j a_j`` over all tokens that were not
     kept, in the place of the one with the largest score.
 
     Args:
-        neighbours: how many neighbours a token takes up; kept ones may be among them.
+        neighbors: how many neighbors a token takes up; kept ones may be among them.
         layer: layer of the vision tower whose attention and keys are read.
         weights: ``"mean"`` as above; ``"release"`` leaves both divisions out, as the published code does: then the
             length of a token depends on its attention.
     """
 
-    neighbours: int = 32
+    neighbors: int = 32
     layer: LayerChoice = -1
     weights: Literal["mean", "release"] = "mean"
 
@@ -92,24 +92,24 @@ class NeighbourMerging(MergingPolicy):
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Add neighbours to kept tokens and make one token of the rest."""
+        """Add neighbors to kept tokens and make one token of the rest."""
         attention = image.joint_attention(self.layer)[:, 0]
         keys = rearrange(image.keys(self.layer), "tiles heads tokens dim -> tiles tokens (heads dim)")
         keys = F.normalize(keys, dim=-1)
         made = torch.zeros_like(picked, dtype=torch.long)
-        weights = unmerged(picked)
+        weights = identity_weights(picked)
         for tile, reserve in enumerate(reserved.tolist()):
             own = picked[tile].nonzero()[:, 0]
             likeness = keys[tile, own] @ keys[tile].T
             likeness.masked_fill_(~candidates[tile], -torch.inf)
             likeness[torch.arange(len(own)), own] = -torch.inf
             others = int(candidates[tile].sum()) - 1
-            near = likeness.topk(min(self.neighbours, max(others, 0)), dim=1)[1]
+            near = likeness.topk(min(self.neighbors, max(others, 0)), dim=1)[1]
             rows = weights[tile, own].scatter_add(1, near, attention[tile][near])
             weights[tile, own] = rows / rows.sum(dim=1, keepdim=True) if self.weights == "mean" else rows
             dropped = candidates[tile] & ~picked[tile]
             if reserve and bool(dropped.any()):
-                place = stand_in(scores[tile], dropped)
+                place = representative_index(scores[tile], dropped)
                 made[tile, place] = 1
                 rest = attention[tile] * dropped
                 if self.weights == "mean":  # without attention on any of them, they count alike
@@ -162,7 +162,7 @@ class ContextualMerging(MergingPolicy):
         """Choose targets and let the others join them."""
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
         made = torch.zeros_like(picked, dtype=torch.long)
-        weights = F.pad(unmerged(picked), (0, int(self.cls)))
+        weights = F.pad(identity_weights(picked), (0, int(self.cls)))
         for tile in reserved.nonzero()[:, 0].tolist():
             rest = (candidates[tile] & ~picked[tile]).nonzero()[:, 0]
             number = int(reserved[tile]) - self.cls
@@ -192,7 +192,7 @@ class ContextualMerging(MergingPolicy):
 
 
 @dataclass
-class PooledCells(MergingPolicy):
+class PooledGridMerging(MergingPolicy):
     """The tile's valid rectangle is cut into as many cells as it may keep tokens, and each cell becomes its mean.
 
     Any number of cells works: they lie in bands of equal height, some of which hold one cell more than others. Where a
@@ -206,10 +206,10 @@ class PooledCells(MergingPolicy):
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Put the mean of each cell in the place of the token at its centre."""
+        """Put the mean of each cell in the place of the token at its center."""
         height, width = image.geometry.token_grid
         made = torch.zeros_like(picked, dtype=torch.long)
-        weights = unmerged(picked)
+        weights = identity_weights(picked)
         for tile, number in enumerate(reserved.tolist()):
             if not number:
                 continue

@@ -18,7 +18,7 @@ def tile_numbers(kept: Tensor) -> Tensor:
 
 
 @dataclass
-class ByScore(OrderPolicy):
+class ScoreOrder(OrderPolicy):
     """The best token first, merged tokens last, tile by tile.
 
     Args:
@@ -39,7 +39,7 @@ class ByScore(OrderPolicy):
 
 
 @dataclass
-class MergedLast(OrderPolicy):
+class MergedLastOrder(OrderPolicy):
     """Tile by tile, picked tokens in packed order and then merged ones."""
 
     def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Relevance policies: how much each token has to do with the question, or with the picture as a whole."""
+"""Relevance policies: how much each token has to do with the question, or with the image as a whole."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TextRelevance(RelevancePolicy):
 
     Args:
         layer: layer of the vision tower whose tokens are compared.
-        likeness: ``"cosine"``, or ``"dot"`` without normalising either side.
+        likeness: ``"cosine"``, or ``"dot"`` without normalizing either side.
         sign: ``"opposite"``, as all published methods have it: patches of CLIP that show what a text says are *less*
             like it than the others; ``"aligned"`` for towers whose patches are not like that.
     """
@@ -120,7 +120,7 @@ def rescaled(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
 
 
 @dataclass
-class TopRelevance(SelectionPolicy):
+class TopRelevanceSelection(SelectionPolicy):
     """Keep the tokens that have most to do with the question.
 
     Args:

@@ -20,7 +20,7 @@ def evenly_spaced(length: int, number: int) -> Tensor:
 
 
 @dataclass
-class TopAttention(SelectionPolicy):
+class TopAttentionSelection(SelectionPolicy):
     """Keep the tokens that CLS attends to most (HiRED, arXiv 2408.10945, Eq. 2).
 
     Args:
@@ -96,7 +96,7 @@ class StrideSelection(SelectionPolicy):
 
 
 @dataclass
-class TopNorm(SelectionPolicy):
+class TopNormSelection(SelectionPolicy):
     """Keep the tokens with the largest feature norm; needs no attention."""
 
     def score(self, image: EncodedImage) -> Tensor:

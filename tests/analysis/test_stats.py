@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tests.helpers.records import board_records, cell, failed, record, write_cell
+from tests.helpers.records import board_records, failed, record, setting, write_setting
 from tokenprune.experiments.analysis.stats import (
-    Cell,
+    Setting,
     by,
     compare,
     corrected,
@@ -36,9 +36,9 @@ from tokenprune.experiments.analysis.stats import (
 
 def test_a_written_directory_is_read(tmp_path: Path) -> None:
     rows = [*board_records([[1, 0], [1, 1]]), failed(2, 0)]
-    write_cell(tmp_path, rows, factors={"reducer.allocation": "UniformAllocation", "reducer.budget": 0.1})
-    write_cell(tmp_path, rows, "Full", 1.0, "full")
-    full, one = read(tmp_path).cells
+    write_setting(tmp_path, rows, factors={"reducer.allocation": "UniformAllocation", "reducer.budget": 0.1})
+    write_setting(tmp_path, rows, "Full", 1.0, "full")
+    full, one = read(tmp_path).settings
     assert (full.role, full.method) == ("full", "full tokens")
     assert (one.strategy, one.budget, one.seed, one.n_errors) == ("HiRED", 0.1, 0, 1)
     assert one.method == "HiRED, allocation=UniformAllocation"
@@ -49,10 +49,10 @@ def test_a_written_directory_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", ['{"sample": "boards/9/0", "gro', "{", '{"sample": "x"}\x00'])
 def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path, tail: str) -> None:
-    write_cell(tmp_path, board_records([[1, 0], [1, 1]]), tail=tail)
+    write_setting(tmp_path, board_records([[1, 0], [1, 1]]), tail=tail)
     results = read(tmp_path)
-    assert results.cells[0].torn
-    assert results.cells[0].score.n == 4
+    assert results.settings[0].torn
+    assert results.settings[0].score.n == 4
     assert "cut off" in results.notes[0]
 
 
@@ -70,14 +70,14 @@ def test_a_last_line_without_its_end_of_line_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_elsewhere_is_an_error_with_its_place(tmp_path: Path) -> None:
-    folder = write_cell(tmp_path, [], tail='{"sample"\n' + json.dumps(record(0, 0, 1)) + "\n")
+    folder = write_setting(tmp_path, [], tail='{"sample"\n' + json.dumps(record(0, 0, 1)) + "\n")
     with pytest.raises(ValueError, match=rf"{folder.name}.*records.jsonl, line 1: not a JSON object"):
         read(tmp_path)
 
 
 def test_a_repeated_sample_is_an_error_with_its_place(tmp_path: Path) -> None:
     rows = board_records([[1, 0]])
-    folder = write_cell(tmp_path, [*rows, record(0, 1, 1)])
+    folder = write_setting(tmp_path, [*rows, record(0, 1, 1)])
     with pytest.raises(
         ValueError, match=rf"{folder.name}.*line 3: sample 'boards/0/1' stands already in line 2; delete"
     ):
@@ -86,10 +86,10 @@ def test_a_repeated_sample_is_an_error_with_its_place(tmp_path: Path) -> None:
 
 def test_records_of_workers_are_read_and_may_be_there_twice_if_the_same(tmp_path: Path) -> None:
     rows = board_records([[1, 0], [1, 1]])
-    folder = write_cell(tmp_path, rows[:2])
+    folder = write_setting(tmp_path, rows[:2])
     for rank, part in enumerate((rows[1:3], rows[3:])):
         (folder / f"records.part-{rank}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in part))
-    assert read(tmp_path).cells[0].records == rows
+    assert read(tmp_path).settings[0].records == rows
     (folder / "records.part-2.jsonl").write_text(json.dumps(record(0, 0, 0)) + "\n")
     with pytest.raises(ValueError, match=r"part-2.jsonl: sample 'boards/0/0' stands already in records.jsonl"):
         read(tmp_path)
@@ -104,38 +104,38 @@ def test_records_of_workers_are_read_and_may_be_there_twice_if_the_same(tmp_path
     ],
 )
 def test_a_wrong_score_is_an_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    write_cell(tmp_path, [record(0, 0, 1) | change, record(0, 1, 1)])
+    write_setting(tmp_path, [record(0, 0, 1) | change, record(0, 1, 1)])
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
 def test_a_record_without_its_group_is_an_error(tmp_path: Path) -> None:
-    write_cell(tmp_path, [{"sample": "a", "score": 1}])
+    write_setting(tmp_path, [{"sample": "a", "score": 1}])
     with pytest.raises(ValueError, match="line 1: the record lacks group, correct"):
         read(tmp_path)
 
 
 def test_wrong_directories_say_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist; expected a folder with cells/.*tokenprune ablate"):
+    with pytest.raises(ValueError, match=r"does not exist; expected a folder with settings/.*tokenprune ablate"):
         read(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no folder cells/"):
+    with pytest.raises(ValueError, match="has no folder settings/"):
         read(tmp_path)
-    folder = write_cell(tmp_path, [])
+    folder = write_setting(tmp_path, [])
     with pytest.raises(ValueError, match="holds no record"):
         read(tmp_path)
     with pytest.raises(ValueError, match="two levels up"):
         read(folder)
-    (folder / "cell.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"cell\.json: expected an object with name"):
+    (folder / "setting.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"setting\.json: expected an object with name"):
         read(tmp_path)
 
 
-def test_cells_without_records_are_noted(tmp_path: Path) -> None:
-    write_cell(tmp_path, board_records([[1]]))
-    write_cell(tmp_path, [], tail='{"sam')
-    (tmp_path / "cells" / "half").mkdir()
+def test_settings_without_records_are_noted(tmp_path: Path) -> None:
+    write_setting(tmp_path, board_records([[1]]))
+    write_setting(tmp_path, [], tail='{"sam')
+    (tmp_path / "settings" / "half").mkdir()
     results = read(tmp_path)
-    assert len(results.cells) == 1
+    assert len(results.settings) == 1
     assert [word in note for word, note in zip(["cut off", "no record yet", "half"], results.notes, strict=True)] == [
         True
     ] * 3
@@ -161,9 +161,9 @@ def test_values_are_named_shortly(value: Any, text: str) -> None:
 def test_methods_tell_apart_what_the_grid_changed() -> None:
     reducer = {"class_path": "a.HiRED", "init_args": {"positions": "preserve"}}
     seeded = {"reducer": reducer, "seed": 3, "reducer.selection.seed": 3}
-    assert cell([], strategy="HiRED", factors=seeded).method == "HiRED(positions=preserve)"
-    assert cell([], strategy="HiRED", factors={"reducer": "a.HiRED", "reducer.budget": 0.2}).method == "HiRED"
-    found = cell([], strategy="HiRED", factors={"reducer.selection.layer": -2, "model": "x", "dtype": "float16"})
+    assert setting([], strategy="HiRED", factors=seeded).method == "HiRED(positions=preserve)"
+    assert setting([], strategy="HiRED", factors={"reducer": "a.HiRED", "reducer.budget": 0.2}).method == "HiRED"
+    found = setting([], strategy="HiRED", factors={"reducer.selection.layer": -2, "model": "x", "dtype": "float16"})
     assert found.method == "HiRED, selection.layer=-2, dtype=float16"
 
 
@@ -229,7 +229,7 @@ def test_intervals_cover_the_truth_because_they_resample_groups() -> None:
 
 
 def test_scores_by_type() -> None:
-    found = by(cell([*board_records([[1, 0], [1, 1]]), failed(2, 0)]), "type")
+    found = by(setting([*board_records([[1, 0], [1, 1]]), failed(2, 0)]), "type")
     assert {name: (one.mean, one.n) for name, one in found.items()} == {"number": (1, 2), "side": (0.5, 2)}
 
 
@@ -251,8 +251,8 @@ def test_mcnemar_is_a_binomial_test_of_the_discordant_pairs() -> None:
 
 
 def test_a_comparison_by_hand() -> None:
-    first = cell(board_records([[1, 1], [1, 0], [1, 1]]))
-    second = cell([*board_records([[1, 0], [0, 0], [0, 1]]), record(9, 0, 1)])
+    first = setting(board_records([[1, 1], [1, 0], [1, 1]]))
+    second = setting([*board_records([[1, 0], [0, 0], [0, 1]]), record(9, 0, 1)])
     found = compare(first, second)
     assert (found.score.mean, found.score.n, found.unpaired) == (0.5, 6, 1)
     assert (found.only_first, found.only_second, found.p) == (3, 0, 0.25)
@@ -262,7 +262,7 @@ def test_a_comparison_by_hand() -> None:
 
 
 def test_an_interval_that_holds_zero_is_no_difference_seen() -> None:
-    first, second = cell(board_records([[1, 1], [0, 0], [1, 0]])), cell(board_records([[1, 0], [0, 1], [1, 0]]))
+    first, second = setting(board_records([[1, 1], [0, 0], [1, 0]])), setting(board_records([[1, 0], [0, 1], [1, 0]]))
     assert compare(first, second).verdict == "no difference seen"
     assert compare(first, first).verdict == "no difference seen"
 
@@ -270,17 +270,17 @@ def test_an_interval_that_holds_zero_is_no_difference_seen() -> None:
 def test_comparisons_pair_by_sample_and_leave_errors_out() -> None:
     rows = board_records([[1, 0], [1, 1]])
     shuffled = [*rows[::-1], failed(2, 0)]
-    found = compare(cell(rows), cell(shuffled))
+    found = compare(setting(rows), setting(shuffled))
     assert (found.score.mean, found.score.n, found.unpaired, found.only_first) == (0, 4, 0, 0)
-    assert compare(cell(rows), cell([record(7, 0, 1)])).verdict == "no sample in common"
-    assert compare(cell(rows[:2]), cell(rows[:1])).verdict == "no interval: one group"
+    assert compare(setting(rows), setting([record(7, 0, 1)])).verdict == "no sample in common"
+    assert compare(setting(rows[:2]), setting(rows[:1])).verdict == "no interval: one group"
 
 
 def test_pairing_narrows_the_interval() -> None:
     random = np.random.default_rng(5)
     hard = random.integers(0, 2, (40, 5))
     worse = hard * (random.random((40, 5)) > 0.1)
-    first, second = cell(board_records(hard.tolist())), cell(board_records(worse.tolist()))
+    first, second = setting(board_records(hard.tolist())), setting(board_records(worse.tolist()))
     paired = compare(first, second)
     assert paired.score.high - paired.score.low < first.score.high - first.score.low
     assert paired.verdict == "higher"
@@ -292,61 +292,61 @@ def test_holm_by_hand() -> None:
     assert found[::2] == [0.04, 0.9]
     assert math.isnan(found[1])
     assert holm([0.6, 0.7]) == [1, 1]
-    pair = compare(cell(board_records([[1, 1, 1, 1, 1], [1]])), cell(board_records([[0, 0, 0, 0, 0], [1]])))
+    pair = compare(setting(board_records([[1, 1, 1, 1, 1], [1]])), setting(board_records([[0, 0, 0, 0, 0], [1]])))
     assert [one.holm for one in corrected([pair, pair])] == [0.125, 0.125]
 
 
 def test_partners_share_model_task_and_budget() -> None:
     config = {"model": "a", "task": "t"}
-    one = cell([], config=config)
-    random = [cell([], strategy="Random", seed=seed, budget=b, config=config) for seed in (1, 0) for b in (0.1, 0.2)]
-    other = cell([], strategy="Random", seed=2, config={"model": "b", "task": "t"})
-    full = [cell([], role="full", config={**config, "dtype": dtype}) for dtype in ("float32", "float16")]
+    one = setting([], config=config)
+    random = [setting([], strategy="Random", seed=seed, budget=b, config=config) for seed in (1, 0) for b in (0.1, 0.2)]
+    other = setting([], strategy="Random", seed=2, config={"model": "b", "task": "t"})
+    full = [setting([], role="full", config={**config, "dtype": dtype}) for dtype in ("float32", "float16")]
     assert list(randoms_of(one, [*random, other]).items()) == [(0, random[2]), (1, random[0])]
     assert full_of(one, [other]) is None
-    assert full_of(cell([], config={**config, "dtype": "float16"}), full) is full[1]
+    assert full_of(setting([], config={**config, "dtype": "float16"}), full) is full[1]
 
 
 # --- factors ----------------------------------------------------------------------------------------------------------
 
 
-def grid_cell(boards: Sequence[Sequence[float]], **values: Any) -> Cell:
-    return cell(board_records(boards), factors=values)
+def grid_setting(boards: Sequence[Sequence[float]], **values: Any) -> Setting:
+    return setting(board_records(boards), factors=values)
 
 
 def test_factor_levels_by_hand() -> None:
     grid = [
-        grid_cell([[1, 1], [1, 0]], a="x", b=1),  # mean 0.75
-        grid_cell([[1, 0], [1, 0]], a="x", b=2),  # mean 0.5
-        grid_cell([[0, 1], [0, 0]], a="y", b=1),  # mean 0.25
-        grid_cell([[0, 0], [0, 0]], a="y", b=2),  # mean 0
+        grid_setting([[1, 1], [1, 0]], a="x", b=1),  # mean 0.75
+        grid_setting([[1, 0], [1, 0]], a="x", b=2),  # mean 0.5
+        grid_setting([[0, 1], [0, 0]], a="y", b=1),  # mean 0.25
+        grid_setting([[0, 0], [0, 0]], a="y", b=2),  # mean 0
     ]
     a, b = factors(grid)
     assert [(level.name, level.score.mean) for level in a.levels] == [("x", 0.625), ("y", 0.125)]
     assert a.levels[1].behind is not None
     assert (a.levels[1].behind.mean, a.levels[1].behind.low, a.levels[1].behind.high) == (0.5, 0.5, 0.5)
-    assert (a.separated, a.cells, a.left_out) == (True, 4, 0)
+    assert (a.separated, a.settings, a.left_out) == (True, 4, 0)
     assert [(level.name, level.score.mean) for level in b.levels] == [("1", 0.5), ("2", 0.25)]
     assert not b.separated  # 0.5 in the first board, 0 in the second
 
 
 def test_an_unfinished_grid_compares_what_every_level_met() -> None:
     easy, hard = [[1, 1], [1, 1]], [[0, 0], [0, 1]]
-    grid = [grid_cell(easy, a="x", b=1), grid_cell(hard, a="x", b=2), grid_cell(easy, a="y", b=1)]
+    grid = [grid_setting(easy, a="x", b=1), grid_setting(hard, a="x", b=2), grid_setting(easy, a="y", b=1)]
     found = factor(grid, "a")
     assert [level.score.mean for level in found.levels] == [1, 1]  # not 0.625 against 1
-    assert (found.cells, found.left_out, found.separated) == (2, 1, False)
-    some = factor([grid_cell([[0, 1], [0, 1]], a="x"), grid_cell([[1], [1]], a="y")], "a")
+    assert (found.settings, found.left_out, found.separated) == (2, 1, False)
+    some = factor([grid_setting([[0, 1], [0, 1]], a="x"), grid_setting([[1], [1]], a="y")], "a")
     assert [(level.name, level.score.n) for level in some.levels] == [("y", 2), ("x", 2)]  # samples in common
     assert factor([grid[1], grid[2]], "a").levels == ()
 
 
 def test_models_can_be_levels_and_baselines_are_none() -> None:
-    cells = [
-        cell(board_records([[1], [score]]), config={"model": model, "task": "t"}, factors={"model": model})
+    settings = [
+        setting(board_records([[1], [score]]), config={"model": model, "task": "t"}, factors={"model": model})
         for model, score in (("m", 0), ("n", 1))
     ]
-    (found,) = factors([*cells, cell([], role="baseline", factors={"model": "o"})])
+    (found,) = factors([*settings, setting([], role="baseline", factors={"model": "o"})])
     assert [level.name for level in found.levels] == ["n", "m"]
 
 

@@ -24,9 +24,9 @@ from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
 from tokenprune.experiments.bench.architectures import architectures
 from tokenprune.experiments.bench.bench_model import (
-    Subject,
-    picture,
-    picture_processor,
+    BenchModel,
+    image,
+    image_processor,
     plain_ids,
     random_config,
     subject,
@@ -38,10 +38,10 @@ from tokenprune.experiments.bench.measure import (
     FUSED_ATTENTION,
     PLAIN,
     SDPA_ON_CPU,
-    Outcome,
-    Protocol,
-    Setting,
+    BenchProtocol,
+    Measurement,
     Variant,
+    Workload,
     as_data,
     call,
     count,
@@ -49,9 +49,9 @@ from tokenprune.experiments.bench.measure import (
     measure,
     turns,
 )
-from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, PHASES, Ledger, watched
+from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, PHASES, PhaseTimer, instrument
 from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
-from tokenprune.experiments.bench.samples import Ratio, Spread, interval_rank
+from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import PROBE
 from tokenprune.models.internvl import InternVLAdapter
@@ -64,7 +64,7 @@ from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, Random
 
 SIZES = [[(112, 56)], [(112, 56)]]
-SETTING = Setting(2, (112, 56))
+SETTING = Workload(2, (112, 56))
 
 
 class Ticks:
@@ -91,9 +91,9 @@ def inputs() -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny(model: Any, inputs: dict[str, Any]) -> Subject:
+def tiny(model: Any, inputs: dict[str, Any]) -> BenchModel:
     adapter = find_adapter(model)
-    return Subject("tiny", model, adapter, "random", 2, 2, lambda pictures: inputs)
+    return BenchModel("tiny", model, adapter, "random", 2, 2, lambda images: inputs)
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def tiny(model: Any, inputs: dict[str, Any]) -> Subject:
 
 def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
     clock = Ticks()
-    ledger = Ledger(clock)
+    ledger = PhaseTimer(clock)
     clock.pass_by(1)
     with ledger.phase("rewrite"):
         clock.pass_by(10)
@@ -115,7 +115,7 @@ def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
         clock.pass_by(10)
     ledger.first_token()
     clock.pass_by(5)
-    ledger.settle()
+    ledger.flush()
     assert ledger.spent == {"generate": 1, "rewrite": 20, "reducer": 200, "vision encode": 1000, "decode": 5}
     assert sum(ledger.spent.values()) == clock.time
 
@@ -132,7 +132,7 @@ class SlowHiRED(HiRED):
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: Subject, inputs: Any, reduced: bool) -> None:
+def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: BenchModel, inputs: Any, reduced: bool) -> None:
     """Each station moves the clock by an amount of its own; what they add up to is the time of the call."""
     clock, base, hooks = Ticks(), tiny.model.base_model, []
     for module, ticks in (
@@ -143,7 +143,7 @@ def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: Subject, inputs:
         hooks.append(module.register_forward_hook(lambda *_, ticks=ticks: clock.pass_by(ticks)))
     try:
         variant = Variant("slow", SlowHiRED(0.3, clock=clock)) if reduced else Variant(PLAIN)
-        whole, first, ledger, _ = call(tiny, inputs, variant, 4, clock, lambda: Ledger(clock))
+        whole, first, ledger, _ = call(tiny, inputs, variant, 4, clock, lambda: PhaseTimer(clock))
     finally:
         for hook in hooks:
             hook.remove()
@@ -155,10 +155,10 @@ def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: Subject, inputs:
     assert first == whole - 21
 
 
-def test_capture_is_booked_apart_from_the_kernel(tiny: Subject, inputs: Any) -> None:
-    outcome = Outcome(Variant("HiRED", HiRED(0.3)))
+def test_capture_is_booked_apart_from_the_kernel(tiny: BenchModel, inputs: Any) -> None:
+    outcome = Measurement(Variant("HiRED", HiRED(0.3)))
     count(tiny, inputs, outcome)
-    plain = Outcome(Variant(PLAIN))
+    plain = Measurement(Variant(PLAIN))
     count(tiny, inputs, plain)
     # Three of four layers are required; all patches of the six tiles are embedded: 16 a tile, of 3 x 14 x 14 values.
     config = tiny.model.config.vision_config
@@ -181,7 +181,7 @@ def interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_watching_changes_nothing_and_is_taken_off_again(tiny: Subject, inputs: Any) -> None:
+def test_watching_changes_nothing_and_is_taken_off_again(tiny: BenchModel, inputs: Any) -> None:
     before = state(tiny.model)
     attachment = HiRED(0.3)(tiny.model)
     with torch.inference_mode(), attachment:
@@ -191,16 +191,16 @@ def test_watching_changes_nothing_and_is_taken_off_again(tiny: Subject, inputs: 
         adapter = pipeline.adapter
         objects = (pipeline, pipeline.reducer, adapter)
         vars_before = [sorted(vars(thing)) for thing in objects]
-        with watched(adapter, Ledger(Ticks()), pipeline):
+        with instrument(adapter, PhaseTimer(Ticks()), pipeline):
             seen = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         with (
             pytest.raises(ValueError, match="image_sizes as a tensor of shape"),
-            watched(adapter, Ledger(Ticks()), pipeline),
+            instrument(adapter, PhaseTimer(Ticks()), pipeline),
         ):
             tiny.model.generate(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
         for failing in (adapter.tower_layers[1].mlp, adapter.projector):  # while the tower runs, and after it was left
-            broken, ledger = failing.register_forward_pre_hook(interrupt), Ledger(Ticks())
-            with pytest.raises(KeyboardInterrupt), watched(adapter, ledger, pipeline):
+            broken, ledger = failing.register_forward_pre_hook(interrupt), PhaseTimer(Ticks())
+            with pytest.raises(KeyboardInterrupt), instrument(adapter, ledger, pipeline):
                 tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
             broken.remove()
             assert not ledger.decoding
@@ -213,10 +213,10 @@ def test_watching_changes_nothing_and_is_taken_off_again(tiny: Subject, inputs: 
 # --- FLOPs and the cache ----------------------------------------------------------------------------------------------
 
 
-def test_flops_are_those_of_the_plain_call(tiny: Subject, inputs: Any) -> None:
+def test_flops_are_those_of_the_plain_call(tiny: BenchModel, inputs: Any) -> None:
     with torch.inference_mode(), flop_counter() as counter:
         tiny.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
-    plain, full = Outcome(Variant(PLAIN)), Outcome(Variant("HiRED 100 %", HiRED(1.0)))
+    plain, full = Measurement(Variant(PLAIN)), Measurement(Variant("HiRED 100 %", HiRED(1.0)))
     count(tiny, inputs, plain)
     count(tiny, inputs, full)
     assert sum(plain.flops.values()) == counter.get_total_flops()
@@ -270,8 +270,8 @@ def test_the_places_of_the_causal_flag_are_those_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 0.3])
-def test_cache_and_tokens_are_those_of_the_prompt(tiny: Subject, inputs: Any, budget: float | None) -> None:
-    outcome = Outcome(Variant("one", None if budget is None else HiRED(budget)))
+def test_cache_and_tokens_are_those_of_the_prompt(tiny: BenchModel, inputs: Any, budget: float | None) -> None:
+    outcome = Measurement(Variant("one", None if budget is None else HiRED(budget)))
     count(tiny, inputs, outcome)
     with torch.inference_mode(), HiRED(budget or 1.0)(tiny.model) as run:
         tiny.model(**inputs)
@@ -318,12 +318,12 @@ class Noted(Random):
         return super().select(image)
 
 
-def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> None:
+def test_variants_take_turns_and_one_without_room_is_left_out(tiny: BenchModel) -> None:
     CALLS.clear()
     labels = ("one", "two", "greedy")
     variants = [Variant(PLAIN), *(Variant(label, Noted(0.3, label=label)) for label in labels)]
-    outcomes = measure(tiny, SETTING, variants, Protocol(tokens=2, repeats=3, warmup=1))
-    timed = CALLS[4 * 2 :: 2]  # two pictures a call; two calls of each variant for FLOPs and memory
+    outcomes = measure(tiny, SETTING, variants, BenchProtocol(tokens=2, repeats=3, warmup=1))
+    timed = CALLS[4 * 2 :: 2]  # two images a call; two calls of each variant for FLOPs and memory
     orders = [[one.name for one in turns(variants, number) if one.name in ("one", "two")] for number in (0, 0, 1, 2)]
     assert timed == [label for order in orders for label in order]
     assert [outcome.error for outcome in outcomes] == [None, None, None, "out of memory"]
@@ -333,7 +333,7 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> 
         for number, whole in enumerate(outcome.whole):
             covered = sum(outcome.phases[name][number] for name in (*BEFORE, DECODE))
             assert covered == pytest.approx(whole, rel=0.05)
-    found = as_data(outcomes, SETTING, Protocol(tokens=2, repeats=3))
+    found = as_data(outcomes, SETTING, BenchProtocol(tokens=2, repeats=3))
     assert [row["error"] for row in found["variants"]] == [None, None, None, "out of memory"]
     assert "ratios" not in found["variants"][0]
     own, vision = (outcomes[number].phases for number in (1, 0))
@@ -345,7 +345,7 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: Subject) -> 
     assert share["median"] == pytest.approx(sorted(shares)[1])
 
 
-def test_traces_show_the_phases(tiny: Subject, tmp_path: Path) -> None:
+def test_traces_show_the_phases(tiny: BenchModel, tmp_path: Path) -> None:
     files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace", "tiny")
     name = "batch-2-112-x-56-pixels"
     assert [file.name for file in files[2:]] == [f"{name}-HiRED-30.json", f"{name}-HiRED-30.txt", f"{name}.png"]
@@ -405,7 +405,7 @@ def test_a_flame_graph_of_nothing_is_drawn() -> None:
     flame_figure({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
 
 
-def test_each_step_does_less_than_the_one_before(tiny: Subject) -> None:
+def test_each_step_does_less_than_the_one_before(tiny: BenchModel) -> None:
     found = steps.measure(tiny, (112, 56), 0.3, 2, lambda text: None)
     spent = [sum(step.flops.values()) for step in found.values()]
     capture = found["selected afterwards"].flops["signal capture"]
@@ -437,7 +437,7 @@ def test_intervals_count_what_they_cover() -> None:
     assert interval_rank(9) == (1, 1 - 2 * 10 / 512)
     ratio = Ratio.of([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])
     assert (ratio.median, ratio.low, ratio.high, ratio.coverage) == (3.0, 2.0, 4.0, 0.75)
-    assert Spread((1.0, 2.0, 3.0, 4.0, 5.0)).quartiles == (2.0, 4.0)
+    assert Samples((1.0, 2.0, 3.0, 4.0, 5.0)).quartiles == (2.0, 4.0)
 
 
 def test_an_interval_covers_as_often_as_it_says() -> None:
@@ -461,9 +461,9 @@ def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -
     made = subject(str(config), "cpu", llm_layers=1, prompt_tokens=5)
     said = made.as_data()
     assert (said["weights"], said["llm_layers"], said["llm_layers_full"], said["cut"]) == ("random", 1, 2, True)
-    inputs = made.prepare([picture((112, 56), seed) for seed in range(2)])
+    inputs = made.prepare([image((112, 56), seed) for seed in range(2)])
     assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
-    outcome = Outcome(Variant("half", Random(0.5)))
+    outcome = Measurement(Variant("half", Random(0.5)))
     count(made, inputs, outcome)
     assert min(outcome.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
     full = int(made.adapter.placeholders(inputs)[0].sum())
@@ -476,18 +476,18 @@ def test_checkpoints_can_be_cut_too() -> None:
     whole, made = subject("mini", "cpu"), subject("mini", "cpu", attn="eager", llm_layers=1)
     assert (made.layers, made.full_layers) == (1, 3)
     assert made.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
-    outcomes = [Outcome(Variant(PLAIN)), Outcome(Variant(PLAIN))]
+    outcomes = [Measurement(Variant(PLAIN)), Measurement(Variant(PLAIN))]
     for one, outcome in zip((whole, made), outcomes, strict=True):
-        count(one, one.prepare([picture((80, 160), 0)]), outcome)
+        count(one, one.prepare([image((80, 160), 0)]), outcome)
     assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
     assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
 
 
-def test_shipped_architectures_can_be_given_pictures() -> None:
+def test_shipped_architectures_can_be_given_images() -> None:
     assert "llava-v1.6-vicuna-7b" in architectures()
     for name in architectures():
         config = random_config(name)
-        pixels = picture_processor(config)(images=[picture((672, 672), 0)], return_tensors="pt")["pixel_values"]
+        pixels = image_processor(config)(images=[image((672, 672), 0)], return_tensors="pt")["pixel_values"]
         assert pixels.shape[-1] in (336, 384, 448, 3 * 2 * 14**2), name
         assert config.image_token_id not in plain_ids(config)
 

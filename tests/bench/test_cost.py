@@ -40,7 +40,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 
 def example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
-    """A tiny model on the CPU, inputs with one picture, and the number of its other tokens."""
+    """A tiny model on the CPU, inputs with one image, and the number of its other tokens."""
     model = adapter.example()
     model.set_attn_implementation("eager")  # the flash kernel of CPUs is not counted by FlopCounterMode
     bound = find_adapter(model)
@@ -112,7 +112,7 @@ def test_full_size_agrees_with_the_account() -> None:
     assert other.encode.moved < one.encode.moved
 
 
-def test_tokens_of_a_large_picture() -> None:
+def test_tokens_of_a_large_image() -> None:
     adapter = find_adapter(on_meta(architecture("llava-v1.6-vicuna-7b", 1)))
     assert isinstance(adapter, LlavaNextAdapter)
     inputs, layout = cut(adapter, (672, 672))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.published import CASES, Case
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.experiments.bench.selection_cost import BY_ATTENTION, Cost, Size, made_up_image, measure, report
 from tokenprune.image import Signal
 from tokenprune.strategies.components.diversity import (
@@ -174,7 +174,7 @@ def test_no_step_copies_a_large_part_of_the_similarities(name: str) -> None:
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 10_000), number=st.integers(0, 6))
-def test_determinantal_maximises_the_volume_step_by_step(seed: int, number: int) -> None:
+def test_determinantal_maximizes_the_volume_step_by_step(seed: int, number: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     features, relevance = torch.randn(15, 12, generator=generator), 0.1 + torch.rand(15, generator=generator)
     assert determinantal(features, relevance, number).tolist() == plain_determinantal(features, relevance, number)

@@ -16,17 +16,17 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers.tiny import picture, tiny_model, tiny_processor
+from tests.helpers.tiny import random_image, tiny_model, tiny_processor
 from tokenprune import __version__
 from tokenprune.budget import OneTokenWarning
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.cli.main import main
 from tokenprune.configuration import as_config
 from tokenprune.experiments.bench import selection_cost
 from tokenprune.experiments.bench.selection_cost import Size
 from tokenprune.models import mini
 from tokenprune.strategies import PruMerge, VisionZip
-from tokenprune.strategies.components import ContextualMerging, MeanOfRest, SaliencyCoverage
+from tokenprune.strategies.components import ContextualMerging, MeanOfRestMerging, SaliencyCoverageSelection
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
 LOUD = '''
@@ -142,9 +142,9 @@ def test_a_full_budget_gives_the_same_answers(capsys: pytest.CaptureFixture[str]
     assert found["kept"] == found["valid"] > 400
 
 
-def test_own_pictures_and_questions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    picture(90, 200).convert("CMYK").save("a.jpg")
-    picture(300, 80).convert("LA").save("b.png")
+def test_own_images_and_questions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    random_image(90, 200).convert("CMYK").save("a.jpg")
+    random_image(300, 80).convert("LA").save("b.png")
     words = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
     found = run_json(capsys, *words, "--out", "deep/er")
     assert [(r["image"], r["question"][:4]) for r in found["results"]] == [
@@ -158,7 +158,7 @@ def test_own_pictures_and_questions(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 @pytest.mark.parametrize("size", [(1, 1), (12_000, 200), (200, 12_000), (3_000, 1)])
-def test_extreme_pictures_work(capsys: pytest.CaptureFixture[str], size: tuple[int, int]) -> None:
+def test_extreme_images_work(capsys: pytest.CaptureFixture[str], size: tuple[int, int]) -> None:
     Image.new("RGB", size, "red").save("odd.png")
     found = run_json(capsys, "--image", "odd.png")
     assert 0 < found["kept"] <= found["asked"]
@@ -168,7 +168,7 @@ def test_extreme_pictures_work(capsys: pytest.CaptureFixture[str], size: tuple[i
 def test_a_checkpoint_folder_of_each_family(capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "checkpoint")
     tiny_processor(family).save_pretrained(tmp_path / "checkpoint")
-    picture(60, 150).save("a.png")
+    random_image(60, 150).save("a.png")
     found = run_json(capsys, "--model", "checkpoint", "--image", "a.png", "--reducer.budget", "0.5")
     assert found["kept"] == found["asked"] == (8 if family == "llava" else 32)
 
@@ -321,10 +321,17 @@ def test_a_strategy_by_name_has_its_own_parts(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_part_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--reducer", "PruMerge", "--reducer.selection", "SaliencyCoverage", "--reducer.merging", "mean-of-rest"]
+    words = [
+        "--reducer",
+        "PruMerge",
+        "--reducer.selection",
+        "SaliencyCoverageSelection",
+        "--reducer.merging",
+        "mean-of-rest-merging",
+    ]
     assert main(["run", *words, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
-    assert printed == as_config(PruMerge(selection=SaliencyCoverage(), merging=MeanOfRest()))
+    assert printed == as_config(PruMerge(selection=SaliencyCoverageSelection(), merging=MeanOfRestMerging()))
 
 
 def test_values_as_an_agent_of_wandb_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +350,7 @@ def test_parts_of_parts_are_known_by_name(capsys: pytest.CaptureFixture[str]) ->
     assert "set text_model to the CLIP checkpoint" in refused(capsys, "run", "--reducer", "CDPruner")
 
 
-def test_a_shrunk_picture_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shrunk_image_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "--reducer", "image-downsample")
     assert 0 < found["kept"] <= found["asked"]
     assert list(Path("tokenprune-out").iterdir())
@@ -363,7 +370,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert hired["presets"] == "HiRED.paper, HiRED.release"
     assert hired["needs"] == "cls_attention(feature), cls_attention(first)"
     kinds = {row["name"]: row["kind"] for row in rows["components"]}
-    assert kinds["TopAttention"] == "selection"
+    assert kinds["TopAttentionSelection"] == "selection"
     assert kinds["VisualContentAllocation"] == "allocation"
     assert {"internvl", "llava", "llava_next", "qwen2_vl"} <= {row["family"] for row in rows["models"]}
 
@@ -433,9 +440,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),
         (["run", "--reducer", "HiRED.papr"], "HiRED has no preset 'papr'; it has: paper, release"),
         (["run", "--reducer.budgt", "3"], "no parameter 'budgt' of HiRED (did you mean budget?)"),
-        (["run", "--reducer.selection.layr", "3"], "--reducer.selection: there is no parameter 'layr' of TopAttention"),
+        (
+            ["run", "--reducer.selection.layr", "3"],
+            "--reducer.selection: there is no parameter 'layr' of TopAttentionSelection",
+        ),
         (["run", "--reducer.selection", "RandomSelecton"], "Did you mean RandomSelection"),
-        (["run", "--reducer.allocation", "TopAttention"], "does not correspond to a subclass of AllocationPolicy"),
+        (
+            ["run", "--reducer.allocation", "TopAttentionSelection"],
+            "does not correspond to a subclass of AllocationPolicy",
+        ),
         (["run", "--reducer.budget", "1.5"], "neither a ratio nor a count"),
         (["run", "--reducer.budget", "-3"], "neither a ratio nor a count"),
         (["run", "--reducer.positions", "x"], "--reducer.positions: 'x' is not valid; give 'reindex' or 'preserve'"),
@@ -446,7 +459,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
         (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
         (["run", "--question", " "], "--question ' ': give words"),
-        (["run", "--question", "<image> what?"], "the place of the picture is put in by itself"),
+        (["run", "--question", "<image> what?"], "the place of the image is put in by itself"),
         (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
         (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
         (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
@@ -459,7 +472,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             "there is no parameter 'model' of TimmSaliency (did you mean model_name?)",
         ),
         (["run", "--image", "none.png"], "none.png: no such file"),
-        (["run", "--image", "loud.py"], "loud.py: not a picture"),
+        (["run", "--image", "loud.py"], "loud.py: not an image"),
         (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),
         (["run", "--model", "."], "--model . cannot be loaded"),
         (["run", "--out", "loud.py"], "--out loud.py cannot be made a folder"),
@@ -514,7 +527,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     # A shell that runs the tests in the background has Ctrl-C ignored, and children would inherit that.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process: Any = subprocess.Popen(command, preexec_fn=heeding, **pipes)  # type: ignore[call-overload]
-    while not (tmp_path / "tokenprune-out").exists():  # made after the pictures are read
+    while not (tmp_path / "tokenprune-out").exists():  # made after the images are read
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
@@ -527,7 +540,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
 
 
 def test_mini_has_its_demo() -> None:
-    assert mini.picture_path().is_file()
+    assert mini.image_path().is_file()
     assert {"question", "answer", "type", "needs"} == set(mini.demo_questions()[0])
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.helpers.llava_oracle import kept_mask, oracle_inputs
-from tests.helpers.tiny import batch, picture, tiny_model, tiny_processor, tokenizer
+from tests.helpers.tiny import batch, random_image, tiny_model, tiny_processor, tokenizer
 from tokenprune import Budget, EncodedImage, ScoreReducer, Selection, Signal, TokenReducer
 from tokenprune.adapter import find_adapter
 from tokenprune.strategies import FasterVLM, HiRED
@@ -183,7 +183,7 @@ def test_assisted_generation_equals_greedy(model: Any, family: str, helper: str,
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_falls_on_the_right_tokens(family: str, side: str) -> None:
-    """Loss and gradients equal those of the masked full prompt with dropped positions unlabelled."""
+    """Loss and gradients equal those of the masked full prompt with dropped positions unlabeled."""
     model, inputs = tiny_model(family), batch(family, [SQUARE], [WIDE, TALL], side=side)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, : labels.shape[1] - 9] = -100
@@ -263,11 +263,11 @@ def test_a_batch_equals_its_rows_alone(model: Any, family: str, positions: str) 
 def one_row(family: str, number: int) -> Any:
     """The inputs of one row of `ROWS`, made by the processor on its own."""
     processor, full = tiny_processor(family), batch(family, *ROWS)
-    pictures = [picture(*size, seed=10 * number + k) for k, size in enumerate(ROWS[number])]
+    images = [random_image(*size, seed=10 * number + k) for k, size in enumerate(ROWS[number])]
     ids = full["input_ids"][number][full["attention_mask"][number].bool()]
     image = tokenizer().convert_tokens_to_ids("<image>")
     text = tokenizer().decode(torch.stack([t for k, t in enumerate(ids) if t != image or ids[k - 1] != image]))
-    inputs = processor(images=pictures or None, text=[text], return_tensors="pt")
+    inputs = processor(images=images or None, text=[text], return_tensors="pt")
     assert torch.equal(inputs["input_ids"][0], ids)
     return inputs
 
@@ -309,7 +309,7 @@ def test_zero_budget_leaves_a_text_prompt(model: Any, family: str) -> None:
 
 
 def test_one_image_of_two_is_dropped_whole(model: Any, family: str) -> None:
-    """An image without tokens must not shift its neighbour's features, in beams least of all."""
+    """An image without tokens must not shift its neighbor's features, in beams least of all."""
 
     @dataclass
     class SecondOnly(TokenReducer):
@@ -339,7 +339,7 @@ def test_one_image_of_two_is_dropped_whole(model: Any, family: str) -> None:
 def test_pipeline(model: Any, family: str) -> None:
     pipe = pipeline("image-text-to-text", model=model, processor=tiny_processor(family))
     arguments = {
-        "images": [picture(*WIDE)],
+        "images": [random_image(*WIDE)],
         "text": "USER: <image> how many shapes ASSISTANT:",
         "generate_kwargs": {"max_new_tokens": 5, "suppress_tokens": [model.config.image_token_id]},
         "return_full_text": False,
@@ -648,7 +648,7 @@ def test_selections_cover_every_image(model: Any, family: str) -> None:
     assert all(s.pixels is not None and s.pixels.shape[0] == s.geometry.tiles for s in run.selections)
 
 
-def test_pictures_of_long_runs_are_not_hoarded(model: Any, family: str) -> None:
+def test_images_of_long_runs_are_not_hoarded(model: Any, family: str) -> None:
     with HiRED(0.2)(model) as run:
         for _ in range(5):
             model(**batch(family, [WIDE], [TALL]))

@@ -37,9 +37,7 @@ def test_apportion_spends_exactly_what_fits(parts: list[tuple[float, int]], tota
 
 @settings(deadline=None)
 @given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=9), total=st.integers(0, 5000))
-def test_apportion_is_within_one_of_the_exact_quota_and_favours_large_remainders(
-    weights: list[int], total: int
-) -> None:
+def test_apportion_is_within_one_of_the_exact_quota_and_favors_large_remainders(weights: list[int], total: int) -> None:
     share = apportion(total, weights, [total + 1] * len(weights))
     quota = [Fraction(total * weight, sum(weights)) for weight in weights]
     extra = [got - math.floor(exact) for got, exact in zip(share, quota, strict=True)]
@@ -161,7 +159,7 @@ def test_budget_meanings(budget: Budget, asked: int) -> None:
 
 
 def test_a_ratio_of_unpadded_tokens_leaves_padding_out() -> None:
-    layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # two of four canvas rows are picture: 16 + 16 tokens
+    layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # two of four canvas rows are image: 16 + 16 tokens
     assert int(layout.valid.sum()) == 32
     assert layout.separators == 2
     assert Budget(0.5).asked(layout) == 24

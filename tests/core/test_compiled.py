@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers.tiny import batch, tiny_model
-from tokenprune.budget import Budget, apportion, apportioned
+from tokenprune.budget import Budget, apportion, apportion_tensor
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies import VTCCLS, BaseTileOnly, FasterVLM, HiRED, VisPruner
@@ -25,7 +25,7 @@ from tokenprune.strategies.components.allocation import (
     ScoreMassAllocation,
     VisualContentAllocation,
 )
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 SQUARE = TileGeometry.anyres((672, 672), (2, 2), (24, 24), 336)
 PADDED = TileGeometry.anyres((300, 900), (1, 3), (24, 24), 336)
@@ -35,12 +35,12 @@ ATTENTION = [
     HiRED(0.05),
     HiRED(0.2, allocation=VisualContentAllocation(statistic="top_count", region="stripe")),
     HiRED(0.2, allocation=VisualContentAllocation(region="quadrant")),
-    HiRED(0.2, selection=TopAttention(heads="max"), padding="ignore"),
+    HiRED(0.2, selection=TopAttentionSelection(heads="max"), padding="ignore"),
     HiRED(Budget(64, per="tile")),
     FasterVLM(0.2),
     VTCCLS(0.1),
-    ComponentReducer(0.2, allocation=ProportionalAllocation(), selection=TopAttention()),
-    ComponentReducer(0.2, allocation=ScoreMassAllocation(), selection=TopAttention()),
+    ComponentReducer(0.2, allocation=ProportionalAllocation(), selection=TopAttentionSelection()),
+    ComponentReducer(0.2, allocation=ScoreMassAllocation(), selection=TopAttentionSelection()),
 ]
 
 
@@ -61,7 +61,7 @@ def image(geometry: TileGeometry, seed: int = 0, device: str = "cpu") -> Encoded
 )
 def test_budgets_are_divided_as_exactly(total: int, parts: list[tuple[float, int]]) -> None:
     weights, capacity = (list(one) for one in zip(*parts, strict=True))
-    found = apportioned(total, torch.tensor(weights, dtype=torch.float64), torch.tensor(capacity))
+    found = apportion_tensor(total, torch.tensor(weights, dtype=torch.float64), torch.tensor(capacity))
     exact = apportion(total, weights, capacity)
     assert int(found.sum()) == sum(exact) == min(total, sum(capacity))
     assert bool((found <= torch.tensor(capacity)).all())
@@ -126,7 +126,7 @@ def test_one_graph_without_a_break(reducer: ComponentReducer) -> None:
     for seed in range(5):
         one = replace(image(SQUARE, seed), geometry=first.geometry)
         assert torch.equal(compiled(one), reducer.reduce(one).kept)
-    assert len(graphs) == 1  # another picture of the same layout compiles nothing
+    assert len(graphs) == 1  # another image of the same layout compiles nothing
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_one_graph_without_a_break(reducer: ComponentReducer) -> None:
     [
         VisPruner(0.2),
         HiRED(Budget(100, newlines="counted")),
-        ComponentReducer(0.2, allocation=GlobalTopAllocation(), selection=TopAttention()),
+        ComponentReducer(0.2, allocation=GlobalTopAllocation(), selection=TopAttentionSelection()),
     ],
     ids=["VisPruner", "counted", "pool"],
 )
@@ -177,7 +177,7 @@ def test_compiled_parts_answer_the_same(compiled: str, budget: float) -> None:
 
 
 def test_a_static_budget_compiles_the_llm_once() -> None:
-    """Without newlines that depend on the picture, the prompt has one length."""
+    """Without newlines that depend on the image, the prompt has one length."""
     torch._dynamo.reset()
     model, graphs = tiny_model("llava_next"), list[Any]()
 
@@ -197,7 +197,7 @@ def test_a_static_budget_compiles_the_llm_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_cuda_graph_replays_with_other_pictures() -> None:
+def test_a_cuda_graph_replays_with_other_images() -> None:
     reducer, static = HiRED(0.2), image(SQUARE, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -39,7 +39,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "models/_capture/truncated_tower.py": "leaves the tower early",
         "models/_base/placeholder.py": "captures the inputs of the projector",
         "models/mllama.py": "shortens the cross-attention mask during a call",
-        "strategies/components/second_look.py": "hooks its own second model",
+        "strategies/components/saliency_model.py": "hooks its own second model",
     },
     "passes features": {
         "tokenprune/pipeline.py": "passes them to the model",

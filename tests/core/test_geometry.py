@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tests.helpers import tiny
-from tokenprune.image import SEPARATOR, TileGeometry, anyres_regions, region_coverage
+from tokenprune.image import NEWLINE, TileGeometry, anyres_regions, region_coverage
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.strategies.components.allocation import base_tile_coverage
 
@@ -70,7 +70,7 @@ def test_layouts_of_a_batch_come_in_order_and_by_size() -> None:
 )
 def test_every_token_is_packed_at_most_once(size, grid, tokens) -> None:
     layout = TileGeometry.anyres(size, grid, tokens, 24)
-    places = layout.packed[layout.packed != SEPARATOR]
+    places = layout.packed[layout.packed != NEWLINE]
     assert len(set(places.tolist())) == len(places) == int(layout.valid.sum())
     assert places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < layout.tiles * layout.tokens)
     assert bool(layout.valid[0].all())
@@ -78,9 +78,9 @@ def test_every_token_is_packed_at_most_once(size, grid, tokens) -> None:
 
 
 def painted_share(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tuple[np.ndarray, int, int]:
-    """Paint every canvas pixel with the number of its sub-image, then cut the picture out of the canvas again.
+    """Paint every canvas pixel with the number of its sub-image, then cut the image out of the canvas again.
 
-    The processor's own arithmetic: scaled to fit (rounded up to a pixel), centred, offset rounded down.
+    The processor's own arithmetic: scaled to fit (rounded up to a pixel), centerd, offset rounded down.
     """
     canvas = np.kron(np.arange(grid[0] * grid[1]).reshape(grid), np.ones((tile, tile), dtype=int))
     scale_w, scale_h = canvas.shape[1] / size[1], canvas.shape[0] / size[0]
@@ -101,12 +101,12 @@ def painted_share(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tu
 )
 def test_coverage_equals_a_count_of_painted_pixels(size, grid, tokens) -> None:
     tile = 30
-    picture, height, width = painted_share(size, grid, tile)
-    # the base tile squeezes the picture: sample it finely, each sample takes the nearest picture pixel
+    image, height, width = painted_share(size, grid, tile)
+    # the base tile squeezes the image: sample it finely, each sample takes the nearest image pixel
     fine = 60
     rows = (np.arange(tokens[0] * fine) + 0.5) / (tokens[0] * fine) * height
     cols = (np.arange(tokens[1] * fine) + 0.5) / (tokens[1] * fine) * width
-    owner = picture[rows.astype(int)][:, cols.astype(int)].reshape(tokens[0], fine, tokens[1], fine)
+    owner = image[rows.astype(int)][:, cols.astype(int)].reshape(tokens[0], fine, tokens[1], fine)
     counted = np.stack([(owner == part).mean(axis=(1, 3)).ravel() for part in range(grid[0] * grid[1])])
     covered = region_coverage(anyres_regions(size, grid, tile), tokens).numpy()
     np.testing.assert_allclose(covered, counted, atol=2.5 / fine)
@@ -119,7 +119,7 @@ def test_coverage_equals_a_count_of_painted_pixels(size, grid, tokens) -> None:
     tokens=st.tuples(st.integers(1, 7), st.integers(1, 7)),
 )
 def test_regions_partition_the_base_tile(size, grid, tokens) -> None:
-    """The whole picture lies on the canvas, so the sub-images together cover every base token exactly once."""
+    """The whole image lies on the canvas, so the sub-images together cover every base token exactly once."""
     coverage = region_coverage(anyres_regions(size, grid, 56), tokens)
     assert coverage.shape == (grid[0] * grid[1], tokens[0] * tokens[1])
     assert float(coverage.min()) >= 0.0

@@ -1,4 +1,4 @@
-"""User pictures of every mode, and broken ones."""
+"""User images of every mode, and broken ones."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.image_files import load_picture, save_picture, to_rgb
+from tokenprune.image_files import load_image, save_image, to_rgb
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30)
 GREY = Image.fromarray(RAMP.astype(np.uint8))
-COLOUR = Image.merge("RGB", [GREY, GREY.rotate(180), GREY.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+COLOR = Image.merge("RGB", [GREY, GREY.rotate(180), GREY.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
 
 
-def near(picture: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> bool:
-    assert picture.mode == "RGB"
-    assert picture.size == expected.size
-    return float(np.abs(np.asarray(picture, float) - np.asarray(expected.convert("RGB"), float)).max()) <= tolerance
+def near(image: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> bool:
+    assert image.mode == "RGB"
+    assert image.size == expected.size
+    return float(np.abs(np.asarray(image, float) - np.asarray(expected.convert("RGB"), float)).max()) <= tolerance
 
 
 @pytest.mark.parametrize(
-    ("picture", "expected"),
+    ("image", "expected"),
     [
-        (COLOUR, COLOUR),
+        (COLOR, COLOR),
         (GREY, GREY),
-        (COLOUR.convert("CMYK"), COLOUR),
-        (COLOUR.convert("P"), COLOUR.convert("P").convert("RGB")),
+        (COLOR.convert("CMYK"), COLOR),
+        (COLOR.convert("P"), COLOR.convert("P").convert("RGB")),
         (GREY.convert("1"), GREY.convert("1").convert("RGB")),
-        (COLOUR.convert("RGBA"), COLOUR),
+        (COLOR.convert("RGBA"), COLOR),
         (GREY.convert("LA"), GREY),
         (Image.fromarray((RAMP * 257).astype(np.uint16)), GREY),
         (Image.fromarray((RAMP / 255).astype(np.float32)), GREY),
@@ -40,10 +40,10 @@ def near(picture: Image.Image, expected: Image.Image, tolerance: float = 1.0) ->
         (Image.fromarray(RAMP.astype(np.int32)), GREY),
         (Image.fromarray((RAMP * 257).astype(np.int32)), GREY),
     ],
-    ids=lambda picture: picture.mode,
+    ids=lambda image: image.mode,
 )
-def test_every_mode_becomes_rgb(picture: Image.Image, expected: Image.Image) -> None:
-    assert near(to_rgb(picture), expected)
+def test_every_mode_becomes_rgb(image: Image.Image, expected: Image.Image) -> None:
+    assert near(to_rgb(image), expected)
 
 
 def test_transparency_becomes_white() -> None:
@@ -64,46 +64,46 @@ def test_float_pixels_that_are_no_numbers_do_no_harm() -> None:
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    exif = COLOUR.getexif()
+    exif = COLOR.getexif()
     exif[0x0112] = 6  # turned a quarter
-    COLOUR.save(tmp_path / "photo.png", exif=exif)
-    assert near(load_picture(tmp_path / "photo.png"), COLOUR.transpose(Image.Transpose.ROTATE_270))
+    COLOR.save(tmp_path / "photo.png", exif=exif)
+    assert near(load_image(tmp_path / "photo.png"), COLOR.transpose(Image.Transpose.ROTATE_270))
 
 
 def test_animations_give_their_first_frame(tmp_path: Path) -> None:
     black, white = Image.new("L", (8, 8), 0), Image.new("L", (8, 8), 255)
     black.save(tmp_path / "a.gif", save_all=True, append_images=[white])
-    assert load_picture(tmp_path / "a.gif").getpixel((3, 3)) == (0, 0, 0)
+    assert load_image(tmp_path / "a.gif").getpixel((3, 3)) == (0, 0, 0)
 
 
 def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
-    COLOUR.resize((300, 300)).save(tmp_path / "whole.png")
+    COLOR.resize((300, 300)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, message in {
         "cut.png": "broken or cut off",
-        "notes.txt": "not a picture",
-        "empty.jpg": "not a picture",
+        "notes.txt": "not an image",
+        "empty.jpg": "not an image",
         "missing.png": "no such file",
         ".": "is a folder",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
-            load_picture(tmp_path / name)
+            load_image(tmp_path / name)
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    COLOUR.resize((300, 300)).save(tmp_path / "bomb.png")
+    COLOR.resize((300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"bomb\.png: too large to be read safely"):
-        load_picture(tmp_path / "bomb.png")
+        load_image(tmp_path / "bomb.png")
 
 
-def test_a_full_disk_leaves_nothing_and_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new" / "overlay.png"
-    save_picture(COLOUR, target)
+    save_image(COLOR, target)
     before = target.read_bytes()
 
     def full(*args: Any) -> Any:
@@ -111,6 +111,6 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_picture(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        save_picture(GREY, target)
+        save_image(GREY, target)
     assert target.read_bytes() == before
     assert [path.name for path in target.parent.iterdir()] == ["overlay.png"]

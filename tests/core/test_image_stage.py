@@ -1,4 +1,4 @@
-"""Strategies that shrink the picture: the layout at lower resolution, and what the model is given."""
+"""Strategies that shrink the image: the layout at lower resolution, and what the model is given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget
-from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import HiRED, ImageDownsample
 
@@ -26,13 +26,13 @@ def test_a_lower_resolution_stands_at_tokens_of_the_higher_in_the_same_order(lay
     assume((height, width) != layout.token_grid)  # the layout itself, see the next test
     assume(layout.sub_images == 0 or bool(layout.valid[1:].any()))  # a strip so thin that only its newlines are left
     small, standing = layout.resized((height, width))
-    assert int(standing.sum()) == int((small.packed != SEPARATOR).sum())
+    assert int(standing.sum()) == int((small.packed != NEWLINE).sum())
     assert not bool((standing & ~layout.valid).any())
-    own = layout.packed[layout.packed != SEPARATOR]
+    own = layout.packed[layout.packed != NEWLINE]
     full = own[standing.flatten()[own]]
-    tiny = small.packed[small.packed != SEPARATOR]
+    tiny = small.packed[small.packed != NEWLINE]
     assert torch.equal(full // layout.tokens, tiny // small.tokens)  # the same tiles in the same order
-    rows = layout.separator_of[layout.packed != SEPARATOR][standing.flatten()[own]]
+    rows = layout.newline_of[layout.packed != NEWLINE][standing.flatten()[own]]
     assert small.separators == len(set(rows[rows >= 0].tolist()))
 
 
@@ -51,7 +51,7 @@ def test_the_largest_grid_that_fits_is_chosen(layout, amount, newlines) -> None:
 
     def cost(grid: tuple[int, int]) -> int:
         packed = layout.resized(grid)[0].packed
-        return len(packed) - (int((packed == SEPARATOR).sum()) if newlines == "free" else 0)
+        return len(packed) - (int((packed == NEWLINE).sum()) if newlines == "free" else 0)
 
     near = [(h, w) for h in range(1, 7) for w in range(1, 7) if abs(h - w) <= 0]
     fitting = [h * w for h, w in near if cost((h, w)) <= amount]
@@ -75,7 +75,7 @@ def test_at_full_resolution_the_adapter_gives_the_models_own_features(family: st
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("newlines", ["keep_rows", "drop"])
-def test_the_model_is_given_the_smaller_picture(family: str, newlines) -> None:
+def test_the_model_is_given_the_smaller_image(family: str, newlines) -> None:
     model = tiny_model(family)
     inputs = batch(family, [(112, 112)], [(60, 160), (150, 50)])
     reducer = ImageDownsample(0.3, newlines=newlines)
@@ -88,15 +88,15 @@ def test_the_model_is_given_the_smaller_picture(family: str, newlines) -> None:
         model.generate(**inputs, max_new_tokens=2)
     hook.remove()
     assert logits.isfinite().all()
-    assert all(shape[0] < 56 for shape in runs)  # the tower never saw the full picture
+    assert all(shape[0] < 56 for shape in runs)  # the tower never saw the full image
     for selection in run.selections:
         assert 0 < selection.kept_tokens <= selection.asked
-        assert (selection.kept_separators == 0) == (newlines == "drop" or not selection.geometry.separators)
+        assert (selection.kept_newlines == 0) == (newlines == "drop" or not selection.geometry.separators)
     assert len(run.selections) == 6
 
 
-def test_a_flat_picture_of_another_resolution_gives_the_same_picture() -> None:
-    """Shrinking really reads the pixels: the same picture, shrunk, differs from another one, shrunk."""
+def test_a_flat_image_of_another_resolution_gives_the_same_image() -> None:
+    """Shrinking really reads the pixels: the same image, shrunk, differs from another one, shrunk."""
     adapter = find_adapter(tiny_model("llava"))
     one, other = (dict(batch("llava", [(112, 112)], seed=seed)) for seed in (0, 5))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.base import Family
 from tests.helpers.mllama import FAMILY as MLLAMA
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import random_image
 from tokenprune.adapter import find_adapter
 from tokenprune.models._base.native_resolution import EXAMPLE_IDS, example_mrope_llm
 from tokenprune.models._base.tiled import TiledAdapter, embedded_ids
@@ -164,13 +164,13 @@ def test_images_without_text_between_them(name: str) -> None:
     """Each is an image of its own, with the layout that it has alone; several of LLaVA-OneVision are not tiled."""
     family, model = FAMILIES[name], model_of(name)
     adapter = find_adapter(model)
-    pictures = [picture(*size, seed=seed) for seed, size in enumerate(family.sizes[:3])]
-    inputs = family.inputs([pictures], ["USER: " + family.image * 3 + "describe the picture ASSISTANT:"])
+    images = [random_image(*size, seed=seed) for seed, size in enumerate(family.sizes[:3])]
+    inputs = family.inputs([images], ["USER: " + family.image * 3 + "describe the image ASSISTANT:"])
     layouts = adapter.layouts(inputs)
     if name == "llava_onevision":
         assert [layout.tiles for layout in layouts] == [1, 1, 1]
     else:
-        alone = [family.inputs([[one]], [family.text(1)]) for one in pictures]
+        alone = [family.inputs([[one]], [family.text(1)]) for one in images]
         assert_same_layouts(layouts, [layout for one in alone for layout in adapter.layouts(one)])
     if adapter.runs():
         check_run(model, inputs)

@@ -16,9 +16,9 @@ from tokenprune.strategies.components import (
     RandomSelection,
     StrideSelection,
     SubImagesAllocation,
-    TopAttention,
-    TopNorm,
-    TopRelevance,
+    TopAttentionSelection,
+    TopNormSelection,
+    TopRelevanceSelection,
     UniformAllocation,
     VisualContentAllocation,
 )
@@ -141,15 +141,17 @@ def test_visual_content_refuses(options: dict[str, object]) -> None:
 def test_top_attention_combines_heads() -> None:
     image = encoded(SQUARE)
     attention = image.signals["cls_attention", 2]
-    assert torch.equal(TopAttention().score(image), attention.sum(1))
-    assert torch.equal(TopAttention(heads="max").score(image), attention.max(1).values)
-    assert torch.equal(TopAttention(heads=1).score(image), attention[:, 1])
-    assert torch.equal(TopAttention(heads=-1, layer="first").score(image), image.signals["cls_attention", 0][:, 2])
+    assert torch.equal(TopAttentionSelection().score(image), attention.sum(1))
+    assert torch.equal(TopAttentionSelection(heads="max").score(image), attention.max(1).values)
+    assert torch.equal(TopAttentionSelection(heads=1).score(image), attention[:, 1])
+    assert torch.equal(
+        TopAttentionSelection(heads=-1, layer="first").score(image), image.signals["cls_attention", 0][:, 2]
+    )
     with pytest.raises(ValueError, match="heads=3 is no head of a vision tower with 3 heads"):
-        TopAttention(heads=3).score(image)
+        TopAttentionSelection(heads=3).score(image)
     for wrong in ("mean", True, 0.5):
         with pytest.raises(ValueError, match="is not known; use 'sum', 'max'"):
-            TopAttention(heads=wrong)  # type: ignore[arg-type]
+            TopAttentionSelection(heads=wrong)  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
@@ -195,7 +197,7 @@ def test_random_selection_depends_on_the_seed_and_the_layout_alone() -> None:
 def test_top_norm() -> None:
     image = encoded(SQUARE)
     expected = image.features.double().square().sum(-1).sqrt().float()
-    torch.testing.assert_close(TopNorm().score(image), expected)
+    torch.testing.assert_close(TopNormSelection().score(image), expected)
 
 
 def test_mean_relevance_is_the_cosine_to_the_mean_of_the_valid_tokens() -> None:
@@ -209,13 +211,19 @@ def test_mean_relevance_is_the_cosine_to_the_mean_of_the_valid_tokens() -> None:
     mean = features[valid].mean(dim=0)
     cosine = features @ mean / features.norm(dim=-1).clamp(min=1e-8) / mean.norm()
     torch.testing.assert_close(MeanRelevance("image").relevance(image), -cosine.float())
-    assert TopRelevance(MeanRelevance()).needs == ()
+    assert TopRelevanceSelection(MeanRelevance()).needs == ()
     with pytest.raises(ValueError, match="over='all' is not known"):
         MeanRelevance("all")  # type: ignore[arg-type]
 
 
 def test_parts_without_signals_need_none() -> None:
-    for part in (UniformAllocation(), ProportionalAllocation(), TopNorm(), RandomSelection(), StrideSelection()):
+    for part in (
+        UniformAllocation(),
+        ProportionalAllocation(),
+        TopNormSelection(),
+        RandomSelection(),
+        StrideSelection(),
+    ):
         assert part.needs == ()
     with pytest.raises(TypeError, match="abstract"):
         SelectionPolicy()  # type: ignore[abstract]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.helpers.build import encoded
 from tokenprune.budget import Budget
-from tokenprune.image import SEPARATOR, EncodedImage, TileGeometry
+from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
 from tokenprune.policies import SelectionPolicy
 from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
-from tokenprune.selection import Selection, kept_separators
+from tokenprune.selection import Selection, kept_newlines
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import (
     BaseTileAllocation,
@@ -25,8 +25,8 @@ from tokenprune.strategies.components import (
     RandomSelection,
     StrideSelection,
     SubImagesAllocation,
-    TopAttention,
-    TopNorm,
+    TopAttentionSelection,
+    TopNormSelection,
     UniformAllocation,
     VisualContentAllocation,
 )
@@ -53,7 +53,13 @@ SPENDING = [
     ProportionalAllocation(),
     GlobalTopAllocation(),
 ]
-SELECTIONS = [TopAttention(), TopAttention(heads="max", layer=-1), TopNorm(), RandomSelection(1), StrideSelection()]
+SELECTIONS = [
+    TopAttentionSelection(),
+    TopAttentionSelection(heads="max", layer=-1),
+    TopNormSelection(),
+    RandomSelection(1),
+    StrideSelection(),
+]
 REDUCERS: list[TokenReducer] = [
     Norm(),
     HiRED(),
@@ -94,7 +100,7 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
     assert not bool((selection.kept & ~layout.valid).any())
     assert selection.kept_per_tile == selection.granted_per_tile
     assert sum(selection.granted_per_tile) == selection.kept_tokens
-    assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_separators
+    assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_newlines
     again = reducer.reduce(encoded(layout, seed))
     assert torch.equal(again.kept, selection.kept)
     assert torch.equal(again.separators, selection.separators)
@@ -113,13 +119,13 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
 def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newlines, seed) -> None:
     reducer = replace(reducer, budget=Budget(budget, newlines="counted"), newlines=newlines)
     selection = reducer.reduce(encoded(layout, seed))
-    spent = selection.kept_tokens + selection.kept_separators
+    spent = selection.kept_tokens + selection.kept_newlines
     there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.separators)
     assert spent == min(selection.asked, there_is)
     assert not bool((selection.kept & ~layout.valid).any())
     assert selection.kept_per_tile == selection.granted_per_tile
     if newlines == "keep_rows":
-        closing = kept_separators(layout, selection.kept, "keep_rows")
+        closing = kept_newlines(layout, selection.kept, "keep_rows")
         assert bool((selection.separators | ~closing).all())  # no kept row lost its newline
 
 
@@ -129,7 +135,7 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
         HiRED(),
         Norm(),
         Parts(allocation=SubImagesAllocation(), selection=StrideSelection()),
-        Parts(allocation=VisualContentAllocation(0.0), selection=TopAttention()),
+        Parts(allocation=VisualContentAllocation(0.0), selection=TopAttentionSelection()),
     ],
     ids=["hired", "norm", "stride", "no base tile"],
 )
@@ -141,14 +147,14 @@ def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) ->
     costs = []
     for tokens in range(int(layout.valid.sum()) + 1):
         free = replace(reducer, budget=tokens).reduce(image)
-        costs.append((free.kept_tokens + free.kept_separators, free.kept_tokens))
+        costs.append((free.kept_tokens + free.kept_newlines, free.kept_tokens))
     spares = 0
     for asked in range(costs[-1][0] + 3):
         selection = replace(reducer, budget=Budget(asked, newlines="counted")).reduce(image)
         assert selection.kept_tokens == max(tokens for cost, tokens in costs if cost <= asked)
-        closing = int(kept_separators(layout, selection.kept, "keep_rows").sum())
+        closing = int(kept_newlines(layout, selection.kept, "keep_rows").sum())
         spare = min(asked - selection.kept_tokens - closing, layout.separators - closing)
-        assert selection.kept_separators == closing + spare
+        assert selection.kept_newlines == closing + spare
         spares += spare > 0
     assert spares > 0
 
@@ -176,7 +182,7 @@ def test_strategies_that_waste_budget_never_overspend(
     layout = TileGeometry.anyres(size, grid, (4, 4), 56)
     reducer = Parts(Budget(budget, newlines=newlines), allocation=allocation, selection=selection, padding=padding)
     result = reducer.reduce(encoded(layout))
-    cost = result.kept_tokens + (result.kept_separators if newlines == "counted" else 0)
+    cost = result.kept_tokens + (result.kept_newlines if newlines == "counted" else 0)
     assert cost <= result.asked
     assert not bool((result.kept & ~layout.valid).any())
     if padding == "exclude":
@@ -209,7 +215,7 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
     inverse = there.argsort()
     flat = layout.packed.clamp(min=0)
     moved = torch.where(
-        layout.packed == SEPARATOR, SEPARATOR, flat // layout.tokens * layout.tokens + inverse[flat % layout.tokens]
+        layout.packed == NEWLINE, NEWLINE, flat // layout.tokens * layout.tokens + inverse[flat % layout.tokens]
     )
     permuted_layout = replace(layout, packed=moved)
     image = encoded(layout, rng.randrange(100))
@@ -222,8 +228,8 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
     )
     reducer: TokenReducer = {
         "norm": Norm(budget),
-        "attention": Parts(budget, allocation=GlobalTopAllocation(), selection=TopAttention()),
-        "uniform": Parts(budget, allocation=UniformAllocation(), selection=TopAttention()),
+        "attention": Parts(budget, allocation=GlobalTopAllocation(), selection=TopAttentionSelection()),
+        "uniform": Parts(budget, allocation=UniformAllocation(), selection=TopAttentionSelection()),
     }[which]
     kept = reducer.reduce(image).kept
     assert torch.equal(reducer.reduce(permuted).kept, kept[:, there])
@@ -271,8 +277,8 @@ def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> No
     selection = Fixed(answer=kept).reduce(image)
     assert selection.separators.tolist() == [False, True]
     assert selection.pixels is image.pixels
-    assert Fixed(answer=kept, newlines="drop").reduce(image).kept_separators == 0
-    assert Fixed(answer=kept, newlines="keep").reduce(image).kept_separators == 2
+    assert Fixed(answer=kept, newlines="drop").reduce(image).kept_newlines == 0
+    assert Fixed(answer=kept, newlines="keep").reduce(image).kept_newlines == 2
 
     @dataclass
     class Own(Fixed):
@@ -336,7 +342,7 @@ def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
         ({"positions": "renumber"}, "positions='renumber' is not known; use one of 'reindex', 'preserve'"),
         ({"newlines": "rows"}, "newlines='rows' is not known"),
         ({"padding": "pay"}, "padding='pay' is not known"),
-        ({"allocation": TopNorm()}, "is no AllocationPolicy"),
+        ({"allocation": TopNormSelection()}, "is no AllocationPolicy"),
         ({"allocation": UniformAllocation}, "is no AllocationPolicy"),
         ({"selection": "top-norm"}, "is no SelectionPolicy"),
     ],

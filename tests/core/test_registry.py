@@ -10,7 +10,7 @@ import torch
 from tests.helpers import tiny
 from tokenprune import registry
 from tokenprune.adapter import ADAPTERS, Adapter, adapters, find_adapter
-from tokenprune.catalogue import STRATEGIES, components, strategies
+from tokenprune.catalog import STRATEGIES, components, strategies
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.policies import (
@@ -23,16 +23,16 @@ from tokenprune.policies import (
 )
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import collect, kebab, load_from_file, lookup
-from tokenprune.saliency import SecondLook
+from tokenprune.saliency import SaliencyModel
 from tokenprune.strategies import HiRED
-from tokenprune.strategies.components import TopAttention
+from tokenprune.strategies.components import TopAttentionSelection
 
 
 @pytest.mark.parametrize(
     ("name", "alias"),
     [
         ("HiRED", "hired"),
-        ("TopAttention", "top-attention"),
+        ("TopAttentionSelection", "top-attention-selection"),
         ("GlobalTopAllocation", "global-top-allocation"),
         ("TopL2Norm", "top-l2-norm"),
         ("LLMFilter", "llm-filter"),
@@ -49,9 +49,11 @@ def test_strategies_are_found_by_any_alias(name: str) -> None:
     assert lookup(name, strategies(), "strategy") is HiRED
 
 
-@pytest.mark.parametrize("name", ["TopAttention", "topattention", "top-attention", "top_attention"])
+@pytest.mark.parametrize(
+    "name", ["TopAttentionSelection", "topattention", "top-attention-selection", "top_attention_selection"]
+)
 def test_components_are_found_by_any_alias(name: str) -> None:
-    assert lookup(name, components(), "component") is TopAttention
+    assert lookup(name, components(), "component") is TopAttentionSelection
 
 
 def test_aliases_are_unambiguous() -> None:
@@ -60,13 +62,13 @@ def test_aliases_are_unambiguous() -> None:
         assert len(names) == len(set(names))
 
 
-KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy, SecondLook)
+KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy, SaliencyModel)
 
 
 def test_what_is_known() -> None:
     assert "HiRED" in strategies()
     assert not {"TokenReducer", "ScoreReducer", "ComponentReducer"} & set(strategies())
-    assert {"UniformAllocation", "TopNorm", "VisualContentAllocation"} <= set(components())
+    assert {"UniformAllocation", "TopNormSelection", "VisualContentAllocation"} <= set(components())
     assert all(issubclass(one, KINDS) for one in components().values())
     assert {"LlavaAdapter", "LlavaNextAdapter"} <= set(adapters())
     assert "PlaceholderAdapter" not in adapters()
@@ -75,7 +77,7 @@ def test_what_is_known() -> None:
 def test_did_you_mean() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'hirde'. Did you mean HiRED.*Known: .*HiRED"):
         lookup("hirde", strategies(), "strategy")
-    with pytest.raises(LookupError, match=r"Did you mean .*TopAttention"):
+    with pytest.raises(LookupError, match=r"Did you mean .*TopAttentionSelection"):
         lookup("TopAttenton", components(), "component")
     with pytest.raises(LookupError, match=r"no strategy is called 'zzzz'. Known"):
         lookup("zzzz", strategies(), "strategy")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import tiny
 from tokenprune.adapter import find_adapter
 from tokenprune.configuration import as_config
-from tokenprune.experiments.evaluation.experiment import Cell, Experiment, run_cells
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_cells
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.image import Signal
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -27,8 +27,8 @@ from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import resampled
 from tokenprune.strategies import GlobalCom2, HiRED
-from tokenprune.strategies.components import GlobalTopAllocation, RandomSelection, TimmSaliency, TopAttention
-from tokenprune.strategies.components.second_look import cls_attention
+from tokenprune.strategies.components import GlobalTopAllocation, RandomSelection, TimmSaliency, TopAttentionSelection
+from tokenprune.strategies.components.saliency_model import cls_attention
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 LOOK = TimmSaliency("test_vit", pretrained=False, image_mean=MEAN, image_std=STD)
@@ -126,8 +126,8 @@ def by_hand(pixels: torch.Tensor, token_grid: tuple[int, int], index: int) -> to
     model = timm.create_model("test_vit").eval()
     for block in model.blocks:
         block.attn.fused_attn = False
-    colours = (pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
-    shown = F.interpolate(colours, (160, 160), mode="bicubic", antialias=True).clamp(0, 1)
+    colors = (pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    shown = F.interpolate(colors, (160, 160), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     maps: list[torch.Tensor] = []
     model.blocks[index].attn.attn_drop.register_forward_hook(lambda m, a, out: maps.append(out))
@@ -188,7 +188,7 @@ def test_layers_are_those_of_the_second_model() -> None:
     model, inputs = tiny.tiny_model("llava", tower="siglip"), tiny.batch("llava", [(90, 120)], tower="siglip")
     seen = {}
     for layer in ("feature", -2, 5, 1.0, [0, -1]):
-        reducer = HiRED(0.3, attention=LOOK, selection=TopAttention(layer=layer))
+        reducer = HiRED(0.3, attention=LOOK, selection=TopAttentionSelection(layer=layer))
         with reducer(model) as run:
             model(**inputs)
         seen[str(layer)] = run.selections[0].scores
@@ -199,14 +199,14 @@ def test_layers_are_those_of_the_second_model() -> None:
     assert not torch.equal(seen["-2"], seen["feature"])
     with (
         pytest.raises(ValueError, match="6 is no layer of a vision tower with 6 layers"),
-        HiRED(0.3, attention=LOOK, selection=TopAttention(layer=6))(model),
+        HiRED(0.3, attention=LOOK, selection=TopAttentionSelection(layer=6))(model),
     ):
         model(**inputs)
 
 
 @torch.no_grad()
 def test_native_resolution_and_one_pool_of_tokens() -> None:
-    """Pictures are put together from their patches; alone and in a batch the same tokens stay."""
+    """Images are put together from their patches; alone and in a batch the same tokens stay."""
     model = Qwen2VLAdapter.example()
     adapter = Qwen2VLAdapter(model)
     reducer = HiRED(0.3, attention=LOOK, allocation=GlobalTopAllocation())
@@ -296,19 +296,19 @@ def test_a_file_of_weights_is_read(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_vit").eval()
     torch.save(model.state_dict(), tmp_path / "own.pth")
-    pictures = torch.rand(1, 3, 160, 160)
-    own = TimmSaliency("test_vit", checkpoint=str(tmp_path / "own.pth")).look(pictures, (10, 10), ["first"]).rows[0]
+    images = torch.rand(1, 3, 160, 160)
+    own = TimmSaliency("test_vit", checkpoint=str(tmp_path / "own.pth")).look(images, (10, 10), ["first"]).rows[0]
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     for block in model.blocks:
         block.attn.fused_attn = True
-    torch.testing.assert_close(own, cls_attention(model, (pictures - mean) / std, {0})[0])
-    assert not torch.equal(own, LOOK.look(pictures, (10, 10), ["first"]).rows[0])
+    torch.testing.assert_close(own, cls_attention(model, (images - mean) / std, {0})[0])
+    assert not torch.equal(own, LOOK.look(images, (10, 10), ["first"]).rows[0])
 
 
 def test_mean_and_deviation_belong_together() -> None:
     with pytest.raises(ValueError, match="image_mean and image_std belong together"):
         TimmSaliency("test_vit", image_mean=MEAN)
-    with pytest.raises(ValueError, match=r"attention='probe' is not known; use one of 'auto', .* or a SecondLook"):
+    with pytest.raises(ValueError, match=r"attention='probe' is not known; use one of 'auto', .* or a SaliencyModel"):
         HiRED(0.2, attention="probe")  # type: ignore[arg-type]
 
 
@@ -322,7 +322,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
     model.save_pretrained(place)
     processor.save_pretrained(place)
     own = processor.image_processor
-    assert list(map(list, LlavaNextAdapter(type(model).from_pretrained(place)).normalisation())) == [
+    assert list(map(list, LlavaNextAdapter(type(model).from_pretrained(place)).pixel_mean_std())) == [
         list(own.image_mean),
         list(own.image_std),
     ]
@@ -333,7 +333,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
         "TimmSaliency(test_vit)": HiRED(0.2, attention=look),
     }
     cells = [
-        Cell(Experiment(str(place), reducer, Boards(number=1), max_new_tokens=1, batch_size=32), name)
+        Setting(Experiment(str(place), reducer, Boards(number=1), max_new_tokens=1, batch_size=32), name)
         for name, reducer in reducers.items()
     ]
     progress = run_cells(cells, tmp_path / "out")
@@ -346,7 +346,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
         assert all(row["error"] is None and row["kept"] == row["asked"] > 0 for row in rows)
     insisting = replace(cells[0].experiment, reducer=HiRED(0.2, attention="cls"))
     with pytest.raises(ValueError, match="gives no cls_attention"):
-        run_cells([Cell(insisting, "insisting")], tmp_path / "other")
+        run_cells([Setting(insisting, "insisting")], tmp_path / "other")
 
 
 def test_signals_that_stand_in_are_what_is_captured() -> None:

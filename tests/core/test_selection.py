@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenprune.image import SEPARATOR, TileGeometry
-from tokenprune.selection import Selection, kept_separators, top_of_image, top_per_tile
+from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.selection import Selection, kept_newlines, top_of_image, top_per_tile
 
 INF = float("inf")
 
@@ -54,12 +54,10 @@ LAYOUTS = {
     "anyres": TileGeometry.anyres((100, 41), (2, 1), (4, 4), 56),
     "padded": TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56),
     "square": TileGeometry.anyres((112, 112), (2, 2), (4, 4), 56),
-    "one newline at the end": TileGeometry((0, 0), (2, 2), torch.zeros(0, 4), torch.tensor([0, 1, 2, 3, SEPARATOR])),
-    "rows of one tile": TileGeometry(
-        (0, 0), (2, 2), torch.zeros(0, 4), torch.tensor([0, 1, SEPARATOR, 2, 3, SEPARATOR])
-    ),
+    "one newline at the end": TileGeometry((0, 0), (2, 2), torch.zeros(0, 4), torch.tensor([0, 1, 2, 3, NEWLINE])),
+    "rows of one tile": TileGeometry((0, 0), (2, 2), torch.zeros(0, 4), torch.tensor([0, 1, NEWLINE, 2, 3, NEWLINE])),
     "base tile last": TileGeometry(
-        (1, 1), (2, 2), torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([4, 5, SEPARATOR, 6, 7, SEPARATOR, 0, 1, 2, 3])
+        (1, 1), (2, 2), torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([4, 5, NEWLINE, 6, 7, NEWLINE, 0, 1, 2, 3])
     ),
     "no newlines": TileGeometry.single((3, 3)),
 }
@@ -69,10 +67,10 @@ def slow_separator_of(layout: TileGeometry) -> list[int]:
     """Walk along the prompt; a token's separator is the next one, unless the token is of the base tile."""
     places, answer = layout.packed.tolist(), []
     for position, place in enumerate(places):
-        before = places[:position].count(SEPARATOR)
-        if place == SEPARATOR:
+        before = places[:position].count(NEWLINE)
+        if place == NEWLINE:
             answer.append(before)
-        elif SEPARATOR not in places[position:] or (layout.sub_images and place < layout.tokens):
+        elif NEWLINE not in places[position:] or (layout.sub_images and place < layout.tokens):
             answer.append(-1)
         else:
             answer.append(before)
@@ -81,14 +79,14 @@ def slow_separator_of(layout: TileGeometry) -> list[int]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_separator_of(name: str) -> None:
-    assert LAYOUTS[name].separator_of.tolist() == slow_separator_of(LAYOUTS[name])
+    assert LAYOUTS[name].newline_of.tolist() == slow_separator_of(LAYOUTS[name])
 
 
 def test_separator_of_by_hand() -> None:
     layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
-    assert layout.separator_of.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert LAYOUTS["rows of one tile"].separator_of.tolist() == [0, 0, 0, 1, 1, 1]
-    assert LAYOUTS["base tile last"].separator_of.tolist() == [0, 0, 0, 1, 1, 1, -1, -1, -1, -1]
+    assert layout.newline_of.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert LAYOUTS["rows of one tile"].newline_of.tolist() == [0, 0, 0, 1, 1, 1]
+    assert LAYOUTS["base tile last"].newline_of.tolist() == [0, 0, 0, 1, 1, 1, -1, -1, -1, -1]
 
 
 @settings(deadline=None)
@@ -96,12 +94,12 @@ def test_separator_of_by_hand() -> None:
 def test_kept_separators_and_packed_mask_against_a_walk_along_the_prompt(name: str, data) -> None:
     layout = LAYOUTS[name]
     kept = torch.tensor(data.draw(hnp.arrays(bool, (layout.tiles, layout.tokens)))) & layout.valid
-    separator_of = slow_separator_of(layout)
+    newline_of = slow_separator_of(layout)
     flat = kept.flatten().tolist()
     places = layout.packed.tolist()
     for policy in ("keep", "drop", "keep_rows"):
-        stays = kept_separators(layout, kept, policy)
-        rows = {separator_of[i] for i, place in enumerate(places) if place != SEPARATOR and flat[place]} - {-1}
+        stays = kept_newlines(layout, kept, policy)
+        rows = {newline_of[i] for i, place in enumerate(places) if place != NEWLINE and flat[place]} - {-1}
         expected = {"keep": set(range(layout.separators)), "drop": set(), "keep_rows": rows}[policy]
         assert set(stays.nonzero().flatten().tolist()) == expected
         assert stays.dtype == torch.bool
@@ -109,10 +107,10 @@ def test_kept_separators_and_packed_mask_against_a_walk_along_the_prompt(name: s
         selection = Selection(layout, kept, 5, separators=stays)
         walk, seen = [], 0
         for place in places:
-            walk.append(seen in expected if place == SEPARATOR else flat[place])
-            seen += place == SEPARATOR
+            walk.append(seen in expected if place == NEWLINE else flat[place])
+            seen += place == NEWLINE
         assert selection.packed_mask().tolist() == walk
-        assert selection.kept_tokens + selection.kept_separators == sum(walk)
+        assert selection.kept_tokens + selection.kept_newlines == sum(walk)
         assert selection.everything == all(walk)
 
 
@@ -124,7 +122,7 @@ def test_selection_counts() -> None:
     assert selection.kept_per_tile == [3, 0, 0, 0, 1]
     assert selection.granted_per_tile == [3, 0, 0, 0, 1]
     assert Selection(layout, kept, 9, budgets=torch.tensor([4, 0, 0, 0, 5])).granted_per_tile == [4, 0, 0, 0, 5]
-    assert selection.kept_separators == 0
+    assert selection.kept_newlines == 0
     assert int(selection.packed_mask().sum()) == 4
     assert not selection.everything
     assert Selection(layout, layout.valid, 80, separators=torch.ones(8, dtype=torch.bool)).everything
@@ -139,4 +137,4 @@ def test_a_selection_that_mixes_is_never_everything() -> None:
 
 def test_unknown_newline_policy() -> None:
     with pytest.raises(ValueError, match="newlines='rows' is not known"):
-        kept_separators(LAYOUTS["square"], LAYOUTS["square"].valid, "rows")  # type: ignore[arg-type]
+        kept_newlines(LAYOUTS["square"], LAYOUTS["square"].valid, "rows")  # type: ignore[arg-type]

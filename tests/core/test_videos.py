@@ -1,4 +1,4 @@
-"""Videos beside pictures: their frames are handed over whole."""
+"""Videos beside images: their frames are handed over whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import kept_mask, oracle_inputs
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import random_image
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import HiRED, ImageDownsample
 
@@ -19,10 +19,10 @@ NAMES = ["llava_next_video", "llava_onevision"]
 
 
 def mixed(name: str) -> tuple[Any, dict[str, Any]]:
-    """A model, and a prompt with a picture and a video of three frames."""
+    """A model, and a prompt with an image and a video of three frames."""
     family = FAMILIES[name]
     frames = np.random.default_rng(0).integers(0, 255, (3, 56, 56, 3), dtype=np.uint8)
-    images: list[Any] = [picture(112, 112)]
+    images: list[Any] = [random_image(112, 112)]
     text = ["USER: <image> and <video> which shape is left ASSISTANT:"]
     inputs = family.processor()(
         images=[images] if family.nested else images, videos=[frames], text=text, return_tensors="pt"
@@ -62,7 +62,7 @@ def test_logits_equal_the_mask_oracle(name: str, positions: str) -> None:
 
 
 @torch.no_grad()
-def test_frames_stay_when_pictures_are_encoded_anew() -> None:
+def test_frames_stay_when_images_are_encoded_anew() -> None:
     """At the image stage, too: other frames give other logits."""
     model, inputs = mixed("llava_next_video")
     reducer: TokenReducer = ImageDownsample(0.25)
@@ -81,7 +81,7 @@ def test_videos_beside_images_with_mrope(name: str) -> None:
     model, frames = family.model(), np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
     part = "<|vision_start|>{}<|vision_end|>"
     text = f"USER: {part.format('<|image_pad|>')} and {part.format('<|video_pad|>')} what? ASSISTANT:"
-    inputs = family.processor()(images=[picture(112, 112)], videos=[frames], text=[text], return_tensors="pt")
+    inputs = family.processor()(images=[random_image(112, 112)], videos=[frames], text=[text], return_tensors="pt")
     plain = model(**inputs).logits
     with HiRED(1.0)(model):
         assert torch.equal(model(**inputs).logits, plain)

@@ -29,7 +29,7 @@ def selection(tile_grid: tuple[int, int], image_size: tuple[int, int] = (60, 60)
 
 
 def token(image: Image.Image, tile: tuple[int, int], row: int, col: int) -> tuple[int, ...]:
-    """The colour in the middle of a token of the tile whose corner is given."""
+    """The color in the middle of a token of the tile whose corner is given."""
     size = TILE_SIDE // 4
     return image.getpixel((tile[0] + col * size + size // 2, tile[1] + row * size + size // 2))
 
@@ -39,12 +39,12 @@ def test_kept_tokens_are_clear_and_dropped_ones_faded() -> None:
     corner = (GAP, GAP + LABEL)
     for row in range(4):
         for col in range(4):
-            colour = token(image, corner, row, col)
+            color = token(image, corner, row, col)
             if (row, col) == (1, 1):
-                assert colour == (10, 20, 250)
+                assert color == (10, 20, 250)
             else:
-                assert min(colour) > 180
-                assert len(set(colour)) == 1
+                assert min(color) > 180
+                assert len(set(color)) == 1
     size = TILE_SIDE // 4
     assert image.getpixel((corner[0] + size, corner[1] + size)) == KEPT_RGB
 
@@ -73,7 +73,7 @@ def test_padding_is_hatched() -> None:
     assert set(np.unique(patch)) == {150, 190}
 
 
-def test_the_picture_stands_beside_the_tiles() -> None:
+def test_the_image_stands_beside_the_tiles() -> None:
     one, photo = selection((2, 2)), Image.new("RGB", (50, 100), (0, 200, 0))
     with_photo = overlay(one, photo)
     assert with_photo.width > overlay(one).width

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.families import FAMILIES
 from tests.helpers.mllama import FAMILY as MLLAMA
 from tokenprune.experiments.evaluation import experiment
-from tokenprune.experiments.evaluation.experiment import Cell, Experiment, run_cells
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, UniformStride
 
@@ -34,14 +34,14 @@ def test_every_sample_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(experiment, "load", lambda *_: (model, processor))
     base = Experiment(str(tmp_path / "model"), task=Boards(1), max_new_tokens=2, batch_size=batch_size)
     reducers = (UniformStride(1.0), HiRED(0.2), HiRED(0.5))
-    cells = [Cell(replace(base, reducer=reducer), repr(reducer)) for reducer in reducers]
-    progress = run_cells(cells, tmp_path / "out")
+    settings = [Setting(replace(base, reducer=reducer), repr(reducer)) for reducer in reducers]
+    progress = run_settings(settings, tmp_path / "out")
     kept = []
-    for cell in cells:
-        lines = (cell.folder(tmp_path / "out") / "records.jsonl").read_text().splitlines()
+    for setting in settings:
+        lines = (setting.folder(tmp_path / "out") / "records.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert [record["error"] for record in records] == [None] * len(records)
         kept.append(records[0]["kept"])
     assert progress.errors == 0
-    assert progress.pictures == 1
+    assert progress.images == 1
     assert kept[0] > kept[2] > kept[1] > 0

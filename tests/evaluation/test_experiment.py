@@ -1,4 +1,4 @@
-"""Experiments and ablations: records that survive, one encoding a picture, and grids that are checked first."""
+"""Experiments and ablations: records that survive, one encoding an image, and grids that are checked first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from PIL import Image
 from tests.helpers.small_grid import SMALL, records, start, without_times
 from tokenprune.cli.main import main
 from tokenprune.experiments.evaluation import experiment as running
-from tokenprune.experiments.evaluation.experiment import Cell, Experiment, run_cells
-from tokenprune.experiments.evaluation.grid import by_model, expand, experiment_of, in_words, shard_of
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
+from tokenprune.experiments.evaluation.grid import by_model, expand, experiment_of, format_value, shard_of
 from tokenprune.experiments.evaluation.records import InUseError, RecordFile, done, join, merge, read_lines
 from tokenprune.experiments.evaluation.tasks import Boards, Folder, Sample, tasks
 from tokenprune.models import mini
@@ -118,38 +118,40 @@ def test_the_hash_is_of_the_setting_and_not_of_how_it_was_written() -> None:
 def test_sharing_an_encoding_changes_nothing() -> None:
     """Alone, and beside strategies that read other signals: the same records."""
     task = Boards(number=2)
-    cells = [
-        Cell(Experiment(reducer=reducer, task=task, max_new_tokens=4, batch_size=32), type(reducer).__name__)
+    settings = [
+        Setting(Experiment(reducer=reducer, task=task, max_new_tokens=4, batch_size=32), type(reducer).__name__)
         for reducer in (HiRED(0.1), SCOPE(0.1), ImageDownsample(0.2), UniformStride(1.0))
     ]
-    progress = run_cells(cells, Path("together"))
-    assert (progress.pictures, progress.encodes, progress.more_encodes) == (2, 2, 2)
-    for cell in cells:
-        run_cells([cell], Path("alone"))
+    progress = run_settings(settings, Path("together"))
+    assert (progress.images, progress.encodes, progress.more_encodes) == (2, 2, 2)
+    for setting in settings:
+        run_settings([setting], Path("alone"))
     assert without_times(records("together")) == without_times(records("alone"))
     assert progress.done == progress.total == sum(map(len, records("together").values()))
 
 
 def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell(Experiment(reducer=HiRED(0.1), task=Boards(number=2), max_new_tokens=4, batch_size=4), "HiRED")
-    run_cells([cell], Path("out"))
+    setting = Setting(Experiment(reducer=HiRED(0.1), task=Boards(number=2), max_new_tokens=4, batch_size=4), "HiRED")
+    run_settings([setting], Path("out"))
     whole = without_times(records("out"))
-    file = cell.folder(Path("out")) / "records.jsonl"
+    file = setting.folder(Path("out")) / "records.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:7]))  # in the middle of a batch
-    progress = run_cells([cell], Path("out"))
+    progress = run_settings([setting], Path("out"))
     assert progress.total == len(lines)
     assert without_times(records("out")) == whole
     monkeypatch.setattr(running, "load", lambda *args: pytest.fail("nothing is left to do"))
-    assert run_cells([cell], Path("out")).pictures == 0
+    assert run_settings([setting], Path("out")).images == 0
 
 
 def test_a_folder_says_all_about_its_experiment() -> None:
-    cell = Cell(Experiment(reducer=HiRED(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32), "HiRED, 10 %")
-    run_cells([cell], Path("out"))
-    folder = cell.folder(Path("out"))
-    assert experiment_of(["--config", str(folder / "config.yaml")]) == cell.experiment
-    said = json.loads((folder / "cell.json").read_text())
+    setting = Setting(
+        Experiment(reducer=HiRED(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32), "HiRED, 10 %"
+    )
+    run_settings([setting], Path("out"))
+    folder = setting.folder(Path("out"))
+    assert experiment_of(["--config", str(folder / "config.yaml")]) == setting.experiment
+    said = json.loads((folder / "setting.json").read_text())
     assert (said["name"], said["strategy"], said["budget"], said["metric"]) == (
         "HiRED, 10 %",
         "HiRED",
@@ -164,9 +166,9 @@ def test_a_folder_says_all_about_its_experiment() -> None:
     assert sum(row["correct"] for row in rows) / len(rows) > 0.7
 
 
-def test_an_unreadable_picture_is_an_error_record_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    Image.open(mini.picture_path()).save("good.png")
-    Path("bad.png").write_text("no picture")
+def test_an_unreadable_image_is_an_error_record_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.open(mini.image_path()).save("good.png")
+    Path("bad.png").write_text("no image")
     asked = {"question": "How many shapes are there?", "answer": "4"}
     rows = [{"image": name, **asked} for name in ("bad.png", "good.png")]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -187,7 +189,7 @@ def test_an_unreadable_picture_is_an_error_record_and_the_run_goes_on(capsys: py
         assert "1 samples failed" in capsys.readouterr().err
     (found,) = records("out").values()
     assert [row["error"] is None for row in found] == [False, True]
-    assert "not a picture" in found[0]["error"]
+    assert "not an image" in found[0]["error"]
     assert found[1]["prediction"] == "4"
     Image.open("good.png").save("bad.png")
     assert main([*words, "--retry-errors"]) == 0
@@ -201,7 +203,7 @@ def test_samples_of_one_id_are_refused_before_anything_runs() -> None:
             yield from itertools.chain(super().samples(), super().samples())
 
     with pytest.raises(ValueError, match="Twice: several samples have the id 'boards/1000/0'"):
-        run_cells([Cell(Experiment(task=Twice(1)), "x")], Path("out"))
+        run_settings([Setting(Experiment(task=Twice(1)), "x")], Path("out"))
 
 
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,14 +215,14 @@ def test_a_strategy_that_cannot_run_on_the_model_is_named_before_anything_runs()
     from tokenprune.strategies import CDPruner
 
     reducers = {"a": HiRED(), "b": CDPruner()}
-    cells = [Cell(Experiment(reducer=reducer, task=Boards(1)), name) for name, reducer in reducers.items()]
+    settings = [Setting(Experiment(reducer=reducer, task=Boards(1)), name) for name, reducer in reducers.items()]
     with pytest.raises(ValueError, match=r"b: reads the question; set reducer.text_model"):
-        run_cells(cells, Path("out"))
+        run_settings(settings, Path("out"))
     assert not any(records("out").values())
 
 
 def test_a_full_disk_loses_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell(Experiment(reducer=HiRED(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32), "HiRED")
+    setting = Setting(Experiment(reducer=HiRED(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32), "HiRED")
     add, count = RecordFile.add, []
 
     def full(self: RecordFile, record: Any) -> None:
@@ -233,10 +235,10 @@ def test_a_full_disk_loses_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(RecordFile, "add", full)
     with pytest.raises(OSError, match="No space left"):
-        run_cells([cell], Path("out"))
-    assert len(done(cell.folder(Path("out")))) == 3
+        run_settings([setting], Path("out"))
+    assert len(done(setting.folder(Path("out")))) == 3
     monkeypatch.setattr(RecordFile, "add", add)
-    progress = run_cells([cell], Path("out"))
+    progress = run_settings([setting], Path("out"))
     (rows,) = records("out").values()
     assert len(rows) == progress.total == len({row["sample"] for row in rows})
 
@@ -245,12 +247,12 @@ def test_a_full_disk_loses_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_grid_has_the_rows_that_every_table_needs() -> None:
-    cells = expand(SMALL)
-    assert Counter(cell.role for cell in cells) == {"grid": 4, "full": 1, "baseline": 2 * 7}
-    assert len({cell.experiment.hash() for cell in cells}) == len(cells)
-    assert cells[1].name == "HiRED, budget=0.05, selection=TopAttention(layer=first)"
-    assert cells[1].factors == {"reducer.budget": "0.05", "reducer.selection": "TopAttention(layer=first)"}
-    seeds = [cell.experiment.reducer for cell in cells if "Random" in cell.name]
+    settings = expand(SMALL)
+    assert Counter(setting.role for setting in settings) == {"grid": 4, "full": 1, "baseline": 2 * 7}
+    assert len({setting.experiment.hash() for setting in settings}) == len(settings)
+    assert settings[1].name == "HiRED, budget=0.05, selection=TopAttentionSelection(layer=first)"
+    assert settings[1].factors == {"reducer.budget": "0.05", "reducer.selection": "TopAttentionSelection(layer=first)"}
+    seeds = [setting.experiment.reducer for setting in settings if "Random" in setting.name]
     assert [one.selection for one in seeds[:3]] == [RandomSelection(seed) for seed in range(3)]  # type: ignore[attr-defined]
     assert len(expand({**SMALL, "baselines": False})) == 4
     assert len(expand({**SMALL, "random_seeds": 1})) == 19 - 4
@@ -267,7 +269,10 @@ def test_whole_strategies_and_presets_can_be_varied() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": {"reducer.selection": ["TopAttenton"]}}, "selection=TopAttenton: .*Did you mean TopAttention"),
+        (
+            {"grid": {"reducer.selection": ["TopAttenton"]}},
+            "selection=TopAttenton: .*Did you mean TopAttentionSelection",
+        ),
         ({"grid": {"reducer.budgt": [0.1]}}, "budgt=0.1: .*budgt.*did you mean budget"),
         (
             {"grid": {"reducer.budget": [0.1, 1.5, -2]}},
@@ -306,16 +311,16 @@ def test_a_directory_of_another_ablation_is_refused(capsys: pytest.CaptureFixtur
 
 
 def test_shards_are_parts_of_the_grid() -> None:
-    cells = expand(SMALL)
-    parts = [shard_of(cells, f"{number}/3") for number in range(3)]
-    found = sorted(cell.experiment.hash() for part in parts for cell in part)
-    assert found == sorted(cell.experiment.hash() for cell in cells)
+    settings = expand(SMALL)
+    parts = [shard_of(settings, f"{number}/3") for number in range(3)]
+    found = sorted(setting.experiment.hash() for part in parts for setting in part)
+    assert found == sorted(setting.experiment.hash() for setting in settings)
     with pytest.raises(ValueError, match="write i/n"):
-        shard_of(cells, "3/3")
+        shard_of(settings, "3/3")
 
 
 def written(out: str) -> int:
-    return sum(len(done(cell)) for cell in Path(out, "cells").glob("*"))
+    return sum(len(done(setting)) for setting in Path(out, "settings").glob("*"))
 
 
 def test_killed_at_any_moment_it_goes_on_without_loss_or_doubling() -> None:
@@ -329,7 +334,9 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_doubling() -> None:
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             now = (
-                sum(len(done(cell)) for cell in Path("killed/cells").glob("*")) if Path("killed/cells").is_dir() else 0
+                sum(len(done(setting)) for setting in Path("killed/settings").glob("*"))
+                if Path("killed/settings").is_dir()
+                else 0
             )
             if number < 3 and now >= seen + 60:
                 process.send_signal(signal.SIGKILL)
@@ -342,14 +349,14 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_doubling() -> None:
     assert without_times(records("killed")) == expected
 
 
-def test_workers_share_the_pictures_and_shards_the_settings() -> None:
+def test_workers_share_the_images_and_shards_the_settings() -> None:
     config = write({**SMALL, "random_seeds": 1})
     assert start(config, "--out", "one").wait() == 0
     assert start(config, "--out", "two", "--workers", "2").wait() == 0
     for number in range(2):
         assert start(config, "--out", "parts", "--shard", f"{number}/2").wait() == 0
     assert without_times(records("one")) == without_times(records("two")) == without_times(records("parts"))
-    assert not list(Path("two/cells").glob("*/records.part*"))
+    assert not list(Path("two/settings").glob("*/records.part*"))
 
 
 @pytest.mark.parametrize("name", sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("[hm]*/*.yaml")))
@@ -361,8 +368,8 @@ def test_a_shipped_grid_makes_as_many_runs_as_it_says(name: str) -> None:
 
 def test_every_model_and_task_gets_its_own_rows() -> None:
     boards = [{"class_path": "boards", "init_args": {"first": first}} for first in (1000, 2000)]
-    cells = expand({"grid": {"task": boards, "reducer.budget": [0.1, 0.2]}})
-    assert Counter(cell.role for cell in cells) == {"grid": 4, "full": 2, "baseline": 4 * 7}
+    settings = expand({"grid": {"task": boards, "reducer.budget": [0.1, 0.2]}})
+    assert Counter(setting.role for setting in settings) == {"grid": 4, "full": 2, "baseline": 4 * 7}
 
 
 def test_all_models_and_tasks_are_looked_at_before_the_first_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,14 +386,17 @@ def test_strategies_with_different_text_models_do_not_share() -> None:
     from tokenprune.strategies import CDPruner
 
     reducers = [HiRED(), CDPruner(text_model="a"), CDPruner(text_model="b"), UniformStride()]
-    cells = [Cell(Experiment(reducer=one), str(number)) for number, one in enumerate(reducers)]
-    assert [[cell.name for cell in group] for group in by_model(cells)] == [["0", "1", "3"], ["2"]]
+    settings = [Setting(Experiment(reducer=one), str(number)) for number, one in enumerate(reducers)]
+    assert [[setting.name for setting in group] for group in by_model(settings)] == [["0", "1", "3"], ["2"]]
 
 
 def test_values_in_words() -> None:
-    assert in_words({"class_path": "a.b.TopAttention", "init_args": {"layer": [1, 2]}}) == "TopAttention(layer=[1, 2])"
-    assert in_words({"class_path": "TopNorm"}) == "TopNorm"
-    assert in_words(0.1) == "0.1"
+    assert (
+        format_value({"class_path": "a.b.TopAttentionSelection", "init_args": {"layer": [1, 2]}})
+        == "TopAttentionSelection(layer=[1, 2])"
+    )
+    assert format_value({"class_path": "TopNormSelection"}) == "TopNormSelection"
+    assert format_value(0.1) == "0.1"
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -422,7 +432,7 @@ def test_an_own_folder(layout: str, tmp_path: Path) -> None:
         (tmp_path / "own.jsonl").write_text(json.dumps({"image": "a.png", "question": "What color?", "answer": "red"}))
     task = Folder(str(tmp_path if layout != "jsonl" else tmp_path / "own.jsonl"))
     (sample,) = task.samples()
-    assert sample.picture().size == (40, 30)
+    assert sample.image().size == (40, 30)
     assert task.score(sample, " Red. ") == 1.0
     assert task.score(sample, "blue") == 0.0
 
@@ -444,32 +454,32 @@ def test_what_is_wrong_with_a_file_is_said(text: str, message: str) -> None:
         list(Folder("own.jsonl").samples())
 
 
-def picture(path: Path, colour: str = "red") -> None:
+def image(path: Path, color: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (40, 30), colour).save(path)
+    Image.new("RGB", (40, 30), color).save(path)
 
 
 def test_metadata_in_folders_below(tmp_path: Path) -> None:
     for folder in ("train", "test"):
-        picture(tmp_path / folder / "deep" / "a.png", "red" if folder == "train" else "blue")
+        image(tmp_path / folder / "deep" / "a.png", "red" if folder == "train" else "blue")
         (tmp_path / folder / "metadata.csv").write_text(
             "\ufefffile_name,question,answer\ndeep/a.png,What color?,red\n", encoding="utf-8"
         )
     one, other = Folder(str(tmp_path)).samples()
     assert (one.id, other.id) == ("test/metadata/2", "train/metadata/2")
     assert (one.group, other.group) == ("test/deep/a.png", "train/deep/a.png")
-    assert one.picture().getpixel((0, 0)) == (0, 0, 255)
-    assert other.picture().getpixel((0, 0)) == (255, 0, 0)
+    assert one.image().getpixel((0, 0)) == (0, 0, 255)
+    assert other.image().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_folders_named_by_their_label(tmp_path: Path) -> None:
-    for colour in ("red", "blue"):
-        picture(tmp_path / colour / "a.png", colour)
+    for color in ("red", "blue"):
+        image(tmp_path / color / "a.png", color)
     with pytest.raises(ValueError, match=r"--task.question"):
         list(Folder(str(tmp_path)).samples())
     found = list(Folder(str(tmp_path), question="What color?").samples())
     assert [(one.id, one.answers) for one in found] == [("blue/a.png", ("blue",)), ("red/a.png", ("red",))]
-    assert found[0].picture().getpixel((0, 0)) == (0, 0, 255)
+    assert found[0].image().getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_answers_and_texts_that_look_empty_or_broken_are_neither() -> None:
@@ -495,7 +505,7 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
 def test_sampling_is_by_seed() -> None:
     one = Experiment(reducer=Random(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32, temperature=5.0)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_cells([Cell(replace(one, seed=seed), "x")], Path(name))
+        run_settings([Setting(replace(one, seed=seed), "x")], Path(name))
     texts = [[row["prediction"] for rows in records(name).values() for row in rows] for name in "abc"]
     assert texts[0] == texts[1] != texts[2]
     assert torch.is_grad_enabled()

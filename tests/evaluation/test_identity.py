@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenprune.cli.main import main
 from tokenprune.experiments.evaluation import identity
-from tokenprune.experiments.evaluation.experiment import Cell, Experiment, run_cells
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.identity import IdentityError
 from tokenprune.experiments.evaluation.loading import is_hub_snapshot
 from tokenprune.experiments.evaluation.records import discard, read_lines
@@ -30,7 +30,7 @@ from tokenprune.strategies import HiRED
 
 def write(folder: Path, questions: list[tuple[str, str]], shade: int = 0) -> Path:
     """Write a data set of questions about one image."""
-    pixels = np.array(Image.open(mini.picture_path()).convert("RGB"))
+    pixels = np.array(Image.open(mini.image_path()).convert("RGB"))
     Image.fromarray(np.clip(pixels.astype(int) + shade, 0, 255).astype(np.uint8)).save(folder / "b.png")
     lines = [json.dumps({"image": "b.png", "question": q, "answer": a}) for q, a in questions]
     (folder / "d.jsonl").write_text("\n".join(lines) + "\n")
@@ -41,9 +41,9 @@ QUESTIONS = [("How many shapes are there?", "4"), ("Where is it?", "top")]
 
 
 def run(data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    cell = Cell(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2, **options), "HiRED")
-    run_cells([cell], out)
-    return list(read_lines(cell.folder(out) / "records.jsonl"))
+    setting = Setting(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2, **options), "HiRED")
+    run_settings([setting], out)
+    return list(read_lines(setting.folder(out) / "records.jsonl"))
 
 
 def test_an_unchanged_run_is_resumed(tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_records_without_an_identity_are_refused(tmp_path: Path) -> None:
 
 def test_a_grid_names_what_changed_once(tmp_path: Path) -> None:
     base = Experiment(task=Boards(1), max_new_tokens=2)
-    cells = [Cell(replace(base, reducer=HiRED(budget)), str(budget)) for budget in (0.1, 0.2)]
-    run_cells(cells, tmp_path)
+    settings = [Setting(replace(base, reducer=HiRED(budget)), str(budget)) for budget in (0.1, 0.2)]
+    run_settings(settings, tmp_path)
     for file in tmp_path.rglob("identity.json"):
         content = json.loads(file.read_text())
         content["versions"]["torch"] = "1.0"
@@ -164,7 +164,7 @@ def test_a_grid_names_what_changed_once(tmp_path: Path) -> None:
     with pytest.raises(
         IdentityError, match=r"records of 2 of 2 settings that do not belong to this run: torch 1.0 -> "
     ) as e:
-        run_cells(cells, tmp_path)
+        run_settings(settings, tmp_path)
     assert str(e.value).count("torch 1.0") == 1
 
 
@@ -255,14 +255,14 @@ def test_a_sweep_ends_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_stored_image_is_replaced_when_records_are_discarded(tmp_path: Path) -> None:
     data = write(tmp_path, QUESTIONS)
     run(data, tmp_path / "out")
-    (file,) = (tmp_path / "out" / "pictures").iterdir()
+    (file,) = (tmp_path / "out" / "images").iterdir()
     before = file.read_bytes()
     write(tmp_path, QUESTIONS, shade=60)
     discard(next((tmp_path / "out").rglob("records.jsonl")).parent)
     records = run(data, tmp_path / "out")
-    (file,) = (tmp_path / "out" / "pictures").iterdir()
+    (file,) = (tmp_path / "out" / "images").iterdir()
     assert file.read_bytes() != before
-    assert {record["picture"] for record in records} == {f"pictures/{file.name}"}
+    assert {record["stored_image"] for record in records} == {f"images/{file.name}"}
 
 
 @pytest.mark.parametrize(("name", "is_snapshot"), [("a" * 40, True), ("step-1000", False)])
@@ -327,18 +327,18 @@ def test_processes_that_share_the_samples_compare_identities(tmp_path: Path) -> 
     (tmp_path / "c.png").write_bytes((tmp_path / "b.png").read_bytes())
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0], lines[1].replace("b.png", "c.png")]) + "\n")
-    cell = Cell(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2), "HiRED")
-    run_cells([cell], out, rank=0, world=2)
+    setting = Setting(Experiment(reducer=HiRED(0.2), task=Folder(str(data)), max_new_tokens=2), "HiRED")
+    run_settings([setting], out, rank=0, world=2)
     original = data.read_text()
     data.write_text(original.replace("How many", "So many"))
     with pytest.raises(IdentityError, match=r"1 sample changed: d/1 \(question\)"):
-        run_cells([cell], out, rank=1, world=2)
+        run_settings([setting], out, rank=1, world=2)
     data.write_text(original)
-    run_cells([cell], out, rank=1, world=2)
-    records = list(read_lines(cell.folder(out) / "records.jsonl"))
+    run_settings([setting], out, rank=1, world=2)
+    records = list(read_lines(setting.folder(out) / "records.jsonl"))
     assert [record["question"] for record in records] == [question for question, _ in QUESTIONS]
-    run_cells([cell], out, rank=0, world=2)
-    assert list(read_lines(cell.folder(out) / "records.jsonl")) == records
+    run_settings([setting], out, rank=0, world=2)
+    assert list(read_lines(setting.folder(out) / "records.jsonl")) == records
 
 
 @pytest.mark.parametrize("content", ["{torn", "[]", '{"layout": 2}', '{"layout": 1}'])

@@ -1,4 +1,4 @@
-"""Pictures and kept tokens of run directories: bounded, whole, and enough to draw a selection again."""
+"""Images and kept tokens of run directories: bounded, whole, and enough to draw a selection again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers.small_grid import SMALL, records, start, without_times
 from tokenprune.experiments.analysis.report import write_report
-from tokenprune.experiments.evaluation.experiment import Cell, Experiment, run_cells
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.stored_images import PIXELS, SIDE, from_record, is_stored, pack, store, unpack
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, ImageDownsample, SpatialPooling, UniformStride
@@ -39,60 +39,60 @@ def test_a_mask_is_what_was_packed() -> None:
     assert len(pack(mask)) < 600
 
 
-def test_a_stored_picture_has_a_bound() -> None:
+def test_a_stored_image_has_a_bound() -> None:
     pixels = torch.randint(0, 256, (37, 384, 384, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    name = store(Path(), "pictures/a", pixels)
+    name = store(Path(), "images/a", pixels)
     with Image.open(name) as image:
         assert image.width <= SIDE
         assert image.width * image.height <= PIXELS
         assert image.height % 37 == 0
     assert name.endswith(".jpg")
     before = Path(name).stat().st_mtime_ns
-    assert store(Path(), "pictures/a", pixels) == name  # the settings of a run share it
+    assert store(Path(), "images/a", pixels) == name  # the settings of a run share it
     assert Path(name).stat().st_mtime_ns == before
-    assert [file.name for file in Path("pictures").iterdir()] == ["a.jpg"]
+    assert [file.name for file in Path("images").iterdir()] == ["a.jpg"]
 
 
 def test_a_selection_is_drawn_again_from_the_records_alone() -> None:
     """As the one that ran drew itself, for every kind of strategy."""
     drawn: dict[str, Any] = {}
 
-    def watch(cell: Cell, record: object, selection: object) -> None:
-        drawn.setdefault(cell.name, selection)
+    def watch(setting: Setting, record: object, selection: object) -> None:
+        drawn.setdefault(setting.name, selection)
 
     task = Boards(number=1)
     reducers = (HiRED(0.1), SpatialPooling(0.2), ImageDownsample(0.2), UniformStride(1.0))
-    cells = [
-        Cell(Experiment(reducer=r, task=task, max_new_tokens=4, batch_size=32), type(r).__name__) for r in reducers
+    settings = [
+        Setting(Experiment(reducer=r, task=task, max_new_tokens=4, batch_size=32), type(r).__name__) for r in reducers
     ]
-    run_cells(cells, Path("out"), watch=watch)
-    for cell in cells:
-        record, *_ = records("out")[cell.experiment.hash()]
-        again, before = from_record(Path("out"), record), drawn[cell.name]
+    run_settings(settings, Path("out"), watch=watch)
+    for setting in settings:
+        record, *_ = records("out")[setting.experiment.hash()]
+        again, before = from_record(Path("out"), record), drawn[setting.name]
         assert again is not None
         assert again.overlay().tobytes() == before.overlay().tobytes()
-    assert len(list(Path("out/pictures").iterdir())) == 1
+    assert len(list(Path("out/images").iterdir())) == 1
 
 
-def test_pictures_are_left_out_on_demand_and_a_resumed_run_may_change_its_mind() -> None:
-    cell = Cell(Experiment(reducer=HiRED(0.1), task=Boards(number=2), max_new_tokens=4, batch_size=32), "HiRED")
-    run_cells([cell], Path("out"), pictures=0)
-    assert not Path("out/pictures").exists()
+def test_images_are_left_out_on_demand_and_a_resumed_run_may_change_its_mind() -> None:
+    setting = Setting(Experiment(reducer=HiRED(0.1), task=Boards(number=2), max_new_tokens=4, batch_size=32), "HiRED")
+    run_settings([setting], Path("out"), images=0)
+    assert not Path("out/images").exists()
     (rows,) = records("out").values()
-    assert {(row["picture"], row["selection"]) for row in rows} == {(None, None)}
-    file = cell.folder(Path("out")) / "records.jsonl"
+    assert {(row["stored_image"], row["selection"]) for row in rows} == {(None, None)}
+    file = setting.folder(Path("out")) / "records.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-2]))
-    run_cells([cell], Path("out"), pictures=2)
+    run_settings([setting], Path("out"), images=2)
     (rows,) = records("out").values()
-    assert [row["picture"] is not None for row in rows[-3:]] == [False, True, True]
+    assert [row["stored_image"] is not None for row in rows[-3:]] == [False, True, True]
     assert write_report(Path("out"))
 
 
 def test_workers_store_what_one_process_stores() -> None:
     Path("small.yaml").write_text(yaml.safe_dump({**SMALL, "baselines": False}))
-    assert start("small.yaml", "--out", "one", "--pictures", "1").wait() == 0
-    assert start("small.yaml", "--out", "two", "--pictures", "1", "--workers", "2").wait() == 0
+    assert start("small.yaml", "--out", "one", "--images", "1").wait() == 0
+    assert start("small.yaml", "--out", "two", "--images", "1", "--workers", "2").wait() == 0
     assert without_times(records("one")) == without_times(records("two"))
-    files = [sorted((f.name, f.read_bytes()) for f in Path(out, "pictures").iterdir()) for out in ("one", "two")]
+    files = [sorted((f.name, f.read_bytes()) for f in Path(out, "images").iterdir()) for out in ("one", "two")]
     assert files[0] == files[1]
     assert len(files[0]) == 1

@@ -51,10 +51,10 @@ def best_grid(image_size: tuple[int, int], tile: int, grids: list[tuple[int, int
 
 
 def token_boxes(geometry: TileGeometry, image_size: tuple[int, int], tile: int) -> Tensor:
-    """The pixels of the picture that each token shows: (top, left, bottom, right), `[tiles, tokens, 4]`.
+    """The pixels of the image that each token shows: (top, left, bottom, right), `[tiles, tokens, 4]`.
 
-    Worked out from AnyRes itself: the base tile squeezes the whole picture into a square; on the canvas of the
-    sub-images it is scaled to fit and centred.
+    Worked out from AnyRes itself: the base tile squeezes the whole image into a square; on the canvas of the
+    sub-images it is scaled to fit and centerd.
     """
     token_rows, token_cols = geometry.token_grid
     boxes = torch.zeros(geometry.tiles, geometry.tokens, 4)

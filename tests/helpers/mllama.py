@@ -14,7 +14,7 @@ from tokenprune.models.mllama import MllamaAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are put on a canvas of at most four tiles."""
+    """Images are put on a canvas of at most four tiles."""
     tok = tokenizer(image_token="<|image|>", python_token="<|python_tag|>")
     images = MllamaImageProcessorPil(size={"height": TILE, "width": TILE}, max_image_tiles=4)
     return MllamaProcessor(images, tok, chat_template=TEMPLATE)

@@ -59,7 +59,7 @@ def traces(model: Any) -> list[Any]:
 
 
 SPOTS = [(0.2, 0.85), (0.85, 0.2), (0.7, 0.6)]
-"""Where the spot is, as fractions of the picture; off the diagonal, and never on the edge of a token."""
+"""Where the spot is, as fractions of the image; off the diagonal, and never on the edge of a token."""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Odd(ScoreReducer):
 
 
 def spotted(size: Size, spot: tuple[float, float]) -> Image.Image:
-    """A dark picture with a bright square around the spot."""
+    """A dark image with a bright square around the spot."""
     pixels = np.zeros((*size, 3), dtype=np.uint8)
     y, x, half = int(spot[0] * size[0]), int(spot[1] * size[1]), 3
     pixels[max(0, y - half) : y + half, max(0, x - half) : x + half] = 255
@@ -105,7 +105,7 @@ def without_places(model: Any) -> Any:
 
 
 def token_of(geometry: TileGeometry, spot: tuple[float, float]) -> Tensor:
-    """The token of each tile that shows a point of the picture, bool `[tiles, tokens]`; the picture fills its tiles."""
+    """The token of each tile that shows a point of the image, bool `[tiles, tokens]`; the image fills its tiles."""
     rows, cols = geometry.token_grid
     y, x = torch.tensor(spot, dtype=torch.float64)
     regions = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0]]), geometry.regions]).double()

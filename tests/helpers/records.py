@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tokenprune.experiments.analysis.stats import (
-    Cell,
+    Setting,
     short,
 )
 
@@ -53,7 +53,7 @@ def board_records(scores: Sequence[Sequence[float]], **more: Any) -> list[dict[s
     return [record(b, q, score, **more) for b, board in enumerate(scores) for q, score in enumerate(board)]
 
 
-def write_cell(
+def write_setting(
     directory: Path,
     records: Sequence[Mapping[str, Any]],
     strategy: str = "HiRED",
@@ -66,17 +66,17 @@ def write_cell(
     tail: str = "",
     **environment: Any,
 ) -> Path:
-    """Write one cell of a run directory; `tail` is what a kill left after the last whole line."""
+    """Write one setting of a run directory; `tail` is what a kill left after the last whole line."""
     factors = {"reducer.budget": budget} if factors is None and role != "full" else factors or {}
-    number = len(list((directory / "cells").glob("*"))) if directory.exists() else 0
-    folder = directory / "cells" / f"{number:012x}"
+    number = len(list((directory / "settings").glob("*"))) if directory.exists() else 0
+    folder = directory / "settings" / f"{number:012x}"
     folder.mkdir(parents=True)
     given = [f"{key.split('.')[-1]}={short(value)}" for key, value in factors.items()]
     about = {"name": ", ".join([strategy, *given]), "factors": factors, "strategy": strategy, "budget": budget}
     about |= {"role": role, "seed": seed, "metric": "accuracy", "hash": folder.name}
     reducer = {"class_path": f"tokenprune.strategies.{strategy}", "init_args": {"budget": budget}}
     config = {"model": model, "reducer": reducer, "task": task, "seed": seed, "max_new_tokens": 4}
-    (folder / "cell.json").write_text(json.dumps(about))
+    (folder / "setting.json").write_text(json.dumps(about))
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "device": "cpu", "dtype": "float32"}))
     (folder / "environment.json").write_text(
         json.dumps(
@@ -87,6 +87,6 @@ def write_cell(
     return folder
 
 
-def cell(records: Sequence[Mapping[str, Any]], **more: Any) -> Cell:
+def setting(records: Sequence[Mapping[str, Any]], **more: Any) -> Setting:
     about: dict[str, Any] = {"hash": "0", "name": "X", "strategy": "X", "budget": 0.1, "records": records}
-    return Cell(**(about | more))
+    return Setting(**(about | more))

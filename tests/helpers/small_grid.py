@@ -18,14 +18,19 @@ SMALL: dict[str, Any] = {
     "reducer": "HiRED",
     "grid": {
         "reducer.budget": [0.05, 0.2],
-        "reducer.selection": ["TopAttention", {"class_path": "TopAttention", "init_args": {"layer": "first"}}],
+        "reducer.selection": [
+            "TopAttentionSelection",
+            {"class_path": "TopAttentionSelection", "init_args": {"layer": "first"}},
+        ],
     },
 }
 
 
 def records(out: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """All records by the hash of their cell."""
-    return {cell.name: list(read_lines(cell / "records.jsonl")) for cell in sorted(Path(out, "cells").iterdir())}
+    """All records by the hash of their setting."""
+    return {
+        setting.name: list(read_lines(setting / "records.jsonl")) for setting in sorted(Path(out, "settings").iterdir())
+    }
 
 
 def without_times(found: dict[str, list[dict[str, Any]]]) -> Any:

@@ -34,10 +34,10 @@ TEMPLATE = (
     "{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 SENTENCES = [
-    "USER: what is in the picture? ASSISTANT: a red star on a board.",
+    "USER: what is in the image? ASSISTANT: a red star on a board.",
     "the number in the star is forty two",
-    "how many shapes are there in the picture and where are they",
-    "describe the picture in one word please",
+    "how many shapes are there in the image and where are they",
+    "describe the image in one word please",
     "which shape is left of the blue circle",
     "a document with many small letters",
 ]
@@ -149,18 +149,18 @@ def tiny_processor(family: str, tower: str = "clip") -> Any:
     return LlavaProcessor(image_processor=images, **shared)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture of smooth random blobs."""
+def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """An image of smooth random blobs."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def batch(family: str, *rows: list[tuple[int, int]], tower: str = "clip", side: str = "left", seed: int = 0) -> Any:
-    """Model inputs of several prompt rows, each with pictures of the given (height, width)."""
+    """Model inputs of several prompt rows, each with images of the given (height, width)."""
     processor = tiny_processor(family, tower)
-    texts, pictures = [], []
+    texts, images = [], []
     for number, sizes in enumerate(rows):
         texts.append("USER: " + "<image> " * len(sizes) + SENTENCES[1 + number % 4] + " ASSISTANT:")
-        pictures += [picture(*size, seed=seed + 10 * number + k) for k, size in enumerate(sizes)]
-    return processor(images=pictures or None, text=texts, return_tensors="pt", padding=True, padding_side=side)
+        images += [random_image(*size, seed=seed + 10 * number + k) for k, size in enumerate(sizes)]
+    return processor(images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=side)

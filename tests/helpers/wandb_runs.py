@@ -48,7 +48,7 @@ def values(items: Any) -> dict[str, Any]:
 
 
 def media(run: SimpleNamespace, key: str) -> Any:
-    """What was logged under a key that holds a table or a picture."""
+    """What was logged under a key that holds a table or an image."""
     found: dict[str, Any] = {}
     for row in run.history:
         for name, value in row.items():

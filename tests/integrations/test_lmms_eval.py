@@ -92,9 +92,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lmms")
     (folder / "task").mkdir()
     lines = []
-    # Every fifth: several boards, so that pictures of different shapes are there.
+    # Every fifth: several boards, so that images of different shapes are there.
     for number, sample in enumerate(list(Boards(number=4).samples())[::5][:NUMBER]):
-        sample.picture().save(folder / f"{number}.png")
+        sample.image().save(folder / f"{number}.png")
         line = {"image": str(folder / f"{number}.png"), "question": sample.question, "answer": sample.answers[0]}
         lines.append(json.dumps(line))
     assert len(lines) == NUMBER
@@ -191,7 +191,7 @@ def test_an_error_of_a_strategy_surfaces(evaluate: Evaluate, options: tuple[str,
 
 
 def test_wrong_arguments_are_answered(evaluate: Evaluate) -> None:
-    wrong = evaluate("tokenprune", "reducer=HiRED,reducer.selektion=TopAttention")
+    wrong = evaluate("tokenprune", "reducer=HiRED,reducer.selektion=TopAttentionSelection")
     assert wrong.results is None
     assert "ValueError: --model_args: " in wrong.text
     assert "there is no parameter 'selektion' of HiRED (did you mean selection?)" in wrong.text
@@ -265,13 +265,13 @@ def plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_model_args_say_what_the_command_line_says(plugin: Any) -> None:
     from tokenprune import Budget
     from tokenprune.strategies import HiRED
-    from tokenprune.strategies.components import RandomSelection, TopAttention, VisualContentAllocation
+    from tokenprune.strategies.components import RandomSelection, TopAttentionSelection, VisualContentAllocation
 
     for text, expected in {
         "reducer=hired,reducer.budget=0.1": HiRED(0.1),
         "reducer=HiRED.release,reducer.budget=160": HiRED.release(160),
         "reducer=HiRED,reducer.budget=1.0": HiRED(1.0),
-        "reducer=HiRED,reducer.selection.layer=-2": HiRED(selection=TopAttention(layer=-2)),
+        "reducer=HiRED,reducer.selection.layer=-2": HiRED(selection=TopAttentionSelection(layer=-2)),
         "reducer=HiRED,reducer.allocation.layer=[0,-1]": HiRED(allocation=VisualContentAllocation(layer=[0, -1])),
         "reducer.selection.seed=3,reducer=HiRED,reducer.selection=random-selection": HiRED(
             selection=RandomSelection(seed=3)
@@ -315,7 +315,7 @@ def prompt(lm: Any) -> Any:
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many shapes are there?"}]}]
     processor = lm._inner._image_processor
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    return processor(images=Image.open(mini.picture_path()), text=text, return_tensors="pt")
+    return processor(images=Image.open(mini.image_path()), text=text, return_tensors="pt")
 
 
 def test_a_wrong_fingerprint_is_refused_and_the_right_one_taken(plugin: Any, lm: Any) -> None:
@@ -397,8 +397,8 @@ def test_a_wrapper_that_answers_in_batches(lm: Any, folder: Path, monkeypatch: p
         for request in requests:
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.args[0]}]}]
             texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
-        pictures = [Image.open(request.args[1]["image"]) for request in requests]
-        inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
+        images = [Image.open(request.args[1]["image"]) for request in requests]
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
         made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         answers: list[str] = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
@@ -453,7 +453,7 @@ def test_an_ablation_gives_what_lmms_eval_gives(
     monkeypatch.setattr(running, "load", counted)
     done = ablate(str(tmp_path / "ablation.yaml"), tmp_path / "out")
     assert (len(loads), done.done, done.errors) == (1, len(budgets) * NUMBER, 0)
-    assert done.encodes == done.pictures == 3  # ten questions about three boards: 40 answers
+    assert done.encodes == done.images == 3  # ten questions about three boards: 40 answers
     answers = []
     for budget in budgets:
         theirs = evaluate("tokenprune", f"budget={budget}")
@@ -495,7 +495,7 @@ def test_an_ablation_of_a_task_goes_on_and_is_shared(own: Any, tmp_path: Path) -
 
 def test_a_document_that_cannot_be_asked_about_is_an_error_record(folder: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()[:3]]
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     lines[1]["image"] = str(tmp_path / "broken.png")
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "utils.py").write_text(UTILS)
@@ -648,11 +648,11 @@ BENCHMARKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], list[str]
 }
 
 
-def saved(place: Path, split: str, documents: list[dict[str, Any]], pictures: list[Image.Image]) -> str:
+def saved(place: Path, split: str, documents: list[dict[str, Any]], images: list[Image.Image]) -> str:
     """Save a data set as `datasets` does."""
     from datasets import Dataset, DatasetDict
 
-    rows = [{**document, "image": picture} for document, picture in zip(documents, pictures, strict=True)]
+    rows = [{**document, "image": image} for document, image in zip(documents, images, strict=True)]
     DatasetDict({split: Dataset.from_list(rows)}).save_to_disk(str(place))
     return str(place)
 
@@ -661,12 +661,12 @@ def saved(place: Path, split: str, documents: list[dict[str, Any]], pictures: li
 def test_a_public_benchmark_is_built_and_scored_by_its_own_file(name: str, folder: Path, tmp_path: Path) -> None:
     """On documents made here: no data set of the hub can be had. Names of columns are those that lmms-eval reads."""
     split, options, documents, right, after_one = BENCHMARKS[name]
-    picture = Image.new("RGB", (40, 30), "red")
-    task = LmmsTask(name, data=saved(tmp_path / name, split, documents, [picture] * 2), **options)
+    image = Image.new("RGB", (40, 30), "red")
+    task = LmmsTask(name, data=saved(tmp_path / name, split, documents, [image] * 2), **options)
     task.check()
     first, second = task.samples()
-    assert first.group == second.group  # one picture, one encoding
-    assert first.picture().size == picture.size
+    assert first.group == second.group  # one image, one encoding
+    assert first.image().size == image.size
     assert documents[0]["question"].lower() in first.question.lower()
     assert len(first.question) > len(documents[0]["question"]) or name == "ocrbench"  # others have a prompt around it
     assert bool(first.type) == ("type_by" in options)
@@ -695,11 +695,11 @@ def test_what_cannot_be_aggregated_says_why(folder: Path, tmp_path: Path) -> Non
     }
 
 
-def test_different_pictures_are_not_shared(folder: Path, tmp_path: Path) -> None:
-    """The picture counts as the task shows it: some tasks draw into it, or cut it."""
+def test_different_images_are_not_shared(folder: Path, tmp_path: Path) -> None:
+    """The image counts as the task shows it: some tasks draw into it, or cut it."""
     split, _, documents, _, _ = BENCHMARKS["pope"]
-    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "red", "blue")]
-    task = LmmsTask("pope", data=saved(tmp_path / "data", split, documents * 2, pictures))
+    images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue", "red", "blue")]
+    task = LmmsTask("pope", data=saved(tmp_path / "data", split, documents * 2, images))
     assert [sample.id for sample in task.samples()] == ["pope/0", "pope/2", "pope/1", "pope/3"]
     assert len({sample.group for sample in task.samples()}) == 2
     assert [sample.id for sample in LmmsTask("pope", data=task.data, limit=3).samples()] == [

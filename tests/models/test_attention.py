@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers import tiny
 from tokenprune.image import Signal
 from tokenprune.models._capture.attention import cls_rows, received
-from tokenprune.models._capture.hooks import Tower, probe
+from tokenprune.models._capture.hooks import Tower, capture_signals
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 
@@ -164,7 +164,7 @@ def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) 
 
     assert unchanged()
     wanted = {index: set(KINDS) for index in range(4)}
-    with probe(Tower(tower.encoder.layers, cls="first"), wanted):
+    with capture_signals(Tower(tower.encoder.layers, cls="first"), wanted):
         inside = state(tower)
         assert not unchanged()
         assert all(one[0] is not two[0] for one, two in zip(before, inside, strict=True))
@@ -187,7 +187,7 @@ def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) 
 def test_only_wanted_layers_are_touched_and_captured() -> None:
     model = tiny.tiny_model("llava")
     layers = model.model.vision_tower.encoder.layers
-    with probe(Tower(layers, cls="first"), {1: {"keys"}, 2: {"vision_features"}}) as captured:
+    with capture_signals(Tower(layers, cls="first"), {1: {"keys"}, 2: {"vision_features"}}) as captured:
         own = model.model.vision_tower.config
         touched = [layer.self_attn.config is not own for layer in layers]
         assert touched == [False, True, False, False]
@@ -237,7 +237,7 @@ def test_pooling_attention_is_that_of_the_head_of_siglip(family: str) -> None:
             pixels = pixels[: image.geometry.tiles] if family == "llava_next" else pixels[None]
             tower = model.model.vision_tower
             hidden, head = tower(pixels).last_hidden_state, tower.head
-            probe_token = head.probe.repeat(len(pixels), 1, 1)
+            probe_token = head.capture_signals.repeat(len(pixels), 1, 1)
             own = head.attention(probe_token, hidden, hidden, need_weights=True, average_attn_weights=False)[1][:, :, 0]
             for layer in ("first", "feature"):
                 torch.testing.assert_close(image.pooling_attention(layer), own)

@@ -20,9 +20,9 @@ from tokenprune.models._base.clip_text import example_text_model, question_in, t
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import ScoreReducer
 from tokenprune.strategies import EADP, HERO, TRIM, CDPruner
-from tokenprune.strategies.cdpruner import ConditionalDiversity
-from tokenprune.strategies.components import TextRelevance, TopRelevance
-from tokenprune.strategies.eadp import DenseTextRelevance, Representatives
+from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
+from tokenprune.strategies.components import TextRelevance, TopRelevanceSelection
+from tokenprune.strategies.eadp import DenseTextRelevance, FacilityLocationSelection
 
 
 @dataclass
@@ -84,7 +84,7 @@ def asked(family: str, question: Any = None, tokenizer: Any = None) -> list[floa
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_each_image_is_told_the_question_of_its_row(family: str) -> None:
     tower = text_tower(example_text_model(32))
-    first, second = "what is the picture", "in the picture"
+    first, second = "what is the image", "in the image"
     values = [float(tower.embed(text, torch.device("cpu"))["question"].sum()) for text in (first, second)]
     assert values[0] != values[1]
     assert asked(family, question=[first, second]) == pytest.approx([values[0], values[1], values[1]])
@@ -129,10 +129,10 @@ def test_signals_equal_those_of_the_clip_model() -> None:
     """The shared space is CLIP's own: pooled text, and patches through its norm and projection."""
     folder = example_text_model(32)
     clip, tower = CLIPModel.from_pretrained(folder), text_tower(folder)
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])  # <s> what is in the picture </s>
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])  # <s> what is in the image </s>
     with torch.no_grad():
         expected = clip.get_text_features(input_ids=ids).pooler_output
-    found = tower.embed("what is in the picture", torch.device("cpu"))
+    found = tower.embed("what is in the image", torch.device("cpu"))
     assert torch.allclose(found["question"], expected, atol=1e-6)
     assert found["question_tokens"].shape == (5, 8)
     mask = torch.arange(12)[None] < 7
@@ -149,7 +149,7 @@ def test_signals_equal_those_of_the_clip_model() -> None:
 
 def test_long_texts_are_cut_into_segments() -> None:
     tower = text_tower(example_text_model(32))
-    found = tower.embed("what is in the picture " * 5, torch.device("cpu"))  # 25 words, 10 to a segment
+    found = tower.embed("what is in the image " * 5, torch.device("cpu"))  # 25 words, 10 to a segment
     assert found["question"].shape == (3, 8)
     assert found["question_tokens"].shape == (25, 8)
     assert found["question_positions"].shape == (3, 12, 8)
@@ -159,9 +159,9 @@ def test_long_texts_are_cut_into_segments() -> None:
 @pytest.mark.parametrize(
     "reducer",
     [
-        TRIM(0.1, selection=TopRelevance(TextRelevance(likeness="dot", sign="aligned")), text_model="mini"),
-        CDPruner(0.1, selection=ConditionalDiversity(TextRelevance(sign="aligned")), text_model="mini"),
-        EADP(0.1, selection=Representatives(DenseTextRelevance(sign="aligned")), text_model="mini"),
+        TRIM(0.1, selection=TopRelevanceSelection(TextRelevance(likeness="dot", sign="aligned")), text_model="mini"),
+        CDPruner(0.1, selection=ConditionalDiversitySelection(TextRelevance(sign="aligned")), text_model="mini"),
+        EADP(0.1, selection=FacilityLocationSelection(DenseTextRelevance(sign="aligned")), text_model="mini"),
     ],
 )
 def test_another_question_keeps_other_tokens(reducer: Any) -> None:
@@ -176,7 +176,7 @@ def test_another_question_keeps_other_tokens(reducer: Any) -> None:
     right = 0
     for number, selection in enumerate(run.selections):
         best = int(selection.kept[1:].sum(dim=1).argmax())  # the sub-image with most tokens
-        y, x = (side * scale for side in board.items[number].centre)
+        y, x = (side * scale for side in board.items[number].center)
         right += best == int(y >= 80) * 2 + int(x >= 80)
     kept = [selection.kept for selection in run.selections]
     assert all(not torch.equal(kept[0], other) for other in kept[1:])

@@ -29,10 +29,10 @@ from tests.helpers.oracle import (
     transposed,
     without_places,
 )
-from tests.helpers.tiny import SENTENCES, picture
+from tests.helpers.tiny import SENTENCES, random_image
 from tokenprune.adapter import find_adapter
 from tokenprune.layers import LayerChoice
-from tokenprune.saliency import SecondLook, Seen
+from tokenprune.saliency import SaliencyModel, SaliencyOutput
 from tokenprune.strategies import HiRED, UniformStride
 
 POSITIONS = ["reindex", "preserve"]
@@ -204,7 +204,7 @@ def test_nothing_is_left_behind(family: Family, model: Any, inputs: Any) -> None
 def test_pipeline(family: Family, model: Any) -> None:
     pipe = pipeline("image-text-to-text", model=model, processor=family.processor())
     arguments = {
-        "images": [picture(*family.sizes[1])],
+        "images": [random_image(*family.sizes[1])],
         "text": family.text(1),
         "generate_kwargs": {"max_new_tokens": 4, "suppress_tokens": [find_adapter(model).image_token_id]},
         "return_full_text": False,
@@ -241,16 +241,16 @@ def test_kept_tokens_show_the_bright_spot(family: Family, placeless: Any, spot: 
 
 
 @dataclass
-class Brightness(SecondLook):
+class Brightness(SaliencyModel):
     """Attends to what is bright, the opposite of a vision tower: where pixels are is all that it shows."""
 
     @property
     def name(self) -> str:
         return "Brightness"
 
-    def look(self, pictures: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> Seen:
-        light = torch.nn.functional.adaptive_avg_pool2d(pictures.mean(dim=1, keepdim=True), token_grid)
-        return Seen({0: light.flatten(2)}, 1, 0, 0)
+    def look(self, images: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> SaliencyOutput:
+        light = torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=1, keepdim=True), token_grid)
+        return SaliencyOutput({0: light.flatten(2)}, 1, 0, 0)
 
 
 @pytest.mark.parametrize("spot", SPOTS)

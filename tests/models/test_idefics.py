@@ -12,7 +12,7 @@ from transformers import Idefics3ImageProcessor, Idefics3Processor
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.base import TILE
-from tests.helpers.tiny import TEMPLATE, picture, tokenizer
+from tests.helpers.tiny import TEMPLATE, random_image, tokenizer
 from tokenprune.adapter import find_adapter
 from tokenprune.image import Signal
 from tokenprune.models.idefics2 import Idefics2Adapter
@@ -30,26 +30,26 @@ def spelling_processor() -> Any:
 
 
 def grids_of(processor: Any, rows: list[list[Image.Image]]) -> list[tuple[int, int]]:
-    texts = ["<image>" * len(row) + "what is in the picture?" for row in rows]
+    texts = ["<image>" * len(row) + "what is in the image?" for row in rows]
     inputs = processor(images=rows, text=texts, return_tensors="pt", padding=True)
     return tile_grids(inputs["input_ids"], processor.image_token_id)
 
 
 @pytest.mark.parametrize("spelled", [False, True])
 def test_grids_stand_in_the_prompt(spelled: bool) -> None:
-    """Pictures side by side without text between, and a tokenizer with and without tokens for the places of tiles."""
+    """Images side by side without text between, and a tokenizer with and without tokens for the places of tiles."""
     processor = spelling_processor() if spelled else FAMILIES["idefics3"].processor()
     sizes = [[(112, 112), (50, 168)], [], [(168, 50), (160, 90), (90, 160)]]
-    rows = [[picture(*size) for size in row] for row in sizes]
+    rows = [[random_image(*size) for size in row] for row in sizes]
     assert grids_of(processor, rows) == [(3, 3), (1, 3), (3, 1), (3, 2), (2, 3)]
 
 
-def test_pictures_of_one_colour_have_their_grid() -> None:
+def test_images_of_one_color_have_their_grid() -> None:
     rows = [[Image.new("RGB", (168, 100), "red"), Image.new("RGB", (100, 168), "red")]]
     assert grids_of(FAMILIES["idefics3"].processor(), rows) == [(2, 3), (3, 2)]
 
 
-def test_pictures_that_are_not_split_have_no_grid() -> None:
+def test_images_that_are_not_split_have_no_grid() -> None:
     ids = torch.tensor([[1, 8, 9, 3, 3, 8, 8, 9, 3, 3, 8, 5], [0] * 12, [0, 0, 0, 0, 0, 1, 8, 9, 3, 3, 8, 5]])
     assert tile_grids(ids, 3) == [(0, 0)] * 3
 
@@ -71,7 +71,7 @@ def test_tiles_that_do_not_fit_the_prompt_are_refused() -> None:
 
 @torch.no_grad()
 def test_latents_receive_what_the_full_map_of_the_resampler_says() -> None:
-    """Pictures of two sizes: the padding of the smaller one is no context."""
+    """Images of two sizes: the padding of the smaller one is no context."""
     family = FAMILIES["idefics2"]
     model = family.model()
     model.set_attn_implementation("eager")

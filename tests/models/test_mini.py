@@ -19,7 +19,7 @@ from research.mini_training.evaluate import answers, held_out
 from research.mini_training.lessons import PLACES, TOKENS, answerable, lesson, packing, random_subset, tiles_of
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import (
-    COLOURS,
+    COLORS,
     GRIDS,
     PAPERS,
     SHAPES,
@@ -47,7 +47,7 @@ def processor() -> Any:
 
 
 def contents(board: Board) -> frozenset[tuple[int, int, int]]:
-    return frozenset((item.shape, item.colour, item.number) for item in board.items)
+    return frozenset((item.shape, item.color, item.number) for item in board.items)
 
 
 def test_a_board_is_its_seed() -> None:
@@ -95,9 +95,9 @@ def expected_answer(board: Board, question: Question) -> str:
     if question.type == "paper":
         return PAPERS[board.paper]
     item = board.items[question.about[0]]
-    down, right = item.centre
+    down, right = item.center
     return {
-        "colour": COLOURS[item.colour],
+        "colour": COLORS[item.color],
         "shape": SHAPES[item.shape],
         "side": "left" if right < width / 2 else "right",
         "height": "top" if down < height / 2 else "bottom",
@@ -112,7 +112,7 @@ def test_every_question_has_the_answer_that_the_items_give() -> None:
             assert question.answer == expected_answer(board, question)
             if question.type != "count":
                 for item in (board.items[number] for number in question.about):
-                    named = (SHAPES[item.shape] in question.text) + (COLOURS[item.colour] in question.text)
+                    named = (SHAPES[item.shape] in question.text) + (COLORS[item.color] in question.text)
                     assert named == (2 if question.type in ("number_pair", "side", "height") else 1)
     numbers = {"number_pair", "number_shape", "number_colour"}
     assert kinds == numbers | {"colour", "shape", "count", "paper", "side", "height"}
@@ -122,8 +122,8 @@ def test_the_demo_is_a_held_out_board() -> None:
     board = make_demo()
     assert board.split == "heldout"
     assert board.grid == (2, 2)
-    with Image.open(mini.picture_path()) as picture:
-        assert np.array_equal(np.asarray(picture), board.pixels)
+    with Image.open(mini.image_path()) as image:
+        assert np.array_equal(np.asarray(image), board.pixels)
     assert [q["question"] for q in mini.demo_questions()] == [q.text for q in board.questions]
 
 
@@ -138,9 +138,9 @@ def test_the_checkpoint_is_small_and_ordinary(model: Any, processor: Any) -> Non
 
 
 def test_it_answers_the_demo(model: Any, processor: Any) -> None:
-    with Image.open(mini.picture_path()) as picture:
+    with Image.open(mini.image_path()) as image:
         known = mini.demo_questions()
-        given = answers(model, processor, picture, [q["question"] for q in known])
+        given = answers(model, processor, image, [q["question"] for q in known])
     right = [a == q["answer"] for a, q in zip(given, known, strict=True)]
     assert sum(right) >= len(right) - 1
 
@@ -156,7 +156,7 @@ def test_pruning_costs_answers_and_selection_matters() -> None:
     assert all(asked == kept for asked, kept in results.tokens["HiRED", 0.2])
 
 
-def test_any_picture_and_question_get_some_answer(model: Any, processor: Any) -> None:
+def test_any_image_and_question_get_some_answer(model: Any, processor: Any) -> None:
     for size in ((1, 1), (500, 30), (37, 411)):
         (answer,) = answers(model, processor, Image.new("RGB", size, "green"), ["Where is the zebra?"])
         assert isinstance(answer, str)
@@ -187,7 +187,7 @@ def test_training_packs_as_the_model_does(model: Any) -> None:
         order, line = packing(board)
         layout = adapter.layout(board.pixels.shape[:2])
         assert order.tolist() == layout.packed.tolist()
-        rows = layout.separator_of.tolist()
+        rows = layout.newline_of.tolist()
         assert line.tolist() == rows
 
 
@@ -200,7 +200,7 @@ def test_lessons_point_at_the_items() -> None:
             assert truth.digits[:, number].any(axis=2).sum() == 2
             mine = truth.shown[number, 0] & (truth.dense["shape"][0] == item.shape)
             halves = set(truth.places["side"][0][mine].tolist()) - {-100}
-            assert halves <= {int(item.centre[1] > board.pixels.shape[1] / 2)}
+            assert halves <= {int(item.center[1] > board.pixels.shape[1] / 2)}
         assert set(truth.places) == set(PLACES)
 
 
@@ -221,7 +221,7 @@ def test_questions_are_asked_while_their_answer_is_there() -> None:
 
 @pytest.mark.parametrize("step", [0, 300, 1000, 1301, 1821, 1990, 2101, 2319])
 def test_every_phase_of_the_recipe_runs(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "PICTURES", 2)
+    monkeypatch.setattr(training, "IMAGES", 2)
     torch.manual_seed(0)
     student: Any = training.LlavaNextForConditionalGeneration(training.make_config(training.make_tokenizer()))
     heads = training.Heads(96, 5)
@@ -235,7 +235,7 @@ def test_every_phase_of_the_recipe_runs(step: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "PICTURES", 2)
+    monkeypatch.setattr(training, "IMAGES", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,7 @@ from transformers import pipeline
 from tests.helpers.families.base import TILE
 from tests.helpers.mllama import FAMILY, processor
 from tests.helpers.oracle import Odd, hits, spotted, traces, transposed, without_places
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import random_image
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
@@ -29,7 +29,7 @@ def model() -> Any:
     model = FAMILY.model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "gate" in name:  # zero at first: nothing of a picture would reach the answer
+            if "gate" in name:  # zero at first: nothing of an image would reach the answer
                 parameter.fill_(1.0)
         model(**FAMILY.batch(ROWS[0]))
     return model
@@ -160,7 +160,7 @@ def test_bfloat16() -> None:
 def test_pipeline(model: Any) -> None:
     pipe = pipeline("image-text-to-text", model=model, processor=processor())
     arguments = {
-        "images": [picture(60, 112)],
+        "images": [random_image(60, 112)],
         "text": FAMILY.text(1),
         "generate_kwargs": {"max_new_tokens": 4, "suppress_tokens": [FAMILY.tokenizer.image_token_id]},
         "return_full_text": False,
@@ -206,7 +206,7 @@ def test_kept_tokens_show_the_bright_spot(size: tuple[int, int], spot: tuple[flo
         assert not hits(moved, spot)[0] or abs(spot[0] - spot[1]) < 0.2
 
 
-def test_pictures_are_canvases() -> None:
+def test_images_are_canvases() -> None:
     adapter = MllamaAdapter(MllamaAdapter.example())
     pixels = np.zeros((56, 112, 3), dtype=np.uint8)
     pixels[:, 56:] = 255

@@ -16,7 +16,7 @@ from tokenprune.image import EncodedImage, Signal
 from tokenprune.models._capture.hooks import Tower
 from tokenprune.models.qwen2_5_vl import nearest
 from tokenprune.strategies import HiRED
-from tokenprune.strategies.components.order import ByScore
+from tokenprune.strategies.components.order import ScoreOrder
 
 KINDS = ("received_attention", "keys", "vision_features")
 VARLEN = "tests_flash_varlen"
@@ -84,7 +84,7 @@ def test_signals_do_not_depend_on_whether_the_kernel_takes_all_images_at_once(fa
 
 @torch.no_grad()
 def test_attention_in_a_tower_with_windows_is_that_of_layers_without() -> None:
-    """A row of attention over the whole picture sums to one; and no layer is captured under another's number."""
+    """A row of attention over the whole image sums to one; and no layer is captured under another's number."""
     model = FAMILIES["qwen2_5_vl"].model()
     assert model.model.visual.fullatt_block_indexes == [0, 2]
     image = encode(model, FAMILIES["qwen2_5_vl"].batch([(112, 112)]))[0]
@@ -115,9 +115,9 @@ def test_nearest_layer() -> None:
 
 def test_a_sequence_comes_apart_where_the_kernel_was_told_to() -> None:
     tower, sequence = Tower([], segments=[4, 2]), torch.arange(6)[None, None, :, None]
-    assert [one.shape[2] for one in tower.by_image(sequence, 2)] == [4, 2]
-    assert [one.shape[2] for one in tower.by_image(sequence, 2, [2, 2, 2])] == [2, 2, 2]
-    assert [one.shape[2] for one in tower.by_image(sequence[:, :, :4], 2)] == [4]
+    assert [one.shape[2] for one in tower.split_by_image(sequence, 2)] == [4, 2]
+    assert [one.shape[2] for one in tower.split_by_image(sequence, 2, [2, 2, 2])] == [2, 2, 2]
+    assert [one.shape[2] for one in tower.split_by_image(sequence[:, :, :4], 2)] == [4]
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_every_level_of_qwen3_vl_holds_the_same_tokens_in_the_same_order() -> No
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["mm_encoder_outputs"]["image"]), with_kwargs=True
     )
-    with HiRED(0.4, order=ByScore())(model) as run:
+    with HiRED(0.4, order=ScoreOrder())(model) as run:
         model(**inputs)
     hook.remove()
     assert [selection.kept_tokens for selection in run.selections] == [6, 0, 4]

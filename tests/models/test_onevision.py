@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: canvases that the model shrinks, and pictures that it does not tile."""
+"""LLaVA-OneVision: canvases that the model shrinks, and images that it does not tile."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def model() -> Any:
 
 @torch.no_grad()
 def test_shrunk_features_are_those_of_the_model_at_their_nearest_tokens(model: Any) -> None:
-    """Each position of the smaller canvas is called by the token at its centre, no token twice."""
+    """Each position of the smaller canvas is called by the token at its center, no token twice."""
     adapter, inputs = find_adapter(model), FAMILY.batch([(112, 112)])
     encoding = adapter.encode(inputs, [Signal("projector_inputs")])
     image, layout = encoding.images[0], encoding.images[0].geometry
     assert layout.tile_grid == (2, 2)
     assert len(layout.packed) == 16 + 5 * (5 + 1)  # 8 x 8 tokens became 5 x 5: those of two tiles
     assert int(layout.valid[1:].sum()) == 25
-    centres = [0, 2, 4, 5, 7]
+    centers = [0, 2, 4, 5, 7]
     canvas = rearrange(layout.valid[1:], "(r c) (h w) -> (r h) (c w)", r=2, h=4)
     wanted = torch.zeros(8, 8, dtype=torch.bool)
-    wanted[torch.tensor(centres)[:, None], torch.tensor(centres)] = True
+    wanted[torch.tensor(centers)[:, None], torch.tensor(centers)] = True
     assert torch.equal(canvas, wanted)
     hidden = adapter.tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states[-1]
     whole = model.model.multi_modal_projector(hidden[1:])
@@ -67,8 +67,8 @@ def test_signals_are_shrunk_as_features_are() -> None:
 def test_attention_of_a_shrunk_canvas_changes_next_to_the_spot(spot: tuple[float, float]) -> None:
     model = without_places(FAMILY.model())
     adapter, values = find_adapter(model), []
-    for picture in (spotted((112, 112), spot), Image.new("RGB", (112, 112))):
-        given = FAMILY.inputs([[picture]], [FAMILY.text(1)])
+    for image in (spotted((112, 112), spot), Image.new("RGB", (112, 112))):
+        given = FAMILY.inputs([[image]], [FAMILY.text(1)])
         image = adapter.encode(given, [Signal("received_attention")]).images[0]
         values.append(image.received_attention("feature").sum(dim=1) * image.geometry.valid)
     change = rearrange((values[0] - values[1])[1:].abs(), "(r c) (h w) -> (r h) (c w)", r=2, h=4)
@@ -77,7 +77,7 @@ def test_attention_of_a_shrunk_canvas_changes_next_to_the_spot(spot: tuple[float
 
 
 @torch.no_grad()
-def test_pictures_beside_others_are_one_tile_if_the_processor_says_so(model: Any) -> None:
+def test_images_beside_others_are_one_tile_if_the_processor_says_so(model: Any) -> None:
     nested = FAMILY.batch([(112, 112)], [(56, 112), (112, 56)])
     assert nested["batch_num_images"].tolist() == [1, 2]
     layouts = find_adapter(model).layouts(nested)

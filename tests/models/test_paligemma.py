@@ -1,4 +1,4 @@
-"""PaliGemma's prefix: pictures and question see each other, the suffix to be learned is causal."""
+"""PaliGemma's prefix: images and question see each other, the suffix to be learned is causal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import kept_mask, oracle_inputs, real_of_short
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import random_image
 from tokenprune.strategies import HiRED
 
 
@@ -15,7 +15,7 @@ def test_a_suffix_stays_causal() -> None:
     family = FAMILIES["paligemma"]
     model = family.model()
     given = family.processor()(
-        images=[[picture(56, 56)], [picture(56, 56, seed=1)]],
+        images=[[random_image(56, 56)], [random_image(56, 56, seed=1)]],
         text=["<image>which shape", "<image>how many shapes are there"],
         suffix=["a red star", "two of them"],
         return_tensors="pt",

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.families import FAMILIES
 from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.truncated_tower import ProjectedTokens
 from tokenprune.models.idefics3 import Idefics3Adapter
@@ -29,8 +29,8 @@ from tokenprune.pipeline import Pipeline, PreparedCall, missing_signals
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.merging import MeanOfRest
-from tokenprune.strategies.components.selection import TopAttention
+from tokenprune.strategies.components.merging import MeanOfRestMerging
+from tokenprune.strategies.components.selection import TopAttentionSelection
 
 TRUNCATED = {
     name: kind
@@ -208,7 +208,9 @@ def test_images_of_a_truncated_encoding_can_be_pickled(adapter: PlaceholderAdapt
 
 
 def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
-    reducer = ComponentReducer(0.2, allocation=UniformAllocation(), selection=TopAttention(), merging=MeanOfRest())
+    reducer = ComponentReducer(
+        0.2, allocation=UniformAllocation(), selection=TopAttentionSelection(), merging=MeanOfRestMerging()
+    )
     if missing_signals(reducer, adapter):
         pytest.skip("the projector pools")
     complete, truncated = both(adapter, reducer, inputs_of(adapter))
@@ -268,7 +270,7 @@ def test_reading_features_projects_all_tokens_once() -> None:
 
 def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
     inputs, layers = inputs_of(adapter, [[(112, 112)]]), adapter.tower_layers
-    reducer = HiRED(0.3, selection=TopAttention(layer=-1))
+    reducer = HiRED(0.3, selection=TopAttentionSelection(layer=-1))
     with torch.no_grad(), sizes_seen({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as seen:
         Pipeline(reducer, adapter).prepare(inputs, generating=True)
     assert all(len(sizes) == 1 for sizes in seen.values())
@@ -478,7 +480,7 @@ def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: s
     with torch.no_grad():
         model(**inputs)  # transformers installs its own capturing hooks at the first call
     last = adapter.tower_layers[adapter.feature_layer(inputs)]
-    projector = adapter.projector if adapter.projector_at else last.self_attn.out_proj
+    projector = adapter.projector if adapter.projector_path else last.self_attn.out_proj
     where = {"kernel": last.self_attn.q_proj, "mlp": last.mlp, "projector": projector}[at]
 
     def state() -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.base import Size
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import random_image
 from tokenprune.adapter import find_adapter
 
 SIZES: list[Size] = [(60, 160), (56, 56), (56, 56), (150, 50), (112, 112), (100, 200), (168, 40)]
@@ -20,18 +20,18 @@ NAMES = {"ovis2": "grids", "llama4": "aspect_ratios"}
 def test_grids_are_those_of_the_processor(family: str) -> None:
     one = FAMILIES[family]
     layouts: Any = find_adapter(one.model()).layouts(one.batch(SIZES[:3], [], SIZES[3:]))  # type: ignore[attr-defined]
-    pictures = [picture(*size) for size in SIZES]
-    made = [tuple(map(int, grid)) for grid in one.processor().image_processor(pictures)[NAMES[family]]]
+    images = [random_image(*size) for size in SIZES]
+    made = [tuple(map(int, grid)) for grid in one.processor().image_processor(images)[NAMES[family]]]
     assert [layout.tile_grid for layout in layouts] == [grid if grid != (1, 1) else (0, 0) for grid in made]
 
 
-def test_crops_go_to_their_picture() -> None:
-    """Two pictures without crops stand behind one with crops: the ids between all of them are the same."""
+def test_crops_go_to_their_image() -> None:
+    """Two images without crops stand behind one with crops: the ids between all of them are the same."""
     one = FAMILIES["gemma3"]
     processor = one.processor()
     layouts: Any = find_adapter(one.model()).layouts(one.batch(SIZES[:3], [], SIZES[3:]))  # type: ignore[attr-defined]
-    pictures = [[picture(*size) for size in SIZES]]
-    crops = processor.image_processor(pictures, **processor.images_kwargs)["num_crops"]
+    images = [[random_image(*size) for size in SIZES]]
+    crops = processor.image_processor(images, **processor.images_kwargs)["num_crops"]
     assert [layout.sub_images for layout in layouts] == crops
     assert [layout.tile_grid for layout in layouts][:4] == [(1, 3), (0, 0), (0, 0), (3, 1)]
 

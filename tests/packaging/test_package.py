@@ -56,7 +56,7 @@ def test_wheel_holds_one_package(wheel: list[str]) -> None:
         assert f"tokenprune/{needed}" in wheel
     for needed in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
         assert f"tokenprune/models/mini/checkpoint/{needed}" in wheel
-    assert "tokenprune/models/mini/pictures/board.png" in wheel
+    assert "tokenprune/models/mini/images/board.png" in wheel
     assert "tokenprune/models/verified.json" in wheel
     assert not [name for name in wheel if "research" in name or "test_" in name]
     assert "tokenprune/experiments/configs/models/llava-v1.6-vicuna-7b.json" in wheel
@@ -201,7 +201,7 @@ def test_the_strategy_of_the_guide_is_a_file(tmp_path: Path) -> None:
     assert "Edges keeps all promises" in done.stdout
 
 
-def test_readme_has_the_current_catalogue() -> None:
+def test_readme_has_the_current_catalog() -> None:
     """Mend it with what ``tokenprune list strategies --markdown`` prints."""
     from tokenprune.cli.listing import as_markdown, strategy_rows
 

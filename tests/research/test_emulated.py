@@ -12,7 +12,7 @@ from research import emulated
 from research.emulated import Shown
 from research.mini_training.evaluate import ask
 from tests.helpers.build import best_grid, encoded
-from tokenprune.image import SEPARATOR, TileGeometry
+from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS, TILE, make_board
 from tokenprune.strategies import HiRED, HoloV, PruMerge
@@ -37,10 +37,10 @@ def shown(model: Any) -> Shown:
 
 def test_misplaced_tokens_fill_their_tile_from_its_first_row_on() -> None:
     """Three valid columns a tile: the fourth token of a tile, which begins its second row, ends up in the first."""
-    assert NARROW.packed[16:23].tolist() == [17, 18, 19, 32, 33, 34, SEPARATOR]
+    assert NARROW.packed[16:23].tolist() == [17, 18, 19, 32, 33, 34, NEWLINE]
     packed = emulated.misplaced(NARROW, (8, 12))
     assert packed[:16].tolist() == list(range(16))
-    assert packed[16:25].tolist() == [17, 18, 19, 21, 32, 33, 34, 36, SEPARATOR]
+    assert packed[16:25].tolist() == [17, 18, 19, 21, 32, 33, 34, 36, NEWLINE]
     assert sorted(packed.tolist()) == sorted(NARROW.packed.tolist())
 
 
@@ -49,7 +49,7 @@ def test_misplaced_tokens_stand_where_they_belong_without_padding_and_newlines_o
     assert torch.equal(emulated.misplaced(full, (16, 16)), full.packed)
     low = TileGeometry.anyres((12, 16), (2, 2), (4, 4), 8)
     packed = emulated.misplaced(low, (12, 16))
-    assert int((packed == SEPARATOR).sum()) == 8
+    assert int((packed == NEWLINE).sum()) == 8
     assert low.separators == 6
 
 
@@ -58,10 +58,10 @@ def test_exchanged_rows_and_columns_cut_valid_tokens_away() -> None:
     assert torch.equal(emulated.exchanged(square, (160, 160)), square.packed)
     wide = TileGeometry.anyres((80, 160), (1, 2), (4, 4), TILE)
     packed = emulated.exchanged(wide, (80, 160))
-    assert packed[packed != SEPARATOR].tolist() == [*range(16), *range(28, 36)]  # of an 8 x 4 canvas, two rows
+    assert packed[packed != NEWLINE].tolist() == [*range(16), *range(28, 36)]  # of an 8 x 4 canvas, two rows
 
 
-def test_pictures_together_are_pruned_by_the_outliers_of_all() -> None:
+def test_images_together_are_pruned_by_the_outliers_of_all() -> None:
     layout = TileGeometry.anyres((8, 12), (1, 2), (12, 12), 8)
     images = [encoded(layout, seed=seed) for seed in range(3)]
     batch = emulated.together(images)
@@ -73,7 +73,7 @@ def test_pictures_together_are_pruned_by_the_outliers_of_all() -> None:
     assert not torch.equal(PruMerge.release().reduce(batch).kept, torch.cat(alone))
 
 
-def test_a_share_of_outliers_counts_the_other_pictures() -> None:
+def test_a_share_of_outliers_counts_the_other_images() -> None:
     image, values = encoded(NARROW), torch.zeros(3, 16)
     values[:, 0] = 9.0  # one outlier in every tile
     assert OutlierAllocation(extra=0).allocate(image, 0, [16] * 3, values) == [1, 1, 1]
@@ -83,7 +83,7 @@ def test_a_share_of_outliers_counts_the_other_pictures() -> None:
     assert flat.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
 
 
-def test_the_second_picture_reads_the_attention_of_the_first() -> None:
+def test_the_second_image_reads_the_attention_of_the_first() -> None:
     first, second = encoded(NARROW, seed=0), encoded(NARROW, seed=1)
     read = emulated.shifted_attention(first, second)
     both = torch.cat([first.cls_logits(-1), second.cls_logits(-1)])

@@ -1,4 +1,4 @@
-"""One bright spot in a dark picture: the tokens that survive must be those whose pixels contain it.
+"""One bright spot in a dark image: the tokens that survive must be those whose pixels contain it.
 
 The tower is set so that every layer hands its input on and CLS attends to bright patches. Everything else is real:
 processor, vision tower, packing, adapter, strategy. A token grid or tile grid that is exchanged anywhere would keep
@@ -26,7 +26,7 @@ from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 
-SPOTS = [  # picture size, where the spot's centre is, as fractions of the picture; off every diagonal
+SPOTS = [  # image size, where the spot's center is, as fractions of the image; off every diagonal
     ((56, 112), (0.2, 0.85)),
     ((112, 56), (0.85, 0.2)),
     ((56, 168), (0.2, 0.65)),
@@ -74,8 +74,8 @@ def bright_model(family: str) -> Any:
     return model
 
 
-def picture(size: tuple[int, int], spot: tuple[float, float]) -> Image.Image:
-    """A dark picture with a bright square of a sixteenth of its sides around the spot."""
+def image(size: tuple[int, int], spot: tuple[float, float]) -> Image.Image:
+    """A dark image with a bright square of a sixteenth of its sides around the spot."""
     pixels = np.zeros((*size, 3), dtype=np.uint8)
     (y, x), half = (spot[0] * size[0], spot[1] * size[1]), max(2, max(size) // 32)
     pixels[max(0, int(y) - half) : int(y) + half, max(0, int(x) - half) : int(x) + half] = 255
@@ -83,11 +83,11 @@ def picture(size: tuple[int, int], spot: tuple[float, float]) -> Image.Image:
 
 
 def inputs_of(family: str, size: tuple[int, int], spot: tuple[float, float]) -> Any:
-    return tiny.tiny_processor(family)(images=picture(size, spot), text="USER: <image> what?", return_tensors="pt")
+    return tiny.tiny_processor(family)(images=image(size, spot), text="USER: <image> what?", return_tensors="pt")
 
 
 def shows(geometry: TileGeometry, kept: Tensor, size: tuple[int, int], spot: tuple[float, float]) -> tuple[bool, bool]:
-    """Whether a kept token of the base tile, and one of the sub-images, shows the centre of the spot."""
+    """Whether a kept token of the base tile, and one of the sub-images, shows the center of the spot."""
     boxes = token_boxes(geometry, size, tiny.TILE)
     y, x = spot[0] * size[0], spot[1] * size[1]
     inside = (boxes[..., 0] <= y) & (y < boxes[..., 2]) & (boxes[..., 1] <= x) & (x < boxes[..., 3])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from research.emulated import exchanged
 from tests.helpers.build import encoded
-from tokenprune.image import SEPARATOR, EncodedImage, TileGeometry
+from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components.allocation import VisualContentAllocation
@@ -81,12 +81,12 @@ def reached(kept: Tensor, image_size: tuple[int, int], true_grid: tuple[int, int
 
     Emulated of the release's fork of LLaVA-NeXT: (1) the tile grid comes out with height and width exchanged, so that
     sub-images cut as rows x cols are laid out as cols x rows; (2) LLaVA's `unpad_image` is applied to that canvas, in
-    tokens, with the picture's true height and width; (3) it happens after selection: chosen tokens that it cuts away
+    tokens, with the image's true height and width; (3) it happens after selection: chosen tokens that it cuts away
     are gone; (4) no newline tokens. The base tile is not touched. Nothing else of the model is emulated.
     """
     layout = TileGeometry.anyres(image_size, true_grid, (SIDE, SIDE), 336)
     places = exchanged(layout, image_size, 336)
-    return int(kept.flatten()[places[places != SEPARATOR]].sum())
+    return int(kept.flatten()[places[places != NEWLINE]].sum())
 
 
 PUBLISHED = [  # measured on the release: image size, tile grid, budget, asked, in the mask, reached the LLM
@@ -154,7 +154,7 @@ def test_repaired_budget_is_exact_on_every_aspect_ratio(size, budget) -> None:
 
 
 def hot_corner(corner: int) -> EncodedImage:
-    """A square picture whose early attention lies in one quadrant of the base tile."""
+    """A square image whose early attention lies in one quadrant of the base tile."""
     geometry = TileGeometry.anyres((672, 672), (2, 2), (SIDE, SIDE), 336)
     attention = torch.full((SIDE, SIDE), 1e-6)
     row, col = divmod(corner, 2)

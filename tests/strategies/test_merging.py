@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from tests.helpers.build import encoded
 from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
-from tokenprune.image import SEPARATOR, EncodedImage, Signal, TileGeometry
+from tokenprune.image import NEWLINE, EncodedImage, Signal, TileGeometry
 from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.stages import mix
 from tokenprune.strategies import TRIM, HiRED, PruMerge, SpatialPooling, VisionZip
-from tokenprune.strategies.components import ByScore, GlobalTopAllocation, MeanOfRest, PooledCells, UniformAllocation
+from tokenprune.strategies.components import (
+    GlobalTopAllocation,
+    MeanOfRestMerging,
+    PooledGridMerging,
+    ScoreOrder,
+    UniformAllocation,
+)
 from tokenprune.strategies.components.merging import bands_of_cells, evenly_spaced
 
 WIDE = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)  # with padding
@@ -28,13 +34,13 @@ WIDE = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)  # with padding
 def places_in_prompt(selection: Selection) -> torch.Tensor:
     """Flat index of each kept token in packed order."""
     packed = selection.geometry.packed
-    own = packed[packed != SEPARATOR]
+    own = packed[packed != NEWLINE]
     return own[selection.kept.flatten()[own]]
 
 
 def test_the_mean_of_the_rest_is_the_mean_of_the_rest() -> None:
     image = encoded(WIDE)
-    selection = HiRED(20, allocation=UniformAllocation(), merging=MeanOfRest()).reduce(image)
+    selection = HiRED(20, allocation=UniformAllocation(), merging=MeanOfRestMerging()).reduce(image)
     assert selection.kept_tokens == 20
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     merged = [row for row in range(20) if (weights[row] > 0).sum() > 1]
@@ -61,7 +67,7 @@ def test_every_token_of_visionzip_enters_somewhere_exactly_once() -> None:
     assert torch.allclose(weights.sum(dim=1), torch.ones(20))
 
 
-def test_a_neighbour_takes_part_by_its_attention() -> None:
+def test_a_neighbor_takes_part_by_its_attention() -> None:
     layout = TileGeometry.single((1, 4))
     signals = {
         ("joint_attention", 3): torch.tensor([[[0.4, 0.1, 0.3, 0.2]]]),
@@ -69,9 +75,9 @@ def test_a_neighbour_takes_part_by_its_attention() -> None:
         ("projector_inputs", 2): torch.eye(4)[None],
     }
     image = EncodedImage(layout, torch.zeros(1, 4, 1), signals, layers=4, feature_layer=2)
-    merging = replace(PruMerge().merging, neighbours=1)
+    merging = replace(PruMerge().merging, neighbors=1)
     weights = PruMerge(3, merging=merging).reduce(image).mixing.to_dense()  # type: ignore[union-attr]
-    # Tokens 0 and 2 stay; each takes up its likest neighbour; 1 and 3 are the rest, in the place of 3.
+    # Tokens 0 and 2 stay; each takes up its likest neighbor; 1 and 3 are the rest, in the place of 3.
     assert torch.allclose(weights[0], torch.tensor([1.0, 0.1, 0, 0]) / 1.1)
     assert torch.allclose(weights[1], torch.tensor([0, 0, 1.0, 0.2]) / 1.2)
     assert torch.allclose(weights[2], torch.tensor([0, 0.1, 0, 0.2]) / 0.3)
@@ -100,7 +106,8 @@ def test_pooling_averages_what_it_covers() -> None:
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 11, 13, 16])
 def test_pooling_takes_any_number(number: int) -> None:
     assert (
-        HiRED(number, allocation=UniformAllocation(), merging=PooledCells()).reduce(encoded(WIDE)).kept_tokens == number
+        HiRED(number, allocation=UniformAllocation(), merging=PooledGridMerging()).reduce(encoded(WIDE)).kept_tokens
+        == number
     )
 
 
@@ -113,15 +120,15 @@ def test_order_by_score() -> None:
     layout = TileGeometry.single((2, 2))
     signals = {("cls_attention", 2): torch.tensor([[[0.1, 0.3, 0.2, 0.0]]])}
     image = EncodedImage(layout, torch.zeros(1, 4, 1), signals, layers=4, feature_layer=2)
-    selection = HiRED(3, order=ByScore()).reduce(image)
+    selection = HiRED(3, order=ScoreOrder()).reduce(image)
     assert places_in_prompt(selection)[selection.order].tolist() == [1, 2, 0]
     with pytest.raises(ValueError, match="use positions='reindex'"):
-        HiRED(3, order=ByScore(), positions="preserve")
+        HiRED(3, order=ScoreOrder(), positions="preserve")
 
 
 def test_merging_works_in_one_pool() -> None:
     image = encoded(WIDE)
-    selection = HiRED(20, allocation=GlobalTopAllocation(), merging=MeanOfRest()).reduce(image)
+    selection = HiRED(20, allocation=GlobalTopAllocation(), merging=MeanOfRestMerging()).reduce(image)
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     assert weights.shape == (20, 64)
     (merged,) = [row for row in range(20) if (weights[row] > 0).sum() > 1]
@@ -190,7 +197,7 @@ def test_mixtures_before_the_projector_go_through_it(family: str) -> None:
         sources = image.projector_inputs().flatten(0, 1)
         with torch.no_grad():
             expected = projector(selection.mixing @ sources)
-        tokens = features[image.geometry.packed[selection.packed_mask()] != SEPARATOR]
+        tokens = features[image.geometry.packed[selection.packed_mask()] != NEWLINE]
         assert torch.allclose(tokens, expected, atol=1e-5)
 
 
@@ -199,7 +206,7 @@ def test_an_order_moves_tokens_and_leaves_newlines(family: str) -> None:
     run, expected, images = handed_over(family, Answers())
     _, found, _ = handed_over(family, Answers(backwards=True))
     for selection, one, other, image in zip(run.selections, expected, found, images, strict=True):
-        token = image.geometry.packed[selection.packed_mask()] != SEPARATOR
+        token = image.geometry.packed[selection.packed_mask()] != NEWLINE
         assert torch.equal(one[~token], other[~token])
         assert torch.equal(one[token].flip(0), other[token])
 

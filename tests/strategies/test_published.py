@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.helpers.build import encoded
 from tests.helpers.published import CASES, Case
 from tokenprune.budget import Budget
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.models._capture.attention import joint_row
 from tokenprune.selection import Selection
@@ -48,8 +48,8 @@ from tokenprune.strategies.components.diversity import (
     max_min_diverse,
     saliency_coverage,
 )
-from tokenprune.strategies.eadp import Representatives
-from tokenprune.strategies.hero import EarlyAndLateAttention
+from tokenprune.strategies.eadp import FacilityLocationSelection
+from tokenprune.strategies.hero import EarlyLateAttentionSelection
 
 TOKENS = 576
 
@@ -129,8 +129,8 @@ def test_divprune_release(number: int) -> None:
     one = EncodedImage(layout, tokens[None], newline=features[newline][0] if bool(newline.any()) else None)
     selection = DivPrune.release(case["ratio"]).reduce(one)
     expected = case["kept"].long()
-    assert selection.asked == number_kept == selection.kept_tokens + selection.kept_separators
-    assert selection.kept_separators == int(newline[expected].sum())
+    assert selection.asked == number_kept == selection.kept_tokens + selection.kept_newlines
+    assert selection.kept_newlines == int(newline[expected].sum())
     assert packed[selection.packed_mask() & ~newline].tolist() == packed[expected][packed[expected] >= 0].tolist()
 
 
@@ -333,14 +333,14 @@ def test_each_part_of_these_releases_matters() -> None:
     case, one, reducer = eadp_case(1)
     relevance = reducer.selection.relevance  # type: ignore[attr-defined]
     for change in ({"words": 0.5}, {"sharpness": 0.1}, {"whole": 0.0}, {"sigma": 0.1}, {"power": 2.0}):
-        other = replace(reducer, selection=Representatives(replace(relevance, **change)))
+        other = replace(reducer, selection=FacilityLocationSelection(replace(relevance, **change)))
         assert not torch.equal(other.reduce(one).kept, case["kept"]), change
     assert not torch.equal(replace(reducer, allocation=ScoreMassAllocation()).reduce(one).kept, case["kept"])
     case, one, hero = hero_case(1)
     for change in ({"retention": None}, {"saliency": 0.4}, {"density": 0.3}):
         allocation = replace(hero.allocation, **change)
         assert not torch.equal(replace(hero, allocation=allocation).reduce(one).kept, case["kept"]), change
-    swapped = EarlyAndLateAttention(LATE, EARLY)
+    swapped = EarlyLateAttentionSelection(LATE, EARLY)
     assert not torch.equal(replace(hero, selection=swapped).reduce(one).kept, case["kept"])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
-from tokenprune.catalogue import strategies
+from tokenprune.catalog import strategies
 from tokenprune.testing.conformance import CHECKS, LAYERS, check_reducer
 
 
@@ -76,7 +76,7 @@ class Remembers(Norm):
 
 @dataclass
 class SquareOnly(Norm):
-    """Fails on high pictures."""
+    """Fails on high images."""
 
     def score(self, image: EncodedImage) -> Tensor:
         if image.geometry.tile_grid == (3, 1) and image.layers == LAYERS:
@@ -95,7 +95,7 @@ class LowPrecision(Attention):
 
 @dataclass
 class DividesByZero(Attention):
-    """Normalises by a sum that can be zero."""
+    """Normalizes by a sum that can be zero."""
 
     def score(self, image: EncodedImage) -> Tensor:
         attention = super().score(image)
@@ -144,7 +144,7 @@ def hidden_setting() -> HiddenSetting:
 
 
 @dataclass
-class LooksAtItsNeighbours(Attention):
+class LooksAtItsNeighbors(Attention):
     """Decides by whether other images were encoded beside this one."""
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -187,7 +187,7 @@ MISTAKES = {
     "inputs unchanged": WritesIntoTheImage(),
     "needs": AsksTooMuch(),
     "round trips": hidden_setting(),
-    "batch invariant": LooksAtItsNeighbours(),
+    "batch invariant": LooksAtItsNeighbors(),
     "leaves no trace": SpoilsTheModel(),
 }
 

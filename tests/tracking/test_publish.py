@@ -81,8 +81,8 @@ def check_experiment(run: SimpleNamespace, job: str) -> None:
     entry = media(run, "vis/selection/boards-1000")
     stored = entry["masks"]["tokens"]["path"] if "masks" in entry else entry["masks.tokens.path"]
     mask = np.asarray(Image.open(run.folder / "files" / stored))
-    with Image.open(run.folder / "files" / entry["path"]) as picture:
-        assert picture.size == mask.shape[::-1]
+    with Image.open(run.folder / "files" / entry["path"]) as image:
+        assert image.size == mask.shape[::-1]
     assert set(np.unique(mask)) >= {0, 1, 2}
     (artifact,) = [one for one in run.records["artifact"] if one.type == "experiment"]
     assert "config.yaml" in [entry.path for entry in artifact.manifest.contents]

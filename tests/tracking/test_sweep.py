@@ -294,7 +294,7 @@ def test_the_score_of_a_run_is_read_from_its_records(tmp_path: Path) -> None:
     line = ["evaluate", "--reducer.budget=0.1", f"--out={tmp_path}", "--quiet=True"]
     with pytest.raises(ValueError, match="no answered sample"):
         mean_score(line)
-    folder = tmp_path / "cells" / parsed(["evaluate", "--reducer.budget=0.1"]).hash()
+    folder = tmp_path / "settings" / parsed(["evaluate", "--reducer.budget=0.1"]).hash()
     folder.mkdir(parents=True)
     rows = [{"score": 1.0, "error": None}, {"score": 0.5, "error": None}, {"score": 0.0, "error": "x"}]
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -19,7 +19,7 @@ from PIL import Image
 from tests.helpers.wandb_runs import forget_account, media, read_back, values
 from tokenprune import Selection, TileGeometry
 from tokenprune.experiments.tracking import tracker as tracking
-from tokenprune.experiments.tracking.tracker import GAP, Tracker, metrics, picture_and_mask, tracked
+from tokenprune.experiments.tracking.tracker import GAP, Tracker, image_and_mask, metrics, tracked
 
 CONFIG = {"reducer": {"class_path": "HiRED", "init_args": {"budget": 0.1}}, "seed": 0}
 RECORD = {"sample": "boards/1", "answer": ["3", "three"], "prediction": "3", "score": 1.0, "correct": True, "kept": 10}
@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             tracker.overlay("boards/1000/3", selection())
             tracker.pareto([{"name": "a", "kept": 10, "score": 0.5}, {"name": "b", "kept": 20, "score": 0.4}])
             tracker.finish({"accuracy": 0.75, "by_type": {"count": 0.5}, "note": "x"}, [folder / "config.yaml"])
-    tracker.log.removeHandler(handler)
+    tracking.log.removeHandler(handler)
     assert place is not None
     records: dict[str, list[Any]] = {}
     until = time.monotonic() + 30
@@ -142,9 +142,9 @@ def test_answers_stand_in_a_table(run: SimpleNamespace) -> None:
     assert rows[3]["error"] == "broken"
 
 
-def test_kept_and_dropped_tokens_are_masks_of_a_picture(run: SimpleNamespace) -> None:
+def test_kept_and_dropped_tokens_are_masks_of_an_image(run: SimpleNamespace) -> None:
     entry = media(run, "vis/selection/boards-1000-3")
-    pixels, mask = picture_and_mask(selection())
+    pixels, mask = image_and_mask(selection())
     assert np.array_equal(np.asarray(Image.open(run.folder / "files" / entry["path"]).convert("RGB")), pixels)
     stored = entry["masks"]["tokens"]["path"] if "masks" in entry else entry["masks.tokens.path"]
     assert np.array_equal(np.asarray(Image.open(run.folder / "files" / stored)), mask)
@@ -165,7 +165,7 @@ def test_files_are_kept_as_an_artifact(run: SimpleNamespace) -> None:
 
 def test_the_mask_follows_the_tiles() -> None:
     one = selection((2, 2), (40, 80))  # rows above and below are padding
-    pixels, mask = picture_and_mask(one)
+    pixels, mask = image_and_mask(one)
     assert pixels.shape == (2 * 40 + GAP, 40 + 3 * GAP + 2 * 40 + GAP, 3)
     assert mask.shape == pixels.shape[:2]
     for tile in range(one.geometry.tiles):
@@ -179,7 +179,7 @@ def test_the_mask_follows_the_tiles() -> None:
         for token in one.kept[tile].nonzero()[:, 0].tolist():
             assert part[token // 4 * 10 + 5, token % 4 * 10 + 5] == 1
     assert (mask == 0).sum() == mask.size - one.geometry.tiles * 1600
-    single = picture_and_mask(selection((0, 0)))[1]
+    single = image_and_mask(selection((0, 0)))[1]
     assert single.shape == (40, 40)
 
 
@@ -352,12 +352,12 @@ def test_parameters_of_a_sweep_stay_its_own(tmp_path: Path, monkeypatch: pytest.
     assert run.config == {"reducer": "HiRED", "resolved.reducer": CONFIG["reducer"], "seed": 0}
 
 
-def test_pictures_have_a_limit_and_need_pixels(
+def test_images_have_a_limit_and_need_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = FakeRun(tmp_path)
     install(monkeypatch, run)
-    monkeypatch.setattr(tracking, "MAX_PICTURES", 2)
+    monkeypatch.setattr(tracking, "MAX_IMAGES", 2)
     one = selection()
     with tracked("proj", directory=tmp_path) as tracker:
         tracker.overlay("none", Selection(one.geometry, one.kept, one.asked))
@@ -365,7 +365,7 @@ def test_pictures_have_a_limit_and_need_pixels(
             tracker.overlay(name, one)
         assert tracker.active
     assert [key for row in run.logged for key in row] == ["vis/selection/a", "vis/selection/b"]
-    assert sum("first 2 pictures" in warning for warning in warnings_of(caplog)) == 1
+    assert sum("first 2 images" in warning for warning in warnings_of(caplog)) == 1
 
 
 def test_files_that_are_not_there_are_named(

@@ -21,11 +21,11 @@ def run(argv: Sequence[str]) -> int:
         prog="tokenprune ablate",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Run a grid of experiments, or go on with it: every picture is encoded once for all settings.",
+        description="Run a grid of experiments, or go on with it: every image is encoded once for all settings.",
     )
     parser.add_argument("grid", type=str, help="YAML file of the ablation")
     parser.add_argument("--out", type=str, help="run directory; tokenprune-runs/NAME of the file if left out")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the pictures, one a GPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the images, one a GPU")
     parser.add_argument("--shard", type=str, help="i/n: every n-th setting from the i-th on, for arrays of jobs")
     parser.add_argument("--wandb", type=str, help="W&B project; all settings are published when the grid is done")
     add_flag(parser, "--retry-errors", "try samples again that failed before")
@@ -35,14 +35,14 @@ def run(argv: Sequence[str]) -> int:
     add_flag(parser, "--quiet", "show no progress")
     config = parse_options(parser, argv)
     if config.dry_run:
-        cells = shard_of(expand(load_config(config.grid)), config.shard)
-        print("\n".join(f"{cell.experiment.hash()}  {cell.role:8}  {cell.name}" for cell in cells))
-        print(f"{len(cells)} settings")
+        settings = shard_of(expand(load_config(config.grid)), config.shard)
+        print("\n".join(f"{setting.experiment.hash()}  {setting.role:8}  {setting.name}" for setting in settings))
+        print(f"{len(settings)} settings")
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
-    grid, shard, workers, pictures = config.grid, config.shard, config.workers, config.pictures
+    grid, shard, workers, images = config.grid, config.shard, config.workers, config.images
     retry, fresh = config.retry_errors, config.fresh
-    code = show(lambda tell: ablate(grid, out, shard, workers, tell, retry, pictures, fresh), out, config.quiet)
+    code = show(lambda tell: ablate(grid, out, shard, workers, tell, retry, images, fresh), out, config.quiet)
     if config.wandb is not None and rank_and_world()[0] == 0:
         publish(out, config.wandb)
     return code

@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
         prog="tokenprune bench",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Measure what choosing tokens costs beside encoding the picture, in turns in one run. "
+        description="Measure what choosing tokens costs beside encoding the image, in turns in one run. "
         "`tokenprune bench run --help` tells how whole models are measured.",
     )
     parser.add_argument("what", choices=["strategies", "run"], help="what to measure")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.experiments.evaluation.loading import load, model_inputs
-from tokenprune.image_files import load_picture, save_picture
+from tokenprune.image_files import load_image, save_image
 from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question about one picture, answered twice.
+    """One question about one image, answered twice.
 
     `ttft` is the time of a whole call that makes one token (preparation excluded, vision tower included): the median of
     several, full and reduced in turn, after a warm-up of both.
@@ -75,27 +75,27 @@ class Answer:
 
 
 def answer_all(request: Request) -> list[Answer]:
-    """Load everything, then answer each question about each picture.
+    """Load everything, then answer each question about each image.
 
     Raises:
-        ValueError: if a picture, the model or an option cannot be used; it says which and what to do.
+        ValueError: if an image, the model or an option cannot be used; it says which and what to do.
         OSError: if the overlay cannot be written.
     """
     if request.max_new_tokens < 1 or request.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
-    files = list(request.images) if request.images else [str(mini.picture_path())]
-    pictures = [load_picture(file) for file in files]
+    files = list(request.images) if request.images else [str(mini.image_path())]
+    images = [load_image(file) for file in files]
     if request.questions:
         questions: list[tuple[str, str | None]] = [(question, None) for question in request.questions]
     elif request.images:
-        questions = [("What is in the picture?", None)]
+        questions = [("What is in the image?", None)]
     else:
         known = mini.demo_questions()
         first = {kind: next((q for q in known if q["type"] == kind), None) for kind in DEMO_TYPES}
         questions = [(q["question"], q["answer"]) for q in first.values() if q is not None]
     for question, _ in questions:
         if not question.strip() or "<image>" in question:
-            raise ValueError(f"--question {question!r}: give words; the place of the picture is put in by itself")
+            raise ValueError(f"--question {question!r}: give words; the place of the image is put in by itself")
     out = Path(request.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,15 +103,15 @@ def answer_all(request: Request) -> list[Answer]:
         raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); give another place") from error
     model, processor = load(request.model, request.device, request.dtype)
     answers = []
-    for number, (file, picture) in enumerate(zip(files, pictures, strict=True)):
+    for number, (file, image) in enumerate(zip(files, images, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
         for position, (question, expected) in enumerate(questions):
-            inputs = model_inputs(model, processor, picture, [question], file)
+            inputs = model_inputs(model, processor, image, [question], file)
             answers.append(answer(model, processor, inputs, request, file, question, expected, overlay))
             run = answers[-1][1]
             if position == 0:
                 try:
-                    save_picture(report(run.selections[0], picture), overlay)
+                    save_image(report(run.selections[0], image), overlay)
                 except OSError as error:
                     raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
     return [one for one, _ in answers]

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from tokenprune.cli.parsing import one_line
+from tokenprune.cli.parsing import format_error
 
 INPUT_ERRORS = (LookupError, ValueError, TypeError, ArgumentError)
 """Errors that wrong options raise while they are parsed and instantiated."""
@@ -25,7 +25,7 @@ def user_error(error: Exception, parser: ArgumentParser) -> UserError:
         error: the error that parsing raised.
         parser: the parser of the command.
     """
-    return UserError(one_line(error, [option for action in parser._actions for option in action.option_strings]))
+    return UserError(format_error(error, [option for action in parser._actions for option in action.option_strings]))
 
 
 def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Any:

@@ -10,10 +10,10 @@ from jsonargparse.typing import NonNegativeInt
 
 from tokenprune.cli.errors import INPUT_ERRORS, add_flag, user_error
 from tokenprune.cli.progress import show
-from tokenprune.experiments.evaluation.experiment import Cell, check_records, discard_records, rank_and_world
+from tokenprune.experiments.evaluation.experiment import Setting, check_records, discard_records, rank_and_world
 from tokenprune.experiments.evaluation.grid import experiment_of, experiment_parser
 from tokenprune.experiments.evaluation.records import forget_errors
-from tokenprune.experiments.evaluation.stored_images import PICTURES
+from tokenprune.experiments.evaluation.stored_images import IMAGES
 from tokenprune.experiments.tracking.publish import run_tracked
 
 
@@ -37,30 +37,30 @@ def run(argv: Sequence[str]) -> int:
         experiment = experiment_of(list(argv), parser, own)
     except INPUT_ERRORS as error:
         raise user_error(error, parser) from error
-    cell = Cell(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
+    setting = Setting(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
     out = Path(own.out)
     if own.fresh and rank_and_world()[1] > 1:
         raise user_error(
             ValueError("--fresh cannot be used under torchrun; run the command once without torchrun"), parser
         )
     if own.fresh:
-        discard_records([cell], out)
+        discard_records([setting], out)
     if own.retry_errors:
-        forget_errors(cell.folder(out))
-    check_records([cell], out)  # before W&B receives records of another state
-    return show(lambda tell: run_tracked(cell, out, own.wandb, *rank_and_world(), tell, own.pictures), out, own.quiet)
+        forget_errors(setting.folder(out))
+    check_records([setting], out)  # before W&B receives records of another state
+    return show(lambda tell: run_tracked(setting, out, own.wandb, *rank_and_world(), tell, own.images), out, own.quiet)
 
 
 def add_stored_images(parser: ArgumentParser) -> None:
-    """Add the option `--pictures` of commands that store images.
+    """Add the option `--images` of commands that store images.
 
     Args:
         parser: the parser of the command.
     """
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=NonNegativeInt,
-        default=PICTURES,
-        help="so many pictures are stored in the run directory, evenly spread, with the kept tokens in their records; "
+        default=IMAGES,
+        help="so many images are stored in the run directory, evenly spread, with the kept tokens in their records; "
         "a report needs them to show failures, 0 stores none",
     )

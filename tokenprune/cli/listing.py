@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.catalogue import adapters
+from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import presets, with_plugins
 from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
 from tokenprune.policies import (
@@ -24,7 +24,7 @@ from tokenprune.policies import (
     SelectionPolicy,
 )
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
-from tokenprune.saliency import SecondLook, attention_source
+from tokenprune.saliency import SaliencyModel, attention_source
 from tokenprune.testing.conformance import Report
 
 Row = Mapping[str, str]
@@ -97,7 +97,7 @@ COMPONENT_KINDS: Mapping[str, type[Component]] = {
     "merging": MergingPolicy,
     "relevance": RelevancePolicy,
     "order": OrderPolicy,
-    "second look": SecondLook,
+    "second look": SaliencyModel,
 }
 
 
@@ -167,8 +167,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
     columns = [name for name in rows[0] if name != "parameters"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [f"`{row[name]}`" if name in ("name", "family") else row[name].replace("|", "or") for name in columns]
-        lines.append(f"| {' | '.join(cells)} |")
+        settings = [
+            f"`{row[name]}`" if name in ("name", "family") else row[name].replace("|", "or") for name in columns
+        ]
+        lines.append(f"| {' | '.join(settings)} |")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
 
 commands:
-  run       answer questions about pictures, with all visual tokens and with a strategy, side by side
+  run       answer questions about images, with all visual tokens and with a strategy, side by side
   evaluate  run one experiment and write a record a sample
   ablate    run a grid of experiments, with baselines; the same command goes on after a stop
   report    tables and figures of a run directory

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from tokenprune.catalogue import components, strategies
+from tokenprune.catalog import components, strategies
 from tokenprune.configuration import as_config, import_path
 from tokenprune.policies import Component, Configurable
 from tokenprune.reducer import TokenReducer
@@ -272,7 +272,7 @@ def content_of(config: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def one_line(error: BaseException, options: Iterable[str] = ()) -> str:
+def format_error(error: BaseException, options: Iterable[str] = ()) -> str:
     """Return an error as one line that names the place, what was wrong, and the nearest valid name.
 
     Args:

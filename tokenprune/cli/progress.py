@@ -37,9 +37,9 @@ def show(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quie
         task = bar.add_task("", total=None, score="")
 
         def tell(progress: Progress) -> None:
-            score, number = progress.scores.get(progress.cell, (0.0, 0))
+            score, number = progress.scores.get(progress.setting, (0.0, 0))
             shown = f"{100 * score / number:.1f} %" if number else ""
-            bar.update(task, total=progress.total, completed=progress.done, description=progress.cell, score=shown)
+            bar.update(task, total=progress.total, completed=progress.done, description=progress.setting, score=shown)
 
         try:
             progress = work(tell)
@@ -48,7 +48,7 @@ def show(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quie
             print(f"stopped; the same command goes on where it was ({out})", file=sys.stderr)
             raise
     if not quiet:
-        each = f"{progress.encodes / progress.pictures:g}" if progress.pictures else "0 (all was done)"
+        each = f"{progress.encodes / progress.images:g}" if progress.images else "0 (all was done)"
         print(f"{progress.done} records in {out}; encodes per image: {each}", file=sys.stderr)
         if progress.more_encodes:
             print(

@@ -22,13 +22,13 @@ def run_parser() -> ArgumentParser:
         prog="tokenprune run",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Answer questions about pictures with all visual tokens and with a strategy, side by side.",
+        description="Answer questions about images with all visual tokens and with a strategy, side by side.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
     parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
-    parser.add_argument("--image", type=str, nargs="+", help="picture files; left out: the bundled board")
-    parser.add_argument("--question", type=str, nargs="+", help="questions; each is asked about each picture")
+    parser.add_argument("--image", type=str, nargs="+", help="image files; left out: the bundled board")
+    parser.add_argument("--question", type=str, nargs="+", help="questions; each is asked about each image")
     parser.add_argument(
         "--reducer",
         type=TokenReducer,

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from tokenprune.cli.errors import UserError, add_flag, parse_options
 from tokenprune.cli.evaluate import evaluate_parser
-from tokenprune.experiments.evaluation.experiment import Cell
+from tokenprune.experiments.evaluation.experiment import Setting
 from tokenprune.experiments.evaluation.grid import experiment_of
 from tokenprune.experiments.evaluation.records import NAME, read_lines
 from tokenprune.experiments.tracking.sweep import command_line, read, run_local
@@ -63,8 +63,8 @@ def mean_score(line: Sequence[str]) -> float:
     if line[:1] != ["evaluate"]:
         raise ValueError(f"method: bayes reads the records of `tokenprune evaluate`, not of {' '.join(line[:1])!r}")
     own = Namespace()  # type: ignore[no-untyped-call]
-    cell = Cell(experiment_of(line[1:], evaluate_parser(), own), "")
-    scores = [row["score"] for row in read_lines(cell.folder(Path(own.out)) / NAME) if row["error"] is None]
+    setting = Setting(experiment_of(line[1:], evaluate_parser(), own), "")
+    scores = [row["score"] for row in read_lines(setting.folder(Path(own.out)) / NAME) if row["error"] is None]
     if not scores:
-        raise ValueError(f"{cell.folder(Path(own.out))} has no answered sample")
+        raise ValueError(f"{setting.folder(Path(own.out))} has no answered sample")
     return float(sum(scores) / len(scores))

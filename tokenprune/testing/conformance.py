@@ -19,8 +19,8 @@ from torch import Tensor
 from tokenprune.adapter import Adapter, adapters
 from tokenprune.image import (
     CLS_SIGNALS,
+    NEWLINE,
     ROW_SIGNALS,
-    SEPARATOR,
     TEXT_SIGNALS,
     USED_WHEN_ATTACHED,
     EncodedImage,
@@ -36,7 +36,7 @@ from tokenprune.selection import Selection
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
 """The tower that hand-built images come from; as deep as CLIP-L, so that its layer numbers exist."""
 
-QUESTION = "what is in the picture"
+QUESTION = "what is in the image"
 """Asked of example models by strategies that read the question."""
 
 LAYOUTS: Mapping[str, TileGeometry] = {
@@ -227,7 +227,7 @@ def spatial_order(reducer: TokenReducer) -> None:
         if selection.mixing is None:
             continue
         packed = selection.geometry.packed
-        own = packed[packed != SEPARATOR]
+        own = packed[packed != NEWLINE]
         own = own[selection.kept.flatten()[own]]
         weights = selection.mixing.to_dense().gather(1, own[:, None])[:, 0]
         if strangers := int((weights == 0).sum()):

@@ -1,4 +1,4 @@
-"""What a report is made of: headings, text, tables and pictures, before they take a form."""
+"""What a report is made of: headings, text, tables and images, before they take a form."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """A figure.
 
     Args:
@@ -74,4 +74,4 @@ class Sides:
     paths: Sequence[str] = ()
 
 
-Block: TypeAlias = Heading | Text | Table | Picture | Sides
+Block: TypeAlias = Heading | Text | Table | Image | Sides

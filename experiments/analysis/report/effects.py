@@ -35,7 +35,7 @@ def factor_blocks(found: Sequence[Factor]) -> list[Block]:
         for level in one.levels:
             behind = DASH if level.behind is None else interval_text(replace_sign(level.behind), sign=True)
             lines.append([level.name, interval_text(level.score), behind, _standing(level.behind)])
-        per_level = one.cells // len(one.levels)
+        per_level = one.settings // len(one.levels)
         count = f"{per_level} experiment{'s' if per_level != 1 else ''} a level"
         left = f", {one.left_out} without a partner at every level left out" if one.left_out else ""
         blocks += [

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Sides, Text
 from tokenprune.experiments.analysis.report.formatting import budget_text
-from tokenprune.experiments.analysis.report.rows import budgets, rows, settings
-from tokenprune.experiments.analysis.stats import Cell, Record, Results, full_of
+from tokenprune.experiments.analysis.report.rows import budgets, contexts, rows
+from tokenprune.experiments.analysis.stats import Record, Results, Setting, full_of
 from tokenprune.experiments.evaluation.stored_images import from_record
 from tokenprune.selection import Selection
 
@@ -41,8 +41,8 @@ class Failure:
     number: int
     selections: tuple[Selection, ...] = ()
 
-    def pictures(self) -> dict[str, Image.Image]:
-        """Return the picture and the kept tokens of both settings by the path of their files in the report."""
+    def images(self) -> dict[str, Image.Image]:
+        """Return the image and the kept tokens of both settings by the path of their files in the report."""
         if not self.selections:
             return {}
         drawn = [whole(self.selections[0]), *(selection.overlay() for selection in self.selections)]
@@ -51,7 +51,7 @@ class Failure:
     @property
     def paths(self) -> list[str]:
         """Paths of the files in the report."""
-        return [f"figures/failure-{self.number}-{name}.png" for name in ("picture", "first", "second")]
+        return [f"figures/failure-{self.number}-{name}.png" for name in ("image", "first", "second")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +59,17 @@ class Comparison:
     """Two settings side by side.
 
     Args:
-        cells: the two experiments.
+        settings: the two experiments.
         names: what their rows are called.
         why: why these two.
         full: whether there are full tokens to compare with.
         alone: samples that only the first and only the second has right, and full tokens too where there are any.
         common: samples that all of them answered.
         shown: the failures to show.
-        unseen: why no picture can be shown; empty if one can.
+        unseen: why no image can be shown; empty if one can.
     """
 
-    cells: tuple[Cell, Cell]
+    settings: tuple[Setting, Setting]
     names: tuple[str, str]
     why: str
     full: bool
@@ -90,15 +90,15 @@ def side_by_side(results: Results, names: Sequence[str] | None = None) -> list[C
         ValueError: if a name is not known or not of one setting, or the two differ in model or task.
     """
     if names is not None:
-        first, second = (_named(name, results.cells) for name in names)
+        first, second = (_named(name, results.settings) for name in names)
         if first is second:
             raise ValueError(f"{names[0]} and {names[1]} are the same setting, {first.name}; give two to compare")
-        if first.setting != second.setting:
+        if first.context != second.context:
             raise ValueError(f"{first.name} and {second.name} differ in model or task; give two that share them")
-        part = settings(results.cells)[first.setting]
+        part = contexts(results.settings)[first.context]
         return [_compared(first, second, part, "as asked for", results.directory, 1)]
     found: list[Comparison] = []
-    for part in settings(results.cells).values():
+    for part in contexts(results.settings).values():
         pair = best_two(part)
         if pair is not None:
             first, second, why = pair
@@ -107,28 +107,28 @@ def side_by_side(results: Results, names: Sequence[str] | None = None) -> list[C
     return found
 
 
-def best_two(cells: Sequence[Cell]) -> tuple[Cell, Cell, str] | None:
+def best_two(settings: Sequence[Setting]) -> tuple[Setting, Setting, str] | None:
     """Return the best setting of the smallest budget and the best of those that answer otherwise, and why these.
 
     Settings of the grid come before baselines. The smallest budget is where methods differ most.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
     """
-    for budget in budgets(cells):
-        there = [c for c in cells if c.budget == budget and c.role != "full" and c.score.n]
-        there.sort(key=lambda cell: (cell.role != "grid", -cell.score.mean))
+    for budget in budgets(settings):
+        there = [c for c in settings if c.budget == budget and c.role != "full" and c.score.n]
+        there.sort(key=lambda setting: (setting.role != "grid", -setting.score.mean))
         if len(there) < 2:
             continue
         first, others = there[0], there[1:]
-        second = next((cell for cell in others if any(_alone(first, cell))), others[0])
+        second = next((setting for setting in others if any(_alone(first, setting))), others[0])
         place = others.index(second)
         passed = f" ({place} between them answer{'s' * (place == 1)} like the best)" if place else ""
         return first, second, f"the best two at the smallest budget{passed}"
     return None
 
 
-def _alone(first: Cell, second: Cell) -> tuple[int, int]:
+def _alone(first: Setting, second: Setting) -> tuple[int, int]:
     """Return how many samples only the first, and only the second has right."""
     pairs = [(one, second.answered[s]) for s, one in first.answered.items() if s in second.answered]
     return (
@@ -137,24 +137,24 @@ def _alone(first: Cell, second: Cell) -> tuple[int, int]:
     )
 
 
-def _named(name: str, cells: Sequence[Cell]) -> Cell:
+def _named(name: str, settings: Sequence[Setting]) -> Setting:
     """Return the experiment of a name or of a hash, which may be cut."""
-    found = [cell for cell in cells if cell.name == name]
+    found = [setting for setting in settings if setting.name == name]
     if not found and re.fullmatch("[0-9a-f]{4,}", name):
-        found = [cell for cell in cells if cell.hash.startswith(name)]
+        found = [setting for setting in settings if setting.hash.startswith(name)]
     if len(found) == 1:
         return found[0]
     if found:
-        hashes = ", ".join(f"{cell.hash}" for cell in found)
+        hashes = ", ".join(f"{setting.hash}" for setting in found)
         raise ValueError(f"{len(found)} settings are called {name!r}; give the hash of one: {hashes}")
-    known = [cell.name for cell in cells]
+    known = [setting.name for setting in settings]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no setting is called {name!r}.{hint} cells.csv lists the names and hashes of all")
+    raise ValueError(f"no setting is called {name!r}.{hint} settings.csv lists the names and hashes of all")
 
 
 def _compared(
-    first: Cell, second: Cell, part: Sequence[Cell], why: str, directory: Path | None, number: int
+    first: Setting, second: Setting, part: Sequence[Setting], why: str, directory: Path | None, number: int
 ) -> Comparison:
     full = full_of(first, part)
     common = [s for s in first.answered if s in second.answered and (full is None or s in full.answered)]
@@ -166,11 +166,11 @@ def _compared(
     def selections(sample: str) -> tuple[Selection, ...]:
         if directory is None:
             return ()
-        one, other = (from_record(directory, cell.answered[sample]) for cell in (first, second))
+        one, other = (from_record(directory, setting.answered[sample]) for setting in (first, second))
         return () if one is None or other is None else (one, other)
 
     def drawable(sample: str) -> bool:
-        return all(cell.answered[sample].get("selection") for cell in (first, second))
+        return all(setting.answered[sample].get("selection") for setting in (first, second))
 
     shown: list[Failure] = []
     for side in sides:
@@ -181,15 +181,15 @@ def _compared(
     unseen = ""
     if shown and not any(one.selections for one in shown):
         if any(map(drawable, failed)):
-            unseen = "Their pictures are not in the folder `pictures` of the run directory: they stand in words only."
+            unseen = "Their images are not in the folder `images` of the run directory: they stand in words only."
         else:
             unseen = (
                 "Their records hold no kept tokens, so they stand in words only. Either they were made with "
-                "`--pictures 0`, by an earlier version, or with an adapter that cannot tell its pixels; or their "
-                "pictures are not among those that were stored (`--pictures N` stores more)."
+                "`--images 0`, by an earlier version, or with an adapter that cannot tell its pixels; or their "
+                "images are not among those that were stored (`--images N` stores more)."
             )
     named = {entry.hash: name for name, entries in rows(part) for entry in entries.values()}
-    names = [named.get(cell.hash, cell.name) for cell in (first, second)]
+    names = [named.get(setting.hash, setting.name) for setting in (first, second)]
     return Comparison(
         (first, second),
         (names[0], names[1]),
@@ -202,11 +202,11 @@ def _compared(
     )
 
 
-def _spread(samples: Sequence[str], cell: Cell) -> list[str]:
-    """Return a few samples, of different pictures where possible, evenly spread over the task."""
+def _spread(samples: Sequence[str], setting: Setting) -> list[str]:
+    """Return a few samples, of different images where possible, evenly spread over the task."""
     firsts: dict[str, str] = {}
     for sample in samples:
-        firsts.setdefault(str(cell.answered[sample]["group"]), sample)
+        firsts.setdefault(str(setting.answered[sample]["group"]), sample)
     rest = [sample for sample in samples if sample not in firsts.values()]
     chosen = list(firsts.values())
     if len(chosen) >= SHOWN:
@@ -215,7 +215,7 @@ def _spread(samples: Sequence[str], cell: Cell) -> list[str]:
 
 
 def whole(selection: Selection) -> Image.Image:
-    """Return the picture at the highest resolution that the model saw, without padding.
+    """Return the image at the highest resolution that the model saw, without padding.
 
     Args:
         selection: a selection with pixels.
@@ -255,7 +255,7 @@ def failure_blocks(found: Sequence[Comparison], several: bool) -> list[Block]:
     if not found:
         return [*blocks, Text(["No budget has two settings to compare."])]
     for one in found:
-        titles = [f"{name} at {budget_text(c.budget)}" for name, c in zip(one.names, one.cells, strict=True)]
+        titles = [f"{name} at {budget_text(c.budget)}" for name, c in zip(one.names, one.settings, strict=True)]
         if several:
             blocks.append(Heading(f"{titles[0]} and {titles[1]}", 3))
         condition = "full tokens have right" if one.full else "were answered (there are no full tokens to ask)"
@@ -264,7 +264,7 @@ def failure_blocks(found: Sequence[Comparison], several: bool) -> list[Block]:
                 [
                     f"**{titles[0]}** and **{titles[1]}**, {one.why}: of {one.common} samples in common, and among "
                     f"those that {condition}, only the first has {one.alone[0]} right, only the second {one.alone[1]}. "
-                    f"Shown: up to {SHOWN} of each, spread over the pictures and not picked by eye."
+                    f"Shown: up to {SHOWN} of each, spread over the images and not picked by eye."
                 ]
             )
         )
@@ -299,7 +299,7 @@ def _failure(failure: Failure, one: Comparison, level: int) -> list[Block]:
         for r in failure.records
     ]
     if failure.selections:
-        heads, captions = ["the picture", *heads], ["as the model saw it", *captions]
+        heads, captions = ["the image", *heads], ["as the model saw it", *captions]
     return [*blocks, Sides(heads, captions, failure.paths if failure.selections else ())]
 
 

@@ -11,48 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.experiments.analysis.report.comparisons import against_full, against_random
-from tokenprune.experiments.analysis.report.rows import settings
-from tokenprune.experiments.analysis.stats import Cell, Difference, short
+from tokenprune.experiments.analysis.report.rows import contexts
+from tokenprune.experiments.analysis.stats import Difference, Setting, short
 
 
-def cell_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """Return one row an experiment, with its differences to full tokens and to every random seed that is there.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
     """
     full: dict[str, Difference] = {}
     random: dict[tuple[str, int], Difference] = {}
-    for part in settings(cells).values():
-        full |= {cell.hash: difference for cell, difference in against_full(part)}
-        random |= {(cell.hash, seed): difference for cell, seed, difference in against_random(part)}
+    for part in contexts(settings).values():
+        full |= {setting.hash: difference for setting, difference in against_full(part)}
+        random |= {(setting.hash, seed): difference for setting, seed, difference in against_random(part)}
     found = []
-    for cell in cells:
+    for setting in settings:
         row: dict[str, Any] = {
-            "hash": cell.hash,
-            "name": cell.name,
-            "method": cell.method,
-            "strategy": cell.strategy,
-            "budget": cell.budget,
-            "role": cell.role,
-            "seed": cell.seed,
-            "model": short(json.loads(cell.setting[0])),
-            "task": short(json.loads(cell.setting[1])),
-            "metric": cell.metric,
-            "n": cell.score.n,
-            "n_errors": cell.n_errors,
-            "groups": cell.score.groups,
-            "mean": cell.score.mean,
-            "low": cell.score.low,
-            "high": cell.score.high,
+            "hash": setting.hash,
+            "name": setting.name,
+            "method": setting.method,
+            "strategy": setting.strategy,
+            "budget": setting.budget,
+            "role": setting.role,
+            "seed": setting.seed,
+            "model": short(json.loads(setting.context[0])),
+            "task": short(json.loads(setting.context[1])),
+            "metric": setting.metric,
+            "n": setting.score.n,
+            "n_errors": setting.n_errors,
+            "groups": setting.score.groups,
+            "mean": setting.score.mean,
+            "low": setting.score.low,
+            "high": setting.score.high,
         }
-        row |= {name: cell.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
-        row |= {f"{name}_median": cell.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
+        row |= {name: setting.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
+        row |= {f"{name}_median": setting.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
         if full:
-            row |= _difference_row("minus_full", full.get(cell.hash))
+            row |= _difference_row("minus_full", full.get(setting.hash))
         for seed in sorted({seed for _, seed in random}):
-            row |= _difference_row(f"minus_random_{seed}", random.get((cell.hash, seed)))
-        row |= {f"factor.{name}": short(value) for name, value in cell.factors.items()}
+            row |= _difference_row(f"minus_random_{seed}", random.get((setting.hash, seed)))
+        row |= {f"factor.{name}": short(value) for name, value in setting.factors.items()}
         found.append(row)
     return found
 
@@ -66,16 +66,22 @@ def _difference_row(name: str, difference: Difference | None) -> dict[str, Any]:
     return {f"{name}{part}": value for part, value in zip(parts, values, strict=True)}
 
 
-def record_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def record_rows(settings: Iterable[Setting]) -> list[dict[str, Any]]:
     """Return one row a record, with what identifies its experiment; lists are written as JSON.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
     """
     found = []
-    for cell in cells:
-        head = {"hash": cell.hash, "method": cell.method, "budget": cell.budget, "role": cell.role, "seed": cell.seed}
-        for record in cell.records:
+    for setting in settings:
+        head = {
+            "hash": setting.hash,
+            "method": setting.method,
+            "budget": setting.budget,
+            "role": setting.role,
+            "seed": setting.seed,
+        }
+        for record in setting.records:
             plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record.items()}
             found.append(head | plain)
     return found

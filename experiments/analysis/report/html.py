@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Picture, Sides, Table, Text
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Sides, Table, Text
 from tokenprune.experiments.analysis.report.formatting import SAME
 
 CSS = """
@@ -41,13 +41,13 @@ h4 { font-size: 1rem; margin: 1.4rem 0 .2rem; border-top: 1px solid #eee; paddin
 """
 
 
-def page(blocks: Iterable[Block], folder: Path, colours: Mapping[str, str]) -> str:
+def page(blocks: Iterable[Block], folder: Path, colors: Mapping[str, str]) -> str:
     """Return a report as one HTML file that needs no other: style and figures are inside.
 
     Args:
         blocks: the report.
         folder: where the figures lie.
-        colours: colour of rows by their name.
+        colors: color of rows by their name.
     """
     blocks = list(blocks)
     title = next(block.text for block in blocks if isinstance(block, Heading))
@@ -68,13 +68,13 @@ def page(blocks: Iterable[Block], folder: Path, colours: Mapping[str, str]) -> s
             out.append(f'<div class="note"><ul>{entries}</ul></div>')
         elif isinstance(block, Text):
             out += [f"<p>{_inline(line)}</p>" for line in block.lines]
-        elif isinstance(block, Picture):
+        elif isinstance(block, Image):
             image = _image(folder / block.path, block.caption.split(".")[0])
             out.append(f"<figure>{image}<figcaption>{_inline(block.caption)}</figcaption></figure>")
         elif isinstance(block, Sides):
-            out.append(_sides(block, folder, colours))
+            out.append(_sides(block, folder, colors))
         else:
-            out.append(_html_table(block, colours))
+            out.append(_html_table(block, colors))
     return "\n".join([*out, "</body></html>"]) + "\n"
 
 
@@ -83,26 +83,26 @@ def _image(path: Path, text: str) -> str:
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
 
-def _dot(name: str, colours: Mapping[str, str]) -> str:
-    return f'<span class="dot" style="background:{colours[name]}"></span>' if name in colours else ""
+def _dot(name: str, colors: Mapping[str, str]) -> str:
+    return f'<span class="dot" style="background:{colors[name]}"></span>' if name in colors else ""
 
 
-def _sides(block: Sides, folder: Path, colours: Mapping[str, str]) -> str:
+def _sides(block: Sides, folder: Path, colors: Mapping[str, str]) -> str:
     paths: Sequence[str | None] = block.paths or [None] * len(block.heads)
     parts = []
     for head, caption, path in zip(block.heads, block.captions, paths, strict=True):
         image = "" if path is None else _image(folder / path, head)
-        title = f'<div class="head">{_dot(head, colours)}{_inline(head)}</div>'
+        title = f'<div class="head">{_dot(head, colors)}{_inline(head)}</div>'
         parts.append(f"<figure>{title}{image}<figcaption>{_inline(caption)}</figcaption></figure>")
     return f'<div class="sides">{"".join(parts)}</div>'
 
 
-def _html_table(table: Table, colours: Mapping[str, str]) -> str:
+def _html_table(table: Table, colors: Mapping[str, str]) -> str:
     head = "".join(f"<th>{_inline(name)}</th>" for name in table.head)
     body = []
     for line in table.rows:
         name = line[0]
-        entries = [_dot(name, colours) + _inline(name), *map(_html_entry, line[1:])]
+        entries = [_dot(name, colors) + _inline(name), *map(_html_entry, line[1:])]
         body.append(f"<tr>{''.join(f'<td>{entry}</td>' for entry in entries)}</tr>")
     top = f"<thead><tr>{head}</tr></thead>" if any(table.head) else ""
     return f'<div class="wide"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'

@@ -6,26 +6,26 @@ import json
 from collections.abc import Sequence
 
 from tokenprune.experiments.analysis.report.formatting import DASH, SAME, interval_text
-from tokenprune.experiments.analysis.report.rows import full_rows, metric_text, setting_text, settings
+from tokenprune.experiments.analysis.report.rows import context_text, contexts, full_rows, metric_text
 from tokenprune.experiments.analysis.report.tables import accuracy_table
-from tokenprune.experiments.analysis.stats import Cell
+from tokenprune.experiments.analysis.stats import Setting
 
 
-def latex(cells: Sequence[Cell]) -> str:
+def latex(settings: Sequence[Setting]) -> str:
     """Return the main table for LaTeX with booktabs, one for each model and task.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
     """
     out = ["% Needs \\usepackage{booktabs,graphicx}; a table wider than the text is made smaller"]
-    for part in settings(cells).values():
+    for part in contexts(settings).values():
         table = accuracy_table(part, bold="")
         lines = [[name.strip(), *(_entry(e) for e in entries)] for name, *entries in table.rows]
-        full = [(_text(name), interval_text(cell.score)) for name, cell in full_rows(part)]
+        full = [(_text(name), interval_text(setting.score)) for name, setting in full_rows(part)]
         columns = len(table.head) - 1
         words = [f"{metric_text(part[0])} in percent, 95 % intervals from a bootstrap over groups"]
-        if any(map(json.loads, part[0].setting)):
-            words.insert(0, setting_text(part[0]))
+        if any(map(json.loads, part[0].context)):
+            words.insert(0, context_text(part[0]))
         out += [
             "\\begin{table}",
             "\\centering",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Picture, Sides, Text
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Sides, Text
 
 
 def markdown(blocks: Iterable[Block]) -> str:
@@ -19,11 +19,11 @@ def markdown(blocks: Iterable[Block]) -> str:
             out.append(f"{'#' * block.level} {block.text}")
         elif isinstance(block, Text):
             out.append("\n".join(f"- {line}" for line in block.lines) if block.bullets else "\n\n".join(block.lines))
-        elif isinstance(block, Picture):
+        elif isinstance(block, Image):
             out.append(f"![{block.caption.split('.')[0]}]({block.path})\n\n{block.caption}")
         elif isinstance(block, Sides):
-            pictures = [f"![{head}]({path})" for head, path in zip(block.heads, block.paths, strict=False)]
-            out.append(_table([block.heads, *([pictures] if pictures else []), block.captions]))
+            images = [f"![{head}]({path})" for head, path in zip(block.heads, block.paths, strict=False)]
+            out.append(_table([block.heads, *([images] if images else []), block.captions]))
         else:
             out.append(_table([block.head, *block.rows]))
     return "\n\n".join(out) + "\n"

@@ -1,4 +1,4 @@
-"""One colour and one marker per method, the same in every figure and table."""
+"""One color and one marker per method, the same in every figure and table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from matplotlib.colors import to_hex, to_rgb
 
-from tokenprune.experiments.analysis.report.rows import full_rows, rows, settings
-from tokenprune.experiments.analysis.stats import Cell
+from tokenprune.experiments.analysis.report.rows import contexts, full_rows, rows
+from tokenprune.experiments.analysis.stats import Setting
 
 PALETTE = (
     "#0072B2",
@@ -25,7 +25,7 @@ PALETTE = (
     "#CC6677",
     "#117733",
 )
-"""Colours of Okabe and Ito, then of Tol's muted scheme, made for every kind of colour vision."""
+"""Colors of Okabe and Ito, then of Tol's muted scheme, made for every kind of color vision."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 FULL, RANDOM, INK = "#000000", "#7F7F7F", "#222222"
 
@@ -35,39 +35,42 @@ class Style:
     """How a method looks in every figure and table.
 
     Args:
-        colour: its colour.
+        color: its color.
         marker: its marker.
     """
 
-    colour: str
+    color: str
     marker: str
 
 
-def styles(cells: Iterable[Cell]) -> dict[str, Style]:
-    """Return one colour and marker per method, the same in every figure and table.
+def styles(settings: Iterable[Setting]) -> dict[str, Style]:
+    """Return one color and marker per method, the same in every figure and table.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
     """
-    methods = dict.fromkeys(cell.method for cell in cells)
+    methods = dict.fromkeys(setting.method for setting in settings)
     found = {"full tokens": Style(FULL, "*"), "Random": Style(RANDOM, "x")}
     for number, method in enumerate(name for name in methods if name not in found):
-        # More methods than colours: the same hues, darker.
+        # More methods than colors: the same hues, darker.
         darker = 0.55 ** (number // len(PALETTE))
         red, green, blue = (darker * part for part in to_rgb(PALETTE[number % len(PALETTE)]))
         found[method] = Style(to_hex((red, green, blue)).upper(), MARKERS[number % len(MARKERS)])
     return {method: found[method] for method in methods}
 
 
-def row_colours(cells: Sequence[Cell]) -> dict[str, str]:
-    """Return the colour of every row of every table.
+def row_colors(settings: Sequence[Setting]) -> dict[str, str]:
+    """Return the color of every row of every table.
 
     Args:
-        cells: the experiments.
+        settings: the experiments.
     """
-    looks = styles(cells)
+    looks = styles(settings)
     named = [
-        (name, cell) for part in settings(cells).values() for name, entries in rows(part) for cell in entries.values()
+        (name, setting)
+        for part in contexts(settings).values()
+        for name, entries in rows(part)
+        for setting in entries.values()
     ]
-    full = {name: FULL for part in settings(cells).values() for name, _ in full_rows(part)}
-    return {**full, **{name: looks[cell.method].colour for name, cell in named}}
+    full = {name: FULL for part in contexts(settings).values() for name, _ in full_rows(part)}
+    return {**full, **{name: looks[setting.method].color for name, setting in named}}

@@ -18,54 +18,54 @@ from tokenprune.experiments.analysis.report.formatting import (
     plain,
 )
 from tokenprune.experiments.analysis.report.rows import budgets, full_rows, rows
-from tokenprune.experiments.analysis.stats import Budget, Cell, Difference, Interval, by, compare
+from tokenprune.experiments.analysis.stats import Budget, Difference, Interval, Setting, by, compare
 
 
-def accuracy_table(cells: Sequence[Cell], bold: str = "**") -> Table:
+def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
     """Return the main table: rows by budgets.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
         bold: what stands around the best of a column.
     """
-    columns, lines = budgets(cells), rows(cells)
+    columns, lines = budgets(settings), rows(settings)
     best = {
         budget: max(
             (entries[budget] for _, entries in lines if budget in entries and entries[budget].score.n),
-            key=lambda cell: cell.score.mean,
+            key=lambda setting: setting.score.mean,
             default=None,
         )
         for budget in columns
     }
 
-    def entry(cell: Cell | None, top: Cell | None) -> str:
-        if cell is None or top is None:
+    def entry(setting: Setting | None, top: Setting | None) -> str:
+        if setting is None or top is None:
             return DASH
-        text = interval_text(cell.score)
-        if cell.score.mean == top.score.mean:
+        text = interval_text(setting.score)
+        if setting.score.mean == top.score.mean:
             mean, _, rest = text.partition(" ")
             return f"{bold}{mean}{bold} {rest}"
-        same = cell.score.n and compare(top, cell).score.holds_zero
+        same = setting.score.n and compare(top, setting).score.holds_zero
         return f"{text} {SAME}" if same else text
 
     table = [[name, *(entry(entries.get(b), best[b]) for b in columns)] for name, entries in lines]
     return Table(["method", *map(budget_text, columns)], table)
 
 
-def full_blocks(cells: Sequence[Cell], level: int) -> list[Block]:
+def full_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     """Return the differences to full tokens, or nothing without full tokens.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
         level: level of the heading.
     """
-    found = {cell.hash: difference for cell, difference in against_full(cells)}
+    found = {setting.hash: difference for setting, difference in against_full(settings)}
     if not found:
         return []
     blocks: list[Block] = [Heading("Differences to full tokens", level)]
-    for budget in budgets(cells):
+    for budget in budgets(settings):
         lines = []
-        for name, entries in rows(cells):
+        for name, entries in rows(settings):
             if budget in entries and entries[budget].hash in found:
                 d = found[entries[budget].hash]
                 numbers = [str(d.score.n), interval_text(d.score, sign=True), f"{d.only_first} / {d.only_second}"]
@@ -75,22 +75,22 @@ def full_blocks(cells: Sequence[Cell], level: int) -> list[Block]:
     return [*blocks, Text([_family(len(found))])]
 
 
-def random_blocks(cells: Sequence[Cell], level: int) -> list[Block]:
+def random_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     """Return the differences to every seed of random tokens, or nothing without random tokens.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
         level: level of the heading.
     """
-    found = {(cell.hash, seed): difference for cell, seed, difference in against_random(cells)}
+    found = {(setting.hash, seed): difference for setting, seed, difference in against_random(settings)}
     if not found:
         return []
     blocks: list[Block] = [Heading("Differences to random tokens at the same budget", level)]
-    for budget in budgets(cells):
-        seeds = sorted({cell.seed for cell in cells if is_random(cell, budget)})
+    for budget in budgets(settings):
+        seeds = sorted({setting.seed for setting in settings if is_random(setting, budget)})
         lines = [
             [name, *(_random_entry(found.get((entries[budget].hash, seed))) for seed in seeds)]
-            for name, entries in rows(cells)
+            for name, entries in rows(settings)
             if budget in entries and any((entries[budget].hash, seed) in found for seed in seeds)
         ]
         if lines:
@@ -114,22 +114,22 @@ def _random_entry(difference: Difference | None) -> str:
 def _family(number: int) -> str:
     return (
         f"Higher and lower go by one interval alone; Holm's correction allows for {'all ' * (number > 1)}{number} "
-        f"comparison{'s' * (number > 1)} under this heading. McNemar's test takes the samples of one picture for "
+        f"comparison{'s' * (number > 1)} under this heading. McNemar's test takes the samples of one image for "
         "independent, which they are not: trust the interval, unless fewer than about ten samples are right in one of "
         "the two only; then the interval is too narrow, and the test is the one to trust."
     )
 
 
-def breakdown_blocks(cells: Sequence[Cell], name: str, heading: str, level: int) -> list[Block]:
+def breakdown_blocks(settings: Sequence[Setting], name: str, heading: str, level: int) -> list[Block]:
     """Return scores by a field of the records, or nothing if no record has it.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
         name: the field.
         heading: the heading.
         level: its level.
     """
-    found = {cell.hash: by(cell, name) for cell in cells}
+    found = {setting.hash: by(setting, name) for setting in settings}
     values = sorted({value for parts in found.values() for value in parts})
     if not any(values):
         return []
@@ -137,30 +137,30 @@ def breakdown_blocks(cells: Sequence[Cell], name: str, heading: str, level: int)
     head = [f"{value or 'not given'} (n = {sizes[value]})" for value in values]
     missing = Interval(math.nan, math.nan, math.nan, 0, 0)
 
-    def line(label: str, cell: Cell) -> list[str]:
-        return [label, *(interval_text(found[cell.hash].get(value, missing)) for value in values)]
+    def line(label: str, setting: Setting) -> list[str]:
+        return [label, *(interval_text(found[setting.hash].get(value, missing)) for value in values)]
 
-    full = [line(label, cell) for label, cell in full_rows(cells)]
+    full = [line(label, setting) for label, setting in full_rows(settings)]
     blocks: list[Block] = [Heading(heading, level)]
-    if not budgets(cells):
+    if not budgets(settings):
         return [*blocks, Table(["method", *head], full)]
-    for budget in budgets(cells):
-        lines = [line(label, entries[budget]) for label, entries in rows(cells) if budget in entries]
+    for budget in budgets(settings):
+        lines = [line(label, entries[budget]) for label, entries in rows(settings) if budget in entries]
         blocks.append(Table([f"at {budget_text(budget)}", *head], [*full, *lines]))
     return blocks
 
 
-def token_blocks(cells: Sequence[Cell]) -> list[Block]:
+def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     """Return tokens asked and kept, prompt lengths and times.
 
     Args:
-        cells: experiments of one setting.
+        settings: experiments of one setting.
     """
 
-    def line(name: str, budget: str, cell: Cell) -> list[str]:
-        asked, kept = cell.mean("asked"), cell.mean("kept")
-        prompt, whole = cell.mean("prompt_length"), cell.mean("prompt_length_full")
-        times = [cell.median("encode_ms"), cell.median("select_ms"), cell.median("generate_ms")]
+    def line(name: str, budget: str, setting: Setting) -> list[str]:
+        asked, kept = setting.mean("asked"), setting.mean("kept")
+        prompt, whole = setting.mean("prompt_length"), setting.mean("prompt_length_full")
+        times = [setting.median("encode_ms"), setting.median("select_ms"), setting.median("generate_ms")]
         share = kept / asked if asked else math.nan
         return [
             *(name, budget, plain(asked), plain(kept), number_text(share)),
@@ -168,10 +168,10 @@ def token_blocks(cells: Sequence[Cell]) -> list[Block]:
             *(plain(time, 2) for time in times),
         ]
 
-    lines = [line(name, "all", cell) for name, cell in full_rows(cells)]
-    for budget in budgets(cells):
-        named = [(name, entries[budget]) for name, entries in rows(cells) if budget in entries]
-        lines += [line(name, budget_text(budget), cell) for name, cell in named]
+    lines = [line(name, "all", setting) for name, setting in full_rows(settings)]
+    for budget in budgets(settings):
+        named = [(name, entries[budget]) for name, entries in rows(settings) if budget in entries]
+        lines += [line(name, budget_text(budget), setting) for name, setting in named]
     head = [
         "method",
         "budget",
@@ -186,11 +186,11 @@ def token_blocks(cells: Sequence[Cell]) -> list[Block]:
     return [Table(head, lines), Text(["Tokens are means over samples, times medians."])]
 
 
-def is_random(cell: Cell, budget: Budget) -> bool:
+def is_random(setting: Setting, budget: Budget) -> bool:
     """Whether an experiment keeps random tokens at a budget.
 
     Args:
-        cell: the experiment.
+        setting: the experiment.
         budget: the budget.
     """
-    return cell.strategy == "Random" and cell.budget == budget
+    return setting.strategy == "Random" and setting.budget == budget

@@ -1,4 +1,4 @@
-"""Runs a model on the meta device, from the picture to the second new token, and counts each phase."""
+"""Runs a model on the meta device, from the image to the second new token, and counts each phase."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Counted:
     """One batch, counted.
 
     Args:
-        batch: prompts, each with one picture.
+        batch: prompts, each with one image.
         budget: what may enter the LLM; None keeps all.
         tokens: tokens of each prompt.
         weight_bytes: bytes of all parameters and buffers.
         kv_bytes: bytes of the key-value cache after prefill.
-        encode: pictures through tower and projector.
+        encode: images through tower and projector.
         prefill: the prompt through the LLM, to the first new token.
         decode: one more token.
         tower_flops: the part of ``encode`` that the vision tower has; all of it where the tower holds the projector.
@@ -119,11 +119,11 @@ PROCESSORS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def cut(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[str, Tensor], TileGeometry]:
-    """Return the vision inputs of one picture and its layout: the processor cuts it, the adapter reads the layout.
+    """Return the vision inputs of one image and its layout: the processor cuts it, the adapter reads the layout.
 
     Args:
         adapter: an adapter of the family.
-        image_size: height x width of the picture in pixels.
+        image_size: height x width of the image in pixels.
 
     Raises:
         LookupError: if the image processor of the family is not known here.
@@ -133,13 +133,13 @@ def cut(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[
             f"the cost of {adapter.family} is not known, since its image processor is not; known families: "
             f"{', '.join(sorted(PROCESSORS))}"
         )
-    # Uneven on purpose: adapters may find the grid of a picture by its looks.
+    # Uneven on purpose: adapters may find the grid of an image by its looks.
     small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
-    picture = Image.fromarray(small).resize((image_size[1], image_size[0]))
-    made = PROCESSORS[adapter.family](adapter.model.config)(images=[picture], return_tensors="pt")
+    image = Image.fromarray(small).resize((image_size[1], image_size[0]))
+    made = PROCESSORS[adapter.family](adapter.model.config)(images=[image], return_tensors="pt")
     inputs = {name: value for name, value in made.items() if name in adapter.image_inputs}
     prompt = dict(inputs)
-    if isinstance(adapter, TiledAdapter):  # reads in the prompt which tiles belong to one picture
+    if isinstance(adapter, TiledAdapter):  # reads in the prompt which tiles belong to one image
         length = len(inputs[adapter.pixels]) * adapter.token_grid[0] * adapter.token_grid[1]
         prompt["input_ids"] = torch.full((1, length), adapter.image_token_id)
     (layout,) = adapter.layouts(prompt)
@@ -150,7 +150,7 @@ def evenly_kept(layout: TileGeometry, budget: int | float | str | Budget, newlin
     """Return evenly spaced tokens, which stand for a method's choice.
 
     Args:
-        layout: the layout of the picture.
+        layout: the layout of the image.
         budget: what may enter the LLM.
         newlines: which newlines stay, as in `TokenReducer.newlines`.
     """
@@ -159,17 +159,17 @@ def evenly_kept(layout: TileGeometry, budget: int | float | str | Budget, newlin
 
 
 def tokens_of(layout: TileGeometry, selection: Selection | None, text: int) -> Tokens:
-    """Return the tokens of a prompt with one picture.
+    """Return the tokens of a prompt with one image.
 
     Args:
-        layout: the layout of the picture.
+        layout: the layout of the image.
         selection: what may enter the LLM; None keeps all.
-        text: tokens of the prompt beside the picture.
+        text: tokens of the prompt beside the image.
     """
     encoded, full = layout.tiles * layout.tokens, len(layout.packed)
     if selection is None:
         return Tokens(encoded, full, full - layout.separators, layout.separators, text)
-    return Tokens(encoded, full, selection.kept_tokens, selection.kept_separators, text)
+    return Tokens(encoded, full, selection.kept_tokens, selection.kept_newlines, text)
 
 
 def _pixels(one: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
@@ -189,8 +189,8 @@ def encode(
     Args:
         adapter: the adapter of the model.
         inputs: the vision inputs of the batch.
-        layout: the layout of each picture.
-        batch: number of pictures.
+        layout: the layout of each image.
+        batch: number of images.
         selection: what stays of each.
     """
     if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
@@ -213,14 +213,14 @@ def count(
 
     Args:
         model: a model on the meta device.
-        image_size: height x width of the pictures in pixels.
+        image_size: height x width of the images in pixels.
         budget: what may enter the LLM; None keeps all.
-        batch: prompts, each with one picture of that size.
-        text_tokens: tokens of each prompt beside the picture.
+        batch: prompts, each with one image of that size.
+        text_tokens: tokens of each prompt beside the image.
         newlines: which newlines stay, as in `TokenReducer.newlines`.
         all_logits: logits for the whole prompt in float32, as transformers made them before 4.45, not for its last
             token alone.
-        whole: encode pictures whole before tokens are chosen, as published code does.
+        whole: encode images whole before tokens are chosen, as published code does.
 
     Raises:
         TypeError: if no adapter knows the model.
@@ -228,7 +228,7 @@ def count(
     """
     adapter = find_adapter(model)
     if not isinstance(adapter, PlaceholderAdapter):
-        raise TypeError(f"the cost of {adapter.family} is not known: {type(adapter).__name__} lays out no pictures")
+        raise TypeError(f"the cost of {adapter.family} is not known: {type(adapter).__name__} lays out no images")
     inputs, layout = cut(adapter, image_size)
     selection = None if budget is None else evenly_kept(layout, budget, newlines)
     tokens = tokens_of(layout, selection, text_tokens)
@@ -257,7 +257,7 @@ def count(
         del encoded, logits, given
         with meter.phase() as decode:
             step(1, tokens.prompt, cache)
-    projected = 0 if adapter.projector_at is None else encoding.modules.get(type(adapter.projector).__name__, 0)
+    projected = 0 if adapter.projector_path is None else encoding.modules.get(type(adapter.projector).__name__, 0)
     parts = {id(one): one.nbytes for one in (*model.parameters(), *model.buffers())}
     asked = None if budget is None else as_budget(budget)
     return Counted(

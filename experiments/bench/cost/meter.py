@@ -60,7 +60,7 @@ class Meter(TorchDispatchMode):
         self.live = 0
         self.phases = 0
         self.work = Work()
-        self._born: dict[int, tuple[int, int]] = {}
+        self._alive: dict[int, tuple[int, int]] = {}
         self._found: dict[int, int] = {}
 
     @contextmanager
@@ -86,11 +86,11 @@ class Meter(TorchDispatchMode):
         read = {_key(one): _bytes(one) for one in given}
         is_view = bool(given) and not func._schema.is_mutable and all(_key(one) in read for one in made)
         for key, size in read.items():
-            if not is_view and self._born.get(key, (0, 0))[0] != self.phases:
+            if not is_view and self._alive.get(key, (0, 0))[0] != self.phases:
                 self._found[key] = max(size, self._found.get(key, 0))
         for one in made:
             if _key(one) not in read:
-                self._bear(one.untyped_storage())
+                self._track_alloc(one.untyped_storage())
         if given and not is_view and any(one.is_meta for one in given):
             moved = sum(read.values()) + sum(map(_bytes, made))
             count = flop_registry.get(func._overloadpacket)
@@ -98,16 +98,16 @@ class Meter(TorchDispatchMode):
             self.work.kernels[flops, moved] += 1
         return out
 
-    def _bear(self, storage: Any) -> None:
-        if storage._cdata in self._born or storage.device.type != self.device:
+    def _track_alloc(self, storage: Any) -> None:
+        if storage._cdata in self._alive or storage.device.type != self.device:
             return
-        self._born[storage._cdata] = (self.phases, storage.nbytes())
+        self._alive[storage._cdata] = (self.phases, storage.nbytes())
         self.live += storage.nbytes()
         self.work.peak_bytes = max(self.work.peak_bytes, self.live)
-        weakref.finalize(storage, self._bury, storage._cdata).atexit = False
+        weakref.finalize(storage, self._track_free, storage._cdata).atexit = False
 
-    def _bury(self, key: int) -> None:
-        self.live -= self._born.pop(key)[1]
+    def _track_free(self, key: int) -> None:
+        self.live -= self._alive.pop(key)[1]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -35,7 +35,7 @@ def cost_parser() -> ArgumentParser:
         "table of devices from their datasheets (roofline).",
     )
     parser.add_argument("--model", default="llava-v1.6-vicuna-7b", help="name of a shipped architecture")
-    parser.add_argument("--image-size", default="672x672", help="height x width of the pictures in pixels")
+    parser.add_argument("--image-size", default="672x672", help="height x width of the images in pixels")
     parser.add_argument(
         "--budget",
         type=int | float | str,
@@ -44,8 +44,8 @@ def cost_parser() -> ArgumentParser:
         help="budgets beside the full prompt: 0.2 or 20%% (ratios), 160 (tokens)",
     )
     parser.add_argument("--device", type=str, nargs="+", default=["all"], help=f"{', '.join(DEVICES)}, or all")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, with one picture each")
-    parser.add_argument("--text-tokens", type=int, default=60, help="tokens of a prompt beside its picture")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, with one image each")
+    parser.add_argument("--text-tokens", type=int, default=60, help="tokens of a prompt beside its image")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="what is stored")
     parser.add_argument(
@@ -97,7 +97,7 @@ def predict_on(counted: Counted, device: Device, config: Any) -> Prediction:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Return height x width of a picture.
+    """Return height x width of an image.
 
     Raises:
         ValueError: if the text says no size.
@@ -172,9 +172,7 @@ def as_tables(config: Any, rows: Rows) -> None:
     """Print what was counted, and what is predicted."""
     console = Console(width=max(Console().width, 132))
     cut = "" if config.llm_layers is None else f", LLM cut to {config.llm_layers} layers"
-    work = Table(
-        title=f"{config.model}{cut}, picture {config.image_size}, {config.dtype}, {config.attention} attention"
-    )
+    work = Table(title=f"{config.model}{cut}, image {config.image_size}, {config.dtype}, {config.attention} attention")
     for name in ("batch", "budget", "prompt", "tower", "projector", "prefill", "decode step"):
         work.add_column(name, justify="right")
     for name in ("weights", "KV cache", "activations"):

@@ -37,7 +37,7 @@ class Prediction:
     Args:
         device: the device.
         arithmetic: the type whose rate was taken.
-        encode: seconds to encode the pictures.
+        encode: seconds to encode the images.
         prefill: seconds of the prompt.
         decode: seconds of one more token.
         tokens_per_second: new tokens of all prompts over the whole time, encode and prefill included.

@@ -1,4 +1,4 @@
-"""Tasks: pictures, questions, accepted answers, and how answers are scored."""
+"""Tasks: images, questions, accepted answers, and how answers are scored."""
 
 from tokenprune.experiments.evaluation.tasks.base import Sample, Task, tasks
 from tokenprune.experiments.evaluation.tasks.boards import Boards

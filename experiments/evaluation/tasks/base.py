@@ -21,22 +21,22 @@ TASKS = "tokenprune.experiments.evaluation.tasks"
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture.
+    """One question about one image.
 
     Args:
         id: unique in its task and the same in every run.
-        group: the picture; samples of one group follow each other, and are not independent.
-        picture: opens the picture.
+        group: the image; samples of one group follow each other, and are not independent.
+        image: opens the image.
         question: the question.
         answers: accepted answers.
         type: kind of question, for tables.
         split: kind of difficulty, for tables.
-        content: returns a hash of the file of the picture; None hashes the pixels.
+        content: returns a hash of the file of the image; None hashes the pixels.
     """
 
     id: str
     group: str
-    picture: Callable[[], Image.Image]
+    image: Callable[[], Image.Image]
     question: str
     answers: tuple[str, ...]
     type: str = ""
@@ -61,7 +61,7 @@ class Task(Configurable, ABC):
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples, those of one picture after each other, always in the same order.
+        """Yield the samples, those of one image after each other, always in the same order.
 
         Raises:
             ValueError: if the data cannot be had; it says what was expected and what to do.

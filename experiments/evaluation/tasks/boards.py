@@ -33,15 +33,15 @@ class Boards(Task):
     def samples(self) -> Iterator[Sample]:
         """Yield the questions of each board."""
         for board in boards(self.number, "heldout", self.first):
-            group, picture = (
+            group, image = (
                 f"boards/{board.index}",
                 partial(_draw, board.index),
-            )  # drawn again: pictures of all boards would fill the memory
+            )  # drawn again: images of all boards would fill the memory
             for place, question in enumerate(board.questions):
                 yield Sample(
                     id=f"{group}/{place}",
                     group=group,
-                    picture=picture,
+                    image=image,
                     question=question.text,
                     answers=(question.answer,),
                     type=question.type,

@@ -1,4 +1,4 @@
-"""A user's own pictures, questions and answers."""
+"""A user's own images, questions and answers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from PIL import Image
 from tokenprune.experiments.evaluation.hashing import hash_file
 from tokenprune.experiments.evaluation.metrics import METRICS
 from tokenprune.experiments.evaluation.tasks.base import Sample, Task
-from tokenprune.image_files import NOT_FETCHED, is_address, load_picture
+from tokenprune.image_files import NOT_FETCHED, is_address, load_image
 
-PICTURE = ("image", "file_name", "picture", "image_path")
+IMAGE = ("image", "file_name", "picture", "image_path")
 ANSWER = ("answers", "answer", "label", "text")
-"""Names under which a line may give its picture and its answers; the first found counts."""
+"""Names under which a line may give its image and its answers; the first found counts."""
 
 
 @dataclass
 class Folder(Task):
-    """A JSONL or CSV file with a picture, a question and the accepted answers on each line.
+    """A JSONL or CSV file with an image, a question and the accepted answers on each line.
 
-    Lines look like ``{"image": "a.png", "question": "What is it?", "answer": "a star"}``, with pictures relative to the
+    Lines look like ``{"image": "a.png", "question": "What is it?", "answer": "a star"}``, with images relative to the
     file. ``answer`` may be a list; ``id``, ``type`` and ``split`` are optional.
 
     A folder is read in the imagefolder layout of `datasets`: by ``metadata.jsonl`` or ``metadata.csv`` in it or in
-    folders below it, with ``file_name`` for the picture. If there is none, each picture's answer is the name of its
+    folders below it, with ``file_name`` for the image. If there is none, each image's answer is the name of its
     folder, and `question` is asked of all.
 
     Args:
         path: the file, or the folder.
         score_by: name of the metric: exact_match, contains, anls, relaxed_accuracy, vqa_accuracy, f1.
-        question: asked of pictures whose line has no question.
+        question: asked of images whose line has no question.
         limit: only the first samples; all if left out.
     """
 
@@ -65,7 +65,7 @@ class Folder(Task):
         next(iter(self.samples()), None)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the lines, those about one picture together."""
+        """Yield the lines, those about one image together."""
         if is_address(self.path):  # before `Path` removes a slash
             raise ValueError(
                 f"{self.path} is an address, and addresses are not fetched; download the data set first, and give its "
@@ -90,7 +90,7 @@ class Folder(Task):
             found = {file.parent: file for name in reversed(names) for file in root.rglob(name)}
             files = [found[root]] if root in found else [found[folder] for folder in sorted(found)]
             if not files:
-                yield from self._labelled(root)
+                yield from self._labeled(root)
                 return
         else:
             raise ValueError(
@@ -102,45 +102,45 @@ class Folder(Task):
                 raise ValueError(f"{file} has no line; write one JSON object a line: {_EXAMPLE}")
             yield from ((file, number, row) for number, row in rows)
 
-    def _labelled(self, root: Path) -> Iterator[tuple[Path, int, Any]]:
-        """Yield a line for every picture in a folder of its label."""
+    def _labeled(self, root: Path) -> Iterator[tuple[Path, int, Any]]:
+        """Yield a line for every image in a folder of its label."""
         endings = Image.registered_extensions()
-        pictures = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in endings and file.parent != root]
-        if not pictures:
+        images = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in endings and file.parent != root]
+        if not images:
             raise ValueError(f"{root} has no metadata.jsonl; write one JSON object a line: {_EXAMPLE}")
         if not self.question:
             raise ValueError(
                 f"{root} has no metadata.jsonl; write one JSON object a line: {_EXAMPLE}. If the folders in it are the "
-                "answers, give the question of all pictures: --task.question"
+                "answers, give the question of all images: --task.question"
             )
-        for number, file in enumerate(pictures, start=1):
+        for number, file in enumerate(images, start=1):
             place = file.relative_to(root)
-            yield root / "pictures", number, {"image": str(place), "answer": file.parent.name, "id": str(place)}
+            yield root / "images", number, {"image": str(place), "answer": file.parent.name, "id": str(place)}
 
     def _sample(self, root: Path, file: Path, number: int, row: Any) -> Sample:
         where = f"{file}, line {number}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object such as {_EXAMPLE}")
-        picture = next((row[name] for name in PICTURE if row.get(name)), None)
+        image = next((row[name] for name in IMAGE if row.get(name)), None)
         answer = next((row[name] for name in ANSWER if row.get(name) not in (None, "", [])), None)
         question = row.get("question") or self.question
-        for name, value in (("image", picture), ("question", question), ("answer", answer)):
+        for name, value in (("image", image), ("question", question), ("answer", answer)):
             if value in (None, "", []):
                 raise ValueError(f"{where}: there is no {name}; expected an object such as {_EXAMPLE}")
-        if is_address(str(picture)):
-            raise ValueError(f"{where}: {NOT_FETCHED.format(picture)}")
+        if is_address(str(image)):
+            raise ValueError(f"{where}: {NOT_FETCHED.format(image)}")
         # Lines of a metadata file in a folder below say in which folder they stand, so that two `a.png` stay apart.
         below = file.parent.relative_to(root) if root.is_dir() else Path()
         answers = answer if isinstance(answer, list) else [answer]
         return Sample(
             id=str(below / f"{file.stem}/{number}") if row.get("id") in (None, "") else str(below / str(row["id"])),
-            group=str(below / str(picture)),
-            picture=partial(load_picture, str(file.parent / str(picture))),
+            group=str(below / str(image)),
+            image=partial(load_image, str(file.parent / str(image))),
             question=str(question),
             answers=tuple(str(one) for one in answers),
             type=str(row.get("type") or ""),
             split=str(row.get("split") or ""),
-            content=partial(hash_file, file.parent / str(picture)),
+            content=partial(hash_file, file.parent / str(image)),
         )
 
 

@@ -1,4 +1,4 @@
-"""lmms-eval's tasks, run by this package: one model load and one encoding a picture for all settings.
+"""lmms-eval's tasks, run by this package: one model load and one encoding an image for all settings.
 
 lmms-eval is an optional dependency, and it takes seconds to import: nothing of it is imported at the head.
 """
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tokenprune.experiments.evaluation.tasks.base import Sample, Task
-from tokenprune.image_files import load_picture
+from tokenprune.image_files import load_image
 
 MODEL = "tokenprune"
 """The name under which lmms-eval looks up prompts: that of our model in it, so that both ways ask the same."""
@@ -35,9 +35,9 @@ REASONING = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]
 
 @dataclass
 class LmmsTask(Task):
-    """A task of lmms-eval that is answered freely (``generate_until``) and shows one picture a question.
+    """A task of lmms-eval that is answered freely (``generate_until``) and shows one image a question.
 
-    Documents, pictures, prompts, generation options and scores are lmms-eval's own. Needs the extra `lmms`.
+    Documents, images, prompts, generation options and scores are lmms-eval's own. Needs the extra `lmms`.
 
     Args:
         name: name of the task in lmms-eval, e.g. ``textvqa_val``.
@@ -88,7 +88,7 @@ class LmmsTask(Task):
         return [path for path in paths if path.is_file() and path.name.endswith((".py", "yaml", ".yml"))]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the documents, those about one picture together; every picture is opened once for that."""
+        """Yield the documents, those about one image together; every image is opened once for that."""
         task, documents = self._task(), self._task().eval_docs
         if self.type_by is not None and self.type_by not in task.features:
             raise ValueError(f"type_by={self.type_by!r}: {self.name} has no such column; it has {task.features}")
@@ -99,15 +99,15 @@ class LmmsTask(Task):
             content: Callable[[], str] | None = None
             try:
                 document = documents[place]
-                picture, question = _asked(task, document)
-                pixels = f"{picture.mode} {picture.size}".encode() + picture.tobytes()
+                image, question = _asked(task, document)
+                pixels = f"{image.mode} {image.size}".encode() + image.tobytes()
                 digest = hashlib.sha256(pixels).hexdigest()
                 group, content = f"{self.name}/{digest[:12]}", partial(str, digest)
                 answers = _answers(task, document)
                 kind = "" if self.type_by is None else str(document[self.type_by])
             except Exception as error:  # its record will say so; the others are asked
                 errors.append(f"document {place}: {_said(error)}")
-            opens = partial(self._picture, place)
+            opens = partial(self._image, place)
             rows.append(Sample(f"{self.name}/{place}", group, opens, question, answers, kind, content=content))
         if len(errors) == len(rows):
             raise ValueError(f"{self.name}: no document can be asked about. {errors[0] if errors else 'There is none'}")
@@ -168,7 +168,7 @@ class LmmsTask(Task):
         of_model = (config.get("model_specific_generation_kwargs") or {}).get("default") or {}
         return {**(config.get("generation_kwargs") or {}), **of_model, **(self.generation_kwargs or {})}
 
-    def _picture(self, place: int) -> Image.Image:
+    def _image(self, place: int) -> Image.Image:
         return _asked(self._task(), self._task().eval_docs[place])[0]
 
     def _results(self, sample: str, prediction: str) -> dict[str, Any]:
@@ -320,20 +320,18 @@ def loaded(name: str, include_path: str | None = None, data: str | None = None) 
 
 
 def _asked(task: Any, document: Any) -> tuple[Image.Image, str]:
-    """Return the picture and the text of a document, as lmms-eval hands them to chat models.
+    """Return the image and the text of a document, as lmms-eval hands them to chat models.
 
     Raises:
-        ValueError: if there is anything but one picture before one text.
+        ValueError: if there is anything but one image before one text.
     """
     messages = task.doc_to_messages(document)
     parts = [(message["role"], part) for message in messages for part in message["content"]]
     kinds = [f"{role} {part['type']}" for role, part in parts]
     if kinds != ["user image", "user text"]:
-        raise ValueError(
-            f"it shows {', '.join(kinds) or 'nothing'}; only one picture before one text can be asked about"
-        )
-    picture = parts[0][1]["url"]
-    return picture if isinstance(picture, Image.Image) else load_picture(str(picture)), parts[1][1]["text"]
+        raise ValueError(f"it shows {', '.join(kinds) or 'nothing'}; only one image before one text can be asked about")
+    image = parts[0][1]["url"]
+    return image if isinstance(image, Image.Image) else load_image(str(image)), parts[1][1]["text"]
 
 
 def _answers(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:

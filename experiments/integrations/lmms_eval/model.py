@@ -24,7 +24,7 @@ from loguru import logger  # type: ignore[import-not-found]
 
 import tokenprune
 from tokenprune.adapter import find_adapter
-from tokenprune.cli.parsing import one_line, prepare
+from tokenprune.cli.parsing import format_error, prepare
 from tokenprune.configuration import as_config
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
@@ -67,7 +67,7 @@ def reducer_of(arguments: Mapping[str, Any]) -> TokenReducer:
     try:
         reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(words))).reducer
     except (LookupError, ValueError, TypeError, argparse.ArgumentError) as error:
-        raise ValueError(f"--model_args: {one_line(error)}") from error
+        raise ValueError(f"--model_args: {format_error(error)}") from error
     return reducer
 
 
@@ -239,7 +239,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         return answers
 
     def _tell(self, run: Run) -> None:
-        """Log what was kept; in results.json it stands under ``throughput``, as averages a picture or prompt."""
+        """Log what was kept; in results.json it stands under ``throughput``, as averages an image or prompt."""
         total = run.account.summary()
         logger.info(f"tokenprune: rank {self.rank}: {run.account}")
         per_image = {f"tokens_{name}": total[name] / total["images"] for name in ("asked", "kept", "valid")}
@@ -265,7 +265,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
 
 
 class TokenPruneSimple(_TokenPrune):
-    """The plug-in for wrappers that get a text and pictures."""
+    """The plug-in for wrappers that get a text and images."""
 
     is_simple = True
 

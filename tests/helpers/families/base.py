@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.helpers.tiny import SENTENCES, picture
+from tests.helpers.tiny import SENTENCES, random_image
 from tokenprune.adapter import Adapter
 
 TILE, PATCH = 56, 14
@@ -26,16 +26,16 @@ class Family:
         adapter: its adapter.
         processor: builds the real processor.
         tokens: the tokens of the tokenizer that the config names, by name in the config (``"image_token_id"``, ...).
-        image: what stands for a picture in the text that the processor is given.
+        image: what stands for an image in the text that the processor is given.
         example: builds a model whose config is taken; that of the adapter if left out.
-        sizes: height x width of pictures for batches: a square one, and three of other aspect ratios.
-        spots: height x width of pictures whose tiles show them without a border, for the bright spot.
-        nested: whether the processor wants the pictures of each row in a list of their own.
+        sizes: height x width of images for batches: a square one, and three of other aspect ratios.
+        spots: height x width of images whose tiles show them without a border, for the bright spot.
+        nested: whether the processor wants the images of each row in a list of their own.
         full: largest difference of logits at 100 %.
         oracle: largest difference of logits to the mask oracle; None if the architecture forbids it, and `why` says so.
-        beams: whether the unmodified model generates with beams from pictures.
+        beams: whether the unmodified model generates with beams from images.
         attn: the attention kernel.
-        scale: factor on all weights, so that mistakes show; smaller where a model is initialised with large ones.
+        scale: factor on all weights, so that mistakes show; smaller where a model is initialized with large ones.
         why: the reasons for what is not 0 or not done.
         skip: names of checks that cannot hold, each with its reason.
     """
@@ -95,26 +95,26 @@ class Family:
         return self.processor().tokenizer
 
     def text(self, images: int, number: int = 0) -> str:
-        """A prompt about some pictures."""
+        """A prompt about some images."""
         return "USER: " + f"{self.image} " * images + SENTENCES[1 + number % 4] + " ASSISTANT:"
 
     def batch(self, *rows: Sequence[Size], side: str = "left", first: int = 0) -> Any:
-        """Model inputs of several prompt rows, each with pictures of the given height x width.
+        """Model inputs of several prompt rows, each with images of the given height x width.
 
         Args:
             rows: the sizes of each row.
             side: of padding.
-            first: number of the first row: rows of the same number have the same pictures and text.
+            first: number of the first row: rows of the same number have the same images and text.
         """
-        pictures = [
-            [picture(*size, seed=10 * (first + number) + k) for k, size in enumerate(sizes)]
+        images = [
+            [random_image(*size, seed=10 * (first + number) + k) for k, size in enumerate(sizes)]
             for number, sizes in enumerate(rows)
         ]
-        return self.inputs(pictures, [self.text(len(row), first + number) for number, row in enumerate(rows)], side)
+        return self.inputs(images, [self.text(len(row), first + number) for number, row in enumerate(rows)], side)
 
-    def inputs(self, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str], side: str = "left") -> Any:
-        """What the processor makes of pictures and prompts."""
-        flat = [one for row in pictures for one in row]
-        images = (list(map(list, pictures)) if self.nested else flat) if flat else None
+    def inputs(self, images: Sequence[Sequence[Image.Image]], texts: Sequence[str], side: str = "left") -> Any:
+        """What the processor makes of images and prompts."""
+        flat = [one for row in images for one in row]
+        images = (list(map(list, images)) if self.nested else flat) if flat else None
         made = self.processor()(images=images, text=list(texts), return_tensors="pt", padding=True, padding_side=side)
         return made.to(torch.float32)  # Llama 4's makes bfloat16

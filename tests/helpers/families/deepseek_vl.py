@@ -14,7 +14,7 @@ from tokenprune.models.deepseek_vl import DeepseekVLAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are padded to a square."""
+    """Images are padded to a square."""
     images = DeepseekVLImageProcessor(size={"height": TILE, "width": TILE})
     return DeepseekVLProcessor(images, tokenizer(image_token="<image>"), TEMPLATE, num_image_tokens=16)
 

@@ -13,7 +13,7 @@ from tokenprune.models.gemma3 import Gemma3Adapter
 
 
 class PanAndScan(Gemma3Processor):
-    """The processor with pan and scan, which is off by default, for pictures of a few pixels."""
+    """The processor with pan and scan, which is off by default, for images of a few pixels."""
 
     images_kwargs: ClassVar[dict[str, Any]] = {
         "do_pan_and_scan": True,
@@ -25,7 +25,7 @@ class PanAndScan(Gemma3Processor):
 
 @cache
 def processor() -> Any:
-    """Pictures that are twice as wide as high, or the other way round, are cut into two to four crops."""
+    """Images that are twice as wide as high, or the other way round, are cut into two to four crops."""
     images = Gemma3ImageProcessor(size={"height": TILE, "width": TILE})
     tok = tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     return PanAndScan(images, tok, image_seq_length=16, chat_template=TEMPLATE.replace("<image>", "<start_of_image>"))
@@ -44,6 +44,6 @@ FAMILIES = [
         image="<start_of_image>",
         nested=True,
         spots=((56, 56), (56, 112), (168, 56)),
-        skip={"chunked prefill": "a chunk that ends inside a picture changes what its tokens see, unmodified too"},
+        skip={"chunked prefill": "a chunk that ends inside an image changes what its tokens see, unmodified too"},
     )
 ]

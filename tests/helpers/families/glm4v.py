@@ -23,7 +23,7 @@ TOKENS = {
 
 @cache
 def processor() -> Any:
-    """Pictures keep their size, rounded to whole tokens of 28 pixels."""
+    """Images keep their size, rounded to whole tokens of 28 pixels."""
     special = {name.removesuffix("_id"): token for name, token in TOKENS.items()}
     images = Glm4vImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 128})
     return Glm4vProcessor(images, tokenizer(**special), Glm4vVideoProcessor(), chat_template=TEMPLATE)

@@ -14,7 +14,7 @@ from tokenprune.models.granite4_vision import Granite4VisionAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most four tiles of 2 x 2 tokens."""
+    """Images are cut into at most four tiles of 2 x 2 tokens."""
     square = {"height": TILE, "width": TILE}
     images = LlavaNextImageProcessor(size=square, crop_size=square, image_grid_pinpoints=PINPOINTS)
     return Granite4VisionProcessor(

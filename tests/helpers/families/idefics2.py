@@ -1,4 +1,4 @@
-"""Idefics2, with whole pictures and with pictures that are split in four."""
+"""Idefics2, with whole images and with images that are split in four."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.helpers.families.base import Family
 from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.idefics2 import Idefics2Adapter
 
-NO_PLACES = "a latent of the resampler shows no place of the picture"
-PARTS = "each part of a split picture counts as an image"
+NO_PLACES = "a latent of the resampler shows no place of the image"
+PARTS = "each part of a split image counts as an image"
 
 
 @cache
 def processor(split: bool) -> Any:
-    """Pictures keep their size, between 28 and 56 pixels a side, and are padded."""
+    """Images keep their size, between 28 and 56 pixels a side, and are padded."""
     special = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
     images = Idefics2ImageProcessor(do_image_splitting=split, size={"shortest_edge": 28, "longest_edge": 56})
     tok = tokenizer(**special, end_of_utterance="<end_of_utterance>")

@@ -14,7 +14,7 @@ from tokenprune.models.internvl import InternVLAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most six tiles."""
+    """Images are cut into at most six tiles."""
     tok = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )

@@ -18,7 +18,7 @@ MARKS = {f"tile_{row}_{col}": f"<|img_row_{row}_col_{col}|>" for row in range(1,
 
 @cache
 def processor() -> Any:
-    """Large pictures are cut into at most four tiles; small ones and the base tile keep their aspect ratio."""
+    """Large images are cut into at most four tiles; small ones and the base tile keep their aspect ratio."""
     images = Lfm2VlImageProcessor(
         encoder_patch_size=PATCH,
         tile_size=TILE,

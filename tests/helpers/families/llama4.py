@@ -23,7 +23,7 @@ MARKS = {
 
 @cache
 def processor() -> Any:
-    """Pictures are put on a canvas of at most six tiles."""
+    """Images are put on a canvas of at most six tiles."""
     images = Llama4ImageProcessor(size={"height": TILE, "width": TILE}, max_patches=6)
     template = TEMPLATE.replace("<image>", "<|image|>")
     return Llama4Processor(images, tokenizer(**MARKS), patch_size=14, chat_template=template)
@@ -41,7 +41,7 @@ FAMILIES = [
         },
         image="<|image|>",
         beams=False,
-        why="the unmodified model cannot repeat its pictures for beams",
-        skip={"chunked prefill": "the unmodified model cannot cut its pictures for chunks"},
+        why="the unmodified model cannot repeat its images for beams",
+        skip={"chunked prefill": "the unmodified model cannot cut its images for chunks"},
     )
 ]

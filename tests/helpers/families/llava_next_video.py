@@ -14,7 +14,7 @@ from tokenprune.models.llava_next_video import LlavaNextVideoAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most four tiles; frames are one tile each."""
+    """Images are cut into at most four tiles; frames are one tile each."""
     square = {"height": TILE, "width": TILE}
     images = LlavaNextImageProcessor(size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=PINPOINTS)
     return LlavaNextVideoProcessor(

@@ -16,7 +16,7 @@ TOKENS = {"image_token_id": "<image>", "video_token_id": "<video>"}
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most four tiles; a canvas of four is shrunk, and pictures beside others are not cut."""
+    """Images are cut into at most four tiles; a canvas of four is shrunk, and images beside others are not cut."""
     square = {"height": TILE, "width": TILE}
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),

@@ -16,7 +16,7 @@ MARKS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most six tiles."""
+    """Images are cut into at most six tiles."""
     special = {f"mark_{number}": mark for number, mark in enumerate(MARKS)}
     tok = tokenizer(image_token="<IMG_ATOM>", text_image="<image>", **special)
     images = Ovis2ImageProcessor(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=6)

@@ -16,7 +16,7 @@ class PaliGemmaFamily(Family):
     """A family whose processor makes labels without being asked, all of them -100."""
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """What the processor makes of pictures and prompts, without the labels."""
+        """What the processor makes of images and prompts, without the labels."""
         made = super().inputs(*args, **kwargs)
         made.pop("labels")
         return made
@@ -24,7 +24,7 @@ class PaliGemmaFamily(Family):
 
 @cache
 def processor() -> Any:
-    """Pictures are squeezed into a square."""
+    """Images are squeezed into a square."""
     images = SiglipImageProcessor(size={"height": TILE, "width": TILE}, image_seq_length=16)
     return PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
 

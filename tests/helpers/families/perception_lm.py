@@ -14,7 +14,7 @@ from tokenprune.models.perception_lm import PerceptionLMAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into at most four tiles, and shown whole as well."""
+    """Images are cut into at most four tiles, and shown whole as well."""
     return PerceptionLMProcessor(
         PerceptionLMVideoProcessor(),
         PerceptionLMImageProcessor(tile_size=TILE, max_num_tiles=4, vision_input_type="thumb+tile"),

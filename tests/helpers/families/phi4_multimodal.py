@@ -13,7 +13,7 @@ from tokenprune.models.phi4_multimodal import Phi4MultimodalAdapter
 
 
 class TinyImages(Phi4MultimodalImageProcessor):
-    """The image processor, which counts 256 tokens in 16 rows for the whole picture, on tiles of 2 x 2 tokens."""
+    """The image processor, which counts 256 tokens in 16 rows for the whole image, on tiles of 2 x 2 tokens."""
 
     def _preprocess(self, images: Any, **kwargs: Any) -> Any:
         data = super()._preprocess(images, **kwargs)
@@ -23,7 +23,7 @@ class TinyImages(Phi4MultimodalImageProcessor):
 
 @cache
 def processor() -> Any:
-    """Pictures are cut into as many tiles as they have pixels for."""
+    """Images are cut into as many tiles as they have pixels for."""
     tok = tokenizer(image_token="<image>", audio_token="<audio>")
     images = TinyImages(size={"height": TILE, "width": TILE}, patch_size=PATCH, dynamic_hd=6)
     return Phi4MultimodalProcessor(images, Phi4MultimodalFeatureExtractor(), tok, chat_template=TEMPLATE)
@@ -47,8 +47,8 @@ FAMILIES = [
         beams=False,
         attn="eager",
         scale=1.0,
-        why="Beams of the unmodified model mix up the pictures of a prompt with two. Under sdpa its vision tower is "
-        "causal unless a picture of the batch has padding, so that a picture is encoded differently beside others.",
-        skip={"chunked prefill": "the unmodified model encodes pictures in every chunk of a prompt, and fails"},
+        why="Beams of the unmodified model mix up the images of a prompt with two. Under sdpa its vision tower is "
+        "causal unless an image of the batch has padding, so that an image is encoded differently beside others.",
+        skip={"chunked prefill": "the unmodified model encodes images in every chunk of a prompt, and fails"},
     )
 ]

@@ -15,7 +15,7 @@ from tokenprune.models.pixtral import PixtralAdapter
 
 @cache
 def processor(patch_size: int, merge: int) -> Any:
-    """Pictures keep their size, rounded up to whole tokens of 28 pixels."""
+    """Images keep their size, rounded up to whole tokens of 28 pixels."""
     tok = tokenizer(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
     images = PixtralImageProcessor(size={"longest_edge": 224}, patch_size=patch_size)
     return PixtralProcessor(images, tok, patch_size=patch_size, spatial_merge_size=merge, chat_template=TEMPLATE)

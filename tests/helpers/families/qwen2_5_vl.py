@@ -16,7 +16,7 @@ from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures keep their size, rounded to whole tokens of 28 pixels."""
+    """Images keep their size, rounded to whole tokens of 28 pixels."""
     return Qwen2_5_VLProcessor(images(), tokenizer(**special()), Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 

@@ -20,7 +20,7 @@ TOKENS = {
 
 
 def images() -> Any:
-    """An image processor under which pictures keep their size, rounded to whole tokens of 28 pixels."""
+    """An image processor under which images keep their size, rounded to whole tokens of 28 pixels."""
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     return Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
 

@@ -16,7 +16,7 @@ from tokenprune.models.qwen3_vl import Qwen3VLAdapter
 
 @cache
 def processor() -> Any:
-    """Pictures keep their size, rounded to whole tokens of 28 pixels."""
+    """Images keep their size, rounded to whole tokens of 28 pixels."""
     return Qwen3VLProcessor(images(), tokenizer(**special()), Qwen3VLVideoProcessor(), chat_template=TEMPLATE)
 
 

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.layers import LayerChoice, resolve_layers
-from tokenprune.saliency import SecondLook, Seen, resampled
+from tokenprune.saliency import SaliencyModel, SaliencyOutput, resampled
 
 
 @dataclass
-class TimmSaliency(SecondLook):
+class TimmSaliency(SaliencyModel):
     """CLS attention of a timm ViT that looks at the same tiles: HiRED on models whose tower has no CLS token.
 
     Tiles are resized to what the ViT takes, and its attention is laid over the tokens of a tile. Layer choices count
@@ -46,7 +46,7 @@ class TimmSaliency(SecondLook):
         """Class and model."""
         return f"{type(self).__name__}({self.model_name})"
 
-    def look(self, pictures: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> Seen:
+    def look(self, images: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> SaliencyOutput:
         """Return the CLS attention of the ViT, laid over the tokens.
 
         Raises:
@@ -55,11 +55,11 @@ class TimmSaliency(SecondLook):
         vit = _load(self.model_name, self.pretrained, self.checkpoint, self.image_size)
         depth = len(vit.model.blocks)
         wanted = {index for choice in layers for index in resolve_layers(choice, depth, depth - 1)}
-        shown = F.interpolate(pictures.float(), vit.size, mode="bicubic", antialias=True).clamp(0, 1)
+        shown = F.interpolate(images.float(), vit.size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (shown.new_tensor(one).view(-1, 1, 1) for one in (vit.mean, vit.std))
         rows = cls_attention(vit.model.to(shown.device), (shown - mean) / std, wanted)
         over_tokens = {index: resampled(row, vit.grid, token_grid) for index, row in rows.items()}
-        return Seen(over_tokens, depth, depth - 1, vit.flops * len(pictures))
+        return SaliencyOutput(over_tokens, depth, depth - 1, vit.flops * len(images))
 
 
 class _Reader(TorchFunctionMode):
@@ -112,7 +112,7 @@ def cls_attention(model: Any, pixels: Tensor, layers: set[int]) -> dict[int, Ten
 
     Args:
         model: the ViT, with fused attention.
-        pixels: normalised pixels, `[tiles, 3, height, width]`.
+        pixels: normalized pixels, `[tiles, 3, height, width]`.
         layers: indices of the layers to read.
 
     Returns:
@@ -129,15 +129,15 @@ def cls_attention(model: Any, pixels: Tensor, layers: set[int]) -> dict[int, Ten
 
 
 class _Vit(NamedTuple):
-    """A timm ViT and what must be known to show it pictures.
+    """A timm ViT and what must be known to show it images.
 
     Args:
         model: the model.
-        size: height x width of its pictures in pixels.
+        size: height x width of its images in pixels.
         grid: height x width of its patches.
-        mean: mean of the colours.
+        mean: mean of the colors.
         std: their standard deviation.
-        flops: of one picture.
+        flops: of one image.
     """
 
     model: Any
