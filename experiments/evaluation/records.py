@@ -1,7 +1,7 @@
 """Records of an experiment: one JSON line a sample, flushed at once, so that a crash loses nothing that was done.
 
-The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each appends to its own
-part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
+The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each appends to its
+own part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def test_embeddings_keep_the_tokens_of_their_ids(name: str) -> None:
         logits = model(**embedded).logits
     assert name == "phi4_multimodal" or torch.equal(logits, expected)
     assert all(map(torch.equal, kept(embedded_run), kept(run)))
+    if name == "llama4":  # the unmodified model refuses pixels beside embeddings
+        return
     plain = model(**embedded).logits
     with HiRED(1.0)(model):
         assert torch.equal(model(**embedded).logits, plain)
