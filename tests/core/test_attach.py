@@ -512,7 +512,7 @@ def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
 
 
 def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
-    with pytest.raises(TypeError, match=r"Linear.*llava \(LlavaForCond.*llava_next.*docs/adapters\.md"):
+    with pytest.raises(TypeError, match=r"Linear.*llava \(LlavaForCond.*llava_next.*docs/how-to/write-an-adapter\.md"):
         HiRED(0.2)(torch.nn.Linear(2, 2)).__enter__()
 
 

@@ -20,11 +20,11 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
     "reads generate": {
         "tokenprune/pipeline.py": "keeps that of the model before anything is attached",
         "tokenprune/attach.py": "reads its signature, and restores it in copies of the model",
-        "experiments/lmms/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
+        "experiments/integrations/lmms_eval/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
     },
     "replaces generate": {
         "tokenprune/attach.py": "places the one that passes calls to the pipeline",
-        "experiments/lmms/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
+        "experiments/integrations/lmms_eval/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
     },
     "replaces forward": {
         "models/_capture/hooks.py": "`replaced_forward`",

@@ -38,7 +38,7 @@ from tests.helpers.llava_oracle import oracle_inputs
 from tests.helpers.tiny import batch, tiny_model, tokenizer
 from tokenprune.strategies import HiRED
 
-PAGE = Path(__file__).parents[2] / "docs" / "generate-arguments.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "generate-arguments.md"
 NEW = 4
 """New tokens of most calls."""
 SAMPLE: Mapping[str, Any] = {"do_sample": True, "num_return_sequences": 2}

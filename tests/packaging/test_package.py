@@ -85,7 +85,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_strategies_never_load_transformers() -> None:
-    code = "import sys; from tokenprune.catalogue import components, strategies; strategies(), components()"
+    code = "import sys; from tokenprune.catalog import components, strategies; strategies(), components()"
     loaded = python(f"{code}; print(sys.modules.keys())").stdout
     assert "tokenprune.strategies.hired" in loaded
     assert "'transformers'" not in loaded

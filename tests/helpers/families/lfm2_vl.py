@@ -52,7 +52,7 @@ FAMILIES = [
         processor,
         nested=True,
         oracle=None,
-        why="convolutions in the language model see their neighbours, and a masked token stays one",
+        why="convolutions in the language model see their neighbors, and a masked token stays one",
         spots=((168, 168),),
     ),
     Family(
