@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from research import truncation_steps as steps
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
@@ -62,6 +61,7 @@ from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, Random
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 SIZES = [[(112, 56)], [(112, 56)]]
 SETTING = Workload(2, (112, 56))

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers.tiny import random_image, tiny_model, tiny_processor
 from tokenprune import __version__
 from tokenprune.budget import OneTokenWarning
 from tokenprune.catalog import strategies
@@ -27,6 +26,7 @@ from tokenprune.experiments.bench.selection_cost import Size
 from tokenprune.models import mini
 from tokenprune.strategies import PruMerge, VisionZip
 from tokenprune.strategies.components import ContextualMerging, MeanOfRestMerging, SaliencyCoverageSelection
+from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_processor
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
 LOUD = '''

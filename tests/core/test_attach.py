@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.helpers.llava_oracle import kept_mask, oracle_inputs
-from tests.helpers.tiny import batch, random_image, tiny_model, tiny_processor, tokenizer
 from tokenprune import Budget, EncodedImage, ScoreReducer, Selection, Signal, TokenReducer
 from tokenprune.adapter import find_adapter
 from tokenprune.strategies import FasterVLM, HiRED
 from tokenprune.strategies.components import RandomSelection, UniformAllocation
+from tokenprune.testing.tiny_models import batch, random_image, tiny_model, tiny_processor, tokenizer
 
 FAMILIES = ["llava_next", "llava"]
 POSITIONS = ["reindex", "preserve"]

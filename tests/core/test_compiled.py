@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune.budget import Budget, apportion, apportion_tensor
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.reducer import ComponentReducer
@@ -26,6 +25,7 @@ from tokenprune.strategies.components.allocation import (
     VisualContentAllocation,
 )
 from tokenprune.strategies.components.selection import TopAttentionSelection
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 SQUARE = TileGeometry.anyres((672, 672), (2, 2), (24, 24), 336)
 PADDED = TileGeometry.anyres((300, 900), (1, 3), (24, 24), 336)

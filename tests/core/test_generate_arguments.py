@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from tests.helpers.llava_oracle import oracle_inputs
-from tests.helpers.tiny import batch, tiny_model, tokenizer
 from tokenprune.strategies import HiRED
+from tokenprune.testing.tiny_models import batch, tiny_model, tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "generate-arguments.md"
 NEW = 4

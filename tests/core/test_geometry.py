@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tests.helpers import tiny
 from tokenprune.image import NEWLINE, TileGeometry, anyres_regions, region_coverage
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.strategies.components.allocation import base_tile_coverage
+from tokenprune.testing import tiny_models as tiny
 
 SIZES = [
     *((56, 56), (112, 112), (56, 112), (112, 56), (168, 56), (56, 168), (200, 300), (300, 200), (97, 103), (400, 1000)),

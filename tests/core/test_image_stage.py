@@ -7,12 +7,12 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget
 from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import HiRED, ImageDownsample
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 LAYOUTS = st.builds(
     lambda size, grid: TileGeometry.anyres(size, grid, (6, 6), 84) if all(grid) else TileGeometry.single((6, 6)),

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Family
-from tests.helpers.mllama import FAMILY as MLLAMA
-from tests.helpers.tiny import random_image
 from tokenprune.adapter import find_adapter
 from tokenprune.models._base.native_resolution import EXAMPLE_IDS, example_mrope_llm
 from tokenprune.models._base.tiled import TiledAdapter, embedded_ids
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.strategies import HiRED
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.families.mllama import FAMILY as MLLAMA
+from tokenprune.testing.tiny_models import random_image
 
 ALL = {**FAMILIES, MLLAMA.name: MLLAMA}
 TILED = [name for name, family in FAMILIES.items() if issubclass(family.adapter, TiledAdapter)]

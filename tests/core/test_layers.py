@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.build import encoded
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import resolve_layers
+from tokenprune.testing.encoded_images import random_encoded_image
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_relative_depth_is_always_a_layer(layers: int, depth: float) -> None:
 
 
 def test_reading_averages_over_layers_in_float32() -> None:
-    image = encoded(TileGeometry.single((2, 3)))
+    image = random_encoded_image(TileGeometry.single((2, 3)))
     half = {key: value.half() for key, value in image.signals.items()}
     image = EncodedImage(image.geometry, image.features, half, layers=4, feature_layer=2)
     both = image.cls_attention(["first", "feature"])

@@ -20,7 +20,6 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import kept_mask
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune import Budget, EncodedImage, Run, TileGeometry, align
 from tokenprune.account import HISTORY
 from tokenprune.adapter import adapters, find_adapter
@@ -30,6 +29,7 @@ from tokenprune.rewrite import Rows
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import Selection
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, SpatialPooling, VisionZip
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 ROWS = [[(112, 112)], [(60, 160), (150, 50)]]
 

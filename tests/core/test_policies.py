@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.build import encoded
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.strategies.components import (
@@ -22,6 +21,7 @@ from tokenprune.strategies.components import (
     UniformAllocation,
     VisualContentAllocation,
 )
+from tokenprune.testing.encoded_images import random_encoded_image
 
 SQUARE = TileGeometry.anyres((112, 112), (2, 2), (4, 4), 56)
 ALLOCATIONS: list[AllocationPolicy] = [
@@ -49,7 +49,7 @@ ALLOCATIONS: list[AllocationPolicy] = [
     seed=st.integers(0, 50),
 )
 def test_allocations_never_grant_more_than_there_is(policy, size, grid, total, seed) -> None:
-    image = encoded(TileGeometry.anyres(size, grid, (4, 4), 56), seed)
+    image = random_encoded_image(TileGeometry.anyres(size, grid, (4, 4), 56), seed)
     valid = image.geometry.valid
     capacity = valid.sum(1).tolist()
     scores = torch.rand(valid.shape).masked_fill(~valid, -torch.inf)
@@ -70,15 +70,15 @@ def granted(policy: AllocationPolicy, total: int, image: EncodedImage, scores: t
 
 
 def test_simple_allocations_by_hand() -> None:
-    image = encoded(SQUARE)
-    padded = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))  # 16 + 8 + 8 valid tokens
+    image = random_encoded_image(SQUARE)
+    padded = random_encoded_image(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))  # 16 + 8 + 8 valid tokens
     assert granted(UniformAllocation(), 20, image) == [4, 4, 4, 4, 4]
     assert granted(UniformAllocation(), 30, padded) == [14, 8, 8]
     assert granted(ProportionalAllocation(), 20, padded) == [10, 5, 5]
     assert granted(BaseTileAllocation(), 20, padded) == [16, 0, 0]
     assert granted(SubImagesAllocation(), 10, padded) == [0, 5, 5]
     assert granted(SubImagesAllocation(), 99, padded) == [0, 8, 8]
-    single = encoded(TileGeometry.single((4, 4)))
+    single = random_encoded_image(TileGeometry.single((4, 4)))
     with pytest.raises(ValueError, match="needs sub-images"):
         granted(SubImagesAllocation(), 3, single)
     assert granted(VisualContentAllocation(0.0), 3, single) == [3]
@@ -86,7 +86,7 @@ def test_simple_allocations_by_hand() -> None:
 
 
 def test_pooled_allocations_count_the_best_tokens() -> None:
-    image, scores = encoded(SQUARE), torch.zeros(5, 16)
+    image, scores = random_encoded_image(SQUARE), torch.zeros(5, 16)
     scores[0, :9], scores[2, 3], scores[4, :5] = 5.0, 4.0, 3.0
     assert granted(GlobalTopAllocation(), 12, image, scores) == [9, 0, 1, 0, 2]
     assert granted(SubImagesAllocation(pooled=True), 4, image, scores) == [0, 0, 1, 0, 3]
@@ -139,7 +139,7 @@ def test_visual_content_refuses(options: dict[str, object]) -> None:
 
 
 def test_top_attention_combines_heads() -> None:
-    image = encoded(SQUARE)
+    image = random_encoded_image(SQUARE)
     attention = image.signals["cls_attention", 2]
     assert torch.equal(TopAttentionSelection().score(image), attention.sum(1))
     assert torch.equal(TopAttentionSelection(heads="max").score(image), attention.max(1).values)
@@ -161,7 +161,7 @@ def test_uniform_stride_is_even(data, tokens: int) -> None:
     geometry = TileGeometry.single((1, tokens))
     candidates = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))])
     budget = data.draw(st.integers(0, int(candidates.sum())))
-    image = encoded(geometry)
+    image = random_encoded_image(geometry)
     kept = StrideSelection().pick(image, torch.zeros(1, tokens), torch.tensor([budget]), candidates)
     assert int(kept.sum()) == budget
     assert not bool((kept & ~candidates).any())
@@ -174,7 +174,7 @@ def test_uniform_stride_starts_half_a_step_in() -> None:
     def places(budget: int, candidates: list[int]) -> list[int]:
         mask = torch.zeros(1, 10, dtype=torch.bool)
         mask[0, candidates] = True
-        image = encoded(TileGeometry.single((2, 5)))
+        image = random_encoded_image(TileGeometry.single((2, 5)))
         kept = StrideSelection().pick(image, torch.zeros(1, 10), torch.tensor([budget]), mask)
         return kept[0].nonzero().flatten().tolist()
 
@@ -186,7 +186,7 @@ def test_uniform_stride_starts_half_a_step_in() -> None:
 
 
 def test_random_selection_depends_on_the_seed_and_the_layout_alone() -> None:
-    one, two = encoded(SQUARE, 1), encoded(SQUARE, 2)
+    one, two = random_encoded_image(SQUARE, 1), random_encoded_image(SQUARE, 2)
     assert torch.equal(RandomSelection(3).score(one), RandomSelection(3).score(two))
     assert not torch.equal(RandomSelection(3).score(one), RandomSelection(4).score(one))
     state = torch.random.get_rng_state()
@@ -195,13 +195,13 @@ def test_random_selection_depends_on_the_seed_and_the_layout_alone() -> None:
 
 
 def test_top_norm() -> None:
-    image = encoded(SQUARE)
+    image = random_encoded_image(SQUARE)
     expected = image.features.double().square().sum(-1).sqrt().float()
     torch.testing.assert_close(TopNormSelection().score(image), expected)
 
 
 def test_mean_relevance_is_the_cosine_to_the_mean_of_the_valid_tokens() -> None:
-    image = encoded(TileGeometry.anyres((60, 100), (2, 2), (4, 4), 56))
+    image = random_encoded_image(TileGeometry.anyres((60, 100), (2, 2), (4, 4), 56))
     valid, features = image.geometry.valid, image.features.double()
     assert not bool(valid.all())
     for tile, own in enumerate(MeanRelevance(sign="aligned").relevance(image)):

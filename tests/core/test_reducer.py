@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers.build import encoded
 from tokenprune.budget import Budget
 from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
 from tokenprune.policies import SelectionPolicy
@@ -30,6 +29,7 @@ from tokenprune.strategies.components import (
     UniformAllocation,
     VisualContentAllocation,
 )
+from tokenprune.testing.encoded_images import random_encoded_image
 
 
 @dataclass
@@ -93,7 +93,7 @@ PROMISE = settings(max_examples=150, deadline=None)
 )
 def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, per, of, newlines, seed) -> None:
     reducer = replace(reducer, budget=Budget(budget, per=per, of=of), newlines=newlines)
-    image = encoded(layout, seed)
+    image = random_encoded_image(layout, seed)
     selection = reducer.reduce(image)
     assert selection.asked == reducer.budget.asked(layout)
     assert selection.kept_tokens == min(selection.asked, int(layout.valid.sum()))
@@ -101,7 +101,7 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
     assert selection.kept_per_tile == selection.granted_per_tile
     assert sum(selection.granted_per_tile) == selection.kept_tokens
     assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_newlines
-    again = reducer.reduce(encoded(layout, seed))
+    again = reducer.reduce(random_encoded_image(layout, seed))
     assert torch.equal(again.kept, selection.kept)
     assert torch.equal(again.separators, selection.separators)
     if budget == 1.0 and type(budget) is float and of == "encoded" and newlines != "drop":
@@ -118,7 +118,7 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
 )
 def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newlines, seed) -> None:
     reducer = replace(reducer, budget=Budget(budget, newlines="counted"), newlines=newlines)
-    selection = reducer.reduce(encoded(layout, seed))
+    selection = reducer.reduce(random_encoded_image(layout, seed))
     spent = selection.kept_tokens + selection.kept_newlines
     there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.separators)
     assert spent == min(selection.asked, there_is)
@@ -143,7 +143,7 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
 def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) -> None:
     """Every budget, against all numbers of tokens; what is left over keeps newlines of emptied rows."""
     layout = TileGeometry.anyres(size, (2, 2), (4, 4), 56)
-    image = encoded(layout, 1)
+    image = random_encoded_image(layout, 1)
     costs = []
     for tokens in range(int(layout.valid.sum()) + 1):
         free = replace(reducer, budget=tokens).reduce(image)
@@ -181,7 +181,7 @@ def test_strategies_that_waste_budget_never_overspend(
 ) -> None:
     layout = TileGeometry.anyres(size, grid, (4, 4), 56)
     reducer = Parts(Budget(budget, newlines=newlines), allocation=allocation, selection=selection, padding=padding)
-    result = reducer.reduce(encoded(layout))
+    result = reducer.reduce(random_encoded_image(layout))
     cost = result.kept_tokens + (result.kept_newlines if newlines == "counted" else 0)
     assert cost <= result.asked
     assert not bool((result.kept & ~layout.valid).any())
@@ -194,10 +194,10 @@ def test_strategies_that_waste_budget_never_overspend(
 def test_ignoring_padding_loses_what_unpadding_removes() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # half of the canvas is padding
     parts = {"allocation": UniformAllocation(), "selection": RandomSelection(0)}
-    ignoring = Parts(0.5, padding="ignore", **parts).reduce(encoded(layout))
+    ignoring = Parts(0.5, padding="ignore", **parts).reduce(random_encoded_image(layout))
     assert ignoring.granted_per_tile == [8, 8, 8]
     assert ignoring.kept_tokens < 24 == ignoring.asked
-    assert Parts(0.5, **parts).reduce(encoded(layout)).kept_tokens == 24
+    assert Parts(0.5, **parts).reduce(random_encoded_image(layout)).kept_tokens == 24
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,7 +218,7 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
         layout.packed == NEWLINE, NEWLINE, flat // layout.tokens * layout.tokens + inverse[flat % layout.tokens]
     )
     permuted_layout = replace(layout, packed=moved)
-    image = encoded(layout, rng.randrange(100))
+    image = random_encoded_image(layout, rng.randrange(100))
     permuted = EncodedImage(
         permuted_layout,
         image.features[:, there],
@@ -237,7 +237,7 @@ def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> 
 
 def test_a_score_reducer_keeps_the_best_of_the_whole_image() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
-    image = encoded(layout)
+    image = random_encoded_image(layout)
     selection = Norm(7).reduce(image)
     scores = image.features.norm(dim=-1)[layout.valid]
     assert float(image.features.norm(dim=-1)[selection.kept].min()) == float(scores.sort().values[-7])
@@ -264,7 +264,7 @@ class Fixed(TokenReducer):
     ],
 )
 def test_wrong_selections_are_refused(answer: Tensor, words: str) -> None:
-    image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
+    image = random_encoded_image(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
     with pytest.raises(ValueError, match=words):
         Fixed(answer=answer).reduce(image)
 
@@ -273,7 +273,7 @@ def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> No
     layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
     kept = torch.zeros(3, 4, dtype=torch.bool)
     kept[2, 3] = True
-    image = replace(encoded(layout), pixels=torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
+    image = replace(random_encoded_image(layout), pixels=torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
     selection = Fixed(answer=kept).reduce(image)
     assert selection.separators.tolist() == [False, True]
     assert selection.pixels is image.pixels
@@ -300,7 +300,7 @@ class Scores(SelectionPolicy):
 
 def test_wrong_scores_are_refused_and_odd_ones_are_not() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
-    image = encoded(layout)
+    image = random_encoded_image(layout)
 
     def reduce(values: Tensor) -> Selection:
         return Parts(9, allocation=UniformAllocation(), selection=Scores(values)).reduce(image)
@@ -329,7 +329,7 @@ def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
         def score(self, image: EncodedImage) -> Tensor:
             return torch.full(image.features.shape[:2], -torch.inf)
 
-    image = encoded(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
+    image = random_encoded_image(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
     assert Nothing(9).reduce(image).kept_tokens == 9
     for allocation in (GlobalTopAllocation(), SubImagesAllocation(pooled=True), UniformAllocation()):
         assert Parts(9, allocation=allocation, selection=Worthless()).reduce(image).kept_tokens == 9
@@ -353,7 +353,7 @@ def test_options_are_checked_when_a_strategy_is_made(options: dict[str, object],
 
 
 def test_nothing_is_mutated() -> None:
-    image = encoded(TileGeometry.anyres((100, 41), (2, 1), (4, 4), 56))
+    image = random_encoded_image(TileGeometry.anyres((100, 41), (2, 1), (4, 4), 56))
     before = {key: value.clone() for key, value in image.signals.items()}
     features, packed = image.features.clone(), image.geometry.packed.clone()
     reducer = HiRED(Budget(0.4, newlines="counted"))

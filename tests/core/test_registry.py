@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import tiny
 from tokenprune import registry
 from tokenprune.adapter import ADAPTERS, Adapter, adapters, find_adapter
 from tokenprune.catalog import STRATEGIES, components, strategies
@@ -26,6 +25,7 @@ from tokenprune.registry import collect, kebab, load_from_file, lookup
 from tokenprune.saliency import SaliencyModel
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import TopAttentionSelection
+from tokenprune.testing import tiny_models as tiny
 
 
 @pytest.mark.parametrize(

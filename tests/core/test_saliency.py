@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import tiny
 from tokenprune.adapter import find_adapter
 from tokenprune.configuration import as_config
-from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_cells
+from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.image import Signal
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -29,6 +28,7 @@ from tokenprune.saliency import resampled
 from tokenprune.strategies import GlobalCom2, HiRED
 from tokenprune.strategies.components import GlobalTopAllocation, RandomSelection, TimmSaliency, TopAttentionSelection
 from tokenprune.strategies.components.saliency_model import cls_attention
+from tokenprune.testing import tiny_models as tiny
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 LOOK = TimmSaliency("test_vit", pretrained=False, image_mean=MEAN, image_std=STD)
@@ -336,7 +336,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
         Setting(Experiment(str(place), reducer, Boards(number=1), max_new_tokens=1, batch_size=32), name)
         for name, reducer in reducers.items()
     ]
-    progress = run_cells(cells, tmp_path / "out")
+    progress = run_settings(cells, tmp_path / "out")
     assert (progress.errors, progress.encodes) == (0, 1)
     for cell in cells:
         folder = cell.folder(tmp_path / "out")
@@ -346,7 +346,7 @@ def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> No
         assert all(row["error"] is None and row["kept"] == row["asked"] > 0 for row in rows)
     insisting = replace(cells[0].experiment, reducer=HiRED(0.2, attention="cls"))
     with pytest.raises(ValueError, match="gives no cls_attention"):
-        run_cells([Setting(insisting, "insisting")], tmp_path / "other")
+        run_settings([Setting(insisting, "insisting")], tmp_path / "other")
 
 
 def test_signals_that_stand_in_are_what_is_captured() -> None:

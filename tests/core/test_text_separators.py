@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Family
 from tests.helpers.oracle import generate, real_of_short
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage
@@ -19,6 +18,7 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
+from tokenprune.testing.families.base import Family
 
 SEPARATED = [name for name, one in FAMILIES.items() if one.adapter.text_separator_side != "none"]
 

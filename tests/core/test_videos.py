@@ -11,9 +11,9 @@ import torch
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import kept_mask, oracle_inputs
-from tests.helpers.tiny import random_image
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import HiRED, ImageDownsample
+from tokenprune.testing.tiny_models import random_image
 
 NAMES = ["llava_next_video", "llava_onevision"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Family
 from tokenprune.adapter import find_adapter
 from tokenprune.strategies import HiRED
+from tokenprune.testing.families.base import Family
 
 NO_OPTIONS = {"phi4_multimodal": "the unmodified model raises when its vision side records hidden states"}
 

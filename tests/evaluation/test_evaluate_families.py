@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.mllama import FAMILY as MLLAMA
 from tokenprune.experiments.evaluation import experiment
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, UniformStride
+from tokenprune.testing.families.mllama import FAMILY as MLLAMA
 
 MODELS = {"mllama": MLLAMA, "phi4_multimodal": FAMILIES["phi4_multimodal"], "qwen2_vl": FAMILIES["qwen2_vl"]}
 

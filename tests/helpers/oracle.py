@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers.families.base import Size
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.reducer import ScoreReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
+from tokenprune.testing.families.base import Size
 
 
 def generate(model: Any, inputs: Any, **how: Any) -> Tensor:

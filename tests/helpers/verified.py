@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.mllama import FAMILY
 from tests.models import test_families
+from tokenprune.testing.families.mllama import FAMILY
 
 
 def summary() -> dict[str, Any]:

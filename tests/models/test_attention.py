@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import tiny
 from tokenprune.image import Signal
 from tokenprune.models._capture.attention import cls_rows, received
 from tokenprune.models._capture.hooks import Tower, capture_signals
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.testing import tiny_models as tiny
 
 KINDS = ("cls_attention", "received_attention", "keys", "vision_features")
 

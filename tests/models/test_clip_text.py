@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 from research.mini_training.evaluate import ask
-from tests.helpers.tiny import batch, tiny_model, tiny_processor
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models import mini
@@ -23,6 +22,7 @@ from tokenprune.strategies import EADP, HERO, TRIM, CDPruner
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import TextRelevance, TopRelevanceSelection
 from tokenprune.strategies.eadp import DenseTextRelevance, FacilityLocationSelection
+from tokenprune.testing.tiny_models import batch, tiny_model, tiny_processor
 
 
 @dataclass

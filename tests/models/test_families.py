@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import pipeline
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Family
 from tests.helpers.oracle import (
     SPOTS,
     Odd,
@@ -29,11 +28,12 @@ from tests.helpers.oracle import (
     transposed,
     without_places,
 )
-from tests.helpers.tiny import SENTENCES, random_image
 from tokenprune.adapter import find_adapter
 from tokenprune.layers import LayerChoice
 from tokenprune.saliency import SaliencyModel, SaliencyOutput
 from tokenprune.strategies import HiRED, UniformStride
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import SENTENCES, random_image
 
 POSITIONS = ["reindex", "preserve"]
 GENERATION: dict[str, dict[str, Any]] = {

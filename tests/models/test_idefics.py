@@ -11,12 +11,12 @@ from PIL import Image
 from transformers import Idefics3ImageProcessor, Idefics3Processor
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import TILE
-from tests.helpers.tiny import TEMPLATE, random_image, tokenizer
 from tokenprune.adapter import find_adapter
 from tokenprune.image import Signal
 from tokenprune.models.idefics2 import Idefics2Adapter
 from tokenprune.models.idefics3 import tile_grids
+from tokenprune.testing.families.base import TILE
+from tokenprune.testing.tiny_models import TEMPLATE, random_image, tokenizer
 
 
 @cache

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.helpers.tiny import tiny_model
 from tokenprune.adapter import find_adapter
 from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models.llama4 import Llama4Adapter
+from tokenprune.testing.tiny_models import tiny_model
 
 
 class PackedLinear(nn.Module):

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import pipeline
 
-from tests.helpers.families.base import TILE
-from tests.helpers.mllama import FAMILY, processor
 from tests.helpers.oracle import Odd, hits, spotted, traces, transposed, without_places
-from tests.helpers.tiny import random_image
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
+from tokenprune.testing.families.base import TILE
+from tokenprune.testing.families.mllama import FAMILY, processor
+from tokenprune.testing.tiny_models import random_image
 
 ROWS = ([(112, 112)], [(60, 112), (112, 50)], [(40, 50)])
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Family
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models._capture.hooks import Tower
 from tokenprune.models.qwen2_5_vl import nearest
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components.order import ScoreOrder
+from tokenprune.testing.families.base import Family
 
 KINDS = ("received_attention", "keys", "vision_features")
 VARLEN = "tests_flash_varlen"

@@ -6,8 +6,8 @@ import torch
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import kept_mask, oracle_inputs, real_of_short
-from tests.helpers.tiny import random_image
 from tokenprune.strategies import HiRED
+from tokenprune.testing.tiny_models import random_image
 
 
 def test_a_suffix_stays_causal() -> None:

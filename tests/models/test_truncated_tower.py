@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.models._base.placeholder import PlaceholderAdapter
@@ -31,6 +30,7 @@ from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRestMerging
 from tokenprune.strategies.components.selection import TopAttentionSelection
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 TRUNCATED = {
     name: kind

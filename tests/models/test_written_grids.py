@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.families.base import Size
-from tests.helpers.tiny import random_image
 from tokenprune.adapter import find_adapter
+from tokenprune.testing.families.base import Size
+from tokenprune.testing.tiny_models import random_image
 
 SIZES: list[Size] = [(60, 160), (56, 56), (56, 56), (150, 50), (112, 112), (100, 200), (168, 40)]
 NAMES = {"ovis2": "grids", "llama4": "aspect_ratios"}

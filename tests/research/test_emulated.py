@@ -11,12 +11,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from research import emulated
 from research.emulated import Shown
 from research.mini_training.evaluate import ask
-from tests.helpers.build import best_grid, encoded
+from tests.helpers.build import best_grid
 from tokenprune.image import NEWLINE, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS, TILE, make_board
 from tokenprune.strategies import HiRED, HoloV, PruMerge
 from tokenprune.strategies.trim import OutlierAllocation
+from tokenprune.testing.encoded_images import random_encoded_image
 
 NARROW = TileGeometry.anyres((8, 12), (1, 2), (4, 4), 8)
 """Two tiles side by side on a canvas of 4 x 8 tokens, of which one column is padding at each side."""
@@ -63,7 +64,7 @@ def test_exchanged_rows_and_columns_cut_valid_tokens_away() -> None:
 
 def test_images_together_are_pruned_by_the_outliers_of_all() -> None:
     layout = TileGeometry.anyres((8, 12), (1, 2), (12, 12), 8)
-    images = [encoded(layout, seed=seed) for seed in range(3)]
+    images = [random_encoded_image(layout, seed=seed) for seed in range(3)]
     batch = emulated.together(images)
     assert batch.geometry.tiles == 9
     valid = torch.cat([image.geometry.valid for image in images])
@@ -74,7 +75,7 @@ def test_images_together_are_pruned_by_the_outliers_of_all() -> None:
 
 
 def test_a_share_of_outliers_counts_the_other_images() -> None:
-    image, values = encoded(NARROW), torch.zeros(3, 16)
+    image, values = random_encoded_image(NARROW), torch.zeros(3, 16)
     values[:, 0] = 9.0  # one outlier in every tile
     assert OutlierAllocation(extra=0).allocate(image, 0, [16] * 3, values) == [1, 1, 1]
     with_many = emulated.OutliersOfBatch(extra=0, others=[0.5] * 12 + [1e-4] * 68)
@@ -84,7 +85,7 @@ def test_a_share_of_outliers_counts_the_other_images() -> None:
 
 
 def test_the_second_image_reads_the_attention_of_the_first() -> None:
-    first, second = encoded(NARROW, seed=0), encoded(NARROW, seed=1)
+    first, second = random_encoded_image(NARROW, seed=0), random_encoded_image(NARROW, seed=1)
     read = emulated.shifted_attention(first, second)
     both = torch.cat([first.cls_logits(-1), second.cls_logits(-1)])
     assert torch.equal(read.cls_logits(-1), both[1:4])

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from tests.helpers import tiny
 from tests.helpers.build import token_boxes
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.models.llava import LlavaAdapter
@@ -25,6 +24,7 @@ from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
+from tokenprune.testing import tiny_models as tiny
 
 SPOTS = [  # image size, where the spot's center is, as fractions of the image; off every diagonal
     ((56, 112), (0.2, 0.85)),

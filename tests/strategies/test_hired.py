@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from research.emulated import exchanged
-from tests.helpers.build import encoded
 from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components.allocation import VisualContentAllocation
+from tokenprune.testing.encoded_images import random_encoded_image
 
 SIDE, TOKENS = 24, 576
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "hired_release_masks.npz")
@@ -107,7 +107,7 @@ def test_the_loss_of_the_release_on_other_attention(size, grid, budget, asked, i
     differs from the table by the luck of which tokens lie in the strip that survives.
     """
     geometry = as_the_release_sees_it(grid)
-    image = encoded(geometry, seed=3, heads=4)
+    image = random_encoded_image(geometry, seed=3, heads=4)
     selection = HiRED.release(budget).reduce(image)
     assert selection.asked == asked
     assert abs(selection.kept_tokens - in_mask) <= geometry.tiles
@@ -118,7 +118,9 @@ def test_the_loss_of_the_release_on_other_attention(size, grid, budget, asked, i
     else:
         assert abs(got - fed) <= 15
         assert 0.5 < got / asked < 0.65
-    repaired = HiRED(budget).reduce(encoded(TileGeometry.anyres(size, grid, (SIDE, SIDE), 336), seed=3, heads=4))
+    repaired = HiRED(budget).reduce(
+        random_encoded_image(TileGeometry.anyres(size, grid, (SIDE, SIDE), 336), seed=3, heads=4)
+    )
     assert repaired.kept_tokens == repaired.asked == asked
     assert not bool((repaired.kept & ~repaired.geometry.valid).any())
 
@@ -147,7 +149,7 @@ def test_golden_masks_lose_tokens_where_the_repaired_method_loses_none(case: str
 def test_repaired_budget_is_exact_on_every_aspect_ratio(size, budget) -> None:
     grid = (2, 2) if max(size) / min(size) < 2 else ((1, 3) if size[1] > size[0] else (3, 1))
     geometry = TileGeometry.anyres(size, grid, (SIDE, SIDE), 336)
-    selection = HiRED(budget).reduce(encoded(geometry, heads=4))
+    selection = HiRED(budget).reduce(random_encoded_image(geometry, heads=4))
     assert selection.kept_tokens == min(selection.asked, int(geometry.valid.sum()))
     assert selection.kept_tokens == selection.asked or size == (33, 990)
     assert int(selection.budgets.sum()) == selection.kept_tokens

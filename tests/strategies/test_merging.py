@@ -9,8 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.build import encoded
-from tests.helpers.tiny import batch, tiny_model
 from tokenprune.adapter import find_adapter
 from tokenprune.image import NEWLINE, EncodedImage, Signal, TileGeometry
 from tokenprune.pipeline import Pipeline
@@ -27,6 +25,8 @@ from tokenprune.strategies.components import (
     UniformAllocation,
 )
 from tokenprune.strategies.components.merging import bands_of_cells, evenly_spaced
+from tokenprune.testing.encoded_images import random_encoded_image
+from tokenprune.testing.tiny_models import batch, tiny_model
 
 WIDE = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)  # with padding
 
@@ -39,7 +39,7 @@ def places_in_prompt(selection: Selection) -> torch.Tensor:
 
 
 def test_the_mean_of_the_rest_is_the_mean_of_the_rest() -> None:
-    image = encoded(WIDE)
+    image = random_encoded_image(WIDE)
     selection = HiRED(20, allocation=UniformAllocation(), merging=MeanOfRestMerging()).reduce(image)
     assert selection.kept_tokens == 20
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
@@ -59,7 +59,7 @@ def test_the_mean_of_the_rest_is_the_mean_of_the_rest() -> None:
 
 
 def test_every_token_of_visionzip_enters_somewhere_exactly_once() -> None:
-    image = encoded(WIDE)
+    image = random_encoded_image(WIDE)
     selection = VisionZip(20).reduce(image)
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     assert torch.equal((weights > 0).sum(dim=0) > 0, image.geometry.valid.flatten())
@@ -106,7 +106,9 @@ def test_pooling_averages_what_it_covers() -> None:
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 11, 13, 16])
 def test_pooling_takes_any_number(number: int) -> None:
     assert (
-        HiRED(number, allocation=UniformAllocation(), merging=PooledGridMerging()).reduce(encoded(WIDE)).kept_tokens
+        HiRED(number, allocation=UniformAllocation(), merging=PooledGridMerging())
+        .reduce(random_encoded_image(WIDE))
+        .kept_tokens
         == number
     )
 
@@ -127,7 +129,7 @@ def test_order_by_score() -> None:
 
 
 def test_merging_works_in_one_pool() -> None:
-    image = encoded(WIDE)
+    image = random_encoded_image(WIDE)
     selection = HiRED(20, allocation=GlobalTopAllocation(), merging=MeanOfRestMerging()).reduce(image)
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     assert weights.shape == (20, 64)
@@ -137,7 +139,7 @@ def test_merging_works_in_one_pool() -> None:
 
 def test_nothing_is_merged_where_nothing_is_dropped() -> None:
     for kind in (VisionZip, PruMerge, SpatialPooling):
-        assert kind(1.0).reduce(encoded(WIDE)).everything
+        assert kind(1.0).reduce(random_encoded_image(WIDE)).everything
 
 
 # --- what enters the model --------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def test_a_mixing_matrix_or_an_order_that_does_not_fit_is_refused() -> None:
             wrong = torch.zeros(3, 3) if self.mixing == "none" else None
             return replace(chosen, mixing=wrong, order=torch.zeros(chosen.kept_tokens, dtype=torch.long))
 
-    image = encoded(WIDE)
+    image = random_encoded_image(WIDE)
     with pytest.raises(ValueError, match=r"mixing matrix of \[3, 3\]; with \d+ kept tokens it must be \[\d+, 64\]"):
         Wrong().reduce(image)
     with pytest.raises(ValueError, match="an order that is no permutation"):

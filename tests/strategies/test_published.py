@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.build import encoded
 from tests.helpers.published import CASES, Case
 from tokenprune.budget import Budget
 from tokenprune.catalog import strategies
@@ -50,6 +49,7 @@ from tokenprune.strategies.components.diversity import (
 )
 from tokenprune.strategies.eadp import FacilityLocationSelection
 from tokenprune.strategies.hero import EarlyLateAttentionSelection
+from tokenprune.testing.encoded_images import random_encoded_image
 
 TOKENS = 576
 
@@ -345,7 +345,7 @@ def test_each_part_of_these_releases_matters() -> None:
 
 
 def test_eadp_release_rounds_down_but_not_to_nothing() -> None:
-    one = encoded(TileGeometry.anyres((56, 168), (1, 3), (4, 4), 56))
+    one = random_encoded_image(TileGeometry.anyres((56, 168), (1, 3), (4, 4), 56))
     mass = torch.tensor([6.0, 3.0, 0.98, 0.02])[:, None].expand(4, 16) / 16
     granted = ScoreMassAllocation(rounding="floor").allocate(one, 10, [16] * 4, mass)
     assert granted == [5, 2, 1, 1]  # 6 and 3 become a little less by the 1e-6 in the divisor
@@ -443,7 +443,7 @@ STRATEGIES = sorted(strategies())
 def test_the_budget_is_spent_exactly(name, size, grid, budget, newlines, seed) -> None:
     layout = TileGeometry.single((4, 4)) if not all(grid) else TileGeometry.anyres(size, grid, (4, 4), 56)
     reducer: Any = strategies()[name]
-    selection = reducer(budget, newlines=newlines).reduce(encoded(layout, seed))
+    selection = reducer(budget, newlines=newlines).reduce(random_encoded_image(layout, seed))
     expected = min(selection.asked, int(layout.valid.sum()))
     assert selection.kept_tokens == expected if reducer.exact else selection.kept_tokens <= expected
     assert selection.granted_per_tile == selection.kept_per_tile
@@ -458,7 +458,7 @@ def test_the_budget_is_spent_exactly(name, size, grid, budget, newlines, seed) -
 def test_images_without_any_difference_are_no_trouble(name: str, value: float) -> None:
     """Constant attention and features: ties everywhere, and vectors without direction."""
     layout = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)
-    one = encoded(layout)
+    one = random_encoded_image(layout)
     flat = {key: torch.full_like(signal, value) for key, signal in one.signals.items()}
     constant = EncodedImage(layout, torch.full_like(one.features, value), flat, one.layers, one.feature_layer)
     reducer: Any = strategies()[name]

@@ -1,1 +1,7 @@
-"""Tools for authors of strategies and adapters: the conformance checks."""
+"""Tools for authors of strategies and adapters.
+
+* `conformance`: checks that a strategy keeps the contract (`tokenprune check`).
+* `families`: tiny models with random weights, and their processors, of all model families.
+* `tiny_models`: tiny LLaVA models, a tokenizer, and random images.
+* `encoded_images`: encoded images with random signals.
+"""

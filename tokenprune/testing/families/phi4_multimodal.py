@@ -7,15 +7,16 @@ from typing import Any
 
 from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalImageProcessor, Phi4MultimodalProcessor
 
-from tests.helpers.families.base import PATCH, TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.phi4_multimodal import Phi4MultimodalAdapter
+from tokenprune.testing.families.base import PATCH, TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 class TinyImages(Phi4MultimodalImageProcessor):
-    """The image processor, which counts 256 tokens in 16 rows for the whole image, on tiles of 2 x 2 tokens."""
+    """The image processor for tiles of 2 x 2 tokens; the original counts 16 rows of 16 tokens for the base tile."""
 
-    def _preprocess(self, images: Any, **kwargs: Any) -> Any:
+    def _preprocess(self, images: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the processed images with the token counts of small tiles."""
         data = super()._preprocess(images, **kwargs)
         data["num_img_tokens"] = [number - (256 + 16) + (4 + 2) for number in data["num_img_tokens"]]
         return data
@@ -23,14 +24,14 @@ class TinyImages(Phi4MultimodalImageProcessor):
 
 @cache
 def processor() -> Any:
-    """Images are cut into as many tiles as they have pixels for."""
+    """Return the processor; it cuts an image into as many tiles as its pixels fill."""
     tok = tokenizer(image_token="<image>", audio_token="<audio>")
     images = TinyImages(size={"height": TILE, "width": TILE}, patch_size=PATCH, dynamic_hd=6)
     return Phi4MultimodalProcessor(images, Phi4MultimodalFeatureExtractor(), tok, chat_template=TEMPLATE)
 
 
 def example() -> Any:
-    """A tiny model that speaks the tokens of the processor."""
+    """Return a tiny model with the special tokens of the processor."""
     config = Phi4MultimodalAdapter.example().config
     config.vision_config.image_token_id = processor().tokenizer.convert_tokens_to_ids("<image>")
     config.audio_config.audio_token_id = processor().tokenizer.convert_tokens_to_ids("<audio>")

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AyaVisionProcessor, Cohere2VisionImageProcessor, Cohere2VisionProcessor, GotOcr2ImageProcessor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.aya_vision import AyaVisionAdapter
 from tokenprune.models.cohere2_vision import Cohere2VisionAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 SIZES = {"size": {"height": TILE, "width": TILE}, "crop_to_patches": True, "min_patches": 1, "max_patches": 6}
 SPECIAL = {

@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
-from tests.helpers.families.qwen2_vl import FAMILIES as QWEN2
-from tests.helpers.families.qwen2_vl import images, special
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
+from tokenprune.testing.families.qwen2_vl import FAMILIES as QWEN2
+from tokenprune.testing.families.qwen2_vl import images, special
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images keep their size, rounded to whole tokens of 28 pixels."""
+    """Return the processor: image sizes are rounded to whole tokens of 28 pixels."""
     return Qwen2_5_VLProcessor(images(), tokenizer(**special()), Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 
-from tests.helpers.families.base import PATCH, TILE, Family
-from tests.helpers.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.llava_next_video import LlavaNextVideoAdapter
+from tokenprune.testing.families.base import PATCH, TILE, Family
+from tokenprune.testing.tiny_models import PINPOINTS, TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most four tiles; frames are one tile each."""
+    """Return the processor: images are cut into at most four tiles; frames are one tile each."""
     square = {"height": TILE, "width": TILE}
     images = LlavaNextImageProcessor(size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=PINPOINTS)
     return LlavaNextVideoProcessor(

@@ -1,4 +1,4 @@
-"""What the families of the test matrix share: tokenizer, tiny model and inputs."""
+"""A tiny model, its processor and its inputs, for one family or one variant of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.helpers.tiny import SENTENCES, random_image
 from tokenprune.adapter import Adapter
+from tokenprune.testing.tiny_models import SENTENCES, random_image
 
 TILE, PATCH = 56, 14
 Size = tuple[int, int]
@@ -19,31 +19,31 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the matrix.
+    """A family, or a variant of it, in the test matrix.
 
     Args:
-        name: of the family, and what is special if it has several rows.
-        adapter: its adapter.
-        processor: builds the real processor.
-        tokens: the tokens of the tokenizer that the config names, by name in the config (``"image_token_id"``, ...).
-        image: what stands for an image in the text that the processor is given.
-        example: builds a model whose config is taken; that of the adapter if left out.
-        sizes: height x width of images for batches: a square one, and three of other aspect ratios.
-        spots: height x width of images whose tiles show them without a border, for the bright spot.
-        nested: whether the processor wants the images of each row in a list of their own.
-        full: largest difference of logits at 100 %.
-        oracle: largest difference of logits to the mask oracle; None if the architecture forbids it, and `why` says so.
+        name: the family; a variant adds its difference in parentheses.
+        adapter: the adapter.
+        processor: function that builds the real processor.
+        tokens: special tokens that the config refers to, by their name in the config (``"image_token_id"``, ...).
+        image: placeholder of an image in the text.
+        example: function that builds the model whose config is used; None uses `Adapter.example`.
+        sizes: height x width in pixels of images for batches: a square one, and three of other aspect ratios.
+        spots: height x width in pixels of images that fill their tiles without a border.
+        nested: whether the processor takes a list of images per prompt row.
+        full: largest allowed difference of logits at a budget of 100 %.
+        oracle: largest allowed difference of logits to the mask oracle; None if the architecture rules it out.
         beams: whether the unmodified model generates with beams from images.
         attn: the attention kernel.
-        scale: factor on all weights, so that mistakes show; smaller where a model is initialized with large ones.
-        why: the reasons for what is not 0 or not done.
-        skip: names of checks that cannot hold, each with its reason.
+        scale: factor on all weights, which makes mistakes visible in the logits.
+        why: reasons for tolerances that are not 0 and for features that are off.
+        skip: checks that cannot hold, each with its reason.
     """
 
     name: str
     adapter: type[Adapter]
     processor: Callable[[], Any]
-    tokens: Mapping[str, str] = field(default_factory=lambda: {"image_token_id": "<image>"})
+    tokens: Mapping[str, str | list[str]] = field(default_factory=lambda: {"image_token_id": "<image>"})
     image: str = "<image>"
     example: Callable[[], Any] | None = None
     sizes: tuple[Size, Size, Size, Size] = ((112, 112), (60, 160), (150, 50), (40, 170))
@@ -59,16 +59,20 @@ class Family:
 
     @property
     def rows(self) -> tuple[list[Size], ...]:
-        """Different aspect ratios, several images in a row, and a row without an image."""
+        """Sizes of the images of four prompt rows: one image, two images, no image, one image."""
         square, wide, tall, band = self.sizes
         return [square], [wide, tall], [], [band]
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A new tiny model that speaks the processor's tokens, the same weights each time."""
+        """Return a new tiny model with the special tokens of the processor; its weights are always the same.
+
+        Args:
+            dtype: the dtype of the weights.
+        """
         example = (self.example or self.adapter.example)()
         config, tokenizer = copy.deepcopy(example.config), self.tokenizer
         for part in (config, config.get_text_config()):
-            if hasattr(part, "vocab_size"):  # some families say it twice
+            if hasattr(part, "vocab_size"):  # some configs store it twice
                 part.vocab_size = len(tokenizer)
         for name, token in self.tokens.items():
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
@@ -95,16 +99,21 @@ class Family:
         return self.processor().tokenizer
 
     def text(self, images: int, number: int = 0) -> str:
-        """A prompt about some images."""
+        """Return a prompt about some images.
+
+        Args:
+            images: how many.
+            number: selects the sentence of the prompt.
+        """
         return "USER: " + f"{self.image} " * images + SENTENCES[1 + number % 4] + " ASSISTANT:"
 
     def batch(self, *rows: Sequence[Size], side: str = "left", first: int = 0) -> Any:
-        """Model inputs of several prompt rows, each with images of the given height x width.
+        """Return model inputs of several prompt rows with random images.
 
         Args:
-            rows: the sizes of each row.
-            side: of padding.
-            first: number of the first row: rows of the same number have the same images and text.
+            rows: height x width in pixels of the images of each row.
+            side: the padding side.
+            first: number of the first row; rows of the same number have the same images and text.
         """
         images = [
             [random_image(*size, seed=10 * (first + number) + k) for k, size in enumerate(sizes)]
@@ -113,8 +122,20 @@ class Family:
         return self.inputs(images, [self.text(len(row), first + number) for number, row in enumerate(rows)], side)
 
     def inputs(self, images: Sequence[Sequence[Image.Image]], texts: Sequence[str], side: str = "left") -> Any:
-        """What the processor makes of images and prompts."""
-        flat = [one for row in images for one in row]
-        images = (list(map(list, images)) if self.nested else flat) if flat else None
-        made = self.processor()(images=images, text=list(texts), return_tensors="pt", padding=True, padding_side=side)
-        return made.to(torch.float32)  # Llama 4's makes bfloat16
+        """Return the processor's output for images and prompts.
+
+        Args:
+            images: the images of each row.
+            texts: the prompt of each row.
+            side: the padding side.
+        """
+        flat = [image for row in images for image in row]
+        per_row = [list(row) for row in images]
+        batch = self.processor()(
+            images=(per_row if self.nested else flat) if flat else None,
+            text=list(texts),
+            return_tensors="pt",
+            padding=True,
+            padding_side=side,
+        )
+        return batch.to(torch.float32)  # the processor of Llama 4 returns bfloat16

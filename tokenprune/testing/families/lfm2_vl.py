@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, Lfm2VlProcessor
 
-from tests.helpers.families.base import PATCH, TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models._base.example import with_sharp_attention
 from tokenprune.models.lfm2_vl import Lfm2VlAdapter
+from tokenprune.testing.families.base import PATCH, TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 MARKS = {f"tile_{row}_{col}": f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5)}
 
@@ -38,7 +38,7 @@ def processor() -> Any:
 
 
 def without_convolutions() -> Any:
-    """The same model with attention in every layer of its language model: there, dropping equals masking."""
+    """Return a model with attention in every layer of its LLM, where dropping equals masking."""
     config = Lfm2VlAdapter.example().config
     config.text_config.layer_types = ["full_attention", "full_attention"]
     torch.manual_seed(0)

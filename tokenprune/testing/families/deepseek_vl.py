@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import DeepseekVLImageProcessor, DeepseekVLProcessor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.deepseek_vl import DeepseekVLAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images are padded to a square."""
+    """Return the processor: images are padded to a square."""
     images = DeepseekVLImageProcessor(size={"height": TILE, "width": TILE})
     return DeepseekVLProcessor(images, tokenizer(image_token="<image>"), TEMPLATE, num_image_tokens=16)
 

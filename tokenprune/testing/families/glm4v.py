@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor
 
-from tests.helpers.families.base import Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.glm4v import Glm4vAdapter
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 TOKENS = {
     "image_token_id": "<|image|>",
@@ -23,7 +23,7 @@ TOKENS = {
 
 @cache
 def processor() -> Any:
-    """Images keep their size, rounded to whole tokens of 28 pixels."""
+    """Return the processor: image sizes are rounded to whole tokens of 28 pixels."""
     special = {name.removesuffix("_id"): token for name, token in TOKENS.items()}
     images = Glm4vImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 128})
     return Glm4vProcessor(images, tokenizer(**special), Glm4vVideoProcessor(), chat_template=TEMPLATE)

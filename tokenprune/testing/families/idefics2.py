@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Idefics2ImageProcessor, Idefics2Processor
 
-from tests.helpers.families.base import Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.idefics2 import Idefics2Adapter
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 NO_PLACES = "a latent of the resampler shows no place of the image"
 PARTS = "each part of a split image counts as an image"

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PerceptionLMImageProcessor, PerceptionLMProcessor, PerceptionLMVideoProcessor
 
-from tests.helpers.families.base import PATCH, TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.perception_lm import PerceptionLMAdapter
+from tokenprune.testing.families.base import PATCH, TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most four tiles, and shown whole as well."""
+    """Return the processor: images are cut into at most four tiles, and shown whole as well."""
     return PerceptionLMProcessor(
         PerceptionLMVideoProcessor(),
         PerceptionLMImageProcessor(tile_size=TILE, max_num_tiles=4, vision_input_type="thumb+tile"),

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PixtralImageProcessor, PixtralProcessor
 
-from tests.helpers.families.base import Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.mistral3 import Mistral3Adapter
 from tokenprune.models.pixtral import PixtralAdapter
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 @cache

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-from tests.helpers.families.base import Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 TOKENS = {
     "image_token_id": "<|image_pad|>",
@@ -20,19 +20,19 @@ TOKENS = {
 
 
 def images() -> Any:
-    """An image processor under which images keep their size, rounded to whole tokens of 28 pixels."""
+    """Return an image processor that rounds image sizes to whole tokens of 28 pixels."""
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     return Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
 
 
 def special() -> dict[str, str]:
-    """The special tokens by the names under which processors look them up."""
+    """Return the special tokens by their attribute names."""
     return {name.removesuffix("_id"): token for name, token in TOKENS.items()}
 
 
 @cache
 def processor() -> Any:
-    """The processor of Qwen2-VL."""
+    """Return the processor of Qwen2-VL."""
     return Qwen2VLProcessor(images(), tokenizer(**special()), Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 

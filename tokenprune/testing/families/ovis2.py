@@ -7,16 +7,16 @@ from typing import Any
 
 from transformers import Ovis2ImageProcessor, Ovis2Processor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.ovis2 import Ovis2Adapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 MARKS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most six tiles."""
+    """Return the processor: images are cut into at most six tiles."""
     special = {f"mark_{number}": mark for number, mark in enumerate(MARKS)}
     tok = tokenizer(image_token="<IMG_ATOM>", text_image="<image>", **special)
     images = Ovis2ImageProcessor(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=6)

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.internvl import InternVLAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most six tiles."""
+    """Return the processor: images are cut into at most six tiles."""
     tok = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )

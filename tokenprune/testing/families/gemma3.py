@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 from transformers import Gemma3ImageProcessor, Gemma3Processor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.gemma3 import Gemma3Adapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 class PanAndScan(Gemma3Processor):
     """The processor with pan and scan, which is off by default, for images of a few pixels."""
 
-    images_kwargs: ClassVar[dict[str, Any]] = {
+    images_kwargs: ClassVar[dict[str, Any]] = {  # type: ignore[assignment, misc]
         "do_pan_and_scan": True,
         "pan_and_scan_min_crop_size": 32,
         "pan_and_scan_max_num_crops": 4,
@@ -25,7 +25,7 @@ class PanAndScan(Gemma3Processor):
 
 @cache
 def processor() -> Any:
-    """Images that are twice as wide as high, or the other way round, are cut into two to four crops."""
+    """Return the processor: images of an aspect ratio of 2 or more are cut into two to four crops."""
     images = Gemma3ImageProcessor(size={"height": TILE, "width": TILE})
     tok = tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     return PanAndScan(images, tok, image_seq_length=16, chat_template=TEMPLATE.replace("<image>", "<start_of_image>"))

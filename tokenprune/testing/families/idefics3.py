@@ -13,9 +13,9 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.idefics3 import Idefics3Adapter, SmolVLMAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 SPECIAL = {
     "image_token": "<image>",
@@ -36,7 +36,7 @@ def idefics3() -> Any:
 
 @cache
 def smolvlm() -> Any:
-    """As Idefics3."""
+    """Return the processor of SmolVLM: images are cut as in Idefics3."""
     images = SmolVLMImageProcessor(do_image_splitting=True, **SIZES)
     video = SmolVLMVideoProcessor()
     return SmolVLMProcessor(images, tokenizer(**SPECIAL), video, image_seq_len=4, chat_template=TEMPLATE)

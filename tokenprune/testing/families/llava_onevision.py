@@ -7,16 +7,16 @@ from typing import Any
 
 from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import PINPOINTS, TEMPLATE, tokenizer
 
 TOKENS = {"image_token_id": "<image>", "video_token_id": "<video>"}
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most four tiles; a canvas of four is shrunk, and images beside others are not cut."""
+    """Return the processor: a single image of a row is cut into at most four tiles, several are not cut."""
     square = {"height": TILE, "width": TILE}
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import Granite4VisionProcessor, LlavaNextImageProcessor
 
-from tests.helpers.families.base import PATCH, TILE, Family
-from tests.helpers.tiny import PINPOINTS, TEMPLATE, tokenizer
 from tokenprune.models.granite4_vision import Granite4VisionAdapter
+from tokenprune.testing.families.base import PATCH, TILE, Family
+from tokenprune.testing.tiny_models import PINPOINTS, TEMPLATE, tokenizer
 
 
 @cache
 def processor() -> Any:
-    """Images are cut into at most four tiles of 2 x 2 tokens."""
+    """Return the processor: images are cut into at most four tiles of 2 x 2 tokens."""
     square = {"height": TILE, "width": TILE}
     images = LlavaNextImageProcessor(size=square, crop_size=square, image_grid_pinpoints=PINPOINTS)
     return Granite4VisionProcessor(

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from tests.helpers.families.base import Family
-from tests.helpers.tiny import tiny_processor
 from tokenprune.models._base.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.testing.families.base import Family
+from tokenprune.testing.tiny_models import tiny_processor
 
 
 def granite_vision() -> Any:
-    """A tiny LLaVA-NeXT with the parts of Granite Vision 3."""
+    """Return a tiny LLaVA-NeXT with the parts of Granite Vision 3."""
     torch.manual_seed(0)
     config = LlavaNextConfig(
         **{**example_parts(), "vision_config": example_siglip()},

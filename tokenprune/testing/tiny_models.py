@@ -1,4 +1,4 @@
-"""Tiny random models of the real transformers classes, with real processors built offline."""
+"""Tiny LLaVA-1.5 and LLaVA-NeXT models with random weights, their processors, a tokenizer, and random images."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ SENTENCES = [
 
 @cache
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few sentences.
+    """Return a byte-level BPE tokenizer trained on a few sentences.
 
     Args:
-        special: special tokens by the attribute under which processors look them up; a placeholder if none are given.
+        special: special tokens by their attribute name; by default the placeholder of an image.
     """
     special = special or {"image_token": "<image>"}
     raw = Tokenizer(BPE())
@@ -85,8 +85,8 @@ def _text_config() -> LlamaConfig:
 
 
 def _vision_config(tower: str) -> Any:
-    kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
-    return kind(
+    config_class: Any = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
+    return config_class(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
@@ -108,7 +108,14 @@ def _sharpen(model: Any) -> Any:
 
 
 def tiny_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, tower: str = "clip") -> Any:
-    """A new tiny model of a family, the same weights each time."""
+    """Return a new tiny model; its weights are always the same.
+
+    Args:
+        family: ``"llava"`` or ``"llava_next"``.
+        attn: the attention kernel.
+        dtype: the dtype of the weights.
+        tower: ``"clip"`` or ``"siglip"`` (no CLS token).
+    """
     torch.manual_seed(0)
     common = {
         "vision_config": _vision_config(tower),
@@ -131,7 +138,12 @@ def tiny_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
 
 
 def tiny_processor(family: str, tower: str = "clip") -> Any:
-    """The processor of a tiny model."""
+    """Return the processor of a tiny model.
+
+    Args:
+        family: ``"llava"`` or ``"llava_next"``.
+        tower: ``"clip"`` or ``"siglip"``.
+    """
     shared = {
         "tokenizer": tokenizer(),
         "patch_size": PATCH,
@@ -150,14 +162,28 @@ def tiny_processor(family: str, tower: str = "clip") -> Any:
 
 
 def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    """An image of smooth random blobs."""
+    """Return an RGB image of smooth random blobs.
+
+    Args:
+        height: height in pixels.
+        width: width in pixels.
+        seed: seed of the colors.
+    """
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def batch(family: str, *rows: list[tuple[int, int]], tower: str = "clip", side: str = "left", seed: int = 0) -> Any:
-    """Model inputs of several prompt rows, each with images of the given (height, width)."""
+    """Return model inputs of several prompt rows with random images.
+
+    Args:
+        family: ``"llava"`` or ``"llava_next"``.
+        rows: height x width in pixels of the images of each row.
+        tower: ``"clip"`` or ``"siglip"``.
+        side: the padding side.
+        seed: seed of the images.
+    """
     processor = tiny_processor(family, tower)
     texts, images = [], []
     for number, sizes in enumerate(rows):

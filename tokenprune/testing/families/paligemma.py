@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.paligemma import PaliGemmaAdapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 class PaliGemmaFamily(Family):
-    """A family whose processor makes labels without being asked, all of them -100."""
+    """PaliGemma, whose processor also returns labels, all of them -100."""
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """What the processor makes of images and prompts, without the labels."""
@@ -24,7 +24,7 @@ class PaliGemmaFamily(Family):
 
 @cache
 def processor() -> Any:
-    """Images are squeezed into a square."""
+    """Return the processor: images are squeezed into a square."""
     images = SiglipImageProcessor(size={"height": TILE, "width": TILE}, image_seq_length=16)
     return PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Llama4ImageProcessor, Llama4Processor
 
-from tests.helpers.families.base import TILE, Family
-from tests.helpers.tiny import TEMPLATE, tokenizer
 from tokenprune.models.llama4 import Llama4Adapter
+from tokenprune.testing.families.base import TILE, Family
+from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 MARKS = {
     "image_token": "<|image|>",
@@ -23,7 +23,7 @@ MARKS = {
 
 @cache
 def processor() -> Any:
-    """Images are put on a canvas of at most six tiles."""
+    """Return the processor: images are put on a canvas of at most six tiles."""
     images = Llama4ImageProcessor(size={"height": TILE, "width": TILE}, max_patches=6)
     template = TEMPLATE.replace("<image>", "<|image|>")
     return Llama4Processor(images, tokenizer(**MARKS), patch_size=14, chat_template=template)
