@@ -1,6 +1,6 @@
 """Adapters, one file per model family, and `mini`, the embedded trained model.
 
-Importing this package is light; adapters load transformers when they are looked up.
+Importing this package loads no heavy dependency; a lookup of an adapter imports transformers.
 """
 
 if __name__ != "tokenprune.models":

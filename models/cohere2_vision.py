@@ -1,4 +1,4 @@
-"""Command A Vision: sub-images in row-major order with a line break after each, the whole image last."""
+"""Command A Vision: sub-images in row-major order with a line break after each; the base tile last."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Cohere2VisionAdapter(TiledAdapter):
     post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
-    def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: the projector sees each token as a small image."""
-        tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(patches))
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens of the given patches, which the projector processes as one small image per token."""
+        tokens: Tensor = self.model.base_model.multi_modal_projector(self.apply_post_norm(patches))
         return tokens.flatten(0, -2)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""DeepSeek-VL: one tile an image, padded to a square; no separators."""
+"""DeepSeek-VL: one tile per image, padded to a square; no newline tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gemma 3: the base tile first, then crops side by side or one below the other (pan and scan); patches are averaged."""
+"""Gemma 3: the base tile first, then crops in one row or one column (pan and scan); patches are averaged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 from tokenprune.models._base.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
 from tokenprune.models._base.tiled import TiledAdapter, grid_difference, thumbnail
 
-ALIKE = 0.5
-"""Crops show what a base tile shows if they differ from it by less than this part of its variance."""
+MAX_DIFFERENCE = 0.5
+"""Largest difference, as a fraction of the variance of the base tile, at which crops belong to a base tile."""
 
 
 class Gemma3Adapter(TiledAdapter):
@@ -30,25 +30,25 @@ class Gemma3Adapter(TiledAdapter):
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return int(self.model.base_model.multi_modal_projector.kernel_size)
 
-    def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: their mean, normed and projected."""
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens of the given patches: the mean of the patches, normalized and projected."""
         projector = self.model.base_model.multi_modal_projector
-        normed = projector.mm_soft_emb_norm(self.normed(patches).mean(dim=1))
+        normed = projector.mm_soft_emb_norm(self.apply_post_norm(patches).mean(dim=1))
         return torch.as_tensor((normed @ projector.mm_input_projection_weight).to(patches.dtype))
 
-    def all_visual_tokens(self, hidden: Tensor, patches: Tensor) -> Tensor:
-        """Return all visual tokens of some tiles, by the projector itself: it adds up in another order."""
-        tokens: Tensor = self.model.base_model.multi_modal_projector(self.normed(hidden))
+    def project_tiles(self, hidden: Tensor, patches: Tensor) -> Tensor:
+        """Return all visual tokens of the given tiles with the projector itself, which sums in another order."""
+        tokens: Tensor = self.model.base_model.multi_modal_projector(self.apply_post_norm(hidden))
         return tokens.flatten(0, 1)
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Return the number of tiles of each image: a base tile and the crops behind it, if they show what it shows.
+        """Return the number of tiles of each image: a base tile, and the crops after it whose pixels resemble it.
 
-        Text stands between the base tile and its crops, and always the same few ids between crops. These can also
-        stand between two images, so that only pixels tell where the crops end.
+        The prompt has text between the base tile and its crops, and the same few ids between all crops. These ids can
+        also separate two images, so only the pixels determine the last crop.
 
         Raises:
             ValueError: if the placeholders do not fit the tiles.
@@ -58,22 +58,26 @@ class Gemma3Adapter(TiledAdapter):
         if spans is None:
             return [1] * len(tiles)
         gaps = [
-            tuple(ids[tile.row, tile.start + tile.length : after.start].tolist()) if tile.row == after.row else None
-            for tile, after in pairwise(spans)
+            tuple(ids[tile.row, tile.start + tile.length : following.start].tolist())
+            if tile.row == following.row
+            else None
+            for tile, following in pairwise(spans)
         ]
         while (start := sum(numbers)) < len(tiles):
-            most = possible_crops(gaps[start:])
-            unlike = {number: crop_difference(tiles[start : start + 1 + number]) for number in range(2, most + 1)}
-            number = min(unlike, key=unlike.__getitem__, default=0)
-            numbers.append(1 + number if number and unlike[number] < ALIKE else 1)
+            max_crops = count_possible_crops(gaps[start:])
+            differences = {
+                number: crop_difference(tiles[start : start + 1 + number]) for number in range(2, max_crops + 1)
+            }
+            number = min(differences, key=differences.__getitem__, default=0)
+            numbers.append(1 + number if number and differences[number] < MAX_DIFFERENCE else 1)
         return numbers
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Return rows x cols of the crops of each image: one row, or one column."""
-        return [crop_grid(one) for one in parts]
+        return [find_crop_grid(tiles) for tiles in parts]
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for an image; 11 stands before crops and 12 between them."""
+        """Return the token ids of an image; 11 precedes the crops and 12 separates them."""
         tile, number = [8, *self.example_tile, 9], max(grid)
         return [*tile, 11, *([*tile, 12] * number)[:-1]] if 1 in grid and number > 1 else tile
 
@@ -85,7 +89,7 @@ class Gemma3Adapter(TiledAdapter):
     def example_prompts(
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
     ) -> dict[str, Any]:
-        """Return inputs with random pixels, and the kind of each token."""
+        """Return inputs with random pixels, and the type id of each token."""
         inputs = super().example_prompts(rows, images)
         return {**inputs, "token_type_ids": (inputs["input_ids"] == self.image_token_id).long()}
 
@@ -112,19 +116,19 @@ class Gemma3Adapter(TiledAdapter):
         return with_sharp_attention(model)
 
 
-def possible_crops(gaps: Sequence[Hashable]) -> int:
-    """Return how many crops at most belong to a base tile.
+def count_possible_crops(gaps: Sequence[Hashable]) -> int:
+    """Return the largest number of crops that can belong to a base tile.
 
     Args:
-        gaps: what stands behind the base tile and each tile after it, up to the next one; None where a prompt ends.
+        gaps: the text between each tile and the next tile, starting at the base tile; None at the end of a prompt.
     """
     if len(gaps) < 2 or None in gaps[:2] or gaps[0] == gaps[1]:
         return 0
     return 1 + sum(1 for _ in takewhile(lambda gap: gap == gaps[1], gaps[1:]))
 
 
-def crop_grid(tiles: Tensor) -> tuple[int, int]:
-    """Return rows x cols of the crops of an image: one row or one column, whichever looks more like the base tile.
+def find_crop_grid(tiles: Tensor) -> tuple[int, int]:
+    """Return rows x cols of the crops of an image: one row or one column, whichever differs less from the base tile.
 
     Args:
         tiles: base tile and crops, `[tiles, 3, height, width]`.
@@ -136,10 +140,10 @@ def crop_grid(tiles: Tensor) -> tuple[int, int]:
 
 
 def crop_difference(tiles: Tensor) -> float:
-    """Return how much crops differ from the base tile, as a part of its variance.
+    """Return the difference between crops and base tile as a fraction of the variance of the base tile.
 
     Args:
         tiles: base tile and crops, `[tiles, 3, height, width]`.
     """
     variance = float(thumbnail(tiles[0]).var(dim=(1, 2)).mean())
-    return grid_difference(tiles[1:], tiles[0], crop_grid(tiles)) / max(variance, 1e-6)
+    return grid_difference(tiles[1:], tiles[0], find_crop_grid(tiles)) / max(variance, 1e-6)

@@ -1,4 +1,4 @@
-"""GLM-4.1V: native resolution, 2 x 2 patches become one token by a convolution, M-RoPE."""
+"""GLM-4.1V: native resolution; a convolution merges 2 x 2 patches into one token; M-RoPE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Granite 4 Vision: tiles as in LLaVA-NeXT, four patches a token; several levels of features enter deeper layers."""
+"""Granite 4 Vision: tiles as in LLaVA-NeXT, 2 x 2 patches a token; the LLM adds features in several layers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 class Granite4VisionAdapter(LlavaNextAdapter):
     """`Granite4VisionForConditionalGeneration`.
 
-    Each level is added at its own layer of the LLM. The features of a token are those of all levels side by side, so
-    that whatever drops, mixes or orders tokens does it to every level.
+    Each level is added at its own layer of the LLM. The features of a token are the features of all levels side by
+    side, so that dropping, mixing and ordering tokens has the same effect on every level.
     """
 
     family: ClassVar[str] = "granite4_vision"
@@ -33,29 +33,29 @@ class Granite4VisionAdapter(LlavaNextAdapter):
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token.
+        """Number of patches along a side of one visual token.
 
         Raises:
-            ValueError: if a token is no whole number of patches.
+            ValueError: if a token is not a whole number of patches.
         """
         rate = Fraction(self.model.config.downsample_rate)
         if rate.numerator != 1:
-            raise ValueError(f"downsample_rate={rate} makes tokens of no whole number of patches; it has to be 1/n")
+            raise ValueError(f"downsample_rate={rate} gives no whole number of patches per token; set it to 1/n")
         return rate.denominator
 
     @property
     def newline(self) -> Tensor | None:
-        """The learned newline token, once for each level, `[levels * dim]`."""
+        """The learned newline token, repeated for each level, `[levels * dim]`."""
         config = self.model.config
         newline: Tensor = self.model.base_model.image_newline
         return newline.repeat(len(config.deepstack_layer_map) + len(config.spatial_target_layers))
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny Granite 4 Vision with levels of two layers of the tower, and of four corners of one."""
+        """Return a tiny Granite 4 Vision: levels from two layers of the tower, and from four corners of one layer."""
         torch.manual_seed(0)
         vision = example_siglip()
-        vision.hidden_size = 64  # the projector has a head for each 64
+        vision.hidden_size = 64  # the projector has one head per 64 channels
         text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
         config = Granite4VisionConfig(
             vision_config=vision,
@@ -82,10 +82,10 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         packed = self.model.base_model.pack_image_features([tiles], [image_size], strategy, image_newline=newline)
         return torch.as_tensor(packed[0])
 
-    def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
-        """Return each image as it would enter the LLM, all levels side by side, `[length, levels * dim]` each."""
+    def split_features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the tokens of each image, with all levels side by side, `[length, levels * dim]` each."""
         levels = [level for _, level in outputs.deepstack_features]
-        return [torch.cat(one, dim=-1) for one in zip(*levels, strict=True)]
+        return [torch.cat(image_levels, dim=-1) for image_levels in zip(*levels, strict=True)]
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
@@ -94,7 +94,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         kept = [features for features in packed if len(features)]
         if not kept:
             return FeatureInputs({})
-        outputs = copy.copy(encoding.outputs)  # generate expands it in place for beams
+        outputs = copy.copy(encoding.outputs)  # `generate` expands it in place for beams
         layers = [layer for layer, _ in outputs.deepstack_features]
         levels = zip(*(features.chunk(len(layers), dim=-1) for features in kept), strict=True)
         outputs["deepstack_features"] = outputs.deepstack_features = [

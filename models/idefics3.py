@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: sub-images in row-major order, each after text that names its place, the whole image last."""
+"""Idefics3 and SmolVLM: sub-images in row-major order, each after its row and column as text; the base tile last."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tokenprune.rewrite import TextSeparatorSide
 
 
 class NestedTilesAdapter(TiledAdapter):
-    """A family whose pixels are `[rows, tiles, 3, height, width]`; tiles that are zero all over are padding."""
+    """A family whose pixels are `[rows, tiles, 3, height, width]`; all-zero tiles are padding."""
 
     tower_path: ClassVar[str] = "vision_model"
-    language_model_at: ClassVar[str] = "text_model"
+    language_model_path: ClassVar[str] = "text_model"
     features_by_tile: ClassVar[bool] = False
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles that the tower sees, `[tiles, 3, height, width]`; the model skips all-zero ones."""
+        """Return the tiles that the tower encodes, `[tiles, 3, height, width]`; the model skips all-zero tiles."""
         tiles: Tensor = inputs[self.pixels].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(dim=1)]
 
@@ -44,8 +44,8 @@ class NestedTilesAdapter(TiledAdapter):
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
     ) -> dict[str, Any]:
         """Return inputs with random pixels, the tiles of each row padded to the largest number."""
-        nothing = torch.zeros(0, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        tiles = [torch.cat([nothing, *(self.example_tiles(size) for size in row)]) for row in rows]
+        no_tiles = torch.zeros(0, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        tiles = [torch.cat([no_tiles, *(self.example_tiles(size) for size in row)]) for row in rows]
         return {**super().example_prompts(rows, images), self.pixels: pad_sequence(tiles, batch_first=True)}
 
 
@@ -69,33 +69,33 @@ class Idefics3Adapter(NestedTilesAdapter):
         self.check_inputs(inputs)
         ids, tiles, grids = self.prompt_ids(inputs), len(self.all_tiles(inputs)), list[tuple[int, int]]()
         if self.tile_spans(ids, tiles) is not None:
-            with suppress(ValueError):  # the text between the tiles is not that of the processor
+            with suppress(ValueError):  # the prompt does not come from the processor
                 grids = tile_grids(ids, self.image_token_id, self.tokens_per_tile)
         return [TileGeometry.tiled(grid, self.token_grid, self.base_first) for grid in grids or [(0, 0)] * tiles]
 
     def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the tower can be left early: not if patches of a tile are masked."""
+        """Return whether the tower can be left early: not if some patches of a tile are masked."""
         mask = inputs.get("pixel_attention_mask")
         if mask is not None:
-            real = mask.bool().flatten(2)  # of padding tiles nothing
+            real = mask.bool().flatten(2)  # all False for padding tiles
             if bool((real.any(dim=2) != real.all(dim=2)).any()):
                 return False
         return super().can_leave_early(inputs, needs)
 
-    def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small image."""
-        tokens: Tensor = self.model.base_model.connector(self.normed(patches))
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens of the given patches, which pixel shuffle processes as one small image per token."""
+        tokens: Tensor = self.model.base_model.connector(self.apply_post_norm(patches))
         return tokens[:, 0]
 
     @classmethod
     def example(cls) -> Any:
         """Return a tiny Idefics3: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        config = Idefics3Config(vision_config=example_tower(), **example_rest())
+        config = Idefics3Config(vision_config=example_tower(), **example_config_parts())
         return with_sharp_attention(Idefics3ForConditionalGeneration(config), tower="vision_model")
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; the id 8 stands around images, 9 names a tile, 10 breaks lines."""
+        """Return inputs with random pixels; the id 8 encloses images, 9 names a tile, 10 is a line break."""
         tile = [8, 9, *[self.image_token_id] * (self.token_grid[0] * self.token_grid[1])]
         images = {}
         for size in dict.fromkeys(size for row in rows for size in row):
@@ -111,7 +111,7 @@ class SmolVLMAdapter(Idefics3Adapter):
     model_class: ClassVar[str] = "SmolVLMForConditionalGeneration"
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles that the tower sees; if all are zero, the model encodes the first one."""
+        """Return the tiles that the tower encodes; if all tiles are zero, the model encodes the first tile."""
         tiles = super().all_tiles(inputs)
         return tiles if len(tiles) else inputs[self.pixels].flatten(0, 1)[:1]
 
@@ -119,26 +119,26 @@ class SmolVLMAdapter(Idefics3Adapter):
     def example(cls) -> Any:
         """Return a tiny SmolVLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
         torch.manual_seed(0)
-        config = SmolVLMConfig(vision_config=example_tower(), **example_rest())
+        config = SmolVLMConfig(vision_config=example_tower(), **example_config_parts())
         return with_sharp_attention(SmolVLMForConditionalGeneration(config), tower="vision_model")
 
 
-def example_rest() -> dict[str, Any]:
-    """Return the rest of the configuration of a tiny model."""
+def example_config_parts() -> dict[str, Any]:
+    """Return the configuration entries of a tiny model that do not concern the tower."""
     return {"text_config": example_llm(), "image_token_id": EXAMPLE_IMAGE, "scale_factor": 2, "pad_token_id": 0}
 
 
 def tile_grids(ids: Tensor, placeholder: int, tokens: int | None = None) -> list[tuple[int, int]]:
     """Return rows x cols of the sub-images of each image, in the order of the prompts.
 
-    One token opens each tile and closes an image. Between tiles of an image it stands once, between images twice; at
-    the end of a row of tiles a line break stands before it. Without a line break, and without text between them, tiles
-    are an image each.
+    One token opens each tile and closes an image. It occurs once between tiles of an image and twice between images. At
+    the end of a row of tiles, a line break precedes it. Tiles without a line break, or without text between them, count
+    as one image each.
 
     Args:
         ids: the prompts, `[rows, length]`.
         placeholder: id of the image placeholder.
-        tokens: placeholders of one tile; None takes each stretch of placeholders for a tile.
+        tokens: number of placeholders of one tile; None if each span of placeholders is one tile.
 
     Raises:
         ValueError: if rows of tiles differ in length, or text interrupts a tile.
@@ -149,9 +149,11 @@ def tile_grids(ids: Tensor, placeholder: int, tokens: int | None = None) -> list
     if tiles is None:
         raise ValueError(f"text interrupts a tile of {tokens} tokens")
     for row in sorted({tile.row for tile in tiles}):
-        own = [tile for tile in tiles if tile.row == row]
-        starts = [*(tile.start for tile in own[1:]), ids.shape[1]]
-        texts = [ids[row, tile.start + tile.length : start].tolist() for tile, start in zip(own, starts, strict=True)]
+        in_row = [tile for tile in tiles if tile.row == row]
+        starts = [*(tile.start for tile in in_row[1:]), ids.shape[1]]
+        texts = [
+            ids[row, tile.start + tile.length : start].tolist() for tile, start in zip(in_row, starts, strict=True)
+        ]
         mark, breaks = (texts[-1] or [placeholder])[0], list[bool]()
         for text in [*texts[:-1], [mark, mark]]:
             if text.count(mark) == 1:
@@ -161,7 +163,7 @@ def tile_grids(ids: Tensor, placeholder: int, tokens: int | None = None) -> list
             cols = len(breaks) // max(lines, 1)
             if lines and breaks != ([False] * (cols - 1) + [True]) * lines:
                 raise ValueError(
-                    f"the {len(breaks)} tiles of an image are no grid: its prompt breaks lines at {breaks}"
+                    f"the {len(breaks)} tiles of an image are not a grid: its prompt breaks lines at {breaks}"
                 )
             grids += [(lines, cols)] if lines else [(0, 0)] * (1 + len(breaks))
             breaks = []

@@ -1,4 +1,4 @@
-"""InternVL: sub-images in row-major order, the thumbnail last; four patches become one token."""
+"""InternVL: sub-images in row-major order, the base tile last; 2 x 2 patches become one token."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class InternVLAdapter(TiledAdapter):
     family: ClassVar[str] = "internvl"
     model_class: ClassVar[str] = "InternVLForConditionalGeneration"
     layers_path: ClassVar[str] = "encoder.layer"
-    attention_at: ClassVar[str] = "attention"
+    attention_name: ClassVar[str] = "attention"
     post_norm_path: ClassVar[str | None] = "layernorm"
     projects_per_token: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return round(1 / float(self.model.config.downsample_ratio))
 
     def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the tower can be left early: not from a layer that the call names."""
+        """Return whether the tower can be left early: not if the call sets `vision_feature_layer`."""
         return inputs.get("vision_feature_layer") is None and super().can_leave_early(inputs, needs)
 
-    def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches: pixel shuffle sees each token as a small image."""
-        at_the_end = self.model.config.vision_feature_layer == -1
-        patches = self.normed(patches) if at_the_end else patches
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens of the given patches, which pixel shuffle processes as one small image per token."""
+        is_last_layer = self.model.config.vision_feature_layer == -1
+        patches = self.apply_post_norm(patches) if is_last_layer else patches
         small = rearrange(patches, "tokens (p q) width -> tokens p q width", p=self.pooling)
         shuffled = self.model.base_model.pixel_shuffle(small, scale_factor=self.model.config.downsample_ratio)
         tokens: Tensor = self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]

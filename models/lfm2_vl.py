@@ -1,4 +1,4 @@
-"""LFM2-VL: sub-images in row-major order, the base tile last in its own aspect ratio; 2 x 2 patches to a token."""
+"""LFM2-VL: sub-images in row-major order, the base tile last with its aspect ratio; 2 x 2 patches become one token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokenprune.rewrite import TextSeparatorSide
 
 
 class Lfm2VlAdapter(TiledAdapter):
-    """`Lfm2VlForConditionalGeneration`; tiles of different sizes are padded to one, what is padded is not valid."""
+    """`Lfm2VlForConditionalGeneration`; tiles are padded to one size, and padding tokens are not valid."""
 
     family: ClassVar[str] = "lfm2_vl"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
@@ -45,7 +45,7 @@ class Lfm2VlAdapter(TiledAdapter):
         return [(int(height), int(width)) for height, width in shapes.tolist()]
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the vision inputs of a call; the model takes no mask for no padding, but as an argument."""
+        """Return the vision inputs of a call; without padding the mask is None, because it is a required argument."""
         return {"pixel_attention_mask": None, **super().vision_arguments(inputs)}
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -56,20 +56,20 @@ class Lfm2VlAdapter(TiledAdapter):
         """
         ids, sizes = F.pad(self.prompt_ids(inputs), (0, 1), value=-1), self.sizes(inputs)
         tokens, spans = [height * width for height, width in sizes], placeholder_spans(ids == self.image_token_id)
-        places = sum(span.length for span in spans)
-        if places != sum(tokens):
+        placeholders = sum(span.length for span in spans)
+        if placeholders != sum(tokens):
             raise self.input_error(
-                f"Image features and image tokens do not match: the prompt has {places} placeholders, but the tiles "
-                f"have {sum(tokens)} tokens"
+                f"Image features and image tokens do not match: the prompt has {placeholders} placeholders, but the "
+                f"tiles have {sum(tokens)} tokens"
             )
         after = [int(ids[span.row, span.start + span.length]) for span in spans]
         closing = {span.row: mark for span, mark in zip(spans, after, strict=True)}
         numbers, is_open, tile = list[int](), False, 0
         for span, mark in zip(spans, after, strict=True):
-            end, left = tile, span.length
-            while left > 0:
-                left, end = left - tokens[end], end + 1
-            if left:  # text interrupts a tile
+            end, remaining = tile, span.length
+            while remaining > 0:
+                remaining, end = remaining - tokens[end], end + 1
+            if remaining:  # text interrupts a tile
                 return [1] * len(tokens)
             numbers = [*numbers[:-1], numbers[-1] + end - tile] if is_open else [*numbers, end - tile]
             is_open, tile = mark != closing[span.row], end
@@ -78,17 +78,17 @@ class Lfm2VlAdapter(TiledAdapter):
         return split_pairs([number for part in parts for number in part])
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles put together from their patches, padded to the largest, `[tiles, 3, height, width]`."""
+        """Return the tiles assembled from their patches, padded to the largest, `[tiles, 3, height, width]`."""
         patch, images = self.tower.config.patch_size, []
         shapes = self.shapes(inputs)
-        side = [max(one) * patch for one in zip(*shapes, strict=True)]
+        side = [max(lengths) * patch for lengths in zip(*shapes, strict=True)]
         for flat, (rows, cols) in zip(inputs[self.pixels], shapes, strict=True):
             image = rearrange(flat[: rows * cols], "(h w) (y x c) -> c (h y) (w x)", h=rows, y=patch, x=patch)
             images.append(F.pad(image, (0, side[1] - cols * patch, 0, side[0] - rows * patch)))
         return torch.stack(images)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image: every tile has as many rows and columns as the largest one of the image.
+        """Return the layout of each image: every tile has the rows and columns of the largest tile of the image.
 
         Raises:
             ValueError: if a vision input is missing, or the placeholders do not fit the tiles.
@@ -98,38 +98,41 @@ class Lfm2VlAdapter(TiledAdapter):
         side = self.pooling * self.tower.config.patch_size
         out = []
         for tiles in self.all_tiles(inputs).split(numbers):
-            own, sizes = sizes[: len(tiles)], sizes[len(tiles) :]
-            shown = [one[:, : rows * side, : cols * side] for one, (rows, cols) in zip(tiles, own, strict=True)]
-            grid = find_grid(torch.stack(shown[:-1]), shown[-1]) if len(shown) > 1 else (0, 0)
-            whole = (max(rows for rows, _ in own), max(cols for _, cols in own))
-            layout, order = TileGeometry.tiled(grid, whole, base_first=False), [len(own) - 1, *range(len(own) - 1)]
-            standing = torch.stack([padded(torch.ones(1, *own[tile], dtype=torch.bool), whole)[0] for tile in order])
-            part = torch.tensor([own[-1][0] / whole[0], own[-1][1] / whole[1]])
-            packed = layout.packed[standing.flatten()[layout.packed]]
-            out.append(replace(layout, regions=layout.regions * part.repeat(2), packed=packed))
+            image_sizes, sizes = sizes[: len(tiles)], sizes[len(tiles) :]
+            unpadded = [
+                tile[:, : rows * side, : cols * side] for tile, (rows, cols) in zip(tiles, image_sizes, strict=True)
+            ]
+            tile_grid = find_grid(torch.stack(unpadded[:-1]), unpadded[-1]) if len(unpadded) > 1 else (0, 0)
+            token_grid = (max(rows for rows, _ in image_sizes), max(cols for _, cols in image_sizes))
+            layout = TileGeometry.tiled(tile_grid, token_grid, base_first=False)
+            base_first = [image_sizes[-1], *image_sizes[:-1]]
+            masks = [pad_grid(torch.ones(1, *size, dtype=torch.bool), token_grid)[0] for size in base_first]
+            base_share = torch.tensor([image_sizes[-1][0] / token_grid[0], image_sizes[-1][1] / token_grid[1]])
+            packed = layout.packed[torch.stack(masks).flatten()[layout.packed]]
+            out.append(replace(layout, regions=layout.regions * base_share.repeat(2), packed=packed))
         return out
 
     def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a captured signal by images: each tile pooled by its own size, then padded."""
-        whole, sizes = torch.cat(list(captured)), self.sizes(inputs)
+        """Return a captured signal for each image: each tile is pooled with its own size, then padded."""
+        values, sizes = torch.cat(list(captured)), self.sizes(inputs)
         out = []
         for layout in layouts:
-            tiles, whole = whole[: layout.tiles], whole[layout.tiles :]
-            own, sizes = sizes[: layout.tiles], sizes[layout.tiles :]
+            tiles, values = values[: layout.tiles], values[layout.tiles :]
+            image_sizes, sizes = sizes[: layout.tiles], sizes[layout.tiles :]
             parts = []
-            for value, size in zip(tiles.split(1), own, strict=True):
+            for value, size in zip(tiles.split(1), image_sizes, strict=True):
                 dim = token_dim(kind)
                 real = value.narrow(dim, 0, size[0] * size[1] * self.pooling**2)
                 pooled = pool(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
-                filled = padded(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
-                parts.append(filled.movedim(-1, dim))
+                padded = pad_grid(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
+                parts.append(padded.movedim(-1, dim))
             out.append(torch.cat(parts).roll(1, 0))
         return out
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the patches of each tile, and how many there are."""
+        """Return the patches of each tile, and their number."""
         tiles = torch.cat([self.example_tiles(size) for size in sizes])
         patch = self.tower.config.patch_size
         patches = rearrange(tiles, "n c (h y) (w x) -> n (h w) (y x c)", y=patch, x=patch)
@@ -139,13 +142,13 @@ class Lfm2VlAdapter(TiledAdapter):
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:
-        """Height x width of the visual tokens of a tile of example images; real ones say theirs."""
+        """Height x width of the visual tokens of a tile of example images; real images have it in `spatial_shapes`."""
         side = EXAMPLE_TILE // self.tower.config.patch_size // self.pooling
         return side, side
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches; a layer of convolution and one of attention."""
+        """Return a tiny LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches; a convolution and an attention layer."""
         torch.manual_seed(0)
         vision = Siglip2VisionConfig(
             hidden_size=32,
@@ -169,6 +172,6 @@ class Lfm2VlAdapter(TiledAdapter):
         return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
 
 
-def padded(value: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return values with rows and columns of zeros after them, `[..., height, width]` to that of `grid`."""
+def pad_grid(value: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return values padded with zero rows and columns to the height and width of `grid`, `[..., height, width]`."""
     return F.pad(value, (0, grid[1] - value.shape[-1], 0, grid[0] - value.shape[-2]))

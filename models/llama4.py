@@ -1,4 +1,4 @@
-"""Llama 4: sub-images in row-major order with text between them, the base tile last; four patches become one token."""
+"""Llama 4: sub-images in row-major order with text between them, the base tile last; 2 x 2 patches become a token."""
 
 from __future__ import annotations
 
@@ -24,47 +24,49 @@ from tokenprune.models._base.tiled import TiledAdapter
 
 
 class Llama4Adapter(TiledAdapter):
-    """`Llama4ForConditionalGeneration`; its tower removes the CLS token, the last one, by itself."""
+    """`Llama4ForConditionalGeneration`; its tower removes the CLS token, which is the last token, itself."""
 
     family: ClassVar[str] = "llama4"
     model_class: ClassVar[str] = "Llama4ForConditionalGeneration"
-    broken_with: ClassVar[frozenset[str]] = frozenset({"5.24.0"})  # forward reads `image_outputs`, which nobody made
+    broken_with: ClassVar[frozenset[str]] = frozenset({"5.24.0"})  # `forward` reads the undefined `image_outputs`
     tower_path: ClassVar[str] = "vision_model"
     layers_path: ClassVar[str] = "model.layers"
-    language_model_at: ClassVar[str] = "language_model.model"
+    language_model_path: ClassVar[str] = "language_model.model"
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
-    features_in: ClassVar[str] = "last_hidden_state"
+    features_field: ClassVar[str] = "last_hidden_state"
     projector_path: ClassVar[str | None] = None
-    beams: ClassVar[bool] = False
+    supports_beams: ClassVar[bool] = False
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
-        """Where the CLS token stands in the sequence of the tower."""
+        """Position of the CLS token in the sequence of the tower."""
         return "last"
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return round(1 / float(self.tower.config.pixel_shuffle_ratio))
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Return rows x cols of the sub-images: the id after the last of them ends each row."""
+        """Return rows x cols of the sub-images: the id after the last sub-image ends each row."""
         after = [ids[:-1] for ids in self.ids_after(inputs, parts)]
         rows = [ids.count(ids[-1]) if ids else 0 for ids in after]
         return [(r, len(ids) // r) if ids else (0, 0) for r, ids in zip(rows, after, strict=True)]
 
     def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
-        """Return the layout of one image: below and right of the image, its sub-images hold only black padding.
+        """Return the layout of one image, without the black padding of its sub-images at the bottom and right.
 
-        An image can be black at its edges, too. How far it goes, its base tile says: there nothing is padded.
+        The edges of an image can be black, too. The base tile has no padding, so it determines the black edges.
         """
         layout = super().layout(tiles, grid)
         if not layout.sub_images:
             return layout
         canvas = rearrange(tiles[:-1], "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
         black = tiles.amin()
-        filled = [min(1.0, drawn(canvas > black, dim) / drawn(tiles[-1] > black, dim)) for dim in (1, 2)]
+        filled = [
+            min(1.0, filled_fraction(canvas > black, dim) / filled_fraction(tiles[-1] > black, dim)) for dim in (1, 2)
+        ]
         return replace(layout, regions=(layout.regions / torch.tensor(2 * filled)).clamp(max=1.0))
 
     def encode(
@@ -75,7 +77,7 @@ class Llama4Adapter(TiledAdapter):
         text_model: str | None = None,
         truncated: bool = False,
     ) -> Encoding:
-        """Encode the images; their features are the outputs of the linear map that the model applies at the end."""
+        """Encode the images; their features are the outputs of the final linear map of the model."""
         encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated)
         project = self.model.multi_modal_projector
         with torch.no_grad():
@@ -84,7 +86,7 @@ class Llama4Adapter(TiledAdapter):
 
     @cached_property
     def llm(self) -> LLMShape:
-        """The shape of the language model, with the experts that a token passes."""
+        """The shape of the language model, including the experts that are active for a token."""
         config, shape = self.model.config.get_text_config(), super().llm
         active = [
             sum(weights.numel() for weights in layer.parameters() if weights.dim() == 3)
@@ -96,7 +98,7 @@ class Llama4Adapter(TiledAdapter):
         return replace(shape, layer_parameters=tuple(totals))
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for an image: 11 stands between columns, 12 ends a row, 13 opens the base tile."""
+        """Return the token ids of an image: 11 separates columns, 12 ends a row, 13 opens the base tile."""
         line = [*([*self.example_tile, 11] * grid[1])[:-1], 12]
         return [8, *(line * grid[0] if grid != (1, 1) else ()), 13, *self.example_tile, 9]
 
@@ -132,12 +134,12 @@ class Llama4Adapter(TiledAdapter):
         return with_sharp_attention(model, tower="vision_model")
 
 
-def drawn(mask: Tensor, dim: int) -> float:
-    """Return how far from the top (1) or left (2) a mask goes, as a fraction of the side; 1.0 if it is empty.
+def filled_fraction(mask: Tensor, dim: int) -> float:
+    """Return the extent of a mask from the top (1) or left (2) as a fraction of the side; 1.0 if the mask is empty.
 
     Args:
         mask: bool `[channels, height, width]`.
-        dim: the side.
+        dim: 1 for the height, 2 for the width.
     """
     line = mask.any(dim=0).any(dim=2 - dim)
     return (int(line.nonzero().max()) + 1) / len(line) if bool(line.any()) else 1.0

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one tile an image, no separators."""
+"""LLaVA-1.5: one tile per image, no newline tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LlavaAdapter(SingleTileAdapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        """Whether the model is LLaVA-1.5; Pixtral towers have no tiles and are another family."""
+        """Return whether the model is LLaVA-1.5; models with a Pixtral tower belong to another family."""
         return super().matches(model) and model.config.vision_config.model_type != "pixtral"
 
     @classmethod

@@ -12,11 +12,11 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tokenprune.image import NEWLINE, TileGeometry, anyres_regions
-from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, seeded, with_sharp_attention
+from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, pixel_generator, with_sharp_attention
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 EXAMPLE_GRIDS = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]]
-"""Sizes of the canvas of example models: up to three tiles a side."""
+"""Canvas sizes of example models in pixels: up to three tiles a side."""
 
 
 class LlavaNextAdapter(PlaceholderAdapter):
@@ -36,11 +36,11 @@ class LlavaNextAdapter(PlaceholderAdapter):
         return with_sharp_attention(LlavaNextForConditionalGeneration(config))
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each image, padded to the largest number of tiles."""
+        """Return the pixels of all images, each padded to the largest number of tiles."""
         numbers = [self.layout(size).tiles for size in sizes]
         pixels = torch.zeros(len(sizes), max(numbers), 3, EXAMPLE_TILE, EXAMPLE_TILE)
         for image, size, number in zip(pixels, sizes, numbers, strict=True):
-            image[:number] = torch.randn(number, *image.shape[1:], generator=seeded(size))
+            image[:number] = torch.randn(number, *image.shape[1:], generator=pixel_generator(size))
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
     @property
@@ -50,26 +50,26 @@ class LlavaNextAdapter(PlaceholderAdapter):
         return newline
 
     @cached_property
-    def _known_layouts(self) -> dict[tuple[int, int], TileGeometry]:
+    def _layouts_by_size(self) -> dict[tuple[int, int], TileGeometry]:
         return {}
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image by its size.
+        """Return the layout of each image, from its size.
 
         Raises:
-            ValueError: if sizes are missing, or there is not one per image.
+            ValueError: if sizes are missing, or there is not one size per image.
         """
         self.check_inputs(inputs)
         pixels = inputs.get(self.pixels)
         images = len(pixels) if pixels is not None and pixels.dim() == 5 else None
         table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
         sizes = [(int(height), int(width)) for height, width in table.tolist()]
-        for size in set(sizes) - set(self._known_layouts):
-            self._known_layouts[size] = self.layout(size)
-        return [self._known_layouts[size] for size in sizes]
+        for size in set(sizes) - set(self._layouts_by_size):
+            self._layouts_by_size[size] = self.layout(size)
+        return [self._layouts_by_size[size] for size in sizes]
 
     def layout(self, image_size: tuple[int, int]) -> TileGeometry:
-        """Return the layout of an image: token numbers sent through the model's own packing.
+        """Return the layout of an image, computed by passing token numbers through the model's own packing.
 
         Args:
             image_size: height x width of the image in pixels.
@@ -88,7 +88,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
         Args:
             tiles: features, `[tiles, tokens, dim]`.
             image_size: height x width of the image in pixels.
-            newline: what stands after each row, `[dim]`.
+            newline: the vector inserted after each row, `[dim]`.
         """
         packed, _ = self.model.base_model.pack_image_features(
             [tiles], [image_size], "default" if self.has_cls else "full", image_newline=newline

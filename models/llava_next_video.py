@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; frames of videos beside them are left as they are."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; frames of videos in the same call are not reduced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):
-    """`LlavaNextVideoForConditionalGeneration`: images, beside videos or alone."""
+    """`LlavaNextVideoForConditionalGeneration`: images, with or without videos."""
 
     family: ClassVar[str] = "llava_next_video"
     model_class: ClassVar[str] = "LlavaNextVideoForConditionalGeneration"

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: as LLaVA-NeXT, but a large canvas of sub-images is shrunk, and several images are not tiled."""
+"""LLaVA-OneVision: as LLaVA-NeXT, but the model shrinks a large canvas and does not tile several images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """`LlavaOnevisionForConditionalGeneration`: a SigLIP tower.
 
-    A canvas of more tokens than `vision_aspect_ratio` allows is shrunk by the model. A position of the smaller canvas
-    is then called by the token at its center, and tokens that are nowhere at a center are not valid. Its features and
-    signals are the mixture of tokens that the model makes; attention is as much as the area holds.
+    If a canvas has more tokens than `vision_aspect_ratio` allows, the model shrinks it. A position of the smaller
+    canvas then has the number of the token at its center; tokens that are at no center are not valid. Features and
+    signals of a position are the mixture of tokens that the model computes; attention is scaled by the area.
     """
 
     family: ClassVar[str] = "llava_onevision"
@@ -40,29 +40,29 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return with_sharp_attention(LlavaOnevisionForConditionalGeneration(config))
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image by its size, shrunk if the model shrinks it."""
+        """Return the layout of each image, shrunk if the model shrinks it."""
         ratio = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         limit = int(ratio.removeprefix("anyres_max_"))
-        return [shrunk(one, limit) for one in self.whole_layouts(inputs)]
+        return [shrink_layout(layout, limit) for layout in self.unshrunk_layouts(inputs)]
 
     def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
-        """Return whether the tower can be left early: not if one is shrunk, which mixes tokens."""
-        layouts = zip(self.layouts(inputs), self.whole_layouts(inputs), strict=True)
-        is_shrunk = any(len(layout.packed) != len(whole.packed) for layout, whole in layouts)
+        """Return whether the tower can be left early: not if an image is shrunk, which mixes tokens."""
+        layouts = zip(self.layouts(inputs), self.unshrunk_layouts(inputs), strict=True)
+        is_shrunk = any(len(layout.packed) != len(unshrunk.packed) for layout, unshrunk in layouts)
         return super().can_leave_early(inputs, needs) and not is_shrunk
 
-    def whole_layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image before anything is shrunk."""
+    def unshrunk_layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
+        """Return the layout of each image before shrinking."""
         tiled, numbers = super().layouts(inputs), inputs.get("batch_num_images")
         if numbers is None:
             return tiled
-        alone = [one == 1 for one in torch.as_tensor(numbers).tolist() for _ in range(one)]
+        is_tiled = [number == 1 for number in torch.as_tensor(numbers).tolist() for _ in range(number)]
         single = TileGeometry.single(self.token_grid)
         single = replace(single, packed=torch.cat([single.packed, torch.tensor([NEWLINE])]))
-        return [whole if one else single for whole, one in zip(tiled, alone, strict=True)]
+        return [layout if has_tiles else single for layout, has_tiles in zip(tiled, is_tiled, strict=True)]
 
     def pack(self, tiles: Tensor, image_size: tuple[int, int], newline: Tensor) -> Tensor:
-        """Return the tiles of an image as the model packs them when nothing is shrunk, `[length, dim]`."""
+        """Return the tiles of an image as the model packs them without shrinking, `[length, dim]`."""
         packed, _ = self.model.base_model.pack_image_features(
             [tiles], [image_size], image_newline=newline, vision_aspect_ratio=f"anyres_max_{len(tiles)}"
         )
@@ -71,55 +71,55 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a captured signal by images, shrunk where the model shrinks features."""
-        found = super().split_by_image(kind, captured, layouts, inputs)
-        wholes = self.whole_layouts(inputs)
-        return [shrink_signal(kind, *one) for one in zip(found, wholes, layouts, strict=True)]
+        """Return a captured signal for each image, shrunk where the model shrinks features."""
+        signals = super().split_by_image(kind, captured, layouts, inputs)
+        images = zip(signals, self.unshrunk_layouts(inputs), layouts, strict=True)
+        return [shrink_signal(kind, signal, unshrunk, layout) for signal, unshrunk, layout in images]
 
 
-def canvas(layout: TileGeometry) -> Tensor:
-    """Return which token of the sub-images stands at each place of the unpadded canvas, `[rows, cols]`."""
-    return layout.packed[layout.tokens :].view(layout.separators, -1)[:, :-1]
+def canvas_tokens(layout: TileGeometry) -> Tensor:
+    """Return the number of the sub-image token at each position of the unpadded canvas, `[rows, cols]`."""
+    return layout.packed[layout.tokens :].view(layout.newlines, -1)[:, :-1]
 
 
-def shrunk(whole: TileGeometry, limit: int) -> TileGeometry:
-    """Return the layout of an image whose canvas is shrunk to about the tokens of `limit` tiles.
+def shrink_layout(layout: TileGeometry, limit: int) -> TileGeometry:
+    """Return the layout of an image after its canvas is shrunk to about the tokens of `limit` tiles.
 
     Args:
-        whole: its layout before.
-        limit: tiles; a canvas of at most 1.21 times as many tokens stays as it is.
+        layout: the layout before shrinking.
+        limit: number of tiles; a canvas of at most 1.21 times as many tokens is not shrunk.
     """
-    if not whole.sub_images or not whole.separators:
-        return whole
-    places = canvas(whole)
-    rows, cols = places.shape
-    ratio = math.sqrt(rows * cols / (limit * whole.token_grid[0] ** 2))
+    if not layout.sub_images or not layout.newlines:
+        return layout
+    tokens = canvas_tokens(layout)
+    rows, cols = tokens.shape
+    ratio = math.sqrt(rows * cols / (limit * layout.token_grid[0] ** 2))
     if ratio <= 1.1:
-        return whole
+        return layout
     height, width = int(rows // ratio), int(cols // ratio)
-    down = ((2 * torch.arange(height) + 1) * rows).div(2 * height, rounding_mode="floor")
-    across = ((2 * torch.arange(width) + 1) * cols).div(2 * width, rounding_mode="floor")
-    places = F.pad(places[down[:, None], across], (0, 1), value=NEWLINE)
-    return replace(whole, packed=torch.cat([whole.packed[: whole.tokens], places.flatten()]))
+    ys = ((2 * torch.arange(height) + 1) * rows).div(2 * height, rounding_mode="floor")
+    xs = ((2 * torch.arange(width) + 1) * cols).div(2 * width, rounding_mode="floor")
+    tokens = F.pad(tokens[ys[:, None], xs], (0, 1), value=NEWLINE)
+    return replace(layout, packed=torch.cat([layout.packed[: layout.tokens], tokens.flatten()]))
 
 
-def shrink_signal(kind: str, value: Tensor, whole: TileGeometry, layout: TileGeometry) -> Tensor:
-    """Return a signal whose valid tokens hold what the shrunk positions show.
+def shrink_signal(kind: str, value: Tensor, unshrunk: TileGeometry, layout: TileGeometry) -> Tensor:
+    """Return a signal in which each valid token holds the value of its position on the shrunk canvas.
 
     Args:
         kind: the kind of the signal.
-        value: the signal, tiles first.
-        whole: the layout before the canvas was shrunk.
-        layout: the layout after it.
+        value: the signal, with tiles as the first dimension.
+        unshrunk: the layout before shrinking.
+        layout: the layout after shrinking.
     """
-    if len(whole.packed) == len(layout.packed):
+    if len(unshrunk.packed) == len(layout.packed):
         return value
-    heads = kind in ROW_SIGNALS or kind == "keys"
-    by_token = value.movedim(2, 1) if heads else value
+    has_heads = kind in ROW_SIGNALS or kind == "keys"
+    by_token = value.movedim(2, 1) if has_heads else value
     flat = by_token.flatten(2).flatten(0, 1)
-    old, new = canvas(whole).to(value.device), canvas(layout).to(value.device)
+    old, new = canvas_tokens(unshrunk).to(value.device), canvas_tokens(layout).to(value.device)
     small = F.interpolate(flat[old].permute(2, 0, 1)[None], tuple(new.shape), mode="bilinear")[0].permute(1, 2, 0)
     flat = flat.clone()
     flat[new] = small * (old.numel() / new.numel()) if kind in ROW_SIGNALS else small
     flat = flat.view(by_token.shape)
-    return flat.movedim(1, 2) if heads else flat
+    return flat.movedim(1, 2) if has_heads else flat

@@ -1,4 +1,4 @@
-"""Mistral Small 3.1: native resolution, 2 x 2 patches become one token, text ends each row of an image."""
+"""Mistral Small 3.1: native resolution, 2 x 2 patches become one token, a text separator ends each row of an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenprune.models._base.native_resolution import PixtralTowerAdapter, examp
 
 
 class Mistral3Adapter(PixtralTowerAdapter):
-    """`Mistral3ForConditionalGeneration`; the patch merger comes before the projector, which no token passes alone."""
+    """`Mistral3ForConditionalGeneration`; a patch merger in the projector joins the patches of a token."""
 
     family: ClassVar[str] = "mistral3"
     model_class: ClassVar[str] = "Mistral3ForConditionalGeneration"
@@ -21,7 +21,7 @@ class Mistral3Adapter(PixtralTowerAdapter):
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return int(self.model.config.spatial_merge_size)
 
     @classmethod

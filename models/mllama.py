@@ -1,7 +1,7 @@
-"""Llama 3.2 Vision: the LLM attends to the tiles of an image from outside; there is no base tile.
+"""Llama 3.2 Vision: the LLM cross-attends to the tiles of an image; there is no base tile.
 
-The canvas of the tiles is one tile here. Each tile's CLS token is among the keys of the LLM: it stands as the separator
-that closes its tile, and stays with it.
+This adapter treats the canvas of all tiles as one tile. The CLS token of each tile is among the keys of the LLM: it is
+represented as the newline token after its tile, and is kept with the tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenprune.models._base.example import (
     EXAMPLE_PAD,
     EXAMPLE_TEXT,
     EXAMPLE_TILE,
-    seeded,
+    pixel_generator,
     with_sharp_attention,
 )
 from tokenprune.models._base.placeholder import PlaceholderAdapter
@@ -33,15 +33,15 @@ from tokenprune.models._capture.hooks import replaced_forward
 
 
 class MllamaAdapter(PlaceholderAdapter):
-    """`MllamaForConditionalGeneration`: kept keys go in through the argument for pixels, as four dimensions.
+    """`MllamaForConditionalGeneration`: kept keys enter through the argument for pixels, with four dimensions.
 
-    During such a call the vision model passes the keys on, and the columns of the cross-attention mask are those of the
-    kept keys. The prompt does not change.
+    During such a call the vision model returns the keys unchanged, and the cross-attention mask contains the columns of
+    the kept keys only. The prompt does not change.
     """
 
     family: ClassVar[str] = "mllama"
     model_class: ClassVar[str] = "MllamaForConditionalGeneration"
-    in_prompt: ClassVar[bool] = False
+    has_prompt_tokens: ClassVar[bool] = False
     tower_path: ClassVar[str] = "vision_model"
     layers_path: ClassVar[str] = "transformer.layers"
     projector_path: ClassVar[str | None] = None
@@ -50,29 +50,29 @@ class MllamaAdapter(PlaceholderAdapter):
 
     @property
     def image_token_id(self) -> int:
-        """Token id of the mark that says where an image belongs."""
+        """Token id of the mark at the position of an image."""
         return int(self.model.config.image_token_index)
 
     @cached_property
     def keys_per_tile(self) -> int:
-        """Tokens of one tile and its CLS token."""
+        """Number of tokens of one tile, including its CLS token."""
         return int(self.tower.num_patches)
 
     def grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
-        """Return for each image its prompt row, its number in the row, and rows x cols of its tiles.
+        """Return the prompt row, the number in the row, and rows x cols of the tiles, for each image.
 
         Raises:
             ValueError: if the ids of the aspect ratios do not fit the pixels, or an id has no aspect ratio.
         """
         rows, images = inputs[self.pixels].shape[:2]
-        known = self.tower.config.supported_aspect_ratios
+        ratios = self.tower.config.supported_aspect_ratios
         ids = self.input_tensor(inputs, "aspect_ratio_ids", (rows, images))
-        if bool((ids > len(known)).any()):
-            raise self.input_error(f"aspect_ratio_ids={ids.tolist()} exceed the {len(known)} known aspect ratios")
-        return [(row, number, *known[int(ids[row, number]) - 1]) for row, number in ids.nonzero().tolist()]
+        if bool((ids > len(ratios)).any()):
+            raise self.input_error(f"aspect_ratio_ids={ids.tolist()} exceed the {len(ratios)} known aspect ratios")
+        return [(row, number, *ratios[int(ids[row, number]) - 1]) for row, number in ids.nonzero().tolist()]
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the canvas of each image as one tile, packed tile by tile, CLS after each.
+        """Return the canvas of each image as one tile, packed tile by tile, with CLS after each tile.
 
         Raises:
             ValueError: if a vision input is missing, or does not fit the pixels.
@@ -89,24 +89,24 @@ class MllamaAdapter(PlaceholderAdapter):
         return out
 
     def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
-        """Run the vision model without the projector, and put the keys of each image in packed order."""
+        """Run the vision model without the projector; return the packed keys of each image as `pooler_output`."""
         states = self.tower(**arguments).last_hidden_state
         tiles = states[torch.as_tensor(arguments["aspect_ratio_ids"], device=states.device) > 0]
         ordered = tiles.roll(-1, dims=2)  # CLS is first in its tile
         keys = [
-            one[: len(layout.packed) // self.keys_per_tile].flatten(0, 1)
-            for one, layout in zip(ordered, layouts, strict=True)
+            image[: len(layout.packed) // self.keys_per_tile].flatten(0, 1)
+            for image, layout in zip(ordered, layouts, strict=True)
         ]
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=keys)  # type: ignore[arg-type]
 
     def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a captured signal by images as canvases, CLS and padding of each tile left out."""
+        """Return a captured signal for each image as a canvas, without CLS and padding of the tiles."""
         dim = token_dim(kind)
-        whole = torch.cat(list(captured))
-        whole = whole[torch.as_tensor(inputs["aspect_ratio_ids"], device=whole.device).flatten() > 0]
-        tiles = whole.unflatten(dim, (self.tower.config.max_num_tiles, -1)).movedim((dim, dim + 1), (1, 2))
+        signal = torch.cat(list(captured))
+        signal = signal[torch.as_tensor(inputs["aspect_ratio_ids"], device=signal.device).flatten() > 0]
+        tiles = signal.unflatten(dim, (self.tower.config.max_num_tiles, -1)).movedim((dim, dim + 1), (1, 2))
         (height, width), out = self.token_grid, []
         for value, (_, _, rows, cols) in zip(tiles[:, :, 1 : self.keys_per_tile], self.grids(inputs), strict=True):
             sizes = {"rows": rows, "cols": cols, "h": height, "w": width}
@@ -114,7 +114,7 @@ class MllamaAdapter(PlaceholderAdapter):
             out.append(rearrange(value[: rows * cols], to_canvas, **sizes).movedim(1, dim))
         return out
 
-    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+    def split_pixels(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the canvas of each image, `[1, 3, height, width]` each."""
         to_canvas, pixels = "(rows cols) c h w -> 1 c (rows h) (cols w)", inputs[self.pixels]
         return [
@@ -125,36 +125,36 @@ class MllamaAdapter(PlaceholderAdapter):
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
-        """Return kept keys in place of the pixels, `[rows, images, keys, dim]`, padded, and the context for them.
+        """Return the padded kept keys in place of the pixels, `[rows, images, keys, dim]`, and the context of the call.
 
-        The context lets the vision model pass the keys on and shortens the cross-attention mask to them.
+        Inside the context, the vision model returns the keys, and the cross-attention mask is shortened to them.
         """
         inputs = encoding.inputs
         grids, (rows, images) = self.grids(inputs), inputs["aspect_ratio_ids"].shape
         times = len(packed) // len(grids)
         shared = {name: inputs[name].repeat_interleave(times, dim=0) for name in self.image_inputs - {self.pixels}}
         places = [torch.arange(len(keys), device=keys.device) for keys in packed] if places is None else places
-        of_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows * times)]
-        for number, (keys, place) in enumerate(zip(packed, places, strict=True)):
+        keys_by_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows * times)]
+        for number, (keys, positions) in enumerate(zip(packed, places, strict=True)):
             row, image, _, _ = grids[number % len(grids)]
             first = image * self.tower.config.max_num_tiles * self.keys_per_tile
-            tile, inside = place // self.keys_per_tile, place % self.keys_per_tile
-            column = first + tile * self.keys_per_tile + (inside + 1) % self.keys_per_tile
-            of_row[row * times + number // len(grids)].append((keys, column))
-        lengths = [sum(len(keys) for keys, _ in parts) for parts in of_row]
+            tile, in_tile = positions // self.keys_per_tile, positions % self.keys_per_tile
+            column = first + tile * self.keys_per_tile + (in_tile + 1) % self.keys_per_tile
+            keys_by_row[row * times + number // len(grids)].append((keys, column))
+        lengths = [sum(len(keys) for keys, _ in parts) for parts in keys_by_row]
         width = images * -(-max(1, *lengths) // images)
-        states = packed[0].new_zeros(len(of_row), width, packed[0].shape[-1])
-        columns = torch.zeros(len(of_row), width, dtype=torch.long, device=states.device)
-        for row, parts in enumerate(of_row):
+        states = packed[0].new_zeros(len(keys_by_row), width, packed[0].shape[-1])
+        columns = torch.zeros(len(keys_by_row), width, dtype=torch.long, device=states.device)
+        for row, parts in enumerate(keys_by_row):
             for source, target in zip(zip(*parts, strict=True), (states, columns), strict=False):
                 target[row, : lengths[row]] = torch.cat(source).to(target.dtype)
         real = torch.arange(width, device=states.device) < torch.tensor(lengths, device=states.device)[:, None]
         return FeatureInputs(
-            {self.pixels: states.unflatten(1, (images, -1)), **shared}, self._takes_keys(columns, real)
+            {self.pixels: states.unflatten(1, (images, -1)), **shared}, self._accept_keys(columns, real)
         )
 
     def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
-        """Return the vision inputs of the call: the model encodes them again, exactly as without a strategy."""
+        """Return the vision inputs of the call, so that the model encodes them again, exactly as without a strategy."""
         inputs = encoding.inputs
         return FeatureInputs({name: value.repeat_interleave(encoding.repeats, dim=0) for name, value in inputs.items()})
 
@@ -163,12 +163,12 @@ class MllamaAdapter(PlaceholderAdapter):
         return super().has_images(inputs) and inputs[self.pixels].dim() != 4
 
     @contextmanager
-    def _takes_keys(self, kept_columns: Tensor, real: Tensor) -> Iterator[None]:
-        """Let the vision model pass keys on, and shorten the cross-attention mask to them.
+    def _accept_keys(self, kept_columns: Tensor, real: Tensor) -> Iterator[None]:
+        """Inside the block, the vision model returns keys unchanged, and the cross-attention mask is cut to them.
 
         Args:
             kept_columns: the column of the full mask of each kept key, `[rows, keys]`.
-            real: which of them are keys and no padding, bool `[rows, keys]`.
+            real: True for keys, False for padding, bool `[rows, keys]`.
         """
         original = self.tower.forward
 
@@ -201,27 +201,27 @@ class MllamaAdapter(PlaceholderAdapter):
             hook.remove()
 
     def _in_static_cache(self, kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
-        """Return keys and mask as long as a cache that was made for all keys; nothing for caches that grow."""
+        """Return keys and mask padded to the length of a static cache; an empty dictionary for caches that grow."""
         cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
         layer = self.model.config.get_text_config().cross_attention_layers[0]
-        found = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
-        missing = (getattr(found, "max_cache_len", None) or 0) - mask.shape[-1]
+        layer_cache = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+        missing = (getattr(layer_cache, "max_cache_len", None) or 0) - mask.shape[-1]
         if missing <= 0:
             return {}
-        longer, states = {}, kwargs.get("cross_attention_states")
+        padded, states = {}, kwargs.get("cross_attention_states")
         if states is not None:
             rows = states.reshape(len(mask), -1, states.shape[-1])
-            longer["cross_attention_states"] = F.pad(rows, (0, 0, 0, missing))
-        return {**longer, "cross_attention_mask": F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)}
+            padded["cross_attention_states"] = F.pad(rows, (0, 0, 0, missing))
+        return {**padded, "cross_attention_mask": F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)}
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the tiles of all images as one prompt row."""
-        return self._pixels_of([sizes])
+        return self._build_pixels([sizes])
 
-    def _pixels_of(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        most, images = self.tower.config.max_num_tiles, max(1, *map(len, rows))
-        pixels = torch.zeros(len(rows), images, most, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        ids, mask = torch.zeros(len(rows), images, dtype=torch.long), torch.zeros(len(rows), images, most).long()
+    def _build_pixels(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        max_tiles, images = self.tower.config.max_num_tiles, max(1, *map(len, rows))
+        pixels = torch.zeros(len(rows), images, max_tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        ids, mask = torch.zeros(len(rows), images, dtype=torch.long), torch.zeros(len(rows), images, max_tiles).long()
         mask[..., 0] = 1
         for row, sizes in enumerate(rows):
             for number, size in enumerate(sizes):
@@ -230,21 +230,21 @@ class MllamaAdapter(PlaceholderAdapter):
                 ids[row, number] = 1 + self.tower.config.supported_aspect_ratios.index(grid)
                 mask[row, number, :tiles] = 1
                 shape = (tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-                pixels[row, number, :tiles] = torch.randn(shape, generator=seeded(size))
+                pixels[row, number, :tiles] = torch.randn(shape, generator=pixel_generator(size))
         return {self.pixels: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; text attends to all images that are marked before it."""
+        """Return inputs with random pixels; text attends to all images whose marks precede it."""
         prompts = [[1, *(token for _ in row for token in [EXAMPLE_IMAGE, *EXAMPLE_TEXT]), 6] for row in rows]
         width = max(map(len, prompts))
         ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
-        vision = self._pixels_of(rows)
-        seen = torch.zeros(len(rows), width, *vision["aspect_ratio_mask"].shape[1:])
+        vision = self._build_pixels(rows)
+        attended = torch.zeros(len(rows), width, *vision["aspect_ratio_mask"].shape[1:])
         for row, position in (ids == EXAMPLE_IMAGE).nonzero().tolist():
             number = int((ids[row, :position] == EXAMPLE_IMAGE).sum())
-            seen[row, position:, number] = vision["aspect_ratio_mask"][row, number].float()
+            attended[row, position:, number] = vision["aspect_ratio_mask"][row, number].float()
         mask = (ids != EXAMPLE_PAD).long()
-        return {"input_ids": ids, "attention_mask": mask, "cross_attention_mask": seen.long(), **vision}
+        return {"input_ids": ids, "attention_mask": mask, "cross_attention_mask": attended.long(), **vision}
 
     @classmethod
     def example(cls) -> Any:
@@ -276,7 +276,7 @@ class MllamaAdapter(PlaceholderAdapter):
             image_token_index=EXAMPLE_IMAGE,
         )
         model = with_sharp_attention(MllamaForConditionalGeneration(config), tower="vision_model")
-        with torch.no_grad():  # gates are zero at first: nothing of an image would reach the answer
+        with torch.no_grad():  # gates are initialized with zero, so images would not affect the output
             for name, parameter in model.named_parameters():
                 if "gate" in name:
                     parameter.fill_(1.0)

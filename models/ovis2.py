@@ -1,4 +1,4 @@
-"""Ovis2: the base tile first, then the sub-images in row-major order with text between them; patches are pooled."""
+"""Ovis2: the base tile first, then the sub-images in row-major order with text between them; pooled patches."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class Ovis2Adapter(TiledAdapter):
     family: ClassVar[str] = "ovis2"
     model_class: ClassVar[str] = "Ovis2ForConditionalGeneration"
     layers_path: ClassVar[str] = "transformer.encoder.layers"
-    attention_at: ClassVar[str] = "attention"
+    attention_name: ClassVar[str] = "attention"
     projector_path: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return int(self.tower.config.hidden_stride)
 
     @property
-    def marks(self) -> Sequence[int]:
-        """The ids of the text around tiles: start, behind the base tile, between columns, between rows, end."""
+    def indicator_ids(self) -> Sequence[int]:
+        """Token ids of the text around tiles: start, after the base tile, between columns, between rows, end."""
         ids: Sequence[int] = self.model.config.visual_indicator_token_ids
         return ids
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Return rows x cols of the sub-images, from the marks after them."""
-        rows = [1 + after.count(self.marks[3]) for after in self.ids_after(inputs, parts)]
+        """Return rows x cols of the sub-images, from the indicator ids after them."""
+        rows = [1 + after.count(self.indicator_ids[3]) for after in self.ids_after(inputs, parts)]
         return [(r, (len(tiles) - 1) // r) if len(tiles) > 1 else (0, 0) for r, tiles in zip(rows, parts, strict=True)]
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for an image, with the marks of its grid."""
-        start, base, column, row, end = self.marks
+        """Return the token ids of an image, with the indicator ids of its grid."""
+        start, base, column, row, end = self.indicator_ids
         line = [*([*self.example_tile, column] * grid[1])[:-1], row]
         return [start, *self.example_tile, base, *((line * grid[0])[:-1] if grid != (1, 1) else ()), end]
 

@@ -1,4 +1,4 @@
-"""PaliGemma: one tile an image, no separators; images and question see each other, and positions count from 1."""
+"""PaliGemma: one tile per image, no newline tokens; images and question attend to each other; positions start at 1."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class PaliGemmaAdapter(SingleTileAdapter):
     projects_per_token: ClassVar[bool] = True
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the position ids that `forward` would make: they count from 1; `generate` adds that 1 itself."""
+        """Return the position ids that `forward` would compute. They start at 1; `generate` adds the 1 itself."""
         return super().forward_positions(inputs) + 1
 
     def counted_positions(self, mask: Tensor) -> Tensor:
-        """Return a count from 1 of the real positions."""
+        """Return position ids of the real positions, starting at 1."""
         return super().counted_positions(mask) + 1
 
     def example_prompts(
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
     ) -> dict[str, Any]:
-        """Return inputs with random pixels; all of the prompt is prefix (token type 0)."""
+        """Return inputs with random pixels; the complete prompt is prefix (token type 0)."""
         inputs = super().example_prompts(rows, images)
         return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
 

@@ -1,4 +1,4 @@
-"""PerceptionLM: the whole image first, then sub-images in row-major order; average pooling; no text between."""
+"""PerceptionLM: the base tile first, then sub-images in row-major order without text between; average pooling."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tokenprune.models._base.tiled import TiledAdapter
 
 
 class PerceptionLMAdapter(TiledAdapter):
-    """`PerceptionLMForConditionalGeneration`: a Perception Encoder of timm; all images have equally many tiles."""
+    """`PerceptionLMForConditionalGeneration`: a Perception Encoder of timm; an equal number of tiles per image."""
 
     family: ClassVar[str] = "perception_lm"
     model_class: ClassVar[str] = "PerceptionLMForConditionalGeneration"
     layers_path: ClassVar[str] = "timm_model.blocks"
-    attention_at: ClassVar[str] = "attn"
+    attention_name: ClassVar[str] = "attn"
     projector_path: ClassVar[str | None] = None
     pooling_config_key: ClassVar[str | None] = "projector_pooling_ratio"
     base_first: ClassVar[bool] = True
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
-        """Where the CLS token stands in the sequence of the tower."""
+        """Position of the CLS token in the sequence of the tower."""
         return "first" if self.model.config.vision_use_cls_token else "none"
 
     @cached_property
@@ -37,7 +37,7 @@ class PerceptionLMAdapter(TiledAdapter):
         """Height x width of the visual tokens of one tile.
 
         Raises:
-            ValueError: if patches do not fill tokens, so that a token shares patches with its neighbors.
+            ValueError: if the patch grid is not a multiple of the pooling, so that tokens share patches.
         """
         rows, cols = self.tower.timm_model.patch_embed.grid_size
         if rows % self.pooling or cols % self.pooling:
@@ -45,7 +45,7 @@ class PerceptionLMAdapter(TiledAdapter):
         return rows // self.pooling, cols // self.pooling
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
+        """Return the tiles that the tower encodes, `[tiles, 3, height, width]`."""
         tiles: Tensor = inputs[self.pixels].flatten(0, 1)
         return tiles
 
@@ -57,7 +57,7 @@ class PerceptionLMAdapter(TiledAdapter):
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
-        """Return `mm_encoder_outputs` in an output object that chunked prefill can slice; it cannot slice timm's."""
+        """Return `mm_encoder_outputs` in an output object that chunked prefill can slice, unlike the object of timm."""
         return super().features_to_inputs(replace(encoding, outputs=None), packed, places)
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:

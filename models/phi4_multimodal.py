@@ -1,4 +1,4 @@
-"""Phi-4-multimodal: sub-images row by row with a separator after each row, a separator, the whole image likewise."""
+"""Phi-4-multimodal: sub-images with a newline token after each row, a newline token, and the base tile likewise."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.image import NEWLINE, TileGeometry
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, seeded
+from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.hooks import replaced_forward
 
 
 class Phi4MultimodalAdapter(PlaceholderAdapter):
-    """`Phi4MultimodalForCausalLM`, which embeds images and places them in one module.
+    """`Phi4MultimodalForCausalLM`, in which one module encodes images and inserts them into the prompt.
 
-    Encoding calls that module with a prompt of placeholders only. Kept features go in through the argument for pixels:
-    during such a call, the module takes three dimensions for features that are encoded already.
+    Encoding calls this module with a prompt of placeholders only. Kept features enter through the argument for pixels:
+    during such a call, the module treats pixels with three dimensions as encoded features.
     """
 
     family: ClassVar[str] = "phi4_multimodal"
@@ -38,7 +38,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
 
     @property
     def embedder(self) -> Any:
-        """The module that encodes images and puts them in their places."""
+        """The module that encodes images and inserts them into the embedded prompt."""
         return self.model.base_model.embed_tokens_extend.image_embed
 
     @cached_property
@@ -53,7 +53,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return 2
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
@@ -62,16 +62,16 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         return layer - 1 if layer >= 0 else len(self.tower_layers) + layer
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image, from its size on the canvas and the mask of its padding.
+        """Return the layout of each image, from its canvas size and its padding mask.
 
         Raises:
-            ValueError: if the tower has an odd number of patches along a side, where the model mirrors its border; or
-                if a vision input is missing or does not fit the pixels.
+            ValueError: if the tower has an odd number of patches along a side, because the model then mirrors the
+                border; or if a vision input is missing or does not fit the pixels.
         """
         self.check_inputs(inputs)
         patches = self.tower.config.image_size // self.tower.config.patch_size
         if patches % 2:
-            raise ValueError(f"{patches} patches along a side are no whole number of tokens of 2 x 2 patches")
+            raise ValueError(f"{patches} patches along a side are not a whole number of tokens of 2 x 2 patches")
         images, tiles = inputs[self.pixels].shape[:2]
         masks = self.input_tensor(inputs, "image_attention_mask", (images, tiles, patches, patches)).bool().cpu()
         sizes = self.input_tensor(inputs, "image_sizes", (images, 2)).tolist()
@@ -82,48 +82,48 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
 
         Args:
             size: height x width of its canvas in pixels.
-            mask: patches that are no padding, the base tile first, bool `[tiles, patches, patches]`.
+            mask: True for patches that are not padding, base tile first, bool `[tiles, patches, patches]`.
         """
         rows, cols = (side // self.embedder.crop_size for side in size)
-        even = TileGeometry.tiled((rows, cols), self.token_grid, base_first=True)
+        unpadded = TileGeometry.tiled((rows, cols), self.token_grid, base_first=True)
         to_canvas = "(rows cols) h w -> (rows h) (cols w)"
         real = rearrange(mask[1 : 1 + rows * cols, ::2, ::2], to_canvas, rows=rows)
-        numbers = even.packed.view(-1, *self.token_grid)
+        numbers = unpadded.packed.view(-1, *self.token_grid)
         canvas = rearrange(numbers[1:], to_canvas, rows=rows)[: int(real[:, 0].sum()), : int(real[0].sum())]
         parts = [F.pad(lines, (0, 1), value=NEWLINE).flatten() for lines in (canvas, numbers[0])]
         packed = torch.cat([parts[0], torch.tensor([NEWLINE]), parts[1]])
-        return TileGeometry(even.tile_grid, even.token_grid, even.regions, packed)
+        return TileGeometry(unpadded.tile_grid, unpadded.token_grid, unpadded.regions, packed)
 
     def run_vision(self, arguments: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Any:
-        """Let the model embed a prompt of placeholders."""
+        """Embed a prompt of placeholders with the model; return the embeddings as `pooler_output`."""
         length, device = sum(len(layout.packed) for layout in layouts), arguments[self.pixels].device
         ids = torch.full((1, length), self.image_token_id, device=device)
-        nothing = torch.zeros(1, length, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
-        return BaseModelOutputWithPooling(pooler_output=self.embedder(ids, nothing, **arguments))
+        embeds = torch.zeros(1, length, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
+        return BaseModelOutputWithPooling(pooler_output=self.embedder(ids, embeds, **arguments))
 
     def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a captured signal by images; the tower also ran over tiles that fill up smaller ones."""
-        whole = torch.cat(list(captured)).unflatten(0, (len(layouts), -1))
-        own = torch.cat([value[: layout.tiles] for value, layout in zip(whole, layouts, strict=True)])
-        return super().split_by_image(kind, [own], layouts, inputs)
+        """Return a captured signal for each image, without the padding tiles that the tower also encodes."""
+        signals = torch.cat(list(captured)).unflatten(0, (len(layouts), -1))
+        unpadded = torch.cat([signal[: layout.tiles] for signal, layout in zip(signals, layouts, strict=True)])
+        return super().split_by_image(kind, [unpadded], layouts, inputs)
 
-    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
-        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
+    def split_pixels(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding tiles can follow."""
         return list(inputs[self.pixels])
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
-        """Return kept features in place of the pixels, `[1, kept, dim]`, with the module that takes them."""
+        """Return kept features in place of the pixels, `[1, kept, dim]`, and the context in which they are accepted."""
         features = torch.cat(packed)
         if not len(features):
             return FeatureInputs({})
-        return FeatureInputs({self.pixels: features[None]}, self._takes_features())
+        return FeatureInputs({self.pixels: features[None]}, self._accept_features())
 
     def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
-        """Return the vision inputs of the call: the model encodes them again, exactly as without a strategy."""
+        """Return the vision inputs of the call, so that the model encodes them again, exactly as without a strategy."""
         inputs = encoding.inputs
         return FeatureInputs({name: torch.cat([value] * encoding.repeats) for name, value in inputs.items()})
 
@@ -132,15 +132,15 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         return super().has_images(inputs) and inputs[self.pixels].dim() != 3
 
     @contextmanager
-    def _takes_features(self) -> Iterator[None]:
-        """Let the embedding module take features that are encoded already."""
+    def _accept_features(self) -> Iterator[None]:
+        """Inside the block, the embedding module accepts encoded features in place of pixels."""
         module = self.embedder
         original = module.forward
 
         def forward(input_ids: Tensor, inputs_embeds: Tensor, image_pixel_values: Tensor, **options: Any) -> Any:
             if image_pixel_values.dim() != 3:
                 return original(input_ids, inputs_embeds, image_pixel_values=image_pixel_values, **options)
-            mask, times = input_ids == self.image_token_id, len(image_pixel_values)  # beams repeat rows in turn
+            mask, times = input_ids == self.image_token_id, len(image_pixel_values)  # beams repeat each row
             parts = image_pixel_values[0].split(mask[::times].sum(dim=1).tolist())
             features = torch.cat([part for part in parts for _ in range(times)]).to(inputs_embeds.dtype)
             return module.drop(inputs_embeds.masked_scatter(mask[..., None], features))
@@ -151,16 +151,16 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the tiles of each image on a canvas of at most two tiles a side, without padding."""
         grids = [[min(2, max(1, round(side / EXAMPLE_TILE))) for side in size] for size in sizes]
-        most = 1 + max(rows * cols for rows, cols in grids)
-        pixels = torch.zeros(len(sizes), most, 3, EXAMPLE_TILE, EXAMPLE_TILE)
+        max_tiles = 1 + max(rows * cols for rows, cols in grids)
+        pixels = torch.zeros(len(sizes), max_tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
         for image, size, (rows, cols) in zip(pixels, sizes, grids, strict=True):
             tiles = 1 + rows * cols
-            image[:tiles] = torch.randn(tiles, *image.shape[1:], generator=seeded(size))
+            image[:tiles] = torch.randn(tiles, *image.shape[1:], generator=pixel_generator(size))
         patches = EXAMPLE_TILE // self.tower.config.patch_size
         return {
             self.pixels: pixels,
             "image_sizes": torch.tensor(grids) * EXAMPLE_TILE,
-            "image_attention_mask": torch.ones(len(sizes), most, patches, patches),
+            "image_attention_mask": torch.ones(len(sizes), max_tiles, patches, patches),
         }
 
     @classmethod
@@ -189,10 +189,6 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
 
     @classmethod
     def example_of(cls, config: Phi4MultimodalConfig) -> Any:
-        """Return a model of random weights.
-
-        Args:
-            config: its configuration.
-        """
+        """Return a model with random weights for a configuration."""
         torch.manual_seed(0)
-        return Phi4MultimodalForCausalLM(config).eval()  # attention is sharp as it is initialized
+        return Phi4MultimodalForCausalLM(config).eval()  # attention is far from uniform at initialization

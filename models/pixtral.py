@@ -1,4 +1,4 @@
-"""Pixtral in LLaVA's frame: native resolution, one token a patch, text ends each row of an image."""
+"""Pixtral in the LLaVA class: native resolution, one token per patch, a text separator ends each row of an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PixtralAdapter(PixtralTowerAdapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        """Whether the model is LLaVA with a Pixtral tower; other towers see square tiles."""
+        """Return whether the model is LLaVA with a Pixtral tower; other towers encode square tiles."""
         return super().matches(model) and model.config.vision_config.model_type == "pixtral"
 
     @classmethod

@@ -1,7 +1,8 @@
-"""Qwen2.5-VL: as Qwen2-VL, but most layers of the tower attend inside windows, and patches stand window by window.
+"""Qwen2.5-VL: as Qwen2-VL, but most layers of the tower attend inside windows, and patches are ordered by window.
 
-Signals are put back in the order of the image. In a layer with windows a token receives attention from its window
-alone, which says nothing about the image: attention is read from the nearest layer that sees all of it.
+Signals are returned in the order of the image. In a layer with windows, a token receives attention only from its
+window, which is no measure of its importance in the image. Attention is therefore captured in the nearest layer that
+attends to the full image.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that see the whole image."""
+        """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that attend to the full image."""
         torch.manual_seed(0)
         vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
         config = Qwen2_5_VLConfig(
@@ -40,17 +41,18 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
         return with_sharp_attention(Qwen2_5_VLForConditionalGeneration(config), tower="visual")
 
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
-        """Return where signals are found; attention rows in the nearest layer without windows.
+        """Return the modules for capture, with attention rows from the nearest layer without windows.
 
-        The configuration may name layers that the tower does not have; if it names no other, each layer is read itself.
+        The configuration can name layers that the tower does not have. If it names only such layers, the attention rows
+        of each layer are captured in the layer itself.
         """
         depth = len(self.tower_layers)
-        whole = [layer for layer in self.tower.fullatt_block_indexes if 0 <= layer < depth]
-        read = {layer: nearest(layer, whole) for layer in range(depth)}
-        return replace(super().tower_parts(layouts), rows_from=read)
+        full_attention = [layer for layer in self.tower.fullatt_block_indexes if 0 <= layer < depth]
+        sources = {layer: nearest_layer(layer, full_attention) for layer in range(depth)}
+        return replace(super().tower_parts(layouts), rows_from=sources)
 
     def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return where each patch stands in the tower, which takes merge blocks window by window."""
+        """Return the index of each patch in the tower, which orders merge blocks by window, `[patches]`."""
         tower, block = self.tower, self.pooling**2
         windows, _ = get_vision_window_index(
             inputs["image_grid_thw"], self.pooling, tower.window_size, tower.patch_size
@@ -58,6 +60,6 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
         return (windows.argsort()[:, None] * block + torch.arange(block, device=windows.device)).flatten()
 
 
-def nearest(layer: int, among: Sequence[int]) -> int:
-    """Return the nearest of some layers, the deeper of two; the layer itself if there are none."""
-    return min(among, key=lambda one: (abs(one - layer), -one), default=layer)
+def nearest_layer(layer: int, candidates: Sequence[int]) -> int:
+    """Return the candidate nearest to a layer, the deeper of two equally near; the layer itself without candidates."""
+    return min(candidates, key=lambda candidate: (abs(candidate - layer), -candidate), default=layer)

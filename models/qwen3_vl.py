@@ -1,4 +1,4 @@
-"""Qwen3-VL: as Qwen2-VL, and features of earlier layers of the tower are added in the first layers of the LLM."""
+"""Qwen3-VL: as Qwen2-VL; features of earlier tower layers are added in the first layers of the LLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatches
 
 
 class Qwen3VLAdapter(MergedPatchesAdapter):
-    """`Qwen3VLForConditionalGeneration`; what a strategy keeps or drops, it keeps or drops in every level."""
+    """`Qwen3VLForConditionalGeneration`; a token is kept or dropped in every level of features."""
 
     family: ClassVar[str] = "qwen3_vl"
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"

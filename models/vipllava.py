@@ -1,4 +1,4 @@
-"""ViP-LLaVA: one tile an image, no separators; features of several layers side by side."""
+"""ViP-LLaVA: one tile per image, no newline tokens; features of several layers side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class VipLlavaAdapter(SingleTileAdapter):
 
     @classmethod
     def example(cls) -> Any:
-        """Return a tiny ViP-LLaVA that reads two layers."""
+        """Return a tiny ViP-LLaVA that uses features of two layers."""
         torch.manual_seed(0)
         config = VipLlavaConfig(**example_parts(), vision_feature_layer=[-2, 1])
         return with_sharp_attention(VipLlavaForConditionalGeneration(config))

@@ -1,10 +1,10 @@
-"""What released code does around a strategy, emulated on held-out boards: batches, layouts, tile grids, prompts.
+"""Emulates deviations of released code outside the strategy on held-out boards: batches, layouts, tile grids, prompts.
 
 Run it: ``python -m research.emulated``
 
-A strategy sees one image and answers with a selection, so it cannot do what some releases do: look at other images
-of a batch, put tokens at wrong places, feed zero vectors, or replace the processor's tile grid. Here the encoding of a
-board is changed as that code changes it, and the questions are answered from what then enters the LLM.
+A strategy reads one image and returns a selection. Some releases also read further images of a batch, put tokens at
+wrong positions, feed zero vectors, or replace the processor's tile grid. A strategy cannot do this. This module changes
+the encoding of a board as the released code does, and measures the answers of the LLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from research.heldout import Answers, answer, in_points, interval, text_guided
+from research.heldout import Answers, answer_from_encoding, board_interval, format_difference, make_text_guided
 from tokenprune.adapter import Encoding, PackedTokens, find_adapter
 from tokenprune.budget import as_budget
 from tokenprune.image import NEWLINE, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
@@ -28,22 +28,22 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Board, boards, make_board
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
-from tokenprune.stages import mix, projector_sources
+from tokenprune.stages import gather_mixing_sources, mix
 from tokenprune.strategies import TRIM, FasterVLM, GlobalCom2, HiRED, HoloV, PruMerge, UniformStride, VisPruner
 from tokenprune.strategies.trim import OutlierAllocation, outlier_share
 
 BATCH = 8
-"""Images of a batch."""
+"""Number of images in a batch."""
 Grid: TypeAlias = tuple[int, int]
 
 
-class Fed(NamedTuple):
-    """What enters the LLM: the images of a prompt, and a strategy for them.
+class LlmInput(NamedTuple):
+    """Visual input of the LLM: the encoded images of a prompt, and a strategy for them.
 
     Args:
-        encoding: the images of one prompt; the questions are about the last one.
+        encoding: the images of one prompt; the questions refer to the last image.
         reducer: the strategy.
-        tokens: what stays of the last image; a token in another row or tile grid is another one.
+        tokens: keys of the kept tokens of the last image; a key contains the tile grid, the position and the row.
     """
 
     encoding: Encoding
@@ -52,15 +52,15 @@ class Fed(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """A board before the model, as the last of a batch.
+class EncodedBoard:
+    """An encoded board, as the last image of a batch.
 
     Args:
         model: the model.
-        processor: its processor.
+        processor: the processor of the model.
         board: the board.
-        encoding: the board, encoded.
-        earlier: the boards before it, encoded, the latest last.
+        encoding: encoding of the board.
+        earlier: encodings of the preceding boards of the batch, in order.
     """
 
     model: Any
@@ -69,62 +69,67 @@ class Shown:
     encoding: Encoding
     earlier: Sequence[Encoding]
 
-    def asked(self, image: EncodedImage) -> EncodedImage:
-        """Return an image with the first question of the board."""
-        asked = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
-        text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
+    def with_question(self, image: EncodedImage) -> EncodedImage:
+        """Return an image with the text signals of the first question of the board."""
+        question = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
+        text = {(kind, image.feature_layer): question[kind] for kind in TEXT_SIGNALS}
         return replace(image, signals={**image.signals, **text})
 
-    def fed(self, encoding: Encoding, reducer: TokenReducer) -> Fed:
-        """Return what a strategy leaves of an encoding. Strategies that read a question count for the first one."""
+    def reduce(self, encoding: Encoding, reducer: TokenReducer) -> LlmInput:
+        """Return the input of the LLM for an encoding and a strategy.
+
+        If the strategy reads a question, the keys of the kept tokens refer to the first question of the board.
+        """
         image = encoding.images[-1]
-        kept = reducer.reduce(self.asked(image)).kept.flatten()
+        kept = reducer.reduce(self.with_question(image)).kept.flatten()
         layout = image.geometry
         rows = torch.cumsum(layout.packed == NEWLINE, dim=0).tolist()
-        places = zip(layout.packed.tolist(), rows, strict=True)
-        grid = {place: layout.tile_grid if place >= layout.tokens else None for place in range(len(kept))}
-        return Fed(encoding, reducer, frozenset((grid[p], p, r) for p, r in places if p != NEWLINE and bool(kept[p])))
+        positions = zip(layout.packed.tolist(), rows, strict=True)
+        grid = {position: layout.tile_grid if position >= layout.tokens else None for position in range(len(kept))}
+        return LlmInput(
+            encoding, reducer, frozenset((grid[p], p, r) for p, r in positions if p != NEWLINE and bool(kept[p]))
+        )
 
 
-Way: TypeAlias = Callable[[Shown, float], Fed]
-"""From a board and a budget to what enters the LLM."""
+Emulator: TypeAlias = Callable[[EncodedBoard, float], LlmInput]
+"""Function from a board and a budget to the visual input of the LLM."""
 
 
-# --- ways -------------------------------------------------------------------------------------------------------------
+# --- emulators --------------------------------------------------------------------------------------------------------
 
 
-def plain(make: Callable[[float], TokenReducer]) -> Way:
-    """Return the way of a strategy as it is.
-
-    Args:
-        make: the strategy at a budget.
-    """
-    return lambda shown, budget: shown.fed(shown.encoding, make(budget))
-
-
-def relaid(make: Callable[[float], TokenReducer], layout: Callable[[TileGeometry, Grid], Tensor]) -> Way:
-    """Return the way of a strategy whose tokens are packed otherwise.
+def apply_strategy(make: Callable[[float], TokenReducer]) -> Emulator:
+    """Return the emulator of an unmodified strategy.
 
     Args:
-        make: the strategy at a budget; it sees which tokens the other packing cuts off.
-        layout: `TileGeometry.packed` from the true layout and the height x width of the image in pixels.
+        make: returns the strategy for a budget.
+    """
+    return lambda encoded, budget: encoded.reduce(encoded.encoding, make(budget))
+
+
+def repack(make: Callable[[float], TokenReducer], layout: Callable[[TileGeometry, Grid], Tensor]) -> Emulator:
+    """Return the emulator of a strategy with a different packing of the tokens.
+
+    Args:
+        make: returns the strategy for a budget; tokens that the packing removes are invalid for the strategy.
+        layout: returns `TileGeometry.packed` from the true layout and the height x width of the image in pixels.
     """
 
-    def way(shown: Shown, budget: float) -> Fed:
-        image = shown.encoding.images[0]
-        size = (shown.board.pixels.shape[0], shown.board.pixels.shape[1])
-        places = layout(image.geometry, size)
+    def emulator(encoded: EncodedBoard, budget: float) -> LlmInput:
+        image = encoded.encoding.images[0]
+        size = (encoded.board.pixels.shape[0], encoded.board.pixels.shape[1])
+        packed = layout(image.geometry, size)
         assert image.newline is not None
         table = torch.cat([image.features.flatten(0, 1), image.newline[None]])
-        image = replace(image, geometry=replace(image.geometry, packed=places))
-        tokens = PackedTokens([table[places]])
-        return shown.fed(replace(shown.encoding, images=[image], complete=False, tokens=tokens), make(budget))
+        image = replace(image, geometry=replace(image.geometry, packed=packed))
+        tokens = PackedTokens([table[packed]])
+        return encoded.reduce(replace(encoded.encoding, images=[image], is_complete=False, tokens=tokens), make(budget))
 
-    return way
+    return emulator
 
 
-def exchanged(layout: TileGeometry, size: Grid, tile_size: int = TILE) -> Tensor:
-    """Return how HiRED's fork of LLaVA-NeXT packs tiles: rows and columns of their grid exchanged, then unpadded.
+def pack_with_swapped_grid(layout: TileGeometry, size: Grid, tile_size: int = TILE) -> Tensor:
+    """Return the packing of HiRED's fork of LLaVA-NeXT, `[length]`: tile grid rows and columns swapped, then unpadded.
 
     Args:
         layout: the true layout.
@@ -135,52 +140,54 @@ def exchanged(layout: TileGeometry, size: Grid, tile_size: int = TILE) -> Tensor
     return TileGeometry.anyres(size, (cols, rows), layout.token_grid, tile_size).packed
 
 
-def misplaced(layout: TileGeometry, size: Grid) -> Tensor:
-    """Return how GlobalCom2 packs tokens: at their number inside the unpadded tile; newlines of padding rows stay.
+def pack_at_valid_index(layout: TileGeometry, size: Grid) -> Tensor:
+    """Return the packing of GlobalCom2, `[length]`, which moves each valid token to its index among the valid tokens.
+
+    The index counts the valid tokens of a tile. Newline tokens of padding rows stay.
 
     Args:
         layout: the true layout.
-        size: not used, the true layout knows.
+        size: not used; the true layout contains the size.
     """
-    nothing = NEWLINE - 1
-    tiles = torch.full((layout.sub_images, layout.tokens), nothing)
+    empty = NEWLINE - 1
+    tiles = torch.full((layout.sub_images, layout.tokens), empty)
     for tile, valid in enumerate(layout.valid[1:]):
-        inside = valid.nonzero()[:, 0]
-        tiles[tile, : len(inside)] = (1 + tile) * layout.tokens + inside
+        positions = valid.nonzero()[:, 0]
+        tiles[tile, : len(positions)] = (1 + tile) * layout.tokens + positions
     (rows, cols), (height, width) = layout.tile_grid, layout.token_grid
     to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
     canvas = rearrange(tiles, to_canvas, rows=rows, cols=cols, height=height, width=width)
     canvas = torch.cat([canvas, torch.full((len(canvas), 1), NEWLINE)], dim=1).flatten()
-    return torch.cat([torch.arange(layout.tokens), canvas[canvas != nothing]])
+    return torch.cat([torch.arange(layout.tokens), canvas[canvas != empty]])
 
 
-def zero_filled(shown: Shown, budget: float) -> Fed:
-    """Feed what HoloV's release feeds: zero vectors at the end for what its stripes cannot hold."""
-    reducer, image = HoloV.release(budget), shown.encoding.images[0]
+def fill_with_zeros(encoded: EncodedBoard, budget: float) -> LlmInput:
+    """Return the LLM input of HoloV's release, with zero vectors at the end for tokens that its stripes cannot hold."""
+    reducer, image = HoloV.release(budget), encoded.encoding.images[0]
     selection = reducer.reduce(image)
     assert selection.order is not None
-    features = shown.encoding.packed[0][selection.packed_mask()][selection.order]
+    features = encoded.encoding.packed[0][selection.packed_mask()][selection.order]
     missing = selection.asked - selection.kept_tokens
-    tokens = shown.fed(shown.encoding, reducer).tokens | {("zero", number) for number in range(missing)}
+    tokens = encoded.reduce(encoded.encoding, reducer).tokens | {("zero", number) for number in range(missing)}
     features = torch.cat([features, features.new_zeros(missing, features.shape[1])])
-    return Fed(*as_it_is(shown.encoding, features), tokens)
+    return LlmInput(*wrap_features(encoded.encoding, features), tokens)
 
 
-def as_it_is(encoding: Encoding, features: Tensor) -> tuple[Encoding, TokenReducer]:
-    """Return an encoding that is these features, `[length, dim]`, and a strategy that leaves it alone."""
+def wrap_features(encoding: Encoding, features: Tensor) -> tuple[Encoding, TokenReducer]:
+    """Return an encoding with given features, `[length, dim]`, and a strategy that keeps all of them."""
     image = EncodedImage(TileGeometry.single((1, len(features))), features[None])
-    return replace(encoding, images=[image], complete=False, tokens=PackedTokens([features])), UniformStride(1.0)
+    return replace(encoding, images=[image], is_complete=False, tokens=PackedTokens([features])), UniformStride(1.0)
 
 
-def together(images: Sequence[EncodedImage]) -> EncodedImage:
-    """Return the tiles of several images as if they were those of one, without newlines.
+def merge_images(images: Sequence[EncodedImage]) -> EncodedImage:
+    """Return one image with the tiles of several images, without newline tokens.
 
     Args:
         images: encoded images of one model.
     """
     layouts = [image.geometry for image in images]
     starts = np.cumsum([0, *(layout.tiles * layout.tokens for layout in layouts)])
-    packed = [p[p != NEWLINE] + int(s) for p, s in zip([one.packed for one in layouts], starts, strict=False)]
+    packed = [p[p != NEWLINE] + int(s) for p, s in zip([layout.packed for layout in layouts], starts, strict=False)]
     tiles = sum(layout.tiles for layout in layouts)
     geometry = TileGeometry((tiles - 1, 1), layouts[0].token_grid, torch.zeros(tiles - 1, 4), torch.cat(packed))
     signals = {key: torch.cat([image.signals[key] for image in images]) for key in images[0].signals}
@@ -188,133 +195,136 @@ def together(images: Sequence[EncodedImage]) -> EncodedImage:
     return replace(images[0].with_features(features), geometry=geometry, signals=signals)
 
 
-def outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
-    """Feed what PruMerge's release leaves of the last image of a batch: outliers are counted over all of them."""
-    images = [one.images[0] for one in (*shown.earlier[1 - BATCH :], shown.encoding)]
-    batch, own = together(images), images[-1].geometry
+def prune_by_batch_outliers(encoded: EncodedBoard, budget: float) -> LlmInput:
+    """Return the LLM input of PruMerge's release for the last image of a batch; all images count for the outliers."""
+    images = [encoding.images[0] for encoding in (*encoded.earlier[1 - BATCH :], encoded.encoding)]
+    batch, layout = merge_images(images), images[-1].geometry
     selection: Selection = PruMerge.release().reduce(batch)
-    first = batch.geometry.tiles - own.tiles
+    first = batch.geometry.tiles - layout.tiles
     assert selection.mixing is not None
     assert selection.order is not None
-    mixed = mix(selection.mixing, projector_sources(batch, selection.mixing.shape[1]))[selection.order]
-    features = find_adapter(shown.model).project(mixed[int(selection.kept[:first].sum()) :])
+    mixed = mix(selection.mixing, gather_mixing_sources(batch, selection.mixing.shape[1]))[selection.order]
+    features = find_adapter(encoded.model).project(mixed[int(selection.kept[:first].sum()) :])
     kept = selection.kept[first:].flatten()
-    everything = shown.fed(shown.encoding, UniformStride(1.0)).tokens
-    tokens = frozenset(token for token in everything if bool(kept[token[1]]))  # type: ignore[index]
-    return Fed(*as_it_is(shown.encoding, features), tokens)
+    all_tokens = encoded.reduce(encoded.encoding, UniformStride(1.0)).tokens
+    tokens = frozenset(token for token in all_tokens if bool(kept[token[1]]))  # type: ignore[index]
+    return LlmInput(*wrap_features(encoded.encoding, features), tokens)
 
 
 @dataclass
-class OutliersOfBatch(OutlierAllocation):
-    """TRIM's adaptive share as in a batch: outliers are counted over all of it.
+class BatchOutlierAllocation(OutlierAllocation):
+    """TRIM's adaptive share of tokens, with outliers counted over a batch of images.
 
     Args:
-        others: softmaxed scores of the other images, one list.
+        batch_scores: scores of the remaining images of the batch after softmax, in one list.
     """
 
-    others: list[float] = field(default_factory=list)
+    batch_scores: list[float] = field(default_factory=list)
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Return the number of outliers per tile."""
-        share = outlier_share(torch.cat([scores.softmax(dim=1).flatten(), scores.new_tensor(self.others)]))
-        return [min(int(scores.shape[1] * share) + self.extra, room) for room in capacity]
+        share = outlier_share(torch.cat([scores.softmax(dim=1).flatten(), scores.new_tensor(self.batch_scores)]))
+        return [min(int(scores.shape[1] * share) + self.extra, limit) for limit in capacity]
 
 
-def adaptive(allocation: OutlierAllocation) -> TRIM:
-    """Return the repaired TRIM with a share that is found from outliers."""
-    return replace(text_guided()[2], budget=1.0, allocation=allocation)
+def adaptive_trim(allocation: OutlierAllocation) -> TRIM:
+    """Return the repaired TRIM with a share of tokens that is computed from outliers."""
+    return replace(make_text_guided()[2], budget=1.0, allocation=allocation)
 
 
-def relevance_outliers_of_a_batch(shown: Shown, budget: float) -> Fed:
-    """Feed what TRIM's adaptive share leaves of the last image of a batch whose images are all asked one thing."""
-    score, others = adaptive(OutlierAllocation()).selection.score, []
-    for encoding in shown.earlier[1 - BATCH :]:
-        scores = score(shown.asked(encoding.images[0]))
+def prune_by_batch_relevance(encoded: EncodedBoard, budget: float) -> LlmInput:
+    """Return the LLM input of TRIM's adaptive share for the last image of a batch, with one question for all images."""
+    score, batch_scores = adaptive_trim(OutlierAllocation()).selection.score, []
+    for encoding in encoded.earlier[1 - BATCH :]:
+        scores = score(encoded.with_question(encoding.images[0]))
         scores = scores.masked_fill(~encoding.images[0].geometry.valid, -torch.inf)
-        others += scores.softmax(dim=1).flatten().tolist()
-    return shown.fed(shown.encoding, adaptive(OutliersOfBatch(others=others)))
+        batch_scores += scores.softmax(dim=1).flatten().tolist()
+    return encoded.reduce(encoded.encoding, adaptive_trim(BatchOutlierAllocation(batch_scores=batch_scores)))
 
 
-def base_tile(encoding: Encoding) -> Encoding:
-    """Return an image as LLaVA-1.5 has it: nothing but the base tile."""
+def keep_base_tile(encoding: Encoding) -> Encoding:
+    """Return an encoding with only the base tile of the image, as in LLaVA-1.5."""
     image = encoding.images[0]
     layout = TileGeometry.single(image.geometry.token_grid)
     signals = {key: value[:1] for key, value in image.signals.items()}
     image = replace(image.with_features(image.features[:1]), geometry=layout, signals=signals)
-    return replace(encoding, images=[image], complete=False, tokens=PackedTokens([image.features[0]]))
+    return replace(encoding, images=[image], is_complete=False, tokens=PackedTokens([image.features[0]]))
 
 
-def shared_mask(first: EncodedImage, second: EncodedImage) -> EncodedImage:
-    """Return the second image with the attention of the first, as HiRED on LLaVA-1.5 ranks it."""
+def share_attention(first: EncodedImage, second: EncodedImage) -> EncodedImage:
+    """Return the second image with the attention of the first image, as in HiRED on LLaVA-1.5."""
     return replace(second, signals=first.signals)
 
 
-def shifted_attention(first: EncodedImage, second: EncodedImage) -> EncodedImage:
-    """Return the second image with the attention that GlobalCom2 reads for it: one tile after the first one's start.
+def shift_attention(first: EncodedImage, second: EncodedImage) -> EncodedImage:
+    """Return the second image with the attention that GlobalCom2 reads for it, which is shifted by tiles.
 
-    Its base tile is ranked by the first image's first sub-image, and so on through the tiles of both.
+    The base tile of the second image gets the attention of the first sub-image of the first image, the next tile gets
+    the attention of the next tile, and so on through the tiles of both images.
     """
     tiles = second.geometry.tiles
     both = {key: torch.cat([first.signals[key], value])[1 : 1 + tiles] for key, value in second.signals.items()}
     return replace(second, signals=both)
 
 
-def second_image(
+def use_second_image(
     make: Callable[[float], TokenReducer],
     read: Callable[[EncodedImage, EncodedImage], EncodedImage] = lambda first, second: second,
-    alone: bool = False,
-    part: Callable[[Encoding], Encoding] = lambda encoding: encoding,
-) -> Way:
-    """Return the way of a strategy with the second of two images.
+    separate_prompts: bool = False,
+    preprocess: Callable[[Encoding], Encoding] = lambda encoding: encoding,
+) -> Emulator:
+    """Return the emulator of a strategy on the second of two images.
 
     Args:
-        make: the strategy at a budget.
-        read: the second image as the code reads it, from the first and the second.
-        alone: whether the second image stands in a prompt of its own, beside another prompt in a batch.
-        part: what the model has of each image.
+        make: returns the strategy for a budget.
+        read: returns the second image as the released code reads it, from the first and the second image.
+        separate_prompts: whether the two images are in separate prompts of a batch, or in one prompt.
+        preprocess: returns the part of an encoding that the model encodes.
     """
 
-    def way(shown: Shown, budget: float) -> Fed:
-        one, two = part(shown.earlier[-1]), part(shown.encoding)
-        other = read(one.images[0], two.images[0])
-        if alone:
-            return shown.fed(replace(two, images=[other]), make(budget))
-        tokens = PackedTokens([one.packed[0], two.packed[0]])
-        both = Encoding([one.images[0], other], tokens, two.outputs)
-        return shown.fed(both, make(budget))
+    def emulator(encoded: EncodedBoard, budget: float) -> LlmInput:
+        first, second = preprocess(encoded.earlier[-1]), preprocess(encoded.encoding)
+        image = read(first.images[0], second.images[0])
+        if separate_prompts:
+            return encoded.reduce(replace(second, images=[image]), make(budget))
+        tokens = PackedTokens([first.packed[0], second.packed[0]])
+        both = Encoding([first.images[0], image], tokens, second.outputs)
+        return encoded.reduce(both, make(budget))
 
-    return way
+    return emulator
 
 
-def regridded(make: Callable[[float | int], TokenReducer], choose: Callable[[Grid], Grid], as_many: bool = True) -> Way:
-    """Return the way of a strategy with another tile grid.
+def change_grid(
+    make: Callable[[float | int], TokenReducer], choose: Callable[[Grid], Grid], keeps_count: bool = True
+) -> Emulator:
+    """Return the emulator of a strategy with a different tile grid.
 
     Args:
-        make: the strategy at a budget.
-        choose: rows x cols of the sub-images from height x width of the image in pixels.
-        as_many: whether as many tokens stay as with the model's own grid, or the same share.
+        make: returns the strategy for a budget.
+        choose: returns rows x cols of the sub-images from height x width of the image in pixels.
+        keeps_count: whether the number of kept tokens is the same as with the grid of the model, or the share.
     """
 
-    def way(shown: Shown, budget: float) -> Fed:
-        size = (shown.board.pixels.shape[0], shown.board.pixels.shape[1])
-        encoding = encode(shown.model, shown.processor, shown.board, choose(size))
-        asked = as_budget(budget).asked(shown.encoding.images[0].geometry)
-        return shown.fed(encoding, make(asked if as_many else budget))
+    def emulator(encoded: EncodedBoard, budget: float) -> LlmInput:
+        size = (encoded.board.pixels.shape[0], encoded.board.pixels.shape[1])
+        encoding = encode_board(encoded.model, encoded.processor, encoded.board, choose(size))
+        asked = as_budget(budget).asked(encoded.encoding.images[0].geometry)
+        return encoded.reduce(encoding, make(asked if keeps_count else budget))
 
-    return way
+    return emulator
 
 
-def two_by_two(size: Grid) -> Grid:
-    """Return the grid that VisPruner and CDPruner take for every image."""
+def two_by_two_grid(size: Grid) -> Grid:
+    """Return the tile grid that VisPruner and CDPruner use for every image."""
     return 2, 2
 
 
-def largest_used_share(size: Grid, grids: Sequence[Grid] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))) -> Grid:
-    """Return FasterVLM's choice: the grid whose canvas the image fills to the largest share, the first of equals.
+def grid_by_used_share(size: Grid, grids: Sequence[Grid] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))) -> Grid:
+    """Return the tile grid of FasterVLM: the first grid whose canvas has the largest share of image pixels.
 
     Args:
         size: height x width of the image in pixels.
-        grids: rows x cols to choose from.
+        grids: candidates as rows x cols.
     """
 
     def share(grid: Grid) -> float:
@@ -329,18 +339,18 @@ def largest_used_share(size: Grid, grids: Sequence[Grid] = ((1, 2), (2, 1), (2, 
 
 
 def all_boards(first: int) -> Iterator[Board]:
-    """Yield held-out boards."""
+    """Return an iterator over held-out boards."""
     return (make_board(index, "heldout") for index in count(first))
 
 
-def padded_sideways(first: int) -> Iterator[Board]:
-    """Yield held-out boards that AnyRes pads left and right."""
+def boards_with_side_padding(first: int) -> Iterator[Board]:
+    """Return an iterator over held-out boards that AnyRes pads left and right."""
     return (board for board in all_boards(first) if board.offset[1])
 
 
-def gridded_otherwise(first: int) -> Iterator[Board]:
-    """Yield held-out boards for which FasterVLM takes another tile grid than LLaVA-NeXT."""
-    return (b for b in all_boards(first) if largest_used_share((b.pixels.shape[0], b.pixels.shape[1])) != b.grid)
+def boards_with_changed_grid(first: int) -> Iterator[Board]:
+    """Return an iterator over held-out boards for which the tile grids of FasterVLM and LLaVA-NeXT differ."""
+    return (b for b in all_boards(first) if grid_by_used_share((b.pixels.shape[0], b.pixels.shape[1])) != b.grid)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -348,115 +358,120 @@ def gridded_otherwise(first: int) -> Iterator[Board]:
 
 @dataclass(frozen=True, eq=False)
 class Emulation:
-    """One deviation that is no strategy's.
+    """One deviation of released code outside the strategy.
 
     Args:
-        method: the name of the method.
-        what: the deviation in words.
-        own: what it is compared with.
-        deviating: the way of the code.
-        source: the boards that it is measured on.
-        has_budget: whether the ways heed the budget.
+        method: name of the method.
+        description: short text of the deviation.
+        reference: emulator without the deviation.
+        deviating: emulator of the released code.
+        source: returns the boards of the measurement from the index of the first board.
+        has_budget: whether the emulators use the budget.
     """
 
     method: str
-    what: str
-    own: Way
-    deviating: Way
+    description: str
+    reference: Emulator
+    deviating: Emulator
     source: Callable[[int], Iterator[Board]] = all_boards
     has_budget: bool = True
 
 
-def emulations() -> list[Emulation]:
-    """Return every deviation that is emulated, method by method."""
+def list_emulations() -> list[Emulation]:
+    """Return all emulated deviations, grouped by method."""
 
     def cdpruner(budget: float | int) -> TokenReducer:
-        return replace(text_guided()[0], budget=budget)
+        return replace(make_text_guided()[0], budget=budget)
 
-    hired, globalcom2, faster = plain(HiRED), plain(GlobalCom2), plain(FasterVLM)
-    cut_off = relaid(lambda budget: HiRED(budget, padding="ignore"), exchanged)
-    grids = [("VisPruner", plain(VisPruner), VisPruner), ("CDPruner", plain(cdpruner), cdpruner)]
-    wrong_places = relaid(GlobalCom2, misplaced)
+    hired, globalcom2, faster = apply_strategy(HiRED), apply_strategy(GlobalCom2), apply_strategy(FasterVLM)
+    cut_off = repack(lambda budget: HiRED(budget, padding="ignore"), pack_with_swapped_grid)
+    grids = [("VisPruner", apply_strategy(VisPruner), VisPruner), ("CDPruner", apply_strategy(cdpruner), cdpruner)]
+    misplaced = repack(GlobalCom2, pack_at_valid_index)
     return [
         Emulation("HiRED", "rows and columns of the tile grid exchanged", hired, cut_off),
-        Emulation("HiRED", "the release with that exchange", hired, relaid(HiRED.release, exchanged)),
+        Emulation("HiRED", "the release with that exchange", hired, repack(HiRED.release, pack_with_swapped_grid)),
         Emulation(
             "HiRED",
             "base tile only, mask of the first image of a batch",
-            second_image(HiRED, alone=True, part=base_tile),
-            second_image(HiRED, shared_mask, alone=True, part=base_tile),
+            use_second_image(HiRED, separate_prompts=True, preprocess=keep_base_tile),
+            use_second_image(HiRED, share_attention, separate_prompts=True, preprocess=keep_base_tile),
         ),
         Emulation(
             "HiRED",
             "base tile only, mask of the first image of a prompt",
-            second_image(HiRED, part=base_tile),
-            second_image(HiRED, shared_mask, part=base_tile),
+            use_second_image(HiRED, preprocess=keep_base_tile),
+            use_second_image(HiRED, share_attention, preprocess=keep_base_tile),
         ),
-        Emulation("GlobalCom2", "tokens at their number inside the unpadded tile", globalcom2, wrong_places),
+        Emulation("GlobalCom2", "tokens at their number inside the unpadded tile", globalcom2, misplaced),
         Emulation(
             "GlobalCom2",
             "tokens at their number, boards padded at the sides only",
             globalcom2,
-            wrong_places,
-            padded_sideways,
+            misplaced,
+            boards_with_side_padding,
         ),
         Emulation(
             "GlobalCom2",
             "second image of a batch by the attention of the first",
             globalcom2,
-            second_image(GlobalCom2, shifted_attention, alone=True),
+            use_second_image(GlobalCom2, shift_attention, separate_prompts=True),
         ),
         Emulation(
             "GlobalCom2",
             "second image of a prompt by the attention of the first",
-            second_image(GlobalCom2),
-            second_image(GlobalCom2, shifted_attention),
+            use_second_image(GlobalCom2),
+            use_second_image(GlobalCom2, shift_attention),
         ),
-        Emulation("HoloV", "zero vectors instead of missing tokens", plain(HoloV.release), zero_filled),
+        Emulation("HoloV", "zero vectors instead of missing tokens", apply_strategy(HoloV.release), fill_with_zeros),
         Emulation(
             "PruMerge",
             "outliers counted over a batch of 8",
-            plain(lambda _: PruMerge.release()),
-            outliers_of_a_batch,
+            apply_strategy(lambda _: PruMerge.release()),
+            prune_by_batch_outliers,
             has_budget=False,
         ),
         Emulation(
             "TRIM",
             "outliers counted over a batch of 8",
-            plain(lambda _: adaptive(OutlierAllocation())),
-            relevance_outliers_of_a_batch,
+            apply_strategy(lambda _: adaptive_trim(OutlierAllocation())),
+            prune_by_batch_relevance,
             has_budget=False,
         ),
         *(
-            Emulation(name, what, own, regridded(make, two_by_two, as_many))
-            for name, own, make in grids
-            for what, as_many in (("2 x 2 tiles, as many tokens", True), ("2 x 2 tiles, the same share", False))
+            Emulation(name, description, reference, change_grid(make, two_by_two_grid, keeps_count))
+            for name, reference, make in grids
+            for description, keeps_count in (
+                ("2 x 2 tiles, as many tokens", True),
+                ("2 x 2 tiles, the same share", False),
+            )
         ),
-        Emulation("FasterVLM", "tile grid by the largest used share", faster, regridded(FasterVLM, largest_used_share)),
+        Emulation(
+            "FasterVLM", "tile grid by the largest used share", faster, change_grid(FasterVLM, grid_by_used_share)
+        ),
         Emulation(
             "FasterVLM",
             "that grid, boards where it is another one only",
             faster,
-            regridded(FasterVLM, largest_used_share),
-            gridded_otherwise,
+            change_grid(FasterVLM, grid_by_used_share),
+            boards_with_changed_grid,
         ),
     ]
 
 
-def encode(model: Any, processor: Any, board: Board, grid: Grid | None = None) -> Encoding:
+def encode_board(model: Any, processor: Any, board: Board, grid: Grid | None = None) -> Encoding:
     """Encode a board with every signal that the emulated methods read.
 
     Args:
         model: the model.
-        processor: its processor.
+        processor: the processor of the model.
         board: the board.
-        grid: rows x cols of the sub-images; the model's own choice if left out.
+        grid: rows x cols of the sub-images; by default, the model selects the grid.
     """
-    readers = (HiRED(), GlobalCom2(), HoloV(), PruMerge.release(), VisPruner(), *text_guided())
+    readers = (HiRED(), GlobalCom2(), HoloV(), PruMerge.release(), VisPruner(), *make_text_guided())
     needs: list[Signal] = [signal for reducer in readers for signal in reducer.needs]
     config = model.config
-    own = config.image_grid_pinpoints
-    config.image_grid_pinpoints = own if grid is None else [[grid[0] * TILE, grid[1] * TILE]]
+    original = config.image_grid_pinpoints
+    config.image_grid_pinpoints = original if grid is None else [[grid[0] * TILE, grid[1] * TILE]]
     try:
         inputs = processor.image_processor(
             [board.image], image_grid_pinpoints=config.image_grid_pinpoints, return_tensors="pt"
@@ -464,122 +479,125 @@ def encode(model: Any, processor: Any, board: Board, grid: Grid | None = None) -
         with torch.no_grad():
             return find_adapter(model).encode(inputs, needs, text_model="mini")
     finally:
-        config.image_grid_pinpoints = own
+        config.image_grid_pinpoints = original
 
 
-def prompts(processor: Any, questions: Sequence[str], lengths: Sequence[int]) -> dict[str, Tensor]:
+def build_prompts(processor: Any, questions: Sequence[str], lengths: Sequence[int]) -> dict[str, Tensor]:
     """Return the text inputs of one prompt per question, each with the same images.
 
     Args:
         processor: the processor.
         questions: the questions.
-        lengths: tokens of each image.
+        lengths: number of tokens of each image.
     """
     texts, image = [], processor.image_token
     for question in questions:
         content = [{"type": "image"} for _ in lengths] + [{"type": "text", "text": question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        head, *rest = text.split(image)
-        texts.append(head + "".join(image * n + part for n, part in zip(lengths, rest, strict=True)))
+        head, *parts = text.split(image)
+        texts.append(head + "".join(image * n + part for n, part in zip(lengths, parts, strict=True)))
     inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 @dataclass
-class Pairs:
-    """What was measured of one emulation at one budget, board by board.
+class PairedAnswers:
+    """Answers and token counts of one emulation at one budget, board by board.
 
     Args:
-        own: right (1) or wrong (0) per question, with what it is compared with.
-        deviating: the same, the way of the code.
-        tokens: tokens of the own form, those of them that the code does not have, and tokens of the code.
+        reference: right (1) or wrong (0) per question, without the deviation.
+        deviating: right (1) or wrong (0) per question, with the deviation.
+        tokens: number of tokens without the deviation, how many of them the deviation removes, and number of tokens
+            with the deviation.
     """
 
-    own: list[Answers] = field(default_factory=list)
+    reference: list[Answers] = field(default_factory=list)
     deviating: list[Answers] = field(default_factory=list)
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
 
     def row(self) -> str:
-        """Return the cells of a table: questions, tokens moved, budget lost, accuracy, its difference in points."""
-        kept, moved, there = np.array(self.tokens).sum(axis=0)
-        points = in_points([a - b for a, b in zip(self.deviating, self.own, strict=True)])
-        own, questions = 100 * interval(self.own)[0], sum(map(len, self.own))
-        return f"{questions:,} | {moved / kept:.1%} | {(kept - there) / kept:.1%} | {own:.1f} | {points}"
+        """Return table cells: questions, tokens moved, budget lost, reference accuracy and difference in points."""
+        kept, moved, n_deviating = np.array(self.tokens).sum(axis=0)
+        points = format_difference([a - b for a, b in zip(self.deviating, self.reference, strict=True)])
+        accuracy, questions = 100 * board_interval(self.reference)[0], sum(map(len, self.reference))
+        return f"{questions:,} | {moved / kept:.1%} | {(kept - n_deviating) / kept:.1%} | {accuracy:.1f} | {points}"
 
 
-def measure(
-    known: Sequence[Emulation], first: int, number: int, budgets: Sequence[float]
-) -> dict[tuple[int, float], Pairs]:
+def measure_emulations(
+    emulations: Sequence[Emulation], first: int, number: int, budgets: Sequence[float]
+) -> dict[tuple[int, float], PairedAnswers]:
     """Measure emulations on held-out boards.
 
     Args:
-        known: the emulations.
-        first: index of the first board; those before it fill the first batches.
+        emulations: the emulations.
+        first: index of the first board; the boards before it fill the first batches.
         number: number of boards.
-        budgets: budgets as ratios; ways without a budget are measured once.
+        budgets: budgets as ratios; emulations without a budget are measured once.
 
     Returns:
-        What was measured, by number of the emulation and budget.
+        The answers and token counts, by index of the emulation and budget.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path())
-    found: dict[tuple[int, float], Pairs] = {}
-    for source in dict.fromkeys(one.source for one in known):
-        batch = [encode(model, processor, board) for board in boards(BATCH - 1, "heldout", first - BATCH + 1)]
+    results: dict[tuple[int, float], PairedAnswers] = {}
+    for source in dict.fromkeys(emulation.source for emulation in emulations):
+        batch = [encode_board(model, processor, board) for board in boards(BATCH - 1, "heldout", first - BATCH + 1)]
         earlier = deque(batch, maxlen=BATCH - 1)
         for board in islice(source(first), number):
-            shown = Shown(model, processor, board, encode(model, processor, board), list(earlier))
-            answered: dict[tuple[Way, float], tuple[Fed, Answers]] = {}
-            for place, one in enumerate(known):
-                for budget in budgets[: None if one.has_budget else 1] if one.source is source else ():
-                    for way in (one.own, one.deviating):
-                        if (way, budget) not in answered:
-                            answered[way, budget] = _answered(shown, way, budget)
-                    (own, right), (other, others) = answered[one.own, budget], answered[one.deviating, budget]
-                    pairs = found.setdefault((place, budget), Pairs())
-                    pairs.own.append(right)
-                    pairs.deviating.append(others)
-                    pairs.tokens.append((len(own.tokens), len(own.tokens - other.tokens), len(other.tokens)))
-            earlier.append(shown.encoding)
-    return found
+            encoded = EncodedBoard(model, processor, board, encode_board(model, processor, board), list(earlier))
+            answers: dict[tuple[Emulator, float], tuple[LlmInput, Answers]] = {}
+            for index, emulation in enumerate(emulations):
+                for budget in budgets[: None if emulation.has_budget else 1] if emulation.source is source else ():
+                    for emulator in (emulation.reference, emulation.deviating):
+                        if (emulator, budget) not in answers:
+                            answers[emulator, budget] = _answer_questions(encoded, emulator, budget)
+                    reference, reference_right = answers[emulation.reference, budget]
+                    deviating, deviating_right = answers[emulation.deviating, budget]
+                    pairs = results.setdefault((index, budget), PairedAnswers())
+                    pairs.reference.append(reference_right)
+                    pairs.deviating.append(deviating_right)
+                    moved = reference.tokens - deviating.tokens
+                    pairs.tokens.append((len(reference.tokens), len(moved), len(deviating.tokens)))
+            earlier.append(encoded.encoding)
+    return results
 
 
-def _answered(shown: Shown, way: Way, budget: float) -> tuple[Fed, Answers]:
-    """Return what entered the LLM, and which questions were answered rightly."""
-    questions = shown.board.questions
+def _answer_questions(encoded: EncodedBoard, emulator: Emulator, budget: float) -> tuple[LlmInput, Answers]:
+    """Return the input of the LLM, and for each question 1 if the answer is correct and 0 if not."""
+    questions = encoded.board.questions
     with torch.no_grad():
-        fed = way(shown, budget)
-        lengths = [len(features) for features in fed.encoding.packed]
-        inputs = prompts(shown.processor, [question.text for question in questions], lengths)
-        texts, _ = answer(shown.model, shown.processor, fed.encoding, inputs, fed.reducer)
+        llm_input = emulator(encoded, budget)
+        lengths = [len(features) for features in llm_input.encoding.packed]
+        inputs = build_prompts(encoded.processor, [question.text for question in questions], lengths)
+        texts, _ = answer_from_encoding(encoded.model, encoded.processor, llm_input.encoding, inputs, llm_input.reducer)
     right = ["".join(text.split()) == question.answer for text, question in zip(texts, questions, strict=True)]
-    return fed, np.array(right, dtype=np.int64)
+    return llm_input, np.array(right, dtype=np.int64)
 
 
 def main(
     number: int = 125, first: int = 1000, budgets: list[float] | None = None, methods: list[str] | None = None
 ) -> None:
-    """Measure every emulation and print the tables, method by method.
+    """Measure all emulations and print one table per method.
 
     Args:
         number: number of held-out boards.
         first: index of the first board.
-        budgets: budgets as ratios; 5, 10 and 20 % if left out.
-        methods: names of methods; all of them if left out.
+        budgets: budgets as ratios; by default 5, 10 and 20 %.
+        methods: names of methods; by default all methods.
     """
-    known = [one for one in emulations() if methods is None or one.method in methods]
-    found = measure(known, first, number, budgets or [0.05, 0.1, 0.2])
-    for method in dict.fromkeys(one.method for one in known):
+    emulations = [emulation for emulation in list_emulations() if methods is None or emulation.method in methods]
+    results = measure_emulations(emulations, first, number, budgets or [0.05, 0.1, 0.2])
+    for method in dict.fromkeys(emulation.method for emulation in emulations):
         print(f"\n{method}, {number} boards\n")
         print("| deviation | budget | questions | tokens moved | budget lost | compared with, % | difference, points |")
         print("|---|---|---|---|---|---|---|")
-        for (place, budget), pairs in found.items():
-            one = known[place]
-            if one.method == method:
-                share = f"{budget:.0%}" if one.has_budget else "its own"
-                print(f"| {one.what} | {share} | {pairs.row()} |", flush=True)
+        for (index, budget), pairs in results.items():
+            emulation = emulations[index]
+            if emulation.method == method:
+                share = f"{budget:.0%}" if emulation.has_budget else "its own"
+                print(f"| {emulation.description} | {share} | {pairs.row()} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much each deviation between a paper, its code and the repaired form matters, one at a time, on held-out boards.
+"""Measures the effect of each deviation between a paper, its code and the repaired method, on held-out boards.
 
 Run it: ``python -m research.errata``
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research.heldout import Results, in_points, measure, text_guided
+from research.heldout import BoardResults, format_difference, make_text_guided, measure_strategies
 from tokenprune.adapter import find_adapter
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
@@ -56,37 +56,37 @@ from tokenprune.strategies.hero import SaliencyRelevanceAllocation
 from tokenprune.strategies.tops import OptimalPreservationSelection
 
 LOW, HIGH = -0.545, 0.564
-"""Range of the relevance of all patches to the questions of boards 1000 to 1124, in the embedded text tower."""
-Way: TypeAlias = TokenReducer | Callable[[float], TokenReducer]
-"""A strategy whose budget is set later, or how to make one for a budget."""
+"""Range of the relevance of all patches to the questions of boards 1000 to 1124, with the embedded text tower."""
+StrategyOrFactory: TypeAlias = TokenReducer | Callable[[float], TokenReducer]
+"""A strategy whose budget is replaced, or a function that returns a strategy for a budget."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """One way in which a method is not as its repaired form has it.
+    """One deviation of a method from its repaired form.
 
     Args:
-        what: the deviation in words.
-        repaired: the strategy that it is compared with.
-        deviating: the strategy at a budget.
+        description: short text of the deviation.
+        repaired: the strategy without the deviation.
+        deviating: returns the strategy with the deviation for a budget.
     """
 
-    what: str
+    description: str
     repaired: TokenReducer
     deviating: Callable[[float], TokenReducer]
 
     @property
     def method(self) -> str:
-        """The name of the method."""
+        """Name of the method."""
         return type(self.repaired).__name__
 
 
 @dataclass
-class StretchedOverBatch(ConditionalDiversitySelection):
-    """CDPruner as in a batch of many images: relevance is stretched over the range that all of them cover together.
+class BatchRangeSelection(ConditionalDiversitySelection):
+    """CDPruner's selection in a batch of many images: relevance is scaled to the range of all images of the batch.
 
     Args:
-        low: smallest relevance in the batch; by default over the questions of boards 1000 to 1124.
+        low: smallest relevance in the batch; by default of the questions of boards 1000 to 1124.
         high: largest relevance in the batch.
     """
 
@@ -94,32 +94,32 @@ class StretchedOverBatch(ConditionalDiversitySelection):
     high: float = HIGH
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the relevance, stretched over the batch, `[tiles, tokens]`."""
+        """Return the relevance, scaled to the range of the batch, `[tiles, tokens]`."""
         relevance = self.relevance.relevance(image)
         low = relevance.min().clamp(max=self.low)
         return (relevance - low + 1e-6) / (relevance.max().clamp(min=self.high) - low)
 
 
-def deviations() -> list[Deviation]:
-    """Return every deviation that can be measured, method by method."""
+def list_deviations() -> list[Deviation]:
+    """Return all measured deviations, grouped by method."""
 
-    def of(repaired: TokenReducer, ways: Mapping[str, Way]) -> list[Deviation]:
-        def at(way: Way) -> Callable[[float], TokenReducer]:
-            return (lambda budget: replace(way, budget=budget)) if isinstance(way, TokenReducer) else way
+    def deviations_of(repaired: TokenReducer, variants: Mapping[str, StrategyOrFactory]) -> list[Deviation]:
+        def to_factory(variant: StrategyOrFactory) -> Callable[[float], TokenReducer]:
+            return (lambda budget: replace(variant, budget=budget)) if isinstance(variant, TokenReducer) else variant
 
-        return [Deviation(what, repaired, at(way)) for what, way in ways.items()]
+        return [Deviation(description, repaired, to_factory(variant)) for description, variant in variants.items()]
 
     content = VisualContentAllocation
-    cdpruner, eadp, trim = text_guided()
+    cdpruner, eadp, trim = make_text_guided()
     contextual = ContextualMerging(combine="sum", spacing="step", cls=True)
     order = VisionZip.release().order
-    whole = TextRelevance(sign="aligned")
-    even = UniformAllocation(rounding="floor")
+    cosine = TextRelevance(sign="aligned")
+    uniform = UniformAllocation(rounding="floor")
     positions = DenseTextRelevance(words=0.2, text="positions", sign="aligned")
     released = replace(positions, sharpness=0.01 + 1e-6, among="all")
     few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
     return [
-        *of(
+        *deviations_of(
             HiRED(),
             {
                 "stripes instead of true regions": HiRED(allocation=content(region="stripe")),
@@ -131,8 +131,8 @@ def deviations() -> list[Deviation]:
                 "the release": HiRED.release(),
             },
         ),
-        *of(FasterVLM(), {"the release": FasterVLM.release()}),
-        *of(
+        *deviations_of(FasterVLM(), {"the release": FasterVLM.release()}),
+        *deviations_of(
             GlobalCom2(),
             {
                 "quadrants instead of true regions": GlobalCom2(allocation=GuidedAllocation(region="quadrant")),
@@ -140,19 +140,21 @@ def deviations() -> list[Deviation]:
                 "the release": lambda budget: GlobalCom2.release(budget),
             },
         ),
-        *of(
+        *deviations_of(
             HiPrune(),
             {
                 "neighbours run over the ends of rows": HiPrune(selection=AnchorBufferRegisterSelection(wrap=True)),
                 "newlines dropped": HiPrune(newlines="drop"),
-                "rounding down, padding paid for": HiPrune(allocation=even, padding="ignore"),
+                "rounding down, padding paid for": HiPrune(allocation=uniform, padding="ignore"),
             },
         ),
-        *of(HoloV(), {"the release": HoloV.release()}),
-        *of(SCOPE(), {"the release": SCOPE.release()}),
-        *of(VisPruner(), {"the release": VisPruner.release()}),
-        *of(DivPrune(), {"newlines compete, nearest rounding (the release)": lambda budget: DivPrune.release(budget)}),
-        *of(
+        *deviations_of(HoloV(), {"the release": HoloV.release()}),
+        *deviations_of(SCOPE(), {"the release": SCOPE.release()}),
+        *deviations_of(VisPruner(), {"the release": VisPruner.release()}),
+        *deviations_of(
+            DivPrune(), {"newlines compete, nearest rounding (the release)": lambda budget: DivPrune.release(budget)}
+        ),
+        *deviations_of(
             PruMerge(),
             {
                 "sums instead of means": PruMerge(merging=NeighborMerging(weights="release")),
@@ -160,14 +162,14 @@ def deviations() -> list[Deviation]:
                 "the release, which sets its own count": PruMerge.release(),
             },
         ),
-        *of(
+        *deviations_of(
             PruMergePlus(),
             {
                 "sums instead of means": PruMergePlus(merging=NeighborMerging(weights="release")),
                 "the release, which sets its own count": PruMergePlus.release(),
             },
         ),
-        *of(
+        *deviations_of(
             VisionZip(),
             {
                 "sums instead of means": VisionZip(merging=ContextualMerging(combine="sum")),
@@ -176,18 +178,18 @@ def deviations() -> list[Deviation]:
                 "all three, in the order of the release": VisionZip(merging=contextual, order=order),
             },
         ),
-        *of(
+        *deviations_of(
             trim,
             {
                 "merged token after the others": replace(trim, order=MergedLastOrder()),
-                "cosines instead of dot products": replace(trim, selection=TopRelevanceSelection(whole)),
+                "cosines instead of dot products": replace(trim, selection=TopRelevanceSelection(cosine)),
             },
         ),
-        *of(
+        *deviations_of(
             VTCCLS(),
             {"the last 30 % of the layers instead of three": VTCCLS(selection=TopAttentionSelection(layer=[-3, -2]))},
         ),
-        *of(
+        *deviations_of(
             HERO(text_model="mini"),
             {
                 "rounding down": lambda b: HERO(
@@ -196,15 +198,17 @@ def deviations() -> list[Deviation]:
                 "the release": lambda budget: HERO.release(budget, text_model="mini"),
             },
         ),
-        *of(
+        *deviations_of(
             cdpruner,
             {
                 "padding paid for, newlines dropped": replace(cdpruner, padding="ignore", newlines="drop"),
-                "stretched over a large batch": replace(cdpruner, selection=StretchedOverBatch(whole)),
+                "stretched over a large batch": replace(cdpruner, selection=BatchRangeSelection(cosine)),
             },
         ),
-        *of(TOPS(), {"division by the mean": TOPS(selection=OptimalPreservationSelection(rescaling="mean"))}),
-        *of(
+        *deviations_of(
+            TOPS(), {"division by the mean": TOPS(selection=OptimalPreservationSelection(rescaling="mean"))}
+        ),
+        *deviations_of(
             eadp,
             {
                 "a fifth of the words instead of half": replace(eadp, selection=FacilityLocationSelection(few_words)),
@@ -219,13 +223,13 @@ def deviations() -> list[Deviation]:
     ]
 
 
-def moved(known: list[Deviation], first: int, number: int, budget: float) -> dict[str, tuple[float, float]]:
-    """Return for each deviation the share of tokens that it does not keep any more, and of the budget that it loses.
+def count_moved(deviations: list[Deviation], first: int, number: int, budget: float) -> dict[str, tuple[float, float]]:
+    """Return two shares for each deviation: tokens of the repaired form that it drops, and budget that it loses.
 
-    Strategies that read the question are given the first one of each board.
+    Strategies that read the question get the first question of each board.
 
     Args:
-        known: the deviations.
+        deviations: the deviations.
         first: index of the first board.
         number: number of boards.
         budget: budget as a ratio.
@@ -234,37 +238,50 @@ def moved(known: list[Deviation], first: int, number: int, budget: float) -> dic
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor, adapter = AutoProcessor.from_pretrained(mini.path()), find_adapter(model)
-    needs: list[Signal] = [s for one in known for r in (one.repaired, one.deviating(budget)) for s in r.needs]
+    needs: list[Signal] = [
+        signal
+        for deviation in deviations
+        for reducer in (deviation.repaired, deviation.deviating(budget))
+        for signal in reducer.needs
+    ]
     counts: dict[str, list[tuple[int, int, int, int]]] = {}
     for board in boards(number, "heldout", first):
         inputs = processor(images=[board.image], text=["<image>"], return_tensors="pt")
         with torch.no_grad():
             image = adapter.encode(inputs, needs, text_model="mini").images[0]
-        asked = adapter.embed_question(board.questions[0].text, "mini")
-        text = {(kind, image.feature_layer): asked[kind] for kind in TEXT_SIGNALS}
+        question = adapter.embed_question(board.questions[0].text, "mini")
+        text = {(kind, image.feature_layer): question[kind] for kind in TEXT_SIGNALS}
         image = replace(image, signals={**image.signals, **text})
-        for one in known:
-            own, other = replace(one.repaired, budget=budget).reduce(image), one.deviating(budget).reduce(image)
-            lost = int((own.kept & ~other.kept).sum())
-            rows = counts.setdefault(f"{one.method}: {one.what}", [])
-            rows.append((lost, own.kept_tokens, own.kept_tokens - other.kept_tokens, own.kept_tokens))
+        for deviation in deviations:
+            repaired = replace(deviation.repaired, budget=budget).reduce(image)
+            deviating = deviation.deviating(budget).reduce(image)
+            lost = int((repaired.kept & ~deviating.kept).sum())
+            rows = counts.setdefault(_setting_name(deviation), [])
+            kept = repaired.kept_tokens
+            rows.append((lost, kept, kept - deviating.kept_tokens, kept))
     totals = {name: np.array(rows).sum(axis=0) for name, rows in counts.items()}
     return {name: (lost / kept, missing / asked) for name, (lost, kept, missing, asked) in totals.items()}
 
 
-def settings(known: list[Deviation], budget: float) -> Mapping[str, TokenReducer]:
-    """Return the strategies to compare, repaired ones by the name of their method."""
-    repaired = {one.method: one.repaired for one in known}
-    return {**repaired, **{f"{one.method}: {one.what}": one.deviating(budget) for one in known}}
+def _setting_name(deviation: Deviation) -> str:
+    return f"{deviation.method}: {deviation.description}"
 
 
-def report(known: list[Deviation], results: Results, shares: dict[str, tuple[float, float]], budget: float) -> str:
-    """Return the table of one budget as Markdown."""
+def list_strategies(deviations: list[Deviation], budget: float) -> Mapping[str, TokenReducer]:
+    """Return the strategies to compare by name; a repaired strategy has the name of its method."""
+    repaired = {deviation.method: deviation.repaired for deviation in deviations}
+    return {**repaired, **{_setting_name(deviation): deviation.deviating(budget) for deviation in deviations}}
+
+
+def format_report(
+    deviations: list[Deviation], results: BoardResults, shares: dict[str, tuple[float, float]], budget: float
+) -> str:
+    """Return the Markdown table of one budget."""
     lines = [f"| at {budget:.0%} | tokens moved | budget lost | accuracy minus repaired, points |\n|---|---|---|---|"]
-    for one in known:
-        name = f"{one.method}: {one.what}"
-        pairs = zip(results.of((name, budget)), results.of((one.method, budget)), strict=True)
-        points = in_points([a - b for a, b in pairs])
+    for deviation in deviations:
+        name = _setting_name(deviation)
+        pairs = zip(results.answers_of((name, budget)), results.answers_of((deviation.method, budget)), strict=True)
+        points = format_difference([a - b for a, b in pairs])
         lines.append(f"| {name} | {shares[name][0]:.1%} | {shares[name][1]:.1%} | {points} |")
     return "\n".join(lines)
 
@@ -272,19 +289,20 @@ def report(known: list[Deviation], results: Results, shares: dict[str, tuple[flo
 def main(
     number: int = 125, first: int = 1000, budgets: list[float] | None = None, methods: list[str] | None = None
 ) -> None:
-    """Measure every deviation and print the tables.
+    """Measure all deviations and print the tables.
 
     Args:
         number: number of held-out boards.
         first: index of the first board.
-        budgets: budgets as ratios; 5, 10 and 20 % if left out.
-        methods: names of methods; all of them if left out.
+        budgets: budgets as ratios; by default 5, 10 and 20 %.
+        methods: names of methods; by default all methods.
     """
-    known = [one for one in deviations() if methods is None or one.method in methods]
+    deviations = [deviation for deviation in list_deviations() if methods is None or deviation.method in methods]
     for budget in budgets or [0.05, 0.1, 0.2]:
-        results = measure(first, number, [budget], settings(known, budget))
+        results = measure_strategies(first, number, [budget], list_strategies(deviations, budget))
         print(f"{number} boards, {sum(map(len, results.kinds))} questions\n")
-        print(report(known, results, moved(known, first, number, budget), budget) + "\n", flush=True)
+        moved = count_moved(deviations, first, number, budget)
+        print(format_report(deviations, results, moved, budget) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""An image through LLaVA-NeXT at its real vision tower size, with random weights and few LLM layers.
+"""Runs an image through LLaVA-NeXT with its full-size vision tower, random weights and few LLM layers.
 
 Run it: ``python -m research.full_size --image IMAGE``
 
-Nothing here depends on the weights: it shows that layouts, budgets, capturing and rewriting hold at ViT-L/14-336 with
-576 tokens a tile, up to 2,880 visual tokens and the hidden width of a 7B model. Needs about 4 GB of memory.
+The result does not depend on the weights. The run checks layouts, budgets, capturing and rewriting at ViT-L/14-336 with
+576 tokens per tile, up to 2,880 visual tokens and the hidden width of a 7B model. It requires about 4 GB of memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tokenprune.models import mini
 from tokenprune.strategies import HiRED
 
 
-def build(llm_layers: int) -> tuple[Any, Any]:
-    """Return a LLaVA-NeXT-7B with random weights and ``llm_layers`` decoder layers, and its processor."""
+def build_model(llm_layers: int) -> tuple[Any, Any]:
+    """Return a LLaVA-NeXT-7B with random weights and ``llm_layers`` decoder layers, and the processor."""
     tokenizer: Any = AutoTokenizer.from_pretrained(mini.path())
     torch.manual_seed(0)
     config = LlavaNextConfig(
@@ -63,20 +63,20 @@ def build(llm_layers: int) -> tuple[Any, Any]:
 
 
 def main(image: str, budget: float = 0.2, llm_layers: int = 2, out: str | None = None) -> None:
-    """Send an image through the model, in full and reduced, and print what was kept.
+    """Run an image through the full and the reduced model, and print the numbers of tokens.
 
     Args:
-        image: file of the image.
+        image: path of the image.
         budget: budget of HiRED as a ratio.
-        llm_layers: decoder layers; the real 7B has 32.
-        out: file for the overlay.
+        llm_layers: number of decoder layers; the original 7B model has 32.
+        out: path of the image of the overlay; by default, no overlay is written.
     """
-    model, processor = build(llm_layers)
+    model, processor = build_model(llm_layers)
     inputs = processor(images=[load_image(image)], text=["<image> what number"], return_tensors="pt")
     with torch.inference_mode():
         full = model(**inputs, logits_to_keep=1).logits
         with HiRED(1.0)(model):
-            same = torch.equal(full, model(**inputs, logits_to_keep=1).logits)
+            is_identical = torch.equal(full, model(**inputs, logits_to_keep=1).logits)
         with HiRED(budget)(model) as run:
             model(**inputs, logits_to_keep=1)
     entry, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
@@ -87,7 +87,7 @@ def main(image: str, budget: float = 0.2, llm_layers: int = 2, out: str | None =
     )
     print(f"asked {entry.asked}, kept {entry.kept} {list(entry.kept_per_tile)} and {entry.newlines} newlines")
     print(f"prompt: {before} -> {after}; {run.account}")
-    print(f"at 100 % the logits are bit-identical: {same}")
+    print(f"at 100 % the logits are bit-identical: {is_identical}")
     if out is not None:
         run.selections[0].overlay().save(Path(out))
         print(f"overlay: {out}")

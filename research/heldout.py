@@ -1,10 +1,10 @@
-"""Accuracy of strategies on the embedded model's held-out boards, with intervals.
+"""Measures the accuracy of strategies on held-out boards with the embedded model, with intervals.
 
 Run it: ``python -m research.heldout --number 125``
 
-Every board is encoded once; all strategies and budgets share that encoding, and only the LLM runs again. Answers are
-generated greedily, all questions of a board in one batch. Questions of one board are not independent, so intervals come
-from a bootstrap that resamples boards.
+Every board is encoded once. All strategies and budgets share this encoding, and only the LLM runs again. Answers are
+generated greedily, with all questions of a board in one batch. Questions of one board are not independent. Intervals
+therefore come from a bootstrap that resamples boards.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from research.mini_training.evaluate import ask
+from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.catalog import strategies
-from tokenprune.experiments.analysis import stats as statistics
+from tokenprune.experiments.analysis import stats
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.pipeline import Pipeline
@@ -44,12 +44,12 @@ from tokenprune.strategies.globalcom2 import GuidedAllocation
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 
-Setting: TypeAlias = tuple[str, float]
+SettingKey: TypeAlias = tuple[str, float]
 Answers: TypeAlias = NDArray[np.int64]
 
 
-def compared() -> dict[str, TokenReducer]:
-    """Return the compared strategies by name; their budget is set later."""
+def list_strategies() -> dict[str, TokenReducer]:
+    """Return the compared strategies by name; `list_settings` sets their budget."""
     shipped: dict[str, Any] = {n: kind for n, kind in strategies().items() if n not in ("HiRED", "Random")}
     return {
         "HiRED": HiRED(),
@@ -60,7 +60,7 @@ def compared() -> dict[str, TokenReducer]:
         "TopAttentionSelection, sub-images only": HiRED(allocation=SubImagesAllocation(pooled=True)),
         "TopAttentionSelection, base tile only": HiRED(allocation=BaseTileAllocation()),
         **{name: kind(text_model="mini" if kind().reads_question else None) for name, kind in shipped.items()},
-        **{f"{type(reducer).__name__}, sign of this text tower": reducer for reducer in text_guided()},
+        **{f"{type(reducer).__name__}, sign of this text tower": reducer for reducer in make_text_guided()},
         "GlobalCom2's tiles, SCOPE's tokens, VisionZip's merging": ComponentReducer(
             allocation=GuidedAllocation(), selection=SaliencyCoverageSelection(), merging=ContextualMerging()
         ),
@@ -68,40 +68,43 @@ def compared() -> dict[str, TokenReducer]:
     }
 
 
-def text_guided() -> tuple[CDPruner, EADP, TRIM]:
-    """Return the strategies that compare tokens with the question, with the embedded text tower.
+def make_text_guided() -> tuple[CDPruner, EADP, TRIM]:
+    """Return the strategies that compare tokens with the question, with the sign for the embedded text tower.
 
-    Patches of OpenAI's CLIP are less like a text that they show than others, so the published methods take the negative
-    likeness. The embedded tower is trained the other way round, so here the likeness itself is taken.
+    In OpenAI's CLIP, patches that show a text have a lower similarity to it than other patches. The published methods
+    therefore use the negative similarity. The embedded tower is trained with the opposite sign, so the similarity
+    itself is used here.
     """
-    whole, dot = TextRelevance(sign="aligned"), TextRelevance(likeness="dot", sign="aligned")
+    cosine, dot = TextRelevance(sign="aligned"), TextRelevance(likeness="dot", sign="aligned")
     return (
-        CDPruner(selection=ConditionalDiversitySelection(whole), text_model="mini"),
+        CDPruner(selection=ConditionalDiversitySelection(cosine), text_model="mini"),
         EADP(selection=FacilityLocationSelection(DenseTextRelevance(sign="aligned")), text_model="mini"),
         TRIM(selection=TopRelevanceSelection(dot), text_model="mini"),
     )
 
 
-def grid(reducers: Mapping[str, TokenReducer], budgets: Sequence[float]) -> list[tuple[str, float, TokenReducer]]:
-    """Return every compared setting as (name, budget, strategy), full tokens first."""
+def list_settings(
+    reducers: Mapping[str, TokenReducer], budgets: Sequence[float]
+) -> list[tuple[str, float, TokenReducer]]:
+    """Return all compared settings as (name, budget, strategy), full tokens first."""
     settings = [(n, budget, replace(reducer, budget=budget)) for budget in budgets for n, reducer in reducers.items()]
     return [("full", 1.0, HiRED(1.0)), *settings]
 
 
-def answer(
+def answer_from_encoding(
     model: Any, processor: Any, encoding: Encoding, inputs: Mapping[str, Any], reducer: TokenReducer
 ) -> tuple[list[str], Run]:
-    """Answer several questions about one encoded image.
+    """Answer several questions about one encoded image, and return the answers and the run.
 
     Args:
         model: the model.
-        processor: its processor.
-        encoding: the image, encoded with the signals that the strategy needs.
+        processor: the processor of the model.
+        encoding: encoding of the image, with the signals that the strategy requires.
         inputs: text inputs of one prompt per question, `[questions, length]`.
         reducer: the strategy.
     """
     pipeline, ids = Pipeline(reducer, find_adapter(model), tokenizer=processor), inputs["input_ids"]
-    call = pipeline.prepare(inputs, generating=True, encoding=encoding.repeated(len(ids)))
+    call = pipeline.prepare(inputs, generating=True, encoding=encoding.repeat(len(ids)))
     out = pipeline.generate_prepared(call, ids, max_new_tokens=4, do_sample=False)
     texts = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts], pipeline.run
@@ -110,117 +113,120 @@ def answer(
 def measure_board(
     model: Any, processor: Any, board: Board, settings: Sequence[tuple[str, float, TokenReducer]]
 ) -> Iterator[tuple[str, float, list[bool], Run]]:
-    """Yield (name, budget, right or wrong per question, run) of every setting for one board."""
+    """Yield (name, budget, whether each answer is correct, run) of every setting for one board."""
     questions = [question.text for question in board.questions]
-    one, every = ask(processor, board.image, questions[:1]), ask(processor, board.image, questions)
-    text = {name: every[name] for name in ("input_ids", "attention_mask")}
+    image_inputs, inputs = (
+        build_inputs(processor, board.image, questions[:1]),
+        build_inputs(processor, board.image, questions),
+    )
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     adapter = find_adapter(model)
     needs = [signal for _, _, reducer in settings for signal in Pipeline(reducer, adapter).needs]
     with torch.no_grad():
-        encoding = adapter.encode(one, needs, text_model="mini")
+        encoding = adapter.encode(image_inputs, needs, text_model="mini")
         for name, budget, reducer in settings:
-            texts, run = answer(model, processor, encoding, text, reducer)
+            texts, run = answer_from_encoding(model, processor, encoding, text, reducer)
             right = ["".join(t.split()) == q.answer for t, q in zip(texts, board.questions, strict=True)]
             yield name, budget, right, run
 
 
-def interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """Return a mean over questions and its 95 % interval from a bootstrap over boards.
+def board_interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """Return the mean over questions and the ends of its 95 % interval from a bootstrap over boards.
 
     Args:
-        right: per board, 1 or 0 (or a difference of two such) for each question.
+        right: per board, 1 (correct) or 0 for each question, or differences of such values.
         seed: seed of the bootstrap.
-        draws: bootstrap samples.
+        draws: number of bootstrap samples.
     """
-    boards_of = [f"{number:09}" for number, board in enumerate(right) for _ in board]
-    found = statistics.interval(np.concatenate(right), boards_of, seed, draws)
-    return found.mean, found.low, found.high
+    groups = [f"{number:09}" for number, board in enumerate(right) for _ in board]
+    interval = stats.bootstrap_interval(np.concatenate(right), groups, seed, draws)
+    return interval.mean, interval.low, interval.high
 
 
-def in_points(difference: Sequence[Answers]) -> str:
-    """Return a paired difference in points with its interval, and what it says in words.
+def format_difference(difference: Sequence[Answers]) -> str:
+    """Return a paired difference in points with its interval and the conclusion, as text.
 
     Args:
-        difference: per board, the difference of 1 or 0 for each question.
+        difference: per board, the difference of two values 1 or 0 for each question.
     """
-    mean, low, high = interval(difference)
-    seen = "difference seen" if low > 0 or high < 0 else "no difference seen"
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {seen}"
+    mean, low, high = board_interval(difference)
+    conclusion = "difference seen" if low > 0 or high < 0 else "no difference seen"
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {conclusion}"
 
 
 @dataclass
-class Results:
-    """Everything that was measured, board by board.
+class BoardResults:
+    """Results of all settings, board by board.
 
     Args:
-        kinds: type and place of the answer of each question of each board.
-        right: for each setting (name, budget), right (1) or wrong (0) per question of each board.
-        tokens: for each setting, tokens asked and kept of each board.
+        kinds: for each question of each board, its type and the tiles that its answer requires.
+        right: for each setting (name, budget), 1 (correct) or 0 per question of each board.
+        tokens: for each setting, asked and kept tokens of each board.
     """
 
     kinds: list[list[tuple[str, str]]] = field(default_factory=list)
-    right: dict[Setting, list[list[int]]] = field(default_factory=dict)
-    tokens: dict[Setting, list[tuple[int, int]]] = field(default_factory=dict)
+    right: dict[SettingKey, list[list[int]]] = field(default_factory=dict)
+    tokens: dict[SettingKey, list[tuple[int, int]]] = field(default_factory=dict)
 
-    def __add__(self, other: Results) -> Results:
-        """Join the results of other boards."""
-        return Results(
+    def __add__(self, other: BoardResults) -> BoardResults:
+        """Return the results of two sets of boards together; both must hold the same settings."""
+        return BoardResults(
             self.kinds + other.kinds,
             {key: rows + other.right[key] for key, rows in self.right.items()},
             {key: rows + other.tokens[key] for key, rows in self.tokens.items()},
         )
 
     def save(self, path: Path) -> None:
-        """Write the results as JSON."""
+        """Write the results to a JSON file."""
         settings = [[*key, self.right[key], self.tokens[key]] for key in self.right]
         path.write_text(json.dumps({"kinds": self.kinds, "settings": settings}))
 
     @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read what `save` wrote."""
-        found = json.loads(path.read_text())
-        out = cls([[(kind, needs) for kind, needs in board] for board in found["kinds"]])
-        for name, budget, right, tokens in found["settings"]:
-            out.right[name, budget] = right
-            out.tokens[name, budget] = [(asked, kept) for asked, kept in tokens]
-        return out
+    def load(cls, path: Path) -> BoardResults:
+        """Return the results of a JSON file of `save`."""
+        content = json.loads(path.read_text())
+        results = cls([[(kind, needs) for kind, needs in board] for board in content["kinds"]])
+        for name, budget, right, tokens in content["settings"]:
+            results.right[name, budget] = right
+            results.tokens[name, budget] = [(asked, kept) for asked, kept in tokens]
+        return results
 
-    def of(self, key: Setting, kind: tuple[str, str] | None = None) -> list[Answers]:
-        """Return the answers of a setting per board, of one kind of question or of all."""
+    def answers_of(self, key: SettingKey, kind: tuple[str, str] | None = None) -> list[Answers]:
+        """Return 1 (correct) or 0 per question of each board for a setting, for one kind of question or for all."""
         rows = zip(self.right[key], self.kinds, strict=True)
         return [np.array([r for r, k in zip(row, ks, strict=True) if kind in (None, k)]) for row, ks in rows]
 
 
-def measure(
+def measure_strategies(
     first: int, number: int, budgets: Sequence[float], reducers: Mapping[str, TokenReducer] | None = None
-) -> Results:
-    """Measure strategies on held-out boards.
+) -> BoardResults:
+    """Return the results of strategies on held-out boards.
 
     Args:
         first: index of the first board.
         number: number of boards.
         budgets: budgets as ratios.
-        reducers: strategies by name; all of `compared` if left out.
+        reducers: strategies by name; by default all of `list_strategies`.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path())
-    results, settings = Results(), grid(compared() if reducers is None else reducers, budgets)
+    results, settings = BoardResults(), list_settings(list_strategies() if reducers is None else reducers, budgets)
     for board in boards(number, "heldout", first):
         results.kinds.append([(question.type, question.needs) for question in board.questions])
         for name, budget, right, run in measure_board(model, processor, board, settings):
             image = run.account.images[0]
-            results.right.setdefault((name, budget), []).append([int(one) for one in right])
+            results.right.setdefault((name, budget), []).append([int(is_right) for is_right in right])
             results.tokens.setdefault((name, budget), []).append((image.asked, image.kept))
     return results
 
 
-def report(results: Results) -> str:
-    """Return the tables as Markdown: strategies by budgets, paired differences, question types, tokens kept."""
+def format_report(results: BoardResults) -> str:
+    """Return the Markdown tables of accuracy, paired differences, question types and kept tokens."""
 
     def cell(rows: Sequence[Answers], sign: str = "") -> str:
-        mean, low, high = interval(rows)
+        mean, low, high = board_interval(rows)
         return f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
     full, budgets = ("full", 1.0), sorted({budget for name, budget in results.right if name != "full"})
@@ -230,18 +236,18 @@ def report(results: Results) -> str:
     lines = [
         f"{len(results.kinds)} held-out boards, {questions} questions. Right answers in percent, 95 % intervals from a "
         "bootstrap over boards.",
-        f"\nFull tokens: {cell(results.of(full))}\n",
+        f"\nFull tokens: {cell(results.answers_of(full))}\n",
         f"| strategy {head}",
     ]
-    lines += [f"| {n} | {' | '.join(cell(results.of((n, b))) for b in budgets)} |" for n in names]
+    lines += [f"| {n} | {' | '.join(cell(results.answers_of((n, b))) for b in budgets)} |" for n in names]
     lines += ["\nHiRED minus others, paired, in points (*: the interval holds zero, no difference seen):\n"]
     lines += [f"| HiRED minus {head}"]
     for name in ["full", *(name for name in names if name != "HiRED")]:
         cells = []
         for budget in budgets:
-            other = results.of(full if name == "full" else (name, budget))
-            rows = [a - b for a, b in zip(results.of(("HiRED", budget)), other, strict=True)]
-            _, low, high = interval(rows)
+            subtrahend = results.answers_of(full if name == "full" else (name, budget))
+            rows = [a - b for a, b in zip(results.answers_of(("HiRED", budget)), subtrahend, strict=True)]
+            _, low, high = board_interval(rows)
             cells.append(cell(rows, "+") + (" *" if low <= 0 <= high else ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
@@ -250,7 +256,7 @@ def report(results: Results) -> str:
     ]
     for kind in sorted({pair for board in results.kinds for pair in board}):
         keys = [full, *(("HiRED", budget) for budget in budgets)]
-        rows = [np.concatenate(results.of(key, kind)) for key in keys]
+        rows = [np.concatenate(results.answers_of(key, kind)) for key in keys]
         shares = " | ".join(f"{100 * row.mean():.1f}" for row in rows)
         lines.append(f"| {kind[0]} | {kind[1]} | {len(rows[0])} | {shares} |")
     lines += ["\nTokens kept of 100 asked, mean over boards:\n", f"| strategy {head}"]
@@ -271,18 +277,18 @@ def main(
 
     Args:
         number: number of boards; each has about 18 questions.
-        first: index of the first board. The training schedule was chosen with a look at boards 0 to 71.
-        budgets: budgets as ratios; 5, 10, 20 and 40 % if left out.
-        out: file for the results as JSON, question by question.
-        merge: files of earlier runs to report together, instead of measuring.
+        first: index of the first board. Boards 0 to 71 were used to choose the training schedule.
+        budgets: budgets as ratios; by default 5, 10, 20 and 40 %.
+        out: JSON file for the results of all questions.
+        merge: JSON files of earlier runs. If given, nothing is measured and their results are reported together.
     """
     if merge:
-        results = sum((Results.load(Path(path)) for path in merge[1:]), Results.load(Path(merge[0])))
+        results = sum((BoardResults.load(Path(path)) for path in merge[1:]), BoardResults.load(Path(merge[0])))
     else:
-        results = measure(first, number, tuple(budgets or BUDGETS))
+        results = measure_strategies(first, number, tuple(budgets or BUDGETS))
     if out is not None:
         results.save(Path(out))
-    print(report(results))
+    print(format_report(results))
 
 
 if __name__ == "__main__":

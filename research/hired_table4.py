@@ -1,8 +1,8 @@
-"""HiRED's Table 4 beside what is predicted for it: LLaVA-NeXT-7B on a Tesla P40.
+"""Compares HiRED's Table 4 with the predictions of the roofline model: LLaVA-NeXT-7B on a Tesla P40.
 
-The setting is that of the script published with the paper (run_HiRED_sys_report.py): float16, an image of 600 x 600,
-15 new tokens, no newline tokens, logits of the whole prompt in float32 as transformers made them then, images encoded
-whole.
+The configuration equals the script published with the paper (run_HiRED_sys_report.py): float16, an image of 600 x 600
+pixels, 15 new tokens, no newline tokens, float32 logits of all prompt positions (as in transformers at that time), and
+no truncation of the vision tower.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import jsonargparse
 
-from tokenprune.experiments.bench.architectures import architecture, on_meta
-from tokenprune.experiments.bench.cost.count import count
+from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
+from tokenprune.experiments.bench.cost.count import count_batch
 from tokenprune.experiments.bench.cost.devices import GIB, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED
 from tokenprune.experiments.bench.cost.roofline import Prediction, predict
 
 TEXT_TOKENS = 60
-"""Tokens of the script's prompt beside the image, estimated: Vicuna's tokenizer is not shipped here."""
+"""Estimated number of text tokens of the script's prompt; Vicuna's tokenizer is not included here."""
 NEW_TOKENS = 15
-"""Tokens of an answer, the script's ``max_new_tokens``."""
+"""Number of tokens of an answer, ``max_new_tokens`` of the script."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Published:
     """A row of the paper's Table 4.
 
     Args:
-        batch: prompts at once.
+        batch: number of prompts in a batch.
         budget: share of the tokens.
-        tokens_per_second: throughput; None where the paper says OOM, as for the two below.
+        tokens_per_second: throughput; None, as the next two, if the paper reports OOM.
         ttft: seconds to the first token.
-        peak_gib: peak of allocated memory.
+        peak_gib: peak of the allocated memory in GiB.
     """
 
     batch: int
@@ -63,10 +63,10 @@ class Row:
     """A published row and its predictions.
 
     Args:
-        published: the row.
+        published: the published row.
         eager: prediction with eager attention.
         fused: prediction with fused attention.
-        native_ttft: seconds to the first token at the P40's own float16 rate.
+        native_ttft: predicted seconds to the first token at the native float16 rate of the P40.
     """
 
     published: Published
@@ -75,41 +75,43 @@ class Row:
     native_ttft: float
 
     def scaled_ttft(self, efficiency: float) -> float:
-        """Return the predicted seconds to the first token if kernels reach a share of the peaks."""
+        """Return the predicted seconds to the first token if kernels reach a share of the peak rates."""
         return self.eager.ttft.by_kernel / efficiency
 
 
-def compare(rows: Sequence[Published] = PUBLISHED, llm_layers: int | None = None) -> list[Row]:
-    """Predict published rows.
+def predict_rows(rows: Sequence[Published] = PUBLISHED, llm_layers: int | None = None) -> list[Row]:
+    """Return published rows with their predictions.
 
     Args:
-        rows: the rows.
-        llm_layers: LLM layers to keep; all if left out.
+        rows: the published rows.
+        llm_layers: number of LLM layers to keep; by default all.
     """
-    device, found = find_device("p40"), []
-    config = architecture("llava-v1.6-vicuna-7b", llm_layers)
-    eager, fused = on_meta(config), on_meta(config, attention=FUSED)
+    device, predicted_rows = find_device("p40"), []
+    config = load_architecture("llava-v1.6-vicuna-7b", llm_layers)
+    eager, fused = build_meta_model(config), build_meta_model(config, attention=FUSED)
     for row in rows:
-        made = [
-            count(model, (600, 600), row.budget, row.batch, TEXT_TOKENS, newlines="drop", all_logits=True, whole=True)
+        counts = [
+            count_batch(
+                model, (600, 600), row.budget, row.batch, TEXT_TOKENS, newlines="drop", all_logits=True, encode_all=True
+            )
             for model in (eager, fused)
         ]
-        with_eager, with_fused = (predict(one, device, NEW_TOKENS) for one in made)
-        native = predict(made[0], device, NEW_TOKENS, native=True).ttft.by_kernel
-        found.append(Row(row, with_eager, with_fused, native))
-    return found
+        with_eager, with_fused = (predict(kernel_count, device, NEW_TOKENS) for kernel_count in counts)
+        native = predict(counts[0], device, NEW_TOKENS, native=True).ttft.by_kernel
+        predicted_rows.append(Row(row, with_eager, with_fused, native))
+    return predicted_rows
 
 
-def efficiency_of(rows: Sequence[Row]) -> float:
-    """Return the share of the peaks that the first row reached: the one number that is fitted."""
+def fit_efficiency(rows: Sequence[Row]) -> float:
+    """Return the share of the peak rates in the first row, which is the only fitted number."""
     first = rows[0]
     assert first.published.ttft is not None
     return first.eager.ttft.by_kernel / first.published.ttft
 
 
 def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as plain numbers."""
-    share = efficiency_of(rows)
+    """Return the rows as JSON records."""
+    share = fit_efficiency(rows)
     return [
         {
             "batch": row.published.batch,
@@ -139,40 +141,42 @@ def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return the comparison as three Markdown tables: time, throughput, memory."""
-    share = efficiency_of(rows)
+    share = fit_efficiency(rows)
 
     def error(predicted: float, published: float | None) -> str:
         return "" if published is None else f"{predicted / published - 1:+.0%}"
 
-    def of(value: float | None) -> str:
+    def to_text(value: float | None) -> str:
         return "OOM" if value is None else f"{value:.2f}"
 
     lines = [
-        "TTFT in seconds. Scaled: by kernel at the one efficiency at which the first row is right "
+        "TTFT in seconds. Scaled: by kernel, with the efficiency that is fitted to the first row "
         f"({share:.1%} of both peaks).\n",
         "| batch | budget | published | fused | by kernel | error | scaled | error | at the float16 rate |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        was, time, scaled = row.published, row.eager.ttft, row.scaled_ttft(share)
+        paper, time, scaled = row.published, row.eager.ttft, row.scaled_ttft(share)
         lines.append(
-            f"| {was.batch} | {was.budget:.0%} | {of(was.ttft)} | {time.fused:.2f} | {time.by_kernel:.2f} | "
-            f"{error(time.by_kernel, was.ttft)} | {scaled:.2f} | {error(scaled, was.ttft)} | {row.native_ttft:.0f} |"
+            f"| {paper.batch} | {paper.budget:.0%} | {to_text(paper.ttft)} | {time.fused:.2f} | {time.by_kernel:.2f} | "
+            f"{error(time.by_kernel, paper.ttft)} | {scaled:.2f} | {error(scaled, paper.ttft)} | "
+            f"{row.native_ttft:.0f} |"
         )
     lines += [
-        f"\nThroughput in tokens/s, {NEW_TOKENS} tokens of each prompt. Seconds a step: what the published numbers "
-        f"leave for each of the {NEW_TOKENS - 1} steps after the first token.\n",
-        "| batch | budget | published | fused | by kernel | error | s a step, published | s a step, by kernel |",
+        f"\nThroughput in tokens/s, {NEW_TOKENS} tokens of each prompt. Seconds per step: published time after "
+        f"the first token, divided by the {NEW_TOKENS - 1} steps.\n",
+        "| batch | budget | published | fused | by kernel | error | s per step, published | s per step, by kernel |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        was, speed = row.published, row.eager.tokens_per_second
-        left = ""
-        if was.tokens_per_second is not None and was.ttft is not None:
-            left = f"{(was.batch * NEW_TOKENS / was.tokens_per_second - was.ttft) / (NEW_TOKENS - 1):.3f}"
+        paper, speed = row.published, row.eager.tokens_per_second
+        seconds_per_step = ""
+        if paper.tokens_per_second is not None and paper.ttft is not None:
+            decode_seconds = paper.batch * NEW_TOKENS / paper.tokens_per_second - paper.ttft
+            seconds_per_step = f"{decode_seconds / (NEW_TOKENS - 1):.3f}"
         lines.append(
-            f"| {was.batch} | {was.budget:.0%} | {of(was.tokens_per_second)} | {speed.fused:.2f} | "
-            f"{speed.by_kernel:.2f} | {error(speed.by_kernel, was.tokens_per_second)} | {left} | "
+            f"| {paper.batch} | {paper.budget:.0%} | {to_text(paper.tokens_per_second)} | {speed.fused:.2f} | "
+            f"{speed.by_kernel:.2f} | {error(speed.by_kernel, paper.tokens_per_second)} | {seconds_per_step} | "
             f"{row.eager.decode.by_kernel:.3f} |"
         )
     lines += [
@@ -181,21 +185,22 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        was, low, high = row.published, row.fused.peak_bytes / GIB, row.eager.peak_bytes / GIB
+        paper, low, high = row.published, row.fused.peak_bytes / GIB, row.eager.peak_bytes / GIB
         lines.append(
-            f"| {was.batch} | {was.budget:.0%} | {of(was.peak_gib)} | {low:.2f} | {error(low, was.peak_gib)} | "
-            f"{high:.2f} | {error(high, was.peak_gib)} | {'yes' if row.eager.fits else 'no'} |"
+            f"| {paper.batch} | {paper.budget:.0%} | {to_text(paper.peak_gib)} | {low:.2f} | "
+            f"{error(low, paper.peak_gib)} | {high:.2f} | {error(high, paper.peak_gib)} | "
+            f"{'yes' if row.eager.fits else 'no'} |"
         )
     return "\n".join(lines)
 
 
 def main(json: bool = False) -> None:
-    """Print HiRED's Table 4 beside the prediction of the roofline model.
+    """Print HiRED's Table 4 with the predictions of the roofline model.
 
     Args:
-        json: print JSON instead of Markdown.
+        json: whether to print JSON instead of Markdown.
     """
-    rows = compare()
+    rows = predict_rows()
     print(dumps(as_records(rows), indent=2) if json else as_markdown(rows))
 
 

@@ -1,4 +1,4 @@
-"""Published strategies, one file per method; `components` holds the parts they are made of."""
+"""Published strategies, one file per method; `components` contains the components that they combine."""
 
 if __name__ != "tokenprune.strategies":
     raise ImportError("import tokenprune.strategies, not strategies: the folder is part of the tokenprune package")

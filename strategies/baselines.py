@@ -1,7 +1,7 @@
-"""Baselines that every comparison needs: random, evenly spaced, base tile only, pooled tokens.
+"""Baselines for comparisons: random tokens, evenly spaced tokens, base tile only, average pooling.
 
-They read nothing but the layout. Random selection differs by seed: report several. Average pooling is what many models
-train with; here it works for any number of tokens.
+They read only the layout. Results of random selection vary with the seed, so report several seeds. Many models are
+trained with average pooling; here it supports any number of tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tokenprune.strategies.components.selection import RandomSelection, StrideSe
 
 @dataclass
 class Random(ComponentReducer):
-    """Random tokens of every tile, by seed.
+    """Keeps random tokens of every tile.
 
-    `Random.seeded` takes the seed.
+    `Random.seeded` sets the seed.
     """
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
@@ -29,18 +29,18 @@ class Random(ComponentReducer):
 
     @classmethod
     def seeded(cls, budget: int | float | str | Budget = 0.2, seed: int = 0) -> Random:
-        """Return random selection with a seed.
+        """Return the strategy with the given seed.
 
         Args:
-            budget: tokens that may enter the LLM.
-            seed: seed of the draw.
+            budget: number of tokens that may enter the LLM, or their share.
+            seed: seed of the random generator.
         """
         return cls(budget, selection=RandomSelection(seed))
 
 
 @dataclass
 class UniformStride(ComponentReducer):
-    """Evenly spaced tokens of every tile, in row-major order."""
+    """Keeps evenly spaced tokens of every tile, in row-major order."""
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=StrideSelection, kw_only=True)
@@ -48,9 +48,9 @@ class UniformStride(ComponentReducer):
 
 @dataclass
 class BaseTileOnly(ComponentReducer):
-    """Evenly spaced tokens of the base tile alone.
+    """Keeps evenly spaced tokens of the base tile, and no sub-images.
 
-    The budget is a ceiling, since the base tile may not hold it.
+    The budget is an upper bound, because it can exceed the capacity of the base tile.
     """
 
     exact: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class BaseTileOnly(ComponentReducer):
 
 @dataclass
 class SpatialPooling(ComponentReducer):
-    """Average pooling of every tile into as many cells as it may keep tokens."""
+    """Averages the tokens of every tile into as many cells as its budget."""
 
     allocation: AllocationPolicy = field(default_factory=UniformAllocation, kw_only=True)
     selection: SelectionPolicy = field(default_factory=StrideSelection, kw_only=True)

@@ -1,12 +1,12 @@
-"""CDPruner: tokens that have to do with the question and are unlike each other.
+"""CDPruner: keeps tokens that are relevant to the question and differ from each other.
 
 Paper: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
 NeurIPS 2025, arXiv 2506.10967. Repository: Theia-4869/CDPruner, commit 9541616.
 
-With ``r_i`` the negative cosine of token and question in CLIP's shared space, stretched to 0..1: greedy MAP inference
-of a determinantal point process with the kernel ``L_ij = r_i r_j cos(f_i, f_j)`` over projected tokens ``f``. Repaired:
-``r`` is stretched over the valid tokens of the own image (the release takes all images of a batch together), and
-padding is never paid for.
+``r_i`` is the negative cosine of token and question in the shared embedding space of CLIP, rescaled to 0..1. Tokens are
+selected by greedy MAP inference of a determinantal point process with the kernel ``L_ij = r_i r_j cos(f_i, f_j)`` over
+projected tokens ``f``. Repaired: ``r`` is rescaled over the valid tokens of each image (the release rescales it over
+all images of a batch), and padding uses no budget.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import determinantal, in_each_tile
-from tokenprune.strategies.components.relevance import TextRelevance, rescaled
+from tokenprune.strategies.components.diversity import greedy_dpp, select_per_tile
+from tokenprune.strategies.components.relevance import TextRelevance, rescale_to_unit
 
 
 @dataclass
 class ConditionalDiversitySelection(SelectionPolicy):
-    """Keep relevant tokens that span a large volume (CDPruner).
+    """Keeps relevant, mutually different tokens by a determinantal point process (CDPruner).
 
     Args:
-        relevance: how much each token has to do with the question.
-        among: tokens over which relevance is stretched: ``"valid"`` or, as in the release, ``"all"`` with padding.
+        relevance: relevance policy that scores the tokens.
+        among: tokens that define the range of the relevance: ``"valid"``, or ``"all"`` including padding, as in the
+            release.
     """
 
     relevance: RelevancePolicy = field(default_factory=TextRelevance)
@@ -40,26 +41,30 @@ class ConditionalDiversitySelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The signals of the relevance."""
+        """The signals of the relevance policy."""
         return self.relevance.needs
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the relevance, stretched over the image, `[tiles, tokens]`."""
+        """Return the relevance, rescaled to 0..1 over the image, `[tiles, tokens]`."""
         relevance = self.relevance.relevance(image)
         valid = image.geometry.valid.to(relevance.device)
-        return rescaled(relevance, valid if self.among == "valid" else valid | True)
+        return rescale_to_unit(relevance, valid if self.among == "valid" else valid | True)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep tokens by greedy inference of the point process."""
+        """Keep tokens by greedy inference of the determinantal point process."""
         features = image.features
-        return in_each_tile(candidates, budgets, lambda t, at, n: determinantal(features[t, at], scores[t, at], n))
+        return select_per_tile(
+            candidates,
+            budgets,
+            lambda tile, indices, number: greedy_dpp(features[tile, indices], scores[tile, indices], number),
+        )
 
 
 @dataclass
 class CDPruner(ComponentReducer):
-    """Relevant tokens that are unlike each other: greedy inference of a determinantal point process.
+    """Keeps relevant tokens that differ from each other, by greedy inference of a determinantal point process.
 
-    Repaired: an image decides for itself, and padding is never paid for.
+    Repaired: the result of an image does not depend on other images of the batch, and padding uses no budget.
     """
 
     published: ClassVar[str] = "NeurIPS 2025, arXiv 2506.10967"
@@ -70,14 +75,15 @@ class CDPruner(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> CDPruner:
-        """Return CDPruner as published in code: no unpadding in mind, no newlines.
+        """Return CDPruner as published in code: it ignores unpadding and drops newline tokens.
 
-        The release also forces a 2 x 2 tile grid, which is the processor's business, and stretches relevance over all
-        images of a batch; here over all tiles of the image.
+        The release also forces a 2 x 2 tile grid. That part belongs to the processor and is not included. The release
+        rescales relevance over all images of a batch; here it is rescaled over all tiles of the image.
 
         Args:
-            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
-            text_model: the CLIP checkpoint that the vision tower comes from.
+            budget: number of tokens that may enter the LLM, or their share; the release's "T per view" is
+                ``Budget(T, per="tile")``.
+            text_model: CLIP checkpoint of the vision tower.
         """
         return cls(
             budget,

@@ -1,14 +1,14 @@
-"""DivPrune: tokens that are as different from each other as possible, in one pool.
+"""DivPrune: keeps tokens with large distances to each other, over all tiles in one pool.
 
 Paper: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025,
 arXiv 2503.02175. Repository: vbdi/divprune, commit 799e2d9.
 
-Max-min diversity on projected tokens with distance ``1 - cos``: the first pick is the token whose nearest neighbor is
-farthest, each next one maximizes the smallest distance to those picked. No attention is needed.
+Max-min diversity of projected tokens with the distance ``1 - cos``. The first pick is the token with the most distant
+nearest neighbor. Each further pick maximizes the smallest distance to the picked tokens. No attention is required.
 
-The release works on the packed sequence, where newline tokens are candidates like all others, and keeps
-``round(ratio * length)`` of them, half to even. Repaired: the budget is for visual tokens, and newlines follow the
-reducer's own option.
+The release selects from the packed sequence, where newline tokens are candidates too, and keeps
+``round(ratio * length)`` of them, half to even. Repaired: the budget counts visual tokens, and the option ``newlines``
+of the reducer determines which newline tokens are kept.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tokenprune.strategies.components.diversity import MaxMinDiversitySelection,
 
 @dataclass
 class DivPrune(ComponentReducer):
-    """Tokens as far from each other as possible, over all tiles in one pool.
+    """Keeps tokens with large distances to each other, over all tiles in one pool.
 
     Args:
-        newlines_compete: let newline tokens compete with visual tokens for the budget, as the release does; selection
-            and allocation are not asked then.
+        newlines_compete: whether newline tokens compete with visual tokens for the budget, as in the release. If true,
+            `selection` and `allocation` are not used.
     """
 
     published: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
@@ -45,15 +45,15 @@ class DivPrune(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str = 0.098) -> DivPrune:
-        """Return DivPrune as published in code: newlines are candidates, and a ratio is one of the packed length.
+        """Return DivPrune as published in code: newline tokens are candidates, and ratios refer to the packed length.
 
         Args:
-            budget: a ratio of the packed length, rounded to the nearest, half to even; or a number of tokens.
+            budget: ratio of the packed length, rounded to the nearest integer, half to even, or a number of tokens.
         """
         return cls(budget, newlines_compete=True)
 
     def select(self, image: EncodedImage) -> Selection:
-        """Choose among visual tokens, or among all positions of the packed sequence."""
+        """Select among visual tokens, or among all positions of the packed sequence."""
         if not self.newlines_compete:
             return super().select(image)
         geometry, amount = image.geometry, as_budget(self.budget).number
@@ -66,5 +66,5 @@ class DivPrune(ComponentReducer):
         picked[max_min_diverse(sequence, number)] = True
         kept = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.bool, device=packed.device)
         kept[packed[picked & (packed != NEWLINE)]] = True
-        separators = picked[packed == NEWLINE]
-        return Selection(geometry, kept.view(geometry.tiles, geometry.tokens), number, separators=separators)
+        newline_mask = picked[packed == NEWLINE]
+        return Selection(geometry, kept.view(geometry.tiles, geometry.tokens), number, newline_mask=newline_mask)

@@ -1,21 +1,21 @@
-"""EADP: tokens that represent what the question's telling words point at.
+"""EADP: keeps tokens that represent the image content of the most specific words of the question.
 
 Paper: Wang et al., "Combating Textual Noise and Redundancy: Entropy-Aware Dense Visual Token Pruning", ECCV 2026,
 arXiv 2607.02484. Repository: SJTU-DeepVisionLab/EADP, commit e1a0880.
 
-With ``c_ij`` the negative cosine of text token ``i`` and visual token ``j`` in CLIP's shared space: ``p_i =
-softmax_j(c_ij / tau)`` has the entropy ``h_i``; text tokens of low entropy count, weighted by ``softmax(-h / gamma)``:
-``s^D``; with ``s^G`` the negative cosine of the whole question, ``s = mu s^G + (1 - mu) s^D`` is stretched to 0..1,
-smoothed by a 3 x 3 Gaussian and raised to ``beta`` (Eq. 2 to 12). Tokens are then picked greedily to maximize
-``sum_j s_j max(picked i) Sim_ij`` with ``Sim = (1 + cos) / 2`` over projected tokens (Eq. 13, 14). Tiles share the
-budget by the sum of ``s``.
+``c_ij`` is the negative cosine of text token ``i`` and visual token ``j`` in the shared embedding space of CLIP. The
+distribution ``p_i = softmax_j(c_ij / tau)`` has the entropy ``h_i``. The dense score ``s^D`` is the mean of ``c_ij``
+over the text tokens of low entropy, weighted by ``softmax(-h / gamma)``. The global score ``s^G`` is the negative
+cosine of the full question. ``s = mu s^G + (1 - mu) s^D`` is rescaled to 0..1, smoothed by a 3 x 3 Gaussian and raised
+to the power ``beta`` (Eq. 2 to 12). Tokens are then picked greedily to maximize ``sum_j s_j max(picked i) Sim_ij`` with
+``Sim = (1 + cos) / 2`` over projected tokens (Eq. 13, 14). The budget of a tile is proportional to its sum of ``s``.
 
-Paper and code disagree on the share of text tokens (0.5 in the ablations' base, 0.2 of the padded length in the code)
-and on ``beta`` ("above 1", 1.0 for LLaVA in the code). Taken here: half of the real text tokens, begin and end left out
-as the paper says, and ``beta = 1``. Repaired: importance is stretched over the valid tokens of an image, padding is
-never paid for, and the budget is spent exactly. The release (its code for LLaVA) counts every position of the text
-tower's input, begin, end and padding among them, gives each tile ``max(1, int(share * budget))`` tokens, and knows
-neither unpadding nor newlines.
+Paper and code disagree on two values. The share of text tokens is 0.5 in the base setting of the ablations, and 0.2 of
+the padded length in the code. ``beta`` is "above 1" in the paper, and 1.0 for LLaVA in the code. This implementation
+uses half of the real text tokens, without begin and end tokens as in the paper, and ``beta = 1``. Repaired: importance
+is rescaled over the valid tokens of an image, padding uses no budget, and the budget is spent exactly. The release (its
+code for LLaVA) uses every position of the text tower's input, including begin, end and padding tokens. It grants each
+tile ``max(1, int(share * budget))`` tokens, and supports neither unpadding nor newline tokens.
 """
 
 from __future__ import annotations
@@ -34,44 +34,46 @@ from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import ScoreMassAllocation
-from tokenprune.strategies.components.diversity import facility_location, in_each_tile
-from tokenprune.strategies.components.relevance import SIGNS, rescaled
+from tokenprune.strategies.components.diversity import facility_location, select_per_tile
+from tokenprune.strategies.components.relevance import SIGNS, rescale_to_unit
 
 
-def smoothed(values: Tensor, token_grid: tuple[int, int], sigma: float) -> Tensor:
-    """Smooth the map of each tile with a 3 x 3 Gaussian; the border is mirrored.
+def smooth_maps(values: Tensor, token_grid: tuple[int, int], sigma: float) -> Tensor:
+    """Smooth the map of each tile with a 3 x 3 Gaussian and mirrored borders, `[tiles, tokens]`.
+
+    If the grid has a single row or column, return the values unchanged.
 
     Args:
         values: one number per token, `[tiles, tokens]`.
         token_grid: height x width of the tokens of a tile.
-        sigma: width of the Gaussian in tokens.
+        sigma: standard deviation of the Gaussian in tokens.
     """
-    if min(token_grid) < 2:  # a single row or column has nothing to mirror
+    if min(token_grid) < 2:  # reflection padding requires at least two rows and columns
         return values
-    steps = torch.tensor([-1.0, 0.0, 1.0], device=values.device)
-    bell = (-steps.square() / (2 * sigma**2)).exp()
-    kernel = bell[:, None] * bell / bell.sum() ** 2
+    offsets = torch.tensor([-1.0, 0.0, 1.0], device=values.device)
+    gaussian = (-offsets.square() / (2 * sigma**2)).exp()
+    kernel = gaussian[:, None] * gaussian / gaussian.sum() ** 2
     maps = values.view(-1, 1, *token_grid)
     return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="reflect"), kernel[None, None]).view_as(values)
 
 
 @dataclass
 class DenseTextRelevance(RelevancePolicy):
-    """Likeness of tokens to the telling words of the question and to the whole of it, smoothed (EADP).
+    """Computes the smoothed similarity of tokens to the question and to its words of low entropy (EADP).
 
     Args:
         layer: layer of the vision tower whose tokens are compared.
-        temperature: of the softmax over visual tokens (tau).
+        temperature: temperature of the softmax over visual tokens (tau).
         sharpness: temperature of the weights of text tokens (gamma).
-        words: share of the text tokens that count, those of the lowest entropy (q).
-        whole: share of the question as a whole (mu).
-        sigma: width of the Gaussian in tokens.
+        words: share of the text tokens that are used, in the order of entropy, lowest first (q).
+        whole: weight of the similarity to the full question (mu), against the similarity to its words.
+        sigma: standard deviation of the Gaussian in tokens.
         power: exponent of the result (beta).
         sign: ``"opposite"`` or ``"aligned"``, see `TextRelevance`.
-        text: ``"words"`` of the question, or as in the release all ``"positions"`` of the text tower's input, segment
-            by segment.
-        among: tokens over which words are spread and importance is stretched: ``"valid"`` or, as in the release,
-            ``"all"`` with padding.
+        text: ``"words"`` of the question, or all ``"positions"`` of the text tower's input for each segment, as in the
+            release.
+        among: tokens of the softmax over visual tokens, which also define the range of the importance: ``"valid"``, or
+            ``"all"`` including padding, as in the release.
     """
 
     layer: LayerChoice = "feature"
@@ -87,52 +89,53 @@ class DenseTextRelevance(RelevancePolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Tokens, question and its words in the shared space."""
+        """The tokens, the question and its words in the shared embedding space."""
         words = Signal("question_tokens" if self.text == "words" else "question_positions")
         return (Signal("aligned_features", self.layer), Signal("question"), words)
 
     def relevance(self, image: EncodedImage) -> Tensor:
-        """Return the importance, `[tiles, tokens]`; 0..1 before the power."""
+        """Return the importance, `[tiles, tokens]`; 0..1 before the power is applied."""
         valid = image.geometry.valid.to(image.device)
         valid = valid if self.among == "valid" else torch.ones_like(valid)
         tokens = F.normalize(image.aligned_features(self.layer), dim=-1)
         sign = SIGNS[self.sign]
-        whole = sign * (tokens @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
+        global_similarity = sign * (tokens @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
         segments = image.question_tokens()[None] if self.text == "words" else image.question_positions()
-        dense = torch.stack([self._dense(tokens, segment, valid) for segment in segments]).mean(dim=0)
-        importance = rescaled(self.whole * whole + (1 - self.whole) * dense, valid) * valid
-        return smoothed(importance, image.geometry.token_grid, self.sigma) ** self.power
+        dense_similarity = torch.stack([self._dense_similarity(tokens, words, valid) for words in segments]).mean(dim=0)
+        similarity = self.whole * global_similarity + (1 - self.whole) * dense_similarity
+        importance = rescale_to_unit(similarity, valid) * valid
+        return smooth_maps(importance, image.geometry.token_grid, self.sigma) ** self.power
 
-    def _dense(self, tokens: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
-        """Return the likeness of tokens to the telling words, `[tiles, tokens]`.
+    def _dense_similarity(self, tokens: Tensor, words: Tensor, valid: Tensor) -> Tensor:
+        """Return the weighted similarity of tokens to the words of low entropy, `[tiles, tokens]`.
 
         Args:
-            tokens: of unit length, `[tiles, tokens, shared]`.
-            segment: words, `[words, shared]`.
-            valid: tokens that words are spread over, bool `[tiles, tokens]`.
+            tokens: embeddings of unit length, `[tiles, tokens, shared]`.
+            words: embeddings of the words of a segment, `[words, shared]`.
+            valid: tokens of the softmax, bool `[tiles, tokens]`.
         """
-        words = SIGNS[self.sign] * (tokens @ F.normalize(segment, dim=-1).T)  # [tiles, tokens, words]
-        log_p = (words / self.temperature).masked_fill(~valid[..., None], -torch.inf).log_softmax(dim=1)
+        similarity = SIGNS[self.sign] * (tokens @ F.normalize(words, dim=-1).T)  # [tiles, tokens, words]
+        log_p = (similarity / self.temperature).masked_fill(~valid[..., None], -torch.inf).log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p.masked_fill(~valid[..., None], 0.0)).sum(dim=1)  # [tiles, words]
         number = max(1, int(entropy.shape[1] * self.words))
-        telling = entropy.masked_fill(entropy > entropy.kthvalue(number, dim=1, keepdim=True)[0], torch.inf)
-        weights = (-telling / self.sharpness).softmax(dim=1)
-        return (words * weights[:, None]).sum(dim=-1)
+        low_entropy = entropy.masked_fill(entropy > entropy.kthvalue(number, dim=1, keepdim=True)[0], torch.inf)
+        weights = (-low_entropy / self.sharpness).softmax(dim=1)
+        return (similarity * weights[:, None]).sum(dim=-1)
 
 
 @dataclass
 class FacilityLocationSelection(SelectionPolicy):
-    """Keep tokens that together resemble all tokens, the relevant ones most (facility location; EADP).
+    """Keeps tokens that represent all tokens, weighted by relevance: facility location (EADP).
 
     Args:
-        relevance: how much it matters that a token is represented.
+        relevance: relevance policy that weights the represented tokens.
     """
 
     relevance: RelevancePolicy = field(default_factory=DenseTextRelevance)
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The signals of the relevance."""
+        """The signals of the relevance policy."""
         return self.relevance.needs
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -142,14 +145,18 @@ class FacilityLocationSelection(SelectionPolicy):
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by greedy facility location."""
         features = image.features
-        return in_each_tile(candidates, budgets, lambda t, at, n: facility_location(features[t, at], scores[t, at], n))
+        return select_per_tile(
+            candidates,
+            budgets,
+            lambda tile, indices, number: facility_location(features[tile, indices], scores[tile, indices], number),
+        )
 
 
 @dataclass
 class EADP(ComponentReducer):
-    """Tokens that represent what the telling words of the question point at.
+    """Keeps tokens that represent the image, weighted by similarity to the question and its words of low entropy.
 
-    Repaired: the budget is spent exactly, words alone count, and padding is never paid for.
+    Repaired: the budget is spent exactly, only words of the question are used, and padding uses no budget.
     """
 
     published: ClassVar[str] = "ECCV 2026, arXiv 2607.02484"
@@ -160,15 +167,16 @@ class EADP(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, text_model: str | None = None) -> EADP:
-        """Return EADP as published in code for LLaVA: no unpadding in mind, no newlines, rounded down.
+        """Return EADP as published in code for LLaVA: it ignores unpadding, drops newline tokens and rounds down.
 
-        A long question is cut into segments with a begin and an end of their own here; the release cuts without. In a
-        batch of images with different numbers of tiles, the release treats every tile as an image; here an image
-        decides for itself.
+        Here each segment of a long question has its own begin and end tokens; segments of the release have none. If the
+        images of a batch have different numbers of tiles, the release treats every tile as an image. Here the result of
+        an image does not depend on other images.
 
         Args:
-            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
-            text_model: the CLIP checkpoint that the vision tower comes from.
+            budget: number of tokens that may enter the LLM, or their share; the release's "T per view" is
+                ``Budget(T, per="tile")``.
+            text_model: CLIP checkpoint of the vision tower.
         """
         # The release adds 1e-6 to the temperature of the weights.
         relevance = DenseTextRelevance(sharpness=0.01 + 1e-6, words=0.2, text="positions", among="all")

@@ -1,9 +1,9 @@
-"""FasterVLM: keep the tokens that CLS attends to most, the same number in every tile.
+"""FasterVLM: keeps the tokens with the largest CLS attention, the same number in every tile.
 
 Paper: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference
 Faster", arXiv 2412.01818. Repository: Theia-4869/FasterVLM, commit f5d5f12.
 
-``score = mean over heads of CLS attention in the feature layer``; the top T of each tile stay.
+``score = mean over heads of CLS attention in the feature layer``. The top T tokens of each tile are kept.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tokenprune.strategies.components.selection import TopAttentionSelection
 
 @dataclass
 class FasterVLM(ComponentReducer):
-    """The tokens that CLS attends to most, the same number in every tile.
+    """Keeps the tokens with the largest CLS attention, the same number in every tile.
 
-    Repaired: padding is never paid for, and newlines of kept rows stay.
+    Repaired: padding uses no budget, and the newline tokens of kept rows are kept.
     """
 
     published: ClassVar[str] = "arXiv 2412.01818v1"
@@ -33,11 +33,13 @@ class FasterVLM(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2) -> FasterVLM:
-        """Return FasterVLM as published in code: no unpadding in mind, no newlines.
+        """Return FasterVLM as published in code: it ignores unpadding and drops newline tokens.
 
-        The release also replaces LLaVA-NeXT's choice of the tile grid; that is the processor's business, not done here.
+        The release also replaces LLaVA-NeXT's choice of the tile grid. That part belongs to the processor and is not
+        included.
 
         Args:
-            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
+            budget: number of tokens that may enter the LLM, or their share; the release's "T per view" is
+                ``Budget(T, per="tile")``.
         """
         return cls(budget, newlines="drop", allocation=UniformAllocation(rounding="floor"), padding="ignore")

@@ -1,12 +1,13 @@
-"""GlobalCom2: the base tile guides how far each sub-image is compressed, and which of its tokens stay.
+"""GlobalCom2: the CLS logits of the base tile determine the budget of each sub-image and the ranks of its tokens.
 
 Paper: Liu et al., "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large
 Vision-Language Models", AAAI 2026. Repository: xuyang-liu16/GlobalCom2, commit 96b2d00.
 
-With ``g`` the CLS logits (before softmax, mean over heads) of the last ViT layer and R the retention ratio: the sum of
-the base tile's ``g`` over the part of each sub-image gives ``sigma = softmax(sums / 10)``; sub-image ``i`` keeps the
-share ``min(1, R * (1 + sigma_i - mean(sigma)))`` of its tokens, the base tile the share R. Inside a sub-image tokens
-are ranked by the sum of two vectors of unit length: its own ``g``, and the base tile's ``g`` enlarged to the image.
+``g`` are the CLS logits (before softmax, mean over heads) of the last ViT layer, and R is the retention ratio. The sums
+of the base tile's ``g`` over the region of each sub-image give ``sigma = softmax(sums / 10)``. Sub-image ``i`` keeps
+the share ``min(1, R * (1 + sigma_i - mean(sigma)))`` of its tokens, and the base tile keeps the share R. Tokens of a
+sub-image are ranked by the sum of two unit vectors: the ``g`` of the sub-image, and the ``g`` of the base tile,
+enlarged to the size of the image.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportion, ratio_of
+from tokenprune.budget import Budget, apportion, parse_ratio
 from tokenprune.image import EncodedImage, Signal, TileGeometry
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
@@ -29,39 +30,36 @@ from tokenprune.strategies.components.allocation import base_tile_coverage
 from tokenprune.strategies.components.order import ScoreOrder
 
 
-def enlarged(base: Tensor, geometry: TileGeometry) -> Tensor:
-    """Stretch a map of the base tile over the image on the canvas of the sub-images.
+def enlarge_base_map(base_map: Tensor, geometry: TileGeometry) -> Tensor:
+    """Interpolate a map of the base tile to the tokens of the sub-images, `[sub_images, tokens]`; 0 at padding.
 
     Args:
-        base: one number per token of the base tile, `[tokens]`.
+        base_map: one number per token of the base tile, `[tokens]`.
         geometry: the layout of the image.
-
-    Returns:
-        One number per token of the sub-images, zero at padding, `[sub_images, tokens]`.
     """
     (rows, cols), (height, width) = geometry.tile_grid, geometry.token_grid
     sizes = {"rows": rows, "cols": cols, "height": height, "width": width}
     to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
     valid = rearrange(geometry.valid[1:], to_canvas, **sizes)
-    down, across = valid.any(dim=1).nonzero()[:, 0], valid.any(dim=0).nonzero()[:, 0]
-    canvas = base.new_zeros(valid.shape)
-    if len(down) and len(across):
-        size = (len(down), len(across))
-        stretched = F.interpolate(base.view(1, 1, height, width), size=size, mode="bilinear", align_corners=False)
-        canvas[down[0] : down[-1] + 1, across[0] : across[-1] + 1] = stretched[0, 0]
+    ys, xs = valid.any(dim=1).nonzero()[:, 0], valid.any(dim=0).nonzero()[:, 0]
+    canvas = base_map.new_zeros(valid.shape)
+    if len(ys) and len(xs):
+        size = (len(ys), len(xs))
+        enlarged = F.interpolate(base_map.view(1, 1, height, width), size=size, mode="bilinear", align_corners=False)
+        canvas[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] = enlarged[0, 0]
     return rearrange(canvas, "(rows height) (cols width) -> (rows cols) (height width)", **sizes)
 
 
 @dataclass
 class GuidedAllocation(AllocationPolicy):
-    """Tokens in proportion to tile size, corrected by how much of the base tile's CLS logits a sub-image draws.
+    """Divides the budget by tile size and by the CLS logits of the base tile in each sub-image (GlobalCom2).
 
     Args:
         layer: layer of the vision tower whose CLS logits are read.
-        temperature: divides the sums of logits before the softmax.
+        temperature: divisor of the sums of logits before the softmax.
         region: how sub-images map to the base tile; see `base_tile_coverage`.
-        retention: None divides the budget exactly; a ratio keeps this share of each tile as the release does, rounded
-            down, whatever the budget.
+        retention: None divides the budget exactly. A ratio keeps this share of each tile, rounded down, and ignores the
+            budget, as the release does.
     """
 
     layer: LayerChoice = -1
@@ -71,11 +69,11 @@ class GuidedAllocation(AllocationPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The base tile's CLS logits of the chosen layer."""
+        """The CLS logits of the configured layer."""
         return (Signal("cls_logits", self.layer),)
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Divide the budget by guided compression ratios."""
+        """Divide the budget by capacity and by the factors of the sub-images."""
         factors = [1.0]
         if image.geometry.sub_images:
             logits = image.cls_logits(self.layer)[0].mean(dim=0).double().cpu()
@@ -84,13 +82,13 @@ class GuidedAllocation(AllocationPolicy):
             factors += (1 + sigma - sigma.mean()).tolist()
         if self.retention is not None:
             shares = [self.retention * factor for factor in factors]
-            return [int(room * min(1.0, share)) for room, share in zip(capacity, shares, strict=True)]
-        return apportion(total, [room * factor for room, factor in zip(capacity, factors, strict=True)], capacity)
+            return [int(limit * min(1.0, share)) for limit, share in zip(capacity, shares, strict=True)]
+        return apportion(total, [limit * factor for limit, factor in zip(capacity, factors, strict=True)], capacity)
 
 
 @dataclass
 class LocalGlobalSelection(SelectionPolicy):
-    """Keep tokens that both their own tile and the base tile attend to.
+    """Keeps tokens with large CLS logits in their tile and in the base tile (GlobalCom2).
 
     Args:
         layer: layer of the vision tower whose CLS logits are read.
@@ -100,25 +98,25 @@ class LocalGlobalSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The CLS logits of the chosen layer."""
+        """The CLS logits of the configured layer."""
         return (Signal("cls_logits", self.layer),)
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the base tile's logits, and for sub-images the sum of local and global ones, `[tiles, tokens]`."""
+        """Return the logits of the base tile, and local plus global logits of sub-images, `[tiles, tokens]`."""
         logits = image.cls_logits(self.layer).mean(dim=1)
         if not image.geometry.sub_images:
             return logits
         valid = image.geometry.valid[1:].to(logits.device)
-        local = F.normalize(logits[1:] * valid, dim=1)
-        guide = F.normalize(enlarged(logits[0], image.geometry) * valid, dim=1)
-        return torch.cat([logits[:1], local + guide])
+        local_map = F.normalize(logits[1:] * valid, dim=1)
+        global_map = F.normalize(enlarge_base_map(logits[0], image.geometry) * valid, dim=1)
+        return torch.cat([logits[:1], local_map + global_map])
 
 
 @dataclass
 class GlobalCom2(ComponentReducer):
-    """The base tile's CLS logits say how far each sub-image is compressed, and help to rank its tokens.
+    """Divides the budget over the sub-images, and ranks their tokens, with the CLS logits of the base tile.
 
-    Repaired: the budget is spent exactly, and sub-images map to what they really show.
+    Repaired: the budget is spent exactly, and sub-images map to their exact regions of the base tile.
     """
 
     published: ClassVar[str] = "AAAI 2026, arXiv 2501.05179"
@@ -129,15 +127,14 @@ class GlobalCom2(ComponentReducer):
 
     @classmethod
     def release(cls, retention: float | str = 0.25) -> GlobalCom2:
-        """Return GlobalCom2 as published in code: a retention ratio per unpadded tile, all newlines on top.
+        """Return GlobalCom2 as published in code: a retention ratio per unpadded tile, plus all newline tokens.
 
-        The base tile's tokens come in the order of their scores. Kept tokens of sub-images stand at their true places
-        here; the release puts them at their number inside the unpadded tile, which is another row where there is
-        padding.
+        Tokens of the base tile are sorted by score. Kept tokens of sub-images have their true positions here. The
+        release uses their index inside the unpadded tile instead, which is a different row if the tile has padding.
 
         Args:
-            retention: share of the unpadded tokens to keep (R), as a number or a text such as ``"20%"``.
+            retention: share of the unpadded tokens to keep (R), as a number or a string such as ``"20%"``.
         """
-        ratio = ratio_of(retention)
+        ratio = parse_ratio(retention)
         allocation = GuidedAllocation(region="quadrant", retention=ratio)
         return cls(Budget(ratio, of="unpadded"), newlines="keep", allocation=allocation, order=ScoreOrder(tiles="base"))

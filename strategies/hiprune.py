@@ -1,11 +1,12 @@
-"""HiPrune: objects from a middle layer with their surroundings, and global tokens from a deep layer.
+"""HiPrune: keeps object tokens of a middle layer with their neighbors, and global tokens of a deep layer.
 
 Paper: Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
 AAAI 2026. Repository: Danielement321/HiPrune, commit 6e83a12.
 
-With ``c_l`` the attention received in layer l (mean over heads and queries) and T tokens for a tile: the
-``round(T * alpha / 5)`` largest of ``c_object`` are anchors, their four neighbors are buffers, and the largest of
-``c_deep`` among the others, the registers, fill up to T. The object layer is the 9th of CLIP-L's 24.
+``c_l`` is the received attention in layer l (mean over heads and queries), and T is the budget of a tile. The
+``round(T * alpha / 5)`` tokens with the largest ``c_object`` are anchors, and their four neighbors are buffers. The
+remaining tokens with the largest ``c_deep`` are registers, which fill the budget up to T. The object layer is the 9th
+of the 24 layers of CLIP-L.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tokenprune.strategies.components.diversity import AnchorBufferRegisterSelec
 
 @dataclass
 class HiPrune(ComponentReducer):
-    """Objects of a middle layer with their neighbors, and global tokens of a deep layer.
+    """Keeps object tokens of a middle layer with their neighbors, and global tokens of a deep layer.
 
-    Repaired: neighbors stay inside the grid, padding is never paid for, the budget is spent exactly.
+    Repaired: neighbors stay inside the grid, padding uses no budget, and the budget is spent exactly.
     """
 
     published: ClassVar[str] = "arXiv 2508.00553"
@@ -35,11 +36,13 @@ class HiPrune(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, alpha: float = 0.1) -> HiPrune:
-        """Return HiPrune as published in code: neighbors wrap around rows, ``int(total / tiles)`` tokens a tile.
+        """Return HiPrune as published in code: neighbors wrap around the ends of rows.
+
+        Each tile keeps ``int(total / tiles)`` tokens.
 
         Args:
-            budget: tokens that may enter the LLM.
-            alpha: share of anchors and buffers.
+            budget: number of tokens that may enter the LLM, or their share.
+            alpha: share of the budget for anchors and buffers.
         """
         selection = AnchorBufferRegisterSelection(object_layer=8, anchor_share=alpha, wrap=True)
         allocation = UniformAllocation(rounding="floor")

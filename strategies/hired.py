@@ -3,9 +3,9 @@
 Paper: Arif et al., "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language
 Models", AAAI 2025, arXiv 2408.10945. Repository: hasanar1f/HiRED, commit 502d6dd.
 
-CLS attention of the first ViT layer over the base tile says how much content each part of the image has; it divides the
-budget over the sub-images (Alg. 1, Eq. 1). CLS attention of the final feature layer ranks the tokens inside each tile
-(Eq. 2). An image of a single tile (LLaVA-1.5) spends its whole budget by Eq. 2.
+The CLS attention of the first ViT layer over the base tile measures the visual content of each sub-image. It divides
+the budget over the sub-images (Alg. 1, Eq. 1). The CLS attention of the feature layer ranks the tokens inside each tile
+(Eq. 2). For an image of one tile (LLaVA-1.5), only Eq. 2 applies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from tokenprune.strategies.components.selection import TopAttentionSelection
 
 @dataclass
 class HiRED(ComponentReducer):
-    """Early CLS attention divides the budget over the tiles, late CLS attention picks the tokens.
+    """Divides the budget over the tiles by early CLS attention, and selects tokens by late CLS attention.
 
-    Repaired: true regions, attention mass, and a budget that is spent exactly on tokens that survive.
+    Repaired: sub-images map to their exact regions, visual content is the sum of the attention, and the budget is spent
+    exactly, on valid tokens only.
     """
 
     published: ClassVar[str] = "AAAI 2025, arXiv 2408.10945"
@@ -35,27 +36,27 @@ class HiRED(ComponentReducer):
 
     @classmethod
     def paper(cls, budget: int | float | str | Budget = 0.2, base_share: float = 0.5) -> HiRED:
-        """Return HiRED by the paper's equations: even quadrants, attention mass, each tile's budget rounded down.
+        """Return HiRED by the equations of the paper: even quadrants, attention sums, tile budgets rounded down.
 
-        The paper does not speak of padding: its budget counts padding tokens, which the model then removes.
+        The paper does not mention padding. Its budget includes padding tokens, which the model then removes.
 
         Args:
-            budget: tokens that may enter the LLM.
-            base_share: share of the base tile (alpha).
+            budget: number of tokens that may enter the LLM, or their share.
+            base_share: share of the budget for the base tile (alpha), 0.0 to 1.0.
         """
         allocation = VisualContentAllocation(base_share, region="quadrant", rounding="floor")
         return cls(budget, allocation=allocation, padding="ignore")
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, base_share: float = 0.5) -> HiRED:
-        """Return HiRED as published in code, defects included.
+        """Return HiRED as published in code, including its defects.
 
-        Sub-images are matched with horizontal stripes of the base tile, content is a count of top tokens, budgets are
-        rounded down and never redistributed, padding is paid for, and newline tokens are dropped.
+        Sub-images map to horizontal stripes of the base tile, and visual content is a count of top tokens. Tile budgets
+        are rounded down and not redistributed, padding uses budget, and newline tokens are dropped.
 
         Args:
-            budget: tokens that may enter the LLM.
-            base_share: share of the base tile (alpha).
+            budget: number of tokens that may enter the LLM, or their share.
+            base_share: share of the budget for the base tile (alpha), 0.0 to 1.0.
         """
         allocation = VisualContentAllocation(base_share, region="stripe", statistic="top_count", rounding="floor")
         return cls(budget, newlines="drop", allocation=allocation, padding="ignore")

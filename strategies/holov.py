@@ -1,12 +1,13 @@
-"""HoloV: attention top-k inside contiguous stripes of the token sequence, paid by the attention that each stripe draws.
+"""HoloV: attention top-k in contiguous stripes of the token sequence, with budgets by the attention of each stripe.
 
 Paper: Zou et al., "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention",
 NeurIPS 2025. Repository: obananas/HoloV, commit 1d2e65e.
 
-The packed sequence is cut into P stripes. The published score of a stripe is
-``mean(a' + 0.09 * var * mean|a'| / mean|var|)`` with ``a' = 1000 * attention`` and ``var`` the variance of a token's
-similarities inside the stripe. Because the variance is divided by its own mean, the score is ``1.09 * mean(a')`` up to
-rounding: variance decides nothing, and the method is attention mass per stripe with attention top-k inside.
+The packed sequence is divided into P stripes. The published score of a stripe is
+``mean(a' + 0.09 * var * mean|a'| / mean|var|)`` with ``a' = 1000 * attention``. Here ``var`` is the variance of the
+similarities of a token inside the stripe. Because the variance is divided by its own mean, the score is
+``1.09 * mean(a')`` up to rounding. So the variance has no effect, and the method reduces to attention sums per stripe
+with attention top-k inside.
 """
 
 from __future__ import annotations
@@ -26,36 +27,40 @@ from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
 
 
-def published_stripe_budgets(mass: Sequence[float], total: int) -> list[int]:
-    """Divide a budget over stripes as the release does: rounded down, the rest to the largest, sizes ignored.
+def published_stripe_budgets(attention: Sequence[float], total: int) -> list[int]:
+    """Divide a budget over stripes as the release does, and return the tokens per stripe, `[stripes]`.
+
+    Shares are rounded down, the stripes with the largest scores get the remainder, and stripe sizes are ignored.
 
     Args:
-        mass: mean attention of each stripe.
-        total: tokens to divide.
+        attention: mean attention of each stripe, `[stripes]`.
+        total: number of tokens to divide.
     """
-    scores = 1.09 * 1000 * torch.tensor(mass, dtype=torch.float64)
+    scores = 1.09 * 1000 * torch.tensor(attention, dtype=torch.float64)
     budgets = (total * scores / (scores.sum() + 1e-6)).floor().long()
     order = scores.argsort(descending=True, stable=True)
-    for number in range(total - int(budgets.sum())):
-        budgets[order[number % len(order)]] += 1
+    for index in range(total - int(budgets.sum())):
+        budgets[order[index % len(order)]] += 1
     counts: list[int] = budgets.tolist()
     return counts
 
 
-def stripe_of(length: int, stripes: int) -> Tensor:
-    """Return the number of the stripe of each place of a sequence; the first ones are longer by one, `[length]`.
+def stripe_indices(length: int, stripes: int) -> Tensor:
+    """Return the stripe index of each position of a sequence, int64 `[length]`.
+
+    If the length is not divisible by the number of stripes, the first stripes are longer by one.
 
     Args:
-        length: places of the sequence.
-        stripes: stripes to cut it into; there are never more than places.
+        length: length of the sequence.
+        stripes: number of stripes; at most ``length`` are used.
     """
-    parts = torch.arange(length).tensor_split(max(1, min(stripes, length)))
-    return torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])
+    chunks = torch.arange(length).tensor_split(max(1, min(stripes, length)))
+    return torch.cat([torch.full_like(chunk, index) for index, chunk in enumerate(chunks)])
 
 
 @dataclass
 class StripeOrder(OrderPolicy):
-    """Stripe by stripe, the most attended token first; stripes that are kept whole stay in their order (HoloV).
+    """Sorts each stripe by descending attention; completely kept stripes stay in packed order (HoloV).
 
     Args:
         stripes: number of stripes of the sequence.
@@ -63,26 +68,28 @@ class StripeOrder(OrderPolicy):
 
     stripes: int = 16
 
-    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
-        """Return the number of the stripe plus the place of the token in it, `[tiles, tokens]`."""
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, kind: Tensor) -> Tensor:
+        """Return the stripe index plus the rank of the token inside its stripe as a fraction, `[tiles, tokens]`."""
         rank = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
         for tile in range(len(kept)):
-            places = (scores[tile] > -torch.inf).nonzero()[:, 0]
-            stripe = stripe_of(len(places), self.stripes).to(places.device)
-            place = scores[tile, places].argsort(descending=True, stable=True).argsort().double() / (1 + len(places))
-            whole = torch.bincount(stripe) == torch.bincount(stripe[kept[tile, places]], minlength=int(stripe[-1]) + 1)
-            rank[tile, places] = stripe + place.masked_fill(whole[stripe], 0)
+            indices = (scores[tile] > -torch.inf).nonzero()[:, 0]
+            stripe = stripe_indices(len(indices), self.stripes).to(indices.device)
+            fraction = scores[tile, indices].argsort(descending=True, stable=True).argsort().double()
+            fraction = fraction / (1 + len(indices))
+            n_kept = torch.bincount(stripe[kept[tile, indices]], minlength=int(stripe[-1]) + 1)
+            is_complete = torch.bincount(stripe) == n_kept
+            rank[tile, indices] = stripe + fraction.masked_fill(is_complete[stripe], 0)
         return rank
 
 
 @dataclass
 class StripedAttentionSelection(SelectionPolicy):
-    """Keep the most attended tokens of each stripe of the sequence; stripes are paid by their mean attention (HoloV).
+    """Keeps the most attended tokens of each stripe; the budget of a stripe is proportional to its attention (HoloV).
 
     Args:
-        stripes: number of stripes that the candidates of a tile (or of the image, in one pool) are cut into.
+        stripes: number of stripes of the candidates of a tile (or of the image, if the allocation pools the tiles).
         layer: layer of the vision tower whose CLS attention is read.
-        rounding: ``"largest_remainder"`` spends the budget exactly; ``"release"`` loses what a stripe cannot hold.
+        rounding: ``"largest_remainder"`` spends the budget exactly; ``"release"`` loses the surplus of full stripes.
     """
 
     stripes: int = 16
@@ -91,7 +98,7 @@ class StripedAttentionSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The CLS attention of the chosen layer."""
+        """The CLS attention of the configured layer."""
         return (Signal("cls_attention", self.layer),)
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -99,30 +106,30 @@ class StripedAttentionSelection(SelectionPolicy):
         return image.cls_attention(self.layer).mean(dim=1)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Divide each tile's budget over its stripes and keep the top of each."""
+        """Divide the budget of each tile over its stripes, and keep the most attended tokens of each stripe."""
         kept = torch.zeros_like(candidates)
         for tile, budget in enumerate(budgets.tolist()):
-            places = candidates[tile].nonzero()[:, 0]
-            values, stripe = scores[tile, places], stripe_of(len(places), self.stripes).to(places.device)
+            indices = candidates[tile].nonzero()[:, 0]
+            values, stripe = scores[tile, indices], stripe_indices(len(indices), self.stripes).to(indices.device)
             sizes = torch.bincount(stripe)
             attention = values.double().clamp(min=0)
-            mass = (attention.new_zeros(len(sizes)).index_add(0, stripe, attention) / sizes).tolist()
+            mean_attention = (attention.new_zeros(len(sizes)).index_add(0, stripe, attention) / sizes).tolist()
             if self.rounding == "release":
-                shares = published_stripe_budgets(mass, budget)
+                shares = published_stripe_budgets(mean_attention, budget)
             else:
-                shares = apportion(budget, mass, sizes.tolist())
-            best = values.argsort(descending=True, stable=True)
-            best = best[stripe[best].argsort(stable=True)]  # stripe by stripe, the most attended first
-            place_in_stripe = torch.arange(len(best), device=best.device) - (sizes.cumsum(0) - sizes)[stripe]
-            kept[tile, places[best[place_in_stripe < torch.tensor(shares, device=best.device)[stripe]]]] = True
+                shares = apportion(budget, mean_attention, sizes.tolist())
+            order = values.argsort(descending=True, stable=True)
+            order = order[stripe[order].argsort(stable=True)]  # by stripe, then by descending attention
+            rank_in_stripe = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[stripe]
+            kept[tile, indices[order[rank_in_stripe < torch.tensor(shares, device=order.device)[stripe]]]] = True
         return kept
 
 
 @dataclass
 class HoloV(ComponentReducer):
-    """The most attended tokens of each stripe of the sequence, stripes paid by their attention.
+    """Keeps the most attended tokens of each stripe of the sequence, with budgets by the attention of the stripes.
 
-    Repaired: full stripes pass their surplus on, instead of filling up with zero vectors.
+    Repaired: other stripes get the surplus of full stripes, instead of zero vectors.
     """
 
     published: ClassVar[str] = "NeurIPS 2025, arXiv 2510.02912"
@@ -133,12 +140,12 @@ class HoloV(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, stripes: int = 16) -> HoloV:
-        """Return HoloV as published in code: stripes by attention, surplus is lost, and newlines are dropped.
+        """Return HoloV as published in code: the surplus of full stripes is lost, and newline tokens are dropped.
 
-        The release fills lost places with zero vectors; here they are simply missing.
+        The release fills the lost positions with zero vectors. Here they are missing.
 
         Args:
-            budget: tokens that may enter the LLM.
+            budget: number of tokens that may enter the LLM, or their share.
             stripes: number of stripes of the packed sequence.
         """
         selection = StripedAttentionSelection(stripes, rounding="release")

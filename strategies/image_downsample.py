@@ -1,13 +1,14 @@
-"""ImageDownsample: the image is shrunk before it is encoded, until its tokens fit the budget.
+"""ImageDownsample: encodes the image at a lower resolution, so that its tokens fit the budget.
 
-The baseline that published comparisons forget: Liao et al., "Are We Using the Right Benchmark: An Evaluation Framework
-for Visual Token Compression Methods", ACL 2026, arXiv 2510.07143, report that shrinking the image beats FastV,
-VisionZip, PruMerge+ and DART on most of their benchmarks, on Qwen2-VL-7B, whose tower takes any resolution.
+Many published comparisons omit this baseline. Source: Liao et al., "Are We Using the Right Benchmark: An Evaluation
+Framework for Visual Token Compression Methods", ACL 2026, arXiv 2510.07143. They report better results than FastV,
+VisionZip, PruMerge+ and DART on most of their benchmarks, on Qwen2-VL-7B, whose tower supports any resolution.
 
-A tiled model would enlarge a smaller image again, so here every tile is encoded with fewer patches, ``h x w`` tokens
-instead of ``H x W``, position embeddings interpolated by the tower's own code: the largest ``h x w`` whose valid tokens
-fit, its sides in the proportion of the tile's within one token. That is this library's construction, not theirs. The
-number of tokens jumps, so the budget is a ceiling. Unlike all others, it also saves work in the vision tower.
+A tiled model enlarges a smaller image again. So every tile is encoded with fewer patches here, which gives ``h x w``
+tokens instead of ``H x W``. The code of the tower interpolates the position embeddings. ``h x w`` is the largest grid
+whose valid tokens fit, with the aspect ratio of the tile within one token. This construction belongs to this library,
+not to the paper. The number of tokens changes in steps, so the budget is an upper bound. Unlike all other strategies,
+it also reduces the cost of the vision tower.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from tokenprune.reducer import ImageReducer
 
 @dataclass
 class ImageDownsample(ImageReducer):
-    """The image is encoded at the highest resolution whose tokens fit the budget."""
+    """Encodes the image at the highest resolution whose tokens fit the budget."""
 
     published: ClassVar[str] = "compared in ACL 2026, arXiv 2510.07143"
 
     def token_grid(self, geometry: TileGeometry) -> tuple[int, int] | None:
-        """Return the largest grid that fits, or None if not even one token a tile does."""
+        """Return the largest token grid that fits the budget, or None if one token per tile exceeds it."""
         budget, (height, width) = as_budget(self.budget), geometry.token_grid
         asked = budget.asked(geometry)
         grids = [
@@ -38,7 +39,8 @@ class ImageDownsample(ImageReducer):
         ]
         for grid in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid)):
             packed = geometry.resized(grid)[0].packed
-            free = 0 if budget.newlines == "counted" and self.newlines != "drop" else int((packed == NEWLINE).sum())
-            if len(packed) - free <= asked:
+            is_counted = budget.newlines == "counted" and self.newlines != "drop"
+            n_free = 0 if is_counted else int((packed == NEWLINE).sum())
+            if len(packed) - n_free <= asked:
                 return grid
         return None

@@ -1,14 +1,15 @@
-"""LLaVA-PruMerge and PruMerge+: outliers of attention stay and take up what is like them.
+"""LLaVA-PruMerge and PruMerge+: keep attention outliers and merge similar tokens into them.
 
 Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025,
 arXiv 2403.15388. Repository: 42Shawn/LLaVA-PruMerge, commit 097c041.
 
-With ``a = softmax(q_cls . k / sqrt(width))`` in the last layer, all heads as one: tokens with
-``a > Q3 + 1.5 IQR`` stay; each adds its 32 nearest neighbors (cosine of keys) weighted by ``a``, and one more token is
-the sum of the others weighted by ``a``, all before the projector. PruMerge+ also keeps every
-``int(int(1 / ratio) / 3)``-th token, about three times as many as there are outliers, so that no region is empty.
-Repaired: the budget says how many stay (PruMerge+: a quarter by attention, the others evenly spaced), sums are weighted
-means, so that tokens keep their length, and the order is the image's.
+The attention is ``a = softmax(q_cls . k / sqrt(width))`` in the last layer, over the concatenated heads. Tokens with
+``a > Q3 + 1.5 IQR`` are kept. Each kept token adds its 32 nearest neighbors (cosine of keys), weighted by ``a``. One
+additional token is the sum of the dropped tokens, weighted by ``a``. All sums are computed before the projector.
+PruMerge+ also keeps every ``int(int(1 / ratio) / 3)``-th token, about three times the number of outliers, so that no
+region is empty. Repaired: the budget determines the number of kept tokens (PruMerge+: a quarter by attention, three
+quarters evenly spaced), sums are weighted means, so the norms of tokens are preserved, and the tokens stay in spatial
+order.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import NeighborMerging
-from tokenprune.strategies.components.order import tile_numbers
-from tokenprune.strategies.components.selection import TopAttentionSelection, evenly_spaced
+from tokenprune.strategies.components.order import tile_indices
+from tokenprune.strategies.components.selection import TopAttentionSelection, evenly_spaced_indices
 from tokenprune.strategies.trim import outlier_share
 
 
 def published_picks(scores: Tensor, plus: bool) -> list[Tensor]:
-    """Return the tokens that the release keeps in each tile, in its order.
+    """Return the token indices that the release keeps in each tile, in its order, `[kept]` per tile.
 
     Args:
-        scores: attention, `[tiles, tokens]`; outliers are counted over all tiles together.
+        scores: attention, `[tiles, tokens]`; the share of outliers is computed over all tiles together.
         plus: whether to add evenly spaced tokens, as PruMerge+ does.
 
     Raises:
-        ValueError: if there are so few or so many outliers that PruMerge+ has no step.
+        ValueError: if PruMerge+ has no step, because there are no outliers or more than a third.
     """
     tokens, ratio = scores.shape[1], outlier_share(scores)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, : int(tokens * ratio)]
@@ -48,8 +49,8 @@ def published_picks(scores: Tensor, plus: bool) -> list[Tensor]:
     step = int(int(1 / ratio) / 3) if ratio else 0
     if not step:
         raise ValueError(
-            f"PruMergePlus.release has no step at {ratio:.1%} outliers, nor has the published code: it needs more than "
-            "none and at most a third. PruMergePlus() works at any budget"
+            f"PruMergePlus.release has no step at {ratio:.1%} outliers, like the published code: it requires at least "
+            "one outlier and at most a third of the tokens. Use PruMergePlus(), which works at any budget"
         )
     spaced = torch.arange(0, tokens - 1, step, device=scores.device)
     return [torch.cat([row, spaced[~torch.isin(spaced, row)]]) for row in order]
@@ -57,23 +58,23 @@ def published_picks(scores: Tensor, plus: bool) -> list[Tensor]:
 
 @dataclass
 class ReleasedCountAllocation(AllocationPolicy):
-    """As many tokens as the release of PruMerge finds, and one for the rest, whatever the budget.
+    """Grants each tile the number of tokens of PruMerge's release, plus one merged token, and ignores the budget.
 
     Args:
-        plus: whether evenly spaced tokens are added.
+        plus: whether the evenly spaced tokens of PruMerge+ are included.
     """
 
     plus: bool = False
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Return the published number of each tile; one less where no place is left for the rest."""
+        """Return the published number of tokens per tile, without the merged token if the tile is full."""
         picks = published_picks(scores, self.plus)
-        return [min(len(picked) + 1, room) for picked, room in zip(picks, capacity, strict=True)]
+        return [min(len(picked) + 1, limit) for picked, limit in zip(picks, capacity, strict=True)]
 
 
 @dataclass
 class OutlierThenSpacedSelection(TopAttentionSelection):
-    """Keep the outliers of attention and evenly spaced tokens, as the release of PruMerge+ does.
+    """Keeps attention outliers and evenly spaced tokens, as the release of PruMerge+ does.
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
@@ -81,7 +82,7 @@ class OutlierThenSpacedSelection(TopAttentionSelection):
     """
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep the published picks, whatever the budgets."""
+        """Keep the published picks, and ignore the budgets."""
         kept = torch.zeros_like(candidates)
         for tile, picked in enumerate(published_picks(scores, plus=True)):
             kept[tile, picked] = True
@@ -90,50 +91,50 @@ class OutlierThenSpacedSelection(TopAttentionSelection):
 
 @dataclass
 class ReleasedOrder(OrderPolicy):
-    """Outliers by falling attention, spaced tokens, the rest; tile by tile.
+    """Sorts each tile into outliers by descending attention, evenly spaced tokens and merged tokens.
 
     Args:
-        plus: whether evenly spaced tokens were added.
+        plus: whether the evenly spaced tokens of PruMerge+ are included.
     """
 
     plus: bool = False
 
-    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
-        """Return the number of the tile plus the place of the token in it, `[tiles, tokens]`."""
-        place = torch.ones(kept.shape, dtype=torch.float64, device=kept.device)
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, kind: Tensor) -> Tensor:
+        """Return the tile index plus the rank of the token inside its tile as a fraction, `[tiles, tokens]`."""
+        rank_in_tile = torch.ones(kept.shape, dtype=torch.float64, device=kept.device)
         for tile, picked in enumerate(published_picks(scores, self.plus)):
-            places = torch.arange(len(picked), dtype=torch.float64, device=kept.device)
-            place[tile, picked] = places / (len(picked) + 1)
-        return tile_numbers(kept) + place.masked_fill(made > 0, 1 - 1e-9)
+            ranks = torch.arange(len(picked), dtype=torch.float64, device=kept.device)
+            rank_in_tile[tile, picked] = ranks / (len(picked) + 1)
+        return tile_indices(kept) + rank_in_tile.masked_fill(kind > 0, 1 - 1e-9)
 
 
 @dataclass
 class ImportantThenSpacedSelection(TopAttentionSelection):
-    """Keep a share of the budget by attention, and evenly spaced ones of the other tokens (PruMerge+).
+    """Spends a share of the budget by attention, and the remainder on evenly spaced tokens (PruMerge+).
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
         heads: how heads are combined, see `TopAttentionSelection`.
-        important_share: share of the budget for attention alone.
+        important_share: share of the budget for the most attended tokens.
     """
 
     important_share: float = 0.25
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep the most attended tokens, then evenly spaced ones."""
+        """Keep the most attended tokens, then evenly spaced tokens among the remaining ones."""
         important = (budgets * self.important_share).round().long()
         kept = top_per_tile(scores, important, candidates)
         for tile, number in enumerate((budgets - important).tolist()):
-            rest = (candidates[tile] & ~kept[tile]).nonzero()[:, 0]
-            kept[tile, rest[evenly_spaced(len(rest), number).to(rest.device)]] = True
+            remaining = (candidates[tile] & ~kept[tile]).nonzero()[:, 0]
+            kept[tile, remaining[evenly_spaced_indices(len(remaining), number).to(remaining.device)]] = True
         return kept
 
 
 @dataclass
 class PruMerge(ComponentReducer):
-    """The most attended tokens take up their nearest neighbors; one more holds the rest.
+    """Merges the most attended tokens with their nearest neighbors, and dropped tokens into one additional token.
 
-    Repaired: as many tokens as the budget says, weighted means, and the image's order.
+    Repaired: the budget determines the number of tokens, sums are weighted means, and tokens stay in spatial order.
     """
 
     published: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
@@ -147,7 +148,7 @@ class PruMerge(ComponentReducer):
 
     @classmethod
     def release(cls) -> PruMerge:
-        """Return PruMerge as published in code: the number of outliers decides, over all tiles together."""
+        """Return PruMerge as published in code: the number of outliers over all tiles determines the kept tokens."""
         return cls(
             1.0,
             newlines="drop",
@@ -160,9 +161,9 @@ class PruMerge(ComponentReducer):
 
 @dataclass
 class PruMergePlus(ComponentReducer):
-    """PruMerge with evenly spaced tokens beside the most attended ones.
+    """Extends PruMerge: keeps evenly spaced tokens in addition to the most attended tokens.
 
-    Repaired: a quarter of the budget by attention, the rest evenly spaced, weighted means.
+    Repaired: attention selects a quarter of the budget, three quarters are evenly spaced, and sums are weighted means.
     """
 
     published: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
@@ -176,7 +177,10 @@ class PruMergePlus(ComponentReducer):
 
     @classmethod
     def release(cls) -> PruMergePlus:
-        """Return PruMerge+ as published in code; above a sixth of outliers it keeps every token but the last."""
+        """Return PruMerge+ as published in code.
+
+        If more than a sixth of the tokens are outliers, it keeps every token except the last.
+        """
         return cls(
             1.0,
             newlines="drop",

@@ -1,10 +1,10 @@
-"""SCOPE: salient tokens that together cover the image.
+"""SCOPE: keeps salient tokens that together cover the image.
 
 Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025.
 Repository: kinredon/SCOPE, commit 6bf7306.
 
-Greedy: pick ``argmax_j  (sum over heads of CLS attention_j)^alpha * sum_i max(0, cos(x_i, x_j) - m_i)``, then raise
-``m_i`` to the similarity with the pick. Features are those before the projector.
+Each greedy step picks ``argmax_j  (sum over heads of CLS attention_j)^alpha * sum_i max(0, cos(x_i, x_j) - m_i)``. It
+then raises ``m_i`` to the similarity with the pick, if this is larger. ``x`` are the features before the projector.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tokenprune.strategies.components.diversity import SaliencyCoverageSelection
 
 @dataclass
 class SCOPE(ComponentReducer):
-    """Salient tokens that together cover what the others look like.
+    """Keeps salient tokens that together are similar to all tokens.
 
-    Repaired: padding neither counts as something to cover nor is it paid for.
+    Repaired: the coverage ignores padding, and padding uses no budget.
     """
 
     published: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
@@ -34,11 +34,11 @@ class SCOPE(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, alpha: float = 1.0) -> SCOPE:
-        """Return SCOPE as published in code: ``total // tiles`` tokens a tile, no unpadding in mind, no newlines.
+        """Return SCOPE as published in code: ``total // tiles`` tokens per tile, no unpadding, no newline tokens.
 
         Args:
-            budget: tokens that may enter the LLM.
-            alpha: power of the saliency.
+            budget: number of tokens that may enter the LLM, or their share.
+            alpha: exponent of the saliency.
         """
         allocation, selection = UniformAllocation(rounding="floor"), SaliencyCoverageSelection(alpha=alpha)
         return cls(budget, newlines="drop", allocation=allocation, selection=selection, padding="ignore")

@@ -1,17 +1,19 @@
-"""TOPS: tokens that are relevant, cover the others, and differ from each other.
+"""TOPS: keeps tokens that are relevant, cover the image, and differ from each other.
 
 Paper: Wang et al., "TOPS: First-Principles Visual Token Pruning via Constructing Token Optimal Preservation Sets for
 Efficient MLLM Inference", arXiv 2606.27161. No code has been published.
 
-Greedy, beginning with the most relevant token: pick ``argmax_i  r~_i + lambda c~_i + alpha d~_i`` with relevance ``r``
-(before the LLM: CLS attention), coverage ``c_i = sum_j max(0, cos_ij - m_j)``, diversity ``d_i = 1 - m_i``, where
-``m_j`` is the largest cosine of token ``j`` to a picked one (Eq. 6 to 9); ``~`` rescales over the tokens left.
-Features are projected tokens; ``alpha = lambda = 0.5`` (appendix C.2). Only this first stage is here: the paper goes on
-dropping inside the LLM and gives this stage twice the tokens that its tables name.
+The first pick is the most relevant token. Each further greedy step picks ``argmax_i  r~_i + lambda c~_i + alpha d~_i``.
+The terms are relevance ``r`` (before the LLM: CLS attention), coverage ``c_i = sum_j max(0, cos_ij - m_j)`` and
+diversity ``d_i = 1 - m_i``. Here ``m_j`` is the largest cosine of token ``j`` to a picked token (Eq. 6 to 9), and ``~``
+rescales over the remaining tokens. Features are projected tokens, and ``alpha = lambda = 0.5`` (appendix C.2). Only the
+first stage is implemented. The paper also drops tokens inside the LLM, and its first stage keeps twice the number of
+tokens in its tables.
 
-Assumed, since the paper does not say: CLS attention of the feature layer, mean over heads; cosine as the similarity;
-rescaling by minimum and maximum (section 4.1; its algorithm listings divide by the mean: ``rescaling="mean"``); each
-tile for itself with an even share of the budget; the image's order.
+Assumptions, since the paper does not specify them: CLS attention of the feature layer, mean over heads; cosine as the
+similarity; rescaling by minimum and maximum (section 4.1; its algorithm listings divide by the mean:
+``rescaling="mean"``). Each tile is processed separately with an even share of the budget, and tokens stay in spatial
+order.
 """
 
 from __future__ import annotations
@@ -27,29 +29,30 @@ from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import ROWS, cosines, in_each_tile
+from tokenprune.strategies.components.diversity import ROW_CHUNK, pairwise_cosine, select_per_tile
 from tokenprune.strategies.components.relevance import AttentionRelevance
 
 
-def _rescaled(values: Tensor, open_: Tensor, how: str) -> Tensor:
-    known = values[open_]
-    if how == "mean":
-        return values / known.mean().clamp(min=1e-12)
-    low, high = known.aminmax()
+def _rescale(values: Tensor, remaining: Tensor, rescaling: str) -> Tensor:
+    """Rescale values by the mean or by the range of the remaining tokens, `[tokens]`."""
+    remaining_values = values[remaining]
+    if rescaling == "mean":
+        return values / remaining_values.mean().clamp(min=1e-12)
+    low, high = remaining_values.aminmax()
     return (values - low) / (high - low).clamp(min=1e-12)
 
 
 def optimal_preservation(
     features: Tensor, relevance: Tensor, number: int, coverage: float, diversity: float, rescaling: str = "minmax"
 ) -> Tensor:
-    """Pick tokens greedily by relevance, coverage and diversity (arXiv 2606.27161, Alg. 1).
+    """Pick tokens greedily by relevance, coverage and diversity (arXiv 2606.27161, Alg. 1), `[number]`.
 
-    Coverage is kept up to date: a pick changes it only through the tokens that it covers better than those before.
+    The coverage gains are updated incrementally: a pick changes only the terms of tokens whose coverage it increases.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
-        relevance: how much each token matters, `[tokens]`.
-        number: tokens to pick.
+        relevance: relevance of each token, `[tokens]`.
+        number: number of tokens to pick.
         coverage: weight of coverage (lambda).
         diversity: weight of diversity (alpha).
         rescaling: ``"minmax"`` or ``"mean"``.
@@ -57,43 +60,44 @@ def optimal_preservation(
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    similarity, relevance = cosines(features), relevance.float()
+    similarity, relevance = pairwise_cosine(features), relevance.float()
     covered, gain = torch.zeros_like(relevance), torch.zeros_like(relevance)
-    left = torch.ones_like(relevance, dtype=torch.bool)
+    remaining = torch.ones_like(relevance, dtype=torch.bool)
     picks: list[int] = []
     while len(picks) < number:
-        worth = _rescaled(relevance, left, rescaling)
+        total = _rescale(relevance, remaining, rescaling)
         if picks:
-            worth = worth + coverage * _rescaled(gain, left, rescaling)
-            worth = worth + diversity * _rescaled(1 - covered, left, rescaling)
-        picks.append(int(worth.masked_fill(~left, -torch.inf).argmax()))
-        left[picks[-1]] = False
+            total = total + coverage * _rescale(gain, remaining, rescaling)
+            total = total + diversity * _rescale(1 - covered, remaining, rescaling)
+        picks.append(int(total.masked_fill(~remaining, -torch.inf).argmax()))
+        remaining[picks[-1]] = False
         row = similarity[picks[-1]]
         if len(picks) == 1:
             covered = row.clone()
-            gain = torch.cat([(rows - row).clamp_(min=0).sum(dim=1) for rows in similarity.split(ROWS)])
+            gain = torch.cat([(rows - row).clamp_(min=0).sum(dim=1) for rows in similarity.split(ROW_CHUNK)])
             continue
-        better = (row > covered).nonzero()[:, 0]
-        before, now = covered[better, None], row[better, None]
-        width = ROWS * max(1, len(gain) // max(1, len(better)))  # no more than `ROWS` rows of the matrix at a time
+        improved = (row > covered).nonzero()[:, 0]
+        old_coverage, new_coverage = covered[improved, None], row[improved, None]
+        # Each chunk has at most as many elements as `ROW_CHUNK` rows of the similarity matrix.
+        width = ROW_CHUNK * max(1, len(gain) // max(1, len(improved)))
         for start in range(0, len(gain), width):
-            columns = similarity[:, start : start + width].index_select(0, better)  # for rows: it is symmetric
-            part = gain[start : start + width]
-            part -= (columns - before).clamp_(min=0).sum(dim=0)
-            part += columns.sub_(now).clamp_(min=0).sum(dim=0)
+            columns = similarity[:, start : start + width].index_select(0, improved)  # columns as rows: symmetric
+            chunk = gain[start : start + width]
+            chunk -= (columns - old_coverage).clamp_(min=0).sum(dim=0)
+            chunk += columns.sub_(new_coverage).clamp_(min=0).sum(dim=0)
         covered = torch.maximum(covered, row)
     return torch.tensor(picks, dtype=torch.long, device=features.device)
 
 
 @dataclass
 class OptimalPreservationSelection(SelectionPolicy):
-    """Keep tokens that are relevant, cover the others and differ from each other (TOPS).
+    """Keeps tokens that are relevant, cover the image and differ from each other (TOPS).
 
     Args:
-        relevance: how much each token matters.
+        relevance: relevance policy that scores the tokens.
         coverage: weight of coverage (lambda).
         diversity: weight of diversity (alpha).
-        rescaling: how the three are made comparable in every step: ``"minmax"`` or ``"mean"``.
+        rescaling: how relevance, coverage and diversity are rescaled in every step: ``"minmax"`` or ``"mean"``.
     """
 
     relevance: RelevancePolicy = field(default_factory=AttentionRelevance)
@@ -103,7 +107,7 @@ class OptimalPreservationSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The signals of the relevance."""
+        """The signals of the relevance policy."""
         return self.relevance.needs
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -111,20 +115,20 @@ class OptimalPreservationSelection(SelectionPolicy):
         return self.relevance.relevance(image)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep tokens by the greedy of TOPS."""
-        weights = (self.coverage, self.diversity, self.rescaling)
+        """Keep tokens by the greedy algorithm of TOPS."""
+        options = (self.coverage, self.diversity, self.rescaling)
 
-        def choose(tile: int, places: Tensor, number: int) -> Tensor:
-            return optimal_preservation(image.features[tile, places], scores[tile, places], number, *weights)
+        def select(tile: int, indices: Tensor, number: int) -> Tensor:
+            return optimal_preservation(image.features[tile, indices], scores[tile, indices], number, *options)
 
-        return in_each_tile(candidates, budgets, choose)
+        return select_per_tile(candidates, budgets, select)
 
 
 @dataclass
 class TOPS(ComponentReducer):
-    """Tokens that are relevant, cover the others and differ from each other.
+    """Keeps tokens that are relevant, cover the image and differ from each other.
 
-    The first stage of the paper, before the LLM; see the module for what was assumed.
+    Implements the first stage of the paper, before the LLM. The module docstring lists the assumptions.
     """
 
     published: ClassVar[str] = "arXiv 2606.27161"

@@ -1,11 +1,12 @@
-"""TRIM: the tokens that have most to do with the question, and the mean of the others.
+"""TRIM: keeps the tokens with the largest relevance to the question, and the mean of the dropped tokens.
 
 Paper: Song et al., "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs",
 COLING 2025, arXiv 2409.10994. Repository: FreedomIntelligence/TRIM, commit f5a232d.
 
-``p = softmax(-(tokens . text))`` with tokens and question in CLIP's shared space, neither normalized; the top share
-stays, and one more token is the mean of the others, before the projector. The sign is the release's: patches that show
-what the text says are less like it. The share is given, or found from outliers: ``#(p > Q3 + 1.5 IQR) / tokens``.
+``p = softmax(-(tokens . text))``, with unnormalized tokens and question in the shared embedding space of CLIP. The
+tokens with the largest ``p`` are kept. One additional token is the mean of the dropped tokens, before the projector.
+The sign is the sign of the release: patches that show the content of the text are less similar to it. The share of kept
+tokens is a parameter, or the share of outliers, ``#(p > Q3 + 1.5 IQR) / tokens``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def outlier_share(values: Tensor) -> float:
     """Return the share of values above the third quartile plus 1.5 interquartile ranges.
 
     Args:
-        values: any numbers; all of them count together.
+        values: values of any shape; the quartiles are computed over all of them.
     """
     flat = values.flatten().float()
     low, high = torch.quantile(flat, torch.tensor([0.25, 0.75], device=flat.device))
@@ -40,25 +41,25 @@ def outlier_share(values: Tensor) -> float:
 
 @dataclass
 class OutlierAllocation(AllocationPolicy):
-    """As many tokens as the softmaxed scores of all tiles have outliers, whatever the budget (TRIM).
+    """Grants each tile the number of outliers of the softmaxed scores, and ignores the budget (TRIM).
 
     Args:
-        extra: tokens on top in every tile, for merged ones.
+        extra: number of additional tokens per tile, for merged tokens.
     """
 
     extra: int = 1
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Return the number of outliers per tile."""
+        """Return the mean number of outliers per tile plus ``extra``, up to the capacity, `[tiles]`."""
         count = int(scores.shape[1] * outlier_share(scores.softmax(dim=1)))
-        return [min(count + self.extra, room) for room in capacity]
+        return [min(count + self.extra, limit) for limit in capacity]
 
 
 @dataclass
 class TRIM(ComponentReducer):
-    """The tokens that have most to do with the question, and the mean of the others.
+    """Keeps the tokens with the largest relevance to the question, and the mean of the dropped tokens.
 
-    Repaired: the merged token is part of the budget and stands in the image's order.
+    Repaired: the merged token is part of the budget and has a position in spatial order.
     """
 
     published: ClassVar[str] = "COLING 2025, arXiv 2409.10994"
@@ -72,12 +73,12 @@ class TRIM(ComponentReducer):
 
     @classmethod
     def release(cls, share: float | None = None, tokens: int = 576, text_model: str | None = None) -> TRIM:
-        """Return TRIM as published in code: ``int(share * tokens)`` tokens a tile and one merged token after them.
+        """Return TRIM as published in code: ``int(share * tokens)`` tokens per tile, then one merged token.
 
         Args:
-            share: share of the tokens to keep (k); None finds it from outliers.
-            tokens: tokens of a tile.
-            text_model: the CLIP checkpoint that the vision tower comes from.
+            share: share of the tokens to keep (k); None uses the share of outliers.
+            tokens: number of tokens of a tile.
+            text_model: CLIP checkpoint of the vision tower.
         """
         budget = Budget(1.0) if share is None else Budget(int(tokens * share) + 1, per="tile")
         allocation = OutlierAllocation() if share is None else UniformAllocation(rounding="floor")

@@ -1,13 +1,14 @@
-"""VisionZip: dominant tokens by attention, and contextual tokens that gather the others.
+"""VisionZip: keeps dominant tokens by attention, and merges dropped tokens into contextual tokens.
 
 Paper: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
 arXiv 2412.04467. Repository: dvlab-research/VisionZip, commit 3151f6d.
 
-Dominant are the tokens with the largest CLS attention (feature layer, summed over heads). Of the others, evenly spaced
-ones are targets; each remaining one joins the target with the most similar key, before the projector. The release gives
-54 dominant tokens, one of them CLS itself, to every 10 contextual ones, and adds to a target the mean of those that
-joined it. Repaired: a target becomes the mean of itself and what joined it, targets are spread over the whole tile,
-CLS takes no part, merged tokens stand where they come from, and the budget is shared by tile and spent exactly.
+Dominant tokens have the largest CLS attention (feature layer, summed over heads). Targets are evenly spaced among the
+remaining tokens. Each token that is neither dominant nor a target is merged into the target with the most similar key,
+before the projector. The release keeps 54 dominant tokens, which include CLS itself, and 10 contextual tokens. It adds
+to each target the mean of the tokens merged into it. Repaired: a target becomes the mean of itself and the tokens
+merged into it, targets are spread over the whole tile, and CLS is not kept. Merged tokens keep the position of their
+target, and the budget is divided over the tiles and spent exactly.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from tokenprune.policies import AllocationPolicy, MergingPolicy, OrderPolicy, Se
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import ContextualMerging
-from tokenprune.strategies.components.order import tile_numbers
+from tokenprune.strategies.components.order import tile_indices
 from tokenprune.strategies.components.selection import TopAttentionSelection
 
 
 @dataclass
 class ClsDominantContextualOrder(OrderPolicy):
-    """CLS, dominant, contextual tokens of the base tile; then all sub-images' dominant, CLS and contextual ones."""
+    """Puts the CLS, dominant, contextual tokens of the base tile before the dominant, CLS, contextual of sub-images."""
 
-    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
-        """Return the release's order, `[tiles, tokens]`; kind 1 is contextual, kind 2 is CLS."""
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, kind: Tensor) -> Tensor:
+        """Return the order of the release, `[tiles, tokens]`; kind 1 is contextual, kind 2 is CLS."""
         base = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=kept.device)
         sub_images = torch.tensor([3.0, 5.0, 4.0], dtype=torch.float64, device=kept.device)
-        rank = torch.cat([base[made[:1]], sub_images[made[1:]]])
-        return rank + (made > 0) * tile_numbers(kept) / (1 + len(kept))
+        rank = torch.cat([base[kind[:1]], sub_images[kind[1:]]])
+        return rank + (kind > 0) * tile_indices(kept) / (1 + len(kept))
 
 
 @dataclass
 class VisionZip(ComponentReducer):
-    """The most attended tokens, and contextual ones that gather the others.
+    """Keeps the most attended tokens, and merges dropped tokens into contextual tokens.
 
-    Repaired: contextual tokens are means in the image's order, and the budget is spent exactly.
+    Repaired: contextual tokens are means, tokens stay in spatial order, and the budget is spent exactly.
     """
 
     published: ClassVar[str] = "CVPR 2025, arXiv 2412.04467"
@@ -56,13 +57,13 @@ class VisionZip(ComponentReducer):
 
     @classmethod
     def release(cls, dominant: int = 54, contextual: int = 10) -> VisionZip:
-        """Return VisionZip as published in code; its CLS tokens count as dominant.
+        """Return VisionZip as published in code, where the CLS token of a tile counts as dominant.
 
-        The release does not remove padding; here the model does, and takes merged tokens that stand there with it.
+        The release does not remove padding. Here the model removes it, including merged tokens at padding positions.
 
         Args:
-            dominant: dominant tokens of a tile, CLS among them.
-            contextual: contextual tokens of a tile.
+            dominant: number of dominant tokens per tile, including CLS.
+            contextual: number of contextual tokens per tile.
         """
         return cls(
             Budget(dominant + contextual, per="tile"),

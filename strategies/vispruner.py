@@ -1,10 +1,10 @@
-"""VisPruner: half of the budget for attention, half for tokens that repeat nothing.
+"""VisPruner: half of the budget goes to the most attended tokens, half to non-redundant tokens.
 
 Paper: Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
 ICCV 2025. Repository: Theia-4869/VisPruner, commit aefa01a.
 
-``int(T * r)`` tokens with the largest CLS attention stay; among the others, ordered by attention, near duplicates are
-dropped in rounds of up to eight until T is reached; see `important_then_diverse`.
+The ``int(T * r)`` tokens with the largest CLS attention are kept. The remaining tokens are sorted by attention, and
+near duplicates among them are dropped in rounds of up to eight, until T tokens remain. See `important_then_diverse`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from tokenprune.strategies.components.diversity import ImportantThenDiverseSelec
 
 @dataclass
 class VisPruner(ComponentReducer):
-    """Half of the budget for attention, half for tokens that repeat nothing.
+    """Keeps the most attended tokens with half of the budget, and non-redundant tokens with the other half.
 
-    Repaired: any budget works (the release fails on odd rests), and padding is never paid for.
+    Repaired: any budget is supported (the release fails if the number of remaining tokens is odd), and padding uses no
+    budget.
     """
 
     published: ClassVar[str] = "ICCV 2025, arXiv 2412.01818"
@@ -34,13 +35,14 @@ class VisPruner(ComponentReducer):
 
     @classmethod
     def release(cls, budget: int | float | str | Budget = 0.2, important_share: float = 0.5) -> VisPruner:
-        """Return VisPruner as published in code: no unpadding in mind, no newlines.
+        """Return VisPruner as published in code: it ignores unpadding and drops newline tokens.
 
-        The release also forces a 2 x 2 tile grid; that is the processor's business, not done here.
+        The release also forces a 2 x 2 tile grid. That part belongs to the processor and is not included.
 
         Args:
-            budget: tokens that may enter the LLM; the release's "T per view" is ``Budget(T, per="tile")``.
-            important_share: share of the budget for attention alone (r).
+            budget: number of tokens that may enter the LLM, or their share; the release's "T per view" is
+                ``Budget(T, per="tile")``.
+            important_share: share of the budget for the most attended tokens (r).
         """
         allocation = UniformAllocation(rounding="floor")
         selection = ImportantThenDiverseSelection(important_share=important_share)

@@ -1,12 +1,13 @@
-"""VTC-CLS: keep the tokens that CLS attends to most, averaged over the last layers.
+"""VTC-CLS: keeps the tokens with the largest CLS attention, averaged over the last layers.
 
 Paper: Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819.
 Repository: THU-MIG/VTC-CLS, commit e41ac9b.
 
-``score = sum over layers, from a start layer to the feature layer, of the mean over heads of CLS attention``; the top T
-stay. The release asks for the start layer on its command line. Taken here: three layers that end with the feature
-layer, which the paper is reported to find best (a secondary source, not seen in the paper itself); for the usual
-feature layer, the last but one. The method is defined for one tile; here tiles share the budget evenly.
+``score = sum over layers, from a start layer to the feature layer, of the mean over heads of CLS attention``. The top T
+tokens are kept. The release reads the start layer from its command line. This implementation uses three layers up to
+the feature layer, for the usual feature layer (the second to last layer). According to a secondary source, the paper
+reports the best results for three layers; this was not verified in the paper. The method is defined for one tile. Here
+the budget is divided evenly over the tiles.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tokenprune.strategies.components.selection import TopAttentionSelection
 
 @dataclass
 class VTCCLS(ComponentReducer):
-    """The tokens that CLS attends to most, averaged over the last layers.
+    """Keeps the tokens with the largest CLS attention, averaged over the last layers.
 
-    For any number of tiles and images.
+    Supports any number of tiles and images.
     """
 
     published: ClassVar[str] = "arXiv 2412.05819"

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.helpers.families import FAMILIES, REPRESENTATIVES
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the processes that tests start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples every time, so that a change is never blamed for what an earlier one broke. To search further:
+# The examples are the same in every run, so that a failure is due to the latest change. To test new examples:
 # pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+PRODUCTS = ("test_families", "test_whole_output", "test_truncated_tower", "test_inputs", "test_text_separators")
+"""Modules that run all checks on all families."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the families that are not in `REPRESENTATIVES` as slow, in the modules of `PRODUCTS`."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.module.__name__.rpartition(".")[2] in PRODUCTS:
+            callspec = getattr(item, "callspec", None)
+            names = {value for value in callspec.params.values() if isinstance(value, str)} if callspec else set()
+            if names & FAMILIES.keys() and not names & REPRESENTATIVES:
+                item.add_marker("slow")

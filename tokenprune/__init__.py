@@ -1,6 +1,6 @@
 """tokenprune: pluggable visual token reduction for vision-language models.
 
-Names are loaded when they are first used, so that importing the package costs nothing.
+Each public name is imported at its first use, so that `import tokenprune` loads no other module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "Adapter": "adapter",
     "AllocationPolicy": "policies",
     "Attachment": "attach",
@@ -69,16 +69,16 @@ _HOME = {
     "apportion": "budget",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module."""
-    if name not in _HOME:
+    """Return a public name after the import of its module."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'tokenprune' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tokenprune.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"tokenprune.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """List public names before they are loaded."""
+    """Return all public names, including names that are not yet imported."""
     return sorted(__all__)

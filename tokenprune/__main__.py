@@ -1,4 +1,4 @@
-"""``python -m tokenprune`` is the command ``tokenprune``."""
+"""Runs the command ``tokenprune`` as ``python -m tokenprune``."""
 
 import sys
 

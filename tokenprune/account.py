@@ -11,40 +11,41 @@ from tokenprune.adapter import LLMShape
 from tokenprune.selection import Selection
 
 HISTORY = 1000
-"""Number of images, and of prompt rows, whose entries an account keeps; its totals cover all of them."""
+"""Number of images, and of prompt rows, whose entries an account stores; totals cover all images and rows."""
 
 
 def kv_bytes(shape: LLMShape, length: int) -> int:
-    """Return the bytes of the key-value cache of a prompt that has the same length in all layers.
+    """Return the bytes of the KV cache of a prompt with the same length in all layers.
 
     Args:
         shape: the decoder.
         length: tokens in the prompt.
     """
-    return LayerSums.of(shape, [length] * shape.layers).kv_bytes(shape)
+    return LayerSums.from_rows(shape, [length] * shape.layers).kv_bytes(shape)
 
 
 def prefill_flops(shape: LLMShape, length: int) -> int:
-    """Return the FLOPs of a prefill that yields one next token, as torch counts them under eager attention.
+    """Return the FLOPs of a prefill that computes one next token, as torch counts them under eager attention.
 
-    A multiply-add is two FLOPs. All linear maps are counted as the model has them (a gated MLP has three), attention as
-    the full square. Norms, activations and softmax are left out. The widespread ``4nd^2 + 2n^2d + 2ndm`` per layer
-    counts multiply-adds and a two-matrix MLP: less than half of this for LLaMA.
+    A multiply-add is two FLOPs. The count includes all linear maps of the model (three of a gated MLP) and the full
+    square of attention. It does not include norms, activations and softmax. The widespread formula
+    ``4nd^2 + 2n^2d + 2ndm`` per layer counts multiply-adds and a two-matrix MLP, which is less than half of this count
+    for LLaMA.
 
     Args:
         shape: the decoder.
-        length: tokens in the prompt, the same number in all layers.
+        length: tokens in the prompt, equal in all layers.
     """
-    return LayerSums.of(shape, [length] * shape.layers).flops(shape)
+    return LayerSums.from_rows(shape, [length] * shape.layers).flops(shape)
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """The tokens of one prompt row, padding not counted. It unpacks as ``full, reduced = lengths``.
+    """The numbers of tokens of one prompt row, without padding. It unpacks as ``full, reduced = lengths``.
 
     Args:
         full: tokens without reduction.
-        layers: tokens in each LLM layer, first layer first; a strategy inside the LLM shortens later layers.
+        layers: tokens in each LLM layer, first layer first. A decoder strategy shortens later layers.
     """
 
     full: int
@@ -52,7 +53,7 @@ class RowLengths:
 
     @property
     def reduced(self) -> int:
-        """Tokens that entered the LLM: those of the first layer."""
+        """Tokens that entered the LLM, which are the tokens of the first layer."""
         return self.layers[0]
 
     def __iter__(self) -> Iterator[int]:
@@ -62,7 +63,7 @@ class RowLengths:
 
 @dataclass
 class LayerSums:
-    """Sums over prompt rows that give cache bytes and FLOPs of every layer exactly.
+    """Sums over prompt rows, from which cache bytes and FLOPs follow exactly.
 
     Args:
         rows: number of rows.
@@ -75,8 +76,8 @@ class LayerSums:
     rows: int = 0
 
     @classmethod
-    def of(cls, shape: LLMShape, *rows: Sequence[int]) -> LayerSums:
-        """Return the sums of some rows.
+    def from_rows(cls, shape: LLMShape, *rows: Sequence[int]) -> LayerSums:
+        """Return the sums over prompt rows.
 
         Args:
             shape: the decoder.
@@ -88,7 +89,7 @@ class LayerSums:
         return sums
 
     def add(self, layers: Sequence[int]) -> None:
-        """Enter one row.
+        """Add one row.
 
         Args:
             layers: tokens in each layer.
@@ -99,7 +100,7 @@ class LayerSums:
             self.squares[layer] += length * length
 
     def kv_bytes(self, shape: LLMShape) -> int:
-        """Return the bytes of the key-value caches of all rows."""
+        """Return the bytes of the KV caches of all rows."""
         return 2 * shape.kv_heads * shape.head_dim * shape.element_bytes * sum(self.lengths)
 
     def flops(self, shape: LLMShape) -> int:
@@ -111,17 +112,17 @@ class LayerSums:
 
 @dataclass(frozen=True)
 class ImageAccount:
-    """The tokens of one image.
+    """The numbers of tokens of one image.
 
     Args:
         asked: tokens that the budget granted.
-        kept: visual tokens that entered the LLM, newlines not counted.
-        valid: visual tokens that would have entered without reduction.
+        kept: visual tokens that entered the LLM, without newline tokens.
+        valid: visual tokens that enter the LLM without reduction.
         encoded: tokens of all tiles after the vision side, padding included.
-        newlines: newline tokens that entered.
-        newlines_full: newline tokens that would have entered.
+        newlines: newline tokens that entered the LLM.
+        newlines_full: newline tokens that enter the LLM without reduction.
         granted_per_tile: tokens granted to each tile, base tile first.
-        kept_per_tile: tokens kept of each tile, base tile first.
+        kept_per_tile: kept tokens of each tile, base tile first.
     """
 
     asked: int
@@ -134,7 +135,7 @@ class ImageAccount:
     kept_per_tile: tuple[int, ...]
 
     @classmethod
-    def of(cls, selection: Selection) -> ImageAccount:
+    def from_selection(cls, selection: Selection) -> ImageAccount:
         """Return the account of one selection."""
         geometry = selection.geometry
         return cls(
@@ -143,7 +144,7 @@ class ImageAccount:
             valid=int(geometry.valid.sum()),
             encoded=geometry.tiles * geometry.tokens,
             newlines=selection.kept_newlines,
-            newlines_full=geometry.separators,
+            newlines_full=geometry.newlines,
             granted_per_tile=tuple(selection.granted_per_tile),
             kept_per_tile=tuple(selection.kept_per_tile),
         )
@@ -156,10 +157,10 @@ class ImageTotals:
     Args:
         images: number of images.
         asked: tokens that the budget granted.
-        kept: visual tokens that entered the LLM, newlines not counted.
-        valid: visual tokens that would have entered without reduction.
-        newlines: newline tokens that entered.
-        beyond_valid: number of images whose budget granted more tokens than are valid.
+        kept: visual tokens that entered the LLM, without newline tokens.
+        valid: visual tokens that enter the LLM without reduction.
+        newlines: newline tokens that entered the LLM.
+        beyond_valid: number of images whose budget granted more tokens than the image has valid tokens.
     """
 
     images: int = 0
@@ -170,7 +171,7 @@ class ImageTotals:
     beyond_valid: int = 0
 
     def add(self, image: ImageAccount) -> None:
-        """Enter one image."""
+        """Add one image."""
         self.images += 1
         self.asked += image.asked
         self.kept += image.kept
@@ -183,38 +184,38 @@ class ImageTotals:
 class TokenAccount:
     """Tokens, cache bytes and FLOPs of all calls of a run.
 
-    Memory is bounded: totals are running sums over all calls, and entries are kept for the last `HISTORY` images and
-    prompt rows. `add` is the only way to enter something.
+    Memory is bounded: totals are running sums over all calls, and entries are stored for the last `HISTORY` images and
+    prompt rows. Only `add` changes them.
 
     Args:
         llm: the shape of the language model.
-        attention: where the attention came from that the strategy read; None if it read none.
-        second_look_flops: FLOPs of a second model that read the images, if there was one.
+        attention: source of the attention that the strategy read; None if it read no attention.
+        saliency_flops: FLOPs of a saliency model that read the images; 0 without a saliency model.
     """
 
     llm: LLMShape
     attention: str | None = None
-    second_look_flops: int = 0
+    saliency_flops: int = 0
     images: deque[ImageAccount] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
     """One entry per image, in the order of the calls; the last `HISTORY` of them."""
     prompt_lengths: deque[RowLengths] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
     """One entry per prompt row, in the order of the calls; the last `HISTORY` of them."""
 
     def __post_init__(self) -> None:
-        """Start all totals at zero."""
+        """Set all totals to zero."""
         self._images = ImageTotals()
-        self._full = LayerSums.of(self.llm)
-        self._reduced = LayerSums.of(self.llm)
+        self._full = LayerSums.from_rows(self.llm)
+        self._reduced = LayerSums.from_rows(self.llm)
 
     def add(self, selections: Sequence[Selection], lengths: Sequence[RowLengths | tuple[int, int]]) -> None:
-        """Enter the images and prompt rows of one call.
+        """Add the images and prompt rows of one call.
 
         Args:
-            selections: one per image.
-            lengths: tokens of each prompt row; a pair (full, reduced) has the reduced length in all layers.
+            selections: the selection of each image.
+            lengths: tokens of each prompt row; a pair (full, reduced) means the reduced length in all layers.
 
         Raises:
-            ValueError: if a row has not one length per layer.
+            ValueError: if the number of lengths of a row differs from the number of LLM layers.
         """
         layers = self.llm.layers
         rows = [row if isinstance(row, RowLengths) else RowLengths(row[0], (row[1],) * layers) for row in lengths]
@@ -222,13 +223,13 @@ class TokenAccount:
             if len(row.layers) != layers:
                 raise ValueError(
                     f"a prompt row has lengths for {len(row.layers)} layers, but the LLM has {layers}; "
-                    "give one length per layer"
+                    "pass one length per layer"
                 )
         for row in rows:
             self._full.add((row.full,) * layers)
             self._reduced.add(row.layers)
         self.prompt_lengths.extend(rows)
-        for image in map(ImageAccount.of, selections):
+        for image in map(ImageAccount.from_selection, selections):
             self._images.add(image)
             self.images.append(image)
 
@@ -249,12 +250,12 @@ class TokenAccount:
 
     @property
     def kept(self) -> int:
-        """Visual tokens of all images that entered the LLM, newlines not counted."""
+        """Visual tokens of all images that entered the LLM, without newline tokens."""
         return self._images.kept
 
     @property
     def valid(self) -> int:
-        """Visual tokens of all images that would have entered without reduction, newlines not counted."""
+        """Visual tokens of all images that enter the LLM without reduction, without newline tokens."""
         return self._images.valid
 
     @property
@@ -274,27 +275,27 @@ class TokenAccount:
 
     @property
     def tokens_per_layer(self) -> list[int]:
-        """Prompt tokens of all rows in each LLM layer; the same everywhere for reduction before the LLM."""
+        """Prompt tokens of all rows in each LLM layer; equal in all layers for reduction before the LLM."""
         return list(self._reduced.lengths)
 
     @property
     def average_tokens(self) -> float:
-        """Visual tokens of a prompt row, averaged over LLM layers and rows: what papers call "192 tokens".
+        """Visual tokens of a prompt row, averaged over LLM layers and rows, as in "192 tokens" of papers.
 
-        All tokens that a later layer lacks count as visual ones; newline tokens are not counted. 0.0 before the first
-        call.
+        All tokens that a later layer lacks count as visual tokens. Newline tokens are not counted. The value is 0.0
+        before the first call.
         """
         dropped_inside = self.prompt_length - sum(self._reduced.lengths) / self.llm.layers
         return (self.kept - dropped_inside) / self.row_count if self.row_count else 0.0
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the key-value cache after prefill, all rows."""
+        """Bytes of the KV cache after prefill, all rows."""
         return self._reduced.kv_bytes(self.llm)
 
     @property
     def kv_bytes_full(self) -> int:
-        """Bytes of the key-value cache without reduction."""
+        """Bytes of the KV cache without reduction, all rows."""
         return self._full.kv_bytes(self.llm)
 
     @property
@@ -304,7 +305,7 @@ class TokenAccount:
 
     @property
     def flops_full(self) -> int:
-        """FLOPs of prefill in the LLM without reduction."""
+        """FLOPs of prefill in the LLM without reduction, all rows."""
         return self._full.flops(self.llm)
 
     def summary(self) -> dict[str, Any]:
@@ -323,14 +324,14 @@ class TokenAccount:
             "kv_bytes_full": self.kv_bytes_full,
             "prefill_flops": self.flops,
             "prefill_flops_full": self.flops_full,
-            "second_look_flops": self.second_look_flops,
+            "second_look_flops": self.saliency_flops,
             "attention": self.attention,
         }
 
     def __str__(self) -> str:
-        """Return one line for people."""
+        """Return a readable summary on one line."""
         if not self.row_count:
-            return "no image seen"
+            return "no image was reduced"
         limit = f" of {self.valid} valid" if self._images.beyond_valid else ""
         parts = [
             f"{self.image_count} image(s): {self.asked} tokens asked, {self.kept} kept{limit}",
@@ -339,6 +340,6 @@ class TokenAccount:
         ]
         if self.attention is not None:
             parts.append(f"attention: {self.attention}")
-        if self.second_look_flops:
-            parts.append(f"second look: {self.second_look_flops / 1e9:.2f} GFLOPs")
+        if self.saliency_flops:
+            parts.append(f"saliency model: {self.saliency_flops / 1e9:.2f} GFLOPs")
         return "; ".join(parts)

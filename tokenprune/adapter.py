@@ -1,4 +1,4 @@
-"""The interface between tokenprune and one family of transformers models; the families are in `tokenprune.models`."""
+"""The interface between tokenprune and one family of transformers models; `tokenprune.models` holds the families."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal, TileGeometry
-from tokenprune.registry import collect
+from tokenprune.registry import collect_classes
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
 ADAPTERS = "tokenprune.models"
-"""Where adapters live, and the entry point group of plug-ins."""
+"""The package of the shipped adapters, and the entry point group of plug-ins."""
 
 
 @dataclass(frozen=True)
 class LLMShape:
-    """The numbers of a decoder that cost accounting needs.
+    """The dimensions of a decoder, for cost accounting.
 
     Args:
         heads: query heads per layer.
         kv_heads: key and value heads per layer.
         head_dim: width of a head.
-        layer_parameters: weights of the linear maps of each decoder layer (biases left out).
-        head_parameters: weights of the language model head.
-        element_bytes: bytes of one cached number.
+        layer_parameters: number of weights of the linear maps of each decoder layer, without biases.
+        head_parameters: number of weights of the language model head.
+        element_bytes: bytes of one number in the KV cache.
     """
 
     heads: int
@@ -49,12 +49,12 @@ class LLMShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear maps of all decoder layers."""
+        """Number of weights of the linear maps of all decoder layers."""
         return sum(self.layer_parameters)
 
 
 class VisualTokens(ABC):
-    """The visual tokens of the images of a call, as they would enter the LLM with nothing dropped."""
+    """The visual tokens of the images of a call, as they enter the LLM without reduction."""
 
     @abstractmethod
     def all(self) -> list[Tensor]:
@@ -71,7 +71,7 @@ class VisualTokens(ABC):
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens(VisualTokens):
-    """Visual tokens that are computed already.
+    """Visual tokens that are already computed.
 
     Args:
         packed: the tokens of each image, `[length, dim]` each.
@@ -95,11 +95,11 @@ class Encoding:
     Args:
         images: the input of a strategy, one per image.
         tokens: the visual tokens of the images.
-        outputs: the model's own output object of `get_image_features`; None if its tower was left early.
-        inputs: the vision inputs that were encoded, to encode them at another resolution.
-        videos: the model's own output object of videos in the same call, if there are any; they are never reduced.
-        complete: whether `outputs` equals that of the unmodified model in every field.
-        repeats: how many times the images are listed, for several questions about them.
+        outputs: the model's own output object of `get_image_features`; None if the tower stopped early.
+        inputs: the encoded vision inputs, to encode them again at another resolution.
+        videos: the model's own output object of the videos of the call; None without videos. Videos are never reduced.
+        is_complete: whether `outputs` equals the output object of the unmodified model in every field.
+        repeats: how many times the list of images is repeated, for several questions about them.
     """
 
     images: list[EncodedImage]
@@ -107,7 +107,7 @@ class Encoding:
     outputs: Any = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     videos: Any = None
-    complete: bool = False
+    is_complete: bool = False
     repeats: int = 1
 
     @property
@@ -125,8 +125,8 @@ class Encoding:
             return self.tokens.gather(masks)
         return PackedTokens(self.packed).gather(masks)
 
-    def repeated(self, times: int) -> Encoding:
-        """Return the encoding with its images listed several times, for several questions about them."""
+    def repeat(self, times: int) -> Encoding:
+        """Return the encoding with its list of images repeated, for several questions about them."""
         return replace(self, images=self.images * times, repeats=self.repeats * times)
 
 
@@ -136,7 +136,7 @@ class FeatureInputs:
 
     Args:
         inputs: keyword inputs of `forward` and `generate`.
-        context: the context to hold while the model runs on them; None if the unmodified model takes them.
+        context: the context manager to hold while the model runs on them; None if the model accepts them unmodified.
     """
 
     inputs: dict[str, Any]
@@ -144,59 +144,61 @@ class FeatureInputs:
 
 
 class Adapter(ABC):
-    """One supported model family, bound to one live model. It knows nothing about methods.
+    """One supported model family, bound to one live model. It is independent of all strategies.
 
     Args:
-        model: a model for which `matches` is true.
+        model: a model for which `matches` returns True.
     """
 
     family: ClassVar[str]
-    """Name of the family as transformers calls it (`config.model_type`)."""
+    """Name of the family in transformers (`config.model_type`)."""
 
     model_class: ClassVar[str]
     """Name of the transformers class."""
 
     pixels: ClassVar[str] = "pixel_values"
-    """Name of the model input that holds the images; a call without it has none."""
+    """Name of the model input that holds the images; a call without this input has no images."""
 
     required_inputs: ClassVar[tuple[str, ...]] = ()
-    """Names of vision inputs, beside the pixels, without which the layout of an image is unknown."""
+    """Names of the vision inputs, besides the pixels, that the layout of an image requires."""
 
     video_pixels: ClassVar[str] = "pixel_values_videos"
-    """Name of the model input that holds the frames of videos; they are never reduced."""
+    """Name of the model input that holds the frames of videos. Videos are never reduced."""
 
     broken_with: ClassVar[frozenset[str]] = frozenset()
-    """Versions of transformers whose own model of this family raises; nothing can be attached to it there."""
+    """Versions of transformers in which the unmodified model of this family raises an error."""
 
-    in_prompt: ClassVar[bool] = True
-    """Whether visual tokens stand in the prompt; else the LLM attends to them from outside, and it stays as it is."""
+    has_prompt_tokens: ClassVar[bool] = True
+    """Whether visual tokens are positions of the prompt. If not, the LLM reads them by cross-attention, and the prompt
+    is not shortened."""
 
-    vision_positions: ClassVar[bool] = False
-    """Whether the model makes position ids from its vision inputs (M-RoPE): they are then handed over, too."""
+    has_vision_positions: ClassVar[bool] = False
+    """Whether the model computes position ids from its vision inputs (M-RoPE). If so, they are computed before features
+    replace these inputs, and passed with the features."""
 
     text_separator_side: ClassVar[TextSeparatorSide] = "none"
-    """Where text inside the span of an image belongs, if there is any that separates rows or tiles."""
+    """The side of the visual tokens to which a text separator between rows or tiles belongs."""
 
-    beams: ClassVar[bool] = True
-    """Whether the unmodified model generates with beams from images."""
+    supports_beams: ClassVar[bool] = True
+    """Whether the unmodified model supports beam search on prompts with images."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @classmethod
-    def runs(cls) -> bool:
-        """Return whether the unmodified model of this family works in the installed transformers."""
+    def supports_transformers(cls) -> bool:
+        """Return whether the unmodified model of this family works with the installed transformers."""
         return version("transformers") not in cls.broken_with
 
     @classmethod
     @abstractmethod
     def matches(cls, model: Any) -> bool:
-        """Whether this adapter knows the model."""
+        """Return whether this adapter supports the model."""
 
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
-        """Kinds of signals that this model can give."""
+        """Kinds of signals that this model provides."""
 
     @property
     @abstractmethod
@@ -206,7 +208,7 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def image_inputs(self) -> frozenset[str]:
-        """Names of the model inputs that belong to the vision side; they are replaced by the features."""
+        """Names of the model inputs of the vision side. Features replace these inputs."""
 
     @property
     @abstractmethod
@@ -216,12 +218,12 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def example(cls) -> Any:
-        """Return a tiny model of the family with random weights, the same ones each time, for checks without a hub."""
+        """Return a tiny model of the family with random, reproducible weights, for checks without a hub."""
 
     def example_text_model(self) -> str:
         """Return the folder of a tiny CLIP checkpoint with random weights that fits `example`.
 
-        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
+        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it has no text model")
 
@@ -235,13 +237,13 @@ class Adapter(ABC):
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
-        """Return the layout of each image of a call, without encoding it.
+        """Return the layout of each image of a call without encoding the images.
 
         Args:
             inputs: the model inputs of the call.
 
         Raises:
-            ValueError: if a vision input is missing or does not fit the prompt.
+            ValueError: if a vision input is missing or does not match the prompt.
         """
 
     @abstractmethod
@@ -253,26 +255,29 @@ class Adapter(ABC):
         text_model: str | None = None,
         truncated: bool = False,
     ) -> Encoding:
-        """Run the vision side once and capture the needed signals; those of the question come from `embed_question`.
+        """Return the encoded images of a call with the required signals, from one run of the vision side.
+
+        Signals of the question come from `embed_question`.
 
         Args:
             inputs: the model inputs of the call; only `image_inputs` are read.
             needs: the signals to capture.
-            keep_pixels: how many of the images keep their pixels for drawing.
+            keep_pixels: number of images that keep their pixels for drawing.
             text_model: the CLIP checkpoint whose projections align features with text.
             truncated: whether the tower may stop after the last required layer, and the projector may run on kept
-                tokens only. Kept features are equal up to rounding; `Encoding.complete` is False.
+                tokens only. Kept features are equal up to rounding; `Encoding.is_complete` is False.
 
         Raises:
-            ValueError: if a signal names a layer that the vision tower does not have, or the text model does not fit.
+            ValueError: if a signal names a layer that the vision tower does not have, or if the text model does not
+                match the tower.
         """
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether a call contains images that are not encoded yet."""
+        """Return whether a call contains images that are not yet encoded."""
         return inputs.get(self.pixels) is not None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Check that a call with images has every vision input that their layouts require.
+        """Raise an error if a call with images lacks a vision input that their layouts require.
 
         Args:
             inputs: the model inputs of the call.
@@ -284,41 +289,41 @@ class Adapter(ABC):
             return
         missing = [name for name in self.required_inputs if inputs.get(name) is None]
         if missing:
-            raise self.input_error(f"{type(self.model).__name__} needs {' and '.join(missing)} beside {self.pixels}")
+            raise self.input_error(f"{type(self.model).__name__} needs {' and '.join(missing)} besides {self.pixels}")
 
     def input_tensor(
         self, inputs: Mapping[str, Any], name: str, shape: Sequence[int | None], convert: bool = False
     ) -> Tensor:
-        """Return a vision input after a check of its type and shape.
+        """Return a vision input as a tensor after a check of its type and shape.
 
         Args:
             inputs: the model inputs of the call.
             name: the name of the input.
-            shape: its expected shape; None stands for any length.
-            convert: whether arrays and lists of numbers are read, too, because the model takes them.
+            shape: its expected shape; None accepts any length.
+            convert: whether arrays and lists of numbers are converted, for a model that accepts them.
 
         Raises:
-            ValueError: if the input is no tensor of this shape.
+            ValueError: if the input is not a tensor of this shape.
         """
         value, size = inputs[name], ", ".join("any" if side is None else str(side) for side in shape)
-        expected = f"{type(self.model).__name__} needs {name} as a tensor of shape [{size}]"
+        requirement = f"{type(self.model).__name__} needs {name} as a tensor of shape [{size}]"
         try:
-            is_read = convert and not isinstance(value, Tensor)
-            tensor = torch.stack([torch.as_tensor(row) for row in value]) if is_read else value
+            needs_conversion = convert and not isinstance(value, Tensor)
+            tensor = torch.stack([torch.as_tensor(row) for row in value]) if needs_conversion else value
         except (TypeError, ValueError, RuntimeError) as error:
-            raise self.input_error(f"{expected}, but it is {value!r:.80}") from error
+            raise self.input_error(f"{requirement}, but it is {value!r:.80}") from error
         if not isinstance(tensor, Tensor):
-            raise self.input_error(f"{expected}, but it is a {type(value).__name__}")
-        sides = [side if wanted is None else wanted for side, wanted in zip(tensor.shape, shape, strict=False)]
-        if tensor.dim() != len(shape) or list(tensor.shape) != sides:
-            raise self.input_error(f"{expected}, but its shape is {list(tensor.shape)}")
+            raise self.input_error(f"{requirement}, but it is a {type(value).__name__}")
+        expected = [side if length is None else length for side, length in zip(tensor.shape, shape, strict=False)]
+        if tensor.dim() != len(shape) or list(tensor.shape) != expected:
+            raise self.input_error(f"{requirement}, but its shape is {list(tensor.shape)}")
         return tensor
 
     def input_error(self, fault: str) -> ValueError:
-        """Return an error about the vision inputs of a call that names the processor of the model.
+        """Return an error about the vision inputs of a call; its text names the processor of the model.
 
         Args:
-            fault: what is wrong and what was expected.
+            fault: the fault and the expected input.
         """
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
@@ -334,17 +339,17 @@ class Adapter(ABC):
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
-        """Return the model inputs that carry features past the vision side.
+        """Return model inputs with the given features in place of the vision inputs.
 
         Args:
             encoding: the result of `encode`.
             packed: the kept features of each image, `[kept, dim]` each.
-            places: the position of each kept feature in its packed image, `[kept]` each, for anything else that the
-                model stores per position; None is all of them in order.
+            places: the position of each kept feature in its packed image, `[kept]` each. It indexes further data that
+                the model stores per position. None means all positions in order.
         """
 
     def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
-        """Return the model inputs that carry all features, so that the output object is the unmodified model's.
+        """Return model inputs with all features, for which the model returns the output object of the unmodified model.
 
         Args:
             encoding: a complete encoding.
@@ -362,61 +367,61 @@ class Adapter(ABC):
             return torch.as_tensor(ids == self.image_token_id)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
-            raise ValueError("the call has images and no prompt; pass input_ids (or inputs_embeds), too")
+            raise ValueError("the call has images but no prompt; pass input_ids or inputs_embeds as well")
         embedding = self.model.get_input_embeddings()(torch.tensor(self.image_token_id, device=embeds.device))
         return torch.as_tensor((embeds == embedding).all(dim=-1))
 
     def positions(self, inputs: Mapping[str, Any], generating: bool) -> Tensor:
-        """Return the position ids that the model would give the full prompt, `[..., rows or 1, length]`.
+        """Return the position ids that the model computes for the full prompt, `[..., rows or 1, length]`.
 
         Args:
             inputs: the model inputs of the call, vision inputs included.
-            generating: whether `generate` asks, which counts from the attention mask.
+            generating: whether the inputs are for `generate`, which derives positions from the attention mask.
         """
-        given = {name: value for name, value in inputs.items() if value is not None}
+        arguments = {name: value for name, value in inputs.items() if value is not None}
         if not generating:
-            return self.forward_positions(given)
-        return torch.as_tensor(self.model._prepare_position_ids_for_generation(self.placeholders(inputs), given))
+            return self.forward_positions(arguments)
+        return torch.as_tensor(self.model._prepare_position_ids_for_generation(self.placeholders(inputs), arguments))
 
     def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the position ids that `forward` would make by itself, `[..., rows or 1, length]`."""
+        """Return the position ids that `forward` computes by default, `[..., rows or 1, length]`."""
         placeholders = self.placeholders(inputs)
         return torch.arange(placeholders.shape[1], device=placeholders.device)[None]
 
     def counted_positions(self, mask: Tensor) -> Tensor:
-        """Return the position ids of a prompt that is counted anew, `[..., rows, length]`.
+        """Return position ids that count the real positions of a prompt, `[..., rows, length]`.
 
         Args:
-            mask: real positions, bool `[rows, length]`.
+            mask: real (not padding) positions, bool `[rows, length]`.
         """
         return counted_positions(mask)
 
     def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
-        """Return each image encoded at a lower resolution, as it would enter the LLM, `[length, dim]` each.
+        """Return the visual tokens of each image encoded at a lower resolution, `[length, dim]` each.
 
-        Adapters that provide the signal ``"resolution"`` write it.
+        An adapter that provides the signal ``"resolution"`` implements this method.
 
         Args:
             inputs: the vision inputs of a call.
-            grids: for each image, height x width of the tokens of a tile; None encodes nothing.
+            grids: for each image, height x width of the tokens of a tile; None skips the image.
         """
-        raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
+        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
 
-    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
-        """Return an encoding with layouts and no features, before the vision tower has run.
+    def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
+        """Return an encoding with layouts but without features, before the vision tower runs.
 
-        Adapters that provide the signal ``"resolution"`` write it.
+        An adapter that provides the signal ``"resolution"`` implements this method.
 
         Args:
             inputs: the model inputs of the call.
-            keep_pixels: how many of the images keep their pixels for drawing.
+            keep_pixels: number of images that keep their pixels for drawing.
         """
-        raise NotImplementedError(f"{type(self).__name__} provides no other resolution")
+        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
 
-    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
-        """Return the pixels of each image as the model is given them, base tile first.
+    def read_tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the pixels of each image as the model receives them, base tile first.
 
-        Adapters of models at whose images a second model can look (`SaliencyModel`) write it.
+        An adapter whose images a saliency model can read (`SaliencyModel`) implements this method.
 
         Args:
             inputs: the vision inputs of a call.
@@ -425,26 +430,26 @@ class Adapter(ABC):
         Returns:
             `[tiles, 3, height, width]` for each image.
         """
-        raise NotImplementedError(f"{type(self).__name__} shows no tiles, so no second model can look at them")
+        raise NotImplementedError(f"{type(self).__name__} provides no tiles, so a saliency model cannot read them")
 
     def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return mean and standard deviation of the colors with which the model's processor normalizes images.
+        """Return the mean and standard deviation per color channel that the processor normalizes images with.
 
-        Adapters that write `tiles` write it.
+        An adapter that implements `read_tiles` implements this method.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not know how its images are normalised")
+        raise NotImplementedError(f"{type(self).__name__} provides no pixel mean and standard deviation")
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.
 
-        Adapters that provide the signal ``"projector_inputs"`` write it.
+        An adapter that provides the signal ``"projector_inputs"`` implements this method.
         """
         raise NotImplementedError(f"{type(self).__name__} provides no projector_inputs, so it cannot project them")
 
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
         """Return the signals of a question by kind.
 
-        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
+        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
 
         Args:
             text: the question.
@@ -453,43 +458,45 @@ class Adapter(ABC):
         raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot embed a question")
 
     def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
-        """Return what the user asks in each prompt row: the text of the last turn, without template and images.
+        """Return the question of each prompt row: the text of the last user turn, without template and images.
 
-        Adapters that provide the signals of the question (`TEXT_SIGNALS`) write it.
+        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
 
         Args:
             input_ids: prompts, `[rows, length]`.
             attention_mask: real positions, `[rows, length]`.
-            tokenizer: decodes the ids; that of the model's own folder or hub id if left out.
+            tokenizer: decodes the ids; by default the tokenizer of the model's own folder or hub id.
         """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it reads no questions")
+        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot read questions")
 
 
 @cache
 def adapters() -> Mapping[str, type[Adapter]]:
-    """Return all known adapters by class name."""
-    return collect(ADAPTERS, Adapter)  # type: ignore[type-abstract]
+    """Return all adapters by class name: shipped ones and plug-ins."""
+    return collect_classes(ADAPTERS, Adapter)  # type: ignore[type-abstract]
 
 
 def find_adapter(model: Any) -> Adapter:
-    """Return the adapter of a model, bound to it: a shipped one, one of an entry point, or one defined in this session.
+    """Return an adapter that supports a model, bound to it.
+
+    Shipped adapters and plug-ins come first, then adapters that were defined in this session.
 
     Raises:
-        TypeError: if no adapter knows the model; the error names the supported families.
+        TypeError: if no adapter supports the model; the error names the supported families.
     """
-    known = adapters().values()
-    found = next((one for one in known if one.matches(model)), None)
-    found = found or next((one for one in _subclasses(Adapter) if one.matches(model)), None)  # type: ignore[type-abstract]
-    if found is not None:
-        return found(model)
-    families = ", ".join(sorted(f"{adapter.family} ({adapter.model_class})" for adapter in known))
+    candidates = adapters().values()
+    match = next((kind for kind in candidates if kind.matches(model)), None)
+    match = match or next((kind for kind in _subclasses(Adapter) if kind.matches(model)), None)  # type: ignore[type-abstract]
+    if match is not None:
+        return match(model)
+    families = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
     raise TypeError(
-        f"no adapter knows {type(model).__name__}. Supported: {families}. For another family, subclass "
+        f"no adapter supports {type(model).__name__}. Supported: {families}. For another family, subclass "
         "tokenprune.Adapter, about 40 lines: docs/how-to/write-an-adapter.md"
     )
 
 
 def _subclasses(base: type[Adapter]) -> list[type[Adapter]]:
-    """Return all concrete classes below a base that were imported so far."""
-    found = [one for child in base.__subclasses__() for one in (child, *_subclasses(child))]
-    return [one for one in dict.fromkeys(found) if not inspect.isabstract(one)]
+    """Return all concrete subclasses of a base class that are imported so far."""
+    descendants = [kind for child in base.__subclasses__() for kind in (child, *_subclasses(child))]
+    return [kind for kind in dict.fromkeys(descendants) if not inspect.isabstract(kind)]

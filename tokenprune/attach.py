@@ -1,8 +1,8 @@
-"""Attaches a strategy to a live transformers model: the only code that changes one.
+"""Attaches a strategy to a live transformers model; no other module modifies a model.
 
-Two things are placed on the model and removed again: hooks of `forward`, for plain calls (scoring, training), and an
-instance attribute `generate`. Both prepare their calls in the `Pipeline`. The model's code, weights and config stay as
-they are. Features reach the model through transformers' `mm_encoder_outputs`.
+An attachment adds two objects to the model and removes them again: hooks of `forward` for plain calls (scoring,
+training), and an instance attribute `generate`. Both prepare their calls in the `Pipeline`. The code, weights and
+config of the model do not change. Features reach the model through transformers' `mm_encoder_outputs`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
 
 MINIMUM_TRANSFORMERS = "5.23"
-"""With older versions a budget of 100 % does not give the unmodified model's answers."""
+"""With older versions, a budget of 100 % changes the output of the model."""
 EXPANDED = ("logits", "hidden_states", "last_hidden_state")
 """Fields of an output object with one entry per prompt position."""
 _ATTACH_LOCK = threading.Lock()
 
 
 class Attachment:
-    """A strategy that is, or can be, attached to a model; the value of ``reducer(model)``.
+    """A strategy with the model to attach it to; the value of ``reducer(model)``.
 
-    Use it as a context, ``with reducer(model) as run:``, or through `TokenReducer.attach` and `detach`.
+    Use it as a context manager, ``with reducer(model) as run:``, or through `TokenReducer.attach` and `detach`.
 
     Args:
         model: a transformers model of a supported family, or a wrapper around one.
         reducer: the strategy.
-        question: the question of all prompts, or one per prompt row; None reads it from the prompt.
-        tokenizer: decodes the prompt; None takes that of the model's own folder or hub id.
-        outputs: the length of what a plain call returns, see `TokenReducer.__call__`.
-        strict: whether leaving the block raises if no image was reduced.
+        question: the question of all prompts, or a list with a question per prompt row; None reads it from the prompt.
+        tokenizer: decodes the prompt; None loads the tokenizer of the model's own folder or hub id.
+        outputs: the length of the outputs of a plain call, see `TokenReducer.__call__`.
+        strict: whether leaving the block raises an error if no image was reduced.
         keep_pixels: whether the first images keep their pixels for drawing.
+
+    Raises:
+        ValueError: if `outputs` is not known.
     """
 
     def __init__(
@@ -68,14 +71,14 @@ class Attachment:
         self._undo: ExitStack | None = None
         self._run: Run | None = None
         self.pipeline: Pipeline | None = None
-        """The strategy bound to the model; None while it is not attached."""
+        """The strategy bound to the model; None if it is not attached."""
 
     @property
     def run(self) -> Run:
         """The record of the calls since the strategy was attached.
 
         Raises:
-            RuntimeError: if it never was.
+            RuntimeError: if the strategy was never attached.
         """
         if self._run is None:
             raise RuntimeError(self._not_attached())
@@ -86,31 +89,31 @@ class Attachment:
 
         Raises:
             TypeError: if no adapter supports the model.
-            ValueError: if the adapter does not provide a signal that the strategy needs.
-            RuntimeError: if the model has a reducer already, or the installed transformers is too old.
+            ValueError: if the adapter does not provide a signal that the strategy requires.
+            RuntimeError: if the model already has a reducer, or if the installed transformers is too old.
         """
         self._was_used = True
         check_transformers(transformers_version)
         wrappers, model = unwrap(self._model)
         adapter = find_adapter(model)
         with _ATTACH_LOCK, ExitStack() as undo:
-            before = vars(model).get("generate")
-            if isinstance(before, _Generate):
+            previous = vars(model).get("generate")
+            if isinstance(previous, _Generate):
                 raise RuntimeError(
-                    f"{before.pipeline.run.strategy} is attached to this model already, and a model takes one reducer. "
-                    "Leave the first block (or call detach) before the next; threads share one block"
+                    f"{previous.pipeline.run.strategy} is already attached to this model, and a model accepts one "
+                    "reducer. Leave the first block (or call detach) before the next block; threads share one block"
                 )
             pipeline = Pipeline(self._reducer, adapter, **self._options)
             for module in (*wrappers, model):
                 undo.callback(_ForwardHooks(module, model, pipeline, self._outputs).remove)
             if hasattr(model, "generate"):
-                undo.callback(_restore_generate, model, before)
+                undo.callback(_restore_generate, model, previous)
                 model.generate = _Generate(pipeline)
             self._undo, self._run, self.pipeline = undo.pop_all(), pipeline.run, pipeline
         return self._run
 
     def detach(self) -> None:
-        """Remove the strategy from the model; nothing happens if it is not attached."""
+        """Remove the strategy from the model; without effect if it is not attached."""
         undo, self._undo, self.pipeline = self._undo, None, None
         if undo is not None:
             undo.close()
@@ -146,31 +149,31 @@ class Attachment:
         raise AttributeError(f"no attribute {name!r}: {self._not_attached()}")
 
     def __del__(self) -> None:
-        """Warn if the strategy was never attached: then the model ran without it."""
+        """Warn if the strategy was never attached, because the model then ran without reduction."""
         if not vars(self).get("_was_used", True):
             warnings.warn(self._not_attached(), stacklevel=2)
 
     def _not_attached(self) -> str:
         name = type(self._reducer).__name__
         return (
-            f"{name}(...)(model) attaches nothing by itself; write `with {name}(...)(model) as run:` around the calls "
-            f"of the model, or `handle = {name}(...).attach(model)` and `handle.detach()`"
+            f"{name}(...)(model) does not attach the strategy by itself; write `with {name}(...)(model) as run:` "
+            f"around the calls of the model, or `handle = {name}(...).attach(model)` and `handle.detach()`"
         )
 
 
 def check_transformers(installed: str) -> None:
-    """Refuse a transformers version on which a reduced model would give wrong results.
+    """Raise an error if a transformers version gives wrong results for a reduced model.
 
     Args:
-        installed: its version.
+        installed: the version of transformers.
 
     Raises:
-        RuntimeError: if it is too old.
+        RuntimeError: if the version is too old.
     """
     if Version(installed) < Version(MINIMUM_TRANSFORMERS):
         raise RuntimeError(
             f"tokenprune needs transformers >= {MINIMUM_TRANSFORMERS}, but {installed} is installed, with which a "
-            f"budget of 100 % changes answers; run: pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
+            f"budget of 100 % changes outputs; run: pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
         )
 
 
@@ -190,14 +193,14 @@ def unwrap(model: Any) -> tuple[list[nn.Module], Any]:
         if not isinstance(model, nn.Module):
             if isinstance(getattr(model, "model", None), nn.Module):
                 raise TypeError(
-                    f"{type(model).__name__} is not a model but holds one; attach to its attribute .model and call "
-                    f"the {type(model).__name__} inside the block"
+                    f"{type(model).__name__} is not a model but contains a model; attach the strategy to its attribute "
+                    f".model and call the {type(model).__name__} inside the block"
                 )
             return wrappers, model
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise TypeError(
-                "DataParallel copies the model to several devices in each call, and copies are not reduced; attach to "
-                ".module and run it on one device, or use DistributedDataParallel"
+                "DataParallel copies the model to several devices in each call, and the copies are not reduced; attach "
+                "the strategy to .module and run it on one device, or use DistributedDataParallel"
             )
         inner = _inner_model(model)
         if inner is None:
@@ -211,7 +214,7 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
     if callable(getattr(type(model), "get_base_model", None)):  # PEFT
         inner = model.get_base_model()  # type: ignore[operator]
         return inner if isinstance(inner, nn.Module) else None
-    wrapped = {"_orig_mod", "module"}  # of torch.compile; of DataParallel, DistributedDataParallel and others
+    wrapped = {"_orig_mod", "module"}  # of torch.compile; of DataParallel, DistributedDataParallel etc.
     children = dict(model.named_children())
     return next(iter(children.values())) if len(children) == 1 and wrapped & children.keys() else None
 
@@ -219,12 +222,12 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
 class _ForwardHooks:
     """The hooks of a module's `forward` that reduce its plain calls.
 
-    A call in progress is stored per thread. If a call is interrupted (Ctrl-C), torch runs no hook after it: the next
-    call of the thread, or `remove`, then leaves its contexts.
+    Each thread has its own call in progress. If a call is interrupted (Ctrl-C), torch runs no hook after it. The next
+    call of the thread, or `remove`, then leaves the contexts of the interrupted call.
 
     Args:
         module: the model or a wrapper around it.
-        model: the model; its `forward` names positional arguments.
+        model: the model; its `forward` defines the names of positional arguments.
         pipeline: the strategy bound to the model.
         outputs: the length of the output of a call.
     """
@@ -233,18 +236,18 @@ class _ForwardHooks:
         self._module, self._model, self._pipeline, self._expands = module, model, pipeline, outputs == "full"
         self._names = _positional_names(module) or _positional_names(model)
         self._calls: dict[int, _CallInProgress | None] = {}
-        """By thread; None while the inputs are prepared."""
+        """Call in progress by thread id; None during the preparation of its inputs."""
         self._is_active, self._lock = True, threading.Lock()
         self._handles = [
-            module.register_forward_pre_hook(_Hook(self.before), with_kwargs=True),
-            module.register_forward_hook(_Hook(self.after), with_kwargs=True, always_call=True),
+            module.register_forward_pre_hook(_Hook(self.prepare_call), with_kwargs=True),
+            module.register_forward_hook(_Hook(self.finish_call), with_kwargs=True, always_call=True),
         ]
 
-    def before(
-        self, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def prepare_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], Any] | None:
-        """Reduce the inputs. Calls of `generate`, text-only calls and shallow copies of the model pass."""
-        if called is not self._module:
+        """Return the reduced inputs; None for calls of `generate`, of text only, and of shallow copies of the model."""
+        if module is not self._module:
             return None
         self._end()
         pipeline, inputs = self._pipeline, {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -266,19 +269,19 @@ class _ForwardHooks:
         self._calls[threading.get_ident()] = call
         return (), call.inputs
 
-    def after(self, called: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def finish_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Leave the contexts of the call, and return its output at the length of the full prompt."""
-        call = self._end() if called is self._module else None
+        call = self._end() if module is self._module else None
         return None if call is None or output is None else call.restore(output)
 
     def remove(self) -> None:
-        """Remove the hooks. If other threads are inside a call, the last of these calls removes them."""
+        """Remove the hooks; if other threads are inside a call, the last call removes them."""
         with self._lock:
             self._is_active = False
         self._end()
 
     def _begin(self) -> bool:
-        """Register a call of this thread; False if the hooks were removed."""
+        """Register a call of this thread, and return whether the hooks are still active."""
         with self._lock:
             if self._is_active:
                 self._calls[threading.get_ident()] = None
@@ -297,7 +300,7 @@ class _ForwardHooks:
 
 
 class _Hook:
-    """A hook that does nothing in a copy of the model.
+    """A hook that has no effect in a copy of the model.
 
     Args:
         function: the function of the hook.
@@ -311,7 +314,7 @@ class _Hook:
         return self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how a deep copy and a pickled copy are made: without the strategy."""
+        """Return the parts of a deep copy or pickle: a hook without effect, without the strategy."""
         return _inactive_hook, ()
 
 
@@ -325,15 +328,15 @@ def _do_nothing(*args: Any) -> None:
 
 
 def _positional_names(module: nn.Module) -> list[str]:
-    """Return the names of the positional arguments of a module's `forward`; none if it takes any."""
+    """Return the names of the positional arguments of a module's `forward`; an empty list for ``*args``."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _with_return_dict(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Return inputs with the `return_dict` that the config of the model sets, if the call sets none."""
-    choice = inputs.get("return_dict")
-    return {**inputs, "return_dict": getattr(model.config, "return_dict", True) if choice is None else choice}
+    """Return inputs with a `return_dict`; if the call does not set it, its value comes from the model's config."""
+    value = inputs.get("return_dict")
+    return {**inputs, "return_dict": getattr(model.config, "return_dict", True) if value is None else value}
 
 
 class _CallInProgress:
@@ -360,14 +363,14 @@ class _CallInProgress:
         if self._expands and isinstance(self._keep, Tensor):
             changes["logits_to_keep"] = 0
         elif self._expands and self._keep:
-            # The first of the last positions may be dropped: it then shows the last kept position before it.
+            # The first returned position may be dropped: its logits then come from the last kept position before it.
             rows = self._prepared.rows
             changes["logits_to_keep"] = rows.index.shape[1] - int(rows.source[:, -self._keep].min())
         return {**self._prepared.inputs, **changes}
 
     def enter(self) -> None:
         """Enter the contexts of the call."""
-        self._stack.enter_context(self._prepared.held())
+        self._stack.enter_context(self._prepared.enter_contexts())
 
     def exit(self) -> None:
         """Leave the contexts of the call."""
@@ -405,21 +408,21 @@ class _Generate:
         self.pipeline = pipeline
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how a deep copy and a pickled copy are made: the ordinary `generate` of the copied model."""
+        """Return the parts of a deep copy or pickle: the unmodified `generate` of the copied model."""
         return _plain_generate, (self.pipeline.adapter.model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate from the reduced prompt; returned sequences begin with the full one.
+        """Generate from the reduced prompt, and return sequences that begin with the full prompt.
 
         Raises:
-            ValueError: if the prompt is given twice.
+            ValueError: if the prompt is passed twice.
         """
         options = inspect.signature(GenerationMixin.generate).bind(None, *args, **kwargs).arguments
         inputs = {**options.pop("kwargs", {}), **options}
         inputs.pop("self")
         prompt, config = inputs.pop("inputs", None), inputs.pop("generation_config", None)
         if prompt is not None and inputs.get("input_ids") is not None:
-            raise ValueError("`inputs` and `input_ids` are both set, and both are the prompt; leave one of them out")
+            raise ValueError("`inputs` and `input_ids` are both set, and both are the prompt; pass only one of them")
         if prompt is not None:
             inputs["input_ids"] = prompt
         return self.pipeline.generate(inputs, config)
@@ -430,9 +433,9 @@ def _plain_generate(model: Any) -> Any:
     return type(model).generate.__get__(model)
 
 
-def _restore_generate(model: Any, before: Any) -> None:
-    """Restore the instance attribute `generate` of a model; None removes it."""
-    if before is not None:
-        model.generate = before
+def _restore_generate(model: Any, previous: Any) -> None:
+    """Restore the previous instance attribute `generate` of a model; None removes the attribute."""
+    if previous is not None:
+        model.generate = previous
     else:
         model.__dict__.pop("generate", None)

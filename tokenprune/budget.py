@@ -1,4 +1,4 @@
-"""Budgets: how many visual tokens may enter the LLM, and how they are divided exactly."""
+"""Budgets: the number of visual tokens that may enter the LLM, and its exact division among tiles."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ exact, and it is far coarser than a float, so ``1 - 0.9`` is 1/10."""
 
 
 class OneTokenWarning(UserWarning):
-    """A budget of the count 1, which W&B's server also makes of the ratio 1.0."""
+    """A budget is the count 1, to which W&B's server also converts the ratio 1.0."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many visual tokens of an image may enter the LLM.
+    """The number of visual tokens of an image that may enter the LLM.
 
-    Every meaning found in the field has a name. ``Budget(0.2)`` is HiRED's: 20 % of tiles x tokens.
+    The options cover every definition of a budget in the literature. ``Budget(0.2)`` is the definition of HiRED: 20 %
+    of tiles x tokens.
 
     Args:
-        amount: a float from 0.0 to 1.0 or a text such as ``"20%"`` is a ratio, an int is a number of tokens. Numbers of
-            numpy and fractions are accepted.
-        per: ``"image"``, or ``"tile"``: the amount is granted once for each tile; the allocation still divides the sum.
-        of: what a ratio refers to: all ``"encoded"`` tokens, or those of the model's ``"unpadded"`` layout.
-        newlines: learned row separators are ``"free"``, or ``"counted"`` as tokens (also in what a ratio refers to).
+        amount: a float from 0.0 to 1.0 or a text such as ``"20%"`` is a ratio, an int is a number of tokens. Numpy
+            numbers and fractions are accepted.
+        per: ``"image"``, or ``"tile"`` to grant the amount once for each tile; the allocation still divides the sum.
+        of: the reference of a ratio: all ``"encoded"`` tokens, or the tokens of the model's ``"unpadded"`` layout.
+        newlines: newline tokens are ``"free"``, or ``"counted"`` as tokens (also in the reference of a ratio).
     """
 
     amount: int | float | str
@@ -47,8 +48,8 @@ class Budget:
     newlines: Literal["free", "counted"] = "free"
 
     def __post_init__(self) -> None:
-        """Raise a `ValueError` if the amount is neither a ratio nor a count, or an option is not known."""
-        plain_amount(self.amount)
+        """Raise a `ValueError` if the amount is neither a ratio nor a count, or if an option is not known."""
+        parse_amount(self.amount)
         for name, value, allowed in (
             ("per", self.per, ("image", "tile")),
             ("of", self.of, ("encoded", "unpadded")),
@@ -60,13 +61,13 @@ class Budget:
     @property
     def number(self) -> int | float:
         """The amount as a Python number: a float is a ratio, an int is a count."""
-        return plain_amount(self.amount)
+        return parse_amount(self.amount)
 
     def asked(self, geometry: TileGeometry) -> int:
-        """Return the number of tokens this budget grants an image.
+        """Return the number of tokens that this budget grants an image.
 
-        A ratio is rounded down in exact arithmetic, as the simple fraction next to the float: ``int(100 * 0.29)`` would
-        be 28, ``int(500 * (1 - 0.9))`` would be 49.
+        A ratio is converted to the nearest simple fraction and rounded down exactly. In floats, ``int(100 * 0.29)`` is
+        28 and ``int(500 * (1 - 0.9))`` is 49.
 
         Args:
             geometry: the layout of the image.
@@ -76,13 +77,13 @@ class Budget:
             return number * (geometry.tiles if self.per == "tile" else 1)
         ratio = Fraction(number).limit_denominator(MAX_DENOMINATOR)
         per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid.sum(dim=1).tolist()
-        separators = geometry.separators if self.newlines == "counted" else 0
+        newlines = geometry.newlines if self.newlines == "counted" else 0
         if self.per == "tile":
-            return sum(int(ratio * tokens) for tokens in per_tile) + int(ratio * separators)
-        return int(ratio * (sum(per_tile) + separators))
+            return sum(int(ratio * tokens) for tokens in per_tile) + int(ratio * newlines)
+        return int(ratio * (sum(per_tile) + newlines))
 
 
-def plain_amount(amount: object) -> int | float:
+def parse_amount(amount: object) -> int | float:
     """Return an amount as a Python number: a ratio as a float from 0.0 to 1.0, a count as an int.
 
     Args:
@@ -103,20 +104,20 @@ def plain_amount(amount: object) -> int | float:
     )
 
 
-def ratio_of(amount: float | str) -> float:
-    """Return a ratio as a float, where counts have no meaning.
+def parse_ratio(amount: float | str) -> float:
+    """Return a ratio as a float, for options that accept no count.
 
     Args:
         amount: a number from 0 to 1, or a text such as ``"20%"``.
 
     Raises:
-        ValueError: if the amount is no ratio.
+        ValueError: if the amount is not a ratio.
     """
-    return float(plain_amount(amount if isinstance(amount, str) else float(amount)))
+    return float(parse_amount(amount if isinstance(amount, str) else float(amount)))
 
 
 def as_budget(value: Budget | float | int | str) -> Budget:
-    """Return a budget whose amount is a Python number; plain amounts take the default meaning.
+    """Return a budget whose amount is a Python number; an amount becomes a `Budget` with default options.
 
     Args:
         value: a budget or an amount.
@@ -128,10 +129,10 @@ def as_budget(value: Budget | float | int | str) -> Budget:
     return budget if type(budget.amount) in (int, float) else replace(budget, amount=budget.number)
 
 
-def plain_budget(value: Budget | float | int | str) -> Budget | float | int:
-    """Return a budget as a configuration stores it: a Python number, or a `Budget` with one.
+def normalize_budget(value: Budget | float | int | str) -> Budget | float | int:
+    """Return a budget in the form of a configuration: a Python number, or a `Budget` whose amount is one.
 
-    A count of 1 raises a `OneTokenWarning`: W&B's server turns the ratio 1.0 into 1, which keeps one token, silently.
+    A count of 1 raises a `OneTokenWarning`: W&B's server silently converts the ratio 1.0 to 1, which keeps one token.
 
     Args:
         value: a budget or an amount.
@@ -151,24 +152,27 @@ def plain_budget(value: Budget | float | int | str) -> Budget | float | int:
 
 
 def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> list[int]:
-    """Divide ``total`` in proportion to ``weights`` without exceeding any ``capacity``.
+    """Return the units of each part: ``total`` in proportion to ``weights``, at most ``capacity`` each.
 
-    Largest remainder method (Hamilton) with spill-over: what a full part cannot take goes to the others in proportion
-    to their weights. Parts of weight zero are served only when all others are full. Ties go to the lower index.
+    Largest remainder method (Hamilton) with spill-over: units beyond the capacity of a part go to the parts with room,
+    in proportion to their weights. Parts of weight zero receive units only if all parts with a weight are full. Ties
+    go to the lower index.
 
     Args:
-        total: units to divide; more than the capacities hold is cut.
+        total: units to divide; units beyond the sum of the capacities are dropped.
         weights: non-negative weight of each part.
-        capacity: most units that each part can take.
+        capacity: maximum units of each part.
 
     Returns:
         Units per part; they sum to ``min(total, sum(capacity))``.
 
     Raises:
-        ValueError: if lengths differ, or a number is negative or not finite.
+        ValueError: if the lengths differ, or if a number is negative or not finite.
     """
     if len(weights) != len(capacity):
-        raise ValueError(f"{len(weights)} weights but {len(capacity)} capacities; give one of each per part")
+        raise ValueError(
+            f"{len(weights)} weights but {len(capacity)} capacities; pass one weight and one capacity per part"
+        )
     if total < 0 or any(room < 0 for room in capacity) or not all(0 <= weight < float("inf") for weight in weights):
         raise ValueError(
             f"total {total}, weights {list(weights)} and capacity {list(capacity)} must be finite and >= 0"
@@ -178,22 +182,22 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
     left = min(total, sum(capacity))
     while left > 0:
         open_parts = [part for part in range(len(share)) if share[part] < capacity[part]]
-        paying = [part for part in open_parts if exact[part] > 0]
-        if not paying:  # only parts of weight zero have room: fill them in proportion to that room
+        weighted = [part for part in open_parts if exact[part] > 0]
+        if not weighted:  # only parts of weight zero have room: fill them in proportion to their room
             exact = [Fraction(room) for room in capacity]
             continue
-        weight_sum = sum(exact[part] for part in paying)
-        quota = {part: left * exact[part] / weight_sum for part in paying}
-        overfull = [part for part in paying if quota[part] >= capacity[part] - share[part]]
+        weight_sum = sum(exact[part] for part in weighted)
+        quota = {part: left * exact[part] / weight_sum for part in weighted}
+        overfull = [part for part in weighted if quota[part] >= capacity[part] - share[part]]
         if overfull:
             for part in overfull:
                 left -= capacity[part] - share[part]
                 share[part] = capacity[part]
             continue
-        for part in paying:
+        for part in weighted:
             share[part] += int(quota[part])
         left -= sum(int(value) for value in quota.values())
-        by_remainder = sorted(paying, key=lambda part: (-(quota[part] - int(quota[part])), part))
+        by_remainder = sorted(weighted, key=lambda part: (-(quota[part] - int(quota[part])), part))
         for part in by_remainder[:left]:
             share[part] += 1
         left = 0
@@ -201,14 +205,15 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
 
 
 def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
-    """Divide as `apportion` does, in tensors of one shape and without reading a number: for compiled regions.
+    """Return the units of each part as `apportion` does, `[parts]`, without reading a number from the device.
 
-    In float64 instead of exact fractions: shares that are equal, or whole numbers, up to rounding may fall otherwise.
+    All intermediate tensors have a fixed shape, for compiled regions. The arithmetic is float64 instead of exact
+    fractions: ties, and shares within rounding of an integer, may be divided differently.
 
     Args:
-        total: units to divide; more than the capacities hold is cut.
+        total: units to divide; units beyond the sum of the capacities are dropped.
         weights: non-negative weight of each part, `[parts]`.
-        capacity: most units that each part can take, `[parts]`.
+        capacity: maximum units of each part, `[parts]`.
 
     Returns:
         Units per part, `[parts]`.
@@ -216,15 +221,15 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
     weights, capacity = weights.double(), capacity.long()
     share = torch.zeros_like(capacity)
     left = capacity.sum().clamp(max=total)
-    for _ in range(len(weights) + 1):  # each round fills a part, or is the last
+    for _ in range(len(weights) + 1):  # each round fills a part or is the last round
         room = capacity - share
-        paying = torch.where(room > 0, weights, 0)
-        paying = torch.where(paying.sum() > 0, paying, room)  # only parts of weight zero have room
-        quota = left * paying / paying.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        overfull = (quota >= room) & (paying > 0)
-        whole = quota.floor().long()
-        rank = (quota - whole).argsort(descending=True, stable=True).argsort()
-        rest = whole + (rank < left - whole.sum())
-        added = torch.where(overfull.any(), torch.where(overfull, room, 0), rest)
+        open_weights = torch.where(room > 0, weights, 0)
+        open_weights = torch.where(open_weights.sum() > 0, open_weights, room)  # only parts of weight zero have room
+        quota = left * open_weights / open_weights.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        overfull = (quota >= room) & (open_weights > 0)
+        floor = quota.floor().long()
+        rank = (quota - floor).argsort(descending=True, stable=True).argsort()
+        rounded = floor + (rank < left - floor.sum())
+        added = torch.where(overfull.any(), torch.where(overfull, room, 0), rounded)
         share, left = share + added, left - added.sum()
     return share

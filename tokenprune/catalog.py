@@ -1,4 +1,4 @@
-"""Everything that is known by name: strategies, components and adapters."""
+"""Tables of strategies, components and adapters by class name."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from functools import cache
 from tokenprune.adapter import Adapter, adapters
 from tokenprune.policies import Component
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import collect
+from tokenprune.registry import collect_classes
 
 STRATEGIES = "tokenprune.strategies"
-"""Where strategies and components live, and the entry point group of plug-ins."""
+"""The package of the shipped strategies and components, and the entry point group of plug-ins."""
 
 
 @cache
 def strategies() -> Mapping[str, type[TokenReducer]]:
-    """Return all known strategies by class name."""
-    return collect(STRATEGIES, TokenReducer)  # type: ignore[type-abstract]
+    """Return all strategies by class name: shipped ones and plug-ins."""
+    return collect_classes(STRATEGIES, TokenReducer)  # type: ignore[type-abstract]
 
 
 @cache
 def components() -> Mapping[str, type[Component]]:
-    """Return all known allocation and selection policies by class name."""
-    return collect(STRATEGIES, Component)
+    """Return all components of strategies by class name: shipped ones and plug-ins."""
+    return collect_classes(STRATEGIES, Component)
 
 
 __all__ = ["Adapter", "adapters", "components", "strategies"]

@@ -1,4 +1,4 @@
-"""Configured objects as plain data: the form in which records, YAML files and W&B store them."""
+"""Conversion of configured objects to plain data, as records, YAML files and W&B store them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from tokenprune.policies import Configurable
 
 
-def import_path(found: type) -> str:
-    """Return the dotted path of a class."""
-    return f"{found.__module__}.{found.__qualname__}"
+def import_path(cls: type) -> str:
+    """Return the dotted import path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def as_config(value: Any) -> Any:
     """Return a configured object as plain data that jsonargparse can build again.
 
     Args:
-        value: something configurable (class path and arguments), another dataclass (its fields), or plain data.
+        value: a `Configurable` (class path and arguments), another dataclass (its fields), or plain data.
     """
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value

@@ -1,7 +1,7 @@
-"""Calls transformers' `generate` on a reduced prompt so that its caller meets only the full one.
+"""Calls transformers' `generate` on a reduced prompt, with arguments and results that refer to the full prompt.
 
 Length limits, streamers, stopping criteria, logits processors and returned sequences refer to the full prompt.
-`docs/reference/generate-arguments.md` lists every argument.
+`docs/reference/generate-arguments.md` lists every argument and how it is supported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.utils.generic import ModelOutput
 from tokenprune.rewrite import Rows
 
 LENGTHS = ("min_length", "max_length", "prompt_length_to_skip", "begin_index", "regulation_start")
-"""Attributes of transformers' own processors and criteria that count prompt tokens."""
+"""Attributes of transformers' own logits processors and stopping criteria that count prompt tokens."""
 
 
 def generate_reduced(
@@ -38,41 +38,41 @@ def generate_reduced(
     prompt: Tensor | None,
     rows: Rows,
 ) -> Any:
-    """Generate from a reduced prompt, and return the result as if it came from the full one.
+    """Generate from a reduced prompt, and return the result in terms of the full prompt.
 
     Args:
         generate: the model's own `generate`.
-        inputs: its keyword arguments, with the prompt reduced.
+        inputs: the keyword arguments of `generate`, with the reduced prompt.
         generation_config: the generation config of the call, or None.
         default_config: the generation config of the model.
-        prompt: the ids of the full prompt, `[rows, length]`; None if it was given as embeddings, where `generate`
-            returns new tokens only.
-        rows: the positions that remain.
+        prompt: the ids of the full prompt, `[rows, length]`; None if the prompt was passed as embeddings, for which
+            `generate` returns new tokens only.
+        rows: the kept positions of the prompt.
 
     Returns:
         The result of `generate`; sequences begin with the full prompt.
 
     Raises:
         ValueError: for `token_healing`, for a `max_length` within the prompt, and for options that compare neighboring
-            tokens if dropped image tokens made other text adjacent.
+            tokens if dropping image tokens changed which text tokens are adjacent.
     """
     inputs, width = dict(inputs), rows.index.shape[1]
     options = _Options(inputs, generation_config, default_config)
     if options.get("token_healing"):
         raise ValueError(
-            "token_healing rewrites the prompt as text, and the ids of a reduced prompt are not those of a text; "
-            "leave it out, or set budget=1.0"
+            "token_healing rewrites the prompt as text, and the ids of a reduced prompt do not represent a text; "
+            "remove it, or set budget=1.0"
         )
     inputs, generation_config = _with_lower_limits(inputs, generation_config, options, rows)
     if prompt is None:
         return generate(generation_config=generation_config, **inputs)
-    _refuse_adjacent_text(inputs, options, prompt, rows)
+    _check_adjacent_text(inputs, options, prompt, rows)
     repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
     for name in ("logits_processor", "stopping_criteria"):
         if inputs.get(name) is not None:
             functions = list(inputs[name])
             unique = [f for i, f in enumerate(functions) if f not in functions[:i]]  # as `generate` does
-            inputs[name] = type(inputs[name])([_for_reduced_prompt(f, prompt, rows, repeats) for f in unique])
+            inputs[name] = type(inputs[name])([_adapt_function(f, prompt, rows, repeats) for f in unique])
     if inputs.get("prefix_allowed_tokens_fn") is not None:
         inputs["prefix_allowed_tokens_fn"] = _FullPromptPrefix(inputs["prefix_allowed_tokens_fn"], prompt, width)
     if inputs.get("streamer") is not None:
@@ -85,54 +85,55 @@ def generate_reduced(
     return output  # a custom loop may return another type
 
 
-def refuse_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
-    """Raise for arguments whose meaning would change on a reduced prompt.
+def check_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
+    """Raise an error for arguments whose meaning changes on a reduced prompt.
 
     Args:
         inputs: keyword inputs of `forward` or `generate`.
-        generating: whether they go to `generate`.
+        generating: whether the inputs are for `generate`.
 
     Raises:
-        ValueError: naming the argument and what to do.
+        ValueError: if there is such an argument; the error names it and the action to take.
     """
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(
-            "a reduced prompt needs a 2-D attention_mask [rows, length], and this one is "
-            f"{_describe(mask)}; leave masks that are prepared for a kernel out"
+            "a reduced prompt needs a 2-D attention_mask [rows, length], but this attention_mask is "
+            f"{_describe(mask)}; do not pass masks that are prepared for a kernel"
         )
     if inputs.get("shift_labels") is not None:
         raise ValueError(
-            "shift_labels are labels that were shifted over the full prompt, and a reduced prompt has other neighbors; "
+            "shift_labels are shifted over the full prompt, and a reduced prompt has different neighboring tokens; "
             "pass labels instead"
         )
     if mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError(
-            "position_ids that restart without an attention_mask mean packed sequences; these cannot be reduced. "
-            "Give one sequence per row with an attention_mask"
+            "position_ids that restart without an attention_mask mean packed sequences, which cannot be reduced; "
+            "pass one sequence per row with an attention_mask"
         )
-    cache = inputs.get("past_key_values") or inputs.get("cache")  # renamed in transformers 5.24
+    cache = inputs.get("past_key_values") or inputs.get("cache")  # transformers 5.24 renamed it
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
-            "images cannot be added to a filled cache while a reducer is attached: the cache holds shorter prompts "
-            "than the ids say. Generate from the whole conversation without past_key_values"
+            "images cannot be added to a filled cache while a reducer is attached, because the cached prompts are "
+            "shorter than the ids; generate from the full conversation without past_key_values"
         )
     if not generating:
         return
     for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
         if inputs.get(name) is not None:
             raise ValueError(
-                f"{name} is not supported below a budget of 100 %: the second prompt would need its own images; "
-                "leave it out (guidance_scale then uses the last token), or set budget=1.0"
+                f"{name} is not supported below a budget of 100 %, because the second prompt requires its own images; "
+                "remove it (guidance_scale then uses the last token), or set budget=1.0"
             )
     if inputs.get("continuous_batching_config") is not None or inputs.get("cache_implementation") == "paged":
         raise ValueError(
-            "continuous batching takes prompts without images; call generate without it while a reducer is attached"
+            "continuous batching accepts prompts without images only; call generate without it while a reducer is "
+            "attached"
         )
 
 
 def with_full_prompt(sequences: Tensor, prompt: Tensor, width: int) -> Tensor:
-    """Return generated sequences with the reduced prompt replaced by the full one, `[rows * repeats, length]`.
+    """Return generated sequences with the full prompt in place of the reduced prompt, `[rows * repeats, length]`.
 
     Args:
         sequences: ids that begin with the reduced prompt, `[rows * repeats, width + new]`.
@@ -148,11 +149,11 @@ def _describe(value: Any) -> str:
 
 
 class _Options:
-    """The options of one call: arguments come first, then its generation config, then that of the model.
+    """The options of one call: its arguments, then its generation config, then the generation config of the model.
 
     Args:
         inputs: keyword arguments of `generate`.
-        configs: generation configs, the first has precedence; None is skipped.
+        configs: generation configs in order of precedence; None is skipped.
     """
 
     def __init__(self, inputs: Mapping[str, Any], *configs: Any) -> None:
@@ -160,7 +161,7 @@ class _Options:
         self._configs = [config for config in configs if config is not None]
 
     def get(self, name: str) -> Any:
-        """Return the value of an option; None if it is not set."""
+        """Return the value of an option, or None if it is not set."""
         if name in self._inputs:
             return self._inputs[name]
         values = (getattr(config, name, None) for config in self._configs)
@@ -170,10 +171,12 @@ class _Options:
 def _with_lower_limits(
     inputs: dict[str, Any], generation_config: Any, options: _Options, rows: Rows
 ) -> tuple[dict[str, Any], Any]:
-    """Lower total length limits by the dropped width, wherever they are set; `max_new_tokens` stays.
+    """Return inputs and generation config with total length limits lowered by the dropped width.
+
+    `max_new_tokens` does not change.
 
     Raises:
-        ValueError: if the full prompt is as long as `max_length`.
+        ValueError: if the full prompt is at least as long as `max_length`.
     """
     lowered = {}
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -194,20 +197,20 @@ def _with_lower_limits(
     return inputs, generation_config
 
 
-def _refuse_adjacent_text(inputs: Mapping[str, Any], options: _Options, prompt: Tensor, rows: Rows) -> None:
-    """Raise for options that compare neighboring tokens, if these differ between the full and the reduced prompt.
+def _check_adjacent_text(inputs: Mapping[str, Any], options: _Options, prompt: Tensor, rows: Rows) -> None:
+    """Raise an error for options that compare neighboring tokens, if the full and the reduced prompt differ in them.
 
-    That takes an image of which nothing is kept, or a prompt that ends with an image. Image tokens are not generated,
-    so n-grams that contain them do not count.
+    They differ if no token of an image is kept, or if a prompt ends with an image. Image tokens are never generated, so
+    n-grams that contain image tokens are ignored.
 
     Args:
-        inputs: keyword arguments of `generate`, with the prompt reduced.
+        inputs: keyword arguments of `generate`, with the reduced prompt.
         options: the options of the call.
         prompt: ids of the full prompt, `[rows, length]`.
-        rows: the positions that remain.
+        rows: the kept positions of the prompt.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: if an option is affected; the error names it.
     """
     ngrams, sequences, tails = _compared_lengths(inputs, options)
     if not (ngrams or sequences or tails):
@@ -215,34 +218,34 @@ def _refuse_adjacent_text(inputs: Mapping[str, Any], options: _Options, prompt: 
     for full, short, dropped in _prompt_pairs(inputs["input_ids"], prompt, rows):
         for name, length in tails.items():
             if full[-length:] != short[-length:]:
-                raise ValueError(_adjacent_text(name))
+                raise ValueError(_adjacency_error(name))
         for name, length in {**ngrams, **sequences}.items():
             if _text_tail(full, length - 1, dropped) != _text_tail(short, length - 1, dropped):
-                raise ValueError(_adjacent_text(name))
+                raise ValueError(_adjacency_error(name))
         for name, length in ngrams.items():
             if _continuations(full, length, dropped) != _continuations(short, length, dropped):
-                raise ValueError(_adjacent_text(name))
+                raise ValueError(_adjacency_error(name))
 
 
-def _adjacent_text(name: str) -> str:
+def _adjacency_error(name: str) -> str:
     return (
-        f"{name} compares neighboring tokens of the prompt, and dropped image tokens made other tokens adjacent; "
-        f"leave {name} out, or set a budget that keeps more tokens of each image"
+        f"{name} compares neighboring tokens of the prompt, and dropping image tokens made other tokens adjacent; "
+        f"remove {name}, or set a budget that keeps more tokens of each image"
     )
 
 
 def _compared_lengths(
     inputs: Mapping[str, Any], options: _Options
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Return the lengths of compared n-grams, of compared text, and of the end of the prompt that is read exactly.
+    """Return the lengths of compared n-grams, of compared text, and of the end of the prompt that is compared exactly.
 
-    Each maps the name of an option to a number of tokens. Processors and criteria of transformers that the caller
-    passes count as their option.
+    Each mapping has the names of options and numbers of tokens. If the caller passes a processor or criterion of
+    transformers, it counts as the option that creates it.
     """
     functions = [f for name in ("logits_processor", "stopping_criteria") for f in inputs.get(name) or ()]
 
     def values(option: str, kind: type, attribute: str) -> list[Any]:
-        """Return the set values of an option, and of processors or criteria that do the same."""
+        """Return the values of an option: the option itself, and equivalent processors or criteria."""
         passed = [getattr(function, attribute) for function in functions if type(function) is kind]
         return [value for value in (options.get(option), *passed) if value]
 
@@ -258,7 +261,7 @@ def _compared_lengths(
     sequences = {
         "sequence_bias": [len(ids if isinstance(value, Mapping) else ids[0]) for value in biases for ids in value],
         "bad_words_ids": [len(ids) for value in words for ids in value],
-        "stop_strings": [  # a token has at least a byte
+        "stop_strings": [  # a token has at least one byte
             len(text.encode()) for value in texts for text in ([value] if isinstance(value, str) else value)
         ],
     }
@@ -272,7 +275,7 @@ def _compared_lengths(
 
 
 def _prompt_pairs(short: Tensor, prompt: Tensor, rows: Rows) -> Iterator[tuple[list[int], list[int], set[int]]]:
-    """Yield the ids of each full prompt, of its reduced prompt, and those of padding and of dropped positions."""
+    """Yield the ids of each full prompt, the ids of its reduced prompt, and the set of padding and dropped ids."""
     kept = torch.zeros_like(prompt).scatter_add(1, rows.index.to(prompt.device), rows.mask.long().to(prompt.device))
     dropped = prompt.masked_fill(kept > 0, -1)
     padding = short.masked_fill(rows.mask.to(short.device), -1)
@@ -281,19 +284,23 @@ def _prompt_pairs(short: Tensor, prompt: Tensor, rows: Rows) -> Iterator[tuple[l
 
 
 def _text_tail(ids: Sequence[int], length: int, dropped: set[int]) -> list[int]:
-    """Return the last ids of a prompt, at most `length`, that follow every image and padding."""
+    """Return the last ids of a prompt, at most `length`, after all images and padding."""
     tail = list(ids[max(len(ids) - length, 0) :])
     images = [position for position, token in enumerate(tail) if token in dropped]
     return tail[images[-1] + 1 :] if images else tail
 
 
 def _continuations(ids: Sequence[int], size: int, dropped: set[int]) -> set[tuple[int, tuple[int, ...]]]:
-    """Return the ends of n-grams of a prompt that begin with its last tokens; all n-grams begin with its last 0 tokens.
+    """Return the continuations of the end of a prompt that complete an n-gram of the prompt.
 
     Args:
         ids: the prompt.
         size: length of the n-grams.
-        dropped: ids that are not generated; ends with such an id are left out.
+        dropped: ids that are never generated; continuations with such an id are not included.
+
+    Returns:
+        Pairs of the number of last tokens of the prompt that begin an n-gram, and the remaining tokens of this n-gram.
+        For 0 last tokens, these are all n-grams.
     """
     grams = {tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)}
     tails = [tuple(ids[len(ids) - length :]) for length in range(size)]
@@ -305,17 +312,18 @@ def _is_from_transformers(function: Any) -> bool:
     return type(function).__module__.startswith("transformers.")
 
 
-def _for_reduced_prompt(function: Any, prompt: Tensor, rows: Rows, repeats: int) -> Any:
-    """Return a processor or criterion that behaves on the reduced prompt as it would on the full one.
+def _adapt_function(function: Any, prompt: Tensor, rows: Rows, repeats: int) -> Any:
+    """Return a processor or criterion with the same effect on the reduced prompt as `function` on the full prompt.
 
-    transformers replaces its default processors and criteria by those of the caller that have the same type. So its own
-    classes keep their type and get lower lengths; classes of the caller are wrapped and read the full prompt.
+    transformers replaces its default processors and criteria by objects of the caller with the same type. Therefore,
+    objects of its own classes keep their type and get lower lengths. Other objects are wrapped to read the full
+    prompt.
 
     Args:
         function: a logits processor or a stopping criterion.
         prompt: ids of the full prompt, `[rows, length]`.
-        rows: the positions that remain.
-        repeats: sequences of each row.
+        rows: the kept positions of the prompt.
+        repeats: number of sequences of each row.
     """
     width = rows.index.shape[1]
     if not _is_from_transformers(function):
@@ -337,15 +345,15 @@ def _for_reduced_prompt(function: Any, prompt: Tensor, rows: Rows, repeats: int)
 
 
 def _ignored_length(length: int | Tensor, rows: Rows, repeats: int) -> int | Tensor:
-    """Return how many positions of the reduced prompt come before a position of the full one.
+    """Return the number of positions of the reduced prompt before a position of the full prompt.
 
     Args:
-        length: the position of the full prompt, for all rows or for each, `[rows * repeats]`.
-        rows: the positions that remain.
-        repeats: sequences of each row.
+        length: the position in the full prompt, an int for all rows or a tensor `[rows * repeats]`.
+        rows: the kept positions of the prompt.
+        repeats: number of sequences of each row.
 
     Returns:
-        An int if `length` is one and all rows agree; else a number for each row, `[rows * repeats]`.
+        An int if `length` is an int and all rows have the same result; else a number for each row, `[rows * repeats]`.
     """
     lengths = torch.as_tensor(length, device=rows.index.device)
     lengths = lengths.expand(len(rows.index) * repeats) if lengths.dim() == 0 else lengths
@@ -357,10 +365,10 @@ def _ignored_length(length: int | Tensor, rows: Rows, repeats: int) -> int | Ten
 
 
 class _FullPrompt:
-    """Base of wrappers that pass ids with the full prompt instead of the reduced one.
+    """Base class of wrappers that call a function with the full prompt in place of the reduced prompt.
 
     Args:
-        function: the wrapped object of the caller; its attributes are read through.
+        function: the wrapped object of the caller; its attributes are attributes of the wrapper.
         prompt: ids of the full prompt, `[rows, length]`.
         width: width of the reduced prompt.
     """
@@ -370,7 +378,7 @@ class _FullPrompt:
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped object."""
-        if name in ("function", "prompt", "width"):  # not set yet, in a copy
+        if name in ("function", "prompt", "width"):  # not yet set in a copy
             raise AttributeError(name)
         return getattr(self.function, name)
 
@@ -387,7 +395,7 @@ class _FullPromptCriterion(_FullPrompt, StoppingCriteria):
     """A stopping criterion that reads the full prompt."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Return which rows are finished, bool `[rows]`."""
+        """Return the mask of finished rows, bool `[rows]`."""
         return self.function(with_full_prompt(input_ids, self.prompt, self.width), scores, **kwargs)
 
 
@@ -403,7 +411,7 @@ class _FullPromptPrefix(_FullPrompt):
 
 
 class _FullPromptStreamer:
-    """A streamer that gets the full prompt.
+    """A streamer that receives the full prompt in place of the reduced prompt.
 
     Args:
         streamer: the streamer of the caller.
@@ -415,10 +423,10 @@ class _FullPromptStreamer:
         self.prompt: Tensor | None = prompt
 
     def put(self, value: Tensor) -> None:
-        """Pass tokens on; the first ones are the prompt."""
+        """Pass tokens to the streamer of the caller; the first call passes the full prompt."""
         self.streamer.put(value if self.prompt is None else self.prompt)
         self.prompt = None
 
     def end(self) -> None:
-        """Pass the end on."""
+        """Pass the end of the sequence to the streamer of the caller."""
         self.streamer.end()

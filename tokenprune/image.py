@@ -1,4 +1,4 @@
-"""What a strategy sees: the layout of an image's tiles and the signals of its encoding."""
+"""The input of a strategy: the layout of an image's tiles, its features and its captured signals."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from torch import Tensor
 
 from tokenprune.layers import LayerChoice, resolve_layers
 
-Key: TypeAlias = tuple[str, int]
+SignalKey: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
 NEWLINE = -1
-"""Marks a learned newline token in `TileGeometry.packed`."""
+"""The entry of a newline token in `TileGeometry.packed`."""
 ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"})
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
 CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
 """Kinds of signals with one vector per tile, `[tiles, 1, width]`."""
 ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
-"""Kinds of signals in the space that the vision tower shares with its text tower, and what each is made from."""
+"""Kinds of signals in the space that the vision tower shares with its text tower; each maps to its source signal."""
 ALIGNED_SIGNALS = frozenset(ALIGNED_FROM)
 """Kinds of signals in the space that the vision tower shares with its text tower."""
-USED_WHEN_ATTACHED = frozenset({"projector_inputs", "resolution"})
-"""Kinds that a strategy declares for what is done with its answer: features are mixed, an image is encoded anew."""
+APPLICATION_SIGNALS = frozenset({"projector_inputs", "resolution"})
+"""Kinds of signals that applying a selection requires, although `select` never reads them.
+
+Applying a selection mixes ``"projector_inputs"``, or encodes an image again at another ``"resolution"``.
+"""
 TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 """Kinds of signals that come from the prompt instead of the image, `[..., width]`."""
 
 
 def token_dim(kind: str) -> int:
-    """Return along which dimension of a signal tokens stand: behind heads, or behind tiles.
+    """Return the dimension of a signal that indexes tokens: 2 if there is a dimension of heads, else 1.
 
     Args:
         kind: the kind of the signal.
@@ -43,18 +46,18 @@ def token_dim(kind: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class TileGeometry:
-    """How the tiles of one image are laid out, and in which order the model packs their tokens.
+    """The layout of the tiles of one image, and the order in which the model packs their tokens.
 
     Tile 0 is the base tile (the downscaled whole image); tiles 1.. are the sub-images in row-major order.
 
     Args:
         tile_grid: rows x cols of the sub-images; (0, 0) if there is only the base tile.
         token_grid: height x width of the visual tokens of one tile.
-        regions: the part of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of the
-            base tile, `[sub_images, 4]`. Sub-images that hold only padding cover nothing.
-        packed: what stands at each image position of the prompt, `[length]`: the flat index ``tile * tokens + token``
-            of a token, or `NEWLINE` for a learned newline. Tokens that are missing here were removed by the model's
-            own unpadding: they are not valid.
+        regions: the region of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of
+            the base tile, `[sub_images, 4]`. The region of a sub-image that holds only padding is empty.
+        packed: the entry of each image position of the prompt, `[length]`: the flat index ``tile * tokens + token`` of
+            a visual token, or `NEWLINE` for a newline token. The model's own unpadding removed the tokens that are
+            missing here: they are not valid.
     """
 
     tile_grid: tuple[int, int]
@@ -78,43 +81,43 @@ class TileGeometry:
         return self.token_grid[0] * self.token_grid[1]
 
     def to(self, device: torch.device | str) -> TileGeometry:
-        """Return the same layout with its tensors on a device, for graphs that must not copy."""
+        """Return the same layout with its tensors on a device, for graphs that must not copy between devices."""
         return replace(self, regions=self.regions.to(device), packed=self.packed.to(device))
 
     @cached_property
     def valid(self) -> Tensor:
-        """Which tokens survive the model's own unpadding, bool `[tiles, tokens]`."""
+        """Mask of the tokens that the model's own unpadding keeps, bool `[tiles, tokens]`."""
         total = self.tiles * self.tokens
         mask = torch.zeros(total + 1, dtype=torch.bool, device=self.packed.device)
-        behind = torch.where(self.packed == NEWLINE, total, self.packed)  # newlines: the entry that is cut off
-        mask[behind] = True
+        index = torch.where(self.packed == NEWLINE, total, self.packed)  # newline tokens: additional last entry
+        mask[index] = True
         return mask[:total].view(self.tiles, self.tokens)
 
     @cached_property
-    def separators(self) -> int:
-        """Number of learned newline tokens."""
+    def newlines(self) -> int:
+        """Number of newline tokens."""
         return int((self.packed == NEWLINE).sum())
 
     @cached_property
     def newline_of(self) -> Tensor:
-        """Which separator closes the row of each packed position, `[length]`; -1 where none does.
+        """Index of the newline token that ends the row of each packed position, `[length]`; -1 without a row.
 
-        A row is the run of tokens since the separator before, of the base tile or of the sub-images. Base tile tokens
-        that stand before the first row of the sub-images belong to no row.
+        A row is the sequence of tokens between two newline tokens, either of the base tile or of the sub-images. Base
+        tile tokens before the first row of the sub-images belong to no row.
         """
         is_newline = self.packed == NEWLINE
         row = torch.cumsum(is_newline, dim=0) - is_newline.long()
-        outside = row >= self.separators
-        of_base = (self.packed < self.tokens) & ~is_newline
+        outside = row >= self.newlines
+        is_base = (self.packed < self.tokens) & ~is_newline
         last = (is_newline.nonzero()[:, 0] - 1).clamp(min=0)
-        outside |= ~is_newline & (of_base != of_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
+        outside |= ~is_newline & (is_base != is_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
         return row.masked_fill(outside, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Put packed features back at their tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
+        """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
 
         Args:
-            packed: the image as it enters the LLM, `[length, dim]`.
+            packed: the visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
         """
         places = self.packed.to(packed.device)
         features = packed.new_zeros(self.tiles * self.tokens, packed.shape[-1])
@@ -125,51 +128,51 @@ class TileGeometry:
         """Return the layout of the same image at a lower resolution.
 
         Args:
-            token_grid: height x width of the tokens of a tile, at most the present ones.
+            token_grid: height x width of the tokens of a tile, at most the current `token_grid`.
 
         Returns:
-            The new layout, and the tokens of this one that stand at the centers of the new tokens, in the same order,
-            bool `[tiles, tokens]`. A new token is valid if its center is.
+            The new layout, and a mask of the current tokens at the centers of the new tokens, in the same order, bool
+            `[tiles, tokens]`. A new token is valid if the current token at its center is valid.
         """
-        if token_grid == self.token_grid:  # a strip so thin that only its newlines are left cannot be told from `valid`
+        if token_grid == self.token_grid:  # `valid` cannot represent rows that hold only newline tokens
             return self, self.valid
         (rows, cols), (height, width) = self.tile_grid, self.token_grid
 
-        def centers(cells: int, old: int, new: int) -> Tensor:
-            return ((2 * torch.arange(cells * new) + 1) * old).div(2 * new, rounding_mode="floor")
+        def centers(tiles: int, old_side: int, new_side: int) -> Tensor:
+            return ((2 * torch.arange(tiles * new_side) + 1) * old_side).div(2 * new_side, rounding_mode="floor")
 
-        standing = torch.zeros(self.tiles, height, width, dtype=torch.bool)
-        standing[0][centers(1, height, token_grid[0])[:, None], centers(1, width, token_grid[1])] = True
+        is_center = torch.zeros(self.tiles, height, width, dtype=torch.bool)
+        is_center[0][centers(1, height, token_grid[0])[:, None], centers(1, width, token_grid[1])] = True
         base = torch.arange(math.prod(token_grid))
         if not self.sub_images:
-            return replace(self, token_grid=token_grid, packed=base), standing.flatten(1)
+            return replace(self, token_grid=token_grid, packed=base), is_center.flatten(1)
         to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
         sizes = {"rows": rows, "cols": cols}
         valid = rearrange(self.valid[1:].cpu(), to_canvas, height=height, width=width, **sizes)
         numbers = torch.arange(len(base), (1 + self.sub_images) * len(base)).view(self.sub_images, -1)
         numbers = rearrange(numbers, to_canvas, height=token_grid[0], width=token_grid[1], **sizes)
-        down, across = centers(rows, height, token_grid[0]), centers(cols, width, token_grid[1])
-        stay_down, stay_across = valid.any(dim=1)[down], valid.any(dim=0)[across]
+        ys, xs = centers(rows, height, token_grid[0]), centers(cols, width, token_grid[1])
+        has_row, has_col = valid.any(dim=1)[ys], valid.any(dim=0)[xs]
         canvas = torch.zeros_like(valid)
-        canvas[down[stay_down][:, None], across[stay_across]] = True
-        standing[1:] = rearrange(
+        canvas[ys[has_row][:, None], xs[has_col]] = True
+        is_center[1:] = rearrange(
             canvas, "(rows height) (cols width) -> (rows cols) height width", height=height, width=width, **sizes
         )
-        numbers = numbers[stay_down][:, stay_across]
-        if self.separators and numbers.numel():
+        numbers = numbers[has_row][:, has_col]
+        if self.newlines and numbers.numel():
             numbers = torch.cat([numbers, torch.full((len(numbers), 1), NEWLINE)], dim=1)
         base_first = bool(self.packed[0] < self.tokens)
         parts = [base, numbers.flatten()] if base_first else [numbers.flatten(), base]
-        return replace(self, token_grid=token_grid, packed=torch.cat(parts)), standing.flatten(1)
+        return replace(self, token_grid=token_grid, packed=torch.cat(parts)), is_center.flatten(1)
 
     @classmethod
     def single(cls, token_grid: tuple[int, int]) -> TileGeometry:
-        """Return the layout of one tile without separators, as in LLaVA-1.5."""
+        """Return the layout of one tile without newline tokens, as in LLaVA-1.5."""
         return cls((0, 0), token_grid, torch.zeros(0, 4), torch.arange(token_grid[0] * token_grid[1]))
 
     @classmethod
     def tiled(cls, tile_grid: tuple[int, int], token_grid: tuple[int, int], base_first: bool) -> TileGeometry:
-        """Return the layout of an image that is cut evenly, its tiles one after the other and without separators.
+        """Return the layout of an image in equal sub-images, packed tile by tile without newline tokens.
 
         Args:
             tile_grid: rows x cols of the sub-images.
@@ -186,10 +189,10 @@ class TileGeometry:
     def anyres(
         cls, image_size: tuple[int, int], tile_grid: tuple[int, int], token_grid: tuple[int, int], tile_size: int
     ) -> TileGeometry:
-        """Return the layout that LLaVA-NeXT's AnyRes gives an image.
+        """Return the layout of an image under LLaVA-NeXT's AnyRes.
 
-        The base tile is the whole image squeezed into a square; the sub-images cut a canvas on which the image is
-        scaled to fit and centerd. Rows of the canvas end with a newline token.
+        The base tile is the image resized to a square. The sub-images divide a canvas, on which the image is scaled to
+        fit and centered. Rows of the canvas end with a newline token.
 
         Args:
             image_size: height x width of the image in pixels.
@@ -211,9 +214,9 @@ class TileGeometry:
 
 
 def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and columns of tokens that LLaVA-NeXT removes at each side of the canvas.
+    """Return the numbers of token rows and columns that LLaVA-NeXT removes at each side of the canvas.
 
-    The rounding is the one of the original `unpad_image`, kept as it is: token counts depend on it.
+    The rounding equals the original `unpad_image`, because token counts depend on it.
     """
     height, width = image_size
     if width / height > canvas[1] / canvas[0]:
@@ -222,7 +225,7 @@ def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[in
 
 
 def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile_size: int) -> Tensor:
-    """Return which part of the whole image each sub-image of an AnyRes canvas shows.
+    """Return the region of the image that each sub-image of an AnyRes canvas shows, `[sub_images, 4]`.
 
     Args:
         image_size: height x width of the image in pixels.
@@ -235,10 +238,10 @@ def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile
     canvas = (tile_grid[0] * tile_size, tile_grid[1] * tile_size)
     scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
     edges = []
-    for cells, side, original in zip(tile_grid, canvas, image_size, strict=True):
-        content = min(math.ceil(original * scale), side)  # not rounded first: so the processor resizes
+    for tiles, side, original in zip(tile_grid, canvas, image_size, strict=True):
+        content = min(math.ceil(original * scale), side)  # the processor does not round `scale` either
         offset = (side - content) // 2
-        edges.append(((torch.arange(cells + 1) * tile_size - offset) / content).clamp(0.0, 1.0))
+        edges.append(((torch.arange(tiles + 1) * tile_size - offset) / content).clamp(0.0, 1.0))
     rows, cols = edges
     return torch.stack(
         [
@@ -250,19 +253,19 @@ def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile
 
 
 def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
-    """Return how much of each base tile token lies inside each region.
+    """Return the fraction of each base tile token that lies inside each region, `[regions, tokens]`.
 
     Args:
         regions: (top, left, bottom, right) in fractions of the tile, `[regions, 4]`.
         token_grid: height x width of the tokens of the tile.
 
     Returns:
-        Fractions of a token's area, `[regions, tokens]`.
+        Fractions of the area of a token, `[regions, tokens]`.
     """
 
-    def overlap(start: Tensor, stop: Tensor, cells: int) -> Tensor:
-        cell = torch.arange(cells, dtype=regions.dtype, device=regions.device)
-        inside = torch.minimum(stop[:, None] * cells, cell + 1) - torch.maximum(start[:, None] * cells, cell)
+    def overlap(start: Tensor, stop: Tensor, tokens: int) -> Tensor:
+        edge = torch.arange(tokens, dtype=regions.dtype, device=regions.device)
+        inside = torch.minimum(stop[:, None] * tokens, edge + 1) - torch.maximum(start[:, None] * tokens, edge)
         return inside.clamp(0.0, 1.0)
 
     top, left, bottom, right = regions.unbind(dim=1)
@@ -270,11 +273,11 @@ def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
     return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
-class Deferred:
-    """A tensor that is computed at the first call and returned again at later ones.
+class DeferredTensor:
+    """A tensor that the first call computes and stores, and later calls return.
 
     Args:
-        compute: returns the tensor.
+        compute: computes the tensor.
     """
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
@@ -287,13 +290,13 @@ class Deferred:
             self._value = self._compute()
         return self._value
 
-    def __reduce__(self) -> tuple[type[Known], tuple[Tensor]]:
-        """Pickle and copy the tensor, not the way to compute it."""
-        return Known, (self(),)
+    def __reduce__(self) -> tuple[type[ComputedTensor], tuple[Tensor]]:
+        """Return the parts of a pickle or copy: the tensor instead of the function that computes it."""
+        return ComputedTensor, (self(),)
 
 
-class Known(Deferred):
-    """A tensor that is computed already.
+class ComputedTensor(DeferredTensor):
+    """A tensor that is already computed.
 
     Args:
         value: the tensor.
@@ -305,15 +308,15 @@ class Known(Deferred):
 
 
 class MissingSignalError(LookupError):
-    """A signal was read that no `needs` declared."""
+    """A strategy read a signal that its `needs` do not declare."""
 
 
 class Signal(NamedTuple):
-    """Something that a strategy reads from the vision tower.
+    """A tensor that a strategy reads from the vision tower.
 
     Args:
-        kind: the name of a method of `EncodedImage` that reads it, such as ``"cls_attention"``.
-        layer: the layer or layers that it is read from; signals that belong to no layer keep the default.
+        kind: the name of the method of `EncodedImage` that reads the signal, such as ``"cls_attention"``.
+        layer: the layer or layers to read; a signal that belongs to no layer keeps the default.
     """
 
     kind: str
@@ -322,28 +325,31 @@ class Signal(NamedTuple):
 
 @dataclass(init=False, eq=False)
 class EncodedImage:
-    """One encoded image: geometry, features and the captured signals. Tensors only; easy to build by hand.
+    """One encoded image: geometry, features and the captured signals.
+
+    It holds tensors only and no model, so that tests can build it directly.
 
     Args:
         geometry: the layout of the tiles.
-        features: visual tokens as they would enter the LLM, `[tiles, tokens, dim]`; zeros where a token is not valid.
+        features: visual tokens as they enter the LLM without reduction, `[tiles, tokens, dim]`; zero for tokens that
+            are not valid.
         signals: captured tensors by (kind, layer index).
         layers: number of layers of the vision tower.
         feature_layer: index of the layer whose output the model uses.
         newline: the learned newline token, `[dim]`; None if the model has none.
         pixels: the tiles as images for drawing, uint8 `[tiles, height, width, 3]`.
-        depths: layers and feature layer of the model that a kind of signal was read from, if that is not the vision
-            tower.
-        compute_features: returns the features; replaces `features` where many strategies do not read them. It is
-            called at the first access only.
-        device: where the tensors are; that of `features` by default.
+        depths: number of layers and feature layer of another model (not the vision tower) that a kind of signal comes
+            from, by kind.
+        compute_features: computes the features at the first access; pass it in place of `features` if most strategies
+            do not read them.
+        device: device of the tensors; by default the device of `features`.
 
     Raises:
         TypeError: if neither `features` nor `compute_features` is passed.
     """
 
     geometry: TileGeometry
-    signals: Mapping[Key, Tensor]
+    signals: Mapping[SignalKey, Tensor]
     layers: int
     feature_layer: int
     newline: Tensor | None
@@ -356,7 +362,7 @@ class EncodedImage:
         self,
         geometry: TileGeometry,
         features: Tensor | None = None,
-        signals: Mapping[Key, Tensor] | None = None,
+        signals: Mapping[SignalKey, Tensor] | None = None,
         layers: int = 1,
         feature_layer: int = 0,
         newline: Tensor | None = None,
@@ -371,15 +377,15 @@ class EncodedImage:
         self.signals, self.depths = signals or {}, depths or {}
         self.layers, self.feature_layer = layers, feature_layer
         if features is not None:
-            self.compute_features, self.device = Known(features), features.device
+            self.compute_features, self.device = ComputedTensor(features), features.device
         elif compute_features is not None:
-            is_deferred = isinstance(compute_features, Deferred)  # shared by copies of `dataclasses.replace`
-            self.compute_features = compute_features if is_deferred else Deferred(compute_features)
+            is_deferred = isinstance(compute_features, DeferredTensor)  # copies of `dataclasses.replace` share it
+            self.compute_features = compute_features if is_deferred else DeferredTensor(compute_features)
             self.device = self.features.device if device is None else torch.device(device)
 
     @property
     def features(self) -> Tensor:
-        """Visual tokens as they would enter the LLM, `[tiles, tokens, dim]`."""
+        """Visual tokens as they enter the LLM without reduction, `[tiles, tokens, dim]`."""
         return self.compute_features()
 
     def with_features(self, features: Tensor) -> EncodedImage:
@@ -388,27 +394,27 @@ class EncodedImage:
         Args:
             features: visual tokens, `[tiles, tokens, dim]`.
         """
-        return replace(self, compute_features=Known(features), device=features.device)
+        return replace(self, compute_features=ComputedTensor(features), device=features.device)
 
     def with_signals(
-        self, signals: Mapping[Key, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
+        self, signals: Mapping[SignalKey, Tensor], depths: Mapping[str, tuple[int, int]] | None = None
     ) -> EncodedImage:
-        """Return the same image with more signals.
+        """Return the same image with additional signals.
 
         Args:
             signals: tensors by (kind, layer index).
-            depths: layers and feature layer of the model that a kind comes from, if that is not the vision tower.
+            depths: number of layers and feature layer of another model that a kind of signal comes from, by kind.
         """
         return replace(self, signals={**self.signals, **signals}, depths={**self.depths, **(depths or {})})
 
-    def in_packed_order(self) -> EncodedImage:
-        """Return the valid tokens of all tiles as one tile of a single row, in the order in which the model packs them.
+    def flatten_tiles(self) -> EncodedImage:
+        """Return the image with the valid tokens of all tiles as one tile of a single row, in packed order.
 
-        Strategies that treat an image as one sequence read it like this.
+        It is the input of strategies that treat an image as one sequence.
         """
         places = self.geometry.packed[self.geometry.packed != NEWLINE].to(self.device)
 
-        def pool(kind: str, value: Tensor) -> Tensor:
+        def flatten(kind: str, value: Tensor) -> Tensor:
             if kind in ROW_SIGNALS:
                 flat = rearrange(value, "tiles heads tokens -> heads (tiles tokens)")[None]
                 return flat[..., places.to(flat.device)]
@@ -424,9 +430,9 @@ class EncodedImage:
         return replace(
             self,
             geometry=TileGeometry.single((1, len(places))),
-            signals={key: pool(key[0], value) for key, value in self.signals.items()},
+            signals={key: flatten(key[0], value) for key, value in self.signals.items()},
             pixels=None,
-            compute_features=Deferred(lambda: pool("features", self.features)),
+            compute_features=DeferredTensor(lambda: flatten("features", self.features)),
         )
 
     def read(self, signal: Signal) -> Tensor:
@@ -435,43 +441,43 @@ class EncodedImage:
         Raises:
             MissingSignalError: if the signal was not captured because no `needs` declared it.
         """
-        found = []
+        values = []
         depth = self.depths.get(signal.kind, (self.layers, self.feature_layer))
         for layer in resolve_layers(signal.layer, *depth):
             if (signal.kind, layer) not in self.signals:
-                have = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
+                captured = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
                 raise MissingSignalError(
-                    f"{signal.kind} of layer {layer} was not captured (captured: {have}); "
+                    f"{signal.kind} of layer {layer} was not captured (captured: {captured}); "
                     f"declare Signal({signal.kind!r}, {signal.layer!r}) in the strategy's `needs`"
                 )
-            found.append(self.signals[signal.kind, layer].float())
-        return found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
+            values.append(self.signals[signal.kind, layer].float())
+        return values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
 
     def cls_attention(self, layer: LayerChoice) -> Tensor:
-        """Return the attention that CLS pays to each token, `[tiles, heads, tokens]`.
+        """Return the attention of the CLS token to each token, `[tiles, heads, tokens]`.
 
-        Rows are softmaxed over all keys and the CLS key is removed, so that they sum to less than 1.
+        The softmax covers all keys, and the CLS key is removed afterwards, so that rows sum to less than 1.
 
         Args:
-            layer: the layer to read, or several to average.
+            layer: the layer to read, or several layers to average.
         """
         return self.read(Signal("cls_attention", layer))
 
     def cls_logits(self, layer: LayerChoice) -> Tensor:
-        """Return what CLS attention is before the softmax, `[tiles, heads, tokens]`."""
+        """Return the logits of CLS attention, before the softmax, `[tiles, heads, tokens]`."""
         return self.read(Signal("cls_logits", layer))
 
     def received_attention(self, layer: LayerChoice) -> Tensor:
-        """Return the attention each token receives, averaged over all queries, `[tiles, heads, tokens]`."""
+        """Return the attention that each token receives, averaged over all queries, `[tiles, heads, tokens]`."""
         return self.read(Signal("received_attention", layer))
 
     def pooling_attention(self, layer: LayerChoice = "feature") -> Tensor:
-        """Return the attention that the probe of a pooling head pays to each token, `[tiles, heads, tokens]`.
+        """Return the attention of a pooling head's learned query to each token, `[tiles, heads, tokens]`.
 
-        The head stands behind the last layer, so that every layer answers the same. Rows sum to 1.
+        The head follows the last layer, so that every layer choice returns the same tensor. Rows sum to 1.
 
         Args:
-            layer: any layer that was declared.
+            layer: a layer choice that `needs` declares.
         """
         return self.read(Signal("pooling_attention", layer))
 
@@ -480,7 +486,7 @@ class EncodedImage:
         return self.read(Signal("keys", layer))
 
     def joint_attention(self, layer: LayerChoice) -> Tensor:
-        """Return CLS attention with all heads taken as one wide head, `[tiles, 1, tokens]`."""
+        """Return CLS attention computed with all heads as one wide head, `[tiles, 1, tokens]`."""
         return self.read(Signal("joint_attention", layer))
 
     def vision_features(self, layer: LayerChoice) -> Tensor:
@@ -488,11 +494,11 @@ class EncodedImage:
         return self.read(Signal("vision_features", layer))
 
     def projector_inputs(self) -> Tensor:
-        """Return what the projector is given, `[tiles, tokens, width]`."""
+        """Return the inputs of the projector, `[tiles, tokens, width]`."""
         return self.read(Signal("projector_inputs"))
 
     def cls_features(self, layer: LayerChoice) -> Tensor:
-        """Return the CLS token that a layer of the vision tower puts out, `[tiles, 1, width]`."""
+        """Return the CLS token in the output of a layer of the vision tower, `[tiles, 1, width]`."""
         return self.read(Signal("cls_features", layer))
 
     def aligned_features(self, layer: LayerChoice) -> Tensor:
@@ -505,12 +511,12 @@ class EncodedImage:
     def aligned_cls(self, layer: LayerChoice) -> Tensor:
         """Return each tile's CLS token in the space shared with the text tower, not normalized, `[tiles, 1, shared]`.
 
-        Of the last layer, it is what CLIP calls the embedding of an image.
+        For the last layer, it equals CLIP's image embedding.
         """
         return self.read(Signal("aligned_cls", layer))
 
     def question(self) -> Tensor:
-        """Return the question in the shared space, one vector per segment of a long text, `[segments, shared]`."""
+        """Return the question in the shared space, one vector per segment of its text, `[segments, shared]`."""
         return self.read(Signal("question"))
 
     def question_tokens(self) -> Tensor:
@@ -520,6 +526,6 @@ class EncodedImage:
     def question_positions(self) -> Tensor:
         """Return every position of the text tower's input in the shared space, `[segments, positions, shared]`.
 
-        Begin, end and the padding up to the tower's length are among them; `question_tokens` has the words alone.
+        They include the begin token, the end token and the padding; `question_tokens` returns only the text tokens.
         """
         return self.read(Signal("question_positions"))

@@ -1,4 +1,4 @@
-"""Reads the images that users have: any mode, any orientation, refused by name where nothing can be made of them."""
+"""Reads image files of any mode and orientation as RGB, and raises errors that name files that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-NOT_FETCHED = "{} is an address, and addresses are not fetched; download the image first, and give its file"
-"""What is wrong with an address in place of a file."""
+URL_ERROR = "{} is a URL, and URLs are not downloaded; download the image first, and pass its file"
+"""Error text for a URL in place of a file."""
 
 
-def is_address(path: str) -> bool:
-    """Return whether a text is an address such as ``https://...`` and not a file.
+def is_url(path: str) -> bool:
+    """Return whether a text is a URL such as ``https://...`` and not a file.
 
     Args:
-        path: the text as the user wrote it; `Path` removes one slash.
+        path: the text from the user, not converted to a `Path`, which removes a slash.
     """
     return re.match(r"https?:/|[a-z][a-z\d+.-]+://", path.lower()) is not None
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Return an image file as RGB, upright.
+    """Return an image file as an upright RGB image.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit and float pixels are scaled to 8 bits, animations
-    give their first frame.
+    EXIF rotation is applied, transparency becomes white, and 16-bit and float pixels are scaled to 8 bits. Only the
+    first frame of an animation is read.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: if the file cannot be read as an image; the error names the file and the fault.
     """
-    if is_address(str(path)):
-        raise ValueError(NOT_FETCHED.format(path))
+    if is_url(str(path)):
+        raise ValueError(URL_ERROR.format(path))
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the file of an image")
+        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; pass an image file")
     try:
         with Image.open(path) as image:
             image.load()
@@ -51,15 +51,11 @@ def load_image(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too large to be read safely ({error}); scale it down first") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: broken or cut off ({error}); write it anew") from None
+        raise ValueError(f"{path}: broken or truncated ({error}); create the file again") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as 8-bit RGB; transparency becomes white.
-
-    Args:
-        image: the image.
-    """
+    """Return an image of any mode as 8-bit RGB; transparency becomes white."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits: Pillow would clip instead of scale
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16"):
@@ -71,29 +67,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
         scaled = np.nan_to_num((values - low) / (high - low if high > low else 1.0)).clip(0, 1)
         return Image.fromarray((scaled * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        foreground = image.convert("RGBA")
+        background = Image.new("RGBA", foreground.size, "white")
+        return Image.alpha_composite(background, foreground).convert("RGB")
     return image.convert("RGB")
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all.
+    """Write a PNG file atomically.
 
     Args:
         image: the image.
-        path: the file; its folder is made if it is missing.
+        path: the file; a missing folder is created.
 
     Raises:
-        OSError: if the folder cannot be written or the disk is full; no partial file stays.
+        OSError: if the folder cannot be written or the disk is full; no partial file remains.
     """
     data = io.BytesIO()
     image.save(data, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data.getvalue())
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.getvalue())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Layer choice: which layers of the vision tower a signal is read from."""
+"""Layer choices: the layers of the vision tower from which a strategy reads a signal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ LayerChoice: TypeAlias = Literal["first", "feature"] | int | float | list[int | 
 
 * ``"first"``: the first layer;
 * ``"feature"``: the layer whose output the model uses as visual features;
-* an int: a layer index, negative ones from the end as in timm;
-* a float between 0 and 1: a relative depth (0.0 the first layer, 1.0 the last one);
+* an int: a layer index; a negative index counts from the end, as in timm;
+* a float between 0 and 1: a relative depth (0.0 is the first layer, 1.0 the last layer);
 * a list of these: the mean over several layers.
 """
 
 
 def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tuple[int, ...]:
-    """Turn a layer choice into layer indices of one tower.
+    """Return the layer indices that a layer choice selects in a tower.
 
     Args:
         choice: the layer choice.
@@ -24,10 +24,10 @@ def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tupl
         feature_layer: index of the layer whose output the model uses.
 
     Returns:
-        Layer indices in ``range(layers)``; several of them mean "average over these".
+        Layer indices in ``range(layers)``; several indices mean an average over these layers.
 
     Raises:
-        ValueError: if the choice names no layer of this tower.
+        ValueError: if the choice does not select a layer of this tower.
     """
     if isinstance(choice, (list, tuple)):
         if not choice:

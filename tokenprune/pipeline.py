@@ -1,7 +1,7 @@
-"""The execution path of a strategy: encode the images of a call, select tokens, rewrite the prompt, record.
+"""Runs a strategy on a live model: encodes the images of a call, selects tokens, rewrites the prompt, records.
 
 `Pipeline` is the only entry to a live model. The `with` block, its `generate`, evaluation, benchmarks and integrations
-all prepare their calls here.
+prepare their calls here.
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.budget import as_budget
-from tokenprune.generation import generate_reduced, refuse_arguments
+from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
-from tokenprune.rewrite import Rows, emptied_text, kept_positions, padding_side, shorten, shorter_rows
+from tokenprune.rewrite import (
+    Rows,
+    find_emptied_text,
+    gather_position_ids,
+    infer_padding_side,
+    shorten_inputs,
+    shorten_rows,
+)
 from tokenprune.run import Run
 from tokenprune.saliency import (
     SaliencyModel,
-    attention_layers,
-    attention_source,
-    read_from,
+    list_attention_layers,
+    resolve_attention_source,
+    resolve_needs,
     with_cls_substitute,
     with_saliency,
 )
 from tokenprune.selection import Selection
-from tokenprune.stages import entering_places
+from tokenprune.stages import compute_entry_positions
 
 if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
 
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
-"""Whether this thread is inside `generate` of any attached model; assistant models then get reduced prompts."""
+"""Whether this thread is inside `generate` of any attached model; the prompts of assistant models are then reduced."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +56,8 @@ class PreparedCall:
     Args:
         inputs: keyword inputs of `forward` or `generate`.
         rows: the positions of the full prompt that remain.
-        selections: one per image.
-        is_shortened: whether the prompt differs from that of the caller.
+        selections: one selection per image.
+        is_shortened: whether the prompt differs from the prompt of the caller.
         contexts: the contexts to hold while the model runs.
     """
 
@@ -62,11 +69,11 @@ class PreparedCall:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether an image lost tokens."""
+        """Whether the tokens of an image were dropped, merged or reordered."""
         return not all(selection.everything for selection in self.selections)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def enter_contexts(self) -> Iterator[None]:
         """Hold the contexts of the call inside the block."""
         with ExitStack() as stack:
             for context in self.contexts:
@@ -84,8 +91,8 @@ class Pipeline:
         reducer: the strategy.
         adapter: the adapter of the model.
         question: the question of all prompts, or one per prompt row; None reads it from the prompt.
-        tokenizer: decodes the prompt; None takes that of the folder or hub id from which the model was loaded.
-        keep_pixels: whether the first images keep their pixels for drawing.
+        tokenizer: decodes the prompt; None loads the tokenizer from the folder or hub id of the model.
+        keep_pixels: whether the selections of the first images store their pixels for drawing.
 
     Raises:
         ValueError: if the adapter does not provide a needed signal, or the strategy reads the question without a text
@@ -102,25 +109,25 @@ class Pipeline:
     ) -> None:
         self.reducer, self.adapter, self.question, self.tokenizer = reducer, adapter, question, tokenizer
         self.keep_pixels = keep_pixels
-        self.signal = attention_source(reducer.attention, adapter.provides)
-        """The kind of signal that replaces CLS attention; or ``"saliency_model"``."""
-        self.needs = read_from(reducer.needs, self.signal)
-        """The signals that are captured for the strategy."""
-        if problem := lacking(reducer, adapter):
+        self.signal = resolve_attention_source(reducer.attention, adapter.provides)
+        """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
+        self.needs = resolve_needs(reducer.needs, self.signal)
+        """The signals to capture for the strategy."""
+        if problem := describe_missing_signals(reducer, adapter):
             raise ValueError(problem)
-        self.run = Run(type(reducer).__name__, adapter.llm, attention_name(reducer, adapter))
+        self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
-        self._generate: Any = getattr(adapter.model, "generate", None)  # before anything is attached
+        self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
         self._lock = threading.RLock()
         self._local = threading.local()
 
     @property
     def is_generating(self) -> bool:
-        """Whether this thread is inside the model's own `generate`, whose calls are reduced already."""
+        """Whether this thread is inside the model's own `generate`; its prompt is already reduced."""
         return getattr(self._local, "depth", 0) > 0
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
-        """Encode the images of a call completely, for several strategies and budgets.
+        """Return the complete encoding of the images of a call, to share between strategies and budgets.
 
         Args:
             inputs: the model inputs of the call.
@@ -132,22 +139,22 @@ class Pipeline:
         inputs: Mapping[str, Any],
         generating: bool = False,
         encoding: Encoding | None = None,
-        cached: bool = True,
+        use_cache: bool = True,
     ) -> PreparedCall:
         """Return one call with its images reduced, and record it.
 
         Args:
             inputs: keyword inputs of `forward` or `generate`.
-            generating: whether they go to `generate`.
-            encoding: the encoded images of the call (`encode`). An image that is listed several times is reduced once.
-                By default the pixels of `inputs` are encoded, and only as far as the kept tokens require.
-            cached: whether `generate` will use a key-value cache.
+            generating: whether `inputs` are passed to `generate`.
+            encoding: the encoded images of the call (`encode`). An image that occurs several times is reduced once. By
+                default the pixels of `inputs` are encoded, and only as far as the kept tokens require.
+            use_cache: whether `generate` will use a key-value cache.
 
         Raises:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
         with self._lock:
-            return self._prepare(dict(inputs), generating, encoding, cached)
+            return self._prepare(dict(inputs), generating, encoding, use_cache)
 
     def generate(
         self,
@@ -165,22 +172,24 @@ class Pipeline:
         Returns:
             The result of `generate`; sequences begin with the full prompt.
         """
-        model, inputs, own = self.adapter.model, dict(inputs), self._generate
+        model, inputs, generate = self.adapter.model, dict(inputs), self._generate
         has_images = self.adapter.has_images(inputs)
         if self.is_generating or (_GENERATING.get() and not has_images):
-            with self._inside_generate():  # an assistant model inside `generate`: the prompt is reduced already
-                return own(generation_config=generation_config, **inputs)
+            with self._inside_generate():  # an assistant model inside `generate`: its prompt is already reduced
+                return generate(generation_config=generation_config, **inputs)
         if encoding is None and not has_images:
             self._check_without_images(inputs)
             with self._inside_generate():
-                return own(generation_config=generation_config, **inputs)
+                return generate(generation_config=generation_config, **inputs)
         config = model.generation_config if generation_config is None else generation_config
-        choices = (inputs.get("use_cache"), config.use_cache, model.generation_config.use_cache)
-        cached = next((choice for choice in choices if choice is not None), True)
+        options = (inputs.get("use_cache"), config.use_cache, model.generation_config.use_cache)
+        use_cache = next((option for option in options if option is not None), True)
         with torch.no_grad():
             if inputs.get("attention_mask") is None and inputs.get("input_ids") is not None:
-                inputs["attention_mask"] = inferred_mask(inputs["input_ids"], inputs, config, model.generation_config)
-            call = self.prepare(inputs, generating=True, encoding=encoding, cached=cached)
+                inputs["attention_mask"] = infer_attention_mask(
+                    inputs["input_ids"], inputs, config, model.generation_config
+                )
+            call = self.prepare(inputs, generating=True, encoding=encoding, use_cache=use_cache)
         return self.generate_prepared(call, inputs.get("input_ids"), generation_config)
 
     def generate_prepared(
@@ -198,7 +207,7 @@ class Pipeline:
             The result of `generate`; sequences begin with the full prompt.
         """
         inputs, default = {**call.inputs, **options}, self.adapter.model.generation_config
-        with call.held(), self._inside_generate():
+        with call.enter_contexts(), self._inside_generate():
             if call.is_reduced:
                 mark_caches(inputs)
             if call.is_shortened:
@@ -223,70 +232,70 @@ class Pipeline:
         keep_pixels, text_model = self.run.drawable if self.keep_pixels else 0, self.reducer.text_model
         return self.reducer.stage.encode(self.adapter, inputs, self.needs, keep_pixels, text_model, truncated)
 
-    def _keeps_everything(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether the budget grants all tokens, so that a complete encoding is needed."""
+    def _grants_all_tokens(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the budget grants all tokens; the images must then be encoded completely."""
         budget = as_budget(self.reducer.budget)
         if isinstance(budget.amount, float):
             return budget.amount >= 1.0
         return all(budget.asked(layout) >= len(layout.packed) for layout in self.adapter.layouts(inputs))
 
     def _prepare(
-        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None, cached: bool
+        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None, use_cache: bool
     ) -> PreparedCall:
         adapter, reducer = self.adapter, self.reducer
         if encoding is None:
             adapter.check_inputs(inputs)
             vision = {k: v for k, v in inputs.items() if not (generating and k.startswith("output_"))}
-            encoding, is_shared = self._encode(vision, truncated=not self._keeps_everything(inputs)), False
+            encoding, is_shared = self._encode(vision, truncated=not self._grants_all_tokens(inputs)), False
         else:
             is_shared = True
         placeholders = adapter.placeholders(inputs)
         lengths = [len(image.geometry.packed) for image in encoding.images]
-        if adapter.in_prompt and int(placeholders.sum()) != sum(lengths):
+        if adapter.has_prompt_tokens and int(placeholders.sum()) != sum(lengths):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
-        images, second_look_flops = self._with_attention(encoding)
-        images = self._with_questions(images, inputs, placeholders, lengths)
-        selections = reduce_once(reducer, images)
+        images, saliency_flops = self._add_attention(encoding)
+        images = self._add_questions(images, inputs, placeholders, lengths)
+        selections = reduce_unique_images(reducer, images)
         attention_mask = inputs.get("attention_mask")
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         if all(selection.everything for selection in selections):
-            return self._keep_everything(
-                inputs, text, encoding, is_shared, selections, mask, generating, second_look_flops
+            return self._prepare_unchanged(
+                inputs, text, encoding, is_shared, selections, mask, generating, saliency_flops
             )
-        refuse_arguments(inputs, generating)
-        if adapter.in_prompt and bool((placeholders & (mask == 0)).any()):
+        check_arguments(inputs, generating)
+        if adapter.has_prompt_tokens and bool((placeholders & (mask == 0)).any()):
             raise ValueError(
-                "the attention_mask hides image tokens, and these cannot be left out of a reduced prompt; leave the "
-                "image and its tokens out of the call, or set budget=1.0"
+                "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
+                "its tokens from the call, or set budget=1.0"
             )
         packed = reducer.stage.gather_features(adapter, encoding, images, selections)
         masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
-        places = [entering_places(*pair) for pair in zip(selections, masks, strict=True)]
-        features = adapter.features_to_inputs(encoding, packed, places)
-        if not adapter.in_prompt:
+        entry_positions = [compute_entry_positions(*pair) for pair in zip(selections, masks, strict=True)]
+        features = adapter.features_to_inputs(encoding, packed, entry_positions)
+        if not adapter.has_prompt_tokens:
             rows = Rows.unchanged(mask)
-            self._record(selections, mask, rows, second_look_flops)
-            return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._contexts(features))
-        preserve = reducer.positions == "preserve"
-        # Without a cache, transformers takes gaps in position ids for packed sequences unless a position is masked.
-        spare = int(generating and preserve and not cached)
+            self._record(selections, mask, rows, saliency_flops)
+            return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
+        preserves_positions = reducer.positions == "preserve"
+        # Without a cache, transformers treats gaps in position ids as packed sequences unless a position is masked.
+        spare = int(generating and preserves_positions and not use_cache)
         kept = torch.cat(masks)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
-        emptied = emptied_text(placeholders, kept, lengths, side)
-        padding = "left" if spare else padding_side(mask, inputs.get("labels") is not None)
-        rows = shorter_rows(placeholders, mask, kept, padding, spare, emptied)
-        short = shorten(text, rows, self._pad_token_id())
-        short.pop("position_ids", None)
-        if (positions := self._positions(inputs, rows, generating)) is not None:
-            short["position_ids"] = positions
-        self._record(selections, mask, rows, second_look_flops)
-        return PreparedCall({**short, **features.inputs}, rows, selections, True, self._contexts(features))
+        emptied = find_emptied_text(placeholders, kept, lengths, side)
+        padding = "left" if spare else infer_padding_side(mask, inputs.get("labels") is not None)
+        rows = shorten_rows(placeholders, mask, kept, padding, spare, emptied)
+        reduced = shorten_inputs(text, rows, self._pad_token_id())
+        reduced.pop("position_ids", None)
+        if (positions := self._compute_position_ids(inputs, rows, generating)) is not None:
+            reduced["position_ids"] = positions
+        self._record(selections, mask, rows, saliency_flops)
+        return PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
 
-    def _keep_everything(
+    def _prepare_unchanged(
         self,
         inputs: dict[str, Any],
         text: dict[str, Any],
@@ -295,34 +304,34 @@ class Pipeline:
         selections: list[Selection],
         mask: Tensor,
         generating: bool,
-        second_look_flops: int,
+        saliency_flops: int,
     ) -> PreparedCall:
-        """Return the call as it came in: the output object must equal that of the unmodified model."""
+        """Return the unchanged call, so that its output equals the output of the unmodified model."""
         rows = Rows.unchanged(mask)
-        self._record(selections, mask, rows, second_look_flops)
-        if not (encoding.complete or is_shared):
-            return PreparedCall(inputs, rows, selections)  # the model encodes the images by itself
-        if self.adapter.vision_positions and inputs.get("position_ids") is None:
+        self._record(selections, mask, rows, saliency_flops)
+        if not (encoding.is_complete or is_shared):
+            return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
+        if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
             text["position_ids"] = self.adapter.positions({**encoding.inputs, **inputs}, generating)
-        if encoding.complete:
+        if encoding.is_complete:
             features = self.adapter.complete_inputs(encoding)
         else:
             features = self.adapter.features_to_inputs(encoding, encoding.packed)
-        return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._contexts(features))
+        return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
 
-    def _contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
+    def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
         return () if features.context is None else (self._lock, features.context)
 
-    def _record(self, selections: list[Selection], mask: Tensor, rows: Rows, second_look_flops: int) -> None:
-        lengths = zip(_row_lengths(mask), _row_lengths(rows.mask), strict=True)
-        self.run.add(selections, rows, list(lengths), second_look_flops)
+    def _record(self, selections: list[Selection], mask: Tensor, rows: Rows, saliency_flops: int) -> None:
+        lengths = zip(_count_row_tokens(mask), _count_row_tokens(rows.mask), strict=True)
+        self.run.add(selections, rows, list(lengths), saliency_flops)
 
     def _check_without_images(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse a call without images whose cache holds a reduced prompt, or that has videos only.
+        """Raise an error if a call without images cannot run.
 
         Raises:
-            ValueError: if the ids contain image placeholders that the cache does not hold.
-            NotImplementedError: if the call has videos only.
+            ValueError: if the cache holds a reduced prompt and the ids contain image placeholders.
+            NotImplementedError: if the call has videos but no images.
         """
         if self.adapter.has_only_videos(inputs):
             raise NotImplementedError(
@@ -330,93 +339,94 @@ class Pipeline:
                 f"no image ({self.adapter.video_pixels} without {self.adapter.pixels}); run it outside the block"
             )
         ids = inputs.get("input_ids")
-        if ids is None or reduced_cache(inputs) is None:
+        if ids is None or find_reduced_cache(inputs) is None:
             return
         if bool((ids == self.adapter.image_token_id).any()):
             raise ValueError(
-                "this continues a conversation from a cache that holds a reduced prompt, but the ids are those of the "
-                "full one. Generate from the whole conversation, with its images and without past_key_values"
+                "this continues a conversation from a cache that holds a reduced prompt, but input_ids hold the full "
+                "prompt. Generate from the whole conversation, with its images and without past_key_values"
             )
 
     def check_forward(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse a plain call without images that continues a reduced prompt with a mask of the full one.
+        """Raise an error if a plain call without images continues a reduced prompt with a mask of the full prompt.
 
         Args:
             inputs: keyword inputs of `forward`.
 
         Raises:
-            ValueError: if the attention mask is longer than the cache and the new tokens.
-            NotImplementedError: if the call has videos only.
+            ValueError: if the attention mask is longer than the cache and the new tokens together.
+            NotImplementedError: if the call has videos but no images.
         """
         self._check_without_images(inputs)
-        mask, cache = inputs.get("attention_mask"), reduced_cache(inputs)
+        mask, cache = inputs.get("attention_mask"), find_reduced_cache(inputs)
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if cache is None or tokens is None or not isinstance(mask, Tensor):
             return
         stored = int(cache.get_seq_length())
-        if mask.dim() == 2 and mask.shape[1] > stored + tokens.shape[1] and self.adapter.in_prompt:
+        if mask.dim() == 2 and mask.shape[1] > stored + tokens.shape[1] and self.adapter.has_prompt_tokens:
             raise ValueError(
                 f"the attention_mask has {mask.shape[1]} positions, but the cache holds {stored} of a reduced prompt "
                 f"and the call adds {tokens.shape[1]}; shorten the part of the prompt with "
                 "tokenprune.align(attention_mask, run.rows), or use generate"
             )
 
-    def _positions(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
-        """Return the position ids of the reduced prompt; None if `generate` counts them."""
+    def _compute_position_ids(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
+        """Return the position ids of the reduced prompt, `[..., rows, width]`; None if `generate` computes them."""
         if self.reducer.positions == "reindex":
             return None if generating else self.adapter.counted_positions(rows.mask)
         position_ids = inputs.get("position_ids")
         full = self.adapter.positions(inputs, generating) if position_ids is None else torch.as_tensor(position_ids)
-        return kept_positions(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
+        return gather_position_ids(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
 
-    def _with_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:
-        """Return the images with the signal that replaces CLS attention, and the FLOPs of a second model."""
-        look, needs = self.reducer.attention, self.reducer.needs
+    def _add_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:
+        """Return the images with the signal that replaces CLS attention, and the FLOPs of the saliency model."""
+        source, needs = self.reducer.attention, self.reducer.needs
         count = len(encoding.images) // encoding.repeats
         unique = encoding.images[:count]
-        if not isinstance(look, SaliencyModel) or not attention_layers(needs):
+        if not isinstance(source, SaliencyModel) or not list_attention_layers(needs):
             return [with_cls_substitute(image, needs, self.signal) for image in unique] * encoding.repeats, 0
-        tiles = self.adapter.tiles(encoding.inputs, [image.geometry for image in unique])
-        is_set = look.image_mean is not None and look.image_std is not None
-        mean, std = (look.image_mean, look.image_std) if is_set else self.adapter.pixel_mean_std()
+        tiles = self.adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
+        is_set = source.image_mean is not None and source.image_std is not None
+        mean, std = (source.image_mean, source.image_std) if is_set else self.adapter.pixel_mean_std()
         images, total = [], 0
         for image, pixels in zip(unique, tiles, strict=True):
-            center, spread = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
-            visible, flops = with_saliency(image, look, (pixels.float() * spread + center).clamp(0, 1), needs)
-            images.append(visible)
+            shift, scale = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+            colors = (pixels.float() * scale + shift).clamp(0, 1)
+            salient, flops = with_saliency(image, source, colors, needs)
+            images.append(salient)
             total += flops
         return images * encoding.repeats, total
 
-    def _with_questions(
+    def _add_questions(
         self, images: list[EncodedImage], inputs: Mapping[str, Any], placeholders: Tensor, lengths: list[int]
     ) -> list[EncodedImage]:
-        """Return the images with the question of their prompt row, if the strategy reads it.
+        """Return the images with the question signals of their prompt row; unchanged if the strategy reads none.
 
         Raises:
-            ValueError: if there is no question, or not one per row.
+            ValueError: if a prompt row has no question, or the number of questions differs from the number of rows.
         """
         needs = [signal for signal in self.reducer.needs if signal.kind in TEXT_SIGNALS]
         if not needs:
             return images
         row_of = placeholders.nonzero()[:, 0].cpu()
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(dim=0)
-        questions = self._questions(inputs, len(placeholders))
+        questions = self._read_questions(inputs, len(placeholders))
         vectors = {
             text: self.adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)
         }
-        with_text: dict[tuple[EncodedImage, str], EncodedImage] = {}
+        images_with_question: dict[tuple[EncodedImage, str], EncodedImage] = {}
         for image, row in zip(images, row_of[starts].tolist(), strict=True):
             text = questions[row]
-            if (image, text) not in with_text:
+            if (image, text) not in images_with_question:
                 signals = {
                     (signal.kind, layer): vectors[text][signal.kind]
                     for signal in needs
                     for layer in resolve_layers(signal.layer, image.layers, image.feature_layer)
                 }
-                with_text[image, text] = image.with_signals(signals)
-        return [with_text[i, questions[r]] for i, r in zip(images, row_of[starts].tolist(), strict=True)]
+                images_with_question[image, text] = image.with_signals(signals)
+        return [images_with_question[i, questions[r]] for i, r in zip(images, row_of[starts].tolist(), strict=True)]
 
-    def _questions(self, inputs: Mapping[str, Any], rows: int) -> list[str]:
+    def _read_questions(self, inputs: Mapping[str, Any], rows: int) -> list[str]:
         """Return the question of each prompt row."""
         if self.question is not None:
             questions = [self.question] * rows if isinstance(self.question, str) else list(self.question)
@@ -434,13 +444,13 @@ class Pipeline:
         for row, text in enumerate(questions):
             if not text.strip():
                 raise ValueError(
-                    f"prompt row {row} holds no question beside its images, and {type(self.reducer).__name__} reads "
-                    "it; attach with reducer(model, question=...)"
+                    f"prompt row {row} holds no question besides its images, but {type(self.reducer).__name__} reads "
+                    "the question; attach with reducer(model, question=...)"
                 )
         return questions
 
     def _pad_token_id(self) -> int:
-        """Return an id for padding; it is masked, so any id except the placeholder's is valid."""
+        """Return the id for padding: positions are masked, so any id except the image placeholder is valid."""
         model = self.adapter.model
         for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
             pad = getattr(config, "pad_token_id", None)
@@ -450,12 +460,12 @@ class Pipeline:
 
 
 def mark_caches(values: Any) -> None:
-    """Mark the key-value caches among inputs or outputs of a call: they hold a reduced prompt.
+    """Mark the key-value caches in the inputs or outputs of a call as caches of a reduced prompt.
 
-    The mark stays on the cache object and its copies, also in a later block.
+    The mark remains on the cache object and its copies after the block.
 
     Args:
-        values: a mapping or a tuple; other values are left alone.
+        values: a mapping or a tuple; values of other types are ignored.
     """
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
     for item in items:
@@ -463,8 +473,8 @@ def mark_caches(values: Any) -> None:
             item.holds_reduced_prompt = True  # type: ignore[attr-defined]
 
 
-def reduced_cache(inputs: Mapping[str, Any]) -> Any:
-    """Return the filled key-value cache of a call that holds a reduced prompt; None if there is none.
+def find_reduced_cache(inputs: Mapping[str, Any]) -> Any:
+    """Return the key-value cache of a call if it holds a reduced prompt, else None.
 
     Args:
         inputs: keyword inputs of `forward` or `generate`.
@@ -474,55 +484,55 @@ def reduced_cache(inputs: Mapping[str, Any]) -> Any:
     return cache if is_reduced else None
 
 
-def missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
-    """Return the kinds of signals that a strategy needs and a model does not provide.
+def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
+    """Return the sorted kinds of signals that a strategy needs and a model does not provide.
 
     Args:
         reducer: the strategy.
         adapter: the adapter of the model.
     """
-    needs = read_from(reducer.needs, attention_source(reducer.attention, adapter.provides))
+    needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
     return sorted({signal.kind for signal in needs} - adapter.provides)
 
 
-def lacking(reducer: TokenReducer, adapter: Adapter) -> str | None:
-    """Return a sentence about what a strategy needs and a model does not provide; None if nothing is missing.
+def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return a message about the signals that a model does not provide for a strategy; None if it provides all.
 
     Args:
         reducer: the strategy.
         adapter: the adapter of the model.
     """
     name = type(reducer).__name__
-    if missing := missing_signals(reducer, adapter):
-        needs = read_from(reducer.needs, attention_source(reducer.attention, adapter.provides))
+    if missing := list_missing_signals(reducer, adapter):
+        needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
         return (
             f"{name} needs {', '.join(sorted({signal.kind for signal in needs}))}, but {type(adapter.model).__name__} "
             f"with this vision tower provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
         )
     if reducer.text_model is None and reducer.reads_question:
         return (
-            f"{name} reads the question, which takes the text tower that belongs to the vision "
+            f"{name} reads the question, which requires the text tower that belongs to the vision "
             "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
             "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
         )
     return None
 
 
-def attention_name(reducer: TokenReducer, adapter: Adapter) -> str | None:
-    """Return where the attention comes from that a strategy reads as CLS attention; None if it reads none.
+def describe_attention(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return the name of the source that a strategy reads as CLS attention; None if it reads no CLS attention.
 
     Args:
         reducer: the strategy.
         adapter: the adapter of the model.
     """
-    if not attention_layers(reducer.needs):
+    if not list_attention_layers(reducer.needs):
         return None
-    look = reducer.attention
-    return look.name if isinstance(look, SaliencyModel) else attention_source(look, adapter.provides)
+    source = reducer.attention
+    return source.name if isinstance(source, SaliencyModel) else resolve_attention_source(source, adapter.provides)
 
 
-def reduce_once(reducer: TokenReducer, images: Sequence[EncodedImage]) -> list[Selection]:
-    """Return the selection of each image; an image that is listed several times is reduced once.
+def reduce_unique_images(reducer: TokenReducer, images: Sequence[EncodedImage]) -> list[Selection]:
+    """Return the selection of each image; an image that occurs several times is reduced once.
 
     Args:
         reducer: the strategy.
@@ -533,25 +543,25 @@ def reduce_once(reducer: TokenReducer, images: Sequence[EncodedImage]) -> list[S
 
 
 def call_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
-    """Generate with a model as it is: unmodified for a baseline, or with an attached strategy.
+    """Return ``model.generate(**inputs, **options)``, with the strategy that is attached to the model, if any.
 
     Args:
         model: the model.
         inputs: keyword arguments of `generate`.
-        options: more of them.
+        options: more keyword arguments of `generate`.
     """
     return model.generate(**inputs, **options)
 
 
 @contextmanager
-def counted_encodes(adapter: Adapter) -> Iterator[list[int]]:
+def count_encodes(adapter: Adapter) -> Iterator[list[int]]:
     """Count the passes through the vision tower inside the block.
 
     Args:
         adapter: the adapter of the model.
 
     Yields:
-        A list of one number, the passes so far; it stays 0 if the adapter has no `tower`.
+        A list with one number: the passes so far. If the adapter has no `tower`, the number remains 0.
     """
     passes = [0]
 
@@ -567,16 +577,16 @@ def counted_encodes(adapter: Adapter) -> Iterator[list[int]]:
             hook.remove()
 
 
-def inferred_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, default: Any) -> Tensor | None:
-    """Return the attention mask that `generate` infers from padding, `[rows, length]`; None if it infers none.
+def infer_attention_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, default: Any) -> Tensor | None:
+    """Return the attention mask that `generate` infers from padding, `[rows, length]`; None if it infers no mask.
 
-    As in transformers: positions with the pad token are masked, if it differs from every end token.
+    As in transformers, positions with the pad token are masked if the pad token differs from every end token.
 
     Args:
         ids: prompts, `[rows, length]`.
         inputs: keyword arguments of `generate`; ``pad_token_id`` and ``eos_token_id`` have precedence.
         config: the generation config of the call.
-        default: that of the model.
+        default: the generation config of the model.
     """
     pad, eos = (
         next((v for v in (inputs.get(n), getattr(config, n, None), getattr(default, n, None)) if v is not None), None)
@@ -588,6 +598,6 @@ def inferred_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, default: 
     return (ids != int(pad)).long()
 
 
-def _row_lengths(mask: Tensor) -> list[int]:
+def _count_row_tokens(mask: Tensor) -> list[int]:
     lengths: list[int] = mask.bool().sum(dim=1).tolist()
     return lengths

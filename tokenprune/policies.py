@@ -1,11 +1,13 @@
-"""The kinds of parts a strategy is made of: allocation, selection, merging, relevance and output order."""
+"""Base classes of the components of a strategy: allocation, selection, merging, relevance and output order."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -15,16 +17,45 @@ from tokenprune.selection import top_per_tile
 
 
 class Configurable:
-    """A dataclass whose fields are its whole configuration: named by class on the command line, in YAML and records."""
+    """Base of dataclasses whose fields are their whole configuration.
+
+    The command line, YAML files and records name such an object by its class.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the options when the object is created.
+
+        Raises:
+            ValueError: if the value of a `Literal` field is not one of its values.
+        """
+        for name, allowed in _literal_fields(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+
+@cache
+def _literal_fields(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Return the allowed values of the `Literal` fields of a class by name."""
+    allowed = {}
+    for base in reversed(cls.__mro__):
+        for name, annotation in vars(base).get("__annotations__", {}).items():
+            if isinstance(annotation, str):
+                try:
+                    annotation = eval(annotation, vars(sys.modules[base.__module__]))
+                except Exception:  # a name that exists for type checkers only; it is no `Literal`
+                    annotation = None
+            allowed[name] = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return {name: values for name, values in allowed.items() if values}
 
 
 @dataclass
 class Component(Configurable):
-    """A part of a strategy."""
+    """A component of a strategy."""
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The signals that this part reads."""
+        """The signals that this component reads."""
         return ()
 
 
@@ -33,50 +64,55 @@ class AllocationPolicy(Component, ABC):
     """Divides the budget of an image over its tiles."""
 
     pools_tiles: ClassVar[bool] = False
-    """Whether tiles do not matter: the selection then sees one sequence (`EncodedImage.in_packed_order`)."""
+    """Whether all tiles share one budget; the selection then reads one sequence (`EncodedImage.flatten_tiles`)."""
 
     @abstractmethod
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Return the tokens that each tile may keep.
+        """Return the number of tokens that each tile may keep.
 
         Args:
             image: the encoded image.
-            total: tokens to divide.
-            capacity: most tokens that each tile can keep, `[tiles]`.
-            scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
+            total: number of tokens to divide.
+            capacity: largest number of tokens that each tile can keep, `[tiles]`.
+            scores: scores of the selection, `[tiles, tokens]`; `-inf` for tokens that may not be kept.
 
         Returns:
-            Tokens per tile, base tile first, `[tiles]`; never above `capacity`.
+            Number of tokens per tile, base tile first, `[tiles]`; at most `capacity`.
         """
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return in which proportion the tiles share the budget, float64 `[tiles]`, without reading a number.
+        """Return the relative share of each tile in the budget, float64 `[tiles]`, by tensor operations only.
 
-        Policies that can be part of one compiled graph (`ComponentReducer.mask`) write it.
+        Implemented by policies that support one compiled graph (`ComponentReducer.mask`).
 
         Args:
             image: the encoded image.
-            capacity: most tokens that each tile can keep, `[tiles]`.
-            scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
+            capacity: largest number of tokens that each tile can keep, `[tiles]`.
+            scores: scores of the selection, `[tiles, tokens]`; `-inf` for tokens that may not be kept.
+
+        Raises:
+            NotImplementedError: if the policy does not support compiled graphs.
         """
-        raise NotImplementedError(f"{self!r} does not say its shares in tensors, so it is part of no compiled graph")
+        raise NotImplementedError(
+            f"{self!r} does not compute its shares as tensors, so it is part of no compiled graph"
+        )
 
 
 @dataclass
 class SelectionPolicy(Component, ABC):
-    """Chooses tokens inside a tile."""
+    """Selects tokens inside each tile."""
 
     @abstractmethod
     def score(self, image: EncodedImage) -> Tensor:
-        """Return how much each token is worth, `[tiles, tokens]`; the larger the better."""
+        """Return the score of each token, `[tiles, tokens]`; larger scores are kept first."""
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Return the kept tokens, bool `[tiles, tokens]`. Methods that do more than rank scores override this.
+        """Return the kept tokens, bool `[tiles, tokens]`; by default the tokens with the largest scores of each tile.
 
         Args:
             image: the encoded image.
-            scores: what `score` returned, `[tiles, tokens]`.
-            budgets: tokens to keep in each tile, `[tiles]`.
+            scores: the result of `score`, `[tiles, tokens]`.
+            budgets: number of tokens to keep in each tile, `[tiles]`.
             candidates: tokens that may be kept, bool `[tiles, tokens]`.
         """
         return top_per_tile(scores, budgets, candidates)
@@ -84,30 +120,30 @@ class SelectionPolicy(Component, ABC):
 
 @dataclass
 class RelevancePolicy(Component, ABC):
-    """Says how much each token has to do with the question; allocations and selections can be given one."""
+    """Computes the relevance of each token to the question; allocations and selections can contain a policy."""
 
     @abstractmethod
     def relevance(self, image: EncodedImage) -> Tensor:
-        """Return the relevance of each token, `[tiles, tokens]`; the larger the better."""
+        """Return the relevance of each token, `[tiles, tokens]`; larger values are more relevant."""
 
 
 class Merged(NamedTuple):
-    """What a merging policy makes of the tokens that a selection picked.
+    """The result of a merging policy.
 
     Args:
-        made: which tokens merging adds to the picked ones, `[tiles, tokens]`: 0 for none, else the number of its kind
-            (1, 2, ...). A merged token stands in the place of a token that was not picked.
-        weights: every output token as a weighted sum, `[tiles, tokens, sources]`: row ``[tile, place]`` belongs to the
-            token that stands there (other rows do not matter), columns are the tokens of the same tile. One more column
-            is the CLS token of the tile, before the projector only.
+        kind: the tokens that merging adds to the picked tokens, `[tiles, tokens]`: 0 for no merged token, else the
+            number of its kind (1, 2, ...). A merged token has the position of a token that was not picked.
+        weights: weights of every output token as a weighted sum, `[tiles, tokens, sources]`. Row ``[tile, token]``
+            belongs to the output token at that position; rows without an output token are ignored. Columns are the
+            tokens of the same tile. Before the projector, an additional last column can be the CLS token of the tile.
     """
 
-    made: Tensor
+    kind: Tensor
     weights: Tensor
 
 
 def identity_weights(picked: Tensor) -> Tensor:
-    """Return the weights of tokens that stay what they are, `[tiles, tokens, tokens]`.
+    """Return weights that leave every token unchanged, `[tiles, tokens, tokens]`.
 
     Args:
         picked: any mask of the image, `[tiles, tokens]`.
@@ -117,17 +153,20 @@ def identity_weights(picked: Tensor) -> Tensor:
 
 @dataclass
 class MergingPolicy(Component, ABC):
-    """Lets dropped tokens live on in others. If an image drops none and nothing is reserved, it is not asked."""
+    """Merges dropped tokens into kept ones. Skipped if no token is dropped and none is reserved."""
 
     before_projector: ClassVar[bool] = False
-    """Whether features are mixed before the projector (declare the signal ``"projector_inputs"`` then) or after it."""
+    """Whether features are mixed before the projector instead of after it; then `needs` must contain the signal
+    ``"projector_inputs"``."""
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return how many tokens of each tile's budget merging makes by itself; the selection picks the others.
+        """Return the number of merged tokens in the budget of each tile, `[tiles]`.
+
+        The selection picks the remaining tokens of the budget.
 
         Args:
-            budgets: tokens granted to each tile, `[tiles]`.
-            room: candidates in each tile, `[tiles]`; a tile whose budget is as large drops nothing.
+            budgets: number of tokens granted to each tile, `[tiles]`.
+            room: number of candidates in each tile, `[tiles]`; a tile drops nothing if its budget is as large.
         """
         return torch.zeros_like(budgets)
 
@@ -139,24 +178,24 @@ class MergingPolicy(Component, ABC):
 
         Args:
             image: the encoded image.
-            scores: the selection's scores, `[tiles, tokens]`; `-inf` where a token may not be kept.
-            picked: what the selection picked, bool `[tiles, tokens]`.
-            reserved: tokens to make in each tile, `[tiles]`.
-            candidates: tokens that may be kept, and be merged into others, bool `[tiles, tokens]`.
+            scores: scores of the selection, `[tiles, tokens]`; `-inf` for tokens that may not be kept.
+            picked: the tokens that the selection picked, bool `[tiles, tokens]`.
+            reserved: number of merged tokens to create in each tile, `[tiles]`.
+            candidates: tokens that may be kept or merged into other tokens, bool `[tiles, tokens]`.
         """
 
 
 @dataclass
 class OrderPolicy(Component, ABC):
-    """Says in which order the tokens of an image enter the LLM; without one they keep the model's packed order."""
+    """Defines the order in which the tokens of an image enter the LLM, in place of the packed order of the model."""
 
     @abstractmethod
-    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, made: Tensor) -> Tensor:
-        """Return sort keys, `[tiles, tokens]`: the smallest comes first, equal ones keep the packed order.
+    def rank(self, image: EncodedImage, scores: Tensor, kept: Tensor, kind: Tensor) -> Tensor:
+        """Return sort keys, `[tiles, tokens]`: the smallest key comes first; equal keys keep the packed order.
 
         Args:
             image: the encoded image.
-            scores: the selection's scores, `[tiles, tokens]`.
-            kept: kept tokens, merged ones included, bool `[tiles, tokens]`.
-            made: which of them merging made, by kind, 0 for none, `[tiles, tokens]`.
+            scores: scores of the selection, `[tiles, tokens]`.
+            kept: kept tokens including merged tokens, bool `[tiles, tokens]`.
+            kind: the kind of each merged token (`Merged.kind`), 0 for tokens that are not merged, `[tiles, tokens]`.
         """

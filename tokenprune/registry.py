@@ -1,4 +1,4 @@
-"""Names: finds classes that are shipped, installed as plug-ins, or in a user's file."""
+"""Finds classes by name: in the package, in installed plug-ins, or in a Python file of the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -18,28 +18,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def kebab(name: str) -> str:
+def to_kebab_case(name: str) -> str:
     """Return the kebab-case alias of a class name: `TopNorm` is `top-norm`, `HiRED` is `hired`."""
     return re.sub(r"(?<=[A-Za-z0-9])(?=[A-Z][a-z0-9])", "-", name).lower()
 
 
-def _aliases(name: str) -> set[str]:
-    return {name, name.lower(), kebab(name), kebab(name).replace("-", "_")}
+def _list_aliases(name: str) -> set[str]:
+    return {name, name.lower(), to_kebab_case(name), to_kebab_case(name).replace("-", "_")}
 
 
-def _modules(package: str) -> Iterator[ModuleType]:
-    """Import the modules of a package and of its `components` folder; other sub-packages are left alone."""
+def _import_modules(package: str) -> Iterator[ModuleType]:
+    """Import and yield the modules of a package and of its `components` folder; other sub-packages are skipped."""
     root = importlib.import_module(package)
     yield root
     for info in pkgutil.iter_modules(root.__path__, f"{package}."):
         if not info.ispkg:
             yield importlib.import_module(info.name)
         elif info.name.endswith(".components"):
-            yield from _modules(info.name)
+            yield from _import_modules(info.name)
 
 
-def concrete_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
-    """Return the concrete subclasses of a base that a module itself defines."""
+def list_concrete_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
+    """Return the concrete subclasses of ``base`` that are defined in a module; imported classes are not included."""
     return [
         member
         for member in vars(module).values()
@@ -51,52 +51,65 @@ def concrete_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
     ]
 
 
-def collect(package: str, base: type[T]) -> Mapping[str, type[T]]:
-    """Return all classes of a kind by name: those of the package, then those of entry points.
+def collect_classes(package: str, base: type[T]) -> Mapping[str, type[T]]:
+    """Return all subclasses of ``base`` by name, from the package and from entry points.
 
     Raises:
         ValueError: if two classes have the same name.
     """
-    found: dict[str, type[T]] = {}
-    classes = [member for module in _modules(package) for member in concrete_classes(module, base)]
+    classes: dict[str, type[T]] = {}
+    members = [member for module in _import_modules(package) for member in list_concrete_classes(module, base)]
     for point in entry_points(group=package):
         loaded = point.load()
         if inspect.isclass(loaded) and issubclass(loaded, base):
-            classes.append(loaded)
-    for member in classes:
-        other = found.setdefault(member.__name__, member)
-        if other is not member:
+            members.append(loaded)
+    for member in members:
+        registered = classes.setdefault(member.__name__, member)
+        if registered is not member:
             raise ValueError(
-                f"two classes are called {member.__name__}: {other.__module__} and {member.__module__}; rename one"
+                f"two classes are called {member.__name__}: {registered.__module__} and {member.__module__}; "
+                "rename one class"
             )
-    return found
+    return classes
 
 
-def lookup(name: str, known: Mapping[str, type[T]], what: str) -> type[T]:
-    """Return the class of a name.
+def find_class(name: str, classes: Mapping[str, type[T]], label: str) -> type[T]:
+    """Return the class with a name.
 
     Args:
         name: class name, its kebab-case alias, or ``file.py:Class``.
-        known: classes by name.
-        what: what is looked for, for the error.
+        classes: the registered classes by name.
+        label: the kind of class in the error, such as ``"strategy"``.
 
     Raises:
-        LookupError: if there is no such class; the error names the nearest ones.
+        LookupError: if there is no such class; the message lists the most similar names.
     """
     if ".py:" in name:
-        from_file: type[T] = load_from_file(name)
-        return from_file
-    for class_name, member in known.items():
-        if name in _aliases(class_name):
+        member: type[T] = load_from_file(name)
+        return member
+    for class_name, member in classes.items():
+        if name in _list_aliases(class_name):
             return member
-    spelt = {known_name.lower(): known_name for known_name in known}
-    near = [spelt[found] for found in difflib.get_close_matches(name.lower(), spelt, n=2, cutoff=0.6)]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise LookupError(f"no {what} is called {name!r}.{hint} Known: {', '.join(sorted(known))}")
+    by_lowercase = {class_name.lower(): class_name for class_name in classes}
+    matches = difflib.get_close_matches(name.lower(), by_lowercase, n=2, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(by_lowercase[match] for match in matches)}?" if matches else ""
+    raise LookupError(f"no {label} is called {name!r}.{hint} Known: {', '.join(sorted(classes))}")
+
+
+def suggest_name(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the hint ``" (did you mean NAME?)"`` with the most similar name, or an empty text if no name is similar.
+
+    Args:
+        name: the unknown name.
+        names: the valid names.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def load_from_file(reference: str) -> Any:
-    """Return a class from a user's file.
+    """Return a class from a Python file of the user.
 
     Args:
         reference: ``path/to/file.py:Class``.
@@ -106,15 +119,19 @@ def load_from_file(reference: str) -> Any:
     """
     path, _, class_name = reference.rpartition(":")
     module = load_module(path)
-    found = vars(module).get(class_name)
-    if not inspect.isclass(found):
-        own = [name for name, one in vars(module).items() if inspect.isclass(one) and one.__module__ == module.__name__]
-        raise LookupError(f"{path} has no class {class_name!r}; it has {', '.join(own) or 'no class at all'}")
-    return found
+    member = vars(module).get(class_name)
+    if not inspect.isclass(member):
+        names = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        raise LookupError(f"{path} has no class {class_name!r}; it has {', '.join(names) or 'no class at all'}")
+    return member
 
 
 def load_module(path: str) -> ModuleType:
-    """Import a user's file, once.
+    """Return the module of a Python file of the user, imported only once.
 
     Args:
         path: the Python file.

@@ -1,4 +1,4 @@
-"""The record of what an attached strategy did: selections, account and kept positions. It holds no model."""
+"""The record of an attached strategy: selections, account and kept positions. It holds no reference to the model."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
 
 DRAWABLE = 8
-"""The first images of a run keep their pixels, scores and mixing matrices."""
+"""The number of first images of a run that keep their pixels, scores and mixing matrices."""
 
 
 class Run:
     """The record of the calls inside a block.
 
-    Memory is bounded: the first `DRAWABLE` selections are complete, later ones are on the CPU without scores and mixing
-    matrices, and only the last `HISTORY` selections are kept. Totals of the account cover all calls.
+    Memory is bounded. The first `DRAWABLE` selections are complete; later selections are stored on the CPU without
+    scores and mixing matrices. Only the last `HISTORY` selections are kept. Totals of the account cover all calls.
 
     Args:
         strategy: name of the strategy.
         llm: the shape of the language model.
-        attention: where the attention comes from that the strategy reads as CLS attention; None if it reads none.
+        attention: the source that the strategy reads as CLS attention; None if it reads no CLS attention.
     """
 
     def __init__(self, strategy: str, llm: LLMShape, attention: str | None = None) -> None:
         self.strategy = strategy
         self.attention = attention
-        """Where the attention comes from that the strategy reads as CLS attention; None if it reads none."""
+        """The source that the strategy reads as CLS attention; None if it reads no CLS attention."""
         self.selections: list[Selection] = []
         """One selection per image, in the order of the calls."""
         self.account = TokenAccount(llm, attention=attention)
         """Tokens, cache bytes and FLOPs of all calls."""
         self.rows: Rows | None = None
-        """The positions of the full prompt that remained in the last call; None before the first."""
+        """The positions of the full prompt that remained in the last call; None before the first call."""
 
     @property
     def drawable(self) -> int:
-        """How many of the next images keep their pixels."""
+        """Number of following images that keep their pixels."""
         return max(0, DRAWABLE - self.account.image_count)
 
     def add(
@@ -46,19 +46,19 @@ class Run:
         selections: Sequence[Selection],
         rows: Rows,
         lengths: Sequence[tuple[int, int]],
-        second_look_flops: int = 0,
+        saliency_flops: int = 0,
     ) -> None:
         """Record one call.
 
         Args:
-            selections: one per image.
-            rows: the positions that remain.
-            lengths: tokens of each prompt row as (full, reduced), padding not counted.
-            second_look_flops: FLOPs of a second model that read the images.
+            selections: one selection per image.
+            rows: the positions of the full prompt that remain.
+            lengths: number of tokens of each prompt row without padding, as (full, reduced).
+            saliency_flops: FLOPs of the saliency model.
         """
         complete = self.drawable
         self.account.add(selections, lengths)
-        self.account.second_look_flops += second_look_flops
+        self.account.saliency_flops += saliency_flops
         self.rows = rows.cpu()
         self.selections += [s if number < complete else s.compact() for number, s in enumerate(selections)]
         del self.selections[:-HISTORY]

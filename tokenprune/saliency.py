@@ -1,9 +1,13 @@
-"""What stands in for the attention of a CLS token: many vision towers have none.
+"""Sources of saliency for vision towers without a CLS token.
 
-A strategy asks for ``"cls_attention"``. In a tower without a CLS token the attention that each token receives from all
-others takes its place, as VisionZip does for SigLIP (Yang et al., CVPR 2025, arXiv 2412.04467), or the attention of the
-probe with which SigLIP's head pools its tokens, or a second model looks at the same tiles. What was read is said by
-`Run.attention`.
+A strategy requires the signal ``"cls_attention"``. If the tower has no CLS token, a substitute is read:
+
+* the attention that each token receives from the other tokens, as VisionZip uses for SigLIP (Yang et al., CVPR 2025,
+  arXiv 2412.04467);
+* the attention of the query in SigLIP's pooling head;
+* the attention of a saliency model on the same tiles.
+
+`Run.attention` stores the source.
 """
 
 from __future__ import annotations
@@ -23,25 +27,26 @@ from tokenprune.layers import LayerChoice, resolve_layers
 from tokenprune.policies import Component
 
 Attention: TypeAlias = Literal["auto", "cls", "received", "pooling"]
-"""Where attention over the tokens of a tile comes from; ``"auto"``: CLS if there is one, else what tokens receive."""
+"""The source of attention over the tokens of a tile; ``"auto"`` is CLS attention if available, else received attention.
+"""
 SOURCES: Mapping[str, str] = {
     "cls": "cls_attention",
     "received": "received_attention",
     "pooling": "pooling_attention",
 }
-"""The signal that each choice reads."""
-SECOND_LOOK = "saliency_model"
-"""Stands for the signal if a second model is read."""
+"""The kind of signal that each source reads."""
+SALIENCY_SOURCE = "saliency_model"
+"""The source if a saliency model replaces the signals of the vision tower."""
 
 
 class SaliencyOutput(NamedTuple):
-    """What a second model attends to.
+    """The attention of a saliency model over the tokens of an image.
 
     Args:
-        rows: its CLS attention by layer, `[tiles, heads, tokens]` each.
-        layers: number of its layers.
-        feature_layer: index of the layer that is meant by ``"feature"``.
-        flops: what looking took.
+        rows: CLS attention by layer of the saliency model, `[tiles, heads, tokens]` each.
+        layers: number of layers of the saliency model.
+        feature_layer: index of the layer that the choice ``"feature"`` selects.
+        flops: FLOPs of the forward passes.
     """
 
     rows: Mapping[int, Tensor]
@@ -52,75 +57,78 @@ class SaliencyOutput(NamedTuple):
 
 @dataclass
 class SaliencyModel(Component, ABC):
-    """A second model that looks at the same tiles; its attention is read in place of the vision tower's.
+    """A second model that encodes the same tiles; its attention replaces the CLS attention of the vision tower.
 
     Args:
-        image_mean: mean of the colors with which the VLM's processor normalizes images. Left out, mean and deviation
-            are read from the processor's file in the VLM's own folder or hub id.
-        image_std: standard deviation of the colors, likewise.
+        image_mean: mean of the colors with which the processor of the VLM normalizes images. By default, mean and
+            standard deviation are read from the processor file in the folder or hub id of the VLM.
+        image_std: standard deviation of the colors.
     """
 
     image_mean: list[float] | None = field(default=None, kw_only=True)
     image_std: list[float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options once."""
+        """Check the options when the model is created."""
+        super().__post_init__()
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std belong together; give both or none")
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the records call it."""
+        """The name of the model in records."""
 
     @abstractmethod
-    def look(self, images: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]) -> SaliencyOutput:
-        """Return what the model attends to.
+    def compute_attention(
+        self, images: Tensor, token_grid: tuple[int, int], layers: Sequence[LayerChoice]
+    ) -> SaliencyOutput:
+        """Return the attention of the model over the tokens of one image.
 
         Args:
-            images: the tiles of one image, colors from 0 to 1, `[tiles, 3, height, width]`.
+            images: the tiles of the image, colors from 0 to 1, `[tiles, 3, height, width]`.
             token_grid: height x width of the tokens of a tile.
-            layers: the layers to read, to be resolved on the depth of this model.
+            layers: the layers to read, resolved against the depth of this model.
         """
 
 
-def attention_source(choice: Attention | SaliencyModel, provides: Collection[str]) -> str:
-    """Return the kind of signal that a strategy is given as ``"cls_attention"``, or `SECOND_LOOK`.
+def resolve_attention_source(choice: Attention | SaliencyModel, provides: Collection[str]) -> str:
+    """Return the kind of signal that a strategy reads as ``"cls_attention"``, or `SALIENCY_SOURCE`.
 
     Args:
-        choice: what the strategy's `attention` says.
-        provides: kinds of signals that the model gives.
+        choice: the `attention` of the strategy.
+        provides: kinds of signals that the model provides.
     """
     if isinstance(choice, SaliencyModel):
-        return SECOND_LOOK
+        return SALIENCY_SOURCE
     if choice == "auto":
-        return next((SOURCES[one] for one in ("cls", "received") if SOURCES[one] in provides), SOURCES["cls"])
+        return next((SOURCES[name] for name in ("cls", "received") if SOURCES[name] in provides), SOURCES["cls"])
     return SOURCES[choice]
 
 
-def read_from(needs: Sequence[Signal], source: str) -> list[Signal]:
-    """Return the signals to capture in the vision tower so that `source` can stand in for CLS attention.
+def resolve_needs(needs: Sequence[Signal], source: str) -> list[Signal]:
+    """Return the signals to capture in the vision tower if `source` replaces CLS attention.
 
     Args:
-        needs: what a strategy declares.
-        source: kind of the signal that is read in place of ``"cls_attention"``, or `SECOND_LOOK`.
+        needs: the signals that a strategy declares.
+        source: the kind of signal that replaces ``"cls_attention"``, or `SALIENCY_SOURCE`.
     """
-    if source == SECOND_LOOK:
-        return [one for one in needs if one.kind != SOURCES["cls"]]
-    return [one._replace(kind=source) if one.kind == SOURCES["cls"] else one for one in needs]
+    if source == SALIENCY_SOURCE:
+        return [signal for signal in needs if signal.kind != SOURCES["cls"]]
+    return [signal._replace(kind=source) if signal.kind == SOURCES["cls"] else signal for signal in needs]
 
 
 def with_cls_substitute(image: EncodedImage, needs: Sequence[Signal], source: str) -> EncodedImage:
-    """Return an image whose CLS attention is the signal that stands in for it.
+    """Return an image whose CLS attention is read from another signal of the image.
 
     Args:
         image: the encoded image, with the signal captured.
-        needs: what the strategy declares.
-        source: kind of that signal; the image stays as it is if it is CLS attention itself.
+        needs: the signals that the strategy declares.
+        source: the kind of signal to read; if it is CLS attention itself, the image is returned unchanged.
     """
     layers = {
         layer
-        for choice in attention_layers(needs)
+        for choice in list_attention_layers(needs)
         for layer in resolve_layers(choice, image.layers, image.feature_layer)
     }
     if source == SOURCES["cls"] or not layers:
@@ -130,30 +138,30 @@ def with_cls_substitute(image: EncodedImage, needs: Sequence[Signal], source: st
 
 
 def with_saliency(
-    image: EncodedImage, look: SaliencyModel, images: Tensor, needs: Sequence[Signal]
+    image: EncodedImage, model: SaliencyModel, images: Tensor, needs: Sequence[Signal]
 ) -> tuple[EncodedImage, int]:
-    """Return an image whose CLS attention is that of a second model, and the FLOPs that it took.
+    """Return an image whose CLS attention is computed by a saliency model, and the FLOPs of that model.
 
     Args:
         image: the encoded image.
-        look: the second model.
+        model: the saliency model.
         images: the tiles of the image, colors from 0 to 1, base tile first, `[tiles, 3, height, width]`.
-        needs: what the strategy declares.
+        needs: the signals that the strategy declares.
     """
-    seen = look.look(images, image.geometry.token_grid, attention_layers(needs))
-    found = {(SOURCES["cls"], layer): rows for layer, rows in seen.rows.items()}
-    return image.with_signals(found, {SOURCES["cls"]: (seen.layers, seen.feature_layer)}), seen.flops
+    output = model.compute_attention(images, image.geometry.token_grid, list_attention_layers(needs))
+    signals = {(SOURCES["cls"], layer): rows for layer, rows in output.rows.items()}
+    return image.with_signals(signals, {SOURCES["cls"]: (output.layers, output.feature_layer)}), output.flops
 
 
-def attention_layers(needs: Sequence[Signal]) -> list[LayerChoice]:
-    """Return the layers of which a strategy reads CLS attention."""
+def list_attention_layers(needs: Sequence[Signal]) -> list[LayerChoice]:
+    """Return the layers from which a strategy reads CLS attention."""
     return [signal.layer for signal in needs if signal.kind == SOURCES["cls"]]
 
 
-def resampled(attention: Tensor, grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
-    """Lay attention over another grid: what each patch was paid is divided among the tokens there, so sums stay.
+def resample_attention(attention: Tensor, grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
+    """Resample attention from a grid of patches to a grid of tokens, so that the sum of each head is preserved.
 
-    Towards fewer rows or columns a token gets its share by area, towards more ones by linear interpolation.
+    Along an axis with more tokens than patches, attention is interpolated linearly. Otherwise it is divided by area.
 
     Args:
         attention: attention over patches in row-major order, `[tiles, heads, patches]`.
@@ -165,14 +173,14 @@ def resampled(attention: Tensor, grid: tuple[int, int], token_grid: tuple[int, i
     """
     if grid == token_grid:
         return attention
-    down, across = (_shares(old, new).to(attention) for old, new in zip(grid, token_grid, strict=True))
+    rows, cols = (_axis_shares(old, new).to(attention) for old, new in zip(grid, token_grid, strict=True))
     on_grid = rearrange(attention, "tiles heads (h w) -> tiles heads h w", h=grid[0])
-    laid = einsum(down, across, on_grid, "rows h, cols w, tiles heads h w -> tiles heads rows cols")
-    return rearrange(laid, "tiles heads rows cols -> tiles heads (rows cols)")
+    resampled = einsum(rows, cols, on_grid, "rows h, cols w, tiles heads h w -> tiles heads rows cols")
+    return rearrange(resampled, "tiles heads rows cols -> tiles heads (rows cols)")
 
 
-def _shares(old: int, new: int) -> Tensor:
-    """Return which share of each old cell goes to each new one along an axis, `[new, old]`; columns sum to 1."""
+def _axis_shares(old: int, new: int) -> Tensor:
+    """Return the share of each old cell in each new cell along one axis, `[new, old]`; columns sum to 1."""
     if new > old:
         shares = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].T
         return shares / shares.sum(dim=0)

@@ -1,7 +1,7 @@
-"""Stages: where in a model a strategy acts. A stage encodes the images of a call and returns the features that enter.
+"""Stages: the places in a model where a strategy acts.
 
-The pipeline calls the stage of its strategy; a stage is an object, so that a new one is one class and no comparison of
-names elsewhere.
+A stage encodes the images of a call and returns the features that enter the LLM. The pipeline calls the stage of its
+strategy. Stages are objects, so that a new stage adds one class and no comparison of names in other modules.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Stage(ABC):
         text_model: str | None,
         truncated: bool,
     ) -> Encoding:
-        """Return the images of a call as the strategy reads them.
+        """Return the encoding of the images of a call, as the strategy reads it.
 
         Args:
             adapter: the adapter of the model.
             inputs: the model inputs of the call.
             needs: the signals to capture.
-            keep_pixels: how many of the images keep their pixels for drawing.
+            keep_pixels: number of images that keep their pixels for drawing.
             text_model: the CLIP checkpoint whose projections align features with text.
-            truncated: whether only kept tokens have to pass the whole vision side.
+            truncated: whether the encoding may stop at the last required layer and complete only the kept tokens.
         """
 
     @abstractmethod
@@ -66,13 +66,13 @@ class Stage(ABC):
         Args:
             adapter: the adapter of the model.
             encoding: the encoding of the images.
-            images: the images as the strategy read them.
+            images: the images as the strategy reads them.
             selections: the selections of the strategy.
         """
 
 
 class ProjectorStage(Stage):
-    """Between the vision tower and the LLM: kept, mixed and ordered visual tokens enter."""
+    """Between the vision tower and the LLM: only kept, merged and ordered visual tokens enter the LLM."""
 
     name: ClassVar[str] = "projector"
 
@@ -85,7 +85,7 @@ class ProjectorStage(Stage):
         text_model: str | None,
         truncated: bool,
     ) -> Encoding:
-        """Run the vision side once, with the needed signals captured."""
+        """Run the vision tower and the projector once, and capture the needed signals."""
         return adapter.encode(inputs, needs, keep_pixels, text_model, truncated)
 
     def gather_features(
@@ -95,7 +95,7 @@ class ProjectorStage(Stage):
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
     ) -> list[Tensor]:
-        """Return kept tokens or their mixtures in the order of the selection, newline tokens in place."""
+        """Return kept tokens or their mixtures in the order of the selection; newline tokens keep their positions."""
         masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
         kept = encoding.gather_kept(masks)
         packed = encoding.packed if any(s.mixing is not None and not s.before_projector for s in selections) else None
@@ -110,7 +110,7 @@ class ProjectorStage(Stage):
             if selection.mixing is not None:
                 mixing = selection.mixing.to(features.device)
                 if packed is None or selection.before_projector:
-                    sources = projector_sources(image, mixing.shape[1])
+                    sources = gather_mixing_sources(image, mixing.shape[1])
                     tokens = adapter.project(mix(mixing, sources)).to(features.dtype)
                 else:
                     tokens = mix(mixing, selection.geometry.unpack(packed[number]).flatten(0, 1))
@@ -136,8 +136,8 @@ class ImageStage(Stage):
         text_model: str | None,
         truncated: bool,
     ) -> Encoding:
-        """Return the layouts of the images without features."""
-        return adapter.unencoded(inputs, keep_pixels)
+        """Return an encoding with the layouts of the images and without features."""
+        return adapter.build_unencoded(inputs, keep_pixels)
 
     def gather_features(
         self,
@@ -146,7 +146,7 @@ class ImageStage(Stage):
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
     ) -> list[Tensor]:
-        """Encode each image once at the resolution of its selection, and drop newline tokens if none is kept."""
+        """Return features encoded at the resolution of the selection, without newline tokens if none is kept."""
         count = len(encoding.images) // encoding.repeats
         grids = [selection.resized_grid for selection in selections[:count]]
         encoded = adapter.encode_resized(encoding.inputs, grids)
@@ -154,14 +154,14 @@ class ImageStage(Stage):
         for number, selection in enumerate(selections):
             grid, features = grids[number % count], encoded[number % count]
             if grid is not None and not selection.kept_newlines:
-                places = selection.geometry.resized(grid)[0].packed.to(features.device)
-                features = features[places != NEWLINE]
+                packed = selection.geometry.resized(grid)[0].packed.to(features.device)
+                features = features[packed != NEWLINE]
             out.append(features)
         return out
 
 
 def mix(mixing: Tensor, sources: Tensor) -> Tensor:
-    """Return mixtures of vectors, `[kept, width]`; computed in float32, since half precision sums them badly.
+    """Return mixtures of vectors, `[kept, width]`; computed in float32 because sums in half precision are inexact.
 
     Args:
         mixing: weights, `[kept, sources]`, sparse or dense.
@@ -170,26 +170,26 @@ def mix(mixing: Tensor, sources: Tensor) -> Tensor:
     return (mixing.to(torch.float32) @ sources.float()).to(sources.dtype)
 
 
-def projector_sources(image: EncodedImage, columns: int) -> Tensor:
-    """Return the vectors that a mixing matrix before the projector mixes, `[columns, width]`.
+def gather_mixing_sources(image: EncodedImage, columns: int) -> Tensor:
+    """Return the vectors that a mixing matrix combines before the projector, `[columns, width]`.
 
     Args:
         image: the encoded image.
-        columns: number of columns of the matrix: the tokens, or the tokens and the CLS tokens of the tiles.
+        columns: number of columns of the matrix: the tokens, optionally followed by the CLS token of each tile.
     """
     tokens = image.projector_inputs().flatten(0, 1)
     return tokens if columns == len(tokens) else torch.cat([tokens, image.cls_features("feature")[:, 0]])
 
 
-def entering_places(selection: Selection, mask: Tensor) -> Tensor:
-    """Return the packed position of each token in the order in which the tokens enter the LLM, `[kept]`.
+def compute_entry_positions(selection: Selection, mask: Tensor) -> Tensor:
+    """Return the packed positions of the kept tokens in the order in which they enter the LLM, `[kept]`.
 
     Args:
         selection: the selection of the image.
         mask: kept positions of the packed image, bool `[length]`.
     """
-    places = mask.nonzero()[:, 0]
+    positions = mask.nonzero()[:, 0]
     if selection.order is not None:
-        is_token = selection.geometry.packed.to(mask.device)[places] != NEWLINE
-        places[is_token] = places[is_token][selection.order.to(mask.device)]
-    return places
+        is_token = selection.geometry.packed.to(mask.device)[positions] != NEWLINE
+        positions[is_token] = positions[is_token][selection.order.to(mask.device)]
+    return positions

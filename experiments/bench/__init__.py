@@ -1,1 +1,1 @@
-"""What inference costs, phase by phase: plain transformers and reducers in turns, on one machine and in one run."""
+"""Measures the cost of inference by phase: plain transformers and reducers in turns, on one machine and in one run."""

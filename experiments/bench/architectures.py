@@ -1,6 +1,6 @@
-"""Real architectures without their weights: the configs of published checkpoints, shipped as `configs/models/*.json`.
+"""Loads real architectures without weights: configs of published checkpoints, shipped as `configs/models/*.json`.
 
-The cost of a model depends on its shape only. `docs/results/performance.md` lists the source of each config.
+The cost of a model depends only on its shape. `docs/explanation/benchmark-method.md` lists the source of each config.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
 
 
-def architectures() -> list[str]:
+def list_architectures() -> list[str]:
     """Return the names of all shipped architectures."""
     return sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
-def architecture(name: str, llm_layers: int | None = None) -> Any:
+def load_architecture(name: str, llm_layers: int | None = None) -> Any:
     """Return the transformers config of a published checkpoint.
 
     Args:
-        name: name of the architecture, as in `architectures`.
-        llm_layers: decoder layers to keep; all if left out.
+        name: name of the architecture, as in `list_architectures`.
+        llm_layers: number of decoder layers to keep; None keeps all.
 
     Raises:
-        LookupError: if there is no such architecture; the error names the nearest ones.
-        ValueError: if it does not have so many layers.
+        LookupError: if there is no such architecture; the error names the most similar names.
+        ValueError: if the number of layers is below 1 or larger than in the checkpoint.
     """
-    known = architectures()
-    if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise LookupError(f"no architecture is called {name!r}.{hint} Known: {', '.join(known)}")
+    names = list_architectures()
+    if name not in names:
+        matches = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(matches)}?" if matches else ""
+        raise LookupError(f"no architecture is called {name!r}.{hint} Known: {', '.join(names)}")
     values = json.loads((FOLDER / f"{name}.json").read_text())
     if llm_layers is not None:
         layers = values["text_config"]["num_hidden_layers"]
@@ -48,19 +48,19 @@ def architecture(name: str, llm_layers: int | None = None) -> Any:
     return AutoConfig.for_model(**values)
 
 
-def on_meta(config: Any, dtype: torch.dtype = torch.float16, attention: str = "eager") -> Any:
-    """Return a model of the config on the meta device: it has shapes and no numbers, so nothing is allocated.
+def build_meta_model(config: Any, dtype: torch.dtype = torch.float16, attention: str = "eager") -> Any:
+    """Return a model of the config on the meta device: it has shapes but no values, so no memory is allocated.
 
     Args:
         config: a transformers config.
-        dtype: what the weights would be stored in.
-        attention: name of the attention function, as transformers knows it.
+        dtype: data type of the weights.
+        attention: name of the attention function in transformers.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            # A copy: the model keeps the config and writes the name of the attention function into it.
+            # The model keeps the config and writes the name of the attention function into it; so pass a copy.
             model: Any = AutoModelForImageTextToText.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=attention
             )

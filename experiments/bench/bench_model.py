@@ -1,4 +1,4 @@
-"""What is measured: a model, real or with random weights at full size, and images and prompts for it."""
+"""Builds the measured model, from a checkpoint or with random weights at full size, and its images and prompts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter, find_adapter
-from tokenprune.experiments.bench.architectures import architecture, architectures
+from tokenprune.experiments.bench.architectures import list_architectures, load_architecture
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 
 QUESTION = "What is in the image?"
-"""What checkpoints are asked; models with random weights get random ids."""
-CUT = ("num_hidden_layers", "num_layers")
-"""Fields of a text config that say how many layers there are."""
+"""Question of the prompts for checkpoints. Models with random weights receive random token ids."""
+LAYER_COUNT_KEYS = ("num_hidden_layers", "num_layers")
+"""Keys of a text config that hold the number of layers."""
 
 Size = tuple[int, int]
 """Height x width of an image in pixels."""
@@ -34,16 +34,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class BenchModel:
-    """A model that can be measured.
+    """A model with its adapter and a function that prepares its inputs.
 
     Args:
-        name: what it was called.
+        name: name that the user passed.
         model: the model, on its device.
         adapter: its adapter.
         weights: ``"checkpoint"`` or ``"random"``.
-        layers: LLM layers that it has here.
-        full_layers: LLM layers that it should have.
-        prepare: makes model inputs of images, one prompt each.
+        layers: number of LLM layers of this model.
+        full_layers: number of LLM layers before any were removed.
+        prepare: returns the model inputs of images, with one prompt per image.
         processor: the processor of a checkpoint; None if the weights are random.
     """
 
@@ -57,7 +57,7 @@ class BenchModel:
     processor: Any = None
 
     def as_data(self) -> dict[str, Any]:
-        """Return what a result should say about the model."""
+        """Return the description of the model for a result, as plain data."""
         config = self.model.config
         return {
             "name": self.name,
@@ -66,7 +66,7 @@ class BenchModel:
             "llm_layers": self.layers,
             "llm_layers_full": self.full_layers,
             "cut": self.layers < self.full_layers,
-            "parameters": sum(one.numel() for one in self.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": {
                 "llm": config.get_text_config()._attn_implementation,
@@ -75,7 +75,7 @@ class BenchModel:
         }
 
 
-def subject(
+def load_bench_model(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
@@ -83,58 +83,61 @@ def subject(
     llm_layers: int | None = None,
     prompt_tokens: int = 32,
 ) -> BenchModel:
-    """Return a model to measure.
+    """Return a model with its adapter and its input function.
 
     Args:
-        name: `mini`, a checkpoint folder, a hub id, or for random weights a shipped architecture or a `config.json`.
+        name: `mini`, a checkpoint folder or a hub id; for random weights, a shipped architecture or a `config.json`.
         device: `auto` or a torch device.
         dtype: `auto` (float32 on a CPU; elsewhere the checkpoint's own, or bfloat16) or the name of a torch dtype.
-        attn: attention kernel as transformers calls it; its own choice if left out.
-        llm_layers: so many layers of the LLM; all if left out.
+        attn: name of the attention kernel in transformers; None uses the default of transformers.
+        llm_layers: number of LLM layers to keep; None keeps all.
         prompt_tokens: text tokens of a prompt if the weights are random.
 
     Raises:
-        ValueError: if something cannot be had; it says what and what to do.
-        TypeError: if no adapter knows the model.
+        ValueError: if an option is not valid; the error names the option and the valid values.
+        TypeError: if no adapter supports the model.
     """
     if llm_layers is not None and llm_layers < 1:
         raise ValueError(f"--llm-layers {llm_layers}: give at least 1")
-    config = random_config(name)
+    config = find_random_config(name)
     if config is not None:
-        return random_subject(name, config, device, dtype, attn, llm_layers, prompt_tokens)
+        return build_random_model(name, config, device, dtype, attn, llm_layers, prompt_tokens)
     model, processor = load(name, device, dtype)
     _use_kernel(model, attn)
     adapter = find_adapter(model)
-    decoder = attrgetter(getattr(adapter, "language_model_at", "language_model"))(model.base_model)
-    full = len(decoder.layers)
+    decoder = attrgetter(getattr(adapter, "language_model_path", "language_model"))(model.base_model)
+    full_layers = len(decoder.layers)
     if llm_layers is not None:
-        _check_cut(llm_layers, full)
+        _check_cut(llm_layers, full_layers)
         decoder.layers = nn.ModuleList(decoder.layers[:llm_layers])
         cut_layers(model.config, llm_layers)
 
     def prepare(images: Sequence[Image.Image]) -> Mapping[str, Any]:
-        """Ask one question about each image, in one batch."""
-        parts = [model_inputs(model, processor, one, [QUESTION], "image") for one in images]
+        """Return the inputs of one batch with the same question about each image."""
+        parts = [model_inputs(model, processor, image, [QUESTION], "image") for image in images]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    return BenchModel(name, model, adapter, "checkpoint", len(decoder.layers), full, prepare, processor)
+    return BenchModel(name, model, adapter, "checkpoint", len(decoder.layers), full_layers, prepare, processor)
 
 
-def random_config(name: str) -> Any:
-    """Return the config of a model that is to have random weights; None if a checkpoint is meant.
+def find_random_config(name: str) -> Any:
+    """Return the config for a model with random weights, or None if the name belongs to a checkpoint.
+
+    Args:
+        name: name of a shipped architecture, path of a `config.json`, or name of a checkpoint.
 
     Raises:
-        ValueError: if it is no config of a model, and if it can be neither that nor a checkpoint.
+        ValueError: if the file is not a model config, or if the name is neither an architecture nor a checkpoint.
     """
-    if name in architectures():
-        return architecture(name)
+    if name in list_architectures():
+        return load_architecture(name)
     if not name.endswith(".json"):
         if "/" not in name and name != "mini" and not Path(name).is_dir():
-            near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            matches = difflib.get_close_matches(name, list_architectures(), n=1, cutoff=0.5)
+            hint = f" (did you mean {matches[0]}?)" if matches else ""
             raise ValueError(
                 f"--model {name}: no such folder or architecture{hint}; give `mini`, a checkpoint folder, a hub id "
-                f"(owner/name), a config.json, or one of {', '.join(architectures())}"
+                f"(owner/name), a config.json, or one of {', '.join(list_architectures())}"
             )
         return None
     try:
@@ -143,51 +146,55 @@ def random_config(name: str) -> Any:
         raise ValueError(f"--model {name} cannot be read as a config: {' '.join(str(error).split())}") from error
 
 
-def random_subject(
+def build_random_model(
     name: str, config: Any, device: str, dtype: str, attn: str | None, llm_layers: int | None, prompt_tokens: int
 ) -> BenchModel:
-    """Return a model with random weights: throughput does not depend on them."""
+    """Return a model with random weights. Throughput does not depend on the values of the weights."""
     text = config.get_text_config()
-    full = text.num_hidden_layers
-    pixels, words = image_processor(config), plain_ids(config)
+    full_layers = text.num_hidden_layers
+    processor, ordinary_ids = build_image_processor(config), list_ordinary_ids(config)
     if llm_layers is not None:
-        _check_cut(llm_layers, full)
+        _check_cut(llm_layers, full_layers)
         cut_layers(config, llm_layers)
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    kind = getattr(torch, dtype, None) if dtype != "auto" else torch.float32 if place.type == "cpu" else torch.bfloat16
-    if not isinstance(kind, torch.dtype):
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = torch.device(default_device if device == "auto" else device)
+    if dtype == "auto":
+        torch_dtype: Any = torch.float32 if target.type == "cpu" else torch.bfloat16
+    else:
+        torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     try:
-        with place:  # weights are drawn where they will be
-            model = AutoModelForImageTextToText.from_config(config, dtype=kind).eval()
-        model = model.to(place)
+        with target:  # draws the weights on the target device
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch_dtype).eval()
+        model = model.to(target)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
     _use_kernel(model, attn)
     adapter = find_adapter(model)
 
     def prepare(images: Sequence[Image.Image]) -> Mapping[str, Any]:
-        vision = pixels(images=list(images), return_tensors="pt")
-        return random_prompts(adapter, dict(vision), len(images), words, prompt_tokens, model)
+        vision = processor(images=list(images), return_tensors="pt")
+        return build_random_prompts(adapter, dict(vision), len(images), ordinary_ids, prompt_tokens, model)
 
-    return BenchModel(name, model, adapter, "random", text.num_hidden_layers, full, prepare)
+    return BenchModel(name, model, adapter, "random", text.num_hidden_layers, full_layers, prepare)
 
 
 def cut_layers(config: Any, number: int) -> None:
-    """Let a config say that the LLM has fewer layers."""
+    """Reduce the number of LLM layers in a config, in place."""
     text = config.get_text_config()
-    for name in CUT:
+    for name in LAYER_COUNT_KEYS:
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, number)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:number]
 
 
-def _check_cut(llm_layers: int, full: int) -> None:
-    if llm_layers > full:
-        raise ValueError(f"--llm-layers {llm_layers}: the LLM has only {full}")
+def _check_cut(llm_layers: int, full_layers: int) -> None:
+    if llm_layers > full_layers:
+        raise ValueError(f"--llm-layers {llm_layers}: the LLM has only {full_layers}")
 
 
 def _use_kernel(model: Any, attn: str | None) -> None:
@@ -199,11 +206,11 @@ def _use_kernel(model: Any, attn: str | None) -> None:
         raise ValueError(f"--attn {attn} cannot be used: {' '.join(str(error).split())[:300]}") from error
 
 
-def image_processor(config: Any) -> Any:
-    """Return the image processor of a family, from its config alone.
+def build_image_processor(config: Any) -> Any:
+    """Return the image processor of a model family, built from the model config without a checkpoint.
 
     Raises:
-        ValueError: if it is not known how to make one for the family.
+        ValueError: if the family is not supported.
     """
     vision, family = config.vision_config, config.model_type
     side = getattr(vision, "image_size", None)
@@ -231,8 +238,8 @@ def image_processor(config: Any) -> Any:
     )
 
 
-def plain_ids(config: Any) -> list[int]:
-    """Return ids that mean nothing special, for random text."""
+def list_ordinary_ids(config: Any) -> list[int]:
+    """Return token ids without a special meaning, for random text."""
     special = set[int]()
 
     def collect(content: Mapping[str, Any]) -> None:
@@ -243,58 +250,60 @@ def plain_ids(config: Any) -> list[int]:
                 special.update(value if isinstance(value, list) else [value])
 
     collect(config.to_dict())
-    return [one for one in range(3, min(config.get_text_config().vocab_size, 20_000)) if one not in special]
+    vocabulary = range(3, min(config.get_text_config().vocab_size, 20_000))
+    return [token_id for token_id in vocabulary if token_id not in special]
 
 
-def random_prompts(
-    adapter: Adapter, vision: dict[str, Any], rows: int, words: Sequence[int], length: int, model: Any
+def build_random_prompts(
+    adapter: Adapter, vision: dict[str, Any], rows: int, ordinary_ids: Sequence[int], length: int, model: Any
 ) -> dict[str, Any]:
-    """Return model inputs of images with random text behind each.
+    """Return the model inputs of images, with random text after each image.
 
     Args:
         adapter: the adapter of the model.
-        vision: what the image processor made.
-        rows: the number of images, one a prompt.
-        words: ids to draw text from.
+        vision: output of the image processor; the entry ``"num_patches"`` is removed.
+        rows: number of images, with one image per prompt.
+        ordinary_ids: token ids from which the text is drawn.
         length: text tokens of a prompt.
-        model: inputs go to its device, pixels to its dtype.
+        model: determines the device of the inputs and the dtype of the pixels.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     opening, closing = [], []
     if isinstance(adapter, MergedPatchesAdapter):
-        numbers = [int(one.prod()) // adapter.pooling**2 for one in vision["image_grid_thw"]]
+        numbers = [int(grid.prod()) // adapter.pooling**2 for grid in vision["image_grid_thw"]]
     elif isinstance(adapter, TiledAdapter):
-        # Ids around the placeholders tell such models which tiles are one image.
-        opening, closing = [words[0]], [words[1]]
+        # These models group tiles by image from the ids around the placeholders.
+        opening, closing = [ordinary_ids[0]], [ordinary_ids[1]]
         tokens = adapter.token_grid[0] * adapter.token_grid[1]
-        numbers = [tokens * int(one) for one in vision.pop("num_patches")]
+        numbers = [tokens * int(tiles) for tiles in vision.pop("num_patches")]
     else:
         numbers = [len(layout.packed) for layout in adapter.layouts(vision)]
-    text = torch.tensor(words[2:])[torch.randint(len(words) - 2, (rows, length), generator=draw)].tolist()
+    indices = torch.randint(len(ordinary_ids) - 2, (rows, length), generator=generator)
+    texts = torch.tensor(ordinary_ids[2:])[indices].tolist()
     prompts = [
-        [words[2], *opening, *[adapter.image_token_id] * number, *closing, *one]
-        for number, one in zip(numbers, text, strict=True)
+        [ordinary_ids[2], *opening, *[adapter.image_token_id] * number, *closing, *text]
+        for number, text in zip(numbers, texts, strict=True)
     ]
-    ids = torch.tensor(prompts)  # images of one size make prompts of one length
-    names = {name: value for name, value in vision.items() if name in adapter.image_inputs}
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **names}
-    if adapter.vision_positions:
+    ids = torch.tensor(prompts)  # images of equal size have prompts of equal length
+    image_inputs = {name: value for name, value in vision.items() if name in adapter.image_inputs}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs}
+    if adapter.has_vision_positions:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token_id).int()
-    return {name: _to(value, model) for name, value in inputs.items()}
+    return {name: _move_to_model(value, model) for name, value in inputs.items()}
 
 
-def _to(value: Any, model: Any) -> Any:
+def _move_to_model(value: Any, model: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
-def image(size: Size, seed: int) -> Image.Image:
+def random_image(size: Size, seed: int) -> Image.Image:
     """Return an image of smooth random blobs.
 
     Args:
         size: height x width in pixels.
-        seed: another one for each image of a batch.
+        seed: seed of the random numbers; different for each image of a batch.
     """
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size[1], size[0]), Image.Resampling.BICUBIC)

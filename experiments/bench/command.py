@@ -1,4 +1,4 @@
-"""The command `tokenprune bench run`."""
+"""Implements the command `tokenprune bench run`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,114 +15,140 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from tokenprune.budget import ratio_of
-from tokenprune.cli.errors import add_flag
+from tokenprune.budget import parse_ratio
 from tokenprune.cli.parsing import prepare
-from tokenprune.experiments.bench.bench_model import BenchModel, Size, subject
-from tokenprune.experiments.bench.environment import environment
-from tokenprune.experiments.bench.flame import trace
+from tokenprune.experiments.bench.bench_model import BenchModel, Size, load_bench_model
+from tokenprune.experiments.bench.environment import describe_environment
+from tokenprune.experiments.bench.flame import profile_variants
 from tokenprune.experiments.bench.measure import (
     BenchProtocol,
-    Measurement,
     Variant,
     Workload,
     as_data,
-    measure,
-    plain_and,
+    measure_variants,
+    with_plain_variant,
 )
-from tokenprune.experiments.bench.report import as_table, what_ran, write
+from tokenprune.experiments.bench.report import describe_run, print_tables, write_report
 from tokenprune.experiments.bench.samples import interval_rank
 from tokenprune.experiments.bench.selection_cost import torch_threads
-from tokenprune.pipeline import missing_signals
+from tokenprune.pipeline import list_missing_signals
 from tokenprune.reducer import TokenReducer
 
 SCHEMA = 1
-"""Version of the JSON."""
+"""Version of the JSON format."""
+FLAG = {"type": bool, "nargs": "?", "const": True}
+"""Arguments of an option that is off by default: `--NAME` turns it on, and a configuration file may set it."""
 
 
-def bench_parser() -> ArgumentParser:
-    """Return the parser of `tokenprune bench run`."""
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of `tokenprune bench run`.
+
+    Each field declares the option of the same name. Its metadata holds the arguments of `ArgumentParser.add_argument`.
+
+    >>> BenchConfig(model="mini", budgets=[0.2], repeats=3)
+    """
+
+    model: str = field(
+        default="mini",
+        metadata={
+            "help": "mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture "
+            "such as llava-v1.6-vicuna-7b"
+        },
+    )
+    reducers: list[str] = field(
+        default_factory=lambda: ["HiRED"],
+        metadata={"help": "strategies or presets by name, or file.py:Class", "type": str, "nargs": "+"},
+    )
+    budgets: list[float | str] = field(
+        default_factory=lambda: [1.0, 0.4, 0.2, 0.1, 0.05],
+        metadata={"help": "budgets as ratios: 0.2 or 20%%", "type": float | str, "nargs": "+"},
+    )
+    batches: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "prompts per batch, with one image each", "type": int, "nargs": "+"},
+    )
+    sizes: list[str] = field(
+        default_factory=lambda: ["672x672"],
+        metadata={"help": "height x width of the images in pixels: 672x672", "type": str, "nargs": "+"},
+    )
+    tokens: int = field(default=16, metadata={"help": "new tokens of each prompt", "type": int})
+    repeats: int = field(default=7, metadata={"help": "timed rounds; below 6 no interval covers 95 %%", "type": int})
+    warmup: int = field(default=1, metadata={"help": "untimed rounds before the timed ones", "type": int})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (float32 on a CPU), float32, bfloat16, float16"})
+    attn: str | None = field(
+        default=None,
+        metadata={
+            "help": "attention kernel: sdpa, eager, flash_attention_2, ...; by default as in transformers",
+            "type": str,
+        },
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of torch; by default unchanged", "type": int}
+    )
+    llm_layers: int | None = field(
+        default=None,
+        metadata={"help": "number of LLM layers to keep; the output marks the model as cut", "type": int},
+    )
+    prompt_tokens: int = field(
+        default=32, metadata={"help": "text tokens of a prompt for models with random weights", "type": int}
+    )
+    plugin: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python files with strategies, which are then available by name",
+            "type": str,
+            "nargs": "+",
+        },
+    )
+    trace: bool = field(default=False, metadata={"help": "also profile a call of each variant", **FLAG})
+    out: str = field(default="tokenprune-bench", metadata={"help": "folder for bench.json, bench.md and phases.png"})
+    json: bool = field(default=False, metadata={"help": "print the JSON instead of tables", **FLAG})
+    quiet: bool = field(default=False, metadata={"help": "show no progress", **FLAG})
+
+    @property
+    def protocol(self) -> BenchProtocol:
+        """Length and number of the measured calls."""
+        return BenchProtocol(self.tokens, self.repeats, self.warmup)
+
+
+def build_bench_parser() -> ArgumentParser:
+    """Return the parser of `tokenprune bench run`, with an option for each field of `BenchConfig`."""
     parser = ArgumentParser(
         prog="tokenprune bench run",
         exit_on_error=False,
         allow_abbrev=False,
         description="Measure a model phase by phase: plain transformers, and reducers at several budgets, in turns.",
     )
-    add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these options")
-    add(
-        "--model",
-        default="mini",
-        help="mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture such as "
-        "llava-v1.6-vicuna-7b",
-    )
-    add("--reducers", type=str, nargs="+", default=["HiRED"], help="strategies or presets by name, or file.py:Class")
-    add(
-        "--budgets",
-        type=float | str,
-        nargs="+",
-        default=[1.0, 0.4, 0.2, 0.1, 0.05],
-        help="budgets as ratios: 0.2 or 20%%",
-    )
-    add("--batches", type=int, nargs="+", default=[1], help="prompts at once, one image each")
-    add("--sizes", type=str, nargs="+", default=["672x672"], help="height x width of the images in pixels: 672x672")
-    add("--tokens", type=int, default=16, help="new tokens of each prompt")
-    add("--repeats", type=int, default=7, help="timed rounds; below 6 no interval covers 95 %%")
-    add("--warmup", type=int, default=1, help="untimed rounds before")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
-    add("--attn", type=str, help="attention kernel: sdpa, eager, flash_attention_2, ...; the model's own if left out")
-    add("--threads", type=int, help="CPU threads of torch; its own number if left out")
-    add("--llm-layers", type=int, help="keep only so many layers of the LLM; the output says so")
-    add("--prompt-tokens", type=int, default=32, help="text tokens of a prompt, with random weights")
-    add("--plugin", type=str, nargs="+", default=[], help="Python files whose strategies get known by name")
-    add_flag(parser, "--trace", "also profile a call of each variant")
-    add("--out", default="tokenprune-bench", help="folder for bench.json, bench.md and phases.png")
-    add_flag(parser, "--json", "print the JSON instead of tables")
-    add_flag(parser, "--quiet", "show no progress")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    defaults = BenchConfig()
+    for option in fields(BenchConfig):
+        name = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(name, default=getattr(defaults, option.name), **option.metadata)
     return parser
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """What is to be measured; see `tokenprune bench run --help`."""
-
-    model: str = "mini"
-    reducers: Sequence[str] = ("HiRED",)
-    budgets: Sequence[float | str] = (1.0, 0.4, 0.2, 0.1, 0.05)
-    batches: Sequence[int] = (1,)
-    sizes: Sequence[str] = ("672x672",)
-    protocol: BenchProtocol = field(default_factory=BenchProtocol)
-    device: str = "auto"
-    dtype: str = "auto"
-    attn: str | None = None
-    threads: int | None = None
-    llm_layers: int | None = None
-    prompt_tokens: int = 32
-    plugins: Sequence[str] = ()
-    trace: Path | None = None
-
-
-def size_of(text: str) -> Size:
-    """Return height and width out of `672x672`.
+def parse_image_size(text: str) -> Size:
+    """Return height and width in pixels from a text such as `672x672`.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if the text is not a size.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found or not all(int(one) for one in found.groups()):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not all(int(side) for side in match.groups()):
         raise ValueError(f"--sizes {text}: give height x width in pixels, such as 672x672")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def positive_ratio(budget: float | str) -> float:
-    """Return a budget as a ratio.
+def parse_positive_ratio(budget: float | str) -> float:
+    """Return a budget as a ratio in (0, 1].
 
     Raises:
-        ValueError: if it is not above 0 and at most 1.
+        ValueError: if the budget is not such a ratio.
     """
     try:
-        ratio = ratio_of(budget)
+        ratio = parse_ratio(budget)
     except ValueError:
         ratio = 0.0
     if ratio == 0:
@@ -131,131 +157,118 @@ def positive_ratio(budget: float | str) -> float:
     return ratio
 
 
-def named_reducers(
+def build_reducers(
     names: Sequence[str], budgets: Sequence[float | str], plugins: Sequence[str]
 ) -> list[tuple[str, TokenReducer]]:
-    """Return strategies at all budgets with a name each.
+    """Return each strategy at each budget, with a name for tables.
 
     Args:
-        names: strategies or presets.
+        names: names of strategies or presets.
         budgets: ratios, as numbers or as texts such as ``"20%"``.
-        plugins: Python files of the user.
+        plugins: Python files of the user with further strategies.
 
     Raises:
-        LookupError: if a strategy is not known.
-        ValueError: if a budget is no ratio.
+        LookupError: if there is no such strategy.
+        ValueError: if a budget is not a ratio in (0, 1].
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--plugin", type=list[str], default=[])
     parser.add_argument("--reducer", type=TokenReducer)
-    found = []
+    reducers = []
     for name in names:
         for budget in budgets:
-            ratio = positive_ratio(budget)
-            words = [part for plugin in plugins for part in ("--plugin", plugin)]
-            words += ["--reducer", name, "--reducer.budget", repr(ratio)]
-            reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(words))).reducer
-            found.append((f"{name.rpartition(':')[2]} {100 * ratio:g} %", reducer))
-    return found
+            ratio = parse_positive_ratio(budget)
+            argv = [argument for plugin in plugins for argument in ("--plugin", plugin)]
+            argv += ["--reducer", name, "--reducer.budget", repr(ratio)]
+            reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(argv))).reducer
+            reducers.append((f"{name.rpartition(':')[2]} {100 * ratio:g} %", reducer))
+    return reducers
 
 
-def run(request: BenchConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Measure everything that was asked for.
+def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure all variants on all workloads, and return the result as plain data.
 
     Args:
-        request: what is to be measured.
-        tell: is told what is done.
+        config: the options.
+        on_progress: receives a text at the start of each step.
 
     Returns:
-        The result as plain data: see docs/results/performance.md.
+        The content of `bench.json`; see docs/how-to/benchmark.md.
 
     Raises:
-        ValueError: if an option cannot be used; it says which and what to do.
-        LookupError: if a strategy is not known.
-        TypeError: if no adapter knows the model.
+        ValueError: if an option is not valid; the error names the option and the valid values.
+        LookupError: if there is no such strategy.
+        TypeError: if no adapter supports the model.
     """
-    sizes = [size_of(one) for one in request.sizes]
-    for batch in request.batches:
+    protocol, sizes = config.protocol, [parse_image_size(text) for text in config.sizes]
+    for batch in config.batches:
         if batch < 1:
             raise ValueError(f"--batches {batch}: give at least 1")
-    if request.threads is not None and request.threads < 1:
-        raise ValueError(f"--threads {request.threads}: give at least 1")
-    if request.prompt_tokens < 1:
-        raise ValueError(f"--prompt-tokens {request.prompt_tokens}: give at least 1")
-    variants = plain_and(named_reducers(request.reducers, request.budgets, request.plugins))
-    with torch_threads(request.threads or torch.get_num_threads()):
-        tell(f"making {request.model}")
-        made = subject(
-            request.model, request.device, request.dtype, request.attn, request.llm_layers, request.prompt_tokens
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"--threads {config.threads}: give at least 1")
+    if config.prompt_tokens < 1:
+        raise ValueError(f"--prompt-tokens {config.prompt_tokens}: give at least 1")
+    variants = with_plain_variant(build_reducers(config.reducers, config.budgets, config.plugin))
+    with torch_threads(config.threads or torch.get_num_threads()):
+        on_progress(f"making {config.model}")
+        bench_model = load_bench_model(
+            config.model, config.device, config.dtype, config.attn, config.llm_layers, config.prompt_tokens
         )
-        check(made, variants)
-        settings, traced = [], list[Path]()
-        about = {"model": made.as_data(), "environment": environment(made.model.device)}
+        check_signals(bench_model, variants)
+        settings, traces = [], list[Path]()
+        device = bench_model.model.device
+        metadata = {"model": bench_model.as_data(), "environment": describe_environment(device)}
         for size in sizes:
-            for batch in request.batches:
-                setting = Workload(batch, size)
-                outcomes: list[Measurement] = measure(made, setting, variants, request.protocol, tell)
-                settings.append(as_data(outcomes, setting, request.protocol))
-                if request.trace is not None:
-                    tell(f"{setting}: profiling")
-                    fitting = [one.variant for one in outcomes if one.error is None]
-                    traced += trace(made, setting, fitting, request.trace, "\n".join(what_ran(about)))
+            for batch in config.batches:
+                workload = Workload(batch, size)
+                measurements = measure_variants(bench_model, workload, variants, protocol, on_progress)
+                settings.append(as_data(measurements, workload, protocol))
+                if config.trace:
+                    on_progress(f"{workload}: profiling")
+                    measured = [measurement.variant for measurement in measurements if measurement.error is None]
+                    heading = "\n".join(describe_run(metadata))
+                    traces += profile_variants(bench_model, workload, measured, Path(config.out) / "trace", heading)
         return {
             "schema": SCHEMA,
-            **about,
-            "protocol": asdict(request.protocol) | {"phases_in_calls_of_their_own": made.model.device.type != "cpu"},
-            "coverage": interval_rank(request.protocol.repeats)[1],
+            **metadata,
+            "protocol": asdict(protocol) | {"phases_in_calls_of_their_own": device.type != "cpu"},
+            "coverage": interval_rank(protocol.repeats)[1],
             "settings": settings,
-            "traces": [str(file) for file in traced],
+            "traces": [str(file) for file in traces],
         }
 
 
-def check(made: BenchModel, variants: Sequence[Variant]) -> None:
-    """Look at all strategies first, so that a misfit does not wait for its turn.
+def check_signals(bench_model: BenchModel, variants: Sequence[Variant]) -> None:
+    """Check that the model has the signals of all strategies, before any of them runs.
 
     Raises:
-        ValueError: if the model lacks what a strategy needs.
+        ValueError: if the model lacks a signal that a strategy requires.
     """
     for variant in variants:
-        missing = [] if variant.reducer is None else missing_signals(variant.reducer, made.adapter)
+        missing = [] if variant.reducer is None else list_missing_signals(variant.reducer, bench_model.adapter)
         if missing:
             raise ValueError(
-                f"{variant.name} needs {', '.join(missing)}, which {type(made.model).__name__} with this vision tower "
-                "does not give; leave it out"
+                f"{variant.name} needs {', '.join(missing)}, which {type(bench_model.model).__name__} with this vision "
+                "tower does not have; remove it from --reducers"
             )
 
 
-def command(config: Any) -> int:
-    """Run the command; the exit code is 1 if nothing could be measured for lack of memory.
+def run_command(options: Any) -> int:
+    """Run the command, and return its exit code: 1 if no variant fit into memory, otherwise 0.
 
     Args:
-        config: what the parser has read.
+        options: the parsed options.
     """
-    request = BenchConfig(
-        model=config.model,
-        reducers=config.reducers,
-        budgets=config.budgets,
-        batches=config.batches,
-        sizes=config.sizes,
-        protocol=BenchProtocol(config.tokens, config.repeats, config.warmup),
-        device=config.device,
-        dtype=config.dtype,
-        attn=config.attn,
-        threads=config.threads,
-        llm_layers=config.llm_layers,
-        prompt_tokens=config.prompt_tokens,
-        plugins=config.plugin,
-        trace=Path(config.out) / "trace" if config.trace else None,
-    )
-    tell = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
-    # A strategy of the user's may print; with --json stdout holds the object and nothing else.
+    config = BenchConfig(**{option.name: options[option.name] for option in fields(BenchConfig)})
+    on_progress = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    # A user's strategy may print; with --json, stdout must hold only the JSON object.
     with redirect_stdout(sys.stderr) if config.json else nullcontext():
-        result = run(request, tell)
-        files = write(result, Path(config.out))
+        result = run_benchmark(config, on_progress)
+        files = write_report(result, Path(config.out))
     if config.json:
         print(json.dumps(result))
     else:
-        as_table(result, Console())
+        print_tables(result, Console())
         for file in [*files, *result["traces"]]:
             print(file)
-    return int(not any(row["error"] is None for one in result["settings"] for row in one["variants"]))
+    return int(not any(row["error"] is None for workload in result["settings"] for row in workload["variants"]))

@@ -1,4 +1,4 @@
-"""The machine: waiting for the device, peak memory, and what stands in every result."""
+"""Waits for devices, measures peak memory, and describes the machine for results."""
 
 from __future__ import annotations
 
@@ -19,57 +19,58 @@ import tokenprune
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done everything that it was given."""
+    """Wait until a device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Watch the memory of the block, caches emptied before.
+    """Measure the peak memory of the block, after emptying the caches.
 
     Args:
-        device: where the model is.
+        device: device of the model.
 
     Yields:
-        Filled when the block ends. CUDA: bytes ``allocated`` and ``reserved`` at the peak, and ``allocated_before``.
-        CPU under Linux: bytes ``resident`` at the peak and ``resident_before``. Elsewhere nothing.
+        A dictionary that is filled at the end of the block. CUDA: bytes ``allocated`` and ``reserved`` at the peak, and
+        ``allocated_before``. CPU on Linux: bytes ``resident`` at the peak, and ``resident_before``. Other systems:
+        empty.
     """
-    found: dict[str, int] = {}
+    peak: dict[str, int] = {}
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
+        yield peak
         torch.cuda.synchronize(device)
-        found["allocated"] = torch.cuda.max_memory_allocated(device)
-        found["reserved"] = torch.cuda.max_memory_reserved(device)
-        found["allocated_before"] = before
+        peak["allocated"] = torch.cuda.max_memory_allocated(device)
+        peak["reserved"] = torch.cuda.max_memory_reserved(device)
+        peak["allocated_before"] = before
     elif device.type == "cpu" and Path("/proc/self/clear_refs").exists():
-        ctypes.CDLL(None).malloc_trim(0)  # what an earlier call has freed is no memory of this one
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-        before = _status("VmRSS")
-        yield found
-        found["resident"] = _status("VmHWM")
-        found["resident_before"] = before
+        ctypes.CDLL(None).malloc_trim(0)  # returns memory that earlier calls freed to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident memory
+        before = _read_status("VmRSS")
+        yield peak
+        peak["resident"] = _read_status("VmHWM")
+        peak["resident_before"] = before
     else:
-        yield found
+        yield peak
 
 
-def _status(name: str) -> int:
-    """Return an entry of the process's status in bytes."""
+def _read_status(name: str) -> int:
+    """Return an entry of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a result depends on beside the model."""
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return the machine and the versions of the software as plain data."""
     return {
         "device": str(device),
-        "device_name": device_name(device),
-        "cpu": _cpu(),
+        "device_name": read_device_name(device),
+        "cpu": _read_cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -83,14 +84,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of a device for people."""
+def read_device_name(device: torch.device) -> str:
+    """Return the product name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _cpu() if device.type == "cpu" else device.type
+    return _read_cpu_name() if device.type == "cpu" else device.type
 
 
-def _cpu() -> str:
+def _read_cpu_name() -> str:
     """Return the name of the processor."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,8 +1,8 @@
-"""Measures variants of a call in turns: plain transformers, and reducers at several budgets.
+"""Measures variants of a `generate` call in turns: the plain transformers model, and reducers at several budgets.
 
-Every variant is called once for its FLOPs and once for its memory; then come untimed rounds, then the timed ones. In
-each round all variants are called once, in another order, so that whatever slows the machine down for a while falls on
-all of them. Ratios are taken inside a round.
+Each variant runs once for its FLOPs and once for its memory, then in untimed rounds, then in timed rounds. A round runs
+every variant once, and the order changes from round to round, so that a temporary slowdown of the machine affects all
+variants alike. Ratios compare variants within the same round.
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Attachment
 from tokenprune.configuration import as_config
-from tokenprune.experiments.bench.bench_model import BenchModel, Size, image
+from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
-from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, ENCODE, OWN, PREPROCESS, PhaseTimer, instrument
+from tokenprune.experiments.bench.phase_timer import (
+    DECODE,
+    ENCODE_PHASES,
+    FIRST_TOKEN_PHASES,
+    PREPROCESS,
+    REDUCER_PHASES,
+    PhaseTimer,
+    instrument,
+)
 from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
@@ -32,7 +40,7 @@ from tokenprune.run import Run
 
 T = TypeVar("T")
 PLAIN = "plain"
-"""The unmodified model, nothing attached."""
+"""Name of the variant without a reducer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Variant:
     """One way to run the model.
 
     Args:
-        name: what it is called in tables.
+        name: name in tables.
         reducer: the attached strategy; None for the unmodified model.
     """
 
@@ -50,10 +58,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """Inputs that all variants are given.
+    """Inputs that all variants process.
 
     Args:
-        batch: prompts, one image each.
+        batch: number of prompts, with one image each.
         size: height x width of the images in pixels.
     """
 
@@ -61,18 +69,18 @@ class Workload:
     size: Size
 
     def __str__(self) -> str:
-        """Return a line for people."""
+        """Return the batch and the image size as text."""
         return f"batch {self.batch}, {self.size[0]} x {self.size[1]} pixels"
 
 
 @dataclass(frozen=True)
 class BenchProtocol:
-    """How is measured.
+    """Length and number of the measured calls.
 
     Args:
-        tokens: new tokens of each prompt, never fewer.
+        tokens: exact number of new tokens of each prompt.
         repeats: timed rounds.
-        warmup: untimed rounds before, beside the calls for FLOPs and memory.
+        warmup: untimed rounds before them, in addition to the calls for FLOPs and memory.
     """
 
     tokens: int = 16
@@ -83,34 +91,34 @@ class BenchProtocol:
         """Check the numbers.
 
         Raises:
-            ValueError: naming the option.
+            ValueError: if a number is too small; the error names the option.
         """
-        for name, least in (("tokens", 2), ("repeats", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: give at least {least}")
+        for name, minimum in (("tokens", 2), ("repeats", 1), ("warmup", 0)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name} {getattr(self, name)}: give at least {minimum}")
 
 
 @dataclass
 class Measurement:
-    """What was found about one variant in one setting; times in seconds.
+    """Measurements of one variant on one workload. Times are in seconds.
 
     Args:
         variant: the variant.
-        whole: a whole call, per round.
-        first: until the first token, per round.
-        phases: what each phase took, per round.
+        call_seconds: time of the complete call, per round.
+        first_token_seconds: time to the first token, per round.
+        phases: time of each phase, per round.
         flops: FLOPs of each phase.
         operators: FLOPs of each torch operator.
         kv_bytes: bytes of the key-value cache after prefill.
         memory: bytes at the peak; see `peak_memory`.
-        prompt: tokens of the longest prompt that the LLM was given.
-        visual: visual tokens in all prompts, newlines included for the plain model.
-        error: why there is nothing; None if there is.
+        prompt: length in tokens of the longest prompt that enters the LLM.
+        visual: visual tokens in all prompts; for the plain model, newline tokens are included.
+        error: the reason for missing measurements; None if they are present.
     """
 
     variant: Variant
-    whole: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    call_seconds: list[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
@@ -120,35 +128,37 @@ class Measurement:
     visual: int = 0
     error: str | None = None
 
-    def series(self, setting: Workload, tokens: int) -> dict[str, list[float]]:
-        """Return what is compared, per round: less is better in all of it."""
-        encode = self.together(ENCODE)
-        prefill = [one + other for one, other in zip(encode, self.together(["prefill"]), strict=True)]
-        decode = [(whole - first) / (tokens - 1) for whole, first in zip(self.whole, self.first, strict=True)]
+    def series(self, workload: Workload, tokens: int) -> dict[str, list[float]]:
+        """Return the compared quantities by name, per round. Lower is better for all of them."""
+        encode = self.sum_seconds(ENCODE_PHASES)
+        encode_prefill = [a + b for a, b in zip(encode, self.sum_seconds(["prefill"]), strict=True)]
+        durations = zip(self.call_seconds, self.first_token_seconds, strict=True)
+        decode_step = [(total - first_token) / (tokens - 1) for total, first_token in durations]
         return {
-            "encode_ms": [1e3 * one for one in encode],
-            "encode_prefill_ms": [1e3 * one for one in prefill],
-            "ttft_ms": [1e3 * one for one in self.first],
-            "decode_ms_per_token": [1e3 * one for one in decode],
-            "ms_per_new_token": [1e3 * one / (setting.batch * tokens) for one in self.whole],
+            "encode_ms": [1e3 * seconds for seconds in encode],
+            "encode_prefill_ms": [1e3 * seconds for seconds in encode_prefill],
+            "ttft_ms": [1e3 * seconds for seconds in self.first_token_seconds],
+            "decode_ms_per_token": [1e3 * seconds for seconds in decode_step],
+            "ms_per_new_token": [1e3 * seconds / (workload.batch * tokens) for seconds in self.call_seconds],
         }
 
-    def together(self, names: Sequence[str]) -> list[float]:
-        """Return what some phases took together, per round."""
-        return [sum(self.phases[name][number] for name in names) for number in range(len(self.whole))]
+    def sum_seconds(self, phases: Sequence[str]) -> list[float]:
+        """Return the total time of some phases, per round."""
+        return [sum(self.phases[phase][index] for phase in phases) for index in range(len(self.call_seconds))]
 
-    def flops_of(self, names: Sequence[str]) -> int:
-        """Return the FLOPs of some phases together."""
-        return sum(self.flops.get(name, 0) for name in names)
+    def sum_flops(self, phases: Sequence[str]) -> int:
+        """Return the total FLOPs of some phases."""
+        return sum(self.flops.get(phase, 0) for phase in phases)
 
 
-def turns(variants: Sequence[T], round_number: int) -> list[T]:
-    """Return the order of a round: every second one runs backwards, and every pair of rounds begins one further.
+def round_order(variants: Sequence[T], round_number: int) -> list[T]:
+    """Return the variants in the order of a round.
 
-    So every variant comes first, and before and after every other one, about as often as any other.
+    Odd rounds reverse the order, and every second round starts with the next variant. Over the rounds, each variant
+    comes first about equally often, and before and after each other variant about equally often.
 
     Args:
-        variants: what takes turns.
+        variants: the variants.
         round_number: the round, from 0.
     """
     start = round_number // 2 % len(variants)
@@ -156,73 +166,75 @@ def turns(variants: Sequence[T], round_number: int) -> list[T]:
     return order[::-1] if round_number % 2 else order
 
 
-class _Tokens(BaseStreamer):
-    """Notes when tokens come: `generate` hands them over when the device has made them."""
+class _TokenTimes(BaseStreamer):
+    """Records the time of each new token: `generate` passes a token on after the device has computed it."""
 
-    def __init__(self, clock: Callable[[], float], ledger: PhaseTimer | None) -> None:
-        self.clock, self.ledger = clock, ledger
+    def __init__(self, clock: Callable[[], float], timer: PhaseTimer | None) -> None:
+        self.clock, self.timer = clock, timer
         self.times: list[float] = []
-        self.prompt = True
+        self.expects_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Note the time; the prompt comes first and does not count."""
-        if not self.prompt:
+        """Record the time, except for the prompt, which `generate` passes first."""
+        if not self.expects_prompt:
             self.times.append(self.clock())
-            if len(self.times) == 1 and self.ledger is not None:
-                self.ledger.first_token()
-        self.prompt = False
+            if len(self.times) == 1 and self.timer is not None:
+                self.timer.start_decoding()
+        self.expects_prompt = False
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing; the base class requires this method."""
 
 
-def call(
-    subject: BenchModel,
+def generate_once(
+    bench_model: BenchModel,
     inputs: Mapping[str, Any],
     variant: Variant,
     tokens: int,
     clock: Callable[[], float] = perf_counter,
-    ledger: Callable[[], PhaseTimer] | None = None,
-    around: AbstractContextManager[Any] | None = None,
-    forwarded: Callable[[Any], None] | None = None,
+    create_timer: Callable[[], PhaseTimer] | None = None,
+    context: AbstractContextManager[Any] | None = None,
+    on_forward: Callable[[Any], None] | None = None,
 ) -> tuple[float, float, PhaseTimer | None, Run | None]:
-    """Let a variant answer once.
+    """Generate with a variant once, and return the time of the call and the time to its first token.
 
     Args:
-        subject: the model.
+        bench_model: the model.
         inputs: its inputs.
-        variant: how to run it.
-        tokens: new tokens.
-        clock: tells the time.
-        ledger: makes the ledger of the call when it begins; None measures no phases and touches nothing.
-        around: entered just around `generate`.
-        forwarded: is given the output of each forward pass; needs a ledger.
+        variant: the variant.
+        tokens: number of new tokens.
+        clock: returns the current time.
+        create_timer: creates the phase timer of the call at its start; None leaves the model unwrapped and measures no
+            phases.
+        context: entered directly around `generate`.
+        on_forward: receives the output of each forward pass; requires ``create_timer``.
 
     Returns:
-        Time of the call, time until its first token, the ledger, and the run of a reducer.
+        Time of the call, time to the first token, the phase timer (None without ``create_timer``), and the run of the
+        reducer (None for the unmodified model).
     """
-    device, booked = subject.model.device, None
+    device, timer = bench_model.model.device, None
     reducer, pipeline, run = variant.reducer, None, None
     with torch.inference_mode(), ExitStack() as stack:
         if reducer is not None:
-            attachment = Attachment(subject.model, reducer, tokenizer=subject.processor, keep_pixels=False)
+            attachment = Attachment(bench_model.model, reducer, tokenizer=bench_model.processor, keep_pixels=False)
             run, pipeline = stack.enter_context(attachment), attachment.pipeline
-        stack.enter_context(around or nullcontext())
+        stack.enter_context(context or nullcontext())
         wait_for(device)
-        booked = ledger() if ledger is not None else None
-        adapter = subject.adapter if pipeline is None else pipeline.adapter
-        with instrument(adapter, booked, pipeline, forwarded) if booked is not None else nullcontext():
-            if booked is not None:
-                booked.start()
-            began = clock()
-            streamer = _Tokens(clock, booked)
+        timer = create_timer() if create_timer is not None else None
+        adapter = bench_model.adapter if pipeline is None else pipeline.adapter
+        with instrument(adapter, timer, pipeline, on_forward) if timer is not None else nullcontext():
+            if timer is not None:
+                timer.start()
+            start = clock()
+            streamer = _TokenTimes(clock, timer)
             lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-            call_generate(subject.model, inputs, **lengths, do_sample=False, streamer=streamer)
+            call_generate(bench_model.model, inputs, **lengths, do_sample=False, streamer=streamer)
             wait_for(device)
-            ended = clock()
-            if booked is not None:
-                booked.flush()
-    return ended - began, streamer.times[0] - began, booked, run
+            end = clock()
+            if timer is not None:
+                timer.flush()
+    return end - start, streamer.times[0] - start, timer, run
 
 
 ATEN = torch.ops.aten
@@ -233,234 +245,270 @@ FUSED_ATTENTION = {
     ATEN._scaled_dot_product_efficient_attention: 6,
     ATEN._scaled_dot_product_cudnn_attention: 6,
 }
-"""Torch's kernels of scaled dot product attention, and the place of ``is_causal`` among their arguments."""
+"""Torch's kernels of scaled dot product attention, with the position of ``is_causal`` among their arguments."""
 
 
-def attention_flops(place: int, *args: Any, is_causal: bool = False, out_shape: Any = None, **kwargs: Any) -> int:
-    """Return the FLOPs of a fused attention kernel: of the full square, or under a causal flag of what is not masked.
+def attention_flops(
+    causal_position: int, *args: Any, is_causal: bool = False, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Return the FLOPs of a fused attention kernel, without the blocks that a causal flag masks.
 
-    Told that attention is causal, these kernels skip the blocks above the diagonal (a mask that is given as a tensor
-    skips nothing). Torch's own counter takes the full square always, and does not know the CPU's kernel.
+    With the causal flag these kernels skip the blocks above the diagonal. A mask that is passed as a tensor skips
+    nothing. Torch's own counter always counts the full square, and has no entry for the CPU kernel.
 
     Args:
-        place: the place of ``is_causal`` among the arguments.
-        args: what the kernel was given, tensors as their shapes: queries, keys and values first.
-        is_causal: the flag, where it was given by name.
-        out_shape: shapes of what it returned; not used.
-        kwargs: what else it was given by name; not used.
+        causal_position: position of ``is_causal`` among the arguments.
+        args: arguments of the kernel, with tensors replaced by their shapes; queries, keys and values come first.
+        is_causal: the flag, if it was passed by name.
+        out_shape: shapes of the results; not used.
+        kwargs: remaining keyword arguments of the kernel; not used.
     """
     square = int(sdpa_flop_count(*args[:3]))
-    if not (is_causal or (len(args) > place and args[place])):
+    if not (is_causal or (len(args) > causal_position and args[causal_position])):
         return square
     queries, keys = args[0][-2], args[1][-2]
     side = min(queries, keys)
-    seen = side * (side + 1) // 2 + (queries - side) * keys
-    return int(square * seen // (queries * keys))
+    visible_pairs = side * (side + 1) // 2 + (queries - side) * keys
+    return int(square * visible_pairs // (queries * keys))
 
 
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter of FLOPs, corrected where attention is concerned (`attention_flops`)."""
-    known = {kernel: partial(attention_flops, place) for kernel, place in FUSED_ATTENTION.items()}
-    return FlopCounterMode(display=False, custom_mapping=known)
+def create_flop_counter() -> FlopCounterMode:
+    """Return torch's FLOP counter with corrected counts for fused attention (`attention_flops`)."""
+    counts = {kernel: partial(attention_flops, position) for kernel, position in FUSED_ATTENTION.items()}
+    return FlopCounterMode(display=False, custom_mapping=counts)
 
 
-def count(subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement) -> None:
-    """Fill in what needs no clock: FLOPs of each phase, the size of the cache, and the tokens."""
-    tokens, counter = 2, flop_counter()  # all decoding steps are alike
+def count_work(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement) -> None:
+    """Store the quantities that need no clock: FLOPs of each phase, bytes of the cache and tensors, and token counts.
 
-    def forwarded(out: Any) -> None:
-        if not outcome.kv_bytes:
-            outcome.kv_bytes = cache_bytes(out.past_key_values)
+    Args:
+        bench_model: the model.
+        inputs: its inputs.
+        measurement: names the variant and receives the results.
+    """
+    tokens, counter = 2, create_flop_counter()  # all decoding steps do the same work
 
-    def ledger() -> PhaseTimer:
+    def store_cache_size(out: Any) -> None:
+        if not measurement.kv_bytes:
+            measurement.kv_bytes = cache_bytes(out.past_key_values)
+
+    def create_timer() -> PhaseTimer:
         return PhaseTimer(counter.get_total_flops)
 
-    meter = Meter(subject.model.device.type)
-    with meter.phase() as work:  # what is alive at once; CUDA tells it by itself, resident memory on a CPU does not
-        _, _, booked, run = call(
-            subject, inputs, outcome.variant, tokens, ledger=ledger, around=counter, forwarded=forwarded
+    meter = Meter(bench_model.model.device.type)
+    with meter.phase() as work:  # bytes alive at once; CUDA reports them, the resident memory of a CPU process does not
+        _, _, timer, run = generate_once(
+            bench_model,
+            inputs,
+            measurement.variant,
+            tokens,
+            create_timer=create_timer,
+            context=counter,
+            on_forward=store_cache_size,
         )
-    assert booked is not None
-    outcome.memory["tensors"] = work.peak_bytes
-    outcome.flops = {name: int(spent) for name, spent in booked.spent.items()}
-    outcome.operators = {str(name): int(spent) for name, spent in counter.get_flop_counts()["Global"].items()}
+    assert timer is not None
+    measurement.memory["tensors"] = work.peak_bytes
+    measurement.flops = {phase: int(flops) for phase, flops in timer.spent.items()}
+    measurement.operators = {str(name): int(flops) for name, flops in counter.get_flop_counts()["Global"].items()}
     if run is None:
-        outcome.prompt = inputs["input_ids"].shape[1]
-        outcome.visual = int(subject.adapter.placeholders(inputs).sum())
+        measurement.prompt = inputs["input_ids"].shape[1]
+        measurement.visual = int(bench_model.adapter.placeholders(inputs).sum())
     else:
-        outcome.prompt = max(after for _, after in run.account.prompt_lengths)
-        outcome.visual = sum(image.kept + image.newlines for image in run.account.images)
+        measurement.prompt = max(reduced for _, reduced in run.account.prompt_lengths)
+        measurement.visual = sum(image.kept + image.newlines for image in run.account.images)
 
 
-def watch_memory(subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement, tokens: int) -> None:
-    """Fill in the memory at the peak of an ordinary call."""
-    with peak_memory(subject.model.device) as found:
-        call(subject, inputs, outcome.variant, tokens)
-    outcome.memory |= found
+def measure_memory(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement, tokens: int) -> None:
+    """Store the peak memory of a call without instrumentation."""
+    with peak_memory(bench_model.model.device) as peak:
+        generate_once(bench_model, inputs, measurement.variant, tokens)
+    measurement.memory |= peak
 
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of keys and values in a cache."""
-    found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(one.nbytes for one in found if isinstance(one, Tensor))
+    values = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
-def measure(
-    subject: BenchModel,
-    setting: Workload,
+def measure_variants(
+    bench_model: BenchModel,
+    workload: Workload,
     variants: Sequence[Variant],
     protocol: BenchProtocol,
-    tell: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> list[Measurement]:
-    """Measure variants in turns, with the same inputs.
+    """Measure variants in turns on the same inputs.
 
     Args:
-        subject: the model.
-        setting: the inputs.
-        variants: the ways to run it.
-        protocol: how is measured.
-        tell: is told what is done.
+        bench_model: the model.
+        workload: the inputs.
+        variants: the ways to run the model.
+        protocol: length and number of the calls.
+        on_progress: receives a text at the start of each step.
 
     Returns:
-        One outcome per variant. One for which memory did not suffice says so, and the others go on.
+        One measurement per variant. If memory does not suffice for a variant, its measurement has an error, and the
+        remaining variants continue.
     """
-    images = [image(setting.size, seed) for seed in range(setting.batch)]
-    inputs = subject.prepare(images)
-    outcomes = {variant.name: Measurement(variant) for variant in variants}
-    device = subject.model.device
+    images = [random_image(workload.size, seed) for seed in range(workload.batch)]
+    inputs = bench_model.prepare(images)
+    measurements = {variant.name: Measurement(variant) for variant in variants}
+    device = bench_model.model.device
 
-    def attempt(what: Callable[..., None], outcome: Measurement, *rest: Any) -> None:
-        if outcome.error is not None:
+    def attempt(step: Callable[..., None], measurement: Measurement, *args: Any) -> None:
+        if measurement.error is not None:
             return
         try:
-            what(subject, inputs, outcome, *rest)
+            step(bench_model, inputs, measurement, *args)
         except torch.OutOfMemoryError:
-            outcome.error = "out of memory"
-            outcome.whole, outcome.first, outcome.phases = [], [], {}
+            measurement.error = "out of memory"
+            measurement.call_seconds, measurement.first_token_seconds, measurement.phases = [], [], {}
 
-    for outcome in outcomes.values():
-        tell(f"{setting}: FLOPs and memory of {outcome.variant.name}")
-        attempt(count, outcome)
-        attempt(watch_memory, outcome, protocol.tokens)
+    for measurement in measurements.values():
+        on_progress(f"{workload}: FLOPs and memory of {measurement.variant.name}")
+        attempt(count_work, measurement)
+        attempt(measure_memory, measurement, protocol.tokens)
 
     for number in range(-protocol.warmup, protocol.repeats):
-        tell(f"{setting}: round {number + 1} of {protocol.repeats}" if number >= 0 else f"{setting}: warming up")
+        progress = f"round {number + 1} of {protocol.repeats}" if number >= 0 else "warming up"
+        on_progress(f"{workload}: {progress}")
         wait_for(device)
-        began = perf_counter()
-        inputs = subject.prepare(images)
+        start = perf_counter()
+        inputs = bench_model.prepare(images)
         wait_for(device)
-        prepared = perf_counter() - began
-        for outcome in turns(list(outcomes.values()), max(0, number)):
-            attempt(time_once, outcome, protocol.tokens, prepared, number >= 0)
-    return list(outcomes.values())
+        preprocess_seconds = perf_counter() - start
+        for measurement in round_order(list(measurements.values()), max(0, number)):
+            attempt(time_variant, measurement, protocol.tokens, preprocess_seconds, number >= 0)
+    return list(measurements.values())
 
 
-def time_once(
-    subject: BenchModel, inputs: Mapping[str, Any], outcome: Measurement, tokens: int, prepared: float, keep: bool
+def time_variant(
+    bench_model: BenchModel,
+    inputs: Mapping[str, Any],
+    measurement: Measurement,
+    tokens: int,
+    preprocess_seconds: float,
+    is_timed: bool,
 ) -> None:
-    """Time a variant once.
+    """Time a variant once, and append the times to its measurement.
 
-    Reading the phases costs nothing on a CPU. On another device it means waiting at each border, which a call does not
-    do by itself: there the phases come from a second call.
+    On a CPU, reading the clock at phase borders costs almost nothing. On other devices each reading waits for the
+    device, which an ordinary call does not do. There, a second call measures the phases.
 
     Args:
-        subject: the model.
+        bench_model: the model.
         inputs: its inputs.
-        outcome: where times go.
-        tokens: new tokens.
-        prepared: what making the inputs has taken.
-        keep: whether the times count.
+        measurement: names the variant and receives the times.
+        tokens: number of new tokens.
+        preprocess_seconds: time spent on preparing the inputs.
+        is_timed: whether to store the times; False in untimed rounds.
     """
-    device = subject.model.device
+    device = bench_model.model.device
 
-    def now() -> float:
+    def read_clock() -> float:
         wait_for(device)
         return perf_counter()
 
-    def ledger() -> PhaseTimer:
-        return PhaseTimer(now)
+    def create_timer() -> PhaseTimer:
+        return PhaseTimer(read_clock)
 
+    variant = measurement.variant
     if device.type == "cpu":
-        whole, first, booked, _ = call(subject, inputs, outcome.variant, tokens, ledger=ledger)
+        total, first_token, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
     else:
-        whole, first, _, _ = call(subject, inputs, outcome.variant, tokens)
-        _, _, booked, _ = call(subject, inputs, outcome.variant, tokens, ledger=ledger)
-    if not keep or booked is None:
+        total, first_token, _, _ = generate_once(bench_model, inputs, variant, tokens)
+        _, _, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
+    if not is_timed or timer is None:
         return
-    outcome.whole.append(whole)
-    outcome.first.append(first)
-    for name in (*BEFORE, DECODE):
-        outcome.phases.setdefault(name, []).append(booked.spent.get(name, 0.0))
-    outcome.phases.setdefault(PREPROCESS, []).append(prepared)
+    measurement.call_seconds.append(total)
+    measurement.first_token_seconds.append(first_token)
+    for phase in (*FIRST_TOKEN_PHASES, DECODE):
+        measurement.phases.setdefault(phase, []).append(timer.spent.get(phase, 0.0))
+    measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
 
 
-def as_data(outcomes: Sequence[Measurement], setting: Workload, protocol: BenchProtocol) -> dict[str, Any]:
-    """Return the outcomes of a setting as plain data, with ratios to the plain model.
+def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: BenchProtocol) -> dict[str, Any]:
+    """Return the measurements of a workload as plain data, with ratios to the plain model.
 
     Args:
-        outcomes: one per variant.
-        setting: their inputs.
-        protocol: how they were measured.
+        measurements: one per variant.
+        workload: the inputs.
+        protocol: length and number of the calls.
     """
-    plain = next((one for one in outcomes if one.variant.reducer is None and one.error is None), None)
+    plain = next((m for m in measurements if m.variant.reducer is None and m.error is None), None)
     rows = []
-    for one in outcomes:
+    for measurement in measurements:
+        reducer = measurement.variant.reducer
         row: dict[str, Any] = {
-            "name": one.variant.name,
-            "reducer": None if one.variant.reducer is None else as_config(one.variant.reducer),
-            "error": one.error,
+            "name": measurement.variant.name,
+            "reducer": None if reducer is None else as_config(reducer),
+            "error": measurement.error,
         }
-        if one.error is None:
-            series = one.series(setting, protocol.tokens)
+        if measurement.error is None:
+            series = measurement.series(workload, protocol.tokens)
             per_second = [1e3 / value for value in series["ms_per_new_token"]]
             row |= {
-                "prompt_length": one.prompt,
-                "visual_tokens": one.visual,
-                "kv_bytes": one.kv_bytes,
-                "memory": one.memory,
+                "prompt_length": measurement.prompt,
+                "visual_tokens": measurement.visual,
+                "kv_bytes": measurement.kv_bytes,
+                "memory": measurement.memory,
                 "flops": {
-                    "phases": one.flops,
-                    "operators": one.operators,
-                    "encode": one.flops_of(ENCODE),
-                    "to_first_token": one.flops_of(BEFORE),
-                    "decode_per_step": one.flops_of([DECODE]),
+                    "phases": measurement.flops,
+                    "operators": measurement.operators,
+                    "encode": measurement.sum_flops(ENCODE_PHASES),
+                    "to_first_token": measurement.sum_flops(FIRST_TOKEN_PHASES),
+                    "decode_per_step": measurement.sum_flops([DECODE]),
                 },
-                "phases_ms": {name: milliseconds(took).as_data() for name, took in one.phases.items()},
+                "phases_ms": {
+                    phase: to_milliseconds(seconds).as_data() for phase, seconds in measurement.phases.items()
+                },
                 "measures": {name: Samples(tuple(values)).as_data() for name, values in series.items()}
                 | {"new_tokens_per_s": Samples(tuple(per_second)).as_data()},
             }
-            if plain is not None and one is not plain:
-                row["ratios"] = ratios(one, plain, setting, protocol)
+            if plain is not None and measurement is not plain:
+                row["ratios"] = compare_with_plain(measurement, plain, workload, protocol)
         rows.append(row)
-    return {"batch": setting.batch, "height": setting.size[0], "width": setting.size[1], "variants": rows}
+    return {"batch": workload.batch, "height": workload.size[0], "width": workload.size[1], "variants": rows}
 
 
-def milliseconds(seconds: Sequence[float]) -> Samples:
-    """Return times that were taken in seconds."""
-    return Samples(tuple(1e3 * one for one in seconds))
+def to_milliseconds(seconds: Sequence[float]) -> Samples:
+    """Return times in seconds as samples in milliseconds."""
+    return Samples(tuple(1e3 * value for value in seconds))
 
 
-def ratios(one: Measurement, plain: Measurement, setting: Workload, protocol: BenchProtocol) -> dict[str, Any]:
-    """Return how many times less a variant takes than the plain model: times with intervals, the rest exactly."""
-    mine, theirs = one.series(setting, protocol.tokens), plain.series(setting, protocol.tokens)
-    found: dict[str, Any] = {
-        name.removesuffix("_ms"): Ratio.of(theirs[name], mine[name]).as_data()
-        for name in mine
-        if min(mine[name], default=0) > 0
+def compare_with_plain(
+    measurement: Measurement, plain: Measurement, workload: Workload, protocol: BenchProtocol
+) -> dict[str, Any]:
+    """Return the ratios plain / variant by quantity: times with intervals, FLOPs and bytes as exact numbers.
+
+    Args:
+        measurement: the measurement of a variant.
+        plain: the measurement of the plain model.
+        workload: the inputs of both.
+        protocol: length and number of the calls.
+    """
+    variant_series = measurement.series(workload, protocol.tokens)
+    plain_series = plain.series(workload, protocol.tokens)
+    ratios: dict[str, Any] = {
+        name.removesuffix("_ms"): Ratio.of(plain_series[name], variant_series[name]).as_data()
+        for name in variant_series
+        if min(variant_series[name], default=0) > 0
     }
-    # The other way round: a share of the plain model's time.
-    found["own_share_of_vision_encode"] = Ratio.of(one.together(OWN), plain.together(["vision encode"])).as_data()
-    found["flops_encode"] = plain.flops_of(ENCODE) / max(1, one.flops_of(ENCODE))
-    found["flops_to_first_token"] = plain.flops_of(BEFORE) / one.flops_of(BEFORE)
-    found["kv_bytes"] = plain.kv_bytes / one.kv_bytes if one.kv_bytes else None
-    found["attained"] = found["encode_prefill"]["median"] / found["flops_to_first_token"]
-    peak = "allocated" if "allocated" in one.memory else "resident"
-    if one.memory.get(peak) and plain.memory.get(peak):
-        found["memory"] = plain.memory[peak] / one.memory[peak]
-    found["tensors"] = plain.memory["tensors"] / one.memory["tensors"]
-    return found
+    # This ratio is inverted: time of the reducer as a share of the plain model's time.
+    reducer_seconds, vision_seconds = measurement.sum_seconds(REDUCER_PHASES), plain.sum_seconds(["vision encode"])
+    ratios["own_share_of_vision_encode"] = Ratio.of(reducer_seconds, vision_seconds).as_data()
+    ratios["flops_encode"] = plain.sum_flops(ENCODE_PHASES) / max(1, measurement.sum_flops(ENCODE_PHASES))
+    ratios["flops_to_first_token"] = plain.sum_flops(FIRST_TOKEN_PHASES) / measurement.sum_flops(FIRST_TOKEN_PHASES)
+    ratios["kv_bytes"] = plain.kv_bytes / measurement.kv_bytes if measurement.kv_bytes else None
+    ratios["attained"] = ratios["encode_prefill"]["median"] / ratios["flops_to_first_token"]
+    peak = "allocated" if "allocated" in measurement.memory else "resident"
+    if measurement.memory.get(peak) and plain.memory.get(peak):
+        ratios["memory"] = plain.memory[peak] / measurement.memory[peak]
+    ratios["tensors"] = plain.memory["tensors"] / measurement.memory["tensors"]
+    return ratios
 
 
-def plain_and(reducers: Sequence[tuple[str, TokenReducer]]) -> list[Variant]:
-    """Return the plain model first, then reducers by name."""
-    return [Variant(PLAIN), *(Variant(name, one) for name, one in reducers)]
+def with_plain_variant(reducers: Sequence[tuple[str, TokenReducer]]) -> list[Variant]:
+    """Return the variants of named reducers, after the plain model."""
+    return [Variant(PLAIN), *(Variant(name, reducer) for name, reducer in reducers)]

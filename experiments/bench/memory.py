@@ -1,4 +1,4 @@
-"""Memory of one long block: resident memory while many images go through a model with a strategy attached.
+"""Measures resident memory while many images pass through a model inside one block with an attached strategy.
 
 Run it: ``python -m tokenprune.experiments.bench.memory --images 10000``
 
@@ -24,7 +24,7 @@ from tokenprune.strategies import HiRED, PruMerge, VisionZip
 SIDE, PATCH, PLACEHOLDER = 336, 14, 127
 
 
-def narrow_model() -> Any:
+def build_narrow_model() -> Any:
     """Return a LLaVA-NeXT of width 8 with five tiles of 576 tokens."""
     torch.manual_seed(0)
     small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -37,7 +37,7 @@ def narrow_model() -> Any:
     return LlavaNextForConditionalGeneration(config).eval()
 
 
-def resident_megabytes() -> float:
+def read_resident_megabytes() -> float:
     """Return the resident memory of this process in MB (Linux).
 
     Raises:
@@ -47,40 +47,44 @@ def resident_megabytes() -> float:
     return pages * 4096 / 1e6
 
 
-def measure(reducer: TokenReducer, images: int, every: int) -> list[tuple[int, float]]:
-    """Return resident memory after each so many images of one block, as (images, MB).
+def measure_resident_memory(reducer: TokenReducer, images: int, interval: int) -> list[tuple[int, float]]:
+    """Return the resident memory at regular intervals of one block, as (images, MB).
 
     Args:
         reducer: the strategy.
-        images: images that go through the model.
-        every: images between two readings.
+        images: number of images that pass through the model.
+        interval: number of images between two readings.
     """
-    model = narrow_model()
+    model = build_narrow_model()
     pixels, sizes = torch.randn(1, 5, 3, SIDE, SIDE), torch.tensor([[2 * SIDE, 2 * SIDE]])
     layout = find_adapter(model).layouts({"pixel_values": pixels, "image_sizes": sizes})[0]
     ids = torch.tensor([[1] + [PLACEHOLDER] * len(layout.packed) + [9]])
-    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": sizes}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": sizes}
     readings = []
     with torch.inference_mode(), reducer(model) as run:
         for number in range(1, images + 1):
-            model(**call, logits_to_keep=1)
-            if number % every == 0:
+            model(**inputs, logits_to_keep=1)
+            if number % interval == 0:
                 gc.collect()
-                readings.append((number, resident_megabytes()))
+                readings.append((number, read_resident_megabytes()))
     if run.account.image_count != images:
         raise RuntimeError(f"{run.account.image_count} of {images} images were recorded")
     return readings
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure three strategies, print their readings, and return the exit code."""
     parser = ArgumentParser(prog="python -m tokenprune.experiments.bench.memory", description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000, help="images of one block")
-    parser.add_argument("--every", type=int, default=1000, help="images between two readings")
-    config = parser.parse_args(words)
+    parser.add_argument("--images", type=int, default=10_000, help="number of images in one block")
+    parser.add_argument("--every", type=int, default=1000, help="number of images between two readings")
+    config = parser.parse_args(argv)
     for reducer in (HiRED(0.2), VisionZip(0.2), PruMerge(0.2)):
-        readings = measure(reducer, config.images, config.every)
-        print(f"{type(reducer).__name__}: " + ", ".join(f"{n} images {mb:.0f} MB" for n, mb in readings), flush=True)
+        readings = measure_resident_memory(reducer, config.images, config.every)
+        print(
+            f"{type(reducer).__name__}: "
+            + ", ".join(f"{count} images {megabytes:.0f} MB" for count, megabytes in readings),
+            flush=True,
+        )
     return 0
 
 

@@ -1,178 +1,173 @@
-"""Divides what a call spends over its phases, without changing the call.
+"""Attributes the time or FLOPs of a call to its phases, without changing the call.
 
-A ledger reads something that only grows: the clock, or a count of FLOPs. What it grows by belongs to the innermost
-phase that is open. So phases never overlap, and they add up to the whole. `watched` opens and closes them around the
-public stations of a model, its adapter and a run: it puts wrappers on these objects and takes them off again.
+A `PhaseTimer` reads a quantity that only grows: a clock, or a count of FLOPs. It books each increase to the innermost
+open phase. Phases therefore never overlap, and their sum is the total of the call. `instrument` opens and closes the
+phases: it wraps public methods of a model, its adapter and a pipeline, and removes these wrappers afterwards.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any
 
 from torch.profiler import record_function
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenprune.adapter import Adapter
-from tokenprune.models._capture.hooks import PROBE
+from tokenprune.models._capture.hooks import CAPTURE_CONTEXT
 from tokenprune.pipeline import Pipeline
 
-BEFORE = ("vision encode", "signal capture", "projector", "packing", "reducer", "rewrite", "generate", "prefill")
+FIRST_TOKEN_PHASES = (
+    "vision encode",
+    "signal capture",
+    "projector",
+    "packing",
+    "reducer",
+    "rewrite",
+    "generate",
+    "prefill",
+)
 """Phases of a call up to its first token."""
-ENCODE = BEFORE[:6]
-"""Those that make what enters the LLM."""
-OWN = ("signal capture", "reducer", "rewrite")
-"""What a reducer adds to the call."""
+ENCODE_PHASES = FIRST_TOKEN_PHASES[:6]
+"""Phases that produce the inputs of the LLM."""
+REDUCER_PHASES = ("signal capture", "reducer", "rewrite")
+"""Phases that a reducer adds to the call."""
 DECODE = "decode"
-"""Everything from the first token on."""
+"""The phase from the first token on."""
 PREPROCESS = "preprocess"
-"""Images and text become tensors on the device; outside of a call, and the same for all."""
-PHASES = (PREPROCESS, *BEFORE, DECODE)
+"""The phase that converts images and text to tensors on the device, before the call; equal for all variants."""
+PHASES = (PREPROCESS, *FIRST_TOKEN_PHASES, DECODE)
 MEANING = {
     PREPROCESS: "images and text become tensors on the device",
     "vision encode": "the vision tower",
     "signal capture": "reading the signals that a reducer needs, and laying them out by image",
-    "projector": "from the tower's width to that of the LLM",
-    "packing": "unpadding and newline tokens: what is left of `get_image_features`",
+    "projector": "from the tower's width to the LLM's width",
+    "packing": "unpadding and newline tokens: the remaining part of `get_image_features`",
     "reducer": "choosing tokens",
     "rewrite": "the shorter prompt",
-    "generate": "what `generate` does before the first token, and whatever no other phase claims",
+    "generate": "the part of `generate` before the first token that belongs to no other phase",
     "prefill": "the first forward pass of the LLM",
-    DECODE: "everything from the first token on",
+    DECODE: "all time after the first token",
 }
-"""What each phase holds."""
+"""Description of each phase, for reports."""
 
 
 class PhaseTimer:
-    """Books what a reading grows by to the innermost open phase.
+    """Books each increase of a reading to the innermost open phase.
 
     Args:
-        read: returns a number that never falls.
+        read: returns a number that never decreases.
     """
 
     def __init__(self, read: Callable[[], float]) -> None:
         self.read = read
         self.spent: dict[str, float] = {}
-        """What each phase has spent so far."""
+        """Total of each phase so far."""
         self._open = ["generate"]
         self._last = read()
 
     def start(self) -> None:
-        """Begin here: what was spent before belongs to nobody."""
+        """Reset the reference point; earlier time is attributed to no phase."""
         self._last = self.read()
 
     def flush(self) -> None:
-        """Book everything up to now."""
+        """Book the increase since the last reading to the open phase."""
         now = self.read()
         self.spent[self._open[-1]] = self.spent.get(self._open[-1], 0) + now - self._last
         self._last = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book what the block spends to a phase, without what phases inside it spend."""
-        new = self._open[-1] != name  # a phase inside itself needs no reading, which waits for the device
-        if new:
+        """Book the increase inside the block to a phase, except the shares of nested phases."""
+        is_new = self._open[-1] != name  # a phase inside itself needs no reading, which would wait for the device
+        if is_new:
             self.flush()
         self._open.append(name)
         try:
-            with record_function(f"phase: {name}") if new else nullcontext():  # seen by profilers, else nearly free
+            # Profilers show this range; without a profiler it costs almost nothing.
+            with record_function(f"phase: {name}") if is_new else nullcontext():
                 yield
         finally:
-            if new:
+            if is_new:
                 self.flush()
             self._open.pop()
 
-    def first_token(self) -> None:
-        """From now on, everything that no phase claims is decoding."""
+    def start_decoding(self) -> None:
+        """Book all time outside explicit phases to decoding from now on."""
         self.flush()
         self._open[0] = DECODE
 
     @property
-    def decoding(self) -> bool:
-        """Whether the first token is there."""
+    def is_decoding(self) -> bool:
+        """Whether the first token has been generated."""
         return self._open[0] == DECODE
 
 
 @contextmanager
 def instrument(
     adapter: Adapter,
-    ledger: PhaseTimer,
+    timer: PhaseTimer,
     pipeline: Pipeline | None = None,
-    forwarded: Callable[[Any], None] | None = None,
+    on_forward: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
-    """Book the phases of whatever goes through a model inside the block.
+    """Book the phases of all calls of a model inside the block.
 
     Args:
         adapter: the adapter of the model.
-        ledger: takes the bookings.
-        pipeline: the attached strategy; None if the model runs plain.
-        forwarded: is given the output of each forward pass of the model.
+        timer: books the phases.
+        pipeline: the pipeline of the attached strategy; None if the model runs without a strategy.
+        on_forward: receives the output of each forward pass of the model.
     """
     model = adapter.model
     with ExitStack() as undo:
 
-        def wrap_phase(owner: Any, name: str, phase: str, seen: Callable[[Any], None] | None = None) -> None:
-            original, own = getattr(owner, name), name in vars(owner)
+        def wrap_phase(target: Any, name: str, phase: str, on_result: Callable[[Any], None] | None = None) -> None:
+            original, is_instance_attribute = getattr(target, name), name in vars(target)
 
-            @functools.wraps(original)  # generate and adapters read signatures
-            def booked(*args: Any, **kwargs: Any) -> Any:
-                with ledger.phase(DECODE if ledger.decoding else phase):
-                    out = original(*args, **kwargs)
-                if seen is not None:
-                    seen(out)
-                return out
+            @wraps(original)  # generate and adapters read signatures
+            def timed_method(*args: Any, **kwargs: Any) -> Any:
+                with timer.phase(DECODE if timer.is_decoding else phase):
+                    result = original(*args, **kwargs)
+                if on_result is not None:
+                    on_result(result)
+                return result
 
-            undo.callback(setattr, owner, name, original) if own else undo.callback(delattr, owner, name)
-            setattr(owner, name, booked)
+            if is_instance_attribute:
+                undo.callback(setattr, target, name, original)
+            else:
+                undo.callback(delattr, target, name)
+            setattr(target, name, timed_method)
 
-        wrap_phase(model, "forward", "prefill", forwarded)
+        wrap_phase(model, "forward", "prefill", on_forward)
         wrap_phase(model.base_model, "get_image_features", "packing")
         tower: Any = getattr(adapter, "tower", None)
         merger = getattr(tower, "merger", None)  # Qwen's projector is part of the tower
-        parts = [] if tower is None else [tower, *tower.children(), *getattr(adapter, "tower_layers", ())]
-        for module in parts:  # the parts too, for whoever runs no more of a tower than is needed
+        modules = [] if tower is None else [tower, *tower.children(), *getattr(adapter, "tower_layers", ())]
+        for module in modules:  # the parts as well, because a truncated tower never calls the tower itself
             if module is not merger:
                 wrap_phase(module, "forward", "vision encode")
         if merger is not None:
             wrap_phase(merger, "forward", "projector")
-        if place := getattr(adapter, "projector_path", None):
-            wrap_phase(attrgetter(place)(model.base_model), "forward", "projector")
+        if projector_path := getattr(adapter, "projector_path", None):
+            wrap_phase(attrgetter(projector_path)(model.base_model), "forward", "projector")
         if pipeline is not None:
             wrap_phase(pipeline, "prepare", "rewrite")
-            for name in ("encode", "unencoded", "split_by_image", "read_questions", "embed_question"):
+            for name in ("encode", "build_unencoded", "split_by_image", "read_questions", "embed_question"):
                 if hasattr(adapter, name):
                     wrap_phase(adapter, name, "signal capture")
             wrap_phase(pipeline.reducer, "reduce", "reducer")
             wrap_phase(adapter, "encode_resized", "packing")
-            undo.enter_context(_capture_booked(ledger))
+            undo.enter_context(_time_capture(timer))
         yield
 
 
 @contextmanager
-def _capture_booked(ledger: PhaseTimer) -> Iterator[None]:
-    """Book what the probe reads inside attention modules, apart from the kernel that it hands on to."""
-    probed = ALL_ATTENTION_FUNCTIONS[PROBE]
-
-    def booked(module: Any, *args: Any, **kwargs: Any) -> Any:
-        probing = module.config  # a copy that the probe made for itself
-        record = probing.tokenprune_record
-
-        def recorded(*read: Any) -> None:
-            with ledger.phase("signal capture"):
-                record(*read)
-
-        probing.tokenprune_record = recorded
-        try:
-            return probed(module, *args, **kwargs)
-        finally:
-            probing.tokenprune_record = record
-
-    AttentionInterface.register(PROBE, booked)
+def _time_capture(timer: PhaseTimer) -> Iterator[None]:
+    """Book the capture inside attention modules to its own phase, apart from the attention kernel that follows it."""
+    token = CAPTURE_CONTEXT.set(partial(timer.phase, "signal capture"))
     try:
         yield
     finally:
-        AttentionInterface.register(PROBE, probed)
+        CAPTURE_CONTEXT.reset(token)

@@ -1,4 +1,4 @@
-"""The results of `tokenprune bench run` for people: tables and a figure, made from the JSON alone."""
+"""Formats the result of `tokenprune bench run` as tables and a figure, from its JSON only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.experiments.analysis.report.style import FULL, INK, PALETTE
-from tokenprune.experiments.bench.phase_timer import BEFORE, MEANING, PHASES
+from tokenprune.experiments.bench.phase_timer import FIRST_TOKEN_PHASES, MEANING, PHASES
 
 Result = Mapping[str, Any]
-"""What `as_data` of a measurement returned, or the JSON that was read back."""
+"""A result, or a part of one: the value of `as_data`, or JSON read from a file."""
 
 COLORS: Mapping[str, str] = {
     "preprocess": "#7F7F7F",
@@ -31,35 +31,35 @@ COLORS: Mapping[str, str] = {
     "prefill": PALETTE[2],
     "decode": PALETTE[6],
 }
-"""One color per phase, out of the palette of the reports."""
+"""One color per phase, from the palette of the reports."""
 
 
-def number(value: float) -> str:
-    """Return a number with three digits that count."""
+def format_number(value: float) -> str:
+    """Return a number with three significant digits."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
 
-def spread(found: Result) -> str:
+def format_quartiles(samples: Result) -> str:
     """Return a median with its quartiles."""
-    low, high = found["quartiles"]
-    return f"{number(found['median'])} [{number(low)}, {number(high)}]"
+    low, high = samples["quartiles"]
+    return f"{format_number(samples['median'])} [{format_number(low)}, {format_number(high)}]"
 
 
-def ratio(found: Result) -> str:
+def format_ratio(ratio: Result) -> str:
     """Return a ratio with its interval."""
-    low, high = found["interval"]
-    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]"
+    low, high = ratio["interval"]
+    return f"{ratio['median']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def percent(found: Result) -> str:
+def format_percent(ratio: Result) -> str:
     """Return a ratio with its interval in percent."""
-    low, high = found["interval"]
-    return f"{100 * found['median']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+    low, high = ratio["interval"]
+    return f"{100 * ratio['median']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def what_ran(result: Result) -> list[str]:
-    """Return which model ran on which machine, a line each."""
+def describe_run(result: Result) -> list[str]:
+    """Return a line about the model and a line about the machine."""
     model, machine = result["model"], result["environment"]
     layers = f"{model['llm_layers']} of {model['llm_layers_full']} LLM layers" if model["cut"] else "all LLM layers"
     weights = "random weights" if model["weights"] == "random" else "weights of the checkpoint"
@@ -73,11 +73,11 @@ def what_ran(result: Result) -> list[str]:
     ]
 
 
-def headline(result: Result) -> list[str]:
-    """Return what a reader must know before the numbers, a line each."""
+def describe_conditions(result: Result) -> list[str]:
+    """Return the lines above the tables: model, machine, protocol, and warnings about the numbers."""
     model, protocol = result["model"], result["protocol"]
     lines = [
-        *what_ran(result),
+        *describe_run(result),
         f"{protocol['tokens']} new tokens a prompt, {protocol['repeats']} rounds in turns after {protocol['warmup']} "
         "to warm up; medians and [quartiles]; ratios are plain / variant in the same round, with an interval that "
         f"covers the true median with {100 * result['coverage']:.0f} %",
@@ -96,8 +96,12 @@ Tables = dict[str, list[list[str]]]
 """Tables by title; the first row names the columns."""
 
 
-def overview(setting: Result) -> Tables:
-    """Return the tables of a setting with a row for each variant."""
+def build_overview_tables(workload: Result) -> Tables:
+    """Return the tables of a workload that have one row per variant.
+
+    Args:
+        workload: an element of the result's ``"settings"``.
+    """
     heads = {
         "encode": ["encode, ms", "speed-up", "FLOP ratio", "capture + reducer + rewrite, % of plain vision encode"],
         "encode and prefill": ["visual tokens", "encode + prefill, ms", "speed-up", "FLOP ratio", "attained"],
@@ -105,86 +109,87 @@ def overview(setting: Result) -> Tables:
         "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "tensors alive, MB", "peak memory, MB"],
     }
     tables = {name: [["variant", *head]] for name, head in heads.items()}
-    for one in setting["variants"]:
-        if one["error"] is not None:
+    for variant in workload["variants"]:
+        if variant["error"] is not None:
             for name, head in heads.items():
-                tables[name].append([one["name"], one["error"], *[""] * (len(head) - 1)])
+                tables[name].append([variant["name"], variant["error"], *[""] * (len(head) - 1)])
             continue
-        took, against = one["measures"], one.get("ratios")
+        measures, ratios = variant["measures"], variant.get("ratios")
         cells = {
             "encode": [
-                spread(took["encode_ms"]),
-                ratio(against["encode"]) if against else "",
-                f"{against['flops_encode']:.2f}" if against else "",
-                percent(against["own_share_of_vision_encode"]) if against else "",
+                format_quartiles(measures["encode_ms"]),
+                format_ratio(ratios["encode"]) if ratios else "",
+                f"{ratios['flops_encode']:.2f}" if ratios else "",
+                format_percent(ratios["own_share_of_vision_encode"]) if ratios else "",
             ],
             "encode and prefill": [
-                f"{one['visual_tokens']:,}",
-                spread(took["encode_prefill_ms"]),
-                ratio(against["encode_prefill"]) if against else "",
-                f"{against['flops_to_first_token']:.2f}" if against else "",
-                f"{against['attained']:.2f}" if against else "",
+                f"{variant['visual_tokens']:,}",
+                format_quartiles(measures["encode_prefill_ms"]),
+                format_ratio(ratios["encode_prefill"]) if ratios else "",
+                f"{ratios['flops_to_first_token']:.2f}" if ratios else "",
+                f"{ratios['attained']:.2f}" if ratios else "",
             ],
             "generation": [
-                spread(took["ttft_ms"]),
-                ratio(against["ttft"]) if against else "",
-                spread(took["decode_ms_per_token"]),
-                spread(took["new_tokens_per_s"]),
+                format_quartiles(measures["ttft_ms"]),
+                format_ratio(ratios["ttft"]) if ratios else "",
+                format_quartiles(measures["decode_ms_per_token"]),
+                format_quartiles(measures["new_tokens_per_s"]),
             ],
             "work and memory": [
-                f"{one['prompt_length']:,}",
-                f"{one['flops']['to_first_token'] / 1e12:.4g}",
-                number(one["kv_bytes"] / 1e6),
-                number(one["memory"]["tensors"] / 1e6),
-                memory(one["memory"]),
+                f"{variant['prompt_length']:,}",
+                f"{variant['flops']['to_first_token'] / 1e12:.4g}",
+                format_number(variant["kv_bytes"] / 1e6),
+                format_number(variant["memory"]["tensors"] / 1e6),
+                format_memory(variant["memory"]),
             ],
         }
         for name, row in cells.items():
-            tables[name].append([one["name"], *row])
+            tables[name].append([variant["name"], *row])
     return tables
 
 
-def memory(found: Result) -> str:
-    """Return the peak in MB: allocated / reserved on CUDA, resident (above what was there) on a CPU."""
-    if "allocated" in found:
-        return f"{number(found['allocated'] / 1e6)} / {number(found['reserved'] / 1e6)}"
-    if "resident" in found:
-        above = found["resident"] - found["resident_before"]
-        return f"{number(found['resident'] / 1e6)} (+{number(above / 1e6)})"
+def format_memory(memory: Result) -> str:
+    """Return the peak in MB: allocated / reserved on CUDA; resident, with the increase during the call, on a CPU."""
+    if "allocated" in memory:
+        return f"{format_number(memory['allocated'] / 1e6)} / {format_number(memory['reserved'] / 1e6)}"
+    if "resident" in memory:
+        increase = memory["resident"] - memory["resident_before"]
+        return f"{format_number(memory['resident'] / 1e6)} (+{format_number(increase / 1e6)})"
     return "not known"
 
 
-def phase_tables(setting: Result, quartiles: bool) -> Tables:
-    """Return milliseconds and FLOPs of a setting with a row for each phase and a column for each variant.
+def build_phase_tables(workload: Result, quartiles: bool) -> Tables:
+    """Return the milliseconds and FLOPs of a workload, with a row for each phase and a column for each variant.
 
     Args:
-        setting: the setting.
-        quartiles: whether to add them to the medians.
+        workload: an element of the result's ``"settings"``.
+        quartiles: whether to add quartiles to the medians.
     """
-    shown = [one for one in setting["variants"] if one["error"] is None]
-    head = ["phase", *(one["name"] for one in shown)]
+    variants = [variant for variant in workload["variants"] if variant["error"] is None]
+    head = ["phase", *(variant["name"] for variant in variants)]
     times, flops = [head], [head]
-    for name in PHASES:
-        took = [one["phases_ms"][name] for one in shown]
-        times.append([name, *(spread(one) if quartiles else number(one["median"]) for one in took)])
-        flops.append([name, *(f"{one['flops']['phases'].get(name, 0) / 1e9:.4g}" for one in shown)])
+    for phase in PHASES:
+        samples = [variant["phases_ms"][phase] for variant in variants]
+        cells = [format_quartiles(entry) if quartiles else format_number(entry["median"]) for entry in samples]
+        times.append([phase, *cells])
+        flops.append([phase, *(f"{variant['flops']['phases'].get(phase, 0) / 1e9:.4g}" for variant in variants)])
     return {"phases, ms": times, "phases, GFLOP (decode: one step)": flops}
 
 
-def title(setting: Result) -> str:
-    """Return what a setting is."""
-    return f"batch {setting['batch']}, {setting['height']} x {setting['width']} pixels"
+def format_title(workload: Result) -> str:
+    """Return the batch and the image size of a workload as a title."""
+    return f"batch {workload['batch']}, {workload['height']} x {workload['width']} pixels"
 
 
-def as_table(result: Result, console: Console) -> None:
-    """Print all tables; quartiles of the phases are left to the files."""
-    for line in headline(result):
+def print_tables(result: Result, console: Console) -> None:
+    """Print all tables, without the quartiles of the phases, which only the files contain."""
+    for line in describe_conditions(result):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for setting in result["settings"]:
-        for name, rows in {**overview(setting), **phase_tables(setting, quartiles=False)}.items():
-            table = Table(title=f"{title(setting)}: {name}", title_justify="left")
-            for place, column in enumerate(rows[0]):
-                table.add_column(column, justify="right" if place else "left")
+    for workload in result["settings"]:
+        for name, rows in {**build_overview_tables(workload), **build_phase_tables(workload, quartiles=False)}.items():
+            table = Table(title=f"{format_title(workload)}: {name}", title_justify="left")
+            for index, column in enumerate(rows[0]):
+                table.add_column(column, justify="right" if index else "left")
             for row in rows[1:]:
                 table.add_row(*map(escape, row))
             console.print(table)
@@ -192,28 +197,28 @@ def as_table(result: Result, console: Console) -> None:
 
 def as_markdown(result: Result) -> str:
     """Return all tables as Markdown."""
-    parts = ["\n".join(f"- {line}" for line in headline(result))]
-    for setting in result["settings"]:
-        parts.append(f"## {title(setting)}")
-        for name, rows in {**overview(setting), **phase_tables(setting, quartiles=True)}.items():
+    parts = ["\n".join(f"- {line}" for line in describe_conditions(result))]
+    for workload in result["settings"]:
+        parts.append(f"## {format_title(workload)}")
+        for name, rows in {**build_overview_tables(workload), **build_phase_tables(workload, quartiles=True)}.items():
             head, *body = ["| " + " | ".join(row) + " |" for row in rows]
             parts.append("\n".join([f"{name}:\n", head, "|" + "---|" * len(rows[0]), *body]))
-    meanings = [f"- **{name}**: {MEANING[name]}" for name in PHASES]
+    meanings = [f"- **{phase}**: {MEANING[phase]}" for phase in PHASES]
     return "\n\n".join([*parts, "Phases:\n\n" + "\n".join(meanings)]) + "\n"
 
 
-def phases_figure(result: Result) -> Figure:
-    """Draw the phases of every setting: up to the first token stacked, and a decoding step beside."""
-    settings: Sequence[Result] = [
-        one for one in result["settings"] if any(row["error"] is None for row in one["variants"])
+def draw_phases(result: Result) -> Figure:
+    """Draw the phases of every workload: stacked up to the first token, with a decoding step next to them."""
+    workloads: Sequence[Result] = [
+        workload for workload in result["settings"] if any(variant["error"] is None for variant in workload["variants"])
     ]
-    heights = [1.1 + 0.3 * sum(row["error"] is None for row in one["variants"]) for one in settings]
+    heights = [1.1 + 0.3 * sum(variant["error"] is None for variant in entry["variants"]) for entry in workloads]
     figure = Figure(figsize=(11.0, 1.2 + sum(heights)), dpi=150, layout="constrained")
-    if not settings:
+    if not workloads:
         return figure
-    panels = figure.subplots(len(settings), 2, squeeze=False, width_ratios=[3, 1], height_ratios=heights)
-    for (left, right), setting in zip(panels, settings, strict=True):
-        _panel(left, right, setting)
+    panels = figure.subplots(len(workloads), 2, squeeze=False, width_ratios=[3, 1], height_ratios=heights)
+    for (left, right), workload in zip(panels, workloads, strict=True):
+        _draw_panel(left, right, workload)
     left, right = panels[-1]
     left.set_xlabel("ms up to the first token, medians; line: quartiles of the time to first token")
     right.set_xlabel("ms per decoding step")
@@ -222,27 +227,28 @@ def phases_figure(result: Result) -> Figure:
     return figure
 
 
-def _panel(left: Axes, right: Axes, setting: Result) -> None:
-    """Draw one setting."""
-    rows = [one for one in setting["variants"] if one["error"] is None]
-    names = [one["name"] for one in rows]
-    start = [0.0] * len(rows)
-    for phase in ("preprocess", *BEFORE):
-        took = [one["phases_ms"][phase]["median"] for one in rows]
-        left.barh(names, took, left=start, color=COLORS[phase], label=phase, height=0.7)
-        start = [one + other for one, other in zip(start, took, strict=True)]
-    for place, one in enumerate(rows):
-        before = one["phases_ms"]["preprocess"]["median"]
-        low, high = one["measures"]["ttft_ms"]["quartiles"]
-        left.plot([before + low, before + high], [place, place], color=FULL, lw=1.2, marker="|", markersize=5)
-    steps = [one["measures"]["decode_ms_per_token"] for one in rows]
+def _draw_panel(left: Axes, right: Axes, workload: Result) -> None:
+    """Draw one workload: phases up to the first token on the left, a decoding step on the right."""
+    variants = [variant for variant in workload["variants"] if variant["error"] is None]
+    names = [variant["name"] for variant in variants]
+    start = [0.0] * len(variants)
+    for phase in ("preprocess", *FIRST_TOKEN_PHASES):
+        medians = [variant["phases_ms"][phase]["median"] for variant in variants]
+        left.barh(names, medians, left=start, color=COLORS[phase], label=phase, height=0.7)
+        start = [position + width for position, width in zip(start, medians, strict=True)]
+    for row, variant in enumerate(variants):
+        preprocess = variant["phases_ms"]["preprocess"]["median"]
+        low, high = variant["measures"]["ttft_ms"]["quartiles"]
+        ends = [preprocess + low, preprocess + high]
+        left.plot(ends, [row, row], color=FULL, lw=1.2, marker="|", markersize=5)
+    steps = [variant["measures"]["decode_ms_per_token"] for variant in variants]
     errors = [
-        [one["median"] - one["quartiles"][0] for one in steps],
-        [one["quartiles"][1] - one["median"] for one in steps],
+        [step["median"] - step["quartiles"][0] for step in steps],
+        [step["quartiles"][1] - step["median"] for step in steps],
     ]
-    right.barh(names, [one["median"] for one in steps], xerr=errors, color=COLORS["decode"], height=0.7, ecolor=FULL)
+    right.barh(names, [step["median"] for step in steps], xerr=errors, color=COLORS["decode"], height=0.7, ecolor=FULL)
     right.set_yticks([])
-    left.set_title(title(setting), fontsize=10, loc="left")
+    left.set_title(format_title(workload), fontsize=10, loc="left")
     for axes in (left, right):
         axes.invert_yaxis()
         axes.grid(axis="x", color="#EEEEEE", lw=0.8)
@@ -251,11 +257,11 @@ def _panel(left: Axes, right: Axes, setting: Result) -> None:
         axes.tick_params(colors=INK, labelsize=8)
 
 
-def write(result: Result, folder: Path) -> list[Path]:
-    """Write JSON, Markdown and the figure, and return the files."""
+def write_report(result: Result, folder: Path) -> list[Path]:
+    """Write the JSON, Markdown and figure files of a result to a folder, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("bench.json", "bench.md", "phases.png")]
     files[0].write_text(json.dumps(result, indent=1) + "\n")
     files[1].write_text(as_markdown(result))
-    phases_figure(result).savefig(files[2])
+    draw_phases(result).savefig(files[2])
     return files

@@ -1,4 +1,4 @@
-"""Medians, quartiles, and ratios of what was measured in turns."""
+"""Medians, quartiles and ratios of measurements that were taken in turns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from scipy.stats import binom
 
 LEVEL = 0.95
-"""What an interval should cover."""
+"""Minimum probability with which an interval contains the true median."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Repeated measurements of one thing.
+    """Repeated measurements of one quantity.
 
     Args:
         values: the measurements in the order of the rounds.
@@ -25,7 +25,7 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """The median."""
+        """Median of the measurements."""
         return float(np.median(self.values))
 
     @property
@@ -41,13 +41,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much smaller something is than in the same round of the baseline.
+    """The ratio baseline / value over rounds, with a confidence interval.
 
     Args:
         median: median of the ratios of all rounds.
-        low: lower end of its interval.
-        high: upper end.
-        coverage: how often such an interval holds the true median, whatever the distribution.
+        low: lower end of the interval of the median.
+        high: upper end of the interval.
+        coverage: probability that such an interval contains the true median, for any distribution.
     """
 
     median: float
@@ -57,13 +57,13 @@ class Ratio:
 
     @classmethod
     def of(cls, baseline: Sequence[float], values: Sequence[float]) -> Ratio:
-        """Return baseline / value over rounds: 2 means twice as fast.
+        """Return the ratio baseline / value, paired by round: 2 means twice as fast.
 
         Args:
             baseline: measurements of the baseline.
             values: measurements of the same rounds.
         """
-        ratios = sorted(one / other for one, other in zip(baseline, values, strict=True))
+        ratios = sorted(reference / value for reference, value in zip(baseline, values, strict=True))
         rank, coverage = interval_rank(len(ratios))
         return cls(float(np.median(ratios)), ratios[rank], ratios[-1 - rank], coverage)
 
@@ -73,17 +73,17 @@ class Ratio:
 
 
 def interval_rank(number: int, level: float = LEVEL) -> tuple[int, float]:
-    """Return which measurements bound the median: the ones at this rank from both ends, and what they cover.
+    """Return the rank, from both ends, of the measurements that bound the median, and the coverage of the interval.
 
-    The interval between two measurements holds the true median with a probability that follows from counting alone.
-    Below six measurements no interval reaches 95 %: then it is the whole range, and the coverage says what that is
-    worth.
+    The probability that an interval between two order statistics contains the true median follows from the binomial
+    distribution. With fewer than six measurements no interval reaches 95 %. The interval is then the full range, and
+    the coverage states its actual probability.
 
     Args:
-        number: how many measurements there are.
-        level: what should be covered.
+        number: number of measurements.
+        level: required coverage.
     """
-    covers = [1 - 2 * float(binom.cdf(rank, number, 0.5)) for rank in range((number + 1) // 2)]
-    reached = [rank for rank, coverage in enumerate(covers) if coverage >= level]
-    rank = reached[-1] if reached else 0
-    return rank, max(0.0, covers[rank])
+    coverages = [1 - 2 * float(binom.cdf(rank, number, 0.5)) for rank in range((number + 1) // 2)]
+    sufficient = [rank for rank, coverage in enumerate(coverages) if coverage >= level]
+    rank = sufficient[-1] if sufficient else 0
+    return rank, max(0.0, coverages[rank])

@@ -1,10 +1,10 @@
-"""What choosing tokens costs beside encoding the image: every strategy on one image of LLaVA-NeXT's full size.
+"""Measures the time of token selection relative to image encoding: every strategy on one image of LLaVA-NeXT's size.
 
 Run it: ``python -m tokenprune.experiments.bench.selection_cost``
 
-The image has five tiles of 576 tokens with signals of the sizes that CLIP ViT-L/14-336 and a 7B model give them; they
-are random, but smooth over the tile and heavy-tailed. The vision tower has random weights. Every repeat times the tower
-first and then each strategy, so that both meet the same machine. Needs about 3 GB of memory.
+The image has five tiles of 576 tokens. Its signals have the sizes of CLIP ViT-L/14-336 and a 7B model. Their values are
+random, but smooth over the tile and heavy-tailed. The vision tower has random weights. Every repeat times the tower
+first and then each strategy, so that both run under the same load of the machine. Needs about 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,32 +24,32 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tokenprune.catalog import strategies
-from tokenprune.image import USED_WHEN_ATTACHED, EncodedImage, Signal, TileGeometry
+from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal, TileGeometry
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import lookup
+from tokenprune.registry import find_class
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
-"""Strategies that rank tokens by attention alone."""
+"""Strategies that rank tokens only by attention."""
 ATTENTION_LIMIT = 2.0
-"""Milliseconds that these may take."""
+"""Limit for strategies in `BY_ATTENTION`, in milliseconds."""
 SHARE_LIMIT = 10.0
-"""Percent of the vision encode that any other strategy may take."""
+"""Limit for the remaining strategies, in percent of the time of the vision encode."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """The size of an image and of the models around it; by default LLaVA-NeXT-7B with 2 x 2 sub-images.
+class ModelSize:
+    """The size of an image, a vision tower and an LLM; by default LLaVA-NeXT-7B with 2 x 2 sub-images.
 
     Args:
         tile_grid: rows x cols of the sub-images.
-        side: rows and columns of the tokens of one tile.
-        patch: pixels at the side of a token.
-        layers: layers of the vision tower; the last but one is the feature layer.
-        heads: its attention heads.
-        width: its width.
-        intermediate: width of its feed-forward layers.
-        shared: width of the space shared with the text tower.
+        side: side of the token grid of one tile.
+        patch: side of a token in pixels.
+        layers: layers of the vision tower; the second to last is the feature layer.
+        heads: attention heads of the vision tower.
+        width: width of the vision tower.
+        intermediate: width of the feed-forward layers of the vision tower.
+        shared: width of the embedding space shared with the text tower.
         dim: width of the LLM.
     """
 
@@ -64,13 +65,13 @@ class Size:
 
     @property
     def geometry(self) -> TileGeometry:
-        """A new layout of an image without padding."""
+        """A new layout of the image, without padding."""
         tile = self.side * self.patch
         rows, cols = self.tile_grid
         return TileGeometry.anyres((rows * tile, cols * tile), self.tile_grid, (self.side, self.side), tile)
 
-    def vision_tower(self) -> Any:
-        """A vision tower with random weights."""
+    def build_vision_tower(self) -> Any:
+        """Return a vision tower with random weights."""
         config = CLIPVisionConfig(
             hidden_size=self.width,
             intermediate_size=self.intermediate,
@@ -84,9 +85,9 @@ class Size:
 
 
 Field = Callable[[int], Tensor]
-"""From a number of channels to random numbers, `[tiles, channels, tokens]`."""
+"""Returns random numbers `[tiles, channels, tokens]` for a number of channels."""
 
-KINDS: Mapping[str, Callable[[Size, Field], Tensor]] = {
+SIGNAL_BUILDERS: Mapping[str, Callable[[ModelSize, Field], Tensor]] = {
     "cls_attention": lambda size, field: field(size.heads).softmax(dim=-1),
     "cls_logits": lambda size, field: field(size.heads),
     "received_attention": lambda size, field: field(size.heads).softmax(dim=-1),
@@ -102,18 +103,18 @@ KINDS: Mapping[str, Callable[[Size, Field], Tensor]] = {
     "question_tokens": lambda size, field: field(size.shared)[0, :, :12].mT.contiguous(),
     "question_positions": lambda size, field: field(size.shared)[:1, :, :77].mT.contiguous(),
 }
-"""How each kind of signal is made up."""
+"""Builds a random signal, by kind of signal."""
 
 
-def wanted(needs: Sequence[Signal], size: Size) -> list[tuple[str, int]]:
-    """Return the (kind, layer index) of every signal that choosing tokens takes, each once."""
-    signals = [signal for signal in needs if signal.kind not in USED_WHEN_ATTACHED]
-    layers = [resolve_layers(signal.layer, size.layers, size.layers - 2) for signal in signals]
-    return list(dict.fromkeys((s.kind, index) for s, found in zip(signals, layers, strict=True) for index in found))
+def list_signal_keys(needs: Sequence[Signal], size: ModelSize) -> list[tuple[str, int]]:
+    """Return the (kind, layer index) of every signal that the selection reads, without duplicates."""
+    signals = [signal for signal in needs if signal.kind not in APPLICATION_SIGNALS]
+    resolved = [(signal.kind, resolve_layers(signal.layer, size.layers, size.layers - 2)) for signal in signals]
+    return list(dict.fromkeys((kind, layer) for kind, layers in resolved for layer in layers))
 
 
-def made_up_image(size: Size, needs: Sequence[Signal], seed: int = 0) -> EncodedImage:
-    """Return an encoded image with random features and signals: smooth over the tile, with a heavy tail.
+def build_random_image(size: ModelSize, needs: Sequence[Signal], seed: int = 0) -> EncodedImage:
+    """Return an encoded image with random features and signals, which are smooth over the tile and heavy-tailed.
 
     Args:
         size: the size of the image and of the models.
@@ -121,11 +122,12 @@ def made_up_image(size: Size, needs: Sequence[Signal], seed: int = 0) -> Encoded
         seed: seed of the random numbers.
 
     Raises:
-        ValueError: if a kind of signal is not in `KINDS`.
+        ValueError: if a kind of signal is not in `SIGNAL_BUILDERS`.
     """
-    unknown = sorted({kind for kind, _ in wanted(needs, size)} - set(KINDS))
+    keys = list_signal_keys(needs, size)
+    unknown = sorted({kind for kind, _ in keys} - set(SIGNAL_BUILDERS))
     if unknown:
-        raise ValueError(f"no signal {', '.join(map(repr, unknown))} can be made up; say in KINDS how")
+        raise ValueError(f"cannot build the signal {', '.join(map(repr, unknown))}; add it to SIGNAL_BUILDERS")
     generator = torch.Generator().manual_seed(seed)
     geometry = size.geometry
 
@@ -134,18 +136,18 @@ def made_up_image(size: Size, needs: Sequence[Signal], seed: int = 0) -> Encoded
         smooth = F.interpolate(coarse, geometry.token_grid, mode="bicubic", align_corners=False).flatten(2)
         return 2 * smooth + torch.empty_like(smooth).exponential_(generator=generator)
 
-    signals = {key: KINDS[key[0]](size, field) for key in wanted(needs, size)}
+    signals = {key: SIGNAL_BUILDERS[key[0]](size, field) for key in keys}
     return EncodedImage(geometry, field(size.dim).mT.contiguous(), signals, size.layers, size.layers - 2)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one strategy took.
+    """Times of one strategy and of the vision encode.
 
     Args:
-        name: the strategy.
-        select_ms: milliseconds of each selection, `[repeats]`.
-        encode_ms: milliseconds of the vision encode before each, `[repeats]`.
+        name: name of the strategy.
+        select_ms: time of each selection in milliseconds, `[repeats]`.
+        encode_ms: time of the vision encode in the same repeat in milliseconds, `[repeats]`.
     """
 
     name: str
@@ -154,23 +156,23 @@ class Cost:
 
     @property
     def share(self) -> float:
-        """Selection in percent of the encode beside it, median."""
-        return median(100 * one / other for one, other in zip(self.select_ms, self.encode_ms, strict=True))
+        """Selection time in percent of the encode in the same repeat, median."""
+        return median(100 * select / encode for select, encode in zip(self.select_ms, self.encode_ms, strict=True))
 
     @property
     def target(self) -> str:
-        """What the strategy should stay below."""
+        """The limit of the strategy, with its unit."""
         return f"{ATTENTION_LIMIT:g} ms" if self.name in BY_ATTENTION else f"{SHARE_LIMIT:g} %"
 
     @property
-    def met(self) -> bool:
-        """Whether it does."""
+    def is_met(self) -> bool:
+        """Whether the time of the strategy is below its limit."""
         return median(self.select_ms) < ATTENTION_LIMIT if self.name in BY_ATTENTION else self.share < SHARE_LIMIT
 
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use this many threads for a while."""
+    """Set the number of CPU threads of torch inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -179,66 +181,71 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Return the milliseconds that a call takes."""
+def time_call(call: Callable[[], object]) -> float:
+    """Return the time of a call in milliseconds."""
     start = perf_counter()
     call()
     return 1000 * (perf_counter() - start)
 
 
-def measure(
+def measure_strategies(
     names: Sequence[str] | None = None,
     budget: float = 0.2,
     repeats: int = 5,
     threads: int = 2,
-    size: Size | None = None,
-    known: Mapping[str, Any] | None = None,
+    size: ModelSize | None = None,
+    catalog: Mapping[str, Any] | None = None,
 ) -> list[Cost]:
     """Time strategies and the vision encode of the same image in turns.
 
     Args:
-        names: strategies to measure; all known ones if left out.
+        names: strategies to measure; None measures all.
         budget: budget as a ratio.
-        repeats: how often each is timed, after one untimed round.
+        repeats: number of timed repeats, after one untimed repeat.
         threads: CPU threads of torch.
-        size: the size of the image and of the models; the full one if left out.
-        known: strategies by class name; those that are shipped or installed if left out.
+        size: the size of the image and of the models; None uses the size of LLaVA-NeXT-7B.
+        catalog: strategies by class name; None uses the shipped and installed ones.
 
     Raises:
-        LookupError: if a strategy is not known.
-        ValueError: if one reads a signal that cannot be made up.
+        LookupError: if a name is not in the catalog.
+        ValueError: if a strategy reads a signal that is not in `SIGNAL_BUILDERS`.
     """
-    shipped: Mapping[str, Any] = strategies() if known is None else known
-    found = [lookup(name, shipped, "strategy") for name in names or shipped]
-    reducers: dict[str, TokenReducer] = {one.__name__: one(budget) for one in found}
-    size = size or Size()
-    image = made_up_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])
-    signals = {n: {key: image.signals[key] for key in wanted(one.needs, size)} for n, one in reducers.items()}
-    tower = size.vision_tower()
+    catalog = strategies() if catalog is None else catalog
+    classes = [find_class(name, catalog, "strategy") for name in names or catalog]
+    reducers: dict[str, TokenReducer] = {strategy.__name__: strategy(budget) for strategy in classes}
+    size = size or ModelSize()
+    image = build_random_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])
+    signals = {
+        name: {key: image.signals[key] for key in list_signal_keys(reducer.needs, size)}
+        for name, reducer in reducers.items()
+    }
+    tower = size.build_vision_tower()
     pixels = torch.randn(image.geometry.tiles, 3, size.side * size.patch, size.side * size.patch)
     encodes: list[float] = []
     selects: dict[str, list[float]] = {name: [] for name in reducers}
     with torch_threads(threads), torch.inference_mode():
         for _ in range(1 + repeats):
-            encodes.append(timed(lambda: tower(pixels)))
+            encodes.append(time_call(lambda: tower(pixels)))
             for name, reducer in reducers.items():
-                # A layout remembers what it worked out; that of the next image has yet to.
-                one = replace(image, geometry=size.geometry, signals=signals[name])
-                selects[name].append(timed(lambda reducer=reducer, one=one: reducer.reduce(one)))  # type: ignore[misc]
+                # A new layout for each call, because a layout caches computed properties.
+                fresh_image = replace(image, geometry=size.geometry, signals=signals[name])
+                selects[name].append(time_call(partial(reducer.reduce, fresh_image)))
     return [Cost(name, tuple(times[1:]), tuple(encodes[1:])) for name, times in selects.items()]
 
 
-def report(costs: Sequence[Cost]) -> str:
-    """Return the costs as a Markdown table."""
+def format_costs(costs: Sequence[Cost]) -> str:
+    """Return the costs of strategies as a Markdown table."""
 
-    def cell(times: Sequence[float], digits: int) -> str:
+    def format_times(times: Sequence[float], digits: int) -> str:
         return f"{median(times):.{digits}f} [{min(times):.{digits}f}, {max(times):.{digits}f}]"
 
-    lines = [f"Vision encode: {cell(costs[0].encode_ms, 0)} ms. Medians of {len(costs[0].encode_ms)} and ranges.\n"]
+    lines = [
+        f"Vision encode: {format_times(costs[0].encode_ms, 0)} ms. Medians of {len(costs[0].encode_ms)} and ranges.\n"
+    ]
     lines += ["| strategy | selection in ms | % of the encode | target | met |", "|---|---|---|---|---|"]
     for cost in costs:
-        met = "yes" if cost.met else "no"
-        lines.append(f"| {cost.name} | {cell(cost.select_ms, 2)} | {cost.share:.2f} | < {cost.target} | {met} |")
+        times, is_met = format_times(cost.select_ms, 2), "yes" if cost.is_met else "no"
+        lines.append(f"| {cost.name} | {times} | {cost.share:.2f} | < {cost.target} | {is_met} |")
     return "\n".join(lines)
 
 
@@ -246,12 +253,12 @@ def main(names: list[str] | None = None, budget: float = 0.2, repeats: int = 5, 
     """Measure strategies and print the table.
 
     Args:
-        names: strategies to measure; all known ones if left out.
+        names: strategies to measure; all by default.
         budget: budget as a ratio.
-        repeats: how often each is timed.
+        repeats: number of timed repeats.
         threads: CPU threads of torch.
     """
-    print(report(measure(names, budget, repeats, threads)))
+    print(format_costs(measure_strategies(names, budget, repeats, threads)))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Evaluation: experiments, grids, tasks, metrics, and their records."""
+"""Runs experiments and grids on tasks, scores the answers, and stores their records."""

@@ -1,8 +1,7 @@
-"""Ablations: a grid over anything that can be configured, with the rows that every table needs."""
+"""Ablations: a grid over options of an experiment, with the baselines that every table needs."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from tokenprune.cli.parsing import content_of, format_error, prepare
+from tokenprune.cli.parsing import format_error, prepare, read_yaml
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import (
     Experiment,
@@ -29,35 +28,36 @@ from tokenprune.experiments.evaluation.experiment import (
     Setting,
     check_records,
     discard_records,
-    lacking,
+    list_unsupported,
     rank_and_world,
     run_settings,
 )
-from tokenprune.experiments.evaluation.loading import outline
-from tokenprune.experiments.evaluation.records import forget_errors, write_whole
+from tokenprune.experiments.evaluation.loading import build_without_weights
+from tokenprune.experiments.evaluation.records import remove_failed, write_atomically
 from tokenprune.experiments.evaluation.stored_images import IMAGES
 from tokenprune.experiments.evaluation.tasks import Task, tasks
 from tokenprune.reducer import TokenReducer
+from tokenprune.registry import suggest_name
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
 
-KEYS = tuple(one.name for one in fields(Experiment))
+EXPERIMENT_KEYS = tuple(item.name for item in fields(Experiment))
 """Keys of an experiment."""
-OWN = ("grid", "baselines", "random_seeds")
-"""Keys of an ablation beside those of an experiment."""
+ABLATION_KEYS = ("grid", "baselines", "random_seeds")
+"""Keys of an ablation, in addition to the keys of an experiment."""
 
 
 def experiment_parser(prog: str, description: str) -> ArgumentParser:
-    """Return a parser of everything that an experiment is made of."""
+    """Return a parser with one option for each field of an experiment."""
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose classes get known by name")
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose classes are available by name")
     parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
     for name, kind, default in (("reducer", TokenReducer, "HiRED"), ("task", Task, "Boards")):
-        parser.add_argument(f"--{name}", type=kind, help=f"class name; parameters follow as --{name}.NAME")
+        parser.add_argument(f"--{name}", type=kind, help=f"class name; set parameters as --{name}.NAME")
         parser.set_defaults({name: json.loads(resolve_args(name, default)[1])})
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 answers greedily")
+    parser.add_argument("--temperature", type=float, default=0.0, help="temperature of sampling; 0 answers greedily")
     parser.add_argument("--batch-size", type=int, default=1, help="questions about one image answered together")
     parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -65,88 +65,88 @@ def experiment_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def resolve_args(name: str, value: Any) -> list[str]:
-    """Return an option as the command line wants it, class names resolved."""
+    """Return the arguments of an option, with class names resolved."""
     text = value if isinstance(value, str) else json.dumps(value)
     return prepare([f"--{name}", text], {"task": (Task, tasks())})
 
 
-def experiment_of(
-    words: Sequence[str], parser: ArgumentParser | None = None, rest: Namespace | None = None
+def parse_experiment(
+    argv: Sequence[str], parser: ArgumentParser | None = None, namespace: Namespace | None = None
 ) -> Experiment:
-    """Return the experiment that a command line describes.
+    """Return the experiment of a command line.
 
     Args:
-        words: the words after the command.
-        parser: the parser, if the command has options of its own.
-        rest: is given all options, for those that are the command's own.
+        argv: the arguments after the command.
+        parser: the parser of the command; by default `experiment_parser`.
+        namespace: receives all parsed options, also the options that are no fields of an experiment.
 
     Raises:
-        LookupError: if a name is not known.
+        LookupError: if there is no class of a name.
         ValueError: if a value is not valid.
-        argparse.ArgumentError: if an option is not.
+        argparse.ArgumentError: if there is no such option.
     """
     parser = parser or experiment_parser("tokenprune evaluate", "")
-    chosen = parser.instantiate(parser.parse_args(prepare(words, {"task": (Task, tasks())})))
-    if rest is not None:
-        rest.update(chosen)
-    return Experiment(**{name: getattr(chosen, name) for name in KEYS})
+    options = parser.instantiate(parser.parse_args(prepare(argv, {"task": (Task, tasks())})))
+    if namespace is not None:
+        namespace.update(options)
+    return Experiment(**{name: getattr(options, name) for name in EXPERIMENT_KEYS})
 
 
 def format_value(value: Any) -> str:
-    """Return a value of a grid as tables show it."""
+    """Return a value of a grid as text for tables."""
     if isinstance(value, Mapping) and "class_path" in value:
-        inside = ", ".join(f"{name}={format_value(one)}" for name, one in (value.get("init_args") or {}).items())
+        arguments = ", ".join(f"{name}={format_value(entry)}" for name, entry in (value.get("init_args") or {}).items())
         short = str(value["class_path"]).rpartition(".")[2]
-        return f"{short}({inside})" if inside else short
+        return f"{short}({arguments})" if arguments else short
     return str(value)
 
 
 def to_cli_args(name: str, value: Any) -> list[str]:
-    """Return the words of an option; nested values as JSON."""
+    """Return the command-line arguments of an option, nested values as JSON."""
     option = "--" + name.replace("_", "-") if "." not in name else f"--{name}"
     return [option, value if isinstance(value, str) else json.dumps(value)]
 
 
 def expand(config: Mapping[str, Any]) -> list[Setting]:
-    """Return all settings of an ablation: the grid, and unless switched off the rows that every table needs.
+    """Return all settings of an ablation: the grid, then the baselines unless they are switched off.
 
     Args:
         config: the keys of an experiment, and ``grid`` (options to lists of values), ``baselines`` (default true) and
             ``random_seeds`` (default 3).
 
     Raises:
-        ValueError: if a key is not known or a combination is not valid; every one is listed.
+        ValueError: if a key is unknown or combinations are not valid; the error lists all of them.
     """
-    allowed = [*KEYS, *OWN]
-    if wrong := [key for key in config if key not in allowed]:
-        near = difflib.get_close_matches(str(wrong[0]), allowed, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"there is no key {wrong[0]!r} in an ablation{hint}; it has {', '.join(allowed)}")
+    allowed = [*EXPERIMENT_KEYS, *ABLATION_KEYS]
+    if unknown := [key for key in config if key not in allowed]:
+        hint = suggest_name(str(unknown[0]), allowed)
+        raise ValueError(f"there is no key {unknown[0]!r} in an ablation{hint}; it has {', '.join(allowed)}")
     grid: Mapping[str, Any] = config.get("grid") or {}
     for option, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"grid.{option}: give a list of values, e.g. [0.1, 0.2], not {values!r}")
     plugins = [word for plugin in config.get("plugin") or [] for word in ("--plugin", plugin)]
-    base = [w for name, value in config.items() if name in KEYS and name != "plugin" for w in to_cli_args(name, value)]
+    options = {name: value for name, value in config.items() if name in EXPERIMENT_KEYS and name != "plugin"}
+    base = [word for name, value in options.items() for word in to_cli_args(name, value)]
     parser = experiment_parser("tokenprune evaluate", "")
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for values in itertools.product(*grid.values()):
         factors = dict(zip(grid, values, strict=True))
-        named = ", ".join(
+        factor_text = ", ".join(
             f"{option.removeprefix('reducer.')}={format_value(value)}" for option, value in factors.items()
         )
         try:
             overrides = [word for option, value in factors.items() for word in to_cli_args(option, value)]
             replaced = {f"--{option.replace('_', '-')}" for option in factors}
-            kept = [w for n in range(0, len(base), 2) for w in base[n : n + 2] if base[n] not in replaced]
-            experiment = experiment_of([*plugins, *kept, *overrides], parser)
+            defaults = [word for n in range(0, len(base), 2) for word in base[n : n + 2] if base[n] not in replaced]
+            experiment = parse_experiment([*plugins, *defaults, *overrides], parser)
         except Exception as error:
-            problems.append(f"{named or 'the experiment'}: {format_error(error)}")
+            problems.append(f"{factor_text or 'the experiment'}: {format_error(error)}")
             continue
-        name = f"{type(experiment.reducer).__name__}, {named}" if "reducer" not in factors else named
-        shown = {option: format_value(value) for option, value in factors.items()}
-        settings.setdefault(experiment.hash(), Setting(experiment, name, "grid", shown))
+        name = f"{type(experiment.reducer).__name__}, {factor_text}" if "reducer" not in factors else factor_text
+        formatted = {option: format_value(value) for option, value in factors.items()}
+        settings.setdefault(experiment.hash(), Setting(experiment, name, "grid", formatted))
     if problems:
         raise ValueError(f"{len(problems)} settings of the grid are not valid:\n  " + "\n  ".join(problems))
     if config.get("baselines", True):
@@ -158,17 +158,17 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
 
 
 def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting]:
-    """Yield the rows that every table needs: all tokens, and for each budget random, spaced, pooled and shrunk ones.
+    """Yield the baselines: all tokens, and for each budget random, strided, base-tile, pooled and downsampled tokens.
 
     Args:
-        experiments: those of the grid.
-        seeds: seeds of random selection.
+        experiments: the experiments of the grid.
+        seeds: number of seeds of random selection.
     """
-    shared = {json.dumps(as_config(replace(e, reducer=UniformStride(1.0)))): e for e in experiments}
-    for experiment in shared.values():
+    by_context = {json.dumps(as_config(replace(e, reducer=UniformStride(1.0)))): e for e in experiments}
+    for experiment in by_context.values():
         yield Setting(replace(experiment, reducer=UniformStride(1.0)), "full tokens", "full")
-    budgets = {json.dumps(as_config(replace(e, reducer=UniformStride(e.reducer.budget)))): e for e in experiments}
-    for experiment in budgets.values():
+    by_budget = {json.dumps(as_config(replace(e, reducer=UniformStride(e.reducer.budget)))): e for e in experiments}
+    for experiment in by_budget.values():
         budget = experiment.reducer.budget
         rows: list[TokenReducer] = [Random.seeded(budget, seed) for seed in range(seeds)]
         rows += [kind(budget) for kind in (UniformStride, BaseTileOnly, SpatialPooling, ImageDownsample)]
@@ -179,15 +179,15 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting
 
 
 def load_config(path: str) -> dict[str, Any]:
-    """Return what the YAML file of an ablation says.
+    """Return the content of the YAML file of an ablation.
 
     Raises:
-        ValueError: if there is no such file, or it is no mapping.
+        ValueError: if there is no such file, or it holds no mapping.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give the YAML file of an ablation")
     try:
-        config = content_of(path)
+        config = read_yaml(path)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not config:
@@ -195,86 +195,86 @@ def load_config(path: str) -> dict[str, Any]:
     return config
 
 
-def hash_of(settings: Sequence[Setting]) -> str:
-    """Return 12 letters that identify an ablation by its experiments, however its file was written."""
+def hash_settings(settings: Sequence[Setting]) -> str:
+    """Return a 12-character hash of the experiments of an ablation; the notation in its file does not change it."""
     return hashlib.sha256(" ".join(sorted(setting.experiment.hash() for setting in settings)).encode()).hexdigest()[:12]
 
 
-def claim(out: Path, config: Mapping[str, Any], settings: Sequence[Setting]) -> None:
-    """Note in a run directory which ablation it belongs to.
+def claim_directory(out: Path, config: Mapping[str, Any], settings: Sequence[Setting]) -> None:
+    """Write the configuration of an ablation into its run directory, or compare it with the file there.
 
     Args:
         out: the run directory.
-        config: the ablation.
-        settings: what `expand` makes of it.
+        config: the content of the YAML file.
+        settings: the result of `expand`.
 
     Raises:
-        ValueError: if the directory belongs to another one.
+        ValueError: if the directory belongs to another ablation.
     """
     file = out / "ablation.yaml"
     if not file.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, yaml.safe_dump(dict(config), sort_keys=True))
+        write_atomically(file, yaml.safe_dump(dict(config), sort_keys=True))
         return
-    there = load_config(str(file))
-    if there == config:
+    existing = load_config(str(file))
+    if existing == config:
         return
     try:
-        old = hash_of(expand(there))
+        old = hash_settings(expand(existing))
     except (ValueError, LookupError):
         old = "not known: it is not valid any more"
-    if old != hash_of(settings):
+    if old != hash_settings(settings):
         raise ValueError(
-            f"{out} holds another ablation (hash {old}, this one is {hash_of(settings)}); give another --out"
+            f"{out} holds another ablation (hash {old}, this one is {hash_settings(settings)}); give another --out"
         )
 
 
-def by_model(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Return the settings that can share encodings: those of one model, dtype, task and text model (or none)."""
+def group_by_model(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Return the settings in groups that share encodings: equal model, dtype and task, and equal or no text model."""
     groups: dict[str, list[Setting]] = {}
     first: dict[str, str] = {}
     for setting in sorted(settings, key=lambda setting: setting.experiment.reducer.text_model is None):
-        one = setting.experiment
-        key = json.dumps([one.model, one.dtype, as_config(one.task)], sort_keys=True)
-        text_model = one.reducer.text_model or first.setdefault(key, "")
+        experiment = setting.experiment
+        key = json.dumps([experiment.model, experiment.dtype, as_config(experiment.task)], sort_keys=True)
+        text_model = experiment.reducer.text_model or first.setdefault(key, "")
         first.setdefault(key, text_model)
         groups.setdefault(f"{key} {text_model}", []).append(setting)
-    place = {id(setting): number for number, setting in enumerate(settings)}
-    ordered = [sorted(group, key=lambda setting: place[id(setting)]) for group in groups.values()]
-    return sorted(ordered, key=lambda group: place[id(group[0])])
+    position = {id(setting): number for number, setting in enumerate(settings)}
+    ordered = [sorted(group, key=lambda setting: position[id(setting)]) for group in groups.values()]
+    return sorted(ordered, key=lambda group: position[id(group[0])])
 
 
-def check(groups: Sequence[Sequence[Setting]]) -> None:
-    """Look at all models and tasks of a grid before the first one runs.
+def check_groups(groups: Sequence[Sequence[Setting]]) -> None:
+    """Check all models and tasks of a grid before the first sample.
 
     Args:
-        groups: what `by_model` returns.
+        groups: the result of `group_by_model`.
 
     Raises:
-        ValueError: if a model or the data of a task cannot be had, or a strategy needs what its model cannot give.
+        ValueError: if a model or the data of a task cannot be loaded, or a model lacks a signal of a strategy.
     """
-    wrong: list[str] = []
-    outlines: dict[str, Any] = {}
+    problems: list[str] = []
+    models: dict[str, Any] = {}
     for group in groups:
         shared = group[0].experiment
         try:
             shared.task.check()
-            if len(groups) == 1:  # the run itself looks at the model before its first sample
+            if len(groups) == 1:  # the run checks the model before its first sample
                 break
-            if shared.model not in outlines:
-                outlines[shared.model] = outline(shared.model)
-            wrong += lacking(outlines[shared.model], group)
+            if shared.model not in models:
+                models[shared.model] = build_without_weights(shared.model)
+            problems += list_unsupported(models[shared.model], group)
         except (ValueError, LookupError, TypeError, OSError) as error:
-            wrong.append(format_error(error))
-    if wrong:
-        raise ValueError("these settings cannot run:\n  " + "\n  ".join(dict.fromkeys(wrong)))
+            problems.append(format_error(error))
+    if problems:
+        raise ValueError("these settings cannot run:\n  " + "\n  ".join(dict.fromkeys(problems)))
 
 
-def shard_of(settings: Sequence[Setting], shard: str | None) -> list[Setting]:
-    """Return the part of a grid that ``i/n`` names, i from 0.
+def select_shard(settings: Sequence[Setting], shard: str | None) -> list[Setting]:
+    """Return every n-th setting from the i-th on, for a shard ``i/n`` with i from 0; all settings for None.
 
     Raises:
-        ValueError: if it is not of that form.
+        ValueError: if `shard` has another form.
     """
     if shard is None:
         return list(settings)
@@ -289,33 +289,33 @@ def ablate(
     out: Path,
     shard: str | None = None,
     workers: int = 1,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     retry_errors: bool = False,
     images: int = IMAGES,
     fresh: bool = False,
 ) -> Progress:
-    """Run an ablation, or go on with it.
+    """Run an ablation, or continue it.
 
-    Under torchrun or accelerate (``RANK`` and ``WORLD_SIZE`` are set) this process takes its part of the images.
+    Under torchrun or accelerate (``RANK`` and ``WORLD_SIZE`` are set), this process runs its part of the images.
 
     Args:
         path: the YAML file.
         out: the run directory.
         shard: ``i/n`` takes every n-th setting from the i-th on.
-        workers: processes that share the images, one a GPU where there are GPUs.
-        tell: is told after every record.
-        retry_errors: try the samples again that failed before.
-        images: so many images of a model and task are stored for reports.
-        fresh: discard the records that are there, and run all samples again.
+        workers: number of processes that share the images, one per GPU if there are GPUs.
+        on_progress: called after every record.
+        retry_errors: run samples again that failed before.
+        images: number of images of a model and task that are stored for reports.
+        fresh: delete existing records, and run all samples again.
 
     Raises:
         ValueError: if the configuration is not valid.
-        IdentityError: if there are records of another model, data set, code or library version.
+        IdentityError: if existing records belong to another model, data set, code or library version.
         InUseError: if another process runs the same settings.
         RuntimeError: if a worker failed.
     """
     config = load_config(path)
-    everything = expand(config)
+    settings = expand(config)
     rank, world = rank_and_world()
     if workers < 1:
         raise ValueError(f"--workers {workers}: give the number of processes, at least 1")
@@ -323,68 +323,71 @@ def ablate(
         raise ValueError("--retry-errors cannot be used under torchrun; run the command once without torchrun")
     if fresh and world > 1:
         raise ValueError("--fresh cannot be used under torchrun; run the command once without torchrun")
-    groups = by_model(shard_of(everything, shard))
-    check(groups)
-    claim(out, config, everything)
+    groups = group_by_model(select_shard(settings, shard))
+    check_groups(groups)
+    claim_directory(out, config, settings)
     if fresh:
         discard_records(list(itertools.chain(*groups)), out)
     if retry_errors:
         for setting in itertools.chain(*groups):
-            forget_errors(setting.folder(out))
-    for group in groups:  # all of them before the first one runs
+            remove_failed(setting.folder(out))
+    for group in groups:  # all groups before the first one runs
         check_records(group, out)
     if workers > 1 and world == 1:
-        return _shared(path, shard, out, workers, tell, images)
-    return _run(groups, out, rank, world, tell, images)
+        return _run_workers(path, shard, out, workers, on_progress, images)
+    return _run_groups(groups, out, rank, world, on_progress, images)
 
 
-def _run(
+def _run_groups(
     groups: Sequence[Sequence[Setting]],
     out: Path,
     rank: int,
     world: int,
-    tell: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
     images: int,
 ) -> Progress:
-    """Run the settings of each model and task, one after the other."""
+    """Run the groups of settings in order, and report their total progress."""
     total = Progress(0)
     for group in groups:
         before = total
 
-        def tell_all(now: Progress, before: Progress = before) -> None:
-            tell(_added(before, now))
+        def report_total(current: Progress, before: Progress = before) -> None:
+            on_progress(_add_progress(before, current))
 
-        total = _added(before, run_settings(group, out, rank, world, tell_all, images=images))
+        total = _add_progress(before, run_settings(group, out, rank, world, report_total, images=images))
     return total
 
 
-def _added(one: Progress, other: Progress) -> Progress:
+def _add_progress(first: Progress, second: Progress) -> Progress:
     counts = ("total", "done", "errors", "images", "encodes", "more_encodes")
     return Progress(
-        **{name: getattr(one, name) + getattr(other, name) for name in counts},
-        setting=other.setting or one.setting,
-        scores={**one.scores, **other.scores},
+        **{name: getattr(first, name) + getattr(second, name) for name in counts},
+        setting=second.setting or first.setting,
+        scores={**first.scores, **second.scores},
     )
 
 
-def _of_workers(found: Sequence[Progress], setting: str) -> Progress:
-    """Return the progress of processes that share the samples of the same settings."""
-    whole = Progress(0)
-    for one in found:
-        whole = _added(whole, one)
-    names = {name for one in found for name in one.scores}
-    pairs = {name: [one.scores.get(name, (0.0, 0)) for one in found] for name in names}
-    scores = {name: (sum(score for score, _ in of), sum(number for _, number in of)) for name, of in pairs.items()}
-    return replace(whole, setting=setting, scores=scores)
+def _combine_workers(parts: Sequence[Progress], setting: str) -> Progress:
+    """Return the total progress of processes that share the samples of the same settings."""
+    total = Progress(0)
+    for part in parts:
+        total = _add_progress(total, part)
+    names = {name for part in parts for name in part.scores}
+    pairs = {name: [part.scores.get(name, (0.0, 0)) for part in parts] for name in names}
+    scores = {
+        name: (sum(score for score, _ in entries), sum(number for _, number in entries))
+        for name, entries in pairs.items()
+    }
+    return replace(total, setting=setting, scores=scores)
 
 
-SECONDS = 0.2
-"""A worker says so often how far it is."""
+PROGRESS_INTERVAL = 0.2
+"""Shortest time between two messages of a worker, in seconds."""
 
 
-def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: Any, images: int) -> None:
-    """Run as one of several workers, which tells its parent how far it is and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+def _run_worker(path: str, shard: str | None, out: Path, rank: int, world: int, messages: Any, images: int) -> None:
+    """Run one worker: send progress to the parent process, and end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -395,48 +398,49 @@ def _work(path: str, shard: str | None, out: Path, rank: int, world: int, told: 
     threading.Thread(target=end_with_parent, daemon=True).start()
     last = 0.0
 
-    def tell(progress: Progress) -> None:
+    def send_progress(progress: Progress) -> None:
         nonlocal last
-        if time.monotonic() - last > SECONDS:
-            told.put((rank, replace(progress, scores=dict(progress.scores))))
+        if time.monotonic() - last > PROGRESS_INTERVAL:
+            messages.put((rank, replace(progress, scores=dict(progress.scores))))
             last = time.monotonic()
 
     try:
-        # Built anew from the file, which loads plug-ins too: their classes cannot be sent from process to process.
-        groups = by_model(shard_of(expand(load_config(path)), shard))
-        told.put((rank, _run(groups, out, rank, world, tell, images)))
+        # Read from the file again, which also loads plug-ins: their classes cannot be sent between processes.
+        groups = group_by_model(select_shard(expand(load_config(path)), shard))
+        messages.put((rank, _run_groups(groups, out, rank, world, send_progress, images)))
     except Exception as error:
         print(f"tokenprune: worker {rank}: {format_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _shared(
-    path: str, shard: str | None, out: Path, workers: int, tell: Callable[[Progress], None], images: int
+def _run_workers(
+    path: str, shard: str | None, out: Path, workers: int, on_progress: Callable[[Progress], None], images: int
 ) -> Progress:
-    """Run several workers; the last one puts their records together."""
+    """Run several workers; the last worker merges their records."""
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
+    messages = context.Queue()
     processes = [
-        context.Process(target=_work, args=(path, shard, out, rank, workers, told, images), daemon=True)
+        context.Process(target=_run_worker, args=(path, shard, out, rank, workers, messages, images), daemon=True)
         for rank in range(workers)
     ]
-    found: dict[int, Progress] = {}
+    progress_by_rank: dict[int, Progress] = {}
 
-    def listen(seconds: float) -> bool:
-        """Take one message; return whether there was one."""
+    def receive(seconds: float) -> bool:
+        """Receive one message; return whether there was one within the time."""
         try:
-            rank, found[rank] = told.get(timeout=seconds)
+            rank, progress_by_rank[rank] = messages.get(timeout=seconds)
         except queue.Empty:
             return False
-        tell(_of_workers([found[one] for one in sorted(found)], found[rank].setting))
+        parts = [progress_by_rank[key] for key in sorted(progress_by_rank)]
+        on_progress(_combine_workers(parts, progress_by_rank[rank].setting))
         return True
 
     try:
         for process in processes:
             process.start()
         while any(process.is_alive() for process in processes):
-            listen(SECONDS)
-        while listen(SECONDS):
+            receive(PROGRESS_INTERVAL)
+        while receive(PROGRESS_INTERVAL):
             pass
     finally:
         for process in processes:
@@ -445,5 +449,5 @@ def _shared(
                 process.join()
     codes = [process.exitcode for process in processes]
     if any(codes):
-        raise RuntimeError(f"workers ended with {codes}; their messages are above. The same command goes on")
-    return _of_workers([found[rank] for rank in sorted(found)], "")
+        raise RuntimeError(f"workers ended with {codes}; their messages are above. Run the same command to continue")
+    return _combine_workers([progress_by_rank[rank] for rank in sorted(progress_by_rank)], "")

@@ -1,4 +1,4 @@
-"""Hashes of files, computed once for each state of a file."""
+"""Computes hashes of files, once for each state of a file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileState:
-    """The content of a file, and the numbers that show without a read that the content is still the same.
+    """Hash of a file, with the size and times that show an unchanged file without reading it.
 
     Args:
         size: bytes.
-        mtime_ns: time of the last change of the content.
-        ctime_ns: time of the last change of the entry; no tool that copies or extracts files can set it.
-        sha256: hash of the whole content.
+        mtime_ns: time of the last change of the content, in nanoseconds.
+        ctime_ns: time of the last change of the inode, in nanoseconds; tools that copy or extract files cannot set it.
+        sha256: hash of the content.
     """
 
     size: int

@@ -1,8 +1,8 @@
-"""Identity of records: the model files, the code, the library versions and the samples that records belong to.
+"""Identifies the model files, code, library versions and samples of records, so that a run never mixes states.
 
 A configuration names a model, a data set and a strategy file, but not their content. Each folder of an experiment
 therefore holds ``identity.json``, and each record holds a digest of its sample. If either differs from the present
-state, the run stops: old and new records are never mixed.
+state, the run stops.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.experiments.evaluation.hashing import FileState, file_state, hash_file
-from tokenprune.experiments.evaluation.loading import checkpoint_folder, is_hub_snapshot
-from tokenprune.experiments.evaluation.records import files_of, read_lines, write_whole
+from tokenprune.experiments.evaluation.loading import find_checkpoint, is_hub_snapshot
+from tokenprune.experiments.evaluation.records import list_record_files, read_lines, write_atomically
 from tokenprune.experiments.evaluation.tasks.base import Sample
 
 if TYPE_CHECKING:
@@ -33,26 +33,26 @@ LAYOUT = 2
 LIBRARIES = ("tokenprune", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
 """Packages whose version can change an answer."""
 SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
-"""Endings of the files of a checkpoint folder that loading a model or its processor can read."""
+"""Suffixes of the checkpoint files that can be read when a model or its processor is loaded."""
 TRAINING_FILES = frozenset({"all_results.json", "eval_results.json", "train_results.json", "trainer_state.json"})
-"""Files that a training run writes into a checkpoint folder and that no model reads."""
+"""Files that a training run writes into a checkpoint folder, and that loading a model does not read."""
 PACKAGE = "tokenprune"
 LISTED = 5
-"""Most samples or files that an error lists by name."""
+"""Largest number of samples or files that an error lists by name."""
 REMEDY = "Old and new records are never mixed: add --fresh to discard the old ones and run again, or give another --out"
 COMPARED = {"question": "question", "answer": "answers", "type": "type", "split": "split", "group": "image name"}
 """Fields of a record that repeat its sample, and their names in errors."""
 
 
 class IdentityError(ValueError):
-    """The records of a run directory belong to another model, data set, code or library version."""
+    """Raised if the records of a run directory belong to another model, data set, code or library version."""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_states(folder: Path, previous: Mapping[str, FileState]) -> dict[str, FileState]:
-    """Return the state of each file of a checkpoint folder that loading can read, by name.
+    """Return the state of each file that loading a checkpoint can read, by file name.
 
     Subfolders are skipped: training runs keep other checkpoints there. ``.bin`` files are skipped if the folder has
     safetensors, as transformers does.
@@ -98,8 +98,8 @@ def _source_of(module: ModuleType | None) -> Path | None:
     return Path(name).resolve() if name and name.endswith(".py") and Path(name).is_file() else None
 
 
-def _with_imports(path: Path, module: ModuleType, files: set[Path]) -> None:
-    """Add a user's file to a set, and the files below its folder that it imports from."""
+def _add_imports(path: Path, module: ModuleType, files: set[Path]) -> None:
+    """Add a user's file to `files`, and each file below its folder that it imports from, recursively."""
     if path in files:
         return
     files.add(path)
@@ -113,7 +113,7 @@ def _with_imports(path: Path, module: ModuleType, files: set[Path]) -> None:
             and source.is_relative_to(path.parent)
             and "site-packages" not in source.relative_to(path.parent).parts
         ):
-            _with_imports(source, imported, files)
+            _add_imports(source, imported, files)
 
 
 def code_hashes(experiment: Experiment) -> dict[str, str]:
@@ -133,7 +133,7 @@ def code_hashes(experiment: Experiment) -> dict[str, str]:
         source = _source_of(sys.modules.get(name))
         is_standard = name.partition(".")[0] in sys.stdlib_module_names
         if source is not None and not _is_shipped(name) and (source in plugins or not is_standard):
-            _with_imports(source, sys.modules[name], files)
+            _add_imports(source, sys.modules[name], files)
     files |= plugins | {path.resolve() for path in experiment.task.files()}
     names = [path.name for path in files]
     return {path.name if names.count(path.name) == 1 else str(path): hash_file(path) for path in sorted(files)}
@@ -144,13 +144,13 @@ def code_hashes(experiment: Experiment) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Identity:
-    """What the records of an experiment depend on beside its configuration.
+    """The model files, code and versions that the records of an experiment depend on, besides its configuration.
 
     Args:
         versions: library versions by package.
         code: hashes of files of code outside the package, by name.
-        checkpoints: the files of each model by name of the model; empty for a hub id.
-        commits: the commit of each model that comes from the hub.
+        checkpoints: the states of the files of each model folder, by model name and file name.
+        commits: the commit of each model from the hub, by model name.
     """
 
     versions: Mapping[str, str]
@@ -160,7 +160,7 @@ class Identity:
 
     @classmethod
     def read(cls, folder: Path) -> Identity | None:
-        """Return the identity that an experiment's folder holds; None if there is none of the present layout."""
+        """Return the identity in an experiment's folder; None if it is missing, damaged or has another layout."""
         path = folder / NAME
         if not path.is_file():
             return None
@@ -173,15 +173,15 @@ class Identity:
                 for model, files in content["checkpoints"].items()
             }
             return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: nothing shows what the records belong to
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: treated as missing
             return None
 
     def write(self, folder: Path) -> None:
         """Write the identity into an experiment's folder."""
-        write_whole(folder / NAME, json.dumps({"layout": LAYOUT, **asdict(self)}, indent=1))
+        write_atomically(folder / NAME, json.dumps({"layout": LAYOUT, **asdict(self)}, indent=1))
 
     def changes_since(self, old: Identity) -> list[str]:
-        """Return one phrase for each difference from an older identity; none if the records of both can be mixed.
+        """Return one phrase for each difference from an older identity; empty if the records of both can be mixed.
 
         Args:
             old: the older identity.
@@ -193,21 +193,21 @@ class Identity:
         ]
         changes += [f"the code in {phrase}" for phrase in _differences(old.code, self.code)]
         for model in sorted({*old.commits, *self.commits}):
-            before, now = old.commits.get(model, "a folder"), self.commits.get(model, "a folder")
-            if before != now:
-                changes.append(f"the weights of {model}: {before} -> {now}")
+            before, after = old.commits.get(model, "a folder"), self.commits.get(model, "a folder")
+            if before != after:
+                changes.append(f"the weights of {model}: {before} -> {after}")
         for model in sorted({*old.checkpoints, *self.checkpoints} - {*old.commits, *self.commits}):
             files = [
                 {name: state.sha256 for name, state in identity.checkpoints.get(model, {}).items()}
                 for identity in (old, self)
             ]
             if phrases := _differences(*files):
-                changes.append(f"the weights or configuration of {model}: {_listed(phrases)}")
+                changes.append(f"the weights or configuration of {model}: {_format_list(phrases)}")
         return changes
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Return one phrase for each name whose hash differs."""
+    """Return one phrase for each name that is new, missing or has another hash."""
     phrases = []
     for name in sorted({*old, *new}):
         if name not in old:
@@ -219,13 +219,13 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return phrases
 
 
-def _listed(phrases: Sequence[str]) -> str:
-    more = len(phrases) - LISTED
-    return ", ".join(phrases[:LISTED]) + (f" and {more} more" if more > 0 else "")
+def _format_list(phrases: Sequence[str]) -> str:
+    omitted = len(phrases) - LISTED
+    return ", ".join(phrases[:LISTED]) + (f" and {omitted} more" if omitted > 0 else "")
 
 
 def library_versions(packages: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Return the version of each package that is installed, by package.
+    """Return the version of each installed package, by package name.
 
     Args:
         packages: names of the packages.
@@ -239,10 +239,10 @@ def library_versions(packages: Iterable[str] = LIBRARIES) -> dict[str, str]:
     return versions
 
 
-def model_folders(experiment: Experiment) -> dict[str, Path]:
-    """Return the folder of each model that an experiment loads, by name of the model.
+def find_model_folders(experiment: Experiment) -> dict[str, Path]:
+    """Return the folder of each model that an experiment loads, by model name.
 
-    These are the model, the text model of the strategy, and the base model of a folder with an adapter of peft.
+    These are the model, the text model of the strategy, and the base model of a PEFT adapter folder.
 
     Args:
         experiment: the experiment.
@@ -250,33 +250,33 @@ def model_folders(experiment: Experiment) -> dict[str, Path]:
     Raises:
         ValueError: if a model cannot be found.
     """
-    folders = {experiment.model: checkpoint_folder(experiment.model)}
+    folders = {experiment.model: find_checkpoint(experiment.model)}
     config = folders[experiment.model] / "adapter_config.json"
     if config.is_file() and (base := json.loads(config.read_text()).get("base_model_name_or_path")):
-        folders[f"base model {base}"] = checkpoint_folder(base)
+        folders[f"base model {base}"] = find_checkpoint(base)
     if (text_model := experiment.reducer.text_model) is not None:
-        folders[f"text_model {text_model}"] = checkpoint_folder(text_model, "text_model")
+        folders[f"text_model {text_model}"] = find_checkpoint(text_model, "text_model")
     return folders
 
 
-def identity_of(experiment: Experiment, previous: Identity | None = None) -> Identity:
+def compute_identity(experiment: Experiment, previous: Identity | None = None) -> Identity:
     """Return the present identity of an experiment.
 
     Args:
         experiment: the experiment.
-        previous: an earlier identity; files whose size and times are equal are not read again.
+        previous: an earlier identity; files with equal size and times are not read again.
 
     Raises:
         ValueError: if a model cannot be found.
     """
     checkpoints: dict[str, Mapping[str, FileState]] = {}
     commits: dict[str, str] = {}
-    for name, folder in model_folders(experiment).items():
+    for name, folder in find_model_folders(experiment).items():
         if is_hub_snapshot(folder):
             commits[name] = folder.name
         else:
-            known = previous.checkpoints.get(name, {}) if previous is not None else {}
-            checkpoints[name] = checkpoint_states(folder, known)
+            previous_states = previous.checkpoints.get(name, {}) if previous is not None else {}
+            checkpoints[name] = checkpoint_states(folder, previous_states)
     versions = library_versions((*LIBRARIES, *experiment.task.packages))
     return Identity(versions, code_hashes(experiment), checkpoints, commits)
 
@@ -285,13 +285,13 @@ def identity_of(experiment: Experiment, previous: Identity | None = None) -> Ide
 
 
 def image_digest(sample: Sample) -> str | None:
-    """Return a hash of the image of a sample: of its file if the task names one, otherwise of its pixels.
+    """Return a hash of the image of a sample: of the file if the task provides `content`, otherwise of the pixels.
 
     Args:
         sample: the sample.
 
     Returns:
-        The hash; None if the image cannot be read, which the record of the sample reports.
+        The hash; None if the image cannot be read. The record of the sample then holds the error.
     """
     try:
         if sample.content is not None:
@@ -303,7 +303,7 @@ def image_digest(sample: Sample) -> str | None:
 
 
 class SampleDigests:
-    """Short digests of the content of samples, computed when they are read; one image is hashed per group.
+    """Short digests of the content of samples, computed on access; one image is hashed per group.
 
     Args:
         samples: all samples of a task.
@@ -317,7 +317,7 @@ class SampleDigests:
         self._images: dict[str, str | None] = {}
 
     def __getitem__(self, name: str) -> str:
-        """Return the digest of a sample, 16 letters.
+        """Return the digest of a sample, 16 hexadecimal digits.
 
         Args:
             name: id of the sample.
@@ -330,7 +330,7 @@ class SampleDigests:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def changes_in(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Return phrases for the records whose sample changed or left the task; none if all belong to it.
+        """Return phrases for the records whose sample changed or was removed from the task; empty if there are none.
 
         Args:
             records: the records.
@@ -347,9 +347,9 @@ class SampleDigests:
         phrases = []
         if changed:
             hint = ", which failed before (--retry-errors runs failed samples again)" if failed == len(changed) else ""
-            phrases.append(f"{_counted(len(changed), 'sample')} changed: {_listed(changed)}{hint}")
+            phrases.append(f"{_format_count(len(changed), 'sample')} changed: {_format_list(changed)}{hint}")
         if missing:
-            phrases.append(f"{_counted(len(missing), 'sample')} left the data set: {_listed(missing)}")
+            phrases.append(f"{_format_count(len(missing), 'sample')} left the data set: {_format_list(missing)}")
         return phrases
 
     def _changed_fields(self, record: Mapping[str, Any]) -> list[str]:
@@ -360,7 +360,7 @@ class SampleDigests:
         return [label for key, label in COMPARED.items() if record.get(key) != present[key]] or ["image"]
 
 
-def _counted(number: int, noun: str) -> str:
+def _format_count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -369,38 +369,38 @@ def _counted(number: int, noun: str) -> str:
 
 def has_records(folder: Path) -> bool:
     """Return whether an experiment's folder holds a record."""
-    return any(True for path in files_of(folder) for _ in read_lines(path))
+    return any(True for path in list_record_files(folder) for _ in read_lines(path))
 
 
 def check_identities(experiments: Mapping[Path, Experiment], out: Path, digests: SampleDigests) -> dict[Path, Identity]:
-    """Return the present identity of each experiment, if the records in its folder belong to it.
+    """Return the present identity of each experiment, after a check that the records in its folder belong to it.
 
     Args:
-        experiments: experiments that share a task, by folder of their records.
+        experiments: experiments that share a task, by records folder.
         out: the run directory.
         digests: the samples of the task.
 
     Raises:
-        IdentityError: if a folder holds records of another identity; the error names each change.
+        IdentityError: if a folder holds records of another identity; the error lists each change.
     """
     changes: list[str] = []
     identities: dict[Path, Identity] = {}
     stale = 0
     for folder, experiment in experiments.items():
         # Processes that share the samples write the identity before their first record: read it after the records.
-        records = [record for path in files_of(folder) for record in read_lines(path)]
+        records = [record for path in list_record_files(folder) for record in read_lines(path)]
         old = Identity.read(folder)
-        new = identities[folder] = identity_of(experiment, old)
+        new = identities[folder] = compute_identity(experiment, old)
         if not records:
             continue
         if old is None:
-            found = ["they have no identity (an older version of tokenprune wrote them, or the file is damaged)"]
+            differences = ["they have no identity (an older version of tokenprune wrote them, or the file is damaged)"]
         else:
-            found = [*new.changes_since(old), *digests.changes_in(records)]
-        stale += bool(found)
-        changes += found
+            differences = [*new.changes_since(old), *digests.changes_in(records)]
+        stale += bool(differences)
+        changes += differences
     if changes:
         settings = "" if len(experiments) == 1 else f" of {stale} of {len(experiments)} settings"
-        listed = "; ".join(dict.fromkeys(changes))
-        raise IdentityError(f"{out} holds records{settings} that do not belong to this run: {listed}. {REMEDY}")
+        summary = "; ".join(dict.fromkeys(changes))
+        raise IdentityError(f"{out} holds records{settings} that do not belong to this run: {summary}. {REMEDY}")
     return identities

@@ -1,4 +1,4 @@
-"""Loads checkpoints, and makes model inputs of images and questions."""
+"""Loads checkpoints, and prepares model inputs from images and questions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     Args:
         name: `mini`, a folder, or a hub id.
         device: `auto` or a torch device.
-        dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere) or the name of a torch dtype.
+        dtype: `auto` (float32 on a CPU, otherwise the dtype of the checkpoint) or the name of a torch dtype.
 
     Raises:
-        ValueError: if the checkpoint, the device or the dtype cannot be had.
+        ValueError: if the checkpoint cannot be loaded, or the device or the dtype cannot be used.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -37,60 +37,60 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         dtype = "float32" if device == "cpu" else "auto"
     elif not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
-    place = _place(name)
+    path = _resolve_name(name)
     try:
-        processor = AutoProcessor.from_pretrained(place)
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval()
-    except Exception as error:  # whatever is wrong with a checkpoint, it is the checkpoint that is wrong
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
-    find_adapter(model)  # an unsupported family is answered before anything is generated
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).eval()
+    except Exception as error:  # a broken checkpoint raises errors of many types
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {message}") from error
+    find_adapter(model)  # raises for an unsupported model family before the first answer
     try:
         return model.to(device), processor
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def _place(name: str) -> str:
+def _resolve_name(name: str) -> str:
     """Return the folder or hub id of a model.
 
     Raises:
-        ValueError: if it can be neither.
+        ValueError: if the name is neither a folder nor a possible hub id.
     """
-    place = str(mini.path()) if name == "mini" else name
-    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
+    path = str(mini.path()) if name == "mini" else name
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
-    return place
+    return path
 
 
-def checkpoint_folder(name: str, option: str = "model") -> Path:
-    """Return the folder with the files of a checkpoint: its own, or the snapshot in the cache of the hub.
+def find_checkpoint(name: str, option: str = "model") -> Path:
+    """Return the folder with the files of a checkpoint: a local folder, or the snapshot in the hub cache.
 
     Args:
         name: `mini`, a folder, or a hub id.
-        option: the option that names it, ``"model"`` or ``"text_model"``.
+        option: the option of the checkpoint, ``"model"`` or ``"text_model"``, also for errors.
 
     Raises:
         ValueError: if there is no such checkpoint.
     """
     if name == "mini":
         return mini.path() if option == "model" else mini.text_path()
-    place = _place(name) if option == "model" else name
-    if Path(place).is_dir():
-        return Path(place)
+    path = _resolve_name(name) if option == "model" else name
+    if Path(path).is_dir():
+        return Path(path)
     try:
-        return _snapshot(place)
+        return _find_snapshot(path)
     except OSError as error:
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"--{option} {name} cannot be found: {first}") from error
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"--{option} {name} cannot be found: {message}") from error
 
 
 @cache
-def _snapshot(repository: str) -> Path:
+def _find_snapshot(repository: str) -> Path:
     """Return the folder of a hub repository in the cache; the hub is read once per process.
 
     Raises:
-        OSError: if the repository has no configuration of a model, nor of an adapter of peft.
+        OSError: if the repository has neither a model configuration nor a PEFT adapter configuration.
     """
     try:
         config = cached_file(repository, "config.json")
@@ -105,43 +105,45 @@ def _snapshot(repository: str) -> Path:
 
 
 def is_hub_snapshot(folder: Path) -> bool:
-    """Return whether a folder is a snapshot in the cache of the hub; its name is then the commit."""
+    """Return whether a folder is a snapshot in the hub cache, whose folder name is the commit."""
     return folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
 
 
-def outline(name: str) -> Any:
-    """Return a model without weights, to see whether there is such a model and what it can give.
+def build_without_weights(name: str) -> Any:
+    """Return a model without weights, on the meta device, to check that it exists and which signals it provides.
 
     Args:
         name: `mini`, a folder, or a hub id.
 
     Raises:
-        ValueError: if it cannot be had.
-        TypeError: if no adapter knows it.
+        ValueError: if the model cannot be built.
+        TypeError: if no adapter supports it.
     """
-    place = _place(name)
+    path = _resolve_name(name)
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(place))
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
     except Exception as error:  # as in `load`
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {first}") from error
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {message}") from error
     find_adapter(model)
     return model
 
 
 def model_inputs(model: Any, processor: Any, image: Image.Image, questions: Sequence[str], file: str) -> Any:
-    """Return the inputs of `generate` for questions about one image, one row each, by the chat template if any.
+    """Return the inputs of `generate` for questions about one image, one row per question.
+
+    Prompts follow the chat template of the processor, or the LLaVA-1.5 format if it has none.
 
     Args:
-        model: the model; inputs go to its device and dtype.
+        model: the model; inputs are moved to its device and dtype.
         processor: its processor.
         image: the image.
         questions: the questions.
-        file: what the image is called, for errors.
+        file: name of the image, for errors.
 
     Raises:
-        ValueError: if the processor or the model's own unpadding can make nothing of the image's shape.
+        ValueError: if the processor or the unpadding of the model cannot process the size of the image.
     """
     prompts = []
     for question in questions:
@@ -153,7 +155,7 @@ def model_inputs(model: Any, processor: Any, image: Image.Image, questions: Sequ
             prompts.append(f"USER: <image>\n{question} ASSISTANT:")
     options = {"text": prompts, "return_tensors": "pt", "padding": True, "padding_side": "left"}
     errors: list[Exception] = []
-    # Some processors take the images of a batch as one list, others as a list for each prompt.
+    # Some processors expect the images of a batch as one list, and some expect one list per prompt.
     for images in ([image] * len(prompts), [[image]] * len(prompts)):
         try:
             return processor(images=images, **options).to(model.device, model.dtype)

@@ -1,4 +1,4 @@
-"""Metrics: how good an answer is, from 0 to 1."""
+"""Metrics that score an answer from 0 to 1."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rapidfuzz.distance import Levenshtein
 
 Metric = Callable[[str, Sequence[str]], float]
-"""From a prediction and the accepted answers to a score."""
+"""Maps a prediction and the accepted answers to a score."""
 
 
-def normalized(text: str) -> str:
-    """Return a text in lower case, without punctuation at its ends and with single spaces; a number keeps its minus."""
+def normalize_answer(text: str) -> str:
+    """Return a text in lower case, with single spaces and without outer punctuation; a number keeps its minus sign."""
     plain = " ".join(text.lower().split())
     inner = plain.strip(string.punctuation + " ")
     negative = re.match(r"[^\w-]*-\d", plain) is not None
@@ -22,54 +22,56 @@ def normalized(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 if the prediction is one of the answers, letter case, outer punctuation and spaces aside."""
-    given = normalized(prediction).replace(" ", "")
-    return float(any(given == normalized(answer).replace(" ", "") for answer in answers))
+    """Return 1 if the prediction equals an answer; letter case, outer punctuation and spaces are ignored."""
+    normalized_prediction = normalize_answer(prediction).replace(" ", "")
+    return float(any(normalized_prediction == normalize_answer(answer).replace(" ", "") for answer in answers))
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 if one of the answers stands in the prediction as whole words.
+    """Return 1 if the prediction contains an answer as whole words.
 
-    OCRBench counts an answer that is any part of the prediction, also within a word.
+    OCRBench also counts an answer that is part of a word.
     """
-    given = normalized(prediction)
+    text = normalize_answer(prediction)
     return float(
-        any(re.search(rf"(?<!\w){re.escape(normalized(answer))}(?!\w)", given) is not None for answer in answers)
+        any(re.search(rf"(?<!\w){re.escape(normalize_answer(answer))}(?!\w)", text) is not None for answer in answers)
     )
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Return the average normalized Levenshtein similarity (DocVQA): the best answer counts, below the threshold none.
+    """Return the normalized Levenshtein similarity to the best answer (DocVQA), or 0 if it is below the threshold.
+
+    Its average over all samples is ANLS.
 
     Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019.
     """
-    given = " ".join(prediction.lower().split())
-    similar = [Levenshtein.normalized_similarity(given, " ".join(answer.lower().split())) for answer in answers]
-    best = max(similar, default=0.0)
+    text = " ".join(prediction.lower().split())
+    similarities = [Levenshtein.normalized_similarity(text, " ".join(answer.lower().split())) for answer in answers]
+    best = max(similarities, default=0.0)
     return best if best >= threshold else 0.0
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
-    """Return 1 for a number within 5 % of an answer, or the same text (ChartQA).
+    """Return 1 for a number within the tolerance of an answer, or for equal text (ChartQA).
 
     ChartQA's script reads no thousands separators ("1,000") and compares texts with their outer punctuation.
 
     Source: Masry et al., "ChartQA", Findings of ACL 2022.
     """
 
-    def number(text: str) -> float | None:
+    def parse_number(text: str) -> float | None:
         try:
             return float(text.strip().rstrip("%").replace(",", "")) / (100 if text.strip().endswith("%") else 1)
         except ValueError:
             return None
 
-    given = number(prediction)
+    predicted = parse_number(prediction)
     for answer in answers:
-        wanted = number(answer)
-        if given is not None and wanted is not None and wanted != 0:
-            if abs(given - wanted) <= tolerance * abs(wanted):
+        expected = parse_number(answer)
+        if predicted is not None and expected is not None and expected != 0:
+            if abs(predicted - expected) <= tolerance * abs(expected):
                 return 1.0
-        elif normalized(prediction) == normalized(answer):
+        elif normalize_answer(prediction) == normalize_answer(answer):
             return 1.0
     return 0.0
 
@@ -90,7 +92,7 @@ VQA_NUMBERS: Mapping[str, str] = {
 }
 """Number words that the official VQA evaluation writes as digits."""
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-"""Characters that it removes, or replaces by a space; periods and apostrophes have rules of their own."""
+"""Characters that this evaluation removes or replaces by a space; it treats periods and apostrophes separately."""
 # fmt: off
 VQA_CONTRACTIONS = (
     "'ow's'at", "'twas", "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't",
@@ -105,28 +107,28 @@ VQA_CONTRACTIONS = (
     "y'all'd've", "y'all'll", "you'd", "you'd've", "you'll", "you're", "you've",
 )
 # fmt: on
-"""Contractions that the official VQA evaluation completes if one apostrophe is missing, and no others."""
+"""The contractions that the official VQA evaluation completes if one apostrophe is missing."""
 
 
-def _spellings(contraction: str) -> Iterator[str]:
+def _misspellings(contraction: str) -> Iterator[str]:
     """Yield a contraction with one apostrophe removed, for each of its apostrophes."""
-    for place, letter in enumerate(contraction):
+    for index, letter in enumerate(contraction):
         if letter == "'":
-            yield contraction[:place] + contraction[place + 1 :]
+            yield contraction[:index] + contraction[index + 1 :]
 
 
 _FULL_SPELLING: Mapping[str, str] = {
-    **{spelling: word for word in VQA_CONTRACTIONS for spelling in _spellings(word)},
+    **{spelling: word for word in VQA_CONTRACTIONS for spelling in _misspellings(word)},
     "somebody'd": "somebodyd",  # the official table has this pair in the other direction
 }
 
 
-def vqa_normalized(text: str) -> str:
-    """Return an answer as the official VQA evaluation compares it.
+def normalize_vqa_answer(text: str) -> str:
+    """Return an answer in the normalized form of the official VQA evaluation.
 
-    Number words become digits, articles go, contractions get their apostrophes. Punctuation is removed if it stands
-    beside a space or if a comma stands between digits of the answer, and becomes a space otherwise. A period
-    is removed unless a digit follows.
+    Number words become digits, articles are removed, and contractions get their apostrophes. If a punctuation mark is
+    next to a space in the answer, or if a comma is between digits of the answer, the mark is removed; otherwise it
+    becomes a space. A period is removed unless a digit follows.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015; GT-Vision-Lab/VQA, vqaEval.py.
     """
@@ -134,25 +136,25 @@ def vqa_normalized(text: str) -> str:
     has_comma_in_number = re.search(r"\d,\d", text) is not None
     plain = text
     for mark in VQA_PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        plain = plain.replace(mark, "" if beside_space or has_comma_in_number else " ")
+        is_next_to_space = f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if is_next_to_space or has_comma_in_number else " ")
     plain = re.sub(r"\.(?!\d)", "", plain)
     words = (VQA_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_FULL_SPELLING.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return the accuracy of VQAv2 and TextVQA: three people of ten who agree make a full score.
+    """Return the accuracy of VQAv2 and TextVQA: a prediction that three of ten people gave has the full score.
 
-    Averaged over all ways of omitting one person. Prediction and answers are compared as `vqa_normalized` returns them.
-    A single answer counts as right or wrong.
+    The score is averaged over all ways of omitting one person. Prediction and answers are normalized by
+    `normalize_vqa_answer`. If there is a single answer, the score is 0 or 1.
 
     Differences from the published scripts: VQAv2 skips the normalization of a question whose ten answers are equal;
     TextVQA removes each comma and question mark and separates ``'s`` before it normalizes.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015.
     """
-    predicted, people = vqa_normalized(prediction), [vqa_normalized(answer) for answer in answers]
+    predicted, people = normalize_vqa_answer(prediction), [normalize_vqa_answer(answer) for answer in answers]
     if len(people) == 1:
         return float(predicted == people[0])
     matches = [predicted == person for person in people]
@@ -161,15 +163,15 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of words in common with the best answer (SQuAD).
+    """Return the F1 of common words with the best answer (SQuAD).
 
-    SQuAD's script also removes articles and the punctuation inside words; here only outer punctuation of the text goes.
+    SQuAD's script also removes articles and punctuation inside words; this function removes only outer punctuation.
     """
 
     def f1(answer: str) -> float:
-        given, wanted = normalized(prediction).split(), normalized(answer).split()
-        common = sum((Counter(given) & Counter(wanted)).values())
-        return 2 * common / (len(given) + len(wanted)) if common else 0.0
+        predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
+        common = sum((Counter(predicted) & Counter(expected)).values())
+        return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
     return max((f1(answer) for answer in answers), default=0.0)
 

@@ -1,39 +1,43 @@
-"""Records of an experiment: one JSON line a sample, flushed at once, so that a crash loses nothing that was done.
+"""Reads and writes the records of an experiment: one JSON line per sample, flushed at once, so that a crash loses none.
 
-The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each appends to its
-own part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
+The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each process appends
+to a part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 NAME = "records.jsonl"
 LOCK = ".lock"
+START_SECONDS = 2.0
+"""Longest time in seconds for which a process holds the lock of a setting while it starts."""
 IN_USE = "another process writes to {}; wait for it, or give another --out. To share the work, use --workers or --shard"
 
 
 class InUseError(RuntimeError):
-    """Another process writes the same records."""
+    """Raised if another process writes the same records."""
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file; a last line that a crash has torn is left out.
+    """Yield the records of a file; an incomplete last line, left by a crash, is skipped.
 
     Raises:
-        ValueError: if another line is no JSON.
+        ValueError: if any other line is no JSON.
     """
     if file.is_file():
-        yield from _parsed(file.read_text(), file)
+        yield from _parse_lines(file.read_text(), file)
 
 
-def _parsed(text: str, file: Path) -> Iterator[dict[str, Any]]:
+def _parse_lines(text: str, file: Path) -> Iterator[dict[str, Any]]:
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -41,43 +45,43 @@ def _parsed(text: str, file: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: it was being written
+            if number == len(lines):  # no newline after it: the write was interrupted
                 return
-            raise ValueError(f"{file}, line {number} is no record ({error}); remove the line to go on") from error
+            raise ValueError(f"{file}, line {number} is no record ({error}); remove the line to continue") from error
 
 
-def files_of(setting: Path) -> list[Path]:
+def list_record_files(setting: Path) -> list[Path]:
     """Return the files that hold records of a setting."""
     return [file for file in (setting / NAME, *sorted(setting.glob("records.part-*.jsonl"))) if file.is_file()]
 
 
-def done(setting: Path) -> set[str]:
+def list_recorded_samples(setting: Path) -> set[str]:
     """Return the ids of the samples of a setting that have a record."""
-    return {record["sample"] for file in files_of(setting) for record in read_lines(file)}
+    return {record["sample"] for file in list_record_files(setting) for record in read_lines(file)}
 
 
 def merge(setting: Path, order: Sequence[str]) -> None:
-    """Put the parts of a setting together into one file, in the order of the samples; each sample once.
+    """Merge the parts of a setting into one file, in the order of the samples, each sample once.
 
     Args:
         setting: the folder of the setting.
         order: ids of all samples.
     """
-    if files_of(setting) == [setting / NAME]:
+    if list_record_files(setting) == [setting / NAME]:
         return
-    found: dict[str, dict[str, Any]] = {}
-    for file in files_of(setting):
+    records: dict[str, dict[str, Any]] = {}
+    for file in list_record_files(setting):
         for record in read_lines(file):
-            found.setdefault(record["sample"], record)
-    place = {sample: number for number, sample in enumerate(order)}
-    merged = sorted(found.values(), key=lambda record: place.get(record["sample"], len(place)))
-    write_whole(setting / NAME, "".join(json.dumps(record) + "\n" for record in merged))
+            records.setdefault(record["sample"], record)
+    position = {sample: number for number, sample in enumerate(order)}
+    merged = sorted(records.values(), key=lambda record: position.get(record["sample"], len(position)))
+    write_atomically(setting / NAME, "".join(json.dumps(record) + "\n" for record in merged))
     for file in setting.glob("records.part-*.jsonl"):
         file.unlink()
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write a file completely or not at all: write a temporary file, then rename it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as out:
@@ -89,40 +93,63 @@ def write_whole(file: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def locked(file: Path, kind: int) -> IO[str] | None:
-    """Return a lock file that is held until it is closed; None if another process holds it.
+def lock_setting(setting: Path, wait: float = 0) -> ExitStack | None:
+    """Lock all records of a setting for this process, and return the stack that releases the lock.
 
     Args:
-        file: the lock file.
-        kind: ``fcntl.LOCK_EX`` for one holder, ``fcntl.LOCK_SH`` for several that share it.
+        setting: the folder of the setting.
+        wait: seconds to wait for a process that holds the lock only while it starts or merges.
+
+    Returns:
+        None if another process has the records or a part of them open.
     """
-    lock = file.open("w")
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    return lock
+    with ExitStack() as locks:
+        try:
+            locks.enter_context(FileLock(setting / LOCK).acquire(timeout=wait))
+            for part in setting.glob(f"{LOCK}.*"):
+                locks.enter_context(FileLock(part).acquire(timeout=0))
+        except Timeout:
+            return None
+        return locks.pop_all()
 
 
-def join(setting: Path, order: Sequence[str]) -> None:
-    """Put the parts of a setting together if all samples are there and no process writes them any more.
+def lock_part(setting: Path, rank: int) -> ExitStack | None:
+    """Lock the part of one process, and return the stack that releases the lock.
 
-    Every process that shares the samples calls this when it has closed its part; the last one finds no other.
+    Args:
+        setting: the folder of the setting.
+        rank: index of this process.
+
+    Returns:
+        None if another process has all records or the same part open.
+    """
+    with ExitStack() as locks:
+        try:
+            with FileLock(setting / LOCK).acquire(timeout=START_SECONDS):
+                locks.enter_context(FileLock(setting / f"{LOCK}.{rank}").acquire(timeout=0))
+        except Timeout:
+            return None
+        return locks.pop_all()
+
+
+def merge_if_complete(setting: Path, order: Sequence[str]) -> None:
+    """Merge the parts of a setting if all samples have a record and no process writes a part.
+
+    Every process that shares the samples calls this after it has closed its part; the last process merges.
 
     Args:
         setting: the folder of the setting.
         order: ids of all samples.
     """
-    lock = locked(setting / LOCK, fcntl.LOCK_EX)
+    lock = lock_setting(setting, wait=START_SECONDS)
     if lock is not None:
         with lock:
-            if set(order) <= done(setting):
+            if set(order) <= list_recorded_samples(setting):
                 merge(setting, order)
 
 
-def discard(setting: Path) -> None:
-    """Remove the records of a setting and what was computed from them.
+def delete_records(setting: Path) -> None:
+    """Delete the records of a setting, its identity and its summary.
 
     Args:
         setting: the folder of the setting.
@@ -132,16 +159,16 @@ def discard(setting: Path) -> None:
     """
     if not setting.is_dir():
         return
-    lock = locked(setting / LOCK, fcntl.LOCK_EX)
+    lock = lock_setting(setting)
     if lock is None:
         raise InUseError(IN_USE.format(setting))
     with lock:
-        for file in (*files_of(setting), setting / "identity.json", setting / "summary.json"):
+        for file in (*list_record_files(setting), setting / "identity.json", setting / "summary.json"):
             file.unlink(missing_ok=True)
 
 
-def forget_errors(setting: Path) -> int:
-    """Take the records of samples that failed out of a setting, so that they are tried again; return their number.
+def remove_failed(setting: Path) -> int:
+    """Remove the error records of a setting, so that these samples run again, and return their number.
 
     Args:
         setting: the folder of the setting.
@@ -149,61 +176,60 @@ def forget_errors(setting: Path) -> int:
     Raises:
         InUseError: if another process has the records open.
     """
-    if not files_of(setting):
+    if not list_record_files(setting):
         return 0
-    lock = locked(setting / LOCK, fcntl.LOCK_EX)
+    lock = lock_setting(setting)
     if lock is None:
         raise InUseError(IN_USE.format(setting))
     number = 0
     with lock:
-        for file in files_of(setting):
+        for file in list_record_files(setting):
             records = list(read_lines(file))
-            good = [record for record in records if record["error"] is None]
-            if len(good) < len(records):
-                write_whole(file, "".join(json.dumps(record) + "\n" for record in good))
-                number += len(records) - len(good)
+            answered = [record for record in records if record["error"] is None]
+            if len(answered) < len(records):
+                write_atomically(file, "".join(json.dumps(record) + "\n" for record in answered))
+                number += len(records) - len(answered)
     return number
 
 
 class RecordFile:
-    """The open records of one setting, for one process.
+    """The open record file of one setting, locked for one process.
 
     Args:
-        setting: the folder of the setting; made if it is not there.
-        rank: number of this process among those that share the samples; None if it has them all.
+        setting: the folder of the setting; created if it does not exist.
+        rank: index of this process among the processes that share the samples; None if this process runs all samples.
 
     Raises:
-        InUseError: if another process has them open: any other one if this process has all samples, otherwise one that
-            has them all or the same rank.
+        InUseError: if another process has the records open: any process if `rank` is None, otherwise a process with the
+            same rank or with rank None.
         OSError: if the folder cannot be written.
     """
 
     def __init__(self, setting: Path, rank: int | None = None) -> None:
         setting.mkdir(parents=True, exist_ok=True)
         self.file = setting / (NAME if rank is None else f"records.part-{rank}.jsonl")
-        wanted = [(LOCK, fcntl.LOCK_EX)] if rank is None else [(LOCK, fcntl.LOCK_SH), (f"{LOCK}.{rank}", fcntl.LOCK_EX)]
-        self._locks: list[IO[str]] = []
-        for name, kind in wanted:
-            lock = locked(setting / name, kind)
-            if lock is None:
-                self._unlock()
-                raise InUseError(IN_USE.format(setting))
-            self._locks.append(lock)
-        records = [one for other in files_of(setting) if other != self.file for one in read_lines(other)]
+        lock = lock_setting(setting) if rank is None else lock_part(setting, rank)
+        if lock is None:
+            raise InUseError(IN_USE.format(setting))
+        self._lock = lock
+        parts = [file for file in list_record_files(setting) if file != self.file]
+        records = [record for part in parts for record in read_lines(part)]
         text = self.file.read_text() if self.file.is_file() else ""
-        own = list(_parsed(text, self.file))
-        whole = "".join(json.dumps(record) + "\n" for record in own)
-        if text != whole:
-            write_whole(self.file, whole)  # a torn last line goes
-        self.done = {record["sample"] for record in (*records, *own)}
-        self.failed = {record["sample"] for record in (*records, *own) if record.get("error") is not None}
+        lines = list(_parse_lines(text, self.file))
+        records += lines
+        complete = "".join(json.dumps(record) + "\n" for record in lines)
+        if text != complete:
+            write_atomically(self.file, complete)  # removes an incomplete last line
+        self.done = {record["sample"] for record in records}
+        self.failed = {record["sample"] for record in records if record.get("error") is not None}
         self._out = self.file.open("a")
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a record and flush it.
+        """Append a record and flush the file.
 
         Raises:
-            OSError: if it cannot be written; what was written before stays whole.
+            OSError: if the record cannot be written; earlier records stay complete.
+            ValueError: if the sample has a record already.
         """
         if record["sample"] in self.done:
             raise ValueError(f"sample {record['sample']!r} has a record already")
@@ -212,22 +238,18 @@ class RecordFile:
         self.done.add(record["sample"])
 
     def close(self) -> None:
-        """Close the file and let others in."""
+        """Close the file and release its locks."""
         try:
             self._out.close()
         finally:
-            self._unlock()
-
-    def _unlock(self) -> None:
-        for lock in self._locks:
-            lock.close()
+            self._lock.close()
 
     def __enter__(self) -> RecordFile:
-        """Return itself."""
+        """Return the file."""
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close the file."""
         self.close()

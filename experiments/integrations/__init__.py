@@ -1,1 +1,1 @@
-"""Integrations with other evaluation tools."""
+"""Integrations with evaluation tools outside this package."""

@@ -1,1 +1,1 @@
-"""Shared machinery of the adapters; one module per layout of visual tokens."""
+"""Base classes of the adapters, one module per layout of visual tokens."""

@@ -1,4 +1,4 @@
-"""The text side of a CLIP vision tower: what a question and the tower's tokens have in common."""
+"""The text tower of a CLIP checkpoint: embeds questions and visual tokens in one shared space."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ASSISTANT = (
     r"|\b(?:assistant|gpt)\s*:"
 )
 TURN = re.compile(f"(?P<user>{USER})|(?P<assistant>{ASSISTANT})", re.IGNORECASE)
-"""How chat templates mark turns: LLaVA (Vicuna, Mistral), ChatML (Qwen) and Llama 3."""
+"""Turn marks of chat templates: LLaVA (Vicuna, Mistral), ChatML (Qwen) and Llama 3."""
 
 
-def question_in(prompt: str, special: Sequence[str]) -> str:
-    """Return what the user asks: the last user turn that holds text, or all text if the prompt has no turns.
+def extract_question(prompt: str, special: Sequence[str]) -> str:
+    """Return the question of the user: the last user turn with text, or all text if the prompt has no turns.
 
     Args:
         prompt: a decoded prompt.
-        special: special tokens to leave out, the image placeholder among them.
+        special: special tokens to remove, including the image placeholder.
     """
     marks = [*TURN.finditer(prompt)]
     turns = [prompt] if not marks else []
@@ -48,13 +48,13 @@ def question_in(prompt: str, special: Sequence[str]) -> str:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for files of a megabyte."""
-    shown = logging.is_progress_bar_enabled()
+    """Disable the progress bars of transformers inside the block."""
+    is_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if is_enabled:
             logging.enable_progress_bar()
 
 
@@ -76,7 +76,7 @@ class TextTower:
         except (OSError, ValueError) as error:
             raise ValueError(f"text_model={name!r} could not be loaded as a CLIP model: {error}") from error
         self.name = name
-        self.longest: int = model.config.text_config.max_position_embeddings
+        self.max_length: int = model.config.text_config.max_position_embeddings
         self.width: int = model.config.vision_config.hidden_size
         self.text: Any = model.text_model
         self.text_projection: nn.Module = model.text_projection
@@ -88,15 +88,15 @@ class TextTower:
     def embed(self, text: str, device: torch.device) -> Mapping[str, Tensor]:
         """Return a text in the shared space.
 
-        Long texts are cut into segments of the tower's length, each with its own begin and end.
+        Long texts are split into segments of the tower's maximum length, each with begin and end token.
 
         Returns:
-            ``question``, a vector per segment `[segments, shared]`; ``question_tokens``, one per text token
-            `[text_tokens, shared]`; and ``question_positions``, one per position of every segment, filled up with id 0
-            to the tower's length, `[segments, positions, shared]`. None is normalized.
+            Unnormalized vectors by kind. ``question``: a vector per segment, `[segments, shared]`.
+            ``question_tokens``: a vector per text token, `[text_tokens, shared]`. ``question_positions``: a vector per
+            position of every segment, padded with id 0 to the maximum length, `[segments, positions, shared]`.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        step = self.longest - 2
+        step = self.max_length - 2
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         pooled, tokens, positions = [], [], []
         self.text.to(device), self.text_projection.to(device)
@@ -105,24 +105,24 @@ class TextTower:
             out = self.text(input_ids=part)
             pooled.append(self.text_projection(out.pooler_output))
             tokens.append(self.text_projection(out.last_hidden_state[0, 1:-1]))
-            filled = F.pad(part, (0, self.longest - part.shape[1]))
-            mask = F.pad(torch.ones_like(part), (0, self.longest - part.shape[1]))
-            out = self.text(input_ids=filled, attention_mask=mask)
+            padded = F.pad(part, (0, self.max_length - part.shape[1]))
+            mask = F.pad(torch.ones_like(part), (0, self.max_length - part.shape[1]))
+            out = self.text(input_ids=padded, attention_mask=mask)
             positions.append(self.text_projection(out.last_hidden_state))
-        found = {"question": pooled, "question_tokens": tokens, "question_positions": positions}
-        return {kind: torch.cat(parts) for kind, parts in found.items()}
+        vectors = {"question": pooled, "question_tokens": tokens, "question_positions": positions}
+        return {kind: torch.cat(parts) for kind, parts in vectors.items()}
 
     @torch.no_grad()
     def align(self, features: Tensor) -> Tensor:
         """Return hidden states of the vision tower in the shared space, `[..., width]` to `[..., shared]`.
 
         Raises:
-            ValueError: if the width is not that of the checkpoint's own vision tower.
+            ValueError: if the width differs from the vision tower of the checkpoint.
         """
         if features.shape[-1] != self.width:
             raise ValueError(
-                f"text_model={self.name!r} belongs to a vision tower of width {self.width}, but that of the model has "
-                f"width {features.shape[-1]}; name the CLIP checkpoint that the model's tower comes from"
+                f"text_model={self.name!r} belongs to a vision tower of width {self.width}, but the model's tower has "
+                f"width {features.shape[-1]}; name the CLIP checkpoint that contains the model's tower"
             )
         self.norm.to(features.device), self.projection.to(features.device)
         aligned: Tensor = self.projection(self.norm(features.float()))
@@ -130,19 +130,19 @@ class TextTower:
 
 
 @cache
-def text_tower(name: str | None) -> TextTower:
-    """Return a text tower by folder, hub id or ``"mini"``, loaded once.
+def load_text_tower(name: str | None) -> TextTower:
+    """Return the text tower of a folder, a hub id or ``"mini"``; it is loaded once per process.
 
     Raises:
-        ValueError: if none is named, or it cannot be loaded.
+        ValueError: if the name is None, or the checkpoint cannot be loaded.
     """
     if name is None:
-        raise ValueError("signals of the question were asked for without a text_model; name a CLIP checkpoint")
+        raise ValueError("signals of the question require a text_model; name a CLIP checkpoint")
     return TextTower(name)
 
 
 def example_text_model(width: int) -> str:
-    """Return the folder of a tiny CLIP checkpoint with random weights, the same ones each time; gone with the process.
+    """Return the folder of a tiny CLIP checkpoint with fixed random weights; it is deleted when the process ends.
 
     Args:
         width: width of its vision tower.

@@ -1,4 +1,4 @@
-"""What the tiny models of random weights share that adapters build for checks without a hub."""
+"""Configurations and sizes of the tiny models with random weights that adapters build for checks without a hub."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ EXAMPLE_TEXT = (5, 6, 7)
 """Ids of text after each image of example inputs."""
 
 
-def example_tower(**more: Any) -> dict[str, Any]:
-    """Return the sizes of a tiny ViT (4 x 4 patches a tile).
+def example_tower(**overrides: Any) -> dict[str, Any]:
+    """Return the configuration of a tiny ViT (4 x 4 patches a tile).
 
     Args:
-        more: what else the configuration says, or says otherwise.
+        overrides: further or different configuration entries.
     """
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return {**sizes, "image_size": EXAMPLE_TILE, "patch_size": 14, **more}
+    return {**sizes, "image_size": EXAMPLE_TILE, "patch_size": 14, **overrides}
 
 
-def example_decoder(**more: Any) -> dict[str, Any]:
-    """Return the sizes of a tiny decoder.
+def example_decoder(**overrides: Any) -> dict[str, Any]:
+    """Return the configuration of a tiny decoder.
 
     Args:
-        more: what else the configuration says, or says otherwise.
+        overrides: further or different configuration entries.
     """
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return {**sizes, "vocab_size": 64, "pad_token_id": EXAMPLE_PAD, **more}
+    return {**sizes, "vocab_size": 64, "pad_token_id": EXAMPLE_PAD, **overrides}
 
 
 def example_parts() -> dict[str, Any]:
@@ -39,13 +39,13 @@ def example_parts() -> dict[str, Any]:
     return {"vision_config": vision, "text_config": example_llm(), "image_token_index": EXAMPLE_IMAGE}
 
 
-def example_siglip(**more: Any) -> SiglipVisionConfig:
+def example_siglip(**overrides: Any) -> SiglipVisionConfig:
     """Return the configuration of a tiny SigLIP tower for example models.
 
     Args:
-        more: what else it says, or says otherwise.
+        overrides: further or different configuration entries.
     """
-    return SiglipVisionConfig(**example_tower(vision_use_head=False, **more))
+    return SiglipVisionConfig(**example_tower(vision_use_head=False, **overrides))
 
 
 def example_llm() -> LlamaConfig:
@@ -54,11 +54,13 @@ def example_llm() -> LlamaConfig:
 
 
 def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
-    """Scale queries and keys of a random vision tower up: attention rows near uniform would hide mistakes.
+    """Return the model with scaled queries and keys of its vision tower, so that attention is far from uniform.
+
+    Near-uniform attention rows would hide mistakes.
 
     Args:
-        model: the model.
-        tower: what the names of the tower's parameters hold.
+        model: a model with random weights.
+        tower: part of the names of the tower's parameters.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,6 +71,6 @@ def with_sharp_attention(model: Any, tower: str = "vision_tower") -> Any:
     return model.eval()
 
 
-def seeded(size: tuple[int, int]) -> torch.Generator:
+def pixel_generator(size: tuple[int, int]) -> torch.Generator:
     """Return a random generator for the pixels of an example image."""
     return torch.Generator().manual_seed(10_000 * size[0] + size[1])

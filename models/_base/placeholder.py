@@ -1,4 +1,8 @@
-"""What the adapters share whose model replaces placeholder tokens by the output of `get_image_features`."""
+"""Base class of adapters whose models replace placeholder tokens with the output of `get_image_features`.
+
+`PlaceholderAdapter` encodes images, captures signals, and passes kept features to the model. A family adds class
+attributes with the paths of its modules, and the layout of its images.
+"""
 
 from __future__ import annotations
 
@@ -28,55 +32,54 @@ from tokenprune.image import (
     ROW_SIGNALS,
     TEXT_SIGNALS,
     EncodedImage,
-    Key,
     Signal,
+    SignalKey,
     TileGeometry,
     token_dim,
 )
-from tokenprune.models._base.clip_text import example_text_model, question_in, text_tower
+from tokenprune.models._base.clip_text import example_text_model, extract_question, load_text_tower
 from tokenprune.models._base.example import EXAMPLE_PAD, EXAMPLE_TEXT
 from tokenprune.models._base.linear_weights import linear_weights
-from tokenprune.models._capture.hooks import Tower, capture_signals, wanted_layers
+from tokenprune.models._capture.hooks import Tower, capture_signals, resolve_signals
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, run_until, skipped_layers
 
 
 class PlaceholderAdapter(Adapter):
     """An adapter of a model whose image features fill placeholders in the prompt.
 
-    A family says where its parts are and how it lays out an image: class attributes, and `layouts`. Encoding, capturing
-    and handing over are the same for all.
+    A family sets the class attributes with the paths of its modules, and implements `layouts`. Encoding, capturing and
+    passing on features are the same for all families.
     """
 
     tower_path: ClassVar[str] = "vision_tower"
-    """Where the vision tower is in the base model."""
+    """Path of the vision tower in the base model."""
     layers_path: ClassVar[str] = "encoder.layers"
-    """Where its layers are in the tower."""
-    attention_at: ClassVar[str] = "self_attn"
-    """Name of the attention module in a layer of the tower; it asks transformers' `AttentionInterface`."""
+    """Path of the encoder layers in the tower."""
+    attention_name: ClassVar[str] = "self_attn"
+    """Name of the attention module in a layer of the tower; the module uses transformers' `AttentionInterface`."""
     projector_path: ClassVar[str | None] = "multi_modal_projector"
-    """Where the module is in the base model that maps each visual token by itself; None if there is none such."""
-    language_model_at: ClassVar[str] = "language_model"
-    """Where the decoder is in the base model."""
+    """Path in the base model of the module that maps each visual token independently; None if there is none."""
+    language_model_path: ClassVar[str] = "language_model"
+    """Path of the decoder in the base model."""
     pooling_config_key: ClassVar[str | None] = None
-    """Name of the number in the config that says how many patches along a side become one visual token; None: one."""
+    """Config entry with the number of patches along a side of one visual token; None if a token is one patch."""
     patch_order: ClassVar[str] = "(h p w q)"
-    """How the patches of a tile are ordered in the tower; token ``(h, w)`` is made of ``p x q`` patches (einops)."""
+    """Order of the patches of a tile in the tower; token ``(h, w)`` consists of ``p x q`` patches (einops)."""
     base_first: ClassVar[bool] = True
     """Whether the base tile is encoded and packed before the sub-images, or after them."""
     one_sequence: ClassVar[bool] = False
-    """Whether the tower runs over all images as one sequence; each is then one tile of its own size."""
+    """Whether the tower runs over all images as one sequence; each image is then one tile of its own size."""
     features_by_tile: ClassVar[bool] = False
     """Whether `get_image_features` returns a tensor with a row for each tile instead of a list."""
-    features_in: ClassVar[str] = "pooler_output"
-    """Which field of what it returns fills the placeholders."""
+    features_field: ClassVar[str] = "pooler_output"
+    """Field of the output of `get_image_features` that fills the placeholders."""
     resizable: ClassVar[bool] = False
-    """Whether the tower takes tiles of other sizes (`interpolate_pos_encoding`)."""
+    """Whether the tower accepts tiles of other sizes (`interpolate_pos_encoding`)."""
     post_norm_path: ClassVar[str | None] = None
-    """Where the norm is in the tower that its outputs pass before they are used; None if the model takes them as the
-    layer puts them out."""
+    """Path in the tower of the norm that the model applies to the layer outputs; None if it uses them unnormalized."""
     projects_per_token: ClassVar[bool] = False
-    """Whether a visual token depends on its own patches only, once the tower has run; an image consists of such tokens
-    and newline tokens, and `visual_tokens` computes them."""
+    """Whether, after the tower, a visual token depends on its own patches only. An image then consists of such tokens
+    and newline tokens, and `project_patches` computes the tokens."""
     passes_output_options: ClassVar[bool] = False
     """Whether the model's `forward` passes `output_attentions` and `output_hidden_states` to its vision side."""
 
@@ -86,18 +89,19 @@ class PlaceholderAdapter(Adapter):
 
     @abstractmethod
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the vision inputs of images with random pixels; the same pixels for the same size."""
+        """Return the vision inputs of images with random pixels; equal sizes have equal pixels."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        """Whether the model is of this family, by class name along its bases."""
+        """Return whether the model or one of its base classes has the class name of this family."""
         return any(base.__name__ == cls.model_class for base in type(model).__mro__)
 
     def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels and as many placeholders as the layouts say."""
+        """Return inputs with random pixels and the number of placeholders that the layouts require."""
         sizes = list(dict.fromkeys(size for row in rows for size in row))
         layouts = zip(sizes, self.layouts(self.example_pixels(sizes)), strict=True)
-        return self.example_prompts(rows, {size: [self.image_token_id] * len(one.packed) for size, one in layouts})
+        placeholders = {size: [self.image_token_id] * len(layout.packed) for size, layout in layouts}
+        return self.example_prompts(rows, placeholders)
 
     def example_prompts(
         self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
@@ -106,7 +110,7 @@ class PlaceholderAdapter(Adapter):
 
         Args:
             rows: for each prompt, height x width of its images in pixels.
-            images: the ids that stand for an image of each size.
+            images: the token ids of an image of each size.
         """
         prompts = [[1, *(token for size in row for token in [*images[size], *EXAMPLE_TEXT])] for row in rows]
         width = max(map(len, prompts))
@@ -127,7 +131,7 @@ class PlaceholderAdapter(Adapter):
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
-        """Where the CLS token stands in the sequence of the tower."""
+        """Position of the CLS token in the sequence of the tower."""
         embeddings = getattr(self.tower, "embeddings", None)
         return "first" if any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token")) else "none"
 
@@ -138,18 +142,18 @@ class PlaceholderAdapter(Adapter):
 
     @cached_property
     def pooling_head(self) -> nn.MultiheadAttention | None:
-        """The attention of SigLIP's pooling head; None if the checkpoint has none."""
+        """The attention of SigLIP's pooling head; None if the checkpoint has no such head."""
         head = getattr(getattr(self.tower, "head", None), "attention", None)
         return head if isinstance(head, nn.MultiheadAttention) else None
 
     @cached_property
     def pooling(self) -> int:
-        """Patches along a side that become one visual token."""
+        """Number of patches along a side of one visual token."""
         return 1 if self.pooling_config_key is None else int(getattr(self.model.config, self.pooling_config_key))
 
     @property
     def provides(self) -> frozenset[str]:
-        """Kinds of signals that this model can give."""
+        """Kinds of signals that this model provides."""
         kinds = {"received_attention", "keys", "vision_features"}
         if self.projector_path is not None:
             kinds |= {"projector_inputs"}
@@ -173,12 +177,13 @@ class PlaceholderAdapter(Adapter):
     def image_inputs(self) -> frozenset[str]:
         """The parameters of the model's `get_image_features` and, if it has one, of `get_video_features`.
 
-        The model takes pixels or features, not both, so videos beside images are encoded with them and passed on whole.
+        The model accepts pixels or features, not both. Videos in a call with images are therefore encoded, too, and
+        passed on unreduced.
         """
         return self._feature_parameters("image") | self._feature_parameters("video")
 
     def _feature_parameters(self, modality: str) -> frozenset[str]:
-        """Return the parameters of the model's function that encodes a modality; none if it has no such function."""
+        """Return the parameters of the model's function that encodes a modality; empty if it has no such function."""
         encode = getattr(self.model.base_model, f"get_{modality}_features", None)
         return frozenset() if encode is None else frozenset(inspect.signature(encode).parameters) - {"kwargs"}
 
@@ -187,7 +192,7 @@ class PlaceholderAdapter(Adapter):
         """Height x width of the visual tokens of one tile."""
         config = self.tower.config
         image, patch = (
-            one[0] if isinstance(one, (list, tuple)) else one for one in (config.image_size, config.patch_size)
+            size[0] if isinstance(size, (list, tuple)) else size for size in (config.image_size, config.patch_size)
         )
         side = image // patch // self.pooling
         return side, side
@@ -195,7 +200,7 @@ class PlaceholderAdapter(Adapter):
     @cached_property
     def decoder(self) -> Any:
         """The module with the decoder layers."""
-        return attrgetter(self.language_model_at)(self.model.base_model)
+        return attrgetter(self.language_model_path)(self.model.base_model)
 
     @cached_property
     def llm(self) -> LLMShape:
@@ -211,32 +216,33 @@ class PlaceholderAdapter(Adapter):
         )
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
-        """Return the index of the (deepest) layer whose output the model uses; the last one unless the config says.
+        """Return the index of the deepest layer whose output the model uses.
 
         Raises:
-            ValueError: if the model uses the embeddings, which no layer puts out.
+            ValueError: if the model uses the embeddings, which are no output of a layer.
         """
         return max(self.feature_layers(inputs))
 
     def feature_layers(self, inputs: Mapping[str, Any]) -> list[int]:
         """Return the indices of all layers whose outputs the model uses, side by side.
 
+        If neither the call nor the config names a layer, this is the last layer.
+
         Raises:
-            ValueError: if the model uses the embeddings alone, which no layer puts out.
+            ValueError: if the model uses the embeddings only, which are no output of a layer.
         """
-        chosen: Any = inputs.get("vision_feature_layer")
-        chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
+        setting: Any = inputs.get("vision_feature_layer")
+        setting = getattr(self.model.config, "vision_feature_layer", -1) if setting is None else setting
         depth = len(self.tower_layers)
-        indices = [
-            depth + one if one < 0 else one - 1 for one in (chosen if isinstance(chosen, (list, tuple)) else [chosen])
-        ]
+        numbers = setting if isinstance(setting, (list, tuple)) else [setting]
+        indices = [depth + number if number < 0 else number - 1 for number in numbers]
         if not 0 <= max(indices) < depth:
-            raise ValueError(f"vision_feature_layer={chosen!r} is no output of the {depth} layers of the vision tower")
+            raise ValueError(f"vision_feature_layer={setting!r} is no output of the {depth} layers of the vision tower")
         return indices
 
     @cached_property
     def projector(self) -> Any:
-        """What turns features of the vision tower into visual tokens."""
+        """The module that maps features of the vision tower to visual tokens."""
         return attrgetter(self.projector_path or "")(self.model.base_model)
 
     def project(self, features: Tensor) -> Tensor:
@@ -245,27 +251,28 @@ class PlaceholderAdapter(Adapter):
         return projected
 
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
-        """Return a question in the space that the text model shares with the vision tower."""
-        return text_tower(text_model).embed(text, self.model.device)
+        """Return the embeddings of a question by kind, in the space shared by the text model and the vision tower."""
+        return load_text_tower(text_model).embed(text, self.model.device)
 
     def example_text_model(self) -> str:
-        """Return the folder of a tiny CLIP checkpoint whose vision tower is as wide as that of the model."""
+        """Return the folder of a tiny CLIP checkpoint whose vision tower has the width of the model's vision tower."""
         return example_text_model(self.tower.config.hidden_size)
 
     def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
-        """Return what the user asks in each prompt row.
+        """Return the question of the user in each prompt row.
 
         Raises:
-            ValueError: if no tokenizer was given and the model does not say which folder or hub id it comes from.
+            ValueError: if no tokenizer is passed and the model has no folder or hub id (`name_or_path`).
         """
-        tokenizer = self._own_tokenizer if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
+        tokenizer = self._tokenizer if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
         special = [*tokenizer.all_special_tokens, tokenizer.decode([self.image_token_id])]
         real = input_ids != self.image_token_id
         real = real if attention_mask is None else real & attention_mask.bool()
-        return [question_in(tokenizer.decode(ids[keep]), special) for ids, keep in zip(input_ids, real, strict=True)]
+        prompts = [tokenizer.decode(ids[keep]) for ids, keep in zip(input_ids, real, strict=True)]
+        return [extract_question(prompt, special) for prompt in prompts]
 
     @cached_property
-    def _own_tokenizer(self) -> Any:
+    def _tokenizer(self) -> Any:
         name = getattr(self.model, "name_or_path", "")
         if not name:
             raise ValueError(
@@ -282,28 +289,28 @@ class PlaceholderAdapter(Adapter):
         text_model: str | None = None,
         truncated: bool = False,
     ) -> Encoding:
-        """Run the vision side once, with the needed signals captured."""
+        """Run the vision side once and return the encoded images with the required signals."""
         self.check_select_strategy(inputs)
         feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
-        wanted = self.wanted(needs, feature_layer)
+        kinds_by_layer = self.required_signals(needs, feature_layer)
 
         def align(features: Tensor) -> Tensor:
-            return text_tower(text_model).align(features)
+            return load_text_tower(text_model).align(features)
 
-        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # a checkpoint that does not fit is refused first
+        if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
             align(self.model.get_input_embeddings().weight.new_zeros(1, 1, self.tower.config.hidden_size))
         leaves_early = truncated and self.can_leave_early(inputs, needs)
         run = self.run_tower if leaves_early else self._run_vision_side
-        tokens, outputs, captured = run(inputs, layouts, wanted, truncated)
+        tokens, outputs, captured = run(inputs, layouts, kinds_by_layer, truncated)
         signals = {key: self.split_by_image(key[0], parts, layouts, inputs) for key, parts in captured.items()}
-        for layer, kinds in wanted.items():
+        for layer, kinds in kinds_by_layer.items():
             for kind in kinds & ALIGNED_SIGNALS:
                 signals[kind, layer] = [align(source) for source in signals[ALIGNED_FROM[kind], layer]]
-        pixels = self.images(inputs, layouts, keep_pixels)
+        pixels = self.drawable_images(inputs, layouts, keep_pixels)
         images = [
             EncodedImage(
                 geometry=layout,
-                compute_features=partial(_unpacked, layout, tokens, number),
+                compute_features=partial(_unpack_image, layout, tokens, number),
                 device=inputs[self.pixels].device,
                 signals={key: parts[number] for key, parts in signals.items()},
                 layers=len(self.tower_layers),
@@ -314,77 +321,79 @@ class PlaceholderAdapter(Adapter):
             for number, layout in enumerate(layouts)
         ]
         videos = self.encode_videos(inputs)
-        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), videos, complete=not truncated)
+        return Encoding(images, tokens, outputs, self.vision_arguments(inputs), videos, is_complete=not truncated)
 
     def _run_vision_side(
         self,
         inputs: Mapping[str, Any],
         layouts: Sequence[TileGeometry],
-        wanted: dict[int, set[str]],
+        kinds_by_layer: dict[int, set[str]],
         truncated: bool,
-    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
-        """Run the model's own `get_image_features`; return the visual tokens, its output object and the signals."""
+    ) -> tuple[VisualTokens, Any, dict[SignalKey, list[Tensor]]]:
+        """Run the model's own `get_image_features`; return the visual tokens, its output object, and the signals."""
         feature_layer = self.feature_layer(inputs)
         arguments = {**self.vision_arguments(inputs), **self._output_options(inputs)}
-        reads_head = any("pooling_attention" in kinds for kinds in wanted.values())
-        projected = any("projector_inputs" in kinds for kinds in wanted.values())
+        reads_head = any("pooling_attention" in kinds for kinds in kinds_by_layer.values())
+        reads_projector = any("projector_inputs" in kinds for kinds in kinds_by_layer.values())
         with ExitStack() as stack:
             if truncated and not reads_head:
                 head = self.tower.head if self.pooling_head is not None else None
-                stack.enter_context(skipped_layers(self.tower_layers, max([feature_layer, *wanted]), head))
-            captured = stack.enter_context(capture_signals(self.tower_parts(layouts), wanted))
-            projector_inputs = stack.enter_context(self.projector_probe(projected))
+                stack.enter_context(skipped_layers(self.tower_layers, max([feature_layer, *kinds_by_layer]), head))
+            captured = stack.enter_context(capture_signals(self.tower_parts(layouts), kinds_by_layer))
+            projector_inputs = stack.enter_context(self.capture_projector_inputs(reads_projector))
             outputs = self.run_vision(arguments, layouts)
-        if projected:
+        if reads_projector:
             captured["projector_inputs", feature_layer] = projector_inputs
-        return PackedTokens(self.features(outputs, layouts)), outputs, captured
+        return PackedTokens(self.split_features(outputs, layouts)), outputs, captured
 
     def run_tower(
         self,
         inputs: Mapping[str, Any],
         layouts: Sequence[TileGeometry],
-        wanted: dict[int, set[str]],
+        kinds_by_layer: dict[int, set[str]],
         truncated: bool,
-    ) -> tuple[VisualTokens, Any, dict[Key, list[Tensor]]]:
+    ) -> tuple[VisualTokens, Any, dict[SignalKey, list[Tensor]]]:
         """Run the tower up to the last required layer; return the visual tokens, None, and the captured signals.
 
         Args:
             inputs: the model inputs of the call.
             layouts: the layouts of its images.
-            wanted: kinds of signals per layer index.
+            kinds_by_layer: kinds of signals per layer index.
             truncated: always True.
 
         Raises:
-            ValueError: if there are not as many tiles as the layouts say.
+            ValueError: if the number of tiles differs from the layouts.
         """
-        feature_layers, images = self.feature_layers(inputs), self.tiles_of(inputs, layouts)
+        feature_layers, images = self.feature_layers(inputs), self.split_pixels(inputs, layouts)
         tiles = [image[: layout.tiles] for image, layout in zip(images, layouts, strict=False)]
-        if len(images) != len(layouts) or any(len(a) != b.tiles for a, b in zip(tiles, layouts, strict=True)):
+        if len(images) != len(layouts) or any(
+            len(image) != layout.tiles for image, layout in zip(tiles, layouts, strict=True)
+        ):
             raise ValueError(
                 f"{self.pixels} hold {len(images)} images of {list(map(len, tiles))} tiles, but their layouts have "
                 f"{[layout.tiles for layout in layouts]}; make the inputs with the processor that belongs to the model"
             )
-        pixels, last = torch.cat(tiles).to(floating_dtype(self.tower)), max([*feature_layers, *wanted])
+        pixels, last = torch.cat(tiles).to(floating_dtype(self.tower)), max([*feature_layers, *kinds_by_layer])
         parts = self.tower_parts(layouts)
-        with capture_signals(parts, wanted) as captured:
+        with capture_signals(parts, kinds_by_layer) as captured:
             outputs = run_until(partial(self.tower, pixels), self.tower_layers, last, feature_layers)
         hidden = torch.cat(outputs, dim=-1)[:, parts.prefix :]
-        if any("projector_inputs" in kinds for kinds in wanted.values()):
-            captured["projector_inputs", max(feature_layers)] = [self.normed(hidden).detach()]
+        if any("projector_inputs" in kinds for kinds in kinds_by_layer.values()):
+            captured["projector_inputs", max(feature_layers)] = [self.apply_post_norm(hidden).detach()]
         return ProjectedTokens(self, layouts, hidden), None, captured
 
-    def wanted(self, needs: Sequence[Signal], feature_layer: int) -> dict[int, set[str]]:
-        """Return the kinds of signals to capture in each layer, and what aligned ones are made from."""
-        wanted = wanted_layers(needs, len(self.tower_layers), feature_layer)
-        for kinds in wanted.values():
+    def required_signals(self, needs: Sequence[Signal], feature_layer: int) -> dict[int, set[str]]:
+        """Return the kinds of signals to capture per layer index, including the sources of aligned signals."""
+        kinds_by_layer = resolve_signals(needs, len(self.tower_layers), feature_layer)
+        for kinds in kinds_by_layer.values():
             kinds |= {source for aligned, source in ALIGNED_FROM.items() if aligned in kinds}
-        return wanted
+        return kinds_by_layer
 
     def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
         """Return whether the tower can be left after the last required layer.
 
-        False in training with gradients, which may recompute layers; if weights are moved to the device module by
-        module; for signals of the pooling head; and for inputs of a projector that pools.
+        False in these cases: training with gradients, which can recompute layers; weights that are moved to the device
+        module by module; signals of the pooling head; inputs of a projector that pools.
 
         Args:
             inputs: the model inputs of the call.
@@ -400,27 +409,27 @@ class PlaceholderAdapter(Adapter):
             and min(self.feature_layers(inputs)) >= 0
         )
 
-    def visual_tokens(self, patches: Tensor) -> Tensor:
-        """Return the visual tokens that are made of some patches, `[tokens, dim]`.
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Return the visual tokens of the given patches, `[tokens, dim]`.
 
         Args:
-            patches: what the feature layers put out for the patches of each token, row by row, `[tokens, patches,
-                width]`.
+            patches: outputs of the feature layers for the patches of each token, row by row,
+                `[tokens, patches, width]`.
         """
-        tokens: Tensor = self.projector(self.normed(patches).transpose(0, 1))[0]
+        tokens: Tensor = self.projector(self.apply_post_norm(patches).transpose(0, 1))[0]
         return tokens
 
-    def all_visual_tokens(self, hidden: Tensor, patches: Tensor) -> Tensor:
-        """Return all visual tokens of some tiles, `[tiles * tokens, dim]`.
+    def project_tiles(self, hidden: Tensor, patches: Tensor) -> Tensor:
+        """Return all visual tokens of the given tiles, `[tiles * tokens, dim]`.
 
         Args:
-            hidden: what the feature layers put out, without CLS, `[tiles, sequence, width]`.
-            patches: the places of the patches of each token, row by row, `[tokens, patches]`.
+            hidden: outputs of the feature layers, without CLS, `[tiles, sequence, width]`.
+            patches: indices of the patches of each token in the sequence, row by row, `[tokens, patches]`.
         """
-        return self.visual_tokens(hidden[:, patches].flatten(0, 1))
+        return self.project_patches(hidden[:, patches].flatten(0, 1))
 
-    def normed(self, patches: Tensor) -> Tensor:
-        """Return outputs of the feature layers as the model uses them."""
+    def apply_post_norm(self, patches: Tensor) -> Tensor:
+        """Return outputs of the feature layers after the norm of the tower, if the model applies one."""
         return (
             patches
             if self.post_norm_path is None
@@ -433,7 +442,7 @@ class PlaceholderAdapter(Adapter):
         return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
     def encode_videos(self, inputs: Mapping[str, Any]) -> Any:
-        """Return the model's own output object of the videos of a call; None if it has none.
+        """Return the model's own output object of the videos of a call; None if the call has no videos.
 
         Args:
             inputs: the model inputs of the call.
@@ -461,16 +470,16 @@ class PlaceholderAdapter(Adapter):
         return self.model.base_model.get_image_features(**arguments, return_dict=True)
 
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
-        """Return where signals are found in the tower while it encodes some images."""
+        """Return the modules and the sequence layout of the tower from which signals are captured."""
         patches = [layout.tiles * layout.tokens * self.pooling**2 for layout in layouts]
         segments = patches if self.one_sequence else None
-        return Tower(self.tower_layers, self.attention_at, self.cls, segments, pooling=self.pooling_head)
+        return Tower(self.tower_layers, self.attention_name, self.cls, segments, pooling=self.pooling_head)
 
     @contextmanager
-    def projector_probe(self, wanted: bool) -> Iterator[list[Tensor]]:
-        """Capture what the projector is given while the block runs, if that is wanted."""
+    def capture_projector_inputs(self, is_enabled: bool) -> Iterator[list[Tensor]]:
+        """Capture the inputs of the projector while the block runs; capture nothing if it is not enabled."""
         parts: list[Tensor] = []
-        if not wanted:
+        if not is_enabled:
             yield parts
             return
         hook = self.projector.register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
@@ -482,35 +491,36 @@ class PlaceholderAdapter(Adapter):
     def split_by_image(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a captured signal by images, with the base tile first and patches pooled to tokens.
+        """Return a captured signal for each image, with the base tile first and patches pooled to tokens.
 
         Args:
             kind: the kind of the signal.
-            captured: what the probe found, tiles along the first dimension.
+            captured: the captured tensors, with tiles as the first dimension.
             layouts: the layouts of the images.
             inputs: the model inputs of the call.
         """
         if not layouts:
             return []
         if self.one_sequence:
-            whole = self.split_sequence(kind, captured, layouts, inputs)
+            values = self.split_sequence(kind, captured, layouts, inputs)
         else:
-            whole = list(torch.cat(list(captured)).split([one.tiles for one in layouts]))
+            values = list(torch.cat(list(captured)).split([layout.tiles for layout in layouts]))
         out = []
-        for value, layout in zip(whole, layouts, strict=True):
+        for value, layout in zip(values, layouts, strict=True):
             ordered = value if self.base_first else value.roll(1, 0)
-            pooled = kind not in CLS_SIGNALS and kind != "projector_inputs"
-            out.append(pool(kind, ordered, layout.token_grid, self.pooling, self.patch_order) if pooled else ordered)
+            is_per_patch = kind not in CLS_SIGNALS and kind != "projector_inputs"
+            grid = layout.token_grid
+            out.append(pool(kind, ordered, grid, self.pooling, self.patch_order) if is_per_patch else ordered)
         return out
 
     def split_sequence(
         self, kind: str, captured: Sequence[Tensor], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Return a signal by images where the tower runs over all of them as one sequence, `[1, ...]` each.
+        """Return a signal for each image, `[1, ...]`, if the tower runs over all images as one sequence.
 
         Args:
             kind: the kind of the signal.
-            captured: stretches of the sequence, whatever their lengths.
+            captured: consecutive parts of the sequence, of any length.
             layouts: the layouts of the images.
             inputs: the model inputs of the call.
         """
@@ -523,77 +533,82 @@ class PlaceholderAdapter(Adapter):
         return list(sequence.split([layout.tokens * patches for layout in layouts], dim))
 
     def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return where in the one sequence of the tower each patch stands, `[patches]`; None if none is moved."""
+        """Return the index of each patch in the sequence of the tower, `[patches]`; None if the order is the same."""
         return None
 
-    def features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
-        """Return each image as it would enter the LLM, `[length, dim]` each."""
-        found = outputs[self.features_in]
-        flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+    def split_features(self, outputs: Any, layouts: Sequence[TileGeometry]) -> list[Tensor]:
+        """Return the visual and newline tokens of each image with nothing dropped, `[length, dim]` each."""
+        features = outputs[self.features_field]
+        flat = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
         return list(flat.split([len(layout.packed) for layout in layouts]))
 
-    def images(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
-        """Return the first images as images for drawing, base tile first, `[tiles, height, width, 3]` each."""
-        return [as_images(one) for one in self.tiles(inputs, layouts)[:number]] if number else []
+    def drawable_images(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], number: int) -> list[Tensor]:
+        """Return the first `number` images for drawing, base tile first, uint8 `[tiles, height, width, 3]` each."""
+        return [to_uint8_images(tiles) for tiles in self.read_tiles(inputs, layouts)[:number]] if number else []
 
-    def unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
+    def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
         arguments = self.vision_arguments(inputs)
         device, layouts = inputs[self.pixels].device, self.layouts(inputs)
-        shown = self.images(inputs, layouts, keep_pixels)
+        pixels = self.drawable_images(inputs, layouts, keep_pixels)
         images = [
             EncodedImage(
                 geometry=layout,
                 features=torch.zeros(layout.tiles, layout.tokens, 0, device=device),
                 layers=len(self.tower_layers),
                 feature_layer=self.feature_layer(inputs),
-                pixels=shown[number] if number < len(shown) else None,
+                pixels=pixels[number] if number < len(pixels) else None,
             )
             for number, layout in enumerate(layouts)
         ]
         tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
         return Encoding(images, tokens, inputs=arguments, videos=self.encode_videos(inputs))
 
-    def tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+    def read_tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each, base tile first."""
-        found = [one[: layout.tiles] for one, layout in zip(self.tiles_of(inputs, layouts), layouts, strict=True)]
-        return found if self.base_first else [one.roll(1, 0) for one in found]
+        images = zip(self.split_pixels(inputs, layouts), layouts, strict=True)
+        unpadded = [tiles[: layout.tiles] for tiles, layout in images]
+        return unpadded if self.base_first else [tiles.roll(1, 0) for tiles in unpadded]
 
     def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return mean and standard deviation of the colors, as the processor's own file says them.
+        """Return mean and standard deviation of the colors, read from the configuration of the image processor.
 
         Raises:
-            ValueError: if there is no such file, or it does not say.
+            ValueError: if the configuration is missing or cannot be read.
         """
         name = getattr(self.model, "name_or_path", "")
         try:
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"how the images of {self.model_class} are normalised cannot be read from {name!r} "
-                f"({' '.join(str(error).split())[:200]}); give image_mean and image_std of its image processor"
+                f"cannot read the image normalization of {self.model_class} from {name!r} "
+                f"({' '.join(str(error).split())[:200]}); pass image_mean and image_std of its image processor"
             ) from error
         if not getattr(processor, "do_normalize", True):
             return [0.0] * 3, [1.0] * 3
         return processor.image_mean, processor.image_std
 
-    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
-        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding may follow."""
+    def split_pixels(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+        """Return the pixels of each image, `[tiles, 3, height, width]` each; padding tiles can follow."""
         pixels = inputs[self.pixels]
         return pixels if pixels.dim() == 5 else torch.split(pixels, [layout.tiles for layout in layouts])
 
     @property
     def newline(self) -> Tensor | None:
-        """The learned newline token, `[dim]`; None if the model has none."""
+        """The learned newline token, `[dim]`; None if the model has no newline token."""
         return None
 
     def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
-        """Shrink the pixels of every tile and run the vision tower with interpolated position embeddings."""
-        layouts, chosen = self.layouts(inputs), inputs.get("vision_feature_layer")
-        chosen = self.model.config.vision_feature_layer if chosen is None else chosen
+        """Shrink the pixels of every tile and run the vision tower with interpolated position embeddings.
+
+        Returns:
+            the visual and newline tokens of each image, `[length, dim]` each.
+        """
+        layouts, setting = self.layouts(inputs), inputs.get("vision_feature_layer")
+        setting = self.model.config.vision_feature_layer if setting is None else setting
         patch, packed = self.tower.config.patch_size, []
-        for layout, grid, tiles in zip(layouts, grids, self.tiles_of(inputs, layouts), strict=True):
+        for layout, grid, tiles in zip(layouts, grids, self.split_pixels(inputs, layouts), strict=True):
             if grid is None:
                 packed.append(torch.zeros(0, self.model.config.get_text_config().hidden_size, device=tiles.device))
                 continue
@@ -602,62 +617,62 @@ class PlaceholderAdapter(Adapter):
             hidden = self.tower(
                 small.to(floating_dtype(self.tower)), interpolate_pos_encoding=True, output_hidden_states=True
             ).hidden_states
-            wanted = [hidden[index] for index in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
-            features = self.projector(torch.cat(wanted, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
+            outputs = [hidden[index] for index in (setting if isinstance(setting, (list, tuple)) else [setting])]
+            features = self.projector(torch.cat(outputs, dim=-1)[:, int(self.has_cls) :]).flatten(0, 1)
             packed.append(self.insert_newlines(features, layout.resized(grid)[0].packed.to(features.device)))
         return packed
 
     def insert_newlines(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Return visual tokens and newlines as they enter the LLM, `[length, dim]`.
+        """Return visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
 
         Args:
-            tokens: the visual tokens, `[some, dim]`.
-            places: which of them stands at each position, or `NEWLINE` for a newline, `[length]`.
+            tokens: the visual tokens, `[n, dim]`.
+            places: index of the visual token at each position, or `NEWLINE` for a newline token, `[length]`.
         """
-        laid = tokens[places.clamp(min=0)]
+        packed = tokens[places.clamp(min=0)]
         if self.newline is None:
-            return laid
-        return torch.where(places[:, None] == NEWLINE, self.newline.to(laid.dtype), laid)
+            return packed
+        return torch.where(places[:, None] == NEWLINE, self.newline.to(packed.dtype), packed)
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
-        """Return `mm_encoder_outputs` with the kept features; images of which no token is kept are omitted."""
+        """Return `mm_encoder_outputs` with the kept features; images without kept tokens are omitted."""
         packed = [features for features in packed if len(features)]
         if not packed:
             return self.with_videos(encoding, {})
-        # A new object: generate expands it in place for beams. If the LLM reads features only, it holds nothing else.
+        # New, because `generate` expands it in place for beams. It has one field if the LLM reads only features.
         only_features = self.projects_per_token or encoding.outputs is None
         outputs = BaseModelOutputWithPooling() if only_features else copy.copy(encoding.outputs)
         features = torch.cat(packed)[:, None] if self.features_by_tile else packed
-        outputs[self.features_in] = features  # sets the attribute, too
+        outputs[self.features_field] = features  # sets the attribute, too
         return self.with_videos(encoding, {"image": outputs})
 
     def complete_inputs(self, encoding: Encoding) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the model's own output object of `get_image_features`."""
         if encoding.repeats > 1:
             return self.features_to_inputs(encoding, encoding.packed)
-        return self.with_videos(encoding, {"image": copied_output(encoding.outputs)})
+        return self.with_videos(encoding, {"image": copy_output(encoding.outputs)})
 
     def with_videos(self, encoding: Encoding, outputs: dict[str, Any]) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the output objects of images and, if the call has any, of videos."""
         if encoding.videos is not None:
-            outputs["video"] = copied_output(encoding.videos)
+            outputs["video"] = copy_output(encoding.videos)
         return FeatureInputs({"mm_encoder_outputs": outputs} if outputs else {})
 
     def check_select_strategy(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse a feature selection under which tokens do not form a grid.
+        """Check that the feature selection of a call leaves a grid of tokens.
 
         Raises:
-            ValueError: if the CLS token is kept among the visual tokens, or a patch is cut off as if it were CLS.
+            ValueError: if the CLS token is kept among the visual tokens, or a patch is removed in place of CLS.
         """
         configured = getattr(self.model.config, "vision_feature_select_strategy", None)
         strategy = inputs.get("vision_feature_select_strategy") or configured
-        fitting = "default" if self.has_cls else "full"
-        if strategy not in (None, fitting):
+        expected = "default" if self.has_cls else "full"
+        if strategy not in (None, expected):
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} leaves no grid of patches in a tower "
-                f"{'with' if self.has_cls else 'without'} a CLS token; set it to {fitting!r}"
+                f"{'with' if self.has_cls else 'without'} a CLS token; set it to {expected!r}"
             )
 
 
@@ -666,13 +681,13 @@ def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, or
 
     Args:
         kind: the kind of the signal.
-        value: the signal, `[tiles, heads, patches]`, or with a width behind the patches.
+        value: the signal, `[tiles, heads, patches]` or `[tiles, (heads,) patches, dim]`.
         token_grid: height x width of the tokens of a tile.
-        pooling: patches along a side of a token.
-        order: how patches are ordered, in einops' words.
+        pooling: number of patches along a side of a token.
+        order: order of the patches as an einops pattern.
 
     Returns:
-        The signal with tokens in the place of patches; logits are joined so that their softmax is summed.
+        The signal with tokens in place of patches. Logits are pooled by logsumexp, so that their softmax is summed.
     """
     if pooling == 1:
         return value
@@ -685,14 +700,13 @@ def pool(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, or
     return reduce(value, f"tiles {heads}{order} dim -> tiles {heads}(h w) dim", "mean", **sizes)
 
 
-def as_images(pixels: Tensor) -> Tensor:
-    """Turn normalized pixels into images, stretched to the full range: only the processor knows its mean.
+def to_uint8_images(pixels: Tensor) -> Tensor:
+    """Return normalized pixels as images, uint8 `[tiles, height, width, 3]` on the CPU.
+
+    The values are stretched to the full range, because mean and deviation of the processor are not available here.
 
     Args:
-        pixels: the tiles of an image as the processor made them, `[tiles, 3, height, width]`.
-
-    Returns:
-        uint8 `[tiles, height, width, 3]` on the CPU.
+        pixels: the tiles of an image as the processor returns them, `[tiles, 3, height, width]`.
     """
     pixels = pixels.detach().float()
     low, high = pixels.min(), pixels.max()
@@ -700,12 +714,12 @@ def as_images(pixels: Tensor) -> Tensor:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def _unpacked(layout: TileGeometry, tokens: VisualTokens, number: int) -> Tensor:
+def _unpack_image(layout: TileGeometry, tokens: VisualTokens, number: int) -> Tensor:
     """Return the visual tokens of one image by tiles, `[tiles, tokens, dim]`."""
     return layout.unpack(tokens.all()[number].detach())
 
 
-def copied_output(outputs: ModelOutput) -> ModelOutput:
+def copy_output(outputs: ModelOutput) -> ModelOutput:
     """Return a shallow copy of an output object with its fields in the same order, which `copy.copy` changes.
 
     Args:
@@ -718,5 +732,5 @@ def copied_output(outputs: ModelOutput) -> ModelOutput:
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype in which a module computes: that of its first floating-point weight."""
+    """Return the dtype in which a module computes: the dtype of its first floating-point weight."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""What the adapters share whose images are one tile each, without separators."""
+"""Base class of adapters whose images are one tile each, without newline tokens or text separators."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tokenprune.image import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_TILE, seeded
+from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 
 class SingleTileAdapter(PlaceholderAdapter):
-    """A family whose images are one base tile of one size each."""
+    """A family in which every image is one base tile of a fixed size."""
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return one single-tile layout per image."""
@@ -21,5 +21,5 @@ class SingleTileAdapter(PlaceholderAdapter):
 
     def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return one tile per image."""
-        tiles = [torch.randn(3, EXAMPLE_TILE, EXAMPLE_TILE, generator=seeded(size)) for size in sizes]
+        tiles = [torch.randn(3, EXAMPLE_TILE, EXAMPLE_TILE, generator=pixel_generator(size)) for size in sizes]
         return {self.pixels: torch.stack(tiles)}

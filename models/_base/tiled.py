@@ -1,10 +1,11 @@
-"""What the adapters share whose images are tiles of one size: how the tiles of a call are grouped and laid out.
+"""Base class of adapters whose images are tiles of one size: groups the tiles of a call and finds their grids.
 
-Processors of these families return tiles and a prompt, and no grid. The text between the placeholders tells which tiles
-belong to one image. Its grid is the one in which the sub-images, put together and shrunk, resemble the base tile.
+Processors of these families return tiles and a prompt, but no grid. The text between the placeholders determines which
+tiles belong to one image. The grid of an image is the arrangement of its sub-images that, if shrunk, differs least from
+the base tile.
 
-The unmodified models accept any prompt with as many placeholders as the tiles have tokens. If the text is not that of
-the processor, tiles that it leaves ungrouped count as an image each.
+The unmodified models accept any prompt with as many placeholders as the tiles have tokens. If the prompt does not come
+from the processor, each tile that its text does not group counts as one image.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.image import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_TILE, seeded
+from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 THUMBNAIL_SIDE = 32
-"""Side in pixels at which tiles and base tile are compared."""
+"""Side in pixels to which tiles and base tile are shrunk for comparison."""
 
 VOCABULARY_CHUNK = 4096
-"""Rows of the embedding matrix that are compared with a prompt at a time."""
+"""Number of rows of the embedding matrix that are hashed at a time."""
 
 KEY_COLUMNS = 64
-"""Columns of an embedding that its hash covers."""
+"""Number of columns of an embedding that its hash covers."""
 
 
 class TiledAdapter(PlaceholderAdapter):
-    """A family whose images are tiles of one size, cut evenly from the image, and the whole image as base tile."""
+    """A family whose images are a base tile and sub-images of one size, cut evenly from the image."""
 
     grouped_by: ClassVar[Literal["opening", "closing"]] = "opening"
-    """What the id before a run of placeholders says: that of the row's first run opens an image (``"opening"``), or
-    that of its last run closes one (``"closing"``)."""
+    """Meaning of the id before a span of placeholders: the id before the first span of a prompt row opens each image
+    (``"opening"``), or the id before the last span of a row closes each image (``"closing"``)."""
     features_by_tile: ClassVar[bool] = True
     base_first: ClassVar[bool] = False
 
@@ -64,7 +65,7 @@ class TiledAdapter(PlaceholderAdapter):
         return TileGeometry.tiled(grid, self.token_grid, self.base_first)
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Return rows x cols of the sub-images of each image; by the pixels, where the prompt does not say it.
+        """Return rows x cols of the sub-images of each image, from the pixels if the prompt does not contain them.
 
         Args:
             inputs: the model inputs of the call.
@@ -73,7 +74,7 @@ class TiledAdapter(PlaceholderAdapter):
         return [self.find_grid(tiles) for tiles in parts]
 
     def find_grid(self, tiles: Tensor) -> tuple[int, int]:
-        """Return rows x cols of the sub-images of an image, by its pixels.
+        """Return rows x cols of the sub-images of an image, from its pixels.
 
         Args:
             tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
@@ -82,7 +83,7 @@ class TiledAdapter(PlaceholderAdapter):
         return find_grid(ordered[1:], ordered[0])
 
     def ids_after(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
-        """Return the id after each tile of each image; that of the placeholder if the next tile follows at once."""
+        """Return the token id after each tile of each image; the placeholder id if the next tile follows directly."""
         ids = F.pad(self.prompt_ids(inputs), (0, 1), value=-1)
         spans = tile_spans(placeholder_spans(ids == self.image_token_id), self.tokens_per_tile)
         after = [int(ids[span.row, span.start + span.length]) for span in spans or ()]
@@ -95,7 +96,7 @@ class TiledAdapter(PlaceholderAdapter):
         return self.token_grid[0] * self.token_grid[1]
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles that the tower sees, `[tiles, 3, height, width]`."""
+        """Return the tiles that the tower encodes, `[tiles, 3, height, width]`."""
         pixels: Tensor = inputs[self.pixels]
         return pixels
 
@@ -110,7 +111,7 @@ class TiledAdapter(PlaceholderAdapter):
         return [1] * tiles if spans is None else split_pairs(group_tiles(spans, ids, self.grouped_by))
 
     def tile_spans(self, ids: Tensor, tiles: int) -> list[Span] | None:
-        """Return the placeholders of each tile, in the order of the prompts; None if text interrupts a tile.
+        """Return the placeholder span of each tile, in the order of the prompts; None if text interrupts a tile.
 
         Args:
             ids: the prompts, `[rows, length]`.
@@ -120,20 +121,20 @@ class TiledAdapter(PlaceholderAdapter):
             ValueError: if the prompts do not have as many placeholders as the tiles have tokens.
         """
         placeholders = ids == self.image_token_id
-        places, tokens = int(placeholders.sum()), self.tokens_per_tile
-        if places != tiles * tokens:
-            fit = f"{places // tokens} tiles" if places % tokens == 0 else f"{places / tokens:.2f} tiles"
+        number, tokens = int(placeholders.sum()), self.tokens_per_tile
+        if number != tiles * tokens:
+            fit = f"{number // tokens} tiles" if number % tokens == 0 else f"{number / tokens:.2f} tiles"
             raise self.input_error(
-                f"Image features and image tokens do not match: the prompt has places for {fit}, but there are {tiles} "
-                f"(of {tokens} tokens each)"
+                f"Image features and image tokens do not match: the prompt has placeholders for {fit}, but there are "
+                f"{tiles} (of {tokens} tokens each)"
             )
         return tile_spans(placeholder_spans(placeholders), tokens)
 
     def prompt_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the ids of the prompts on the CPU, `[rows, length]`.
 
-        If the prompts come as embeddings, their ids are found by comparison with the embedding matrix; a vector that
-        is no row of it, such as a soft prompt, has the id -1.
+        If the prompts are embeddings, their ids are found by comparison with the embedding matrix. A vector that is not
+        a row of the matrix, such as a soft prompt, has the id -1.
 
         Raises:
             ValueError: if there is no prompt.
@@ -143,10 +144,10 @@ class TiledAdapter(PlaceholderAdapter):
             return ids.cpu()
         placeholders, embeds = self.placeholders(inputs), inputs["inputs_embeds"]
         ids = torch.full(placeholders.shape, self.image_token_id, device=embeds.device)
-        ids[~placeholders] = embedded_ids(embeds[~placeholders], self.model.get_input_embeddings())
+        ids[~placeholders] = recover_ids(embeds[~placeholders], self.model.get_input_embeddings())
         return ids.cpu()
 
-    def tiles_of(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
+    def split_pixels(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the pixels of each image, `[tiles, 3, height, width]` each."""
         return torch.split(self.all_tiles(inputs), [layout.tiles for layout in layouts])
 
@@ -155,14 +156,14 @@ class TiledAdapter(PlaceholderAdapter):
         return {self.pixels: torch.cat([self.example_tiles(size) for size in sizes])}
 
     def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows x cols of the tiles of an example image: as many as fit, at most two a side."""
+        """Return rows x cols of the sub-images of an example image: as many as fit, at most two a side."""
         rows, cols = (min(2, max(1, round(side / EXAMPLE_TILE))) for side in size)
         return rows, cols
 
     def example_tiles(self, size: tuple[int, int]) -> Tensor:
         """Return the tiles of an example image, `[tiles, 3, side, side]`."""
         rows, cols = self.example_grid(size)
-        canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=seeded(size))
+        canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=pixel_generator(size))
         base = F.interpolate(canvas[None], (EXAMPLE_TILE, EXAMPLE_TILE), mode="bilinear", antialias=True)
         if rows * cols == 1:
             return base
@@ -175,25 +176,25 @@ class TiledAdapter(PlaceholderAdapter):
         return self.example_prompts(rows, {size: self.example_ids(self.example_grid(size)) for size in sizes})
 
     def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the ids that stand for an image; 8 opens it, or stands before its base tile, and 9 closes it.
+        """Return the token ids of an image; 8 opens it, or precedes its base tile, and 9 closes it.
 
         Args:
-            grid: rows x cols of its sub-images; of an image in one piece (1, 1).
+            grid: rows x cols of its sub-images; (1, 1) for an image without sub-images.
         """
-        pieces = grid[0] * grid[1]
-        number = pieces + int(pieces > 1)
+        sub_images = grid[0] * grid[1]
+        number = sub_images + int(sub_images > 1)
         if self.grouped_by == "closing":
             return [*[10, *self.example_tile] * (number - 1), 8, *self.example_tile, 9]
         return [8, *self.example_tile * number, 9]
 
     @property
     def example_tile(self) -> list[int]:
-        """The placeholders of one tile."""
+        """Placeholder ids of one tile."""
         return [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
 
 
 class Span(NamedTuple):
-    """A stretch of placeholders without text between them, in one prompt row.
+    """A range of consecutive placeholders in one prompt row.
 
     Args:
         row: the prompt row.
@@ -207,7 +208,7 @@ class Span(NamedTuple):
 
 
 def placeholder_spans(placeholders: Tensor) -> list[Span]:
-    """Return the stretches of placeholders in the order of the prompts.
+    """Return the spans of consecutive placeholders in the order of the prompts.
 
     Args:
         placeholders: image positions, bool `[rows, length]`.
@@ -218,24 +219,25 @@ def placeholder_spans(placeholders: Tensor) -> list[Span]:
 
 
 def tile_spans(spans: Sequence[Span], tokens: int) -> list[Span] | None:
-    """Return the placeholders of each tile; None if a stretch of placeholders is no whole number of tiles.
+    """Return the placeholder span of each tile; None if a span is not a whole number of tiles.
 
     Args:
-        spans: the stretches of placeholders.
-        tokens: placeholders of one tile.
+        spans: spans of consecutive placeholders.
+        tokens: number of placeholders of one tile.
     """
     if any(span.length % tokens for span in spans):
         return None
     return [Span(row, start, tokens) for row, first, length in spans for start in range(first, first + length, tokens)]
 
 
-def group_tiles(spans: Sequence[Span], ids: Tensor, by: Literal["opening", "closing"]) -> list[int]:
+def group_tiles(spans: Sequence[Span], ids: Tensor, grouped_by: Literal["opening", "closing"]) -> list[int]:
     """Return the number of tiles of each image.
 
     Args:
-        spans: the placeholders of each tile; tiles without text between them belong to one image.
+        spans: the placeholder span of each tile; tiles without text between them belong to one image.
         ids: the prompts, `[rows, length]`.
-        by: whether the id before the row's first tile opens an image, or the one before its last tile closes one.
+        grouped_by: ``"opening"`` if the id before the first tile of a row opens each image, ``"closing"`` if the id
+            before the last tile of a row closes each image.
     """
     text = ids.tolist()
     numbers: list[int] = []
@@ -243,25 +245,25 @@ def group_tiles(spans: Sequence[Span], ids: Tensor, by: Literal["opening", "clos
         starts = [span.start for span in spans if span.row == row]
         ends = {span.start + span.length for span in spans if span.row == row}
         before = {start: text[row][start - 1] if start else -1 for start in starts if start not in ends}
-        mark = next(iter(before.values()) if by == "opening" else reversed(before.values()))
+        mark = next(iter(before.values()) if grouped_by == "opening" else reversed(before.values()))
         is_open = False
         for start in starts:
-            if start in ends or (is_open and not (by == "opening" and before[start] == mark)):
+            if start in ends or (is_open and not (grouped_by == "opening" and before[start] == mark)):
                 numbers[-1] += 1
             else:
                 numbers.append(1)
             if start in before:
-                is_open = by == "opening" or before[start] != mark
+                is_open = grouped_by == "opening" or before[start] != mark
     return numbers
 
 
 def split_pairs(numbers: Sequence[int]) -> list[int]:
-    """Return numbers of tiles with 1, 1 in place of 2: an image has a base tile and no, or several, sub-images."""
+    """Return numbers of tiles with 1, 1 in place of 2, because no image has exactly one sub-image."""
     return [part for number in numbers for part in ([1, 1] if number == 2 else [number])]
 
 
-def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
-    """Return the first id whose embedding equals each vector; -1 if there is none, `[vectors]`.
+def recover_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
+    """Return the first token id whose embedding equals each vector, `[vectors]`; -1 if no embedding is equal.
 
     Args:
         vectors: embedded tokens, `[vectors, dim]`.
@@ -274,12 +276,12 @@ def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
         return embedded.detach().to(device)
 
     vocabulary = torch.arange(len(torch.as_tensor(embedding.weight)), device=device)
-    keys = torch.cat([row_keys(embed(ids)) for ids in vocabulary.split(VOCABULARY_CHUNK)])
+    keys = torch.cat([hash_rows(embed(ids)) for ids in vocabulary.split(VOCABULARY_CHUNK)])
     keys, order = keys.sort(stable=True)
-    first, last = (torch.searchsorted(keys, row_keys(vectors), right=right) for right in (False, True))
+    first, last = (torch.searchsorted(keys, hash_rows(vectors), right=right) for right in (False, True))
     matches = torch.full_like(first, -1)
     open_rows = (first < last).nonzero()[:, 0]
-    while len(open_rows):  # once, except for different embeddings of one key
+    while len(open_rows):  # one pass, unless different embeddings have the same key
         ids = order[first[open_rows]]
         equal = (embed(ids) == vectors[open_rows]).all(dim=-1)
         matches[open_rows[equal]] = ids[equal]
@@ -288,7 +290,7 @@ def embedded_ids(vectors: Tensor, embedding: nn.Module) -> Tensor:
     return matches
 
 
-def row_keys(vectors: Tensor) -> Tensor:
+def hash_rows(vectors: Tensor) -> Tensor:
     """Return a hash of each vector over at most `KEY_COLUMNS` evenly spaced columns, int64 `[vectors]`.
 
     Args:
@@ -302,14 +304,15 @@ def row_keys(vectors: Tensor) -> Tensor:
 
 
 def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
-    """Return rows x cols of the tiles of an image: the grid that looks like the base tile when it is shrunk.
+    """Return rows x cols of the sub-images of an image: the grid that, shrunk, differs least from the base tile.
 
     Args:
         tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
-        base: the whole image, `[3, height, width]`.
+        base: the base tile, `[3, height, width]`.
 
     Returns:
-        The grid; of equal ones (an image of one color) the most square. (0, 0) if there are no sub-images.
+        The grid. If several grids are equal (an image of one color), the most square grid; (0, 0) if there are no
+        sub-images.
     """
     number = len(tiles)
     if number == 0:
@@ -317,15 +320,16 @@ def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
     grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
     if len(grids) == 1:
         return grids[0]
-    return min(sorted(grids, key=lambda one: abs(one[0] - one[1])), key=lambda one: grid_difference(tiles, base, one))
+    by_squareness = sorted(grids, key=lambda grid: abs(grid[0] - grid[1]))
+    return min(by_squareness, key=lambda grid: grid_difference(tiles, base, grid))
 
 
 def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float:
-    """Return how much tiles put together in a grid differ from the base tile, both shrunk: mean squared difference.
+    """Return the mean squared difference between sub-images arranged in a grid and the base tile, both shrunk.
 
     Args:
         tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
-        base: the whole image, `[3, height, width]`.
+        base: the base tile, `[3, height, width]`.
         grid: rows x cols of the sub-images.
     """
     canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])

@@ -1,1 +1,1 @@
-"""Capture of signals while a vision tower runs."""
+"""Captures signals while a vision tower runs, and truncates the tower; `README.md` explains the design."""

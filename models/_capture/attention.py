@@ -1,4 +1,4 @@
-"""Single attention rows from queries and keys, without the full map. Pure functions; no model in sight."""
+"""Pure functions that compute attention rows and column means from queries and keys, without the full map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Return the scaled dot products of CLS, the first token, with the others, before any softmax.
+    """Return the scaled dot products of CLS, the first token, with all other tokens, before the softmax.
 
     Args:
         query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
@@ -24,13 +24,13 @@ def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 
 def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None) -> Tensor:
-    """Return how CLS, the first token, attends to the others.
+    """Return the attention of CLS, the first token, to all other tokens.
 
     Args:
         query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
         key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
         scaling: factor on the dot products.
-        real: positions that are no padding, bool `[tiles, 1 + tokens]`; None means all.
+        real: positions that are not padding, bool `[tiles, 1 + tokens]`; None means all positions.
 
     Returns:
         Softmax over all keys with the CLS key removed, float32 `[tiles, heads, tokens]`.
@@ -40,14 +40,14 @@ def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = N
 
 
 def joint_row(query: Tensor, key: Tensor) -> Tensor:
-    """Return how CLS, the first token, attends to the others if all heads are taken as one wide head.
+    """Return the attention of CLS, the first token, to all other tokens, with all heads joined to one wide head.
 
     Args:
         query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
         key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
 
     Returns:
-        Softmax over all keys, scaled by the whole width, with the CLS key removed, float32 `[tiles, 1, tokens]`.
+        Softmax over all keys, scaled by the joint width, with the CLS key removed, float32 `[tiles, 1, tokens]`.
     """
     key = _match_heads(key, query)
     width = query.shape[1] * query.shape[3]
@@ -58,64 +58,66 @@ def joint_row(query: Tensor, key: Tensor) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.float32)[:, None, 1:]
 
 
-def received(
+def received_attention(
     query: Tensor, key: Tensor, scaling: float, prefix: int, real: Tensor | None = None, chunk: int = 64
 ) -> Tensor:
     """Return the attention that each token receives, averaged over all queries.
 
-    Works on `chunk` queries at a time, so that no full map exists; on a CPU also on one tile at a time, since what
-    stays in its cache is done faster.
+    Processes `chunk` queries at a time, so that no full map exists. On a CPU it also processes one tile at a time,
+    which is faster because the data stay in the cache.
 
     Args:
         query: queries, `[tiles, heads, prefix + tokens, head_dim]`.
-        key: keys, `[tiles, key_heads, context + prefix + tokens, head_dim]`. The context of a resampler is attended to
-            and does not ask.
+        key: keys, `[tiles, key_heads, context + prefix + tokens, head_dim]`. The context of a resampler has keys
+            and no queries.
         scaling: factor on the dot products.
-        prefix: tokens before the visual ones (1 for CLS); they ask, but their own column is removed.
-        real: keys that are no padding, bool `[tiles, context + prefix + tokens]`; None means all.
-        chunk: queries per step.
+        prefix: number of tokens before the visual tokens (1 for CLS). Their queries count; their columns are removed.
+        real: keys that are not padding, bool `[tiles, context + prefix + tokens]`; None means all keys.
+        chunk: number of queries per step.
 
     Returns:
         Column means of the attention map, float32 `[tiles, heads, tokens]`.
     """
     if query.device.type == "cpu" and len(query) > 1:
-        each = [None] * len(query) if real is None else real.split(1)
-        tiles = zip(query.split(1), key.split(1), each, strict=True)
-        return torch.cat([received(q, k, scaling, prefix, r, chunk) for q, k, r in tiles])
+        masks = [None] * len(query) if real is None else real.split(1)
+        tiles = zip(query.split(1), key.split(1), masks, strict=True)
+        return torch.cat([received_attention(q, k, scaling, prefix, r, chunk) for q, k, r in tiles])
     key = _match_heads(key, query)
     total = torch.zeros(*key.shape[:3], dtype=torch.float32, device=query.device)
     context = key.shape[2] - query.shape[2]
-    for part, counts in zip(torch.split(query, chunk, dim=2), _asking(query, real, context, chunk), strict=True):
+    for part, weights in zip(
+        torch.split(query, chunk, dim=2), _query_weights(query, real, context, chunk), strict=True
+    ):
         rows = _without_padding(_logits(part, key, scaling), real).softmax(dim=-1, dtype=torch.float32)
-        total += rows.sum(dim=2) if counts is None else rows.mul_(counts[:, None, :, None]).sum(dim=2)
-    asked = query.shape[2] if real is None else real[:, context:].float().sum(dim=1)[:, None, None]
-    return total[:, :, context + prefix :] / asked
+        total += rows.sum(dim=2) if weights is None else rows.mul_(weights[:, None, :, None]).sum(dim=2)
+    n_queries = query.shape[2] if real is None else real[:, context:].float().sum(dim=1)[:, None, None]
+    return total[:, :, context + prefix :] / n_queries
 
 
 def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Return scaled dot products, `[tiles, heads, queries, keys]`; in float32 where float16 would overflow.
+    """Return scaled dot products, `[tiles, heads, queries, keys]`; float16 inputs give float32 to avoid overflow.
 
     Args:
         query: `[tiles, heads, queries, head_dim]`.
         key: `[tiles, heads, keys, head_dim]`.
         scaling: factor on the dot products.
     """
-    if query.dtype == torch.float16:  # the largest number is 65,504, and the kernels accumulate in float32
+    if query.dtype == torch.float16:  # its largest number is 65,504, and the kernels accumulate in float32
         query, key = query.float(), key.float()
     logits = query @ key.transpose(-1, -2)
     logits *= scaling  # in place: for all queries these are large tensors
     return logits
 
 
-def _asking(query: Tensor, real: Tensor | None, context: int, chunk: int) -> Sequence[Tensor | None]:
-    """Return for each chunk of queries which of them count, `[tiles, queries]`; None is all."""
+def _query_weights(query: Tensor, real: Tensor | None, context: int, chunk: int) -> Sequence[Tensor | None]:
+    """Return 0 for padding and 1 for all other queries of each chunk, `[tiles, queries]`; None means all are 1."""
     if real is None:
         return [None] * -(-query.shape[2] // chunk)
     return torch.split(real[:, context:].float(), chunk, dim=1)
 
 
 def _without_padding(logits: Tensor, real: Tensor | None) -> Tensor:
-    """Take padding out of the softmax over the last dimension, `[tiles, heads, queries, keys]`."""
+    """Return logits with -inf at padding keys, `[tiles, heads, queries, keys]`."""
     return logits if real is None else logits.masked_fill(~real[:, None, None], float("-inf"))
 
 

@@ -1,9 +1,9 @@
-"""Captures signals inside a transformers vision tower while it runs, under whatever attention kernel it uses.
+"""Captures signals inside a transformers vision tower while it runs, with any attention kernel.
 
-Only the attention modules of the chosen layers are touched, and only for the duration of a block: each gets a copy of
-its config that names a private entry of transformers' `AttentionInterface`. The entry computes the wanted rows from
-queries and keys (after projections, norms and rotary embedding) and then calls the kernel that the user had chosen, so
-the tower's output is the unmodified one. Masks are built from the tower's own config and do not change.
+Inside a block, the attention modules of the required layers get a copy of their config that names a private kernel in
+transformers' `AttentionInterface`. The private kernel computes the required rows from queries and keys (after
+projections, norms and rotary embedding). It then calls the kernel of the original config, so the output of the tower
+does not change. Masks are built from the config of the tower and do not change either.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -26,55 +27,61 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
-from tokenprune.models._capture.attention import cls_logits, cls_rows, joint_row, received
+from tokenprune.models._capture.attention import cls_logits, cls_rows, joint_row, received_attention
 
-PROBE, FLASH_PROBE = "tokenprune_probe", "tokenprune_flash_probe"
-"""The private names in transformers' attention interface; a module with "flash" in its kernel's name passes all images
-at once."""
+CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL = "tokenprune_probe", "tokenprune_flash_probe"
+"""Private names in transformers' attention interface. If the name of its kernel contains "flash", a module passes all
+images in one call."""
 ATTENTION = (ROW_SIGNALS | {"keys"}) - {"pooling_attention"}
-"""Kinds of signals that are read inside an attention module of a layer."""
+"""Kinds of signals that are captured inside an attention module of a layer."""
 OUTPUTS = frozenset({"vision_features", "cls_features"})
-"""Kinds of signals that are read from the output of a layer."""
+"""Kinds of signals that are captured from the output of a layer."""
+CAPTURE_CONTEXT: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar(
+    "capture_context", default=nullcontext
+)
+"""Creates the context of each capture inside an attention module, without the attention kernel. A profiler sets it to
+measure the captures."""
 
 
-def _probed_attention(
+def _capture_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """Record the wanted rows, then delegate to the kernel that the user's config names."""
-    probing: Any = module.config
+    """Record the required rows, then call the kernel of the original config."""
+    config: Any = module.config
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
         lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
-        probing.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
-    return _own_kernel(module)(module, query, key, value, attention_mask, **kwargs)
+        config.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
+    return _original_kernel(module)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _own_kernel(module: nn.Module) -> Callable[..., Any]:
-    """Return the kernel that the user's config names, for an attention module whose config was exchanged."""
-    exchanged: Any = module.config
-    # As in transformers' own modules, "eager" is the function of the modeling file and not in the interface.
+def _original_kernel(module: nn.Module) -> Callable[..., Any]:
+    """Return the kernel of the original config, for an attention module whose config is swapped."""
+    swapped: Any = module.config
+    # As in transformers' own modules, "eager" is a function of the modeling file and not in the interface.
     names = vars(sys.modules[type(module).__module__])
-    own = ("vision_eager_attention_forward", "simple_eager_attention_forward")  # of Llama 4 and Phi-4, which have two
-    eager = next((names[name] for name in own if name in names), None) or names["eager_attention_forward"]
-    original: Any = exchanged.tokenprune_original
+    # The modeling files of Llama 4 and Phi-4 have two eager functions.
+    vision_names = ("vision_eager_attention_forward", "simple_eager_attention_forward")
+    eager = next((names[name] for name in vision_names if name in names), None) or names["eager_attention_forward"]
+    original: Any = swapped.tokenprune_original
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        module.config = original  # kernels look into it: flash attention reads its own name there
+        module.config = original  # kernels read it: flash attention reads its own name
         try:
             return ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)(*args, **kwargs)
         finally:
-            module.config = exchanged
+            module.config = swapped
 
     return kernel
 
 
 @contextmanager
 def swapped_config(attention: Any, names: tuple[str, str], **entries: Any) -> Iterator[None]:
-    """Let an attention module call a private kernel while the block runs.
+    """Swap the config of an attention module inside the block, so that the module calls a private kernel.
 
     Args:
         attention: the attention module; it has a `config`.
-        names: the kernel's names, the second where the user's own is a flash kernel.
-        entries: what the kernel finds in the module's config.
+        names: two names of the private kernel; the second is used if the original kernel is a flash kernel.
+        entries: attributes of the swapped config, which the private kernel reads.
     """
     original = attention.config
     config = copy.copy(original)
@@ -90,12 +97,12 @@ def swapped_config(attention: Any, names: tuple[str, str], **entries: Any) -> It
         attention.config = original
 
 
-AttentionInterface.register(PROBE, _probed_attention)
-AttentionInterface.register(FLASH_PROBE, _probed_attention)
+AttentionInterface.register(CAPTURE_KERNEL, _capture_attention)
+AttentionInterface.register(FLASH_CAPTURE_KERNEL, _capture_attention)
 
 
-def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> dict[int, set[str]]:
-    """Return the kinds of signals to capture in each layer.
+def resolve_signals(needs: Iterable[Signal], layers: int, feature_layer: int) -> dict[int, set[str]]:
+    """Return the kinds of signals to capture per layer index.
 
     Args:
         needs: declared signals.
@@ -105,25 +112,26 @@ def wanted_layers(needs: Iterable[Signal], layers: int, feature_layer: int) -> d
     Raises:
         ValueError: if a signal names a layer that the tower does not have.
     """
-    wanted: dict[int, set[str]] = {}
+    kinds_by_layer: dict[int, set[str]] = {}
     for signal in needs:
         for index in resolve_layers(signal.layer, layers, feature_layer):
-            wanted.setdefault(index, set()).add(signal.kind)
-    return wanted
+            kinds_by_layer.setdefault(index, set()).add(signal.kind)
+    return kinds_by_layer
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Where in a vision tower signals are found.
+    """The modules and the sequence layout of a vision tower from which signals are captured.
 
     Args:
         layers: its encoder layers.
         attention: name of the attention module in a layer; it has a `config`.
-        cls: where the CLS token stands in the sequence, if there is one.
-        segments: tokens of each image, where the tower runs over all images as one sequence; None if its first
+        cls: position of the CLS token in the sequence, or ``"none"``.
+        segments: number of tokens of each image, if the tower runs over all images as one sequence; None if the first
             dimension is tiles.
-        rows_from: for a layer, the one whose attention rows are read in its place; itself if it is not named.
-        pooling: the attention of a head that pools the tokens of a tile with a learned probe, if there is one.
+        rows_from: index of the layer whose attention rows are captured for a layer, by layer index; missing layers use
+            their own rows.
+        pooling: the attention of a head that pools the tokens of a tile with a learned query; None without such a head.
     """
 
     layers: Sequence[nn.Module]
@@ -135,37 +143,47 @@ class Tower:
 
     @property
     def prefix(self) -> int:
-        """Tokens before the visual ones, after `in_order`."""
+        """Number of tokens before the visual tokens, after `with_cls_first`."""
         return int(self.cls != "none")
 
-    def in_order(self, value: Tensor, dim: int) -> Tensor:
+    def with_cls_first(self, value: Tensor, dim: int) -> Tensor:
         """Return a tensor with the CLS token first."""
         return value.roll(1, dim) if self.cls == "last" else value
 
     def split_by_image(self, value: Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the images of one sequence apart; anything else whole.
+        """Return one tensor per image if the value is one sequence of all images; otherwise the value in a list.
 
         Args:
-            value: a tensor along the sequence.
-            dim: its dimension that is the sequence.
-            lengths: the parts that the kernel was told to keep apart, if it was.
+            value: a tensor with a sequence dimension.
+            dim: the sequence dimension.
+            lengths: sequence lengths that the kernel received; None if it received none.
         """
         parts = self.segments if lengths is None else lengths
-        together = parts is not None and len(value) == 1 and value.shape[dim] == sum(parts)
-        return list(value.split(list(parts or ()), dim)) if together else [value]
+        is_joined = parts is not None and len(value) == 1 and value.shape[dim] == sum(parts)
+        return list(value.split(list(parts or ()), dim)) if is_joined else [value]
+
+
+def _in_capture_context(record: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that runs ``record`` inside a context from `CAPTURE_CONTEXT`."""
+
+    def record_in_context(*args: Any) -> None:
+        with CAPTURE_CONTEXT.get()():
+            record(*args)
+
+    return record_in_context
 
 
 @contextmanager
-def capture_signals(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
+def capture_signals(tower: Tower, kinds_by_layer: dict[int, set[str]]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
     """Capture signals while the block runs the vision tower.
 
     Args:
         tower: the tower.
-        wanted: kinds of signals per layer index.
+        kinds_by_layer: kinds of signals per layer index.
 
     Yields:
-        The captured tensors by (kind, layer index), filled while the tower runs: one more in the list for each time
-        that the layer runs, or for each image where all are one sequence. Their first dimension is tiles.
+        The captured tensors by (kind, layer index), filled while the tower runs. Each run of a layer adds one tensor to
+        the list, or one tensor per image if all images are one sequence. The first dimension is tiles.
     """
     captured: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -173,12 +191,13 @@ def capture_signals(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[
         captured.setdefault((kind, index), []).append(value)
 
     def recorder(index: int, kinds: set[str]) -> Any:
+        @_in_capture_context
         def record(
             query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, lengths: Sequence[int] | None
         ) -> None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            queries, keys = (tower.split_by_image(tower.in_order(one, 2), 2, lengths) for one in (query, key))
-            real = None if mask is None or len(queries) > 1 else tower.in_order(real_positions(mask), 1)
+            queries, keys = (tower.split_by_image(tower.with_cls_first(value, 2), 2, lengths) for value in (query, key))
+            real = None if mask is None or len(queries) > 1 else tower.with_cls_first(real_positions(mask), 1)
             for q, k in zip(queries, keys, strict=True):
                 if "cls_attention" in kinds:
                     add("cls_attention", index, cls_rows(q, k, scale, real))
@@ -187,7 +206,7 @@ def capture_signals(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[
                 if "joint_attention" in kinds:
                     add("joint_attention", index, joint_row(q, k))
                 if "received_attention" in kinds:
-                    add("received_attention", index, received(q, k, scale, tower.prefix, real))
+                    add("received_attention", index, received_attention(q, k, scale, tower.prefix, real))
                 if "keys" in kinds:
                     add("keys", index, k[:, :, k.shape[2] - q.shape[2] + tower.prefix :])
 
@@ -197,77 +216,81 @@ def capture_signals(tower: Tower, wanted: dict[int, set[str]]) -> Iterator[dict[
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).detach()
             hidden = hidden[None] if hidden.dim() == 2 else hidden
-            for one in tower.split_by_image(tower.in_order(hidden, 1), 1):
+            for states in tower.split_by_image(tower.with_cls_first(hidden, 1), 1):
                 if "vision_features" in kinds:
-                    add("vision_features", index, one[:, tower.prefix :])
+                    add("vision_features", index, states[:, tower.prefix :])
                 if "cls_features" in kinds:
-                    add("cls_features", index, one[:, : tower.prefix])
+                    add("cls_features", index, states[:, : tower.prefix])
 
         return hook
 
-    pooled = [index for index, kinds in wanted.items() if "pooling_attention" in kinds]
+    pooling_layers = [index for index, kinds in kinds_by_layer.items() if "pooling_attention" in kinds]
 
-    def by_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def request_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
 
     def pooling_hook(module: nn.Module, args: Any, output: Any) -> None:
-        for index in pooled:
+        for index in pooling_layers:
             add("pooling_attention", index, output[1][:, :, 0].detach().float())
 
-    torch_kernel = _TorchKernel()
+    torch_capture = _TorchAttentionCapture()
     with ExitStack() as undo:
-        if pooled and tower.pooling is not None:
-            undo.callback(tower.pooling.register_forward_pre_hook(by_head, with_kwargs=True).remove)
+        if pooling_layers and tower.pooling is not None:
+            undo.callback(tower.pooling.register_forward_pre_hook(request_weights, with_kwargs=True).remove)
             undo.callback(tower.pooling.register_forward_hook(pooling_hook).remove)
-        for index, kinds in wanted.items():
+        for index, kinds in kinds_by_layer.items():
             if kinds & OUTPUTS:
                 undo.callback(tower.layers[index].register_forward_hook(feature_hook(index, kinds)).remove)
-            places: dict[int, set[str]] = {}
+            kinds_by_source: dict[int, set[str]] = {}
             for kind in kinds & ATTENTION:
-                at = tower.rows_from.get(index, index) if kind in ROW_SIGNALS else index
-                places.setdefault(at, set()).add(kind)
-            for at, read in places.items():  # a layer that is read twice is wrapped twice
-                attention: Any = getattr(tower.layers[at], tower.attention)
-                if hasattr(attention, "fused_attn"):  # timm's: it does not ask transformers' interface
-                    expect = partial(torch_kernel.expect, recorder(index, read))
+                source = tower.rows_from.get(index, index) if kind in ROW_SIGNALS else index
+                kinds_by_source.setdefault(source, set()).add(kind)
+            for source, source_kinds in kinds_by_source.items():  # a layer with two recorders is wrapped twice
+                attention: Any = getattr(tower.layers[source], tower.attention)
+                if hasattr(attention, "fused_attn"):  # timm's module does not use transformers' interface
+                    expect = partial(torch_capture.expect, recorder(index, source_kinds))
                     undo.callback(attention.register_forward_pre_hook(expect).remove)
                     continue
-                record = recorder(index, read)
-                undo.enter_context(swapped_config(attention, (PROBE, FLASH_PROBE), tokenprune_record=record))
+                record = recorder(index, source_kinds)
+                undo.enter_context(
+                    swapped_config(attention, (CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL), tokenprune_record=record)
+                )
         if any(hasattr(getattr(layer, tower.attention, None), "fused_attn") for layer in tower.layers):
-            undo.enter_context(torch_kernel)
+            undo.enter_context(torch_capture)
         yield captured
 
 
-class _TorchKernel(TorchFunctionMode):
-    """Records queries and keys where an expected module calls torch's attention function."""
+class _TorchAttentionCapture(TorchFunctionMode):
+    """Records queries and keys of the next call of torch's attention function by an expected module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.records: list[Any] = []
 
     def expect(self, record: Any, module: Any, args: Any) -> None:
-        """Note what is to be recorded in a module that runs next.
+        """Add a recorder for the module that runs next.
 
         Raises:
-            ValueError: if the module writes its full attention map out instead.
+            ValueError: if the module does not call the fused kernel, but computes its full attention map.
         """
         if not module.fused_attn:
-            raise ValueError("attention of a timm tower is read where it calls torch's fused kernel; set fused_attn")
+            raise ValueError(
+                "signals of a timm tower are captured in calls of torch's fused attention kernel; set fused_attn"
+            )
         self.records.append(record)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and self.records:
-            named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **given}
+            arguments = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **keywords}
             records, self.records = self.records, []
             with torch.no_grad():
                 for record in records:
-                    query, key = named["query"].detach(), named["key"].detach()
-                    record(query, key, named.get("scale"), named.get("attn_mask"), None)
-        return func(*args, **given)
+                    query, key = arguments["query"].detach(), arguments["key"].detach()
+                    record(query, key, arguments.get("scale"), arguments.get("attn_mask"), None)
+        return func(*args, **keywords)
 
 
 @contextmanager
@@ -276,25 +299,25 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
     Args:
         module: the module.
-        forward: the function that runs instead.
+        forward: the function that replaces it.
     """
-    before = vars(module).get("forward")
+    previous = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del module.forward
         else:
-            module.forward = before
+            module.forward = previous
 
 
 def real_positions(mask: Tensor) -> Tensor:
-    """Return which positions of a sequence are no padding, bool `[tiles, length]`.
+    """Return the positions of a sequence that are not padding, bool `[tiles, length]`.
 
     Args:
-        mask: an attention mask as kernels take it: `[tiles, length]`, or `[tiles, 1, queries, keys]` as bool or as
-            what is added to the logits.
+        mask: an attention mask as kernels take it: `[tiles, length]`, or `[tiles, 1, queries, keys]`, either bool or
+            added to the logits.
     """
     if mask.dim() == 2:
         return mask.bool()

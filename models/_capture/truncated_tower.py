@@ -1,9 +1,9 @@
 """Truncated encoding: the vision tower stops after the last required layer, the projector runs on kept tokens only.
 
 The tower's own `forward` runs once, for all tiles. If each visual token depends on its own patches only, a hook leaves
-the tower after the last required layer, and the outputs of its feature layers become tokens where they are kept. In
-other families the model's `get_image_features` runs with the layers after the last required one replaced by the
-identity, and with an unused pooling head skipped.
+the tower after the last required layer. The projector then maps the outputs of the feature layers to visual tokens, for
+kept tokens only. In all other families the model's `get_image_features` runs with the layers after the last required
+layer replaced by the identity, and with an unused pooling head skipped.
 """
 
 from __future__ import annotations
@@ -26,20 +26,17 @@ if TYPE_CHECKING:
 
 
 class _TowerExitError(BaseException):  # handlers of errors inside the tower must not catch it
-    """Leaves the tower after its last required layer."""
+    """Raised by a hook to leave the tower after its last required layer."""
 
 
 def run_until(forward: Callable[[], Any], layers: Sequence[nn.Module], last: int, read: Sequence[int]) -> list[Tensor]:
-    """Run a tower and leave it after a layer.
+    """Run a tower up to a layer and return the outputs of the layers `read`, `[tiles, sequence, width]` each.
 
     Args:
         forward: runs the tower's own `forward`.
-        layers: its layers.
-        last: index of the layer after which it stops.
+        layers: the layers of the tower.
+        last: index of the layer after which the tower stops.
         read: indices of the layers whose outputs are returned, at most `last`.
-
-    Returns:
-        The outputs of the layers `read`, `[tiles, sequence, width]` each.
     """
     outputs: dict[int, Tensor] = {}
 
@@ -55,7 +52,7 @@ def run_until(forward: Callable[[], Any], layers: Sequence[nn.Module], last: int
     with ExitStack() as hooks:
         for index in dict.fromkeys(read):
             hooks.callback(layers[index].register_forward_hook(store(index)).remove)
-        hooks.callback(layers[last].register_forward_hook(leave).remove)  # the last hook of the layer
+        hooks.callback(layers[last].register_forward_hook(leave).remove)  # registered last, so it runs last
         with suppress(_TowerExitError):
             forward()
     return [outputs[index] for index in read]
@@ -68,7 +65,7 @@ def skipped_layers(layers: Sequence[nn.Module], last: int, pooling_head: nn.Modu
     Args:
         layers: the layers of the tower.
         last: index of the last required layer.
-        pooling_head: a head whose output is not read.
+        pooling_head: a pooling head whose output is not read; None if there is no such head.
     """
     with ExitStack() as undo:
         for layer in layers[last + 1 :]:
@@ -79,7 +76,7 @@ def skipped_layers(layers: Sequence[nn.Module], last: int, pooling_head: nn.Modu
 
 
 class ProjectedTokens(VisualTokens):
-    """Visual tokens that are projected when they are needed: all of them, or the kept ones.
+    """Visual tokens that are projected on request: all tokens, or the kept tokens only.
 
     Args:
         adapter: the adapter of the model.
@@ -89,7 +86,7 @@ class ProjectedTokens(VisualTokens):
 
     def __init__(self, adapter: PlaceholderAdapter, layouts: Sequence[TileGeometry], hidden: Tensor) -> None:
         self.adapter, self.layouts, self.hidden = adapter, layouts, hidden
-        self.device = torch.device("cpu") if hidden.is_meta else hidden.device  # indices are read by the host
+        self.device = torch.device("cpu") if hidden.is_meta else hidden.device  # the CPU reads the indices
 
     def all(self) -> list[Tensor]:
         """Return all tokens of each image, newline tokens included, `[length, dim]` each."""
@@ -97,7 +94,7 @@ class ProjectedTokens(VisualTokens):
 
     @cached_property
     def _packed(self) -> list[Tensor]:
-        flat = self.adapter.all_visual_tokens(self.hidden, self._patches)
+        flat = self.adapter.project_tiles(self.hidden, self._patches)
         masks = [torch.ones(len(layout.packed), dtype=torch.bool, device=self.device) for layout in self.layouts]
         return [self.adapter.insert_newlines(flat, places) for places in self._places(masks)]
 
@@ -113,12 +110,12 @@ class ProjectedTokens(VisualTokens):
             return PackedTokens(self._packed).gather(masks)
         rank = kept[:-1].long().cumsum(dim=0) - 1
         tile, patches = index // tokens, self._patches.to(index.device)[index % tokens]
-        flat = self.adapter.visual_tokens(self.hidden[tile[:, None], patches])
+        flat = self.adapter.project_patches(self.hidden[tile[:, None], patches])
         return [self.adapter.insert_newlines(flat, torch.where(p == NEWLINE, p, rank[p])) for p in places]
 
     @cached_property
     def _patches(self) -> Tensor:
-        """The patches of each token of a tile, row by row, `[tokens, patches]`."""
+        """Indices of the patches of each token of a tile, row by row, `[tokens, patches]`."""
         (height, width), side = self.layouts[0].token_grid, self.adapter.pooling
         sizes = {"h": height, "w": width, "p": side, "q": side}
         index = torch.arange(height * width * side**2, device=self.device)
@@ -129,7 +126,7 @@ class ProjectedTokens(VisualTokens):
         out, start = [], 0
         for layout, mask in zip(self.layouts, masks, strict=True):
             places, total = layout.packed.to(mask.device)[mask], layout.tiles * layout.tokens
-            moved = places if self.adapter.base_first else (places - layout.tokens) % total
-            out.append(torch.where(places == NEWLINE, places, moved + start))
+            in_model_order = places if self.adapter.base_first else (places - layout.tokens) % total
+            out.append(torch.where(places == NEWLINE, places, in_model_order + start))
             start += total
         return out

@@ -1,8 +1,8 @@
-"""A miniature, really trained LLaVA-NeXT that ships inside the package, with the images that it understands.
+"""A trained miniature LLaVA-NeXT inside the package, with images on which it was trained to answer questions.
 
 The checkpoint is an ordinary folder: ``AutoModelForImageTextToText.from_pretrained(mini.path())`` and
-``AutoProcessor.from_pretrained(mini.path())`` load it without a network. Its world are *notice boards*
-(`tokenprune.models.mini.boards`): colored shapes that carry small numbers. Importing this module loads nothing heavy.
+``AutoProcessor.from_pretrained(mini.path())`` load it without a network. Its images are *notice boards*
+(`tokenprune.models.mini.boards`): colored shapes with small numbers. Importing this module loads no heavy dependency.
 """
 
 import json
@@ -19,7 +19,7 @@ def path() -> Path:
 
 
 def text_path() -> Path:
-    """Return the folder of the CLIP model whose vision tower is that of the checkpoint, with its text tower."""
+    """Return the folder of a CLIP model: the vision tower of the checkpoint and a matching text tower."""
     return _HERE / "text"
 
 
@@ -32,7 +32,7 @@ def demo_questions() -> list[dict[str, str]]:
     """Return the questions about the demo image.
 
     Returns:
-        One dictionary a question with the keys ``question``, ``answer``, ``type`` and ``needs``.
+        One dictionary per question with the keys ``question``, ``answer``, ``type`` and ``needs``.
     """
     questions: list[dict[str, str]] = json.loads((_HERE / "images" / "board.json").read_text())
     return questions

@@ -1,12 +1,12 @@
-"""Notice boards: a seeded world of images and questions, small enough to be drawn on the fly.
+"""Notice boards: seeded images and questions, small enough to be drawn on the fly.
 
 A board is a sheet of paper with one to four colored shapes. Every shape carries a white plate with a two-digit
 number, legible in the full-resolution tiles of an AnyRes model and not in its downscaled base tile. No shape and no
-color occurs twice on a board. Most of the paper is empty, as in a document: that makes a token budget meaningful.
+color occurs twice on a board. Most of the paper is empty, as in a document, so that a small token budget can suffice.
 
-Two boards with the same ``(split, index)`` are the same board. The splits cannot share a board by construction: what
-is written on a board (the set of its shape, color and number triples) is hashed, and one sixteenth of all hash values
-belongs to ``heldout``, the rest to ``train``. A draw that falls into the other split is drawn again.
+Two boards with the same ``(split, index)`` are equal. By construction the splits share no board: the contents of a
+board (the set of its shape, color and number triples) are hashed. One sixteenth of all hash values belongs to
+``heldout``, all other values belong to ``train``. If the contents belong to the wrong split, they are drawn again.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ _RGB = np.array(
     [(214, 32, 36), (28, 150, 44), (36, 66, 214), (236, 196, 20), (142, 40, 160), (24, 184, 200)], np.float32
 )
 _GRID_SHARES = (0.15, 0.15, 0.4, 0.15, 0.15)
-_MOST_ITEMS = {(1, 2): 2, (2, 1): 2, (2, 2): 4, (1, 3): 3, (3, 1): 3}
+_MAX_ITEMS = {(1, 2): 2, (2, 1): 2, (2, 2): 4, (1, 3): 3, (3, 1): 3}
 _SIZES = (24, 28)
 _PLATE = (9, 13)
 _DOMAIN = 0x626F6172
@@ -106,11 +106,11 @@ class Question:
     Attributes:
         text: The question.
         answer: The one correct answer.
-        type: What is asked: ``number_pair``, ``number_shape``, ``number_color``, ``color``, ``shape``, ``count``,
-            ``side``, ``height``, ``paper``, or on demand ``order``.
-        needs: Where the answer stands: ``tiles`` (only the full-resolution tiles show it), ``base`` (only the base tile
-            shows it, because a tile does not know where it lies) or ``either``.
-        about: Indices of the items that carry the answer.
+        type: ``number_pair``, ``number_shape``, ``number_color``, ``color``, ``shape``, ``count``, ``side``,
+            ``height``, ``paper``, or on demand ``order``.
+        needs: The tiles that show the answer: ``tiles`` (only the full-resolution tiles), ``base`` (only the base tile,
+            because a tile does not contain its position in the image) or ``either``.
+        about: Indices of the items that the answer depends on.
     """
 
     text: str
@@ -129,9 +129,9 @@ class Board:
         grid: Rows and columns of the tiles that it fills.
         offset: Vertical and horizontal padding that AnyRes puts before the image, in pixels.
         paper: Index into `PAPERS`.
-        items: What is on it.
-        questions: What can be asked.
-        index: Its number within the split.
+        items: The shapes on the board.
+        questions: All questions about the board.
+        index: The number of the board within the split.
         split: ``train`` or ``heldout``.
     """
 
@@ -163,14 +163,14 @@ def make_board(
     """Draw a board.
 
     Args:
-        index: Its number; the same number gives the same board.
+        index: The number of the board; equal numbers give equal boards.
         split: ``train`` or ``heldout``.
-        grid: Rows and columns of tiles, one of `GRIDS`; drawn at random if not given.
-        items: How many shapes; drawn at random if not given.
-        places: Ask also in which half of the image things are (``side``, ``height``).
-        orders: Ask also which of two things is left of the other (``order``). The shipped model was shown such
-            questions for a part of its training and did not learn to answer them, so they are left out by default.
-        crowded: Put many more shapes on the board, with repeats and without questions (lessons for a vision tower).
+        grid: Rows and columns of tiles, one of `GRIDS`; None draws them at random.
+        items: Number of shapes; None draws it at random.
+        crowded: Whether the board has many more shapes, with repeats and without questions (to train a vision tower).
+        places: Whether to include questions about the half of the image that contains a shape (``side``, ``height``).
+        orders: Whether to include questions about the order of two shapes from left to right (``order``). The shipped
+            model did not learn to answer them in a part of its training, so they are omitted by default.
 
     Returns:
         The board.
@@ -187,18 +187,18 @@ def make_board(
             width = int(width * share)
     offset = ((rows * TILE - height) // 2, (columns * TILE - width) // 2)
     paper = int(rng.integers(len(PAPERS)))
-    most = _MOST_ITEMS.get((rows, columns), 4)
-    # The larger of two draws: a board with one shape asks little.
-    count = int(rng.integers(1, most + 1, size=2).max()) if items is None else items
+    max_items = _MAX_ITEMS.get((rows, columns), 4)
+    # The larger of two draws, because a board with one shape has few questions.
+    count = int(rng.integers(1, max_items + 1, size=2).max()) if items is None else items
     if crowded:
         count = 2 * rows * columns + int(rng.integers(rows * columns + 1))
-    contents = _contents(rng, count, crowded=crowded)
-    while not crowded and _split_of(contents) != split:
-        contents = _contents(rng, count, crowded=crowded)
-    placed = tuple(_place(rng, contents, (rows, columns), (height, width), offset))
-    pixels = _draw(rng, placed, paper, (height, width))
-    asked = _ask(rng, placed, paper, (rows, columns), (height, width), places=places, orders=orders)
-    questions = () if crowded else tuple(asked)
+    contents = _draw_contents(rng, count, crowded=crowded)
+    while not crowded and _find_split(contents) != split:
+        contents = _draw_contents(rng, count, crowded=crowded)
+    placed = tuple(_place_items(rng, contents, (rows, columns), (height, width), offset))
+    pixels = _render(rng, placed, paper, (height, width))
+    candidates = _generate_questions(rng, placed, paper, (rows, columns), (height, width), places=places, orders=orders)
+    questions = () if crowded else tuple(candidates)
     return Board(pixels, (rows, columns), offset, paper, placed, questions, index, split)
 
 
@@ -206,7 +206,7 @@ def boards(count: int, split: Split = "heldout", start: int = 0) -> Iterator[Boa
     """Yield boards ``start`` to ``start + count - 1`` of a split.
 
     Args:
-        count: How many.
+        count: Number of boards.
         split: ``train`` or ``heldout``.
         start: The first index.
 
@@ -218,22 +218,22 @@ def boards(count: int, split: Split = "heldout", start: int = 0) -> Iterator[Boa
 
 
 def make_demo() -> Board:
-    """Return the board of the bundled image: two by two tiles, four shapes, chosen among ten held-out ones."""
+    """Return the board of the bundled image: 2 x 2 tiles, four shapes, selected from ten held-out boards."""
     return make_board(6, "heldout", grid=(2, 2), items=4)
 
 
 def all_words() -> list[str]:
-    """Return every word and sign of the questions and answers, digits left out, in a fixed order."""
+    """Return every word and sign of the questions and answers except digits, in a fixed order."""
     return [*_WORDS.split(), *SHAPES, *COLORS, *PAPERS]
 
 
-def _split_of(contents: list[tuple[int, int, int]]) -> Split:
+def _find_split(contents: list[tuple[int, int, int]]) -> Split:
     text = ";".join(",".join(map(str, triple)) for triple in sorted(contents))
     value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     return "heldout" if value % _HELDOUT_SHARE == 0 else "train"
 
 
-def _contents(rng: np.random.Generator, count: int, *, crowded: bool) -> list[tuple[int, int, int]]:
+def _draw_contents(rng: np.random.Generator, count: int, *, crowded: bool) -> list[tuple[int, int, int]]:
     if crowded:
         shapes, colors = rng.integers(len(SHAPES), size=count), rng.integers(len(COLORS), size=count)
     else:
@@ -242,15 +242,15 @@ def _contents(rng: np.random.Generator, count: int, *, crowded: bool) -> list[tu
     return [(int(s), int(c), int(n)) for s, c, n in zip(shapes, colors, numbers, strict=True)]
 
 
-def _place(
+def _place_items(
     rng: np.random.Generator,
     contents: list[tuple[int, int, int]],
     grid: tuple[int, int],
     size: tuple[int, int],
     offset: tuple[int, int],
 ) -> Iterator[Item]:
-    """Find room for each item inside one tile: a tower that reads tiles alone cannot read a number cut in two."""
-    taken: list[tuple[int, int, int, int]] = []
+    """Place each item inside one tile, because a tower that encodes single tiles cannot read a divided number."""
+    boxes: list[tuple[int, int, int, int]] = []
     for shape, color, number in contents:
         for _ in range(200):
             side = int(rng.integers(_SIZES[0], _SIZES[1] + 1))
@@ -262,22 +262,22 @@ def _place(
             top = int(rng.integers(low[0], high[0] - side + 1))
             left = int(rng.integers(low[1], high[1] - side + 1))
             if all(
-                top + side + 2 <= t or b + 2 <= top or left + side + 2 <= x or r + 2 <= left for t, x, b, r in taken
+                top + side + 2 <= t or b + 2 <= top or left + side + 2 <= x or r + 2 <= left for t, x, b, r in boxes
             ):
                 break
         else:
             continue
-        taken.append((top, left, top + side, left + side))
+        boxes.append((top, left, top + side, left + side))
         plate_top = top + (side - _PLATE[0]) // 2 + (4 if SHAPES[shape] == "triangle" else 0)
         plate_left = left + (side - _PLATE[1]) // 2
         tens = (plate_top + 1, plate_left + 1, plate_top + 8, plate_left + 6)
         units = (plate_top + 1, plate_left + 7, plate_top + 8, plate_left + 12)
-        yield Item(shape, color, number, taken[-1], (tens, units))
+        yield Item(shape, color, number, boxes[-1], (tens, units))
 
 
 @lru_cache(maxsize=64)
 def stencil(shape: int, side: int) -> NDArray[np.float32]:
-    """Return the covered share of every pixel of a shape `[side, side]`."""
+    """Return the fraction of each pixel that a shape covers, `[side, side]`."""
     fine = 4 * side
     canvas = Image.new("L", (fine, fine), 0)
     pen = ImageDraw.Draw(canvas)
@@ -306,8 +306,8 @@ def stencil(shape: int, side: int) -> NDArray[np.float32]:
     return share
 
 
-def _draw(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Paint paper, items, plates and noise. Returns `[height, width, 3]`."""
+def _render(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Draw paper, items, plates and noise, and return the pixels, uint8 `[height, width, 3]`."""
     height, width = size
     sheet = np.empty((height, width, 3), np.float32)
     sheet[:] = rng.uniform(218, 246) + rng.uniform(-8, 8, size=3)
@@ -318,8 +318,8 @@ def _draw(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: t
     elif PAPERS[paper] == "dotted":
         step = int(rng.integers(6, 9))
         row, column = int(rng.integers(step)), int(rng.integers(step))
-        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            sheet[row + down :: step, column + right :: step] -= ink
+        for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            sheet[row + y :: step, column + x :: step] -= ink
     elif PAPERS[paper] == "graded":
         ramp = np.linspace(0.1, 1, height if rng.random() < 0.5 else width, dtype=np.float32)
         ramp = ramp if rng.random() < 0.5 else ramp[::-1]
@@ -339,7 +339,7 @@ def _draw(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: t
     return np.clip(sheet, 0, 255).astype(np.uint8)
 
 
-def _ask(
+def _generate_questions(
     rng: np.random.Generator,
     items: tuple[Item, ...],
     paper: int,
@@ -349,35 +349,35 @@ def _ask(
     places: bool,
     orders: bool,
 ) -> Iterator[Question]:
-    """Yield every question that has one clear answer."""
+    """Yield every question that has a unique answer."""
     height, width = size
     for index, item in enumerate(items):
         shape, color, about = SHAPES[item.shape], COLORS[item.color], (index,)
-        for kind, name in (("pair", item.name), ("shape", shape), ("colour", f"{color} shape")):
+        for kind, name in (("pair", item.name), ("shape", shape), ("color", f"{color} shape")):
             yield Question(f"What number is on the {name}?", str(item.number), f"number_{kind}", "tiles", about)
-        yield Question(f"What color is the {shape}?", color, "colour", "either", about)
+        yield Question(f"What color is the {shape}?", color, "color", "either", about)
         yield Question(f"What shape is {color}?", shape, "shape", "either", about)
-        down, right = item.center
-        # A tile does not say where it lies, so only the base tile knows a side that spans several tiles.
-        if places and abs(right - width / 2) >= 6:
-            answer = "left" if right < width / 2 else "right"
+        y, x = item.center
+        # A tile does not contain its position, so only the base tile shows a side that spans several tiles.
+        if places and abs(x - width / 2) >= 6:
+            answer = "left" if x < width / 2 else "right"
             needs: Needs = "base" if grid[1] > 1 else "either"
             yield Question(f"Is the {item.name} in the left or right half?", answer, "side", needs, about)
-        if places and abs(down - height / 2) >= 6:
-            answer = "top" if down < height / 2 else "bottom"
+        if places and abs(y - height / 2) >= 6:
+            answer = "top" if y < height / 2 else "bottom"
             needs = "base" if grid[0] > 1 else "either"
             yield Question(f"Is the {item.name} in the top or bottom half?", answer, "height", needs, about)
     yield Question("How many shapes are there?", str(len(items)), "count", "either", tuple(range(len(items))))
     yield Question("What paper is this?", PAPERS[paper], "paper", "either", ())
     for _ in range(min(len(items) - 1, 2) if orders else 0):
-        one, two = (int(value) for value in rng.permutation(len(items))[:2])
-        gap = items[two].center[1] - items[one].center[1]
+        first, second = (int(value) for value in rng.permutation(len(items))[:2])
+        gap = items[second].center[1] - items[first].center[1]
         if abs(gap) >= 10:
-            text = f"Is the {items[one].name} left of the {items[two].name}?"
+            text = f"Is the {items[first].name} left of the {items[second].name}?"
             answer = "yes" if gap > 0 else "no"
-            yield Question(text, answer, "order", "base" if grid[1] > 1 else "either", (one, two))
+            yield Question(text, answer, "order", "base" if grid[1] > 1 else "either", (first, second))
 
 
 def as_dict(question: Question) -> dict[str, Any]:
-    """Return a question as the dictionary that is stored beside the demo image."""
+    """Return a question in the format of the file of the demo image."""
     return {"question": question.text, "answer": question.answer, "type": question.type, "needs": question.needs}

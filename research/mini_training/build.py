@@ -1,4 +1,4 @@
-"""The parts of the miniature model: configuration, tokenizer, processor and the checkpoint folder."""
+"""Builds the miniature model: configuration, tokenizer, processor and the checkpoint folder."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ __all__ = ["PATCH", "SIDE", "export", "make_config", "make_processor", "make_tok
 PATCH = 8
 """Side of a patch in pixels."""
 SIDE = TILE // PATCH
-"""Patches along the side of a tile."""
+"""Number of patches along the side of a tile."""
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _TEMPLATE = (
@@ -40,10 +40,10 @@ _TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer. A number becomes one token a digit (``47`` -> ``4 ##7``).
+    """Build the word-level tokenizer. A number becomes one token per digit (``47`` -> ``4 ##7``).
 
     Returns:
-        The tokenizer with a chat template; it puts ``<s>`` in front by itself.
+        The tokenizer with a chat template; it adds ``<s>`` at the start.
     """
     digits = [str(digit) for digit in range(10)]
     entries = [*_SPECIAL, *digits, *(f"##{digit}" for digit in digits), *all_words()]
@@ -69,7 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
-    """Build the configuration: a five-layer CLIP tower, features from its fourth layer, a three-layer Llama."""
+    """Build the configuration: a five-layer CLIP tower with features of its fourth layer, and a three-layer Llama."""
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
@@ -105,7 +105,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
-    """Build the processor that goes with `make_config`."""
+    """Build the processor that matches `make_config`."""
     images = LlavaNextImageProcessor(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
@@ -113,7 +113,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    # The tower's CLS token is the one additional token; without it the number of placeholders is one too small.
+    # The additional token is the CLS token of the tower. Without it, the number of placeholders is too small by one.
     return LlavaNextProcessor(
         images,
         tokenizer,
@@ -125,39 +125,39 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
 
 
 def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
-    """Write an ordinary checkpoint folder in half precision, replacing an older one in one move.
+    """Write a checkpoint folder of transformers in half precision, and replace an existing folder by renaming.
 
     Args:
-        model: The model in fp32; it is not changed.
-        folder: Where the checkpoint shall stand.
+        model: The model in float32; it is not changed.
+        folder: Path of the checkpoint folder.
     """
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    new_folder, old_folder = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new_folder, ignore_errors=True)
+    shutil.rmtree(old_folder, ignore_errors=True)
     tokenizer = make_tokenizer()
-    twin: Any = LlavaNextForConditionalGeneration(make_config(tokenizer))
-    twin.load_state_dict(model.state_dict())
-    twin.generation_config = GenerationConfig(
+    half_model: Any = LlavaNextForConditionalGeneration(make_config(tokenizer))
+    half_model.load_state_dict(model.state_dict())
+    half_model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=8,
         do_sample=False,
     )
-    twin.to(torch.float16).save_pretrained(fresh)
-    make_processor(tokenizer).save_pretrained(fresh)
-    # Stored in half precision for size, loaded in single precision: half is slow on a CPU.
-    settings = json.loads((fresh / "config.json").read_text())
+    half_model.to(torch.float16).save_pretrained(new_folder)
+    make_processor(tokenizer).save_pretrained(new_folder)
+    # The files use half precision for size. The model loads in single precision, because half is slow on a CPU.
+    settings = json.loads((new_folder / "config.json").read_text())
     for part in (settings, settings["text_config"], settings["vision_config"]):
         part["dtype"] = "float32"
-    (fresh / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for file in fresh.iterdir():
+    (new_folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for file in new_folder.iterdir():
         file.chmod(0o644)
-    AutoTokenizer.from_pretrained(fresh)  # An unreadable folder must not replace a readable one.
+    AutoTokenizer.from_pretrained(new_folder)  # an unreadable folder must not replace an existing folder
     if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old_folder)
+    new_folder.rename(folder)
+    shutil.rmtree(old_folder, ignore_errors=True)
 
 
 def write_demo(folder: Path) -> None:

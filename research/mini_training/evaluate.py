@@ -1,4 +1,7 @@
-"""Held-out samples of the miniature model, and its greedy accuracy: ``python -m research.mini_training.evaluate``."""
+"""Measures the greedy accuracy of the miniature model on held-out boards.
+
+Run it: ``python -m research.mini_training.evaluate``
+"""
 
 import argparse
 import json
@@ -17,7 +20,7 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import Needs, Split, boards
 from tokenprune.pipeline import call_generate
 
-__all__ = ["Sample", "accuracy", "answers", "ask", "held_out", "interval"]
+__all__ = ["Sample", "answer_questions", "build_inputs", "held_out_samples", "measure_accuracy", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Sample:
         image: The image.
         question: The question.
         answer: The correct answer.
-        type: What is asked, see `tokenprune.models.mini.boards.Question`.
-        needs: Where the answer stands: ``tiles``, ``base`` or ``either``.
-        board: Number of the image in its split. Samples of the same image are not independent.
+        type: Type of the question, see `tokenprune.models.mini.boards.Question`.
+        needs: Tiles that show the answer: ``tiles``, ``base`` or ``either``.
+        board: Index of the image in its split. Samples of the same image are not independent.
     """
 
     image: Image.Image
@@ -41,29 +44,29 @@ class Sample:
     board: int
 
 
-def held_out(count: int | None = None, *, start: int = 0, split: Split = "heldout") -> Iterator[Sample]:
-    """Yield held-out questions, all questions of an image after each other.
+def held_out_samples(count: int | None = None, *, start: int = 0, split: Split = "heldout") -> Iterator[Sample]:
+    """Yield samples of held-out boards, grouped by image.
 
     Args:
-        count: How many questions; without it they never end.
-        start: The first image.
-        split: ``heldout``, or ``train`` to look at what the model was trained on.
+        count: Number of questions; by default unlimited.
+        start: Index of the first image.
+        split: ``heldout``, or ``train`` for the training data.
 
     Yields:
         The samples.
     """
-    given = 0
-    while count is None or given < count:
+    n_yielded = 0
+    while count is None or n_yielded < count:
         for board in boards(1, split, start):
             image = board.image
-            for question in board.questions[: None if count is None else count - given]:
-                given += 1
+            for question in board.questions[: None if count is None else count - n_yielded]:
+                n_yielded += 1
                 yield Sample(image, question.text, question.answer, question.type, question.needs, board.index)
         start += 1
 
 
-def ask(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
-    """Return model inputs for several questions about one image.
+def build_inputs(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
+    """Return the model inputs for several questions about one image.
 
     Args:
         processor: The processor of the checkpoint.
@@ -71,7 +74,7 @@ def ask(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
         questions: The questions.
 
     Returns:
-        The inputs of ``generate``, one row a question.
+        The inputs of ``generate``, with one row per question.
     """
     parts = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
     texts = [
@@ -81,77 +84,79 @@ def ask(processor: Any, image: Image.Image, questions: Sequence[str]) -> Any:
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any, image: Image.Image, questions: Sequence[str]) -> list[str]:
+def answer_questions(model: Any, processor: Any, image: Image.Image, questions: Sequence[str]) -> list[str]:
     """Answer several questions about one image greedily.
 
     Args:
         model: The model; a reducer may be attached to it.
-        processor: Its processor.
+        processor: The processor of the model.
         image: The image.
         questions: The questions.
 
     Returns:
-        The answers in order.
+        The answers in the order of the questions.
     """
-    inputs = ask(processor, image, questions).to(model.device)
+    inputs = build_inputs(processor, image, questions).to(model.device)
     out = call_generate(model, inputs, max_new_tokens=4, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
-def accuracy(
-    model: Any, processor: Any, samples: Iterator[Sample], progress: Callable[[int], None] = lambda done: None
+def measure_accuracy(
+    model: Any, processor: Any, samples: Iterator[Sample], on_progress: Callable[[int], None] = lambda count: None
 ) -> dict[str, list[bool]]:
-    """Return for each type of question, and for ``all``, which answers were right.
+    """Return whether each answer is correct, by type of question and for ``all``.
 
     Args:
         model: The model; a reducer may be attached to it.
-        processor: Its processor.
-        samples: The samples, questions of the same image after each other.
-        progress: Is told the number of questions done after every image.
+        processor: The processor of the model.
+        samples: The samples, grouped by image.
+        on_progress: Called after every image with the number of answered questions.
 
     Returns:
-        Right or wrong by type, in order.
+        Whether each answer is correct, by type, in the order of the samples.
     """
     right: dict[str, list[bool]] = {"all": []}
     for _, group in groupby(samples, key=lambda sample: sample.board):
-        same = list(group)
-        given = answers(model, processor, same[0].image, [sample.question for sample in same])
-        for sample, text in zip(same, given, strict=True):
+        board_samples = list(group)
+        questions = [sample.question for sample in board_samples]
+        answers = answer_questions(model, processor, board_samples[0].image, questions)
+        for sample, text in zip(board_samples, answers, strict=True):
             right.setdefault(sample.type, []).append(text == sample.answer)
             right["all"].append(text == sample.answer)
-        progress(len(right["all"]))
+        on_progress(len(right["all"]))
     return right
 
 
-def interval(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share.
+def wilson_interval(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the share of correct answers.
 
     Args:
-        right: The trials.
+        right: Whether each answer is correct.
         z: Quantile of the normal distribution.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end of the interval.
     """
     count = len(right)
     share = sum(right) / count
-    middle = share + z * z / (2 * count)
-    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    center = share + z * z / (2 * count)
+    half_width = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (center - half_width) / (1 + z * z / count), (center + half_width) / (1 + z * z / count)
 
 
 def main() -> None:
-    """Read the command line and print one JSON line a type of question."""
+    """Parse the command line and print one JSON line per type of question."""
     parser = argparse.ArgumentParser(description="Greedy accuracy on held-out boards.")
     parser.add_argument("--checkpoint", type=Path, default=mini.path(), help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=2000, help="number of questions")
-    parser.add_argument("--start", type=int, default=0, help="first image")
+    parser.add_argument("--start", type=int, default=0, help="index of the first image")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint)
-    for name, right in accuracy(model, processor, held_out(options.count, start=options.start)).items():
-        ends = [round(end, 4) for end in interval(right)]
+    results = measure_accuracy(model, processor, held_out_samples(options.count, start=options.start))
+    for name, right in results.items():
+        ends = [round(end, 4) for end in wilson_interval(right)]
         share = round(sum(right) / len(right), 4)
         print(json.dumps({"type": name, "n": len(right), "accuracy": share, "interval": ends}))
 

@@ -1,4 +1,4 @@
-"""Ground truth for training: where each thing on a board falls in the tiles that the model sees."""
+"""Ground truth for training: the tiles and patches that show each item of a board."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ __all__ = [
     "DENSE",
     "IGNORE",
     "PLACES",
-    "SEVERAL",
+    "PRESENCE",
     "TOKENS",
     "Lesson",
-    "answerable",
-    "lesson",
-    "packing",
-    "random_subset",
-    "tiles_of",
+    "draw_subset",
+    "is_answerable",
+    "make_lesson",
+    "make_tiles",
+    "pack_positions",
 ]
 
 Integers = NDArray[np.int64]
@@ -34,21 +34,21 @@ Floats = NDArray[np.float32]
 
 IGNORE = -100
 TOKENS = SIDE * SIDE
-"""Tokens of a tile."""
+"""Number of tokens of a tile."""
 DENSE = {
     "shape": len(SHAPES) + 1,
-    "colour": len(COLORS) + 1,
+    "color": len(COLORS) + 1,
     "tens": 11,
     "units": 11,
     "paper": len(PAPERS),
     "row": SIDE,
     "column": SIDE,
 }
-"""What every patch has to name, and the number of classes; the last class of the first four means nothing."""
+"""Number of classes of each head on patches; the last class of the first four heads means that nothing is shown."""
 PLACES = {"side": 3, "height": 3}
-"""What the patches of items have to name in stage 3, and the number of classes."""
-SEVERAL = {"pair": len(SHAPES) * len(COLORS), "tens": 10, "units": 10}
-"""What CLS has to name, several at once."""
+"""Number of classes of the heads on patches of items that are trained at the end of stage 2."""
+PRESENCE = {"pair": len(SHAPES) * len(COLORS), "tens": 10, "units": 10}
+"""Number of classes of the multi-label heads on the CLS token."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,36 @@ class Lesson:
     """The ground truth of one board, base tile first.
 
     Attributes:
-        shown: Whether a patch shows an item, `[items, tiles, tokens]`.
-        digits: Whether a patch shows a good part of the tens digit and of the units digit, `[2, items, tiles, tokens]`.
-        dense: Class of each patch by head, `[tiles, tokens]`.
-        several: What is in a tile by head, 0 or 1, `[tiles, classes]`.
-        places: Half of the image that the item of a patch lies in, by head, `[tiles, tokens]`: 0 left or top, 1 right
-            or bottom, 2 for items in sub-images, which do not say where they lie.
+        item_masks: Whether a patch shows an item, bool `[items, tiles, tokens]`.
+        digit_masks: Whether a patch shows a large part of the tens digit and of the units digit, bool
+            `[2, items, tiles, tokens]`.
+        dense: Class of each patch, by head, `[tiles, tokens]`.
+        presence: Whether a class is present in a tile (0 or 1), by head, `[tiles, classes]`.
+        places: Half of the image with the item of a patch, by head, `[tiles, tokens]`: 0 for left or top, 1 for right
+            or bottom. 2 for items in sub-images, because a sub-image does not show its position.
     """
 
-    shown: Flags
-    digits: Flags
+    item_masks: Flags
+    digit_masks: Flags
     dense: dict[str, Integers]
-    several: dict[str, Integers]
+    presence: dict[str, Integers]
     places: dict[str, Integers]
 
 
 def _overlap(edges: Floats, low: int, high: int) -> Floats:
-    """Return how much of each pixel low..high-1 falls between consecutive edges, `[edges - 1, pixels]`."""
+    """Return the share of each pixel low..high-1 between consecutive edges, `[edges - 1, pixels]`."""
     pixel = np.arange(low, high, dtype=np.float32)
     share = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    inside: Floats = np.maximum(share, np.float32(0))
-    return inside
+    overlap: Floats = np.maximum(share, np.float32(0))
+    return overlap
 
 
-def lesson(board: Board) -> Lesson:
-    """Return what the patches and the CLS token of each tile of a board show.
+def make_lesson(board: Board) -> Lesson:
+    """Return the ground truth of the patches and the CLS token of each tile of a board.
 
-    A patch shows an item if the painted shape covers an eighth of it, and a digit if a fifth of the digit lies in it.
-    Patches that touch less than that are not asked. The base tile is too coarse for digits and is never asked for them.
+    A patch shows an item if the painted shape covers an eighth of the patch. It shows a digit if a fifth of the digit
+    is in the patch. Patches with a smaller overlap are ignored. The base tile is too coarse for digits, so its digits
+    are ignored.
     """
     rows, columns = board.grid
     tiles = 1 + rows * columns
@@ -101,47 +103,47 @@ def lesson(board: Board) -> Lesson:
         top, left, bottom, right = item.box
         masks = [(item.box, stencil(item.shape, bottom - top))]
         masks += [(box, np.ones((box[2] - box[0], box[3] - box[1]), np.float32)) for box in item.digits]
-        for view, (down, across) in enumerate(views):
-            area = (down[1] - down[0]) * (across[1] - across[0])
+        for view, (ys, xs) in enumerate(views):
+            area = (ys[1] - ys[0]) * (xs[1] - xs[0])
             for kind, ((top, left, bottom, right), mask) in enumerate(masks):
-                part = _overlap(down, top, bottom) @ mask @ _overlap(across, left, right).T
+                part = _overlap(ys, top, bottom) @ mask @ _overlap(xs, left, right).T
                 part = part / (mask.sum() if kind else area)
                 if view == 0:
                     covered[kind, number, 0] = part.reshape(-1)
                 else:
-                    cut = part.reshape(rows, SIDE, columns, SIDE).transpose(0, 2, 1, 3)
-                    covered[kind, number, 1:] = cut.reshape(tiles - 1, TOKENS)
-    shown = covered[0] >= 0.125
-    digits = covered[1:] >= 0.2
-    digits[:, :, 0] = False
+                    sub_images = part.reshape(rows, SIDE, columns, SIDE).transpose(0, 2, 1, 3)
+                    covered[kind, number, 1:] = sub_images.reshape(tiles - 1, TOKENS)
+    item_masks = covered[0] >= 0.125
+    digit_masks = covered[1:] >= 0.2
+    digit_masks[:, :, 0] = False
     dense = {name: np.full((tiles, TOKENS), size - 1, dtype=np.int64) for name, size in DENSE.items()}
     touched = (covered[0] > 0.015).any(0)
-    for name in ("shape", "colour"):
+    for name in ("shape", "color"):
         dense[name][touched] = IGNORE
     for name, part in (("tens", covered[1]), ("units", covered[2])):
         dense[name][(part > 0.08).any(0)] = IGNORE
         dense[name][0] = IGNORE
     dense["paper"][:] = board.paper
     dense["row"][:], dense["column"][:] = np.divmod(np.arange(TOKENS), SIDE)
-    several = {name: np.zeros((tiles, size), dtype=np.int64) for name, size in SEVERAL.items()}
+    presence = {name: np.zeros((tiles, size), dtype=np.int64) for name, size in PRESENCE.items()}
     places = {name: np.full((tiles, TOKENS), IGNORE, dtype=np.int64) for name in PLACES}
     owner = covered[0].argmax(0) if count else np.zeros((tiles, TOKENS), np.int64)
     for number, item in enumerate(board.items):
-        mine = shown[number] & (owner == number)
-        dense["shape"][mine], dense["colour"][mine] = item.shape, item.color
+        owned = item_masks[number] & (owner == number)
+        dense["shape"][owned], dense["color"][owned] = item.shape, item.color
         for name, center, extent in (("side", item.center[1], width), ("height", item.center[0], height)):
-            places[name][mine] = 2
-            places[name][0][mine[0]] = IGNORE if abs(center - extent / 2) < 6 else int(center > extent / 2)
-        present = shown[number].any(-1)
-        several["pair"][present, item.shape * len(COLORS) + item.color] = 1
-        for name, value, where in zip(("tens", "units"), divmod(item.number, 10), digits[:, number], strict=True):
-            dense[name][where] = value
-            several[name][where.any(-1), value] = 1
-    return Lesson(shown, digits, dense, several, places)
+            places[name][owned] = 2
+            places[name][0][owned[0]] = IGNORE if abs(center - extent / 2) < 6 else int(center > extent / 2)
+        visible = item_masks[number].any(-1)
+        presence["pair"][visible, item.shape * len(COLORS) + item.color] = 1
+        for name, value, mask in zip(("tens", "units"), divmod(item.number, 10), digit_masks[:, number], strict=True):
+            dense[name][mask] = value
+            presence[name][mask.any(-1), value] = 1
+    return Lesson(item_masks, digit_masks, dense, presence, places)
 
 
-def tiles_of(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
-    """Return what the processor makes of the boards, without its overhead.
+def make_tiles(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
+    """Return the tiles of boards as the processor does, without its overhead.
 
     Args:
         boards: The boards.
@@ -157,34 +159,35 @@ def tiles_of(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
         canvas = torch.zeros(3, rows * TILE, columns * TILE, dtype=torch.uint8)
         top, left = board.offset
         canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
-        cut = canvas.reshape(3, rows, TILE, columns, TILE).permute(1, 3, 0, 2, 4).reshape(-1, 3, TILE, TILE)
-        tiles += [base[None], cut]
+        sub_images = canvas.reshape(3, rows, TILE, columns, TILE).permute(1, 3, 0, 2, 4).reshape(-1, 3, TILE, TILE)
+        tiles += [base[None], sub_images]
         numbers.append(1 + rows * columns)
     return torch.cat(tiles).float() / 127.5 - 1, numbers
 
 
-def packing(board: Board) -> tuple[Integers, Integers]:
+def pack_positions(board: Board) -> tuple[Integers, Integers]:
     """Return the order in which LLaVA-NeXT packs the tokens of a board.
 
     Args:
         board: The board.
 
     Returns:
-        The flat tile token at each visual position, -1 for a newline, `[visual]`; and the row of the mosaic that it
-        belongs to, -1 in the base tile, `[visual]`.
+        The flat index of the tile token at each visual position, -1 for a newline token, `[visual]`; and the row of
+        this position in the grid of sub-images, -1 in the base tile, `[visual]`.
     """
     height, width = board.pixels.shape[:2]
     layout = TileGeometry.anyres((height, width), board.grid, (SIDE, SIDE), TILE)
     return layout.packed.numpy(), layout.newline_of.numpy()
 
 
-def random_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
-    """Draw which visual tokens of an image are there.
+def draw_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
+    """Draw a random subset of the visual tokens of an image.
 
-    Chance and the board's own geometry decide; no strategy, no attention and no score is asked.
+    The subset depends only on the random generator and the geometry of the board, not on a strategy, attention or a
+    score.
 
     Args:
-        rng: The source of chance.
+        rng: The random generator.
         truth: The ground truth of the board.
 
     Returns:
@@ -193,18 +196,18 @@ def random_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
     tiles = truth.dense["paper"].shape[0]
     kind = rng.choice(4, p=[0.2, 0.2, 0.2, 0.4])
     noise = rng.random((tiles, TOKENS))
-    if kind == 0:  # single tokens, one rate
+    if kind == 0:  # single tokens with one rate
         kept = noise < rng.uniform(0.05, 1)
-    elif kind == 1:  # single tokens, a rate for each tile
+    elif kind == 1:  # single tokens with one rate per tile
         kept = noise < rng.uniform(0, 1, (tiles, 1)) ** 1.5
     elif kind == 2:  # blocks
         block = int(rng.choice([2, 5]))
         coarse = rng.random((tiles, SIDE // block, SIDE // block)) < rng.uniform(0.1, 0.9)
-        inside = coarse.repeat(block, 1).repeat(block, 2).reshape(tiles, TOKENS)
-        kept = noise < np.where(inside, rng.uniform(0.6, 1), rng.uniform(0, 0.2))
-    else:  # objects and background at rates of their own
-        thing = truth.shown.any(0)
-        kept = noise < np.where(thing, rng.uniform(0.3, 1), rng.uniform(0, 1) ** 2 * 0.5)
+        in_block = coarse.repeat(block, 1).repeat(block, 2).reshape(tiles, TOKENS)
+        kept = noise < np.where(in_block, rng.uniform(0.6, 1), rng.uniform(0, 0.2))
+    else:  # items and background with separate rates
+        shows_item = truth.item_masks.any(0)
+        kept = noise < np.where(shows_item, rng.uniform(0.3, 1), rng.uniform(0, 1) ** 2 * 0.5)
     if rng.random() < 0.15:
         kept[rng.integers(tiles)] = False
     if not kept.any():
@@ -212,11 +215,11 @@ def random_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
     return kept
 
 
-def answerable(question: Question, truth: Lesson, kept: Flags) -> bool:
-    """Whether the kept tokens still show what a question asks for.
+def is_answerable(question: Question, truth: Lesson, kept: Flags) -> bool:
+    """Return whether the kept tokens still show the answer of a question.
 
-    A number needs a token of each of its digits, a place needs a token of the item in the base tile, everything else a
-    token of each item in the base tile or two in the tiles.
+    A number requires a token of each of its digits. A place requires a token of the item in the base tile. Every other
+    answer requires, for each item, one token in the base tile or two tokens in the sub-images.
 
     Args:
         question: The question.
@@ -224,14 +227,14 @@ def answerable(question: Question, truth: Lesson, kept: Flags) -> bool:
         kept: The kept tokens, bool `[tiles, tokens]`.
     """
     for item in question.about:
-        shown = truth.shown[item] & kept
-        in_base, in_tiles = int(shown[0].sum()), int(shown[1:].sum())
+        kept_of_item = truth.item_masks[item] & kept
+        in_base, in_tiles = int(kept_of_item[0].sum()), int(kept_of_item[1:].sum())
         if question.needs == "tiles":
-            seen = bool((truth.digits[:, item] & kept).any((-2, -1)).all())
+            is_visible = bool((truth.digit_masks[:, item] & kept).any((-2, -1)).all())
         elif question.type in PLACES:
-            seen = in_base >= 1
+            is_visible = in_base >= 1
         else:
-            seen = in_base + in_tiles / 2 >= 1
-        if not seen:
+            is_visible = in_base + in_tiles / 2 >= 1
+        if not is_visible:
             return False
     return True

@@ -1,17 +1,17 @@
-"""Trains the miniature model from nothing: ``python -m research.mini_training.train --out FOLDER``.
+"""Trains the miniature model from random weights: ``python -m research.mini_training.train --out FOLDER``.
 
-Stage 1 teaches the vision tower. Heads on the CLS token after every layer name what is in a tile, and heads on every
-patch of the feature layer name what the patch shows. This gives the CLS attention a meaning, as CLIP's pre-training
-does; no loss is put on attention itself. The heads are thrown away. Stage 2 teaches projector and LLM to answer, the
-tower frozen at first and trained along at the end.
+Stage 1 trains the vision tower. Heads on the CLS token after every layer classify the content of a tile, and heads on
+every patch of the feature layer classify the content of the patch. As in CLIP's pre-training, this makes the CLS
+attention informative; no loss applies to the attention itself. The heads are discarded. Stage 2 trains the projector
+and the LLM to answer questions. The tower is frozen at first and trained again at the end.
 
-In most steps of stage 2 a part of the visual tokens is removed, so that the LLM learns to live with gaps. What is
-removed is drawn at random (single tokens, a rate for each tile, blocks, whole tiles, objects and background at rates of
-their own); no strategy, no attention and no score ever chooses. A question is asked only while the tokens that show its
-answer are left. The tower learns from complete images only, so it never learns to prepare for gaps.
+In most steps of stage 2 a part of the visual tokens is removed, so that the LLM learns to answer with missing tokens.
+The removed tokens are random: single tokens, one rate per tile, blocks, complete tiles, or items and background with
+separate rates. They never depend on a strategy, attention or a score. A question is used only if the tokens that show
+its answer remain. The tower is trained only on complete images, so it does not adapt to missing tokens.
 
-Data, subsets and order follow from the step number, so a run that was stopped goes on as if it had not been:
-bit for bit with one thread, up to rounding with more.
+Data, subsets and order depend only on the seed and the step number. A resumed run therefore gives the same result as an
+uninterrupted run: bit-identical with one thread, and up to rounding with several threads.
 """
 
 import argparse
@@ -33,132 +33,135 @@ from research.mini_training.lessons import (
     DENSE,
     IGNORE,
     PLACES,
-    SEVERAL,
+    PRESENCE,
     TOKENS,
     Integers,
     Lesson,
-    answerable,
-    lesson,
-    packing,
-    random_subset,
-    tiles_of,
+    draw_subset,
+    is_answerable,
+    make_lesson,
+    make_tiles,
+    pack_positions,
 )
 from tokenprune.models.mini.boards import GRIDS, Board, Question, make_board
 
 IMAGES = 16
-"""Images in a step."""
+"""Number of images per step."""
 QUESTIONS = 10
-"""Questions about each image in a step of stage 2."""
+"""Number of questions about each image in a step of stage 2."""
 TOWER_STEPS = 1100
 READER_STEPS = 2320
 CROWDED_UNTIL = 500
-"""Until this step of stage 1 three of four steps show crowded boards: more to learn in every image."""
+"""Before this step of stage 1, three of four steps use crowded boards, which have more items per image."""
 SMALL_UNTIL = 250
-"""Until this step of stage 2 only boards of two tiles are shown: the same lessons in shorter sequences."""
+"""Before this step of stage 2, only boards of two tiles are used, which have shorter sequences."""
 FULL_UNTIL = 250
-"""Until this step of stage 2 no token is removed."""
+"""Before this step of stage 2, no token is removed."""
 TOGETHER_FROM = 900
-"""From this step of stage 2 the tower learns along, in steps without gaps."""
+"""From this step of stage 2, the tower is trained in steps without removed tokens."""
 HARD_FROM = 1000
-"""From this step of stage 2 fewer steps have gaps, and what is learned late is asked more often."""
+"""From this step of stage 2, fewer steps remove tokens, and hard questions are more frequent."""
 PLACES_UNTIL = 1300
-"""Until this step of stage 2 some questions ask where things are; they were not learned and then left out."""
+"""Before this step of stage 2, some questions refer to positions. They were not learned and are omitted afterwards."""
 PLACES_FROM = 1820
-"""From this step of stage 2 patches of the base tile are taught to name the half of the image that their item lies
-in, and questions about it are asked again."""
+"""From this step of stage 2, patches of the base tile are trained to classify the half of the image with their item,
+and questions about it are used again."""
 FULL_AGAIN_UNTIL = 1980
-"""From PLACES_FROM until this step no token is removed: the tower learns in complete images only."""
+"""From PLACES_FROM until this step, no token is removed, because the tower is trained only on complete images."""
 READING_PLACES = range(2100, 2160)
-"""In these steps of stage 2 the tower is frozen, the rate high, and most questions ask where things are."""
+"""In these steps of stage 2 the tower is frozen, the learning rate is high, and most questions refer to positions."""
 TOWER_RATES = ((0, 0.05), (19, 1.0), (605, 1.0), (TOWER_STEPS, 0.03))
-"""Rates of stage 1 as (step, factor), linear between."""
+"""Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
 READER_RATES = (
     *((0, 0.05), (19, 1.0), (699, 1.0), (700, 0.3), (1200, 0.25), (1299, 0.2236)),
     *((1300, 0.1), (1819, 0.005), (1820, 0.02), (1840, 0.25), (1979, 0.25), (1980, 0.12), (2080, 0.12)),
     *((2099, 0.1079), (2100, 0.4), (2160, 0.4), (2161, 0.1), (READER_STEPS, 0.005)),
 )
-"""Rates of stage 2. At the full rate colors and shapes are learned, and at a third of it which number is whose."""
+"""Factors of the learning rate in stage 2. Colors and shapes are learned at the full rate, and the assignment of
+numbers to items at a third of it."""
 
 
 class Heads(nn.Module):
-    """The heads of stage 1; they are not part of the model."""
+    """Classification heads of stage 1; they are not part of the model."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, sum(DENSE.values()))
-        several = sum(SEVERAL.values())
-        self.cls = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, several)) for _ in range(layers))
+        n_presence = sum(PRESENCE.values())
+        self.cls = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_presence)) for _ in range(layers)
+        )
         self.places = nn.Linear(width, sum(PLACES.values()))
         self.weights = [0.3] * (layers - 2) + [1.0] * 2
 
     def forward(
         self, hidden: Sequence[Tensor], lessons: Sequence[Lesson], *, places: bool = False
     ) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of the tower and the shares of right names.
+        """Return the loss of the tower and the accuracy of each head.
 
         Args:
-            hidden: CLS and patches after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each.
+            hidden: CLS and patch tokens after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each.
             lessons: The ground truth of the boards that the tiles belong to.
-            places: Whether patches of items also name the half of the image.
+            places: Whether to train the heads on the half of the image with the item of a patch.
 
         Returns:
-            The loss and the shares.
+            The loss, and the accuracy by head.
         """
         loss, scores = hidden[0].new_zeros(()), {}
         parts = self.dense(hidden[-2][:, 1:]).flatten(0, 1).split(list(DENSE.values()), dim=1)
         for name, logits in zip(DENSE, parts, strict=True):
-            target = torch.from_numpy(np.concatenate([one.dense[name] for one in lessons])).flatten()
-            empty = name in ("shape", "colour", "tens", "units")
+            target = torch.from_numpy(np.concatenate([lesson.dense[name] for lesson in lessons])).flatten()
+            has_empty_class = name in ("shape", "color", "tens", "units")
             weight = torch.ones(logits.shape[1])
-            if empty:  # Most patches show nothing; unweighted, that answer would drown the others.
+            if has_empty_class:  # Most patches are empty; without a weight, this class would dominate.
                 weight[-1] = 0.1
             part = F.cross_entropy(logits, target, weight=weight, ignore_index=IGNORE)
-            loss = loss + (1.0 if empty else 0.15) * part
-            asked = (target != IGNORE) & ((target != logits.shape[1] - 1) if empty else True)
-            scores[name] = (logits.argmax(1) == target)[asked].float().mean().item()
+            loss = loss + (1.0 if has_empty_class else 0.15) * part
+            is_scored = (target != IGNORE) & ((target != logits.shape[1] - 1) if has_empty_class else True)
+            scores[name] = (logits.argmax(1) == target)[is_scored].float().mean().item()
         if places:
             halves = self.places(hidden[-2][:, 1:]).flatten(0, 1).split(list(PLACES.values()), dim=1)
             weight = torch.tensor([2.0, 2.0, 0.5])
             for name, logits in zip(PLACES, halves, strict=True):
-                target = torch.from_numpy(np.concatenate([one.places[name] for one in lessons])).flatten()
+                target = torch.from_numpy(np.concatenate([lesson.places[name] for lesson in lessons])).flatten()
                 loss = loss + 2.0 * F.cross_entropy(logits, target, weight=weight, ignore_index=IGNORE)
-                known = (target == 0) | (target == 1)
-                scores[name] = (logits.argmax(1) == target)[known].float().mean().item()
+                is_scored = (target == 0) | (target == 1)
+                scores[name] = (logits.argmax(1) == target)[is_scored].float().mean().item()
         target = torch.from_numpy(
-            np.concatenate([np.concatenate([one.several[name] for name in SEVERAL], axis=1) for one in lessons])
+            np.concatenate([np.concatenate([lesson.presence[name] for name in PRESENCE], axis=1) for lesson in lessons])
         ).float()
         readable = torch.ones_like(target)
-        is_base = torch.cat([torch.arange(len(one.dense["paper"])) == 0 for one in lessons])
-        readable[is_base, SEVERAL["pair"] :] = 0
+        is_base = torch.cat([torch.arange(len(lesson.dense["paper"])) == 0 for lesson in lessons])
+        readable[is_base, PRESENCE["pair"] :] = 0
         for weight_of_layer, head, layer in zip(self.weights, self.cls, hidden[1:], strict=True):
             logits = head(layer[:, 0])
             part = F.binary_cross_entropy_with_logits(logits, target, weight=readable, reduction="sum")
             loss = loss + weight_of_layer * 8 * part / readable.sum()
-        found = (logits > 0) == (target > 0)
-        scores["cls"] = found[(target > 0) & (readable > 0)].float().mean().item()
+        is_correct = (logits > 0) == (target > 0)
+        scores["cls"] = is_correct[(target > 0) & (readable > 0)].float().mean().item()
         return loss, scores
 
 
 def tower_output(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
-    """Return CLS and patches after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each."""
+    """Return CLS and patch tokens after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each."""
     hidden: tuple[Tensor, ...] = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     return hidden
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One training sequence: the image, then questions that see the image and themselves only.
+    """One training sequence: the image, then questions that attend only to the image and to themselves.
 
     Attributes:
-        places: Flat tile token at each visual position, -1 for a newline, `[visual]`.
+        token_indices: Flat index of the tile token at each visual position, -1 for a newline token, `[visual]`.
         positions: Position ids of the visual tokens, `[visual]`.
-        ids: Text of all questions with their answers, `[text]`.
+        ids: Token ids of all questions with their answers, `[text]`.
         text_positions: Position ids of the text, `[text]`.
-        block: Number of the question that a text token belongs to, `[text]`.
-        labels: The next token where it is to be learned, `[text]`.
+        block: Index of the question of each text token, `[text]`.
+        labels: Next token at positions with a loss, and `IGNORE` elsewhere, `[text]`.
     """
 
-    places: Integers
+    token_indices: Integers
     positions: Integers
     ids: Integers
     text_positions: Integers
@@ -170,119 +173,120 @@ def make_prompt(
     board: Board,
     truth: Lesson,
     rng: np.random.Generator,
-    write: Callable[[str], list[int]],
+    tokenize: Callable[[str], list[int]],
     *,
     gaps: bool,
-    more: dict[str, float],
+    weights: dict[str, float],
 ) -> Prompt:
-    """Draw which tokens of a board are there, and questions that they answer.
+    """Return a training sequence with random visual tokens of a board and random questions that they can answer.
 
     Args:
         board: The board.
-        truth: Its ground truth.
-        rng: The source of chance.
-        write: Turns text into token ids.
+        truth: Ground truth of the board.
+        rng: The random generator.
+        tokenize: Returns the token ids of a text.
         gaps: Whether tokens are removed.
-        more: How much more often than others a type of question is asked.
+        weights: Factors of the probability of question types; 1 by default.
 
     Returns:
-        The sequence.
+        The training sequence.
     """
-    kept = random_subset(rng, truth) if gaps else np.ones((len(truth.dense["paper"]), TOKENS), dtype=bool)
-    order, line = packing(board)
+    kept = draw_subset(rng, truth) if gaps else np.ones((len(truth.dense["paper"]), TOKENS), dtype=bool)
+    order, grid_rows = pack_positions(board)
     stays = (order >= 0) & kept.reshape(-1)[order]
     newlines = rng.choice(["kept rows", "all", "none"], p=[0.7, 0.2, 0.1]) if gaps else "all"
     if newlines == "all":
         stays |= order < 0
     elif newlines == "kept rows":
-        stays |= (order < 0) & np.isin(line, line[stays & (line >= 0)])
-    # An empty image cannot be asked about; the first token of the base tile always exists.
+        stays |= (order < 0) & np.isin(grid_rows, grid_rows[stays & (grid_rows >= 0)])
+    # The prompt requires at least one visual token; the first token of the base tile always exists.
     stays[0] |= not stays.any()
-    before = _PREFIX_LENGTH
+    prefix = _PREFIX_LENGTH
     preserve = gaps and rng.random() < 0.3
-    positions = before + (np.flatnonzero(stays) if preserve else np.arange(int(stays.sum())))
-    text_start = before + (len(order) if preserve else len(positions))
-    choices = [question for question in board.questions if answerable(question, truth, kept)]
-    chance = np.array([_chance(question) * more.get(question.type, 1.0) for question in choices])
-    size = min(QUESTIONS, len(choices))
-    picked = rng.choice(len(choices), size=size, replace=False, p=chance / chance.sum())
+    positions = prefix + (np.flatnonzero(stays) if preserve else np.arange(int(stays.sum())))
+    text_start = prefix + (len(order) if preserve else len(positions))
+    candidates = [question for question in board.questions if is_answerable(question, truth, kept)]
+    chances = np.array([_base_weight(question) * weights.get(question.type, 1.0) for question in candidates])
+    size = min(QUESTIONS, len(candidates))
+    drawn = rng.choice(len(candidates), size=size, replace=False, p=chances / chances.sum())
     ids: list[int] = []
-    at: list[int] = []
+    text_positions: list[int] = []
     block: list[int] = []
     labels: list[int] = []
-    for number, index in enumerate(picked):
-        asked = write(f"{choices[index].text} ASSISTANT:")
-        answer = [*write(choices[index].answer), _END]
-        ids += [*asked, *answer[:-1]]
-        labels += [*[IGNORE] * (len(asked) - 1), *answer]
-        at += range(text_start, text_start + len(asked) + len(answer) - 1)
-        block += [number] * (len(asked) + len(answer) - 1)
-    return Prompt(order[stays], positions, np.array(ids), np.array(at), np.array(block), np.array(labels))
+    for number, index in enumerate(drawn):
+        question_ids = tokenize(f"{candidates[index].text} ASSISTANT:")
+        answer_ids = [*tokenize(candidates[index].answer), _END]
+        length = len(question_ids) + len(answer_ids) - 1
+        ids += [*question_ids, *answer_ids[:-1]]
+        labels += [*[IGNORE] * (len(question_ids) - 1), *answer_ids]
+        text_positions += range(text_start, text_start + length)
+        block += [number] * length
+    return Prompt(order[stays], positions, np.array(ids), np.array(text_positions), np.array(block), np.array(labels))
 
 
-def _chance(question: Question) -> float:
-    """Questions about single items come once for each item; the others weigh as much as two of them."""
+def _base_weight(question: Question) -> float:
+    """Return 1 for a question about a single item, which exists once per item, and 2 for every other question."""
     return 1.0 if len(question.about) == 1 and question.type != "count" else 2.0
 
 
 _PLACES = {"side": 6.0, "height": 6.0}
-_HARD = {"colour": 0.4, "shape": 0.4, "paper": 0.4, "number_colour": 2.0, "side": 2.5, "height": 2.5, "order": 2.5}
+_HARD = {"color": 0.4, "shape": 0.4, "paper": 0.4, "number_color": 2.0, "side": 2.5, "height": 2.5, "order": 2.5}
 _TOKENIZER = make_tokenizer()
 _END = int(_TOKENIZER.eos_token_id)
 _START: list[int] = _TOKENIZER("USER: <image>")["input_ids"][:-1]
 _PREFIX_LENGTH = len(_START)
 
 
-def make_writer() -> Callable[[str], list[int]]:
-    """Return a function from text to token ids that remembers what it has seen."""
-    known: dict[str, list[int]] = {}
+def make_cached_tokenizer() -> Callable[[str], list[int]]:
+    """Return a function from text to token ids that caches its results."""
+    cache: dict[str, list[int]] = {}
 
-    def write(text: str) -> list[int]:
-        if text not in known:
-            known[text] = _TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        return known[text]
+    def tokenize(text: str) -> list[int]:
+        if text not in cache:
+            cache[text] = _TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        return cache[text]
 
-    return write
+    return tokenize
 
 
 def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt]) -> tuple[Tensor, float]:
-    """Return the loss on the answers, and the share of questions whose answer is right in every token.
+    """Return the loss on the answers, and the share of questions with a correct answer in every token.
 
     Args:
         model: The model.
         features: Projected tokens of each image, `[tiles * tokens, dim]` each.
-        prompts: What is shown and asked of each image.
+        prompts: Training sequence of each image.
 
     Returns:
-        The loss and the share.
+        The loss and the share of correct answers.
     """
-    width = max(len(_START) + len(prompt.places) + len(prompt.ids) for prompt in prompts)
+    width = max(len(_START) + len(prompt.token_indices) + len(prompt.ids) for prompt in prompts)
     shape = len(prompts), width
     positions, groups = np.zeros(shape, dtype=np.int64), np.full(shape, -2)
-    labels, ids, places = np.full(shape, IGNORE), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    labels, ids, table_rows = np.full(shape, IGNORE), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     visual = np.zeros(shape, dtype=bool)
     first = 1
     for row, (feature, prompt) in enumerate(zip(features, prompts, strict=True)):
         begin = len(_START)
-        middle, end = begin + len(prompt.places), begin + len(prompt.places) + len(prompt.ids)
+        middle, end = begin + len(prompt.token_indices), begin + len(prompt.token_indices) + len(prompt.ids)
         ids[row, :begin], ids[row, middle:end] = _START, prompt.ids
         positions[row, :begin] = np.arange(begin)
         positions[row, begin:middle], positions[row, middle:end] = prompt.positions, prompt.text_positions
         groups[row, :middle], groups[row, middle:end] = -1, prompt.block
         labels[row, middle:end] = prompt.labels
-        # Row 0 of the table below is the newline.
-        places[row, begin:middle] = np.where(prompt.places >= 0, prompt.places + first, 0)
+        # Row 0 of the table below is the newline token.
+        table_rows[row, begin:middle] = np.where(prompt.token_indices >= 0, prompt.token_indices + first, 0)
         visual[row, begin:middle] = True
         first += len(feature)
     table = torch.cat([model.model.image_newline[None], *features])
-    shown = torch.from_numpy(visual)
+    is_visual = torch.from_numpy(visual)
     embeds = model.get_input_embeddings()(torch.from_numpy(ids)).masked_scatter(
-        shown[..., None], table[torch.from_numpy(places)[shown]]
+        is_visual[..., None], table[torch.from_numpy(table_rows)[is_visual]]
     )
     group = torch.from_numpy(groups)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
-    sees = (group[:, None, :] == -1) | (group[:, None, :] == group[:, :, None])
-    mask = (sees & causal)[:, None]
+    can_attend = (group[:, None, :] == -1) | (group[:, None, :] == group[:, :, None])
+    mask = (can_attend & causal)[:, None]
     hidden = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -290,46 +294,46 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
         use_cache=False,
     ).last_hidden_state
     target = torch.from_numpy(labels)
-    asked = target != IGNORE
-    logits = model.lm_head(hidden[asked])
-    loss = F.cross_entropy(logits, target[asked])
-    wrong = (logits.argmax(1) != target[asked]).float()
-    question = (torch.arange(shape[0])[:, None] * QUESTIONS + group)[asked]
+    has_label = target != IGNORE
+    logits = model.lm_head(hidden[has_label])
+    loss = F.cross_entropy(logits, target[has_label])
+    wrong = (logits.argmax(1) != target[has_label]).float()
+    question = (torch.arange(shape[0])[:, None] * QUESTIONS + group)[has_label]
     count = torch.zeros(shape[0] * QUESTIONS).index_add_(0, question, torch.ones(len(question)))
     failed = torch.zeros(shape[0] * QUESTIONS).index_add_(0, question, wrong)
     return loss, (failed[count > 0] == 0).float().mean().item()
 
 
-def optimizers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices inside layers and AdamW for everything else (embeddings, heads, vectors).
+def make_optimizers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices in layers and projector, and AdamW for all other parameters.
 
     Args:
         model: The model.
         heads: The heads of stage 1.
-        reader: Whether projector and LLM are trained too.
+        reader: Whether projector and LLM are also trained.
 
     Returns:
         The two optimizers.
     """
     matrices: list[nn.Parameter] = []
-    others = list(heads.parameters())
+    remaining = list(heads.parameters())
     for name, parameter in model.named_parameters():
         if "vision_tower" in name or reader:
-            inside = parameter.ndim == 2 and ("layers" in name or "projector" in name)
-            (matrices if inside else others).append(parameter)
+            is_matrix = parameter.ndim == 2 and ("layers" in name or "projector" in name)
+            (matrices if is_matrix else remaining).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(remaining, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def set_rates(opts: Sequence[torch.optim.Optimizer], step: int, rates: Sequence[tuple[int, float]]) -> None:
-    """Set the rates of a step.
+    """Set the learning rates of a step.
 
     Args:
         opts: The optimizers.
         step: The step.
-        rates: Knots as (step, factor), linear between.
+        rates: Knots as (step, factor), with linear interpolation.
     """
     factor = float(np.interp(step, [knot for knot, _ in rates], [value for _, value in rates]))
     for opt in opts:
@@ -343,12 +347,12 @@ def tower_step(model: Any, heads: Heads, seed: int, step: int) -> tuple[Tensor, 
     crowded = step < CROWDED_UNTIL and step % 4 > 0
     start = 100_000_000 * seed + IMAGES * step
     boards = [make_board(start + k, "train", crowded=crowded) for k in range(IMAGES)]
-    loss, scores = heads(tower_output(model, tiles_of(boards)[0]), [lesson(board) for board in boards])
+    loss, scores = heads(tower_output(model, make_tiles(boards)[0]), [make_lesson(board) for board in boards])
     return loss, scores
 
 
 def reader_step(
-    model: Any, heads: Heads, write: Callable[[str], list[int]], seed: int, step: int
+    model: Any, heads: Heads, tokenize: Callable[[str], list[int]], seed: int, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 2."""
     rng = np.random.default_rng((seed, 2, step))
@@ -358,28 +362,29 @@ def reader_step(
     else:
         gaps = (step + step // 6) % 3 > 1 if step < PLACES_UNTIL else (step + step // 6) % 2 > 0
         gaps &= not PLACES_FROM <= step < FULL_AGAIN_UNTIL
-    # Grids with the same number of tiles go together, so that sequences are about equally long.
-    alike = [grid for grid in GRIDS if grid[0] * grid[1] == (2 if step < SMALL_UNTIL else (2, 4, 3, 4, 2, 4)[step % 6])]
-    orders, again = step < PLACES_UNTIL, step >= PLACES_FROM
+    # All boards of a step have the same number of tiles, so that their sequences have similar lengths.
+    grids = [grid for grid in GRIDS if grid[0] * grid[1] == (2 if step < SMALL_UNTIL else (2, 4, 3, 4, 2, 4)[step % 6])]
+    orders, with_places = step < PLACES_UNTIL, step >= PLACES_FROM
     boards = [
-        make_board(start + k, "train", grid=alike[k % len(alike)], places=orders or again, orders=orders)
+        make_board(start + k, "train", grid=grids[k % len(grids)], places=orders or with_places, orders=orders)
         for k in range(IMAGES)
     ]
-    truths = [lesson(board) for board in boards]
-    pixels, tiles = tiles_of(boards)
-    together = not gaps and step >= TOGETHER_FROM and step not in READING_PLACES
-    with torch.set_grad_enabled(together):
+    truths = [make_lesson(board) for board in boards]
+    pixels, tiles = make_tiles(boards)
+    trains_tower = not gaps and step >= TOGETHER_FROM and step not in READING_PLACES
+    with torch.set_grad_enabled(trains_tower):
         hidden = tower_output(model, pixels)
     features = model.model.multi_modal_projector(hidden[-2][:, 1:]).split(tiles)
-    more = {} if step < HARD_FROM else _HARD if step < READING_PLACES.start else _PLACES
+    weights = {} if step < HARD_FROM else _HARD if step < READING_PLACES.start else _PLACES
     prompts = [
-        make_prompt(board, truth, rng, write, gaps=gaps, more=more) for board, truth in zip(boards, truths, strict=True)
+        make_prompt(board, truth, rng, tokenize, gaps=gaps, weights=weights)
+        for board, truth in zip(boards, truths, strict=True)
     ]
     loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], prompts)
     scores = {"gaps": float(gaps), "answers": loss.item(), "right": right}
-    if together:
-        tower, names = heads(hidden, truths, places=again)
-        loss, scores = loss + (1.0 if again else 0.3) * tower, scores | names
+    if trains_tower:
+        tower_loss, accuracies = heads(hidden, truths, places=with_places)
+        loss, scores = loss + (1.0 if with_places else 0.3) * tower_loss, scores | accuracies
     return loss, scores
 
 
@@ -395,25 +400,25 @@ def train(
     """Train the model and export ``out/checkpoint``.
 
     Args:
-        out: Folder of the state, the log and the result.
+        out: Folder of the state, the log and the checkpoint.
         seed: Seed of weights and data.
-        tower_steps: Steps of stage 1.
-        reader_steps: Steps of stage 2.
-        resume: Go on from the state in ``out``.
-        stop_after: Stop after so many steps of both stages, to be resumed later.
+        tower_steps: Number of steps of stage 1.
+        reader_steps: Number of steps of stage 2.
+        resume: Whether to resume from the state in ``out``.
+        stop_after: Number of steps of both stages after which to stop; the run can be resumed later.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model: Any = LlavaNextForConditionalGeneration(make_config(_TOKENIZER))
     vision = model.config.vision_config
     heads = Heads(vision.hidden_size, vision.num_hidden_layers)
-    write = make_writer()
-    done, spent, opts = 0, 0.0, optimizers(model, heads, reader=False)
+    tokenize = make_cached_tokenizer()
+    done, spent, opts = 0, 0.0, make_optimizers(model, heads, reader=False)
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
         done, spent = state["done"], state["seconds"]
         if done >= tower_steps:
-            opts = optimizers(model, heads, reader=True)
+            opts = make_optimizers(model, heads, reader=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         if done not in (tower_steps, tower_steps + PLACES_FROM):
@@ -423,13 +428,13 @@ def train(
     model.train()
     while done < min(tower_steps + reader_steps, stop_after or tower_steps + reader_steps):
         if done in (tower_steps, tower_steps + PLACES_FROM):
-            opts = optimizers(model, heads, reader=True)
+            opts = make_optimizers(model, heads, reader=True)
         if done < tower_steps:
             set_rates(opts, done, TOWER_RATES)
             loss, scores = tower_step(model, heads, seed, done)
         else:
             set_rates(opts, done - tower_steps, READER_RATES)
-            loss, scores = reader_step(model, heads, write, seed, done - tower_steps)
+            loss, scores = reader_step(model, heads, tokenize, seed, done - tower_steps)
         loss.backward()
         trained = [parameter for opt in opts for group in opt.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -452,14 +457,14 @@ def train(
 
 
 def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description="Train the miniature model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the state, the log and the result")
+    """Parse the command line and train the model."""
+    parser = argparse.ArgumentParser(description="Train the miniature model from random weights.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the state, the log and the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS, help="steps of stage 1, fewer for a trial")
-    parser.add_argument("--reader-steps", type=int, default=READER_STEPS, help="steps of stage 2, fewer for a trial")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    parser.add_argument("--stop-after", type=int, help="stop after so many steps in all, to be resumed later")
+    parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS, help="number of steps of stage 1")
+    parser.add_argument("--reader-steps", type=int, default=READER_STEPS, help="number of steps of stage 2")
+    parser.add_argument("--resume", action="store_true", help="resume from the state in --out")
+    parser.add_argument("--stop-after", type=int, help="total number of steps after which to stop; use --resume later")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Exchangeable parts of strategies: allocation, selection, merging, relevance and output order."""
+"""Exchangeable components of strategies: allocation, selection, merging, relevance and output order."""
 
 from tokenprune.strategies.components.allocation import (
     BaseTileAllocation,

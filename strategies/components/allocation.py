@@ -1,4 +1,4 @@
-"""Allocation policies: how the budget of an image is divided over its tiles."""
+"""Allocation policies: divide the budget of an image over its tiles."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from tokenprune.selection import top_of_image
 
 
 def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
-    """Return which part of the base tile stands for each sub-image, `[sub_images, tokens]`.
+    """Return the share of each base-tile token that lies in each sub-image, float32 `[sub_images, tokens]`.
 
     Args:
         geometry: the layout of the image.
-        region: ``"exact"`` is the part of the image that a sub-image really shows, by area; ``"quadrant"`` cuts the
-            base tile evenly into the tile grid; ``"stripe"`` cuts the flat row-major token sequence into equal runs, as
-            HiRED's release does: horizontal stripes whatever the grid.
+        region: ``"exact"`` uses the area of the image that a sub-image covers. ``"quadrant"`` divides the base tile
+            evenly into the tile grid. ``"stripe"`` divides the row-major token sequence into runs of equal length, as
+            HiRED's release does. These runs are horizontal stripes for every tile grid.
 
     Raises:
-        ValueError: if the region is not known.
+        ValueError: if the region is not known, or if there are more stripes than tokens.
     """
     (rows, cols), device = geometry.tile_grid, geometry.regions.device
     if region == "exact":
         return region_coverage(geometry.regions, geometry.token_grid)
     if region == "quadrant":
-        down, across = (torch.arange(number + 1, device=device) / number for number in (rows, cols))
-        corners = [torch.cartesian_prod(down[part], across[part]).view(-1, 2) for part in (slice(-1), slice(1, None))]
+        ys, xs = (torch.arange(number + 1, device=device) / number for number in (rows, cols))
+        corners = [torch.cartesian_prod(ys[edge], xs[edge]).view(-1, 2) for edge in (slice(-1), slice(1, None))]
         return region_coverage(torch.cat(corners, dim=1), geometry.token_grid)
     if region == "stripe":
-        run = geometry.tokens // (rows * cols)
-        if not run:
+        stripe_length = geometry.tokens // (rows * cols)
+        if not stripe_length:
             raise ValueError(
                 f"region='stripe' cannot cut {geometry.tokens} tokens into {rows * cols} stripes; use 'exact'"
             )
-        stripe = torch.arange(geometry.tokens, device=device) // run
+        stripe = torch.arange(geometry.tokens, device=device) // stripe_length
         return (stripe == torch.arange(rows * cols, device=device)[:, None]).float()
     raise ValueError(f"region={region!r} is not known; use 'exact', 'quadrant' or 'stripe'")
 
 
 @dataclass
 class VisualContentAllocation(AllocationPolicy):
-    """HiRED: a fixed share for the base tile, the rest by the visual content that early CLS attention sees.
+    """Gives the base tile a fixed share, and divides the remaining budget by early CLS attention (HiRED).
 
-    ``N_0 = base_share * N`` and ``N_i = (N - N_0) * s_i / sum(s)``, where ``s_i`` is what the base tile's CLS
-    attention, summed over heads, puts on the part that sub-image ``i`` covers (arXiv 2408.10945, Eq. 1 and Alg. 1).
+    ``N_0 = base_share * N`` and ``N_i = (N - N_0) * s_i / sum(s)``. The visual content ``s_i`` is the CLS attention of
+    the base tile, summed over heads and over the region of sub-image ``i`` (arXiv 2408.10945, Eq. 1 and Alg. 1).
 
     Args:
         base_share: share of the budget for the base tile (alpha), 0.0 to 1.0.
         layer: layer of the vision tower whose CLS attention is read.
         region: how sub-images map to the base tile; see `base_tile_coverage`.
-        statistic: ``"mass"`` sums attention; ``"top_count"`` counts, as the release does, how many of the
-            ``(1 - base_share) * tokens`` most attended base tokens fall on the sub-image.
-        rounding: ``"largest_remainder"`` spends the budget exactly and lets full tiles spill over; ``"floor"`` rounds
-            each tile down and redistributes nothing.
+        statistic: ``"mass"`` sums the attention. ``"top_count"`` counts the ``(1 - base_share) * tokens`` most attended
+            base tokens that lie in the sub-image, as the release does.
+        rounding: ``"largest_remainder"`` spends the budget exactly and moves the surplus of full tiles to tiles with
+            free capacity. ``"floor"`` rounds the budget of each tile down and redistributes nothing.
     """
 
     base_share: float = 0.5
@@ -71,20 +71,14 @@ class VisualContentAllocation(AllocationPolicy):
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
     def __post_init__(self) -> None:
-        """Check the options once."""
+        """Check the options when the component is created."""
+        super().__post_init__()
         if not 0.0 <= self.base_share <= 1.0:
             raise ValueError(f"base_share={self.base_share!r} must be from 0.0 to 1.0")
-        for name, value, allowed in (
-            ("region", self.region, ("exact", "quadrant", "stripe")),
-            ("statistic", self.statistic, ("mass", "top_count")),
-            ("rounding", self.rounding, ("largest_remainder", "floor")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The base tile's CLS attention of the chosen layer."""
+        """The CLS attention of the configured layer."""
         return (Signal("cls_attention", self.layer),)
 
     def content(self, image: EncodedImage) -> Tensor:
@@ -92,12 +86,15 @@ class VisualContentAllocation(AllocationPolicy):
         attention = reduce(image.cls_attention(self.layer)[0], "heads tokens -> tokens", "sum").double()
         if self.statistic == "top_count":
             number = int(attention.numel() * (1 - self.base_share))
-            everywhere = torch.ones_like(attention, dtype=torch.bool)
-            attention = top_of_image(attention[None], number, everywhere[None])[0].double()
+            candidates = torch.ones_like(attention, dtype=torch.bool)
+            attention = top_of_image(attention[None], number, candidates[None])[0].double()
         return base_tile_coverage(image.geometry, self.region).to(attention.device).double() @ attention
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the base tile's share and those of the sub-images; all alike if attention is on none of them."""
+        """Return the share of each tile, float64 `[tiles]`.
+
+        If no sub-image draws attention, they share in proportion to their capacity.
+        """
         if self.rounding == "floor":
             return super().weights(image, capacity, scores)
         if not image.geometry.sub_images:
@@ -113,57 +110,57 @@ class VisualContentAllocation(AllocationPolicy):
             shares: list[float] = self.weights(image, torch.tensor(capacity), scores).tolist()
             return apportion(total, shares, capacity)
         content: list[float] = self.content(image).tolist() if image.geometry.sub_images else []
-        mass = sum(content)
+        content_sum = sum(content)
         base = min(int(total * self.base_share) if content else total, capacity[0])
-        rest = min(total - base, sum(capacity[1:]))
-        floored = [int(rest * part / mass) if mass else 0 for part in content]
-        return [base, *(min(share, room) for share, room in zip(floored, capacity[1:], strict=True))]
+        remaining = min(total - base, sum(capacity[1:]))
+        floored = [int(remaining * value / content_sum) if content_sum else 0 for value in content]
+        return [base, *(min(share, limit) for share, limit in zip(floored, capacity[1:], strict=True))]
 
 
 @dataclass
 class ScoreMassAllocation(AllocationPolicy):
-    """Tokens in proportion to the sum of the selection's scores in each tile (EADP); negative scores count nothing.
+    """Divides the budget in proportion to the sum of the scores in each tile (EADP). Negative scores count as 0.
 
     Args:
-        rounding: ``"largest_remainder"`` spends the budget exactly; ``"floor"`` rounds each tile down but not below one
-            token and redistributes nothing, as EADP's release does.
+        rounding: ``"largest_remainder"`` spends the budget exactly. ``"floor"`` rounds the budget of each tile down,
+            grants at least one token per tile and redistributes nothing, as EADP's release does.
     """
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the score mass of the tiles, or their size if there is none."""
+        """Return the score sum of each tile, or its capacity if all sums are 0, float64 `[tiles]`."""
         if self.rounding == "floor":
             return super().weights(image, capacity, scores)
-        return self._mass(capacity, scores)
+        return self._score_mass(capacity, scores)
 
-    def _mass(self, capacity: Tensor, scores: Tensor) -> Tensor:
+    def _score_mass(self, capacity: Tensor, scores: Tensor) -> Tensor:
         mass = scores.double().clamp(min=0).sum(dim=1).to(capacity.device)
         return torch.where(mass.sum() > 0, mass, capacity)
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Divide the budget by score mass."""
+        """Divide the budget by the sum of the scores."""
         if self.rounding == "floor" and total and len(capacity) > 1:
-            sums = scores.clamp(min=0).sum(dim=1)  # float32, since it decides what is rounded down
+            sums = scores.clamp(min=0).sum(dim=1)  # float32 as in the release: rounding down depends on it
             granted: list[int] = (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).tolist()
-            return [min(share, room) for share, room in zip(granted, capacity, strict=True)]
-        mass: list[float] = self._mass(torch.tensor(capacity), scores).tolist()
+            return [min(share, limit) for share, limit in zip(granted, capacity, strict=True)]
+        mass: list[float] = self._score_mass(torch.tensor(capacity), scores).tolist()
         return apportion(total, mass, capacity)
 
 
 @dataclass
 class UniformAllocation(AllocationPolicy):
-    """The same number of tokens for every tile; what a small tile cannot take goes to the others.
+    """Divides the budget evenly over the tiles, and moves the surplus of full tiles to tiles with free capacity.
 
     Args:
-        rounding: ``"largest_remainder"`` spends the budget exactly; ``"floor"`` gives every tile ``total // tiles`` and
-            redistributes nothing.
+        rounding: ``"largest_remainder"`` spends the budget exactly. ``"floor"`` grants ``total // tiles`` tokens to
+            every tile and redistributes nothing.
     """
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the same for all tiles."""
+        """Return equal shares, float64 `[tiles]`."""
         if self.rounding == "floor":
             return super().weights(image, capacity, scores)
         return torch.ones_like(capacity, dtype=torch.float64)
@@ -171,56 +168,60 @@ class UniformAllocation(AllocationPolicy):
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget evenly."""
         if self.rounding == "floor":
-            return [min(total // len(capacity), room) for room in capacity]
+            return [min(total // len(capacity), limit) for limit in capacity]
         return apportion(total, [1.0] * len(capacity), capacity)
 
 
 @dataclass
 class ProportionalAllocation(AllocationPolicy):
-    """Tokens in proportion to the valid tokens of each tile."""
+    """Divides the budget in proportion to the number of valid tokens in each tile."""
 
     def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the tokens that each tile can keep."""
+        """Return the capacity of each tile, float64 `[tiles]`."""
         return capacity.double()
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Divide the budget by tile size."""
-        return apportion(total, [float(room) for room in capacity], capacity)
+        """Divide the budget by capacity."""
+        return apportion(total, [float(limit) for limit in capacity], capacity)
 
 
 @dataclass
 class GlobalTopAllocation(AllocationPolicy):
-    """One pool and no tile budgets: each tile gets as many tokens as it has among the best of the whole image."""
+    """Ranks the tokens of all tiles in one pool; the budget of each tile follows from the ranking."""
 
     pools_tiles: ClassVar[bool] = True
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Count the best tokens of the image in each tile."""
+        """Count the top tokens of the image in each tile."""
         counts: list[int] = top_of_image(scores, total, scores > -torch.inf).sum(dim=1).tolist()
         return counts
 
 
 @dataclass
 class BaseTileAllocation(AllocationPolicy):
-    """Everything for the base tile; what it cannot hold is not spent."""
+    """Gives the whole budget to the base tile. The part above its capacity is not spent."""
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Give the base tile the whole budget."""
+        """Grant the base tile the budget, up to its capacity."""
         return [min(total, capacity[0]), *(0 for _ in capacity[1:])]
 
 
 @dataclass
 class SubImagesAllocation(AllocationPolicy):
-    """Nothing for the base tile; the sub-images share the budget in proportion to their valid tokens.
+    """Gives the base tile no tokens, and divides the budget over the sub-images by their valid tokens.
 
     Args:
-        pooled: let the best tokens of all sub-images win in one pool, without tile budgets.
+        pooled: rank the tokens of all sub-images in one pool instead.
     """
 
     pooled: bool = False
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Give the sub-images the whole budget."""
+        """Divide the budget over the sub-images.
+
+        Raises:
+            ValueError: if the image has no sub-images.
+        """
         if not image.geometry.sub_images:
             raise ValueError(
                 "SubImagesAllocation needs sub-images, but this image has only a base tile; use UniformAllocation"
@@ -228,4 +229,4 @@ class SubImagesAllocation(AllocationPolicy):
         if self.pooled:
             counts: list[int] = top_of_image(scores[1:], total, scores[1:] > -torch.inf).sum(dim=1).tolist()
             return [0, *counts]
-        return [0, *apportion(total, [float(room) for room in capacity[1:]], capacity[1:])]
+        return [0, *apportion(total, [float(limit) for limit in capacity[1:]], capacity[1:])]

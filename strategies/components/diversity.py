@@ -1,4 +1,4 @@
-"""Selection policies that weigh tokens against each other: diversity, coverage, de-duplication, neighborhoods."""
+"""Selection policies that compare tokens with each other: diversity, coverage, de-duplication, neighborhoods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tokenprune.layers import LayerChoice
 from tokenprune.policies import SelectionPolicy
 from tokenprune.selection import top_per_tile
 
-ROWS = 64
-"""Rows of a similarity matrix that a greedy step copies at a time."""
+ROW_CHUNK = 64
+"""Number of rows of a similarity matrix that a greedy step copies at a time."""
 
 
-def cosines(features: Tensor) -> Tensor:
-    """Return the cosine similarity of every pair of tokens, 0 for vectors without direction, `[tokens, tokens]`.
+def pairwise_cosine(features: Tensor) -> Tensor:
+    """Return the cosine similarity of every pair of tokens, float32 `[tokens, tokens]`; 0 for zero vectors.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
@@ -29,249 +29,252 @@ def cosines(features: Tensor) -> Tensor:
 
 
 def max_min_diverse(features: Tensor, number: int) -> Tensor:
-    """Pick tokens greedily so that each is as far as possible from those already picked (DivPrune).
+    """Pick tokens greedily by their smallest distance to the picked tokens (DivPrune), `[number]`.
 
-    Distance is one minus cosine. The first pick is the token whose nearest other token is farthest away.
+    The distance is one minus the cosine similarity. The first pick is the token with the most distant nearest neighbor.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
-        number: tokens to pick.
+        number: number of tokens to pick.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
-    apart = cosines(features).neg_().add_(1)
-    # The smallest distance of a token is the one to itself; the second smallest decides the first pick.
-    picks = [int(apart.topk(min(2, len(apart)), dim=1, largest=False)[0][:, -1].argmax())]
-    distance = torch.full_like(apart[0], torch.inf)
+    distances = pairwise_cosine(features).neg_().add_(1)
+    # The smallest distance of a token is the distance to itself, so the second smallest determines the first pick.
+    picks = [int(distances.topk(min(2, len(distances)), dim=1, largest=False)[0][:, -1].argmax())]
+    nearest = torch.full_like(distances[0], torch.inf)
     while len(picks) < number:
-        distance = torch.minimum(distance, apart[picks[-1]])
-        distance[picks[-1]] = -torch.inf  # among equal tokens, rounding must not pick one twice
-        picks.append(int(distance.argmax()))
+        nearest = torch.minimum(nearest, distances[picks[-1]])
+        nearest[picks[-1]] = -torch.inf  # rounding could pick one of several equal tokens twice
+        picks.append(int(nearest.argmax()))
     return torch.tensor(picks, device=features.device)
 
 
 def lazy_coverage(
     similarity: Tensor, number: int, saliency: Tensor | None = None, weights: Tensor | None = None, batch: int = 16
 ) -> Tensor:
-    """Pick tokens greedily by the similarity that they add to what is covered, without looking at all each time.
+    """Pick tokens greedily by their gain in coverage, `[number]`, and recompute only the gains that can win.
 
-    The gain of token ``u`` is ``saliency_u * sum_i weights_i * max(0, similarity_ui - m_i)``, where ``m_i`` is the
-    largest similarity of token ``i`` to a picked one so far, 0 at first. It only falls as ``m`` grows, rounding
-    included, because every gain is summed in the same order. So an old gain is an upper bound, and a token whose fresh
-    gain is above all others, old or fresh, is the pick of the plain greedy, ties included.
+    The gain of token ``u`` is ``saliency_u * sum_i weights_i * max(0, similarity_ui - m_i)``. Here ``m_i`` is the
+    largest similarity of token ``i`` to a picked token, 0 before the first pick. A gain never grows as ``m`` grows,
+    rounding included, because every gain is summed in the same order. So a gain from an earlier step is an upper bound.
+    If the recomputed gain of a token is the largest of all gains, then the token is the pick of the plain greedy
+    algorithm, ties included.
 
     Args:
-        similarity: of every pair of tokens, `[tokens, tokens]`.
-        number: tokens to pick.
-        saliency: weight of each token as a pick, `[tokens]`; 1 if left out.
-        weights: weight of each token as one to cover, not negative, `[tokens]`; 1 if left out.
-        batch: tokens whose gains are computed first after a pick; more follow in growing numbers.
+        similarity: similarity of every pair of tokens, `[tokens, tokens]`.
+        number: number of tokens to pick.
+        saliency: weight of each token as a pick, `[tokens]`; 1 by default.
+        weights: weight of each token as a covered token, not negative, `[tokens]`; 1 by default.
+        batch: number of gains that are recomputed first after a pick. The number grows with each further batch.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
     covered = similarity.new_zeros(len(similarity))
 
-    def some_gains(rows: Tensor) -> Tensor:
-        added = similarity.index_select(0, rows).sub_(covered).clamp_(min=0)  # few rows: faster than indexing
+    def chunk_gain(rows: Tensor) -> Tensor:
+        added = similarity.index_select(0, rows).sub_(covered).clamp_(min=0)  # faster than indexing for few rows
         total = (added if weights is None else added.mul_(weights)).sum(dim=1)
         return total if saliency is None else saliency[rows] * total
 
-    def gain(rows: Tensor) -> Tensor:
-        return torch.cat([some_gains(part) for part in rows.split(ROWS)])
+    def compute_gain(rows: Tensor) -> Tensor:
+        return torch.cat([chunk_gain(chunk) for chunk in rows.split(ROW_CHUNK)])
 
     order = torch.arange(len(similarity), device=similarity.device)
-    bound = gain(order)
-    seen, fresh = len(order), torch.ones_like(bound, dtype=torch.bool)
-    picked = torch.zeros_like(fresh)
+    bound = compute_gain(order)
+    n_updated, is_current = len(order), torch.ones_like(bound, dtype=torch.bool)
+    picked = torch.zeros_like(is_current)
     picks: list[int] = []
     while len(picks) < number:
         best = int(bound.argmax())
-        if not fresh[best]:
-            stale = order[seen : 2 * seen + batch]
-            bound[stale], fresh[stale] = gain(stale), True
-            seen += len(stale)
+        if not is_current[best]:
+            stale = order[n_updated : 2 * n_updated + batch]
+            bound[stale], is_current[stale] = compute_gain(stale), True
+            n_updated += len(stale)
             continue
         picks.append(best)
         picked[best] = True
         covered = torch.maximum(covered, similarity[best])
-        # A negative gain, of a token of negative saliency, may rise to 0.
+        # If the saliency of a token is negative, its negative gain can rise to 0.
         bound = bound.clamp(min=0).masked_fill_(picked, -torch.inf)
         order = bound.argsort(descending=True, stable=True)[: len(bound) - len(picks)]
-        seen, fresh = 0, picked.clone()
+        n_updated, is_current = 0, picked.clone()
     return torch.tensor(picks, dtype=torch.long, device=similarity.device)
 
 
 def saliency_coverage(features: Tensor, saliency: Tensor, number: int) -> Tensor:
-    """Pick tokens greedily by how much similarity they add to the set, weighted by their saliency (SCOPE).
+    """Pick tokens greedily by their gain in coverage, weighted by saliency (SCOPE), `[number]`.
 
-    The gain of token ``j`` is ``saliency_j * sum_i max(0, cos_ij - m_i)``, where ``m_i`` is the largest similarity of
-    token ``i`` to a picked one so far, 0 at first.
+    The gain of token ``j`` is ``saliency_j * sum_i max(0, cos_ij - m_i)``. Here ``m_i`` is the largest similarity of
+    token ``i`` to a picked token, 0 before the first pick.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
         saliency: weight of each token, `[tokens]`.
-        number: tokens to pick.
+        number: number of tokens to pick.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    return lazy_coverage(cosines(features), number, saliency=saliency.float())
+    return lazy_coverage(pairwise_cosine(features), number, saliency=saliency.float())
 
 
 def facility_location(features: Tensor, weights: Tensor, number: int) -> Tensor:
-    """Pick tokens greedily so that each token, by its weight, is similar to one that is picked.
+    """Pick tokens that represent all tokens, by greedy weighted facility location, `[number]`.
 
-    The gain of token ``u`` is ``sum_j weights_j * max(0, s_uj - m_j)`` with ``s = (1 + cos) / 2``, where ``m_j`` is the
-    largest similarity of token ``j`` to a picked one so far, 0 at first.
+    The gain of token ``u`` is ``sum_j weights_j * max(0, s_uj - m_j)`` with ``s = (1 + cos) / 2``. Here ``m_j`` is the
+    largest similarity of token ``j`` to a picked token, 0 before the first pick.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
-        weights: how much it matters that a token is covered, `[tokens]`; negative ones count as 0.
-        number: tokens to pick.
+        weights: weight of each token as a covered token, `[tokens]`; negative weights count as 0.
+        number: number of tokens to pick.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    return lazy_coverage(cosines(features).add_(1).div_(2), number, weights=weights.float().clamp(min=0))
+    return lazy_coverage(pairwise_cosine(features).add_(1).div_(2), number, weights=weights.float().clamp(min=0))
 
 
-def determinantal(features: Tensor, relevance: Tensor, number: int, tolerance: float = 1e-5) -> Tensor:
-    """Pick relevant tokens that span a large volume: greedy MAP inference of a DPP (Chen et al., arXiv 1709.05135).
+def greedy_dpp(features: Tensor, relevance: Tensor, number: int, tolerance: float = 1e-5) -> Tensor:
+    """Pick relevant, mutually different tokens, `[number]`, by greedy MAP inference of a determinantal point process.
 
-    The kernel is ``L_ij = relevance_i * relevance_j * cos_ij``; each pick has the largest variance in ``L`` that the
-    picks before it leave. Tokens that add nothing to those picked follow when no others are left, most relevant first.
+    Algorithm of Chen et al., arXiv 1709.05135. The kernel is ``L_ij = relevance_i * relevance_j * cos_ij``. Each pick
+    has the largest variance in ``L``, conditioned on the earlier picks. If no token with a variance remains, the most
+    relevant remaining tokens follow.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
-        relevance: how much each token matters, `[tokens]`.
-        number: tokens to pick.
-        tolerance: share of a token's variance below which the rest is rounding.
+        relevance: relevance of each token, `[tokens]`.
+        number: number of tokens to pick.
+        tolerance: share of the variance of a token below which the remaining variance counts as a rounding error.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    similarity = cosines(features)
-    # Relevance only scales rows and columns, so the Cholesky steps run on the cosines: there one tolerance fits all.
+    similarity = pairwise_cosine(features)
+    # Relevance only scales rows and columns, so the Cholesky steps run on the cosines. The
+    # same tolerance fits all tokens there.
     variance, quality = similarity.diagonal().clone(), relevance.float().square()
     factors = similarity.new_zeros(number, len(similarity))
     picked = torch.zeros_like(variance, dtype=torch.bool)
     picks: list[int] = []
     while len(picks) < number:
-        worth = (quality * variance).masked_fill_(picked | (variance <= tolerance), 0)
-        best = int(worth.argmax())
-        if not worth[best] > 0:
-            rest = relevance.masked_fill(picked, -torch.inf).argsort(descending=True, stable=True)
-            picks += rest[: number - len(picks)].tolist()
+        gain = (quality * variance).masked_fill_(picked | (variance <= tolerance), 0)
+        best = int(gain.argmax())
+        if not gain[best] > 0:
+            remaining = relevance.masked_fill(picked, -torch.inf).argsort(descending=True, stable=True)
+            picks += remaining[: number - len(picks)].tolist()
             break
-        done = factors[: len(picks)]
-        step = (similarity[best] - done[:, best] @ done) / variance[best].sqrt()
-        variance -= step.square()
-        factors[len(picks)] = step
+        earlier_factors = factors[: len(picks)]
+        factor = (similarity[best] - earlier_factors[:, best] @ earlier_factors) / variance[best].sqrt()
+        variance -= factor.square()
+        factors[len(picks)] = factor
         picked[best] = True
         picks.append(best)
     return torch.tensor(picks, dtype=torch.long, device=features.device)
 
 
 def important_then_diverse(features: Tensor, scores: Tensor, number: int, important: int, step: int = 8) -> Tensor:
-    """Keep the most important tokens, then thin out near duplicates among the rest (VisPruner).
+    """Keep the most important tokens, and drop near duplicates among the remaining tokens (VisPruner), `[number]`.
 
-    The rest stays in order of importance. Round by round it is split into even and odd places; the even tokens that are
-    most similar to any odd one are dropped, at most ``step`` a round. Survivors go on as even tokens by falling
-    similarity, then odd ones, which decides the next split.
+    The remaining tokens are sorted by importance. Each round splits them into even and odd positions. It drops the even
+    tokens that are most similar to any odd token, at most ``step`` per round. The next round gets the even tokens by
+    descending similarity, followed by the odd tokens. This order determines its split.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
-        scores: importance, `[tokens]`.
-        number: tokens to keep.
-        important: how many of them are kept for their importance alone.
-        step: most tokens that a round drops.
+        scores: importance of each token, `[tokens]`.
+        number: number of tokens to keep.
+        important: number of tokens that are kept only for their importance.
+        step: largest number of tokens that a round drops.
 
     Returns:
         Indices of kept tokens, important ones first, `[number]`.
     """
     order = scores.argsort(descending=True, stable=True)
-    first, rest = order[:important], order[important:]
-    diverse = number - important
-    similarity = cosines(features) if diverse and len(rest) > diverse else None
-    while similarity is not None and len(rest) > diverse:
-        even, odd = rest[0::2], rest[1::2]
-        # Barring columns is exact and faster than taking a part of them; a few rows at a time stay in the cache.
-        barred = torch.full_like(similarity[0], -torch.inf).index_fill_(0, odd, 0)
-        parts = [similarity.index_select(0, rows).add_(barred).amax(dim=1) for rows in even.split(ROWS)]
-        likeness = torch.cat(parts)
-        drop = min(step, len(rest) - diverse, len(even))
-        rest = torch.cat([even[likeness.argsort(descending=True, stable=True)][drop:], odd])
-    return torch.cat([first, rest[:diverse]])
+    most_important, remaining = order[:important], order[important:]
+    n_diverse = number - important
+    similarity = pairwise_cosine(features) if n_diverse and len(remaining) > n_diverse else None
+    while similarity is not None and len(remaining) > n_diverse:
+        even, odd = remaining[0::2], remaining[1::2]
+        # Masking columns is exact and faster than selecting them. The chunks of rows fit into the CPU cache.
+        column_mask = torch.full_like(similarity[0], -torch.inf).index_fill_(0, odd, 0)
+        chunks = [similarity.index_select(0, rows).add_(column_mask).amax(dim=1) for rows in even.split(ROW_CHUNK)]
+        largest = torch.cat(chunks)
+        n_dropped = min(step, len(remaining) - n_diverse, len(even))
+        remaining = torch.cat([even[largest.argsort(descending=True, stable=True)][n_dropped:], odd])
+    return torch.cat([most_important, remaining[:n_diverse]])
 
 
-def neighbors(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
-    """Return the four neighbors of tokens.
+def neighbor_indices(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
+    """Return the indices of the direct neighbors (left, right, above, below) of the anchors, `[neighbors]`.
 
     Args:
         anchors: token indices, `[anchors]`.
         token_grid: height x width of the tokens.
-        wrap: step along the flat sequence and clamp to its ends, as HiPrune's release does; a step at the end of a row
-            then lands in the next one. Else neighbors outside the grid are left out.
+        wrap: whether neighbors wrap around to the next or previous row, as in HiPrune's release: steps follow the flat
+            sequence and are clamped to its ends. Otherwise, neighbors outside the grid are omitted.
 
     Returns:
-        Token indices, sorted and without repeats.
+        Token indices, sorted and without duplicates.
     """
     height, width = token_grid
     if wrap:
-        around = torch.cat([anchors - 1, anchors + 1, anchors - width, anchors + width]).clamp(0, height * width - 1)
+        neighbors = torch.cat([anchors - 1, anchors + 1, anchors - width, anchors + width]).clamp(0, height * width - 1)
     else:
         row, col = anchors // width, anchors % width
-        parts = [(anchors - 1, col > 0), (anchors + 1, col < width - 1)]
-        parts += [(anchors - width, row > 0), (anchors + width, row < height - 1)]
-        around = torch.cat([beside[inside] for beside, inside in parts])
-    found = torch.zeros(height * width, dtype=torch.bool, device=anchors.device)
-    found[around] = True
-    return found.nonzero()[:, 0]
+        steps = [(anchors - 1, col > 0), (anchors + 1, col < width - 1)]
+        steps += [(anchors - width, row > 0), (anchors + width, row < height - 1)]
+        neighbors = torch.cat([indices[inside] for indices, inside in steps])
+    is_neighbor = torch.zeros(height * width, dtype=torch.bool, device=anchors.device)
+    is_neighbor[neighbors] = True
+    return is_neighbor.nonzero()[:, 0]
 
 
-def in_each_tile(candidates: Tensor, budgets: Tensor, choose: Callable[[int, Tensor, int], Tensor]) -> Tensor:
-    """Choose tokens tile by tile.
+def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, Tensor, int], Tensor]) -> Tensor:
+    """Apply a selection function to each tile and return the mask of kept tokens, bool `[tiles, tokens]`.
 
     Args:
         candidates: tokens that may be kept, bool `[tiles, tokens]`.
-        budgets: tokens to keep in each tile, `[tiles]`.
-        choose: from tile, indices of its candidates and budget to places among these candidates.
-
-    Returns:
-        Kept tokens, bool `[tiles, tokens]`.
+        budgets: number of tokens to keep in each tile, `[tiles]`.
+        select: function of tile index, token indices of its candidates `[candidates]` and budget. It returns positions
+            in this list of candidates, `[budget]`.
     """
     kept = torch.zeros_like(candidates)
     for tile, budget in enumerate(budgets.tolist()):
-        places = candidates[tile].nonzero()[:, 0]
+        indices = candidates[tile].nonzero()[:, 0]
         if budget:
-            kept[tile, places[choose(tile, places, budget)]] = True
+            kept[tile, indices[select(tile, indices, budget)]] = True
     return kept
 
 
 @dataclass
 class MaxMinDiversitySelection(SelectionPolicy):
-    """Keep tokens that are far from each other (DivPrune); needs no attention."""
+    """Keeps tokens with large distances to each other (DivPrune). Requires no attention."""
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the same score for every token: only distances matter, `[tiles, tokens]`."""
+        """Return zeros, `[tiles, tokens]`, because the selection depends only on distances."""
         return image.features.new_zeros(image.features.shape[:2])
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by greedy max-min distance of the features."""
-        return in_each_tile(candidates, budgets, lambda t, at, n: max_min_diverse(image.features[t, at], n))
+        return select_per_tile(
+            candidates, budgets, lambda tile, indices, number: max_min_diverse(image.features[tile, indices], number)
+        )
 
 
 @dataclass
 class SaliencyCoverageSelection(SelectionPolicy):
-    """Keep salient tokens that cover what the others look like (SCOPE).
+    """Keeps salient tokens that together are similar to all tokens (SCOPE).
 
     Args:
         layer: layer of the vision tower whose CLS attention and features are read.
-        alpha: power of the saliency; 0 is coverage alone.
+        alpha: exponent of the saliency; 0 ignores the saliency.
     """
 
     layer: LayerChoice = "feature"
@@ -279,7 +282,7 @@ class SaliencyCoverageSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """CLS attention and features before the projector."""
+        """The CLS attention, and the features before the projector."""
         return (Signal("cls_attention", self.layer), Signal("vision_features", self.layer))
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -289,16 +292,20 @@ class SaliencyCoverageSelection(SelectionPolicy):
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by greedy saliency-weighted coverage."""
         features = image.vision_features(self.layer)
-        return in_each_tile(candidates, budgets, lambda t, at, n: saliency_coverage(features[t, at], scores[t, at], n))
+        return select_per_tile(
+            candidates,
+            budgets,
+            lambda tile, indices, number: saliency_coverage(features[tile, indices], scores[tile, indices], number),
+        )
 
 
 @dataclass
 class ImportantThenDiverseSelection(SelectionPolicy):
-    """Keep the most attended tokens, and of the rest those that repeat nothing (VisPruner).
+    """Keeps the most attended tokens, and non-redundant tokens among the remaining ones (VisPruner).
 
     Args:
         layer: layer of the vision tower whose CLS attention and features are read.
-        important_share: share of the budget for attention alone.
+        important_share: share of the budget for the most attended tokens.
     """
 
     layer: LayerChoice = "feature"
@@ -306,7 +313,7 @@ class ImportantThenDiverseSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """CLS attention and features before the projector."""
+        """The CLS attention, and the features before the projector."""
         return (Signal("cls_attention", self.layer), Signal("vision_features", self.layer))
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -314,25 +321,25 @@ class ImportantThenDiverseSelection(SelectionPolicy):
         return image.cls_attention(self.layer).mean(dim=1)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep important tokens, then diverse ones."""
+        """Keep important tokens, then diverse tokens."""
         features = image.vision_features(self.layer)
 
-        def choose(tile: int, places: Tensor, number: int) -> Tensor:
+        def select(tile: int, indices: Tensor, number: int) -> Tensor:
             important = int(number * self.important_share)
-            return important_then_diverse(features[tile, places], scores[tile, places], number, important)
+            return important_then_diverse(features[tile, indices], scores[tile, indices], number, important)
 
-        return in_each_tile(candidates, budgets, choose)
+        return select_per_tile(candidates, budgets, select)
 
 
 @dataclass
 class AnchorBufferRegisterSelection(SelectionPolicy):
-    """Keep tokens that a middle layer attends to, their neighbors, and tokens that a deep layer attends to (HiPrune).
+    """Keeps the most attended tokens of a middle layer with their neighbors, then of a deep layer (HiPrune).
 
     Args:
-        object_layer: the middle layer, whose received attention finds objects.
-        layer: the deep layer, whose received attention finds global information.
+        object_layer: the middle layer. Its received attention is large at objects.
+        layer: the deep layer. Its received attention is large at tokens with global information.
         anchor_share: share of the budget for anchors and their neighbors (alpha).
-        wrap: let neighbors run over the ends of rows, as the release does.
+        wrap: whether neighbors wrap around the ends of rows, as in the release.
     """
 
     object_layer: LayerChoice = 0.35
@@ -342,11 +349,11 @@ class AnchorBufferRegisterSelection(SelectionPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Received attention of both layers."""
+        """The received attention of both layers."""
         return (Signal("received_attention", self.object_layer), Signal("received_attention", self.layer))
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return what the deep layer attends to, mean over heads and queries, `[tiles, tokens]`."""
+        """Return the received attention of the deep layer, mean over heads and queries, `[tiles, tokens]`."""
         return image.received_attention(self.layer).mean(dim=1)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
@@ -354,9 +361,9 @@ class AnchorBufferRegisterSelection(SelectionPolicy):
         objects = image.received_attention(self.object_layer).mean(dim=1).masked_fill(~candidates, -torch.inf)
         order = objects.argsort(dim=1, descending=True, stable=True)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        for own, places, budget in zip(rank, order, budgets.tolist(), strict=True):
-            anchors = places[: round(budget * self.anchor_share / 5)]
-            # Anchors rank before their neighbors, and these before everything else.
-            own[neighbors(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
-            own[anchors] -= 2 * candidates.shape[1]
+        for tile_rank, tile_order, budget in zip(rank, order, budgets.tolist(), strict=True):
+            anchors = tile_order[: round(budget * self.anchor_share / 5)]
+            # Anchors rank before their neighbors, and the neighbors before all remaining tokens.
+            tile_rank[neighbor_indices(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
+            tile_rank[anchors] -= 2 * candidates.shape[1]
         return top_per_tile(-rank, budgets, candidates)

@@ -1,4 +1,4 @@
-"""Merging policies: how dropped tokens live on in those that enter the LLM."""
+"""Merging policies: combine dropped tokens into tokens that enter the LLM."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 from tokenprune.image import EncodedImage, Signal, region_coverage
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import Merged, MergingPolicy, identity_weights
-from tokenprune.strategies.components.selection import evenly_spaced
+from tokenprune.strategies.components.selection import evenly_spaced_indices
 
-RELEASED = "release"
-"""Weights as the published code has them."""
+RELEASE_WEIGHTS = "release"
+"""Option value that selects the weights of the published code."""
 
 
 def representative_index(scores: Tensor, dropped: Tensor) -> int:
-    """Return the place of a token that stands for all dropped ones: that of the best of them.
+    """Return the index of the dropped token with the largest score; its position receives the merged token.
 
     Args:
-        scores: the larger the better, `[tokens]`.
-        dropped: dropped tokens, bool `[tokens]`.
+        scores: scores of the tokens, `[tokens]`.
+        dropped: mask of dropped tokens, bool `[tokens]`.
     """
     return int(scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~dropped, -torch.inf).argmax())
 
 
 @dataclass
 class MeanOfRestMerging(MergingPolicy):
-    """One more token per tile: the mean of those that were dropped (TRIM)."""
+    """Adds one token per tile, the mean of its dropped tokens (TRIM)."""
 
     before_projector: ClassVar[bool] = True
 
@@ -42,36 +42,36 @@ class MeanOfRestMerging(MergingPolicy):
         return (Signal("projector_inputs"),)
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return one token for every tile that keeps some and drops some."""
+        """Return one token for every tile that both keeps and drops tokens, `[tiles]`."""
         return budgets.clamp(max=1) * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Put the mean of the dropped tokens in the place of the best of them."""
-        made = torch.zeros_like(picked, dtype=torch.long)
+        """Insert the mean of the dropped tokens at the position of the dropped token with the largest score."""
+        kind = torch.zeros_like(picked, dtype=torch.long)
         weights = identity_weights(picked)
         for tile in reserved.nonzero()[:, 0].tolist():
             dropped = candidates[tile] & ~picked[tile]
-            place = representative_index(scores[tile], dropped)
-            made[tile, place] = 1
-            weights[tile, place] = dropped / dropped.sum()
-        return Merged(made, weights)
+            index = representative_index(scores[tile], dropped)
+            kind[tile, index] = 1
+            weights[tile, index] = dropped / dropped.sum()
+        return Merged(kind, weights)
 
 
 @dataclass
 class NeighborMerging(MergingPolicy):
-    """Every kept token takes up its nearest neighbors, weighted by attention; one token holds the rest (PruMerge).
+    """Merges each kept token with its nearest neighbors, and the dropped tokens into one additional token (PruMerge).
 
-    With ``a`` the attention of CLS and the neighbors ``j`` of token ``i`` those with the most similar keys:
-    ``(x_i + sum_j a_j x_j) / (1 + sum_j a_j)``; the rest is ``sum_j a_j x_j / sum_j a_j`` over all tokens that were not
-    kept, in the place of the one with the largest score.
+    ``a`` is the CLS attention, and the neighbors ``j`` of token ``i`` are the tokens with the most similar keys. A kept
+    token becomes ``(x_i + sum_j a_j x_j) / (1 + sum_j a_j)``. The additional token is ``sum_j a_j x_j / sum_j a_j``
+    over all dropped tokens. It is inserted at the position of the dropped token with the largest score.
 
     Args:
-        neighbors: how many neighbors a token takes up; kept ones may be among them.
+        neighbors: number of neighbors per kept token. Other kept tokens can be among them.
         layer: layer of the vision tower whose attention and keys are read.
-        weights: ``"mean"`` as above; ``"release"`` leaves both divisions out, as the published code does: then the
-            length of a token depends on its attention.
+        weights: ``"mean"`` uses the equations above. ``"release"`` omits both divisions, as the published code does.
+            The norm of a token then depends on its attention.
     """
 
     neighbors: int = 32
@@ -82,57 +82,60 @@ class NeighborMerging(MergingPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Attention over all heads as one, keys, and the inputs of the projector."""
+        """The joint attention of all heads, the keys, and the inputs of the projector."""
         return (Signal("joint_attention", self.layer), Signal("keys", self.layer), Signal("projector_inputs"))
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return one token, for the rest, for every tile that keeps some and drops some; the release always does."""
-        return budgets.clamp(max=1) * ((budgets < room) | (self.weights == RELEASED))
+        """Return one token for every tile that both keeps and drops tokens, `[tiles]`.
+
+        With the weights of the release, return one token for every tile that keeps tokens.
+        """
+        return budgets.clamp(max=1) * ((budgets < room) | (self.weights == RELEASE_WEIGHTS))
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Add neighbors to kept tokens and make one token of the rest."""
+        """Merge kept tokens with their neighbors, and dropped tokens into one additional token."""
         attention = image.joint_attention(self.layer)[:, 0]
         keys = rearrange(image.keys(self.layer), "tiles heads tokens dim -> tiles tokens (heads dim)")
         keys = F.normalize(keys, dim=-1)
-        made = torch.zeros_like(picked, dtype=torch.long)
+        kind = torch.zeros_like(picked, dtype=torch.long)
         weights = identity_weights(picked)
         for tile, reserve in enumerate(reserved.tolist()):
-            own = picked[tile].nonzero()[:, 0]
-            likeness = keys[tile, own] @ keys[tile].T
-            likeness.masked_fill_(~candidates[tile], -torch.inf)
-            likeness[torch.arange(len(own)), own] = -torch.inf
-            others = int(candidates[tile].sum()) - 1
-            near = likeness.topk(min(self.neighbors, max(others, 0)), dim=1)[1]
-            rows = weights[tile, own].scatter_add(1, near, attention[tile][near])
-            weights[tile, own] = rows / rows.sum(dim=1, keepdim=True) if self.weights == "mean" else rows
+            kept = picked[tile].nonzero()[:, 0]
+            similarity = keys[tile, kept] @ keys[tile].T
+            similarity.masked_fill_(~candidates[tile], -torch.inf)
+            similarity[torch.arange(len(kept)), kept] = -torch.inf
+            n_neighbors = min(self.neighbors, max(int(candidates[tile].sum()) - 1, 0))
+            nearest = similarity.topk(n_neighbors, dim=1)[1]
+            rows = weights[tile, kept].scatter_add(1, nearest, attention[tile][nearest])
+            weights[tile, kept] = rows / rows.sum(dim=1, keepdim=True) if self.weights == "mean" else rows
             dropped = candidates[tile] & ~picked[tile]
             if reserve and bool(dropped.any()):
-                place = representative_index(scores[tile], dropped)
-                made[tile, place] = 1
-                rest = attention[tile] * dropped
-                if self.weights == "mean":  # without attention on any of them, they count alike
-                    rest = rest / rest.sum() if bool(rest.sum() > 0) else dropped / dropped.sum()
-                weights[tile, place] = rest
-        return Merged(made, weights)
+                index = representative_index(scores[tile], dropped)
+                kind[tile, index] = 1
+                row = attention[tile] * dropped
+                if self.weights == "mean":  # if no dropped token draws attention, all have the same weight
+                    row = row / row.sum() if bool(row.sum() > 0) else dropped / dropped.sum()
+                weights[tile, index] = row
+        return Merged(kind, weights)
 
 
 @dataclass
 class ContextualMerging(MergingPolicy):
-    """Some of the tokens that were not picked become targets, and every other one joins the most similar (VisionZip).
+    """Merges dropped tokens into the most similar of several target tokens, which are sampled from them (VisionZip).
 
-    Likeness is the cosine of keys, mean over heads.
+    The similarity is the cosine of the keys, averaged over heads.
 
     Args:
-        share: share of a tile's budget for targets.
+        share: share of the budget of a tile for targets.
         layer: layer of the vision tower whose keys are read.
-        number: targets of every tile, instead of a share.
-        combine: ``"mean"`` makes a target the mean of itself and those that joined it; ``"sum"`` adds their mean to it,
-            as the release does, which doubles its length.
-        spacing: ``"even"`` spreads targets over the tokens that were not picked; ``"step"`` takes every whole step
-            from the first one on, as the release does, which leaves the end out.
-        cls: spend one token of each tile on its CLS token, as the release does.
+        number: number of targets in every tile, instead of a share.
+        combine: ``"mean"`` replaces a target by the mean of itself and the tokens merged into it. ``"sum"`` adds the
+            mean of these tokens to the target, as the release does, which doubles its norm.
+        spacing: ``"even"`` distributes the targets over all tokens that were not picked. ``"step"`` starts at the first
+            token and rounds the step down, as the release does, so the last tokens never become targets.
+        cls: whether to spend one token of each tile on its CLS token, as the release does.
     """
 
     share: float = 10 / 64
@@ -146,12 +149,12 @@ class ContextualMerging(MergingPolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Keys, the inputs of the projector, and CLS if it is kept."""
+        """The keys, the inputs of the projector, and the CLS tokens if they are kept."""
         needs = [Signal("keys", self.layer), Signal("projector_inputs")]
         return [*needs, Signal("cls_features")] if self.cls else needs
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return the number of targets, and one more for CLS if it is kept."""
+        """Return the number of targets, plus one if the CLS token is kept, `[tiles]`."""
         share, number = (budgets * self.share).round().long(), self.number
         targets = share if number is None else torch.full_like(budgets, number)
         return (targets + self.cls).minimum(budgets) * (budgets < room)
@@ -159,90 +162,92 @@ class ContextualMerging(MergingPolicy):
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Choose targets and let the others join them."""
+        """Sample the targets, and merge the remaining dropped tokens into them."""
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
-        made = torch.zeros_like(picked, dtype=torch.long)
+        kind = torch.zeros_like(picked, dtype=torch.long)
         weights = F.pad(identity_weights(picked), (0, int(self.cls)))
         for tile in reserved.nonzero()[:, 0].tolist():
-            rest = (candidates[tile] & ~picked[tile]).nonzero()[:, 0]
+            dropped = (candidates[tile] & ~picked[tile]).nonzero()[:, 0]
             number = int(reserved[tile]) - self.cls
-            step = max(1, len(rest) // max(1, number))
-            even = self.spacing == "even"
-            at = evenly_spaced(len(rest), number) if even else torch.arange(0, len(rest), step)[:number]
-            is_target = torch.zeros_like(rest, dtype=torch.bool)
-            is_target[at.to(rest.device)] = True
-            targets, others = rest[is_target], rest[~is_target]
-            made[tile, targets] = 1
+            if self.spacing == "even":
+                positions = evenly_spaced_indices(len(dropped), number)
+            else:
+                step = max(1, len(dropped) // max(1, number))
+                positions = torch.arange(0, len(dropped), step)[:number]
+            is_target = torch.zeros_like(dropped, dtype=torch.bool)
+            is_target[positions.to(dropped.device)] = True
+            targets, sources = dropped[is_target], dropped[~is_target]
+            kind[tile, targets] = 1
             if self.cls:
-                valid = image.geometry.valid[tile].to(rest.device)[others]
-                place = (others[valid] if bool(valid.any()) else others)[-1]
-                made[tile, place] = 2  # CLS has no place in the grid; that of a dropped token is free
-                weights[tile, place] = F.one_hot(torch.tensor(weights.shape[2] - 1), weights.shape[2])
-            if not len(targets) or not len(others):
+                valid = image.geometry.valid[tile].to(dropped.device)[sources]
+                index = (sources[valid] if bool(valid.any()) else sources)[-1]
+                kind[tile, index] = 2  # CLS has no position in the grid, so it takes the position of a dropped token
+                weights[tile, index] = F.one_hot(torch.tensor(weights.shape[2] - 1), weights.shape[2])
+            if not len(targets) or not len(sources):
                 continue
-            joins = (keys[tile, others] @ keys[tile, targets].T).argmax(dim=1)
-            members = F.one_hot(joins, len(targets)).T.to(weights.dtype)  # [targets, others]
+            most_similar = (keys[tile, sources] @ keys[tile, targets].T).argmax(dim=1)
+            members = F.one_hot(most_similar, len(targets)).T.to(weights.dtype)  # [targets, sources]
             counts = members.sum(dim=1, keepdim=True)
             if self.combine == "sum":
-                weights[tile, targets[:, None], others] = members / counts.clamp(min=1)
+                weights[tile, targets[:, None], sources] = members / counts.clamp(min=1)
             else:
-                weights[tile, targets[:, None], others] = members / (1 + counts)
+                weights[tile, targets[:, None], sources] = members / (1 + counts)
                 weights[tile, targets, targets] = 1 / (1 + counts[:, 0])
-        return Merged(made, weights)
+        return Merged(kind, weights)
 
 
 @dataclass
 class PooledGridMerging(MergingPolicy):
-    """The tile's valid rectangle is cut into as many cells as it may keep tokens, and each cell becomes its mean.
+    """Divides the valid rectangle of a tile into as many cells as its budget, and averages the tokens of each.
 
-    Any number of cells works: they lie in bands of equal height, some of which hold one cell more than others. Where a
-    cell cuts through tokens, they count by area.
+    Any number of cells is supported. They form bands of equal height, and the number of cells per band differs by at
+    most one. If a cell covers part of a token, the token is weighted by the covered area.
     """
 
     def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
-        """Return the whole budget, so that nothing is picked, unless nothing is dropped."""
+        """Return the full budget of each tile that drops tokens, so that the selection picks none, `[tiles]`."""
         return budgets * (budgets < room)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
-        """Put the mean of each cell in the place of the token at its center."""
+        """Insert the mean of each cell at the position of the token at its center."""
         height, width = image.geometry.token_grid
-        made = torch.zeros_like(picked, dtype=torch.long)
+        kind = torch.zeros_like(picked, dtype=torch.long)
         weights = identity_weights(picked)
         for tile, number in enumerate(reserved.tolist()):
             if not number:
                 continue
             grid = candidates[tile].view(height, width)
-            down, across = grid.any(dim=1).nonzero()[:, 0], grid.any(dim=0).nonzero()[:, 0]
-            top, left, rows, cols = int(down[0]), int(across[0]), len(down), len(across)
-            cells = bands_of_cells(number, rows, cols)
+            ys, xs = grid.any(dim=1).nonzero()[:, 0], grid.any(dim=0).nonzero()[:, 0]
+            top, left, rows, cols = int(ys[0]), int(xs[0]), len(ys), len(xs)
+            cells = divide_into_cells(number, rows, cols)
             cells = cells * torch.tensor([rows, cols, rows, cols]) + torch.tensor([top, left, top, left])
-            places = (cells[:, 0] + cells[:, 2]).div(2).floor() * width + (cells[:, 1] + cells[:, 3]).div(2).floor()
-            places = places.long().to(picked.device)
-            inside = region_coverage((cells / torch.tensor([height, width, height, width])).float(), (height, width))
-            inside = inside.to(picked.device) * candidates[tile]
-            made[tile, places] = 1
-            weights[tile, places] = inside / inside.sum(dim=1, keepdim=True)
-        return Merged(made, weights)
+            centers = (cells[:, 0] + cells[:, 2]).div(2).floor() * width + (cells[:, 1] + cells[:, 3]).div(2).floor()
+            indices = centers.long().to(picked.device)
+            coverage = region_coverage((cells / torch.tensor([height, width, height, width])).float(), (height, width))
+            coverage = coverage.to(picked.device) * candidates[tile]
+            kind[tile, indices] = 1
+            weights[tile, indices] = coverage / coverage.sum(dim=1, keepdim=True)
+        return Merged(kind, weights)
 
 
-def bands_of_cells(number: int, rows: int, cols: int) -> Tensor:
-    """Cut a rectangle of tokens into a number of cells, none smaller than a token.
+def divide_into_cells(number: int, rows: int, cols: int) -> Tensor:
+    """Divide a rectangle of tokens into cells of at least the size of a token, float64 `[number, 4]`.
 
     Args:
-        number: cells, at most ``rows * cols``.
+        number: number of cells, at most ``rows * cols``.
         rows: height of the rectangle in tokens.
         cols: width of the rectangle in tokens.
 
     Returns:
-        (top, left, bottom, right) of each cell in fractions of the rectangle, row by row, float64 `[number, 4]`.
+        (top, left, bottom, right) of each cell as fractions of the rectangle, in row-major order.
     """
-    least = -(-number // cols)
-    bands = min(max(least, round((number * rows / cols) ** 0.5), 1), rows, number)
+    fewest_bands = -(-number // cols)
+    n_bands = min(max(fewest_bands, round((number * rows / cols) ** 0.5), 1), rows, number)
     cells = []
-    for band in range(bands):
-        here = number * (band + 1) // bands - number * band // bands
-        for cell in range(here):
-            cells.append([band / bands, cell / here, (band + 1) / bands, (cell + 1) / here])
+    for band in range(n_bands):
+        n_cells = number * (band + 1) // n_bands - number * band // n_bands
+        for cell in range(n_cells):
+            cells.append([band / n_bands, cell / n_cells, (band + 1) / n_bands, (cell + 1) / n_cells])
     return torch.tensor(cells, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Relevance policies: how much each token has to do with the question, or with the image as a whole."""
+"""Relevance policies: score each token by its relation to the question or to the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNS = {"opposite": -1.0, "aligned": 1.0}
 
 @dataclass
 class AttentionRelevance(RelevancePolicy):
-    """What CLS attends to, mean over heads; needs no question.
+    """Uses CLS attention, mean over heads, as the relevance. Requires no question.
 
     Args:
         layer: layer of the vision tower whose CLS attention is read.
@@ -29,7 +29,7 @@ class AttentionRelevance(RelevancePolicy):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The CLS attention of the chosen layer."""
+        """The CLS attention of the configured layer."""
         return (Signal("cls_attention", self.layer),)
 
     def relevance(self, image: EncodedImage) -> Tensor:
@@ -39,63 +39,51 @@ class AttentionRelevance(RelevancePolicy):
 
 @dataclass
 class TextRelevance(RelevancePolicy):
-    """Likeness of tokens and question in the space that CLIP's towers share (CDPruner, TRIM).
+    """Computes the similarity of tokens and question in the shared embedding space of CLIP (CDPruner, TRIM).
 
     Args:
         layer: layer of the vision tower whose tokens are compared.
-        likeness: ``"cosine"``, or ``"dot"`` without normalizing either side.
-        sign: ``"opposite"``, as all published methods have it: patches of CLIP that show what a text says are *less*
-            like it than the others; ``"aligned"`` for towers whose patches are not like that.
+        likeness: ``"cosine"``, or ``"dot"`` for the dot product of unnormalized vectors.
+        sign: ``"opposite"`` negates the similarity, as all published methods do: CLIP patches that show the content of
+            a text are *less* similar to it than other patches. ``"aligned"`` is for towers without this property.
     """
 
     layer: LayerChoice = "feature"
     likeness: Literal["cosine", "dot"] = "cosine"
     sign: Literal["opposite", "aligned"] = "opposite"
 
-    def __post_init__(self) -> None:
-        """Check the options once."""
-        for name, value, allowed in (("likeness", self.likeness, ("cosine", "dot")), ("sign", self.sign, tuple(SIGNS))):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
-
     @property
     def needs(self) -> Sequence[Signal]:
-        """Tokens and question in the shared space."""
+        """The tokens and the question in the shared embedding space."""
         return (Signal("aligned_features", self.layer), Signal("question"))
 
     def relevance(self, image: EncodedImage) -> Tensor:
-        """Return the signed likeness, mean over the segments of a long question, `[tiles, tokens]`."""
+        """Return the signed similarity, mean over the segments of a long question, `[tiles, tokens]`."""
         tokens, question = image.aligned_features(self.layer), image.question()
         if self.likeness == "cosine":
             tokens, question = F.normalize(tokens, dim=-1), F.normalize(question, dim=-1)
-        likeness = SIGNS[self.sign] * (tokens.double() @ question.double().T).mean(dim=-1)
-        largest = torch.finfo(torch.float32).max  # which a plain dot may exceed
-        return likeness.clamp(-largest, largest).float()
+        similarity = SIGNS[self.sign] * (tokens.double() @ question.double().T).mean(dim=-1)
+        largest = torch.finfo(torch.float32).max  # an unnormalized dot product can exceed it
+        return similarity.clamp(-largest, largest).float()
 
 
 @dataclass
 class MeanRelevance(RelevancePolicy):
-    """Likeness of tokens to their mean, or unlikeness; needs no attention and no question.
+    """Computes the signed cosine similarity of tokens to their mean. Requires no attention and no question.
 
-    What is unlike the mean is what the rest does not say: VidCom2 keeps such tokens of a frame and of a video
-    (arXiv 2505.14454).
+    Tokens that differ from the mean carry information that other tokens lack. VidCom2 keeps such tokens of a frame and
+    of a video (arXiv 2505.14454).
 
     Args:
-        over: ``"tile"`` or ``"image"``: the mean of the valid tokens of each tile, or of all tiles together.
-        sign: ``"opposite"`` prefers tokens that are unlike the mean, ``"aligned"`` typical ones.
+        over: tokens of the mean: the valid tokens of each ``"tile"``, or of all tiles of the ``"image"``.
+        sign: ``"opposite"`` prefers tokens that differ from the mean; ``"aligned"`` prefers tokens similar to the mean.
     """
 
     over: Literal["tile", "image"] = "tile"
     sign: Literal["opposite", "aligned"] = "opposite"
 
-    def __post_init__(self) -> None:
-        """Check the options once."""
-        for name, value, allowed in (("over", self.over, ("tile", "image")), ("sign", self.sign, tuple(SIGNS))):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
-
     def relevance(self, image: EncodedImage) -> Tensor:
-        """Return the signed cosine to the mean, `[tiles, tokens]`."""
+        """Return the signed cosine similarity to the mean, `[tiles, tokens]`."""
         features = image.features.float()
         valid = image.geometry.valid.to(features.device)[..., None]
         dims = (1,) if self.over == "tile" else (0, 1)
@@ -103,35 +91,37 @@ class MeanRelevance(RelevancePolicy):
         return SIGNS[self.sign] * F.cosine_similarity(features, mean, dim=-1)
 
 
-def rescaled(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
-    """Stretch the values of valid tokens to 0..1, a little above zero; without any difference they are all alike.
+def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
+    """Rescale the values of valid tokens linearly to the range 0..1, `[tiles, tokens]`.
+
+    If all valid values are equal, the result is 1 everywhere. If no token is valid, it is 0.
 
     Args:
         values: one number per token, `[tiles, tokens]`.
-        valid: the tokens whose smallest and largest value count, bool `[tiles, tokens]`.
-        floor: added to the smallest.
+        valid: tokens whose minimum and maximum define the range, bool `[tiles, tokens]`.
+        floor: added to the values before the division, so that the smallest result is above 0.
     """
-    known = values[valid]
-    if not known.numel():
+    valid_values = values[valid]
+    if not valid_values.numel():
         return torch.zeros_like(values)
-    low, high = known.min(), known.max()
+    low, high = valid_values.min(), valid_values.max()
     spread = high - low
     return (values - low + floor) / spread if bool(spread > 0) else torch.ones_like(values)
 
 
 @dataclass
 class TopRelevanceSelection(SelectionPolicy):
-    """Keep the tokens that have most to do with the question.
+    """Keeps the tokens with the largest relevance to the question.
 
     Args:
-        relevance: what says so.
+        relevance: relevance policy that scores the tokens.
     """
 
     relevance: RelevancePolicy = field(default_factory=TextRelevance)
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """The signals of the relevance."""
+        """The signals of the relevance policy."""
         return self.relevance.needs
 
     def score(self, image: EncodedImage) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenprune.experiments.bench.architectures import architecture, architectures, on_meta
+from tokenprune.experiments.bench.architectures import build_meta_model, list_architectures, load_architecture
 
 PARAMETERS = {
     "internvl3-2b": 2_088_957_440,
@@ -19,22 +19,25 @@ PARAMETERS = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
 }
-"""Parameters of the published checkpoints, a tied head counted once (sources: docs/results/performance.md)."""
+"""Parameters of the published checkpoints, a tied head counted once (sources: docs/explanation/benchmark-method.md)."""
 
 
 def test_every_architecture_is_known() -> None:
-    assert architectures() == sorted(PARAMETERS)
+    assert list_architectures() == sorted(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_of_the_checkpoint(name: str) -> None:
-    model = on_meta(architecture(name))
+    model = build_meta_model(load_architecture(name))
     assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
     assert all(one.is_meta for one in model.parameters())
 
 
 def test_layers_can_be_cut() -> None:
-    whole, cut = on_meta(architecture("llava-onevision-0.5b")), on_meta(architecture("llava-onevision-0.5b", 3))
+    whole, cut = (
+        build_meta_model(load_architecture("llava-onevision-0.5b")),
+        build_meta_model(load_architecture("llava-onevision-0.5b", 3)),
+    )
     assert len(cut.model.language_model.layers) == 3
     layer = sum(one.numel() for one in whole.model.language_model.layers[0].parameters())
     total = sum(one.numel() for one in cut.parameters())
@@ -44,9 +47,9 @@ def test_layers_can_be_cut() -> None:
 @pytest.mark.parametrize("layers", [0, 33])
 def test_layers_that_are_not_there_cannot_be_kept(layers: int) -> None:
     with pytest.raises(ValueError, match="has 32 LLM layers"):
-        architecture("llava-1.5-7b", layers)
+        load_architecture("llava-1.5-7b", layers)
 
 
 def test_unknown_architectures_name_the_nearest() -> None:
     with pytest.raises(LookupError, match=r"Did you mean llava-v1\.6-vicuna-7b"):
-        architecture("llava-1.6-vicuna-7b")
+        load_architecture("llava-1.6-vicuna-7b")

@@ -21,18 +21,18 @@ from research import truncation_steps as steps
 from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
-from tokenprune.experiments.bench.architectures import architectures
+from tokenprune.experiments.bench.architectures import list_architectures
 from tokenprune.experiments.bench.bench_model import (
     BenchModel,
-    image,
-    image_processor,
-    plain_ids,
-    random_config,
-    subject,
+    build_image_processor,
+    find_random_config,
+    list_ordinary_ids,
+    load_bench_model,
+    random_image,
 )
-from tokenprune.experiments.bench.command import bench_parser
+from tokenprune.experiments.bench.command import build_bench_parser
 from tokenprune.experiments.bench.environment import peak_memory
-from tokenprune.experiments.bench.flame import Bar, flame, flame_figure, trace
+from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
 from tokenprune.experiments.bench.measure import (
     FUSED_ATTENTION,
     PLAIN,
@@ -42,17 +42,17 @@ from tokenprune.experiments.bench.measure import (
     Variant,
     Workload,
     as_data,
-    call,
-    count,
-    flop_counter,
-    measure,
-    turns,
+    count_work,
+    create_flop_counter,
+    generate_once,
+    measure_variants,
+    round_order,
 )
-from tokenprune.experiments.bench.phase_timer import BEFORE, DECODE, PHASES, PhaseTimer, instrument
-from tokenprune.experiments.bench.report import as_markdown, as_table, phases_figure
+from tokenprune.experiments.bench.phase_timer import DECODE, FIRST_TOKEN_PHASES, PHASES, PhaseTimer, instrument
+from tokenprune.experiments.bench.report import as_markdown, draw_phases, print_tables
 from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
-from tokenprune.models._capture.hooks import PROBE
+from tokenprune.models._capture.hooks import CAPTURE_CONTEXT, CAPTURE_KERNEL
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -101,23 +101,23 @@ def tiny(model: Any, inputs: dict[str, Any]) -> BenchModel:
 
 def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
     clock = Ticks()
-    ledger = PhaseTimer(clock)
+    timer = PhaseTimer(clock)
     clock.pass_by(1)
-    with ledger.phase("rewrite"):
+    with timer.phase("rewrite"):
         clock.pass_by(10)
-        with ledger.phase("reducer"):
+        with timer.phase("reducer"):
             clock.pass_by(100)
-            with ledger.phase("reducer"):
+            with timer.phase("reducer"):
                 clock.pass_by(100)
-        with suppress(KeyError), ledger.phase("vision encode"):
+        with suppress(KeyError), timer.phase("vision encode"):
             clock.pass_by(1000)
             raise KeyError
         clock.pass_by(10)
-    ledger.first_token()
+    timer.start_decoding()
     clock.pass_by(5)
-    ledger.flush()
-    assert ledger.spent == {"generate": 1, "rewrite": 20, "reducer": 200, "vision encode": 1000, "decode": 5}
-    assert sum(ledger.spent.values()) == clock.time
+    timer.flush()
+    assert timer.spent == {"generate": 1, "rewrite": 20, "reducer": 200, "vision encode": 1000, "decode": 5}
+    assert sum(timer.spent.values()) == clock.time
 
 
 @dataclass
@@ -143,12 +143,12 @@ def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: BenchModel, inpu
         hooks.append(module.register_forward_hook(lambda *_, ticks=ticks: clock.pass_by(ticks)))
     try:
         variant = Variant("slow", SlowHiRED(0.3, clock=clock)) if reduced else Variant(PLAIN)
-        whole, first, ledger, _ = call(tiny, inputs, variant, 4, clock, lambda: PhaseTimer(clock))
+        whole, first, timer, _ = generate_once(tiny, inputs, variant, 4, clock, lambda: PhaseTimer(clock))
     finally:
         for hook in hooks:
             hook.remove()
-    assert ledger is not None
-    spent = {name: took for name, took in ledger.spent.items() if took}
+    assert timer is not None
+    spent = {name: took for name, took in timer.spent.items() if took}
     expected = {"vision encode": 100, "projector": 10, "prefill": 7, "decode": 21}
     assert spent == (expected | {"reducer": 2000} if reduced else expected)  # two images
     assert whole == sum(spent.values())
@@ -157,9 +157,9 @@ def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: BenchModel, inpu
 
 def test_capture_is_booked_apart_from_the_kernel(tiny: BenchModel, inputs: Any) -> None:
     outcome = Measurement(Variant("HiRED", HiRED(0.3)))
-    count(tiny, inputs, outcome)
+    count_work(tiny, inputs, outcome)
     plain = Measurement(Variant(PLAIN))
-    count(tiny, inputs, plain)
+    count_work(tiny, inputs, plain)
     # Three of four layers are required; all patches of the six tiles are embedded: 16 a tile, of 3 x 14 x 14 values.
     config = tiny.model.config.vision_config
     embedding = 2 * 6 * 16 * 3 * 14**2 * config.hidden_size
@@ -172,7 +172,8 @@ def test_capture_is_booked_apart_from_the_kernel(tiny: BenchModel, inputs: Any) 
 def state(model: Any) -> list[Any]:
     return [
         [sorted(vars(module)) for module in model.modules()],
-        ALL_ATTENTION_FUNCTIONS[PROBE],
+        ALL_ATTENTION_FUNCTIONS[CAPTURE_KERNEL],
+        CAPTURE_CONTEXT.get(),
         [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
     ]
 
@@ -199,12 +200,12 @@ def test_watching_changes_nothing_and_is_taken_off_again(tiny: BenchModel, input
         ):
             tiny.model.generate(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
         for failing in (adapter.tower_layers[1].mlp, adapter.projector):  # while the tower runs, and after it was left
-            broken, ledger = failing.register_forward_pre_hook(interrupt), PhaseTimer(Ticks())
-            with pytest.raises(KeyboardInterrupt), instrument(adapter, ledger, pipeline):
+            broken, timer = failing.register_forward_pre_hook(interrupt), PhaseTimer(Ticks())
+            with pytest.raises(KeyboardInterrupt), instrument(adapter, timer, pipeline):
                 tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
             broken.remove()
-            assert not ledger.decoding
-            assert ledger._open == ["generate"]
+            assert not timer.is_decoding
+            assert timer._open == ["generate"]
         assert [sorted(vars(thing)) for thing in objects] == vars_before
     assert torch.equal(free, seen)
     assert state(tiny.model) == before
@@ -214,11 +215,11 @@ def test_watching_changes_nothing_and_is_taken_off_again(tiny: BenchModel, input
 
 
 def test_flops_are_those_of_the_plain_call(tiny: BenchModel, inputs: Any) -> None:
-    with torch.inference_mode(), flop_counter() as counter:
+    with torch.inference_mode(), create_flop_counter() as counter:
         tiny.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     plain, full = Measurement(Variant(PLAIN)), Measurement(Variant("HiRED 100 %", HiRED(1.0)))
-    count(tiny, inputs, plain)
-    count(tiny, inputs, full)
+    count_work(tiny, inputs, plain)
+    count_work(tiny, inputs, full)
     assert sum(plain.flops.values()) == counter.get_total_flops()
     capture = full.flops.pop("signal capture")
     # At 100 % the output object has the outputs of every layer.
@@ -244,8 +245,8 @@ def test_attention_on_a_cpu_is_counted_as_its_plain_matrices() -> None:
     inputs = dict(batch("llava_next", SIZES[0]))
     config, length = tiny_model("llava_next").config.text_config, inputs["input_ids"].shape[1]
     skipped = 4 * config.num_hidden_layers * config.hidden_size * length * (length - 1) // 2
-    assert flops("sdpa", flop_counter()) == flops("eager", FlopCounterMode(display=False)) - skipped
-    assert flops("sdpa", FlopCounterMode(display=False)) < flops("sdpa", flop_counter())
+    assert flops("sdpa", create_flop_counter()) == flops("eager", FlopCounterMode(display=False)) - skipped
+    assert flops("sdpa", FlopCounterMode(display=False)) < flops("sdpa", create_flop_counter())
 
 
 def test_causal_attention_is_counted_up_to_the_diagonal() -> None:
@@ -253,7 +254,7 @@ def test_causal_attention_is_counted_up_to_the_diagonal() -> None:
 
     def flops(queries: int, keys: int, **given: Any) -> int:
         query, key = torch.ones(1, 2, queries, 4), torch.ones(1, 2, keys, 4)
-        with flop_counter() as counter:
+        with create_flop_counter() as counter:
             F.scaled_dot_product_attention(query, key, key, **given)
         return counter.get_total_flops() // (4 * 2 * 4)
 
@@ -272,7 +273,7 @@ def test_the_places_of_the_causal_flag_are_those_of_the_kernels() -> None:
 @pytest.mark.parametrize("budget", [None, 0.3])
 def test_cache_and_tokens_are_those_of_the_prompt(tiny: BenchModel, inputs: Any, budget: float | None) -> None:
     outcome = Measurement(Variant("one", None if budget is None else HiRED(budget)))
-    count(tiny, inputs, outcome)
+    count_work(tiny, inputs, outcome)
     with torch.inference_mode(), HiRED(budget or 1.0)(tiny.model) as run:
         tiny.model(**inputs)
     assert outcome.visual == sum(image.kept + image.newlines for image in run.account.images)
@@ -294,12 +295,12 @@ def test_peak_memory_sees_what_was_alive() -> None:
 
 
 def test_every_variant_comes_first_and_before_every_other_equally_often() -> None:
-    rounds = [turns("abc", number) for number in range(6)]
+    rounds = [round_order("abc", number) for number in range(6)]
     assert Counter(order[0] for order in rounds) == {"a": 2, "b": 2, "c": 2}
     assert Counter(pair for order in rounds for pair in (tuple(order[:2]), tuple(order[1:]))).total() == 12
     for one, other in ("ab", "ac", "bc"):
         assert sum(order.index(one) < order.index(other) for order in rounds) == 3
-    assert turns("a", 5) == ["a"]
+    assert round_order("a", 5) == ["a"]
 
 
 CALLS: list[str] = []
@@ -322,16 +323,18 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: BenchModel) 
     CALLS.clear()
     labels = ("one", "two", "greedy")
     variants = [Variant(PLAIN), *(Variant(label, Noted(0.3, label=label)) for label in labels)]
-    outcomes = measure(tiny, SETTING, variants, BenchProtocol(tokens=2, repeats=3, warmup=1))
+    outcomes = measure_variants(tiny, SETTING, variants, BenchProtocol(tokens=2, repeats=3, warmup=1))
     timed = CALLS[4 * 2 :: 2]  # two images a call; two calls of each variant for FLOPs and memory
-    orders = [[one.name for one in turns(variants, number) if one.name in ("one", "two")] for number in (0, 0, 1, 2)]
+    orders = [
+        [one.name for one in round_order(variants, number) if one.name in ("one", "two")] for number in (0, 0, 1, 2)
+    ]
     assert timed == [label for order in orders for label in order]
     assert [outcome.error for outcome in outcomes] == [None, None, None, "out of memory"]
-    assert [len(outcome.whole) for outcome in outcomes] == [3, 3, 3, 0]
+    assert [len(outcome.call_seconds) for outcome in outcomes] == [3, 3, 3, 0]
     for outcome in outcomes[:3]:
         assert set(outcome.phases) == set(PHASES)
-        for number, whole in enumerate(outcome.whole):
-            covered = sum(outcome.phases[name][number] for name in (*BEFORE, DECODE))
+        for number, whole in enumerate(outcome.call_seconds):
+            covered = sum(outcome.phases[name][number] for name in (*FIRST_TOKEN_PHASES, DECODE))
             assert covered == pytest.approx(whole, rel=0.05)
     found = as_data(outcomes, SETTING, BenchProtocol(tokens=2, repeats=3))
     assert [row["error"] for row in found["variants"]] == [None, None, None, "out of memory"]
@@ -346,22 +349,24 @@ def test_variants_take_turns_and_one_without_room_is_left_out(tiny: BenchModel) 
 
 
 def test_traces_show_the_phases(tiny: BenchModel, tmp_path: Path) -> None:
-    files = trace(tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace", "tiny")
+    files = profile_variants(
+        tiny, SETTING, [Variant(PLAIN), Variant("HiRED 30 %", HiRED(0.3))], tmp_path / "trace", "tiny"
+    )
     name = "batch-2-112-x-56-pixels"
     assert [file.name for file in files[2:]] == [f"{name}-HiRED-30.json", f"{name}-HiRED-30.txt", f"{name}.png"]
     ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
     assert {name for name in ranges if name.startswith("phase: ")} == {
-        f"phase: {name}" for name in BEFORE if name not in ("generate", "packing")
+        f"phase: {name}" for name in FIRST_TOKEN_PHASES if name not in ("generate", "packing")
     }
     assert "aten::addmm" in files[1].read_text()
-    graph = flame(json.loads(files[2].read_text())["traceEvents"])
-    assert set(graph.below) == {name for name in BEFORE if name != "packing"}
-    tower, parts = graph.below["vision encode"], ("CLIPVisionModel", "CLIPEncoder", "CLIPEncoderLayer")
-    while "CLIPMLP" not in tower.below:
-        tower = next(part for name, part in tower.below.items() if name in parts)
-    assert "CLIPAttention" in tower.below
-    assert {"Linear", "QuickGELUActivation"} == set(tower.below["CLIPMLP"].below)
-    assert "CLIPMLP" not in graph.below["signal capture"].below  # the tower runs inside, and is another phase
+    graph = build_flame_graph(json.loads(files[2].read_text())["traceEvents"])
+    assert set(graph.children) == {name for name in FIRST_TOKEN_PHASES if name != "packing"}
+    tower, parts = graph.children["vision encode"], ("CLIPVisionModel", "CLIPEncoder", "CLIPEncoderLayer")
+    while "CLIPMLP" not in tower.children:
+        tower = next(part for name, part in tower.children.items() if name in parts)
+    assert "CLIPAttention" in tower.children
+    assert {"Linear", "QuickGELUActivation"} == set(tower.children["CLIPMLP"].children)
+    assert "CLIPMLP" not in graph.children["signal capture"].children  # the tower runs inside, and is another phase
     with Image.open(files[4]) as drawn:
         assert drawn.width > 1000
 
@@ -372,7 +377,7 @@ def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
 
 def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
     """Milliseconds: 100 of rewriting, of which 60 the tower, of which 10 capture; then prefill, and a decoding step."""
-    found = flame(
+    found = build_flame_graph(
         [
             event("user_annotation", "phase: rewrite", 0, 100e3),
             event("python_function", "nn.Module: Tower_0", 10e3, 60e3),
@@ -394,19 +399,19 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
     convolution, matmul, mm = Bar("conv2d", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
     tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"conv2d": convolution})})
     capture, prefill = Bar("signal capture", 10.0, {"matmul": matmul}), Bar("prefill", 50.0, {"mm": mm})
-    assert found.took == pytest.approx(150)
-    below = {name: bar for name, bar in found.below.items() if name != "rewrite"}
+    assert found.milliseconds == pytest.approx(150)
+    below = {name: bar for name, bar in found.children.items() if name != "rewrite"}
     assert below == {"vision encode": tower, "signal capture": capture, "prefill": prefill}
-    assert found.below["rewrite"].took == pytest.approx(40)
+    assert found.children["rewrite"].milliseconds == pytest.approx(40)
 
 
 def test_a_flame_graph_of_nothing_is_drawn() -> None:
-    assert flame([]) == Bar("")
-    flame_figure({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
+    assert build_flame_graph([]) == Bar("")
+    draw_flame_graphs({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
 
 
 def test_each_step_does_less_than_the_one_before(tiny: BenchModel) -> None:
-    found = steps.measure(tiny, (112, 56), 0.3, 2, lambda text: None)
+    found = steps.measure_steps(tiny, (112, 56), 0.3, 2, lambda text: None)
     spent = [sum(step.flops.values()) for step in found.values()]
     capture = found["selected afterwards"].flops["signal capture"]
     assert spent[1] == spent[0] + capture  # the plain model, and the attention that is read
@@ -458,13 +463,13 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -> None:
     config = tmp_path / "small.json"
     config.write_text(json.dumps(adapter.example().config.to_dict()))
-    made = subject(str(config), "cpu", llm_layers=1, prompt_tokens=5)
+    made = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
     said = made.as_data()
     assert (said["weights"], said["llm_layers"], said["llm_layers_full"], said["cut"]) == ("random", 1, 2, True)
-    inputs = made.prepare([image((112, 56), seed) for seed in range(2)])
+    inputs = made.prepare([random_image((112, 56), seed) for seed in range(2)])
     assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
     outcome = Measurement(Variant("half", Random(0.5)))
-    count(made, inputs, outcome)
+    count_work(made, inputs, outcome)
     assert min(outcome.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
     full = int(made.adapter.placeholders(inputs)[0].sum())
     assert outcome.visual // 2 < full
@@ -473,23 +478,25 @@ def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -
 
 
 def test_checkpoints_can_be_cut_too() -> None:
-    whole, made = subject("mini", "cpu"), subject("mini", "cpu", attn="eager", llm_layers=1)
+    whole, made = load_bench_model("mini", "cpu"), load_bench_model("mini", "cpu", attn="eager", llm_layers=1)
     assert (made.layers, made.full_layers) == (1, 3)
     assert made.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
     outcomes = [Measurement(Variant(PLAIN)), Measurement(Variant(PLAIN))]
     for one, outcome in zip((whole, made), outcomes, strict=True):
-        count(one, one.prepare([image((80, 160), 0)]), outcome)
+        count_work(one, one.prepare([random_image((80, 160), 0)]), outcome)
     assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
     assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
 
 
 def test_shipped_architectures_can_be_given_images() -> None:
-    assert "llava-v1.6-vicuna-7b" in architectures()
-    for name in architectures():
-        config = random_config(name)
-        pixels = image_processor(config)(images=[image((672, 672), 0)], return_tensors="pt")["pixel_values"]
+    assert "llava-v1.6-vicuna-7b" in list_architectures()
+    for name in list_architectures():
+        config = find_random_config(name)
+        pixels = build_image_processor(config)(images=[random_image((672, 672), 0)], return_tensors="pt")[
+            "pixel_values"
+        ]
         assert pixels.shape[-1] in (336, 384, 448, 3 * 2 * 14**2), name
-        assert config.image_token_id not in plain_ids(config)
+        assert config.image_token_id not in list_ordinary_ids(config)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -562,10 +569,10 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
     assert "CUT: 1 LLM layers are missing" in page
     assert "2 of 3 LLM layers" in page
     assert page.count("\n| hired 20 % |") == 4 * 2
-    figure = phases_figure(result)
+    figure = draw_phases(result)
     assert len(figure.axes) == 4
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    as_table(result, console)
+    print_tables(result, console)
     shown = console.export_text()
     assert "medians and [quartiles]" in shown
     assert "batch 2, 80 x 160 pixels: encode and prefill" in shown
@@ -630,5 +637,5 @@ def test_shipped_configs_are_read(in_folder: Path) -> None:
     for file in files:
         first = file.read_text().splitlines()[0]
         assert first.startswith(f"# tokenprune bench run --config experiments/configs/bench/{file.name}")
-        config = bench_parser().parse_args(["--config", str(file)])
+        config = build_bench_parser().parse_args(["--config", str(file)])
         assert config.budgets

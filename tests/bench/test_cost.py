@@ -16,12 +16,19 @@ from research import hired_table4 as table4
 from tokenprune.account import kv_bytes, prefill_flops
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
-from tokenprune.experiments.bench.architectures import architecture, on_meta
-from tokenprune.experiments.bench.cost.count import Counted, Tokens, count, cut, evenly_kept, tokens_of
+from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
+from tokenprune.experiments.bench.cost.count import (
+    BatchCost,
+    Tokens,
+    count_batch,
+    count_tokens,
+    process_image,
+    select_evenly,
+)
 from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED, Meter, Work
 from tokenprune.experiments.bench.cost.report import parse_size
-from tokenprune.experiments.bench.cost.roofline import predict, seconds
+from tokenprune.experiments.bench.cost.roofline import predict, predict_seconds
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -64,7 +71,7 @@ def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | Non
         with FlopCounterMode(display=False) as real:
             model(**inputs, use_cache=True, logits_to_keep=1)
         cached = sum(one.nbytes for layer in out.past_key_values.layers for one in (layer.keys, layer.values))
-    counted = count(on_the_meta_device(adapter), SIZE, budget, text_tokens=text)
+    counted = count_batch(on_the_meta_device(adapter), SIZE, budget, text_tokens=text)
     assert counted.encode.flops + counted.prefill.flops == real.get_total_flops()
     assert counted.kv_bytes == cached == run.account.kv_bytes
     assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
@@ -74,7 +81,11 @@ def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | Non
 
 def test_published_code_encodes_whole() -> None:
     model = on_the_meta_device(LlavaNextAdapter)
-    full, short, published = count(model, SIZE), count(model, SIZE, 0.3), count(model, SIZE, 0.3, whole=True)
+    full, short, published = (
+        count_batch(model, SIZE),
+        count_batch(model, SIZE, 0.3),
+        count_batch(model, SIZE, 0.3, encode_all=True),
+    )
     assert published.encode.flops == full.encode.flops > short.encode.flops
     assert published.tower_flops > short.tower_flops
     assert published.prefill.flops == short.prefill.flops < full.prefill.flops
@@ -86,7 +97,7 @@ def test_a_decode_step_is_what_really_runs() -> None:
         cache = model(**inputs, use_cache=True).past_key_values
         with FlopCounterMode(display=False) as real:
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    counted = count(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
+    counted = count_batch(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
     assert counted.decode.flops == real.get_total_flops()
 
 
@@ -94,15 +105,15 @@ def test_tower_and_projector_make_up_the_encoding() -> None:
     model, inputs, text = example(LlavaNextAdapter)
     with torch.inference_mode(), FlopCounterMode(display=False) as real:
         model.model.vision_tower(inputs["pixel_values"].flatten(0, 1))
-    counted = count(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
+    counted = count_batch(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
     assert counted.tower_flops == real.get_total_flops() < counted.encode.flops
 
 
 def test_full_size_agrees_with_the_account() -> None:
     """Grouped queries at real widths; both ways to attend are the same work in other kernels."""
-    config = architecture("llava-v1.6-mistral-7b", 2)
-    eager, fused = (on_meta(config, attention=attention) for attention in ("eager", FUSED))
-    one, other = count(eager, (336, 336), 0.2, batch=2), count(fused, (336, 336), 0.2, batch=2)
+    config = load_architecture("llava-v1.6-mistral-7b", 2)
+    eager, fused = (build_meta_model(config, attention=attention) for attention in ("eager", FUSED))
+    one, other = count_batch(eager, (336, 336), 0.2, batch=2), count_batch(fused, (336, 336), 0.2, batch=2)
     shape = find_adapter(eager).llm
     assert one.prefill.flops == 2 * prefill_flops(shape, one.tokens.prompt)
     assert one.kv_bytes == 2 * kv_bytes(shape, one.tokens.prompt)
@@ -113,20 +124,20 @@ def test_full_size_agrees_with_the_account() -> None:
 
 
 def test_tokens_of_a_large_image() -> None:
-    adapter = find_adapter(on_meta(architecture("llava-v1.6-vicuna-7b", 1)))
+    adapter = find_adapter(build_meta_model(load_architecture("llava-v1.6-vicuna-7b", 1)))
     assert isinstance(adapter, LlavaNextAdapter)
-    inputs, layout = cut(adapter, (672, 672))
-    full = tokens_of(layout, None, 60)
+    inputs, layout = process_image(adapter, (672, 672))
+    full = count_tokens(layout, None, 60)
     assert inputs["pixel_values"].shape == (1, 5, 3, 336, 336)
     assert full == Tokens(encoded=2880, full=2928, kept=2880, newlines=48, text=60)
     assert full.prompt == 2988
-    assert tokens_of(layout, evenly_kept(layout, 160, "drop"), 60) == Tokens(2880, 2928, 160, 0, 60)
-    assert tokens_of(layout, evenly_kept(layout, 0.2, "keep"), 60).prompt == 576 + 48 + 60
+    assert count_tokens(layout, select_evenly(layout, 160, "drop"), 60) == Tokens(2880, 2928, 160, 0, 60)
+    assert count_tokens(layout, select_evenly(layout, 0.2, "keep"), 60).prompt == 576 + 48 + 60
 
 
 def test_logits_of_the_whole_prompt_cost_more() -> None:
-    model = on_meta(architecture("llava-1.5-7b", 1), attention=FUSED)
-    last, whole = (count(model, (336, 336), all_logits=every) for every in (False, True))
+    model = build_meta_model(load_architecture("llava-1.5-7b", 1), attention=FUSED)
+    last, whole = (count_batch(model, (336, 336), all_logits=every) for every in (False, True))
     head, length = 2 * 4096 * 32064, last.tokens.prompt
     assert whole.prefill.flops - last.prefill.flops == (length - 1) * head
     assert last.prefill.peak_bytes < length * 32064 * (2 + 4) < whole.prefill.peak_bytes
@@ -155,15 +166,15 @@ def test_a_meter_follows_bytes_by_hand() -> None:
 TOY = Device("toy", {"float32": 50.0, "float16": 100.0}, 2.0, 1000, "made up", {"bfloat16": "float32"})
 
 
-def toy_batch() -> Counted:
+def toy_batch() -> BatchCost:
     encode = Work(Counter({(100, 10): 2}), {}, 200, 5, 40)
     prefill = Work(Counter({(1000, 8): 1, (0, 6): 1}), {}, 1000, 30, 90)
     decode = Work(Counter({(10, 20): 1}), {}, 10, 20, 60)
-    return Counted(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, encode, prefill, decode, 150)
+    return BatchCost(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, encode, prefill, decode, 150)
 
 
 def test_roofline_by_hand() -> None:
-    bounds = seconds(toy_batch().encode, 50, 2)
+    bounds = predict_seconds(toy_batch().encode, 50, 2)
     assert (bounds.fused, bounds.by_kernel) == (max(200 / 50, 5 / 2), 2 * max(100 / 50, 10 / 2))
     made = predict(toy_batch(), TOY, new_tokens=3, dtype="bfloat16")
     assert made.arithmetic == "float32"
@@ -183,16 +194,18 @@ def test_what_does_not_fit_is_said() -> None:
 
 def test_a_device_computes_as_torch_does() -> None:
     p40 = find_device("P40")
-    assert p40.rate("float16") == (p40.flops["float32"], "float32")
-    assert p40.rate("float16", native=True)[0] == p40.flops["float32"] / 64
-    with pytest.raises(ValueError, match="T4 has no arithmetic of its own for bfloat16"):
-        find_device("t4").rate("bfloat16", native=True)
+    assert p40.peak_rate("float16") == (p40.flops["float32"], "float32")
+    assert p40.peak_rate("float16", native=True)[0] == p40.flops["float32"] / 64
+    with pytest.raises(ValueError, match="T4 has no bfloat16 arithmetic"):
+        find_device("t4").peak_rate("bfloat16", native=True)
     for device in DEVICES.values():
         assert device.source
-        assert all(device.rate(dtype)[0] > 0 for dtype in ("float16", "bfloat16", "float32"))
+        assert all(device.peak_rate(dtype)[0] > 0 for dtype in ("float16", "bfloat16", "float32"))
 
 
-@pytest.mark.parametrize(("options", "says"), [({"efficiency": 0.0}, "share of the peak"), ({"new_tokens": 0}, "one")])
+@pytest.mark.parametrize(
+    ("options", "says"), [({"efficiency": 0.0}, "share of the peak"), ({"new_tokens": 0}, "at least one")]
+)
 def test_senseless_numbers_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         predict(toy_batch(), TOY, **{"new_tokens": 3, **options})
@@ -209,8 +222,8 @@ def test_sizes_are_height_x_width() -> None:
 
 
 def test_one_number_is_fitted_to_the_published_table() -> None:
-    rows = table4.compare(table4.PUBLISHED[:2], llm_layers=1)
-    share = table4.efficiency_of(rows)
+    rows = table4.predict_rows(table4.PUBLISHED[:2], llm_layers=1)
+    share = table4.fit_efficiency(rows)
     assert rows[0].scaled_ttft(share) == pytest.approx(19.49)
     assert rows[0].native_ttft > rows[0].eager.ttft.by_kernel > rows[0].eager.ttft.fused
     assert rows[1].eager.peak_bytes < rows[0].eager.peak_bytes
@@ -252,7 +265,7 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (("--model", "llava-7b"), "no architecture is called 'llava-7b'. Did you mean"),
         (("--device", "h20"), "no device is called 'h20'. Did you mean"),
         (("--image-size", "5"), "is no size"),
-        (("--batch", "0"), "--batch counts from 1"),
+        (("--batch", "0"), "--batch 0: give at least 1"),
         (("--llm-layers", "1", "--budget", "1.5"), "neither a ratio nor a count"),
         (("--dtype", "int8"), "int8"),
     ],

@@ -15,15 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.published import CASES, Case
 from tokenprune.catalog import strategies
-from tokenprune.experiments.bench.selection_cost import BY_ATTENTION, Cost, Size, made_up_image, measure, report
+from tokenprune.experiments.bench.selection_cost import (
+    BY_ATTENTION,
+    Cost,
+    ModelSize,
+    build_random_image,
+    format_costs,
+    measure_strategies,
+)
 from tokenprune.image import Signal
 from tokenprune.strategies.components.diversity import (
-    cosines,
-    determinantal,
     facility_location,
+    greedy_dpp,
     important_then_diverse,
     lazy_coverage,
     max_min_diverse,
+    pairwise_cosine,
     saliency_coverage,
 )
 from tokenprune.strategies.tops import optimal_preservation
@@ -43,7 +50,7 @@ def plain_coverage(similarity: Tensor, saliency: Tensor, weights: Tensor, number
 
 
 def plain_max_min(features: Tensor, number: int) -> list[int]:
-    distance = 1 - cosines(features)
+    distance = 1 - pairwise_cosine(features)
     picks = [int(distance.sort(dim=1).values[:, :2][:, -1].argmax())]
     while len(picks) < number:
         nearest = distance[picks].amin(dim=0)
@@ -53,7 +60,7 @@ def plain_max_min(features: Tensor, number: int) -> list[int]:
 
 
 def plain_important_then_diverse(features: Tensor, scores: Tensor, number: int, important: int) -> list[int]:
-    similarity, order = cosines(features), scores.argsort(descending=True, stable=True).tolist()
+    similarity, order = pairwise_cosine(features), scores.argsort(descending=True, stable=True).tolist()
     rest, diverse = order[important:], number - important
     while diverse and len(rest) > diverse:
         even, odd = rest[0::2], rest[1::2]
@@ -93,12 +100,12 @@ def test_lazy_coverage_picks_what_the_plain_greedy_picks(drawn, batch: int, sign
     """For any size of the first batch, and where tokens of negative saliency come last."""
     features, weights, number = drawn
     saliency, ones = weights - 1 if sign else weights, torch.ones(len(features))
-    plain = plain_coverage(cosines(features), saliency, ones, number)
-    assert lazy_coverage(cosines(features), number, saliency=saliency, batch=batch).tolist() == plain
+    plain = plain_coverage(pairwise_cosine(features), saliency, ones, number)
+    assert lazy_coverage(pairwise_cosine(features), number, saliency=saliency, batch=batch).tolist() == plain
     assert saliency_coverage(features, saliency, number).tolist() == plain
-    plain = plain_coverage(cosines(features), ones, weights, number)
-    assert lazy_coverage(cosines(features), number, weights=weights, batch=batch).tolist() == plain
-    shifted = (1 + cosines(features)) / 2
+    plain = plain_coverage(pairwise_cosine(features), ones, weights, number)
+    assert lazy_coverage(pairwise_cosine(features), number, weights=weights, batch=batch).tolist() == plain
+    shifted = (1 + pairwise_cosine(features)) / 2
     assert facility_location(features, weights, number).tolist() == plain_coverage(shifted, ones, weights, number)
 
 
@@ -117,7 +124,7 @@ def test_diverse_picks_equal_the_plain_ones(drawn, share: float) -> None:
 def test_lazy_coverage_on_recorded_tiles(number: int) -> None:
     case = Case("scope", number)
     features, saliency, ones = case["features"][0], case["attention"][0].sum(0), torch.ones(576)
-    cosine = cosines(features)
+    cosine = pairwise_cosine(features)
     assert saliency_coverage(features, saliency, 120).tolist() == plain_coverage(cosine, saliency, ones, 120)
     assert facility_location(features, saliency, 120).tolist() == plain_coverage((1 + cosine) / 2, ones, saliency, 120)
 
@@ -150,7 +157,7 @@ GREEDY: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "DivPrune": lambda features, scores, number: max_min_diverse(features, number),
     "SCOPE": saliency_coverage,
     "EADP": facility_location,
-    "CDPruner": determinantal,
+    "CDPruner": greedy_dpp,
     "VisPruner": lambda features, scores, number: important_then_diverse(features, scores, number, number // 2),
     "TOPS": lambda features, scores, number: optimal_preservation(features, scores, number, 0.5, 0.5),
 }
@@ -177,26 +184,26 @@ def test_no_step_copies_a_large_part_of_the_similarities(name: str) -> None:
 def test_determinantal_maximizes_the_volume_step_by_step(seed: int, number: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     features, relevance = torch.randn(15, 12, generator=generator), 0.1 + torch.rand(15, generator=generator)
-    assert determinantal(features, relevance, number).tolist() == plain_determinantal(features, relevance, number)
+    assert greedy_dpp(features, relevance, number).tolist() == plain_determinantal(features, relevance, number)
 
 
 @settings(deadline=None)
 @given(drawn=tokens())
 def test_determinantal_picks_every_number_whatever_the_rank(drawn) -> None:
     features, relevance, number = drawn
-    picks = determinantal(features, relevance, number)
+    picks = greedy_dpp(features, relevance, number)
     assert picks.dtype == torch.long
     assert len(set(picks.tolist())) == len(picks) == number
-    assert torch.equal(picks, determinantal(features, relevance, number))
+    assert torch.equal(picks, greedy_dpp(features, relevance, number))
 
 
 def test_determinantal_goes_on_by_relevance_when_the_features_span_no_more() -> None:
     features = torch.eye(3)[[0, 0, 0, 1, 1, 2]]
     relevance = torch.tensor([0.5, 0.9, 0.7, 0.8, 0.6, 0.4])
-    assert determinantal(features, relevance, 6).tolist() == [1, 3, 5, 2, 4, 0]
-    assert determinantal(features, torch.ones(6), 6).tolist() == [0, 3, 5, 1, 2, 4]
-    assert determinantal(torch.zeros(4, 3), torch.tensor([0.1, 0.4, 0.2, 0.3]), 3).tolist() == [1, 3, 2]
-    assert determinantal(torch.ones(4, 3), torch.tensor([0.0, 0.0, 0.0, 1.0]), 2).tolist() == [3, 0]
+    assert greedy_dpp(features, relevance, 6).tolist() == [1, 3, 5, 2, 4, 0]
+    assert greedy_dpp(features, torch.ones(6), 6).tolist() == [0, 3, 5, 1, 2, 4]
+    assert greedy_dpp(torch.zeros(4, 3), torch.tensor([0.1, 0.4, 0.2, 0.3]), 3).tolist() == [1, 3, 2]
+    assert greedy_dpp(torch.ones(4, 3), torch.tensor([0.0, 0.0, 0.0, 1.0]), 2).tolist() == [3, 0]
 
 
 def test_determinantal_tells_relevant_from_different() -> None:
@@ -205,7 +212,7 @@ def test_determinantal_tells_relevant_from_different() -> None:
     features = torch.randn(20, 64, generator=generator)
     features[:10] = features[0]
     relevance = torch.cat([torch.ones(10), torch.full((10,), 1e-6)])
-    picks = determinantal(features, relevance, 13).tolist()
+    picks = greedy_dpp(features, relevance, 13).tolist()
     assert picks[0] < 10
     assert sorted(picks[1:11]) == list(range(10, 20))
     assert picks[11:] == [token for token in range(10) if token != picks[0]][:2]
@@ -213,31 +220,31 @@ def test_determinantal_tells_relevant_from_different() -> None:
 
 # --- the measurement --------------------------------------------------------------------------------------------------
 
-TINY = Size(side=4, patch=2, layers=4, heads=2, width=8, intermediate=8, shared=6, dim=10)
+TINY = ModelSize(side=4, patch=2, layers=4, heads=2, width=8, intermediate=8, shared=6, dim=10)
 
 
 def test_every_strategy_can_be_measured() -> None:
     threads = torch.get_num_threads()
-    costs = measure(repeats=2, threads=1, size=TINY)
+    costs = measure_strategies(repeats=2, threads=1, size=TINY)
     assert [cost.name for cost in costs] == list(strategies())
     assert all(len(cost.select_ms) == len(cost.encode_ms) == 2 for cost in costs)
     assert all(value > 0 for cost in costs for value in (*cost.select_ms, *cost.encode_ms))
     assert torch.get_num_threads() == threads
-    assert len(report(costs).splitlines()) == 4 + len(costs)
+    assert len(format_costs(costs).splitlines()) == 4 + len(costs)
 
 
 def test_targets() -> None:
     quick, slow = Cost("HiRED", (1.9, 9.0, 1.0), (10.0, 90.0, 20.0)), Cost("HiRED", (2.0,), (1000.0,))
     small, large = Cost("SCOPE", (9.0,), (100.0,)), Cost("SCOPE", (10.0,), (100.0,))
-    assert [cost.met for cost in (quick, slow, small, large)] == [True, False, True, False]
+    assert [cost.is_met for cost in (quick, slow, small, large)] == [True, False, True, False]
     assert quick.share == 10.0
-    assert "| HiRED | 1.90 [1.00, 9.00] | 10.00 | < 2 ms | yes |" in report([quick])
-    assert "| SCOPE | 10.00 [10.00, 10.00] | 10.00 | < 10 % | no |" in report([large])
+    assert "| HiRED | 1.90 [1.00, 9.00] | 10.00 | < 2 ms | yes |" in format_costs([quick])
+    assert "| SCOPE | 10.00 [10.00, 10.00] | 10.00 | < 10 % | no |" in format_costs([large])
     assert set(strategies()) >= BY_ATTENTION
 
 
 def test_unknown_strategies_and_signals_are_named() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'HiRAD'. Did you mean HiRED"):
-        measure(["HiRAD"], size=TINY)
-    with pytest.raises(ValueError, match="no signal 'echo' can be made up"):
-        made_up_image(TINY, [Signal("echo", "feature")])
+        measure_strategies(["HiRAD"], size=TINY)
+    with pytest.raises(ValueError, match="cannot build the signal 'echo'"):
+        build_random_image(TINY, [Signal("echo", "feature")])

@@ -1,4 +1,4 @@
-"""The command line as a user calls it."""
+"""The command line, called as a user calls it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenprune.catalog import strategies
 from tokenprune.cli.main import main
 from tokenprune.configuration import as_config
 from tokenprune.experiments.bench import selection_cost
-from tokenprune.experiments.bench.selection_cost import Size
+from tokenprune.experiments.bench.selection_cost import ModelSize
 from tokenprune.models import mini
 from tokenprune.strategies import PruMerge, VisionZip
 from tokenprune.strategies.components import ContextualMerging, MeanOfRestMerging, SaliencyCoverageSelection
@@ -61,20 +61,20 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Run `tokenprune run ... --json` in this process and return the one object on stdout."""
-    code = main(["run", *FAST, "--json", *words])
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Run `tokenprune run ... --json` in this process, and return the object on stdout."""
+    exit_code = main(["run", *FAST, "--json", *arguments])
     out, err = capsys.readouterr()
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
+    assert exit_code == 0, err
+    report: dict[str, Any] = json.loads(out)
+    return report
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that must fail, and return its one line."""
-    code = main(list(words))
+def run_refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail, and return its error message of one line."""
+    exit_code = main(list(arguments))
     out, err = capsys.readouterr()
-    assert code == 2
+    assert exit_code == 2
     assert out == ""
     assert err.startswith("tokenprune: ")
     assert err.count("\n") == 1
@@ -82,8 +82,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-def parts(found: dict[str, Any], name: str) -> Any:
-    return found["reducer"]["init_args"][name]
+def component_config(report: dict[str, Any], name: str) -> Any:
+    return report["reducer"]["init_args"][name]
 
 
 # --- the main path ----------------------------------------------------------------------------------------------------
@@ -92,85 +92,85 @@ def parts(found: dict[str, Any], name: str) -> Any:
 @pytest.mark.parametrize(
     "program", [[str(Path(sys.executable).parent / "tokenprune")], [sys.executable, "-m", "tokenprune"]]
 )
-def test_run_without_arguments_answers_and_draws(program: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
+    result = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     for word in ("all tokens", "HiRED", "right answer", "KV cache", "visual tokens: 100 asked, 100 kept", "overlay:"):
-        assert word in done.stdout
+        assert word in result.stdout
     with Image.open(tmp_path / "tokenprune-out" / "overlay.png") as overlay:
         assert overlay.width > 500
 
 
-def test_json_is_one_object_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys)
+def test_json_is_one_consistent_object(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys)
     for name in ("answer_full", "answer", "asked", "kept", "budgets", "prompt_length", "overlay", "ttft_ms"):
-        assert name in found
-    assert found["asked"] == found["kept"] == sum(found["budgets"]) == 100
-    assert len(found["budgets"]) == 1 + found["tile_grid"][0] * found["tile_grid"][1] == 5
-    dropped = found["valid"] - found["kept"] + found["newlines_full"] - found["newlines"]
-    assert found["prompt_length_full"] - found["prompt_length"] == dropped
-    assert found["kv_bytes"] / found["kv_bytes_full"] == found["prompt_length"] / found["prompt_length_full"]
-    assert found["prefill_flops"] < found["prefill_flops_full"]
-    assert (found["attention"], found["second_look_flops"]) == ("cls_attention", 0)
-    assert found["results"][0]["question"] == found["question"]
-    assert len({result["question"] for result in found["results"]}) >= 5
-    assert Path(found["overlay"]).is_file()
+        assert name in report
+    assert report["asked"] == report["kept"] == sum(report["budgets"]) == 100
+    assert len(report["budgets"]) == 1 + report["tile_grid"][0] * report["tile_grid"][1] == 5
+    dropped = report["valid"] - report["kept"] + report["newlines_full"] - report["newlines"]
+    assert report["prompt_length_full"] - report["prompt_length"] == dropped
+    assert report["kv_bytes"] / report["kv_bytes_full"] == report["prompt_length"] / report["prompt_length_full"]
+    assert report["prefill_flops"] < report["prefill_flops_full"]
+    assert (report["attention"], report["second_look_flops"]) == ("cls_attention", 0)
+    assert report["results"][0]["question"] == report["question"]
+    assert len({result["question"] for result in report["results"]}) >= 5
+    assert Path(report["overlay"]).is_file()
 
 
-def test_attention_is_a_word_or_a_second_look(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the command line, in YAML by class name, and in what `--print_config` writes."""
-    ask = ["--question", "How many shapes are there?"]
-    assert run_json(capsys, *ask, "--reducer.attention", "received")["attention"] == "received_attention"
+def test_attention_is_a_signal_or_a_saliency_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """`attention` is accepted on the command line, in YAML by class name, and in the output of `--print_config`."""
+    question = ["--question", "How many shapes are there?"]
+    assert run_json(capsys, *question, "--reducer.attention", "received")["attention"] == "received_attention"
     options = ["--reducer.attention.model-name", "test_vit", "--reducer.attention.pretrained", "false"]
-    words = [*ask, "--reducer.attention", "timm-saliency", *options]
-    found = run_json(capsys, *words)
-    assert found["attention"] == "TimmSaliency(test_vit)"
-    assert found["second_look_flops"] > 5 * 70e6
-    look = {"class_path": "TimmSaliency", "init_args": {"model_name": "test_vit", "pretrained": False}}
-    Path("own.yaml").write_text(json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": look}}}))
-    assert run_json(capsys, *ask, "--config", "own.yaml")["kept_per_tile"] == found["kept_per_tile"]
+    words = [*question, "--reducer.attention", "timm-saliency", *options]
+    report = run_json(capsys, *words)
+    assert report["attention"] == "TimmSaliency(test_vit)"
+    assert report["second_look_flops"] > 5 * 70e6
+    saliency = {"class_path": "TimmSaliency", "init_args": {"model_name": "test_vit", "pretrained": False}}
+    Path("own.yaml").write_text(json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": saliency}}}))
+    assert run_json(capsys, *question, "--config", "own.yaml")["kept_per_tile"] == report["kept_per_tile"]
     assert main(["run", *words, "--print_config"]) == 0
     Path("printed.yaml").write_text(capsys.readouterr().out)
-    assert run_json(capsys, "--config", "printed.yaml")["reducer"] == found["reducer"]
+    assert run_json(capsys, "--config", "printed.yaml")["reducer"] == report["reducer"]
     assert main(["run", *FAST, *words]) == 0
     assert "attention read: TimmSaliency(test_vit), 375.7 MFLOP" in capsys.readouterr().out
 
 
 def test_a_full_budget_gives_the_same_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys, "--reducer.budget", "1.0")
-    assert all(result["answer"] == result["answer_full"] for result in found["results"])
-    assert found["kept"] == found["valid"] > 400
+    report = run_json(capsys, "--reducer.budget", "1.0")
+    assert all(result["answer"] == result["answer_full"] for result in report["results"])
+    assert report["kept"] == report["valid"] > 400
 
 
-def test_own_images_and_questions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_images_and_questions_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     random_image(90, 200).convert("CMYK").save("a.jpg")
     random_image(300, 80).convert("LA").save("b.png")
     words = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
-    found = run_json(capsys, *words, "--out", "deep/er")
-    assert [(r["image"], r["question"][:4]) for r in found["results"]] == [
+    report = run_json(capsys, *words, "--out", "deep/er")
+    assert [(r["image"], r["question"][:4]) for r in report["results"]] == [
         ("a.jpg", "What"),
         ("a.jpg", "How "),
         ("b.png", "What"),
         ("b.png", "How "),
     ]
     assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == ["overlay-2.png", "overlay.png"]
-    assert found["results"][0]["kept_per_tile"] != found["results"][2]["kept_per_tile"]
+    assert report["results"][0]["kept_per_tile"] != report["results"][2]["kept_per_tile"]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (12_000, 200), (200, 12_000), (3_000, 1)])
 def test_extreme_images_work(capsys: pytest.CaptureFixture[str], size: tuple[int, int]) -> None:
     Image.new("RGB", size, "red").save("odd.png")
-    found = run_json(capsys, "--image", "odd.png")
-    assert 0 < found["kept"] <= found["asked"]
+    report = run_json(capsys, "--image", "odd.png")
+    assert 0 < report["kept"] <= report["asked"]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_a_checkpoint_folder_of_each_family(capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
+def test_a_checkpoint_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "checkpoint")
     tiny_processor(family).save_pretrained(tmp_path / "checkpoint")
     random_image(60, 150).save("a.png")
-    found = run_json(capsys, "--model", "checkpoint", "--image", "a.png", "--reducer.budget", "0.5")
-    assert found["kept"] == found["asked"] == (8 if family == "llava" else 32)
+    report = run_json(capsys, "--model", "checkpoint", "--image", "a.png", "--reducer.budget", "0.5")
+    assert report["kept"] == report["asked"] == (8 if family == "llava" else 32)
 
 
 # --- configuring ------------------------------------------------------------------------------------------------------
@@ -178,37 +178,37 @@ def test_a_checkpoint_folder_of_each_family(capsys: pytest.CaptureFixture[str], 
 
 def test_names_budgets_and_components(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--reducer.selection.seed", "3", "--reducer.selection", "random-selection", "--reducer", "hired"]
-    found = run_json(capsys, *words, "--reducer.budget", "37", "--reducer.allocation=UniformAllocation")
-    assert found["asked"] == found["kept"] == 37
-    assert found["budgets"] == [8, 8, 7, 7, 7]
-    assert parts(found, "selection")["class_path"].endswith("RandomSelection")
-    assert parts(found, "selection")["init_args"] == {"seed": 3}
+    report = run_json(capsys, *words, "--reducer.budget", "37", "--reducer.allocation=UniformAllocation")
+    assert report["asked"] == report["kept"] == 37
+    assert report["budgets"] == [8, 8, 7, 7, 7]
+    assert component_config(report, "selection")["class_path"].endswith("RandomSelection")
+    assert component_config(report, "selection")["init_args"] == {"seed": 3}
 
 
-def test_a_parameter_without_its_class_keeps_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys, "--reducer.selection.layer", "-2", "--reducer.allocation.base_share", "0.25")
-    assert parts(found, "selection")["init_args"] == {"layer": -2, "heads": "sum"}
-    assert parts(found, "allocation")["init_args"]["base_share"] == 0.25
-    assert found["budgets"][0] == 25
+def test_a_parameter_without_its_class_keeps_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "--reducer.selection.layer", "-2", "--reducer.allocation.base_share", "0.25")
+    assert component_config(report, "selection")["init_args"] == {"layer": -2, "heads": "sum"}
+    assert component_config(report, "allocation")["init_args"]["base_share"] == 0.25
+    assert report["budgets"][0] == 25
 
 
 def test_budgets_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("20%", "20 %", "0.2"):
-        found = run_json(capsys, f"--reducer.budget={text}", "--max-new-tokens", "1")
-        assert found["asked"] == found["kept"] == 100
-        assert parts(found, "budget") == 0.2
+        report = run_json(capsys, f"--reducer.budget={text}", "--max-new-tokens", "1")
+        assert report["asked"] == report["kept"] == 100
+        assert component_config(report, "budget") == 0.2
     Path("percent.yaml").write_text("reducer:\n  class_path: HiRED\n  init_args:\n    budget: 100%\n")
-    assert parts(run_json(capsys, "--config", "percent.yaml", "--max-new-tokens", "1"), "budget") == 1.0
+    assert component_config(run_json(capsys, "--config", "percent.yaml", "--max-new-tokens", "1"), "budget") == 1.0
     nested = run_json(capsys, "--reducer.budget.amount", "10%", "--reducer.budget.per", "tile", "--max-new-tokens", "1")
-    assert parts(nested, "budget") == {"amount": 0.1, "per": "tile", "of": "encoded", "newlines": "free"}
+    assert component_config(nested, "budget") == {"amount": 0.1, "per": "tile", "of": "encoded", "newlines": "free"}
 
 
-def test_the_budget_1_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_of_1_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(OneTokenWarning, match="one token"):
         assert run_json(capsys, "--reducer.budget=1", "--max-new-tokens", "1")["kept"] == 1
 
 
-def test_a_check_warns_of_the_budget_that_was_passed_only() -> None:
+def test_a_check_warns_only_of_the_passed_budget() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", OneTokenWarning)
         assert main(["check", "hired"]) == 0
@@ -217,17 +217,15 @@ def test_a_check_warns_of_the_budget_that_was_passed_only() -> None:
 
 
 @pytest.mark.parametrize("budget", ["120%", "few", "0", "0%"])
-def test_bench_refuses_budgets_that_are_no_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
-    said = refused(capsys, "bench", "run", "--model", "mini", "--budgets", budget)
-    assert f"--budgets {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%" in said
+def test_bench_refuses_invalid_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    message = run_refused(capsys, "bench", "run", "--model", "mini", "--budgets", budget)
+    assert f"--budgets {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%" in message
 
 
 @pytest.mark.parametrize("budget", ["120%", "2", "-0.1"])
-def test_bench_of_strategies_refuses_budgets_that_are_no_ratios(
-    capsys: pytest.CaptureFixture[str], budget: str
-) -> None:
-    said = refused(capsys, "bench", "strategies", "--names", "HiRED", f"--budget={budget}")
-    assert "is neither a ratio nor a count" in said
+def test_bench_of_strategies_refuses_invalid_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    message = run_refused(capsys, "bench", "strategies", "--names", "HiRED", f"--budget={budget}")
+    assert "is neither a ratio nor a count" in message
 
 
 @pytest.mark.parametrize(
@@ -237,81 +235,81 @@ def test_bench_of_strategies_refuses_budgets_that_are_no_ratios(
         ['--reducer.budget={"amount": 9, "per": "tile"}'],
     ],
 )
-def test_budgets_in_full(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    found = run_json(capsys, *words)
-    assert found["asked"] == 45
-    assert parts(found, "budget") == {"amount": 9, "per": "tile", "of": "encoded", "newlines": "free"}
+def test_budgets_with_all_fields(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    report = run_json(capsys, *words)
+    assert report["asked"] == 45
+    assert component_config(report, "budget") == {"amount": 9, "per": "tile", "of": "encoded", "newlines": "free"}
 
 
 def test_layers_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
-    for written, layer in {"first": "first", "0.5": 0.5, "[first, feature]": ["first", "feature"], "2": 2}.items():
-        found = run_json(capsys, "--reducer.selection.layer", written)
-        assert parts(found, "selection")["init_args"]["layer"] == layer
+    for text, layer in {"first": "first", "0.5": 0.5, "[first, feature]": ["first", "feature"], "2": 2}.items():
+        report = run_json(capsys, "--reducer.selection.layer", text)
+        assert component_config(report, "selection")["init_args"]["layer"] == layer
 
 
-def test_presets_are_names_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     release = run_json(capsys, "--reducer", "HiRED.release", "--reducer.budget", "0.3")
-    assert parts(release, "padding") == "ignore"
-    assert parts(release, "allocation")["init_args"]["region"] == "stripe"
+    assert component_config(release, "padding") == "ignore"
+    assert component_config(release, "allocation")["init_args"]["region"] == "stripe"
     assert release["newlines"] == 0
     assert release["asked"] == 150
     paper = run_json(capsys, "--reducer=hired.paper")
-    assert parts(paper, "allocation")["init_args"]["region"] == "quadrant"
+    assert component_config(paper, "allocation")["init_args"]["region"] == "quadrant"
 
 
 def test_a_strategy_from_a_file(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
-    found = run_json(capsys, "--reducer", f"{loud}:LoudestTokens", "--reducer.budget", "0.1")
-    assert found["kept"] == 50
+    report = run_json(capsys, "--reducer", f"{loud}:LoudestTokens", "--reducer.budget", "0.1")
+    assert report["kept"] == 50
     quiet = run_json(capsys, "--reducer", "loud.py:LoudestTokens.quiet", "--reducer.budget", "0.1")
-    assert parts(quiet, "power") == -1.0
-    assert quiet["kept_per_tile"] != found["kept_per_tile"]
-    again = run_json(capsys, "--plugin", "loud.py", "--reducer", "loudest-tokens", "--reducer.budget", "0.1")
-    assert again["kept_per_tile"] == found["kept_per_tile"]
+    assert component_config(quiet, "power") == -1.0
+    assert quiet["kept_per_tile"] != report["kept_per_tile"]
+    plugin = run_json(capsys, "--plugin", "loud.py", "--reducer", "loudest-tokens", "--reducer.budget", "0.1")
+    assert plugin["kept_per_tile"] == report["kept_per_tile"]
 
 
 @pytest.mark.parametrize("strategy", ["hired", "loud.py:LoudestTokens"])
-def test_printed_config_runs_again(capsys: pytest.CaptureFixture[str], loud: Path, strategy: str) -> None:
+def test_a_printed_config_can_be_run(capsys: pytest.CaptureFixture[str], loud: Path, strategy: str) -> None:
     words = ["--reducer", strategy, "--reducer.budget", "0.15", "--reducer.positions", "preserve"]
     assert main(["run", *words, "--print_config"]) == 0
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["reducer"]["init_args"]["budget"] == 0.15
     Path("run.yaml").write_text(text)
     sys.modules.pop("tokenprune_plugin_loud", None)
-    found = run_json(capsys, "--config", "run.yaml")
-    assert found["asked"] == 75
-    assert parts(found, "positions") == "preserve"
+    report = run_json(capsys, "--config", "run.yaml")
+    assert report["asked"] == 75
+    assert component_config(report, "positions") == "preserve"
     assert run_json(capsys, "--config", "run.yaml", "--reducer.budget", "0.2")["asked"] == 100
 
 
-def test_names_in_yaml_are_those_of_the_command_line(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+def test_yaml_accepts_the_names_of_the_command_line(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
     Path("short.yaml").write_text("reducer: hired.release\n")
-    assert parts(run_json(capsys, "--config", "short.yaml"), "padding") == "ignore"
+    assert component_config(run_json(capsys, "--config", "short.yaml"), "padding") == "ignore"
     Path("long.yaml").write_text(
         "plugin: [loud.py]\nreducer:\n  class_path: HiRED.paper\n  init_args:\n    budget: 0.3\n"
         "    selection: {class_path: random-selection, init_args: {seed: 4}}\n"
     )
-    found = run_json(capsys, "--config", "long.yaml")
-    assert found["asked"] == 150
-    assert parts(found, "selection")["init_args"] == {"seed": 4}
-    assert parts(found, "allocation")["init_args"]["region"] == "quadrant"
+    report = run_json(capsys, "--config", "long.yaml")
+    assert report["asked"] == 150
+    assert component_config(report, "selection")["init_args"] == {"seed": 4}
+    assert component_config(report, "allocation")["init_args"]["region"] == "quadrant"
     dicts = run_json(capsys, "--reducer.selection={class_path: random-selection, init_args: {seed: 5}}")
-    assert parts(dicts, "selection")["init_args"] == {"seed": 5}
+    assert component_config(dicts, "selection")["init_args"] == {"seed": 5}
 
 
-def test_options_given_twice_add_up_and_parameters_may_be_kebab(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys, "--question", "One?", "--question", "Two?", "--reducer.allocation.base-share", "0.3")
-    assert [result["question"] for result in found["results"]] == ["One?", "Two?"]
-    assert parts(found, "allocation")["init_args"]["base_share"] == 0.3
+def test_repeated_options_and_kebab_case_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "--question", "One?", "--question", "Two?", "--reducer.allocation.base-share", "0.3")
+    assert [result["question"] for result in report["results"]] == ["One?", "Two?"]
+    assert component_config(report, "allocation")["init_args"]["base_share"] == 0.3
 
 
-def test_a_strategy_that_prints_does_not_spoil_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_strategy_is_not_part_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     Path("chatty.py").write_text(LOUD.replace("        return image", "        print('hello')\n        return image"))
     assert run_json(capsys, "--reducer", "chatty.py:LoudestTokens")["kept"] == 100
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
-def test_a_strategy_by_name_has_its_own_parts(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """None of those of HiRED, the default, are left over."""
+def test_a_strategy_by_name_has_its_own_components(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """No component of HiRED, the default strategy, remains."""
     assert main(["run", "--reducer", name, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
     assert printed == as_config(strategies()[name]())  # type: ignore[call-arg]
@@ -320,7 +318,7 @@ def test_a_strategy_by_name_has_its_own_parts(capsys: pytest.CaptureFixture[str]
     assert yaml.safe_load(capsys.readouterr().out)["reducer"] == printed
 
 
-def test_a_part_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_component_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--reducer",
         "PruMerge",
@@ -334,7 +332,7 @@ def test_a_part_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str])
     assert printed == as_config(PruMerge(selection=SaliencyCoverageSelection(), merging=MeanOfRestMerging()))
 
 
-def test_values_as_an_agent_of_wandb_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_in_the_format_of_the_wandb_agent(capsys: pytest.CaptureFixture[str]) -> None:
     part = "{'class_path': 'ContextualMerging', 'init_args': {'number': None, 'cls': True}}"
     words = ["--reducer=VisionZip", f"--reducer.merging={part}", "--reducer.text_model=None", "--reducer.order=None"]
     assert main(["run", *words, "--print_config"]) == 0
@@ -342,17 +340,17 @@ def test_values_as_an_agent_of_wandb_writes_them(capsys: pytest.CaptureFixture[s
     assert printed == as_config(VisionZip(merging=ContextualMerging(cls=True)))
 
 
-def test_parts_of_parts_are_known_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nested_components_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--reducer", "CDPruner", "--reducer.text-model", "mini", "--reducer.selection.relevance", "text-relevance"]
-    found = run_json(capsys, *words, "--reducer.selection.relevance.sign", "aligned", "--reducer.budget", "0.1")
-    assert parts(found, "selection")["init_args"]["relevance"]["init_args"]["sign"] == "aligned"
-    assert found["answer"] == found["expected"]
-    assert "set text_model to the CLIP checkpoint" in refused(capsys, "run", "--reducer", "CDPruner")
+    report = run_json(capsys, *words, "--reducer.selection.relevance.sign", "aligned", "--reducer.budget", "0.1")
+    assert component_config(report, "selection")["init_args"]["relevance"]["init_args"]["sign"] == "aligned"
+    assert report["answer"] == report["expected"]
+    assert "set text_model to the CLIP checkpoint" in run_refused(capsys, "run", "--reducer", "CDPruner")
 
 
-def test_a_shrunk_image_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys, "--reducer", "image-downsample")
-    assert 0 < found["kept"] <= found["asked"]
+def test_an_overlay_of_a_downsampled_image(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "--reducer", "image-downsample")
+    assert 0 < report["kept"] <= report["asked"]
     assert list(Path("tokenprune-out").iterdir())
 
 
@@ -385,23 +383,23 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], lou
     assert main(["list", "strategies", "--markdown"]) == 0
     assert "| `HiRED` |" in capsys.readouterr().out
     Path("twice.py").write_text(LOUD.replace("LoudestTokens", "HiRED"))
-    message = refused(capsys, "list", "strategies", "--plugin", "twice.py")
+    message = run_refused(capsys, "list", "strategies", "--plugin", "twice.py")
     assert "two classes are called HiRED" in message
-    assert "two classes are called HiRED" in refused(capsys, "run", "--reducer", "twice.py:HiRED")
-    assert "nowhere.py is no Python file" in refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
+    assert "two classes are called HiRED" in run_refused(capsys, "run", "--reducer", "twice.py:HiRED")
+    assert "nowhere.py is no Python file" in run_refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Size(side=3, patch=4, layers=4, heads=2, width=8, intermediate=8, shared=4, dim=8)
-    monkeypatch.setattr(selection_cost, "Size", lambda: tiny)
+    tiny = ModelSize(side=3, patch=4, layers=4, heads=2, width=8, intermediate=8, shared=4, dim=8)
+    monkeypatch.setattr(selection_cost, "ModelSize", lambda: tiny)
     words = ["--names", "hired", "LoudestTokens", "--plugin", "loud.py", "--repeats", "1", "--threads", "1"]
     assert main(["bench", "strategies", *words]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Vision encode:")
     assert "| HiRED |" in out
     assert "| LoudestTokens |" in out
-    assert "Did you mean HiRED" in refused(capsys, "bench", "strategies", "--names", "hird")
-    assert "no option --repeat (did you mean --repeats?)" in refused(capsys, "bench", "strategies", "--repeat", "1")
+    assert "Did you mean HiRED" in run_refused(capsys, "bench", "strategies", "--names", "hird")
+    assert "no option --repeat (did you mean --repeats?)" in run_refused(capsys, "bench", "strategies", "--repeat", "1")
 
 
 def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
@@ -412,10 +410,10 @@ def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
     Path("bad.py").write_text(LOUD.replace("image.features.float()", "image.features.mul_(2).float()"))
     assert main(["check", "bad.py:LoudestTokens"]) == 1
     out = capsys.readouterr().out
-    assert "FAIL inputs unchanged: reduced one tile: expected the image as it was, saw features changed" in out
+    assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
     assert "LoudestTokens breaks a promise" in out
-    assert "name the strategy" in refused(capsys, "check")
-    assert "no strategy is called 'Hird'. Did you mean HiRED?" in refused(capsys, "check", "Hird")
+    assert "name the strategy" in run_refused(capsys, "check")
+    assert "no strategy is called 'Hird'. Did you mean HiRED?" in run_refused(capsys, "check", "Hird")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -458,8 +456,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
         (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
-        (["run", "--question", " "], "--question ' ': give words"),
-        (["run", "--question", "<image> what?"], "the place of the image is put in by itself"),
+        (["run", "--question", " "], "--question ' ': give a text"),
+        (["run", "--question", "<image> what?"], "the placeholder is added automatically"),
         (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
         (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
         (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
@@ -475,7 +473,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--image", "loud.py"], "loud.py: not an image"),
         (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),
         (["run", "--model", "."], "--model . cannot be loaded"),
-        (["run", "--out", "loud.py"], "--out loud.py cannot be made a folder"),
+        (["run", "--out", "loud.py"], "--out loud.py cannot be created as a folder"),
         (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["run", "--dtype", "int9"], "--dtype int9 is no torch dtype"),
         (["run", "--max-new-tokens", "0"], "must be at least 1"),
@@ -486,7 +484,7 @@ def test_every_error_is_one_line(
     capsys: pytest.CaptureFixture[str], loud: Path, words: list[str], message: str
 ) -> None:
     Path("broken.py").write_text("import nothing_like_this")
-    assert message in refused(capsys, *words)
+    assert message in run_refused(capsys, *words)
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -494,19 +492,19 @@ def test_debug_shows_the_traceback() -> None:
         main(["run", "--debug", "--image", "none.png"])
 
 
-def test_a_strategy_that_fails_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_a_strategy_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.py").write_text(LOUD.replace("return image.features.float().norm(dim=-1) ** self.power", "return 1 / 0"))
-    assert "division by zero (ZeroDivisionError; --debug shows where)" in refused(
+    assert "division by zero (ZeroDivisionError; --debug shows where)" in run_refused(
         capsys, "run", *FAST, "--reducer", "bad.py:LoudestTokens"
     )
 
 
-def test_a_model_of_no_family_is_answered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenprune import adapter
 
     monkeypatch.setattr(adapter, "adapters", dict)
     monkeypatch.setattr(adapter, "_subclasses", lambda base: [])
-    assert "no adapter knows LlavaNextForConditionalGeneration" in refused(capsys, "run", *FAST)
+    assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 
 def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,18 +514,18 @@ def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in refused(capsys, "run", *FAST)
+    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
     assert list(Path("tokenprune-out").iterdir()) == []
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
-    """The signal comes while questions are being answered."""
+    """The signal is sent during generation."""
     command = [sys.executable, "-m", "tokenprune", "run", "--repeats", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    # A shell that runs the tests in the background has Ctrl-C ignored, and children would inherit that.
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process: Any = subprocess.Popen(command, preexec_fn=heeding, **pipes)  # type: ignore[call-overload]
-    while not (tmp_path / "tokenprune-out").exists():  # made after the images are read
+    # If a shell runs the tests in the background, it ignores SIGINT, and child processes inherit this setting.
+    restore_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process: Any = subprocess.Popen(command, preexec_fn=restore_sigint, **pipes)  # type: ignore[call-overload]
+    while not (tmp_path / "tokenprune-out").exists():  # is created after the images are read
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
@@ -539,15 +537,15 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     assert out == ""
 
 
-def test_mini_has_its_demo() -> None:
+def test_mini_has_a_demo() -> None:
     assert mini.image_path().is_file()
     assert {"question", "answer", "type", "needs"} == set(mini.demo_questions()[0])
 
 
 @pytest.mark.parametrize("address", ["https://example.com/a.png", "HTTP://example.com/a.png"])
-def test_addresses_are_not_fetched(capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str) -> None:
+def test_urls_are_not_downloaded(capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str) -> None:
     assert main(["run", "--image", address, "--question", "x", "--out", str(tmp_path)]) == 2
-    assert f"{address} is an address, and addresses are not fetched; download the image" in capsys.readouterr().err
+    assert f"{address} is a URL, and URLs are not downloaded; download the image" in capsys.readouterr().err
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"image": address, "question": "x", "answer": "y"}) + "\n")
     words = [
@@ -562,13 +560,13 @@ def test_addresses_are_not_fetched(capsys: pytest.CaptureFixture[str], tmp_path:
         "true",
     ]
     assert main(words) == 2
-    assert f"line 1: {address} is an address" in capsys.readouterr().err
+    assert f"line 1: {address} is a URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["ftp://example.com/a.png", "s3://bucket/a.png"])
-def test_addresses_of_other_schemes_and_of_data_sets_are_not_fetched(
+def test_urls_of_data_sets_and_other_schemes_are_not_downloaded(
     capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
-    assert f"{address} is an address" in refused(capsys, "run", "--image", address)
-    said = refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
-    assert f"{address} is an address, and addresses are not fetched; download the data set" in said
+    assert f"{address} is a URL" in run_refused(capsys, "run", "--image", address)
+    message = run_refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
+    assert f"{address} is a URL, and URLs are not downloaded; download the data set" in message

@@ -21,8 +21,8 @@ ROWS = st.lists(st.tuples(st.integers(1, 4000), st.tuples(*[st.integers(0, 4000)
 
 def selection(kept: int, asked: int | None = None, newlines: int = 0) -> Selection:
     mask = (torch.arange(LAYOUT.tiles * LAYOUT.tokens) < kept).view(LAYOUT.tiles, LAYOUT.tokens)
-    separators = torch.arange(LAYOUT.separators) < newlines
-    return Selection(LAYOUT, mask, kept if asked is None else asked, separators=separators)
+    newline_mask = torch.arange(LAYOUT.newlines) < newlines
+    return Selection(LAYOUT, mask, kept if asked is None else asked, newline_mask=newline_mask)
 
 
 @settings(deadline=None)
@@ -115,14 +115,14 @@ def test_papers_count_the_average_over_layers() -> None:
     shape = replace(SHAPE, layer_parameters=(100,) * 32)
     account = TokenAccount(shape)
     layers = (visual + text,) * 2 + (visual // 2 + text,) * 30
-    whole = Selection(geometry, every, visual, separators=torch.zeros(0, dtype=torch.bool))
+    whole = Selection(geometry, every, visual, newline_mask=torch.zeros(0, dtype=torch.bool))
     account.add([whole], [RowLengths(visual + text, layers)])
     assert account.average_tokens == pytest.approx(visual * (2 + 0.5 * 30) / 32)
 
 
 def test_the_line_for_people() -> None:
     account = TokenAccount(SHAPE, attention="cls_attention")
-    assert str(account) == "no image seen"
+    assert str(account) == "no image was reduced"
     account.add([selection(16)], [(100, 36)])
     assert str(account).startswith("1 image(s): 16 tokens asked, 16 kept; KV cache 36.0% and prefill FLOPs ")
     assert str(account).endswith("of full; attention: cls_attention")

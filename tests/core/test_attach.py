@@ -504,7 +504,7 @@ def test_an_error_in_the_block_is_not_hidden_by_that(model: Any) -> None:
 def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model) as run:
         model(**inputs)
-        with pytest.raises(RuntimeError, match="attached to this model already"), HiRED(0.4)(model):
+        with pytest.raises(RuntimeError, match="already attached to this model"), HiRED(0.4)(model):
             pass
         before = run.account.image_count
         model(**inputs)

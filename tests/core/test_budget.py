@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tokenprune.budget import Budget, OneTokenWarning, apportion, as_budget, plain_budget, ratio_of
+from tokenprune.budget import Budget, OneTokenWarning, apportion, as_budget, normalize_budget, parse_ratio
 from tokenprune.configuration import as_config
 from tokenprune.image import TileGeometry
 from tokenprune.strategies import HERO, GlobalCom2, HiRED
@@ -131,8 +131,8 @@ WIDE = TileGeometry.anyres((40, 100), (1, 2), (4, 4), 56)  # 3 x 16 tokens; 40/1
 
 
 def test_the_layouts_used_here_are_what_the_comments_say() -> None:
-    assert (SQUARE.tiles, int(SQUARE.valid.sum()), SQUARE.separators) == (5, 80, 8)
-    assert (WIDE.tiles, int(WIDE.valid.sum()), WIDE.separators) == (3, 48, 4)
+    assert (SQUARE.tiles, int(SQUARE.valid.sum()), SQUARE.newlines) == (5, 80, 8)
+    assert (WIDE.tiles, int(WIDE.valid.sum()), WIDE.newlines) == (3, 48, 4)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_budget_meanings(budget: Budget, asked: int) -> None:
 def test_a_ratio_of_unpadded_tokens_leaves_padding_out() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # two of four canvas rows are image: 16 + 16 tokens
     assert int(layout.valid.sum()) == 32
-    assert layout.separators == 2
+    assert layout.newlines == 2
     assert Budget(0.5).asked(layout) == 24
     assert Budget(0.5, of="unpadded").asked(layout) == 16
     assert Budget(0.5, of="unpadded", newlines="counted").asked(layout) == 17
@@ -205,7 +205,7 @@ def test_a_percentage_is_the_ratio(number: Any, spaces: str) -> None:
     text = f"{spaces}{number}{spaces}%"
     ratio = float(Fraction(number) / 100)
     assert as_budget(text) == Budget(ratio)
-    assert ratio_of(text) == plain_budget(text) == ratio
+    assert parse_ratio(text) == normalize_budget(text) == ratio
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,10 @@ def test_presets_of_a_ratio_store_plain_numbers(retention: Any) -> None:
 
 
 def test_counts_are_no_ratios() -> None:
-    assert ratio_of(1) == 1.0
+    assert parse_ratio(1) == 1.0
     for amount in (2, 1.5, "120%", "abc", -1):
         with pytest.raises(ValueError, match="neither a ratio nor a count"):
-            ratio_of(amount)
+            parse_ratio(amount)
 
 
 @pytest.mark.parametrize(("budget", "unit"), [(1, "image"), (np.int64(1), "image"), (Budget(1, per="tile"), "tile")])

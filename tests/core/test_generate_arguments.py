@@ -526,7 +526,7 @@ def test_a_prefix_processor_of_the_caller_gets_the_full_prompt(model: Any, input
 
 # --- neighbors --------------------------------------------------------------------------------------------------------
 
-AROUND = (224, 264)
+AROUND = (224, 263)
 """The tokens before and after the image of the second sentence of `batch`."""
 ADJACENT: Mapping[str, Any] = {
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},

@@ -170,7 +170,7 @@ def test_unknown_region_is_refused() -> None:
 
 def test_single_tile_layout() -> None:
     layout = TileGeometry.single((3, 5))
-    assert (layout.tiles, layout.sub_images, layout.tokens, layout.separators) == (1, 0, 15, 0)
+    assert (layout.tiles, layout.sub_images, layout.tokens, layout.newlines) == (1, 0, 15, 0)
     assert layout.packed.tolist() == list(range(15))
     assert bool(layout.valid.all())
     assert layout.regions.shape == (0, 4)

@@ -82,7 +82,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, message in {
-        "cut.png": "broken or cut off",
+        "cut.png": "broken or truncated",
         "notes.txt": "not an image",
         "empty.jpg": "not an image",
         "missing.png": "no such file",

@@ -33,7 +33,7 @@ def test_a_lower_resolution_stands_at_tokens_of_the_higher_in_the_same_order(lay
     tiny = small.packed[small.packed != NEWLINE]
     assert torch.equal(full // layout.tokens, tiny // small.tokens)  # the same tiles in the same order
     rows = layout.newline_of[layout.packed != NEWLINE][standing.flatten()[own]]
-    assert small.separators == len(set(rows[rows >= 0].tolist()))
+    assert small.newlines == len(set(rows[rows >= 0].tolist()))
 
 
 @given(LAYOUTS)
@@ -91,7 +91,7 @@ def test_the_model_is_given_the_smaller_image(family: str, newlines) -> None:
     assert all(shape[0] < 56 for shape in runs)  # the tower never saw the full image
     for selection in run.selections:
         assert 0 < selection.kept_tokens <= selection.asked
-        assert (selection.kept_newlines == 0) == (newlines == "drop" or not selection.geometry.separators)
+        assert (selection.kept_newlines == 0) == (newlines == "drop" or not selection.geometry.newlines)
     assert len(run.selections) == 6
 
 
@@ -127,7 +127,7 @@ def test_a_shared_encoding_is_encoded_anew_once() -> None:
     calls = []
     hook = model.base_model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
     with torch.no_grad():
-        encoding = adapter.encode(inputs, ()).repeated(3)
+        encoding = adapter.encode(inputs, ()).repeat(3)
         text = {name: inputs[name].repeat(3, 1) for name in ("input_ids", "attention_mask")}
         out = Pipeline(ImageDownsample(0.2), adapter).prepare(text, generating=True, encoding=encoding).inputs
     hook.remove()

@@ -27,19 +27,19 @@ from tokenprune.testing.encoded_images import random_encoded_image
         ([[0, 1], "first"], (0, 1, 0)),
     ],
 )
-def test_every_form(choice: object, expected: tuple[int, ...]) -> None:
+def test_layer_choices_resolve_to_indices(choice: object, expected: tuple[int, ...]) -> None:
     assert resolve_layers(choice, 24, 22) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "choice", ["last", "", 24, -25, 1.5, -0.1, float("nan"), True, False, None, ["first", 24], {"a": 1}]
 )
-def test_what_names_no_layer_is_refused(choice: object) -> None:
+def test_invalid_layer_choices_raise(choice: object) -> None:
     with pytest.raises(ValueError, match="is no layer of a vision tower with 24 layers"):
         resolve_layers(choice, 24, 22)  # type: ignore[arg-type]
 
 
-def test_an_empty_list_is_refused() -> None:
+def test_an_empty_list_of_layers_raises() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         resolve_layers([], 24, 22)
 
@@ -54,13 +54,13 @@ def test_a_relative_depth_is_always_a_layer(layers: int, depth: float) -> None:
 
 def test_reading_averages_over_layers_in_float32() -> None:
     image = random_encoded_image(TileGeometry.single((2, 3)))
-    half = {key: value.half() for key, value in image.signals.items()}
-    image = EncodedImage(image.geometry, image.features, half, layers=4, feature_layer=2)
-    both = image.cls_attention(["first", "feature"])
-    assert both.dtype == torch.float32
-    expected = (half["cls_attention", 0].float() + half["cls_attention", 2].float()) / 2
-    torch.testing.assert_close(both, expected, rtol=0, atol=1e-7)
-    assert torch.equal(image.cls_attention("feature"), half["cls_attention", 2].float())
+    half_signals = {key: value.half() for key, value in image.signals.items()}
+    image = EncodedImage(image.geometry, image.features, half_signals, layers=4, feature_layer=2)
+    average = image.cls_attention(["first", "feature"])
+    assert average.dtype == torch.float32
+    expected = (half_signals["cls_attention", 0].float() + half_signals["cls_attention", 2].float()) / 2
+    torch.testing.assert_close(average, expected, rtol=0, atol=1e-7)
+    assert torch.equal(image.cls_attention("feature"), half_signals["cls_attention", 2].float())
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_reading_averages_over_layers_in_float32() -> None:
         ("vision_features", "vision_features"),
     ],
 )
-def test_every_reader_reads_its_own_signal(method: str, kind: str) -> None:
+def test_each_accessor_reads_the_signal_of_its_name(method: str, kind: str) -> None:
     value = torch.rand(1, 2, 6)
     image = EncodedImage(TileGeometry.single((2, 3)), torch.zeros(1, 6, 2), {(kind, 3): value}, layers=4)
     assert torch.equal(getattr(image, method)(-1), value)
 
 
-def test_a_signal_that_was_not_declared_is_named() -> None:
+def test_reading_an_undeclared_signal_raises() -> None:
     geometry = TileGeometry.single((2, 2))
     image = EncodedImage(geometry, torch.zeros(1, 4, 2), {("keys", 1): torch.zeros(1, 1, 4, 2)}, layers=4)
     with pytest.raises(LookupError, match=r"cls_attention of layer 0 was not captured \(captured: keys of layer 1\)"):

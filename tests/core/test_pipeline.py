@@ -1,4 +1,4 @@
-"""The execution path around a live model: wrappers, threads, handles, the record, and the length of outputs."""
+"""Test the pipeline on running models: wrappers, threads, handles, the run record, and the length of outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tokenprune import Budget, EncodedImage, Run, TileGeometry, align
 from tokenprune.account import HISTORY
 from tokenprune.adapter import adapters, find_adapter
 from tokenprune.attach import _Hook, check_transformers, unwrap
-from tokenprune.pipeline import Pipeline, inferred_mask
+from tokenprune.pipeline import Pipeline, infer_attention_mask
 from tokenprune.rewrite import Rows
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import Selection
@@ -47,34 +47,34 @@ def inputs() -> Any:
 # --- wrappers ---------------------------------------------------------------------------------------------------------
 
 
-def lora(model: Any) -> Any:
+def wrap_with_lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
 
 
 WRAPPERS = {
-    "peft": lora,
+    "peft": wrap_with_lora,
     "compile": lambda model: torch.compile(model, backend="eager"),
     "data parallel": nn.DataParallel,
-    "compiled peft": lambda model: torch.compile(lora(model), backend="eager"),
+    "compiled peft": lambda model: torch.compile(wrap_with_lora(model), backend="eager"),
 }
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @torch.no_grad()
 def test_wrappers(inputs: Any, name: str) -> None:
-    """Plain calls go through the wrapper, `generate` too where it has one."""
+    """The wrapper gives the outputs of the wrapped model, also in `generate` if it has this method."""
     model = tiny_model("llava_next")
     plain = model(**inputs).logits
     with HiRED(0.2)(model) as run:
-        expected, written = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3)
+        expected, generated = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3)
     wrapped = WRAPPERS[name](model)
-    before = [list(m._forward_hooks) for m in wrapped.modules()]
-    with HiRED(0.2)(wrapped) as through:
+    hooks_before = [list(module._forward_hooks) for module in wrapped.modules()]
+    with HiRED(0.2)(wrapped) as wrapped_run:
         torch.testing.assert_close(wrapped(**inputs).logits, expected)
         if hasattr(wrapped, "generate"):
-            assert torch.equal(wrapped.generate(**inputs, max_new_tokens=3), written)
-    assert torch.equal(through.selections[0].kept, run.selections[0].kept)
-    assert [list(m._forward_hooks) for m in wrapped.modules()] == before
+            assert torch.equal(wrapped.generate(**inputs, max_new_tokens=3), generated)
+    assert torch.equal(wrapped_run.selections[0].kept, run.selections[0].kept)
+    assert [list(module._forward_hooks) for module in wrapped.modules()] == hooks_before
     torch.testing.assert_close(wrapped(**inputs).logits, plain)
 
 
@@ -87,13 +87,13 @@ def test_attaching_to_the_model_inside_a_wrapper(model: Any, inputs: Any) -> Non
     assert run.account.image_count == 3
 
 
-def test_a_pipeline_is_refused_with_the_model_to_attach_to(model: Any) -> None:
+def test_attaching_to_a_pipeline_object_names_its_model(model: Any) -> None:
     @dataclass
     class TextPipeline:
         model: Any
 
-    with pytest.raises(TypeError, match=r"attach to its attribute \.model"), HiRED(0.2)(TextPipeline(model)):
-        pass
+    with pytest.raises(TypeError, match=r"attach the strategy to its attribute \.model"):
+        HiRED(0.2)(TextPipeline(model)).attach()
 
 
 def test_copies_on_several_devices_are_refused(model: Any) -> None:
@@ -112,58 +112,58 @@ def test_threads_share_one_attached_model(name: str) -> None:
     calls = [find_adapter(model).example_inputs([[size]]) for size in [(112, 112), (56, 112), (112, 56), (56, 56)]]
     suppressed = [find_adapter(model).image_token_id]
 
-    def logits(number: int) -> Tensor:
+    def compute_logits(index: int) -> Tensor:
         options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
         with torch.no_grad():
-            generated = model.generate(**calls[number], suppress_tokens=suppressed, **options).logits[0]
-            return torch.cat([generated, model(**calls[number]).logits[:, -1]])
+            generated = model.generate(**calls[index], suppress_tokens=suppressed, **options).logits[0]
+            return torch.cat([generated, model(**calls[index]).logits[:, -1]])
 
     with HiRED(0.2)(model) as run:
-        expected = [logits(number) for number in range(4)]
-        alone = [selection.kept for selection in run.selections]
+        expected = [compute_logits(index) for index in range(4)]
+        sequential_masks = [selection.kept for selection in run.selections]
     results: list[Any] = [None] * 16
 
-    def work(number: int) -> None:
+    def run_thread(index: int) -> None:
         try:
-            results[number] = logits(number % 4)
+            results[index] = compute_logits(index % 4)
         except Exception as error:
-            results[number] = error
+            results[index] = error
 
     plain = model(**calls[0]).logits
     with HiRED(0.2)(model) as run:
-        threads = [Thread(target=work, args=(number,)) for number in range(16)]
+        threads = [Thread(target=run_thread, args=(index,)) for index in range(16)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    for number, result in enumerate(results):
+    for index, result in enumerate(results):
         assert isinstance(result, Tensor), result
-        assert torch.equal(result, expected[number % 4])
+        assert torch.equal(result, expected[index % 4])
     assert run.account.image_count == 32
-    counts = [sum(torch.equal(kept, selection.kept) for selection in run.selections) for kept in alone[::2]]
+    counts = [sum(torch.equal(kept, selection.kept) for selection in run.selections) for kept in sequential_masks[::2]]
     assert all(count >= 8 for count in counts)
     assert torch.equal(model(**calls[0]).logits, plain)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_blocks_of_several_threads_leave_the_model_as_it_was(model: Any, inputs: Any) -> None:
-    """A second block on one model is refused by a sentence, whatever the threads do meanwhile."""
-    plain, problems = model(**inputs).logits, []
+def test_blocks_of_several_threads_restore_the_model(model: Any, inputs: Any) -> None:
+    """A second block on the same model raises an error that names the cause, in any order of the threads."""
+    plain, messages = model(**inputs).logits, []
 
-    def work() -> None:
+    def run_thread() -> None:
         for _ in range(3):
             try:
                 with torch.no_grad(), HiRED(0.2)(model):
                     model(**inputs)
             except RuntimeError as error:
-                problems.append(str(error))
+                messages.append(str(error))
 
-    threads = [Thread(target=work) for _ in range(4)]
+    threads = [Thread(target=run_thread) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all("attached to this model already" in problem for problem in problems)
+    assert all("already attached to this model" in message for message in messages)
     assert torch.equal(model(**inputs).logits, plain)
     assert "generate" not in vars(model)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -173,7 +173,7 @@ def test_blocks_of_several_threads_leave_the_model_as_it_was(model: Any, inputs:
 
 
 @torch.no_grad()
-def test_a_handle_for_servers(model: Any, inputs: Any) -> None:
+def test_attach_and_detach_through_a_handle(model: Any, inputs: Any) -> None:
     plain = model(**inputs).logits
     handle = HiRED(0.2).attach(model)
     assert not torch.equal(model(**inputs).logits, plain)
@@ -191,19 +191,19 @@ def test_a_block_of_text_only_warns(model: Any, inputs: Any) -> None:
         model(**text)
 
 
-def test_forgetting_with_is_answered(model: Any) -> None:
+def test_using_an_attachment_without_with_raises(model: Any) -> None:
     attachment = HiRED(0.2)(model)
     with pytest.raises(AttributeError, match="write `with HiRED"):
         attachment.generate()
     with pytest.raises(RuntimeError, match="write `with HiRED"):
         _ = attachment.run
-    with pytest.warns(UserWarning, match="attaches nothing by itself"):
+    with pytest.warns(UserWarning, match="does not attach the strategy by itself"):
         attachment.__del__()
     attachment.attach()
     attachment.detach()
 
 
-def test_one_object_serves_one_block_after_the_other(model: Any, inputs: Any) -> None:
+def test_an_attachment_can_be_entered_again(model: Any, inputs: Any) -> None:
     attachment = HiRED(0.2)(model)
     for _ in range(2):
         with attachment as run:
@@ -238,7 +238,7 @@ def test_a_call_with_videos_only_is_refused() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_outputs_have_the_length_of_the_prompt(model: Any, side: str) -> None:
-    """A dropped position shows the last kept position before it."""
+    """A dropped position holds the output of the last kept position before it."""
     inputs = batch("llava_next", *ROWS, [], side=side)
     with HiRED(0.2)(model, outputs="reduced") as run:
         short = model(**inputs, output_hidden_states=True)
@@ -262,37 +262,39 @@ def test_outputs_have_the_length_of_the_prompt(model: Any, side: str) -> None:
 @torch.no_grad()
 def test_logits_to_keep(model: Any, inputs: Any, keep: Any) -> None:
     with HiRED(0.2)(model):
-        every = model(**inputs).logits
-        some = model(**inputs, logits_to_keep=keep).logits
-    expected = every[:, keep] if isinstance(keep, Tensor) else every[:, -keep:]
-    torch.testing.assert_close(some, expected)
+        all_logits = model(**inputs).logits
+        kept_logits = model(**inputs, logits_to_keep=keep).logits
+    expected = all_logits[:, keep] if isinstance(keep, Tensor) else all_logits[:, -keep:]
+    torch.testing.assert_close(kept_logits, expected)
 
 
 @torch.no_grad()
 def test_tuples_are_expanded_too(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model):
-        output, values = model(**inputs), model(**inputs, return_dict=False)
-    assert isinstance(values, tuple)
-    assert torch.equal(values[0], output.logits)
+        output, output_tuple = model(**inputs), model(**inputs, return_dict=False)
+    assert isinstance(output_tuple, tuple)
+    assert torch.equal(output_tuple[0], output.logits)
 
 
 @torch.no_grad()
 def test_the_last_token_of_right_padded_rows(model: Any) -> None:
-    """As embedding models pool: by the attention mask of the caller."""
+    """The state of the last real token, which embedding models pool, equals its state in a batch of one row."""
     inputs = batch("llava_next", *ROWS, side="right")
     last = inputs["attention_mask"].sum(1) - 1
     with HiRED(0.2)(model):
-        together = model(**inputs, output_hidden_states=True).hidden_states[-1][torch.arange(2), last]
-        for number in range(2):
-            alone = {n: inputs[n][number : number + 1, : last[number] + 1] for n in ("input_ids", "attention_mask")}
-            images = slice(0, 1) if number == 0 else slice(1, 3)
-            alone |= {name: inputs[name][images] for name in ("pixel_values", "image_sizes")}
-            state = model(**alone, output_hidden_states=True).hidden_states[-1][0, -1]
-            torch.testing.assert_close(together[number], state, atol=1e-5, rtol=1e-4)
+        batch_states = model(**inputs, output_hidden_states=True).hidden_states[-1][torch.arange(2), last]
+        for row in range(2):
+            row_inputs = {
+                name: inputs[name][row : row + 1, : last[row] + 1] for name in ("input_ids", "attention_mask")
+            }
+            images = slice(0, 1) if row == 0 else slice(1, 3)
+            row_inputs |= {name: inputs[name][images] for name in ("pixel_values", "image_sizes")}
+            state = model(**row_inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+            torch.testing.assert_close(batch_states[row], state, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_run_says_which_positions_remain(model: Any, inputs: Any) -> None:
+def test_the_run_records_the_remaining_positions(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model) as run:
         assert run.rows is None
         model(**inputs)
@@ -303,7 +305,8 @@ def test_the_run_says_which_positions_remain(model: Any, inputs: Any) -> None:
     short = align(inputs["input_ids"], run.rows, fill=-1)
     assert short.shape == run.rows.index.shape
     assert torch.equal(
-        short[run.rows.mask], torch.cat([ids[k] for ids, k in zip(inputs["input_ids"], kept, strict=True)])
+        short[run.rows.mask],
+        torch.cat([ids[row_kept] for ids, row_kept in zip(inputs["input_ids"], kept, strict=True)]),
     )
     assert (short[~run.rows.mask] == -1).all()
     with pytest.raises(ValueError, match="align needs a tensor of the full prompt"):
@@ -331,12 +334,12 @@ def test_trainer_with_label_smoothing_and_metrics(tmp_path: Any, smoothing: floa
     )
     shapes = []
 
-    def metrics(prediction: Any) -> dict[str, float]:
+    def record_shapes(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         shapes.append((logits.shape[:2], prediction.label_ids.shape))
         return {}
 
-    trainer = Trainer(model, arguments, train_dataset=[row], eval_dataset=[row], compute_metrics=metrics)
+    trainer = Trainer(model, arguments, train_dataset=[row], eval_dataset=[row], compute_metrics=record_shapes)
     with HiRED(0.2)(model):
         assert trainer.train().training_loss > 0
         assert trainer.evaluate()["eval_loss"] > 0
@@ -344,29 +347,31 @@ def test_trainer_with_label_smoothing_and_metrics(tmp_path: Any, smoothing: floa
     assert all(logits == labels for logits, labels in shapes)
 
 
-def test_a_loss_outside_the_model_equals_the_one_inside(model: Any, inputs: Any) -> None:
-    hidden = (inputs["input_ids"] == model.config.image_token_id) | (inputs["attention_mask"] == 0)
-    labels = inputs["input_ids"].masked_fill(hidden, -100)
-    labels[inputs["attention_mask"].cumsum(1) == 1] = -100  # would be predicted from padding
+def test_a_loss_from_logits_equals_the_loss_of_the_model(model: Any, inputs: Any) -> None:
+    unlabeled = (inputs["input_ids"] == model.config.image_token_id) | (inputs["attention_mask"] == 0)
+    labels = inputs["input_ids"].masked_fill(unlabeled, -100)
+    labels[inputs["attention_mask"].cumsum(1) == 1] = -100  # its prediction would come from padding
     with HiRED(0.2)(model), torch.no_grad():
-        inside = model(**inputs, labels=labels).loss
+        model_loss = model(**inputs, labels=labels).loss
         logits = model(**inputs).logits
-    outside = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    torch.testing.assert_close(outside, inside)
+    external_loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(external_loss, model_loss)
 
 
 def test_a_full_mask_over_a_reduced_cache_is_refused(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model) as run, torch.no_grad():
         output = model(**inputs, use_cache=True)
         step = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
-        one = torch.ones(2, 1, dtype=torch.long)
+        ones_column = torch.ones(2, 1, dtype=torch.long)
         with pytest.raises(ValueError, match=r"tokenprune.align\(attention_mask, run.rows\)"):
-            model(**step, attention_mask=torch.cat([inputs["attention_mask"], one], 1))
-        short = torch.cat([align(inputs["attention_mask"], run.rows), one], 1)
+            model(**step, attention_mask=torch.cat([inputs["attention_mask"], ones_column], 1))
+        short = torch.cat([align(inputs["attention_mask"], run.rows), ones_column], 1)
         positions = short.cumsum(1)[:, -1:] - 1
         continued = model(**step, attention_mask=short, position_ids=positions).logits[:, -1].argmax(-1)
-        written = model.generate(**inputs, max_new_tokens=2)
-    assert torch.equal(written[:, -1], continued)
+        generated = model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(generated[:, -1], continued)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -376,10 +381,10 @@ def test_a_run_does_not_hold_the_model(inputs: Any) -> None:
     model = tiny_model("llava_next")
     with HiRED(0.2)(model) as run:
         model.generate(**inputs, max_new_tokens=1)
-    alive = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert alive() is None
+    assert reference() is None
     assert run.account.image_count == 3
 
 
@@ -418,14 +423,16 @@ def test_the_mask_is_inferred_from_padding_as_generate_does(model: Any, inputs: 
     class Config:
         pad_token_id, eos_token_id = 0, [2]
 
-    mask = inferred_mask(inputs["input_ids"], {}, Config, Config)
+    mask = infer_attention_mask(inputs["input_ids"], {}, Config, Config)
     assert mask is not None
     assert torch.equal(mask, inputs["attention_mask"])
-    assert inferred_mask(inputs["input_ids"], {"eos_token_id": 0}, Config, Config) is None
-    assert inferred_mask(inputs["input_ids"], {"pad_token_id": 390}, Config, Config) is None
-    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    assert infer_attention_mask(inputs["input_ids"], {"eos_token_id": 0}, Config, Config) is None
+    assert infer_attention_mask(inputs["input_ids"], {"pad_token_id": 390}, Config, Config) is None
+    inputs_without_mask = {name: value for name, value in inputs.items() if name != "attention_mask"}
     with HiRED(0.2)(model), torch.no_grad():
-        assert torch.equal(model.generate(**bare, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3))
+        assert torch.equal(
+            model.generate(**inputs_without_mask, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3)
+        )
 
 
 @torch.no_grad()
@@ -434,38 +441,38 @@ def test_half_precision_does_not_overflow() -> None:
     for layer in model.model.vision_tower.encoder.layers:
         layer.self_attn.q_proj.bias.add_(220.0)
         layer.self_attn.k_proj.bias.add_(220.0)
-    half = copy.deepcopy(model).half()
-    cast = {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
-    assert bool(half(**cast).logits.isfinite().all())
+    half_model = copy.deepcopy(model).half()
+    half_inputs = {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
+    assert bool(half_model(**half_inputs).logits.isfinite().all())
     for reducer in (FasterVLM(0.2), HiRED(0.2), HiRED(0.2, attention="received")):
-        with reducer(half) as run:
-            half(**cast)
+        with reducer(half_model) as run:
+            half_model(**half_inputs)
         assert run.account.kept == run.account.asked
 
 
 @pytest.mark.parametrize("reducer", [HiRED(0.2), VisionZip(0.2), PruMerge(0.2), SpatialPooling(0.2), DivPrune(0.2)])
 @torch.no_grad()
 def test_a_vision_side_of_another_dtype(inputs: Any, reducer: Any) -> None:
-    """The tower computes in its own dtype: kept tokens are those of a model in float32."""
+    """A float32 tower in a bfloat16 model keeps the same tokens as a float32 model."""
     model = tiny_model("llava_next")
     with reducer(model) as run:
         model(**inputs)
     model.to(torch.bfloat16)
     reference = tiny_model("llava_next")
     for name in ("vision_tower", "multi_modal_projector"):
-        part = getattr(model.model, name).float()
-        part.load_state_dict(getattr(reference.model, name).state_dict())
-    with reducer(model) as mixed:
+        module = getattr(model.model, name).float()
+        module.load_state_dict(getattr(reference.model, name).state_dict())
+    with reducer(model) as mixed_run:
         model.generate(**inputs, max_new_tokens=1)
-    for a, b in zip(run.selections, mixed.selections, strict=True):
-        assert torch.equal(a.kept, b.kept)
+    for selection, mixed_selection in zip(run.selections, mixed_run.selections, strict=True):
+        assert torch.equal(selection.kept, mixed_selection.kept)
 
 
 # --- the contract of a strategy ---------------------------------------------------------------------------------------
 
 
 def test_features_are_computed_when_they_are_read() -> None:
-    """`dataclasses.replace` and the methods of an image do not compute them."""
+    """`dataclasses.replace` and the methods of an image do not compute the features."""
     from dataclasses import replace
 
     calls = []
@@ -475,9 +482,9 @@ def test_features_are_computed_when_they_are_read() -> None:
         return torch.ones(1, 4, 3)
 
     image = EncodedImage(TileGeometry.single((2, 2)), compute_features=compute, device="cpu")
-    other = replace(image.with_signals({("keys", 0): torch.zeros(1, 1, 4, 2)}), layers=3).in_packed_order()
+    flattened = replace(image.with_signals({("keys", 0): torch.zeros(1, 1, 4, 2)}), layers=3).flatten_tiles()
     assert not calls
-    assert other.features.shape == (1, 4, 3)
+    assert flattened.features.shape == (1, 4, 3)
     assert image.features is image.features
     assert len(calls) == 1
     assert image.with_features(torch.zeros(1, 4, 3)).features.sum() == 0
@@ -487,29 +494,29 @@ def test_features_are_computed_when_they_are_read() -> None:
 
 @pytest.mark.parametrize("name", sorted(adapters()))
 def test_layouts_need_no_encoding(name: str) -> None:
-    kind = adapters()[name]
-    if not kind.runs():
+    adapter_class = adapters()[name]
+    if not adapter_class.supports_transformers():
         pytest.skip("the unmodified model raises in the installed transformers")
-    adapter = kind(kind.example())
+    adapter = adapter_class(adapter_class.example())
     inputs = adapter.example_inputs([[(112, 112)], [(60, 112)]])
-    forbidden = getattr(adapter, "tower", adapter.model).register_forward_pre_hook(lambda *_: 1 / 0)
+    raising_hook = getattr(adapter, "tower", adapter.model).register_forward_pre_hook(lambda *_: 1 / 0)
     layouts = adapter.layouts(inputs)
-    forbidden.remove()
+    raising_hook.remove()
     with torch.no_grad():
         images = adapter.encode(inputs, ()).images
     assert [len(layout.packed) for layout in layouts] == [len(image.geometry.packed) for image in images]
 
 
-def test_a_pipeline_prepares_what_a_block_runs(model: Any, inputs: Any) -> None:
+def test_a_prepared_call_equals_a_call_inside_the_block(model: Any, inputs: Any) -> None:
     pipeline = Pipeline(HiRED(Budget(20)), find_adapter(model))
     call = pipeline.prepare(inputs)
     assert call.is_shortened
     assert call.inputs["input_ids"].shape == call.rows.index.shape
-    with call.held(), torch.no_grad():
+    with call.enter_contexts(), torch.no_grad():
         logits = model(**call.inputs).logits
     with HiRED(Budget(20))(model, outputs="reduced"), torch.no_grad():
         assert torch.equal(model(**inputs).logits, logits)
-    assert [s.kept_tokens for s in call.selections] == [20, 20, 20]
+    assert [selection.kept_tokens for selection in call.selections] == [20, 20, 20]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with HiRED(0.2)(model) as run:
@@ -523,11 +530,11 @@ def test_a_model_prepared_by_accelerate(inputs: Any) -> None:
 
     model = tiny_model("llava_next")
     with HiRED(0.2)(model):
-        expected, written = model(**inputs).logits, model.generate(**inputs, max_new_tokens=2)
+        expected, generated = model(**inputs).logits, model.generate(**inputs, max_new_tokens=2)
     prepared = Accelerator(cpu=True).prepare(model)
     with HiRED(0.2)(prepared):
         torch.testing.assert_close(prepared(**inputs).logits, expected)
-        assert torch.equal(prepared.generate(**inputs, max_new_tokens=2), written)
+        assert torch.equal(prepared.generate(**inputs, max_new_tokens=2), generated)
 
 
 @torch.no_grad()
@@ -546,18 +553,18 @@ def test_distributed_data_parallel(inputs: Any, tmp_path: Any) -> None:
 
 
 @torch.no_grad()
-def test_an_assistant_with_a_reducer_of_its_own(model: Any) -> None:
-    inputs, helper = batch("llava_next", [(60, 160)]), tiny_model("llava_next")
-    handle = HiRED(0.2).attach(helper)
+def test_an_assistant_model_with_an_attached_reducer(model: Any) -> None:
+    inputs, assistant = batch("llava_next", [(60, 160)]), tiny_model("llava_next")
+    handle = HiRED(0.2).attach(assistant)
     with HiRED(0.2)(model):
         greedy = model.generate(**inputs, max_new_tokens=5)
-        assert torch.equal(model.generate(**inputs, max_new_tokens=5, assistant_model=helper), greedy)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, assistant_model=assistant), greedy)
     handle.detach()
 
 
 @torch.no_grad()
 def test_a_model_without_a_cache(model: Any) -> None:
-    """Also if only the generation config of the model says so."""
+    """Generation without a cache gives the same tokens if `use_cache=False` comes from the generation config."""
     inputs, config = batch("llava_next", [(60, 160)]), GenerationConfig(max_new_tokens=4, pad_token_id=0)
     with HiRED(0.2, positions="preserve")(model):
         expected = model.generate(**inputs, generation_config=config, use_cache=False)
@@ -567,8 +574,8 @@ def test_a_model_without_a_cache(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_ctrl_c_inside_a_plain_call(model: Any, inputs: Any) -> None:
-    """The next call is not taken for the interrupted one."""
+def test_an_interrupt_inside_a_call(model: Any, inputs: Any) -> None:
+    """The call after an interrupted call gives the logits of the unmodified model."""
     text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
     plain = model(**text).logits
 
@@ -602,19 +609,19 @@ def test_more_logits_than_positions_and_tuples_by_config(model: Any, inputs: Any
         assert torch.equal(model(**inputs)[0], logits)
 
 
-def hooks_of(model: Any) -> list[Any]:
+def list_hooks(model: Any) -> list[Any]:
     """Return all hooks and replaced methods of a model."""
     replaced = [set(vars(module)) & {"forward", "generate"} for module in model.modules()]
-    return [[(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()], replaced]
+    return [[(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()], replaced]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mllama", "phi4_multimodal"])
-def test_ctrl_c_that_leaves_the_block(family: str) -> None:
-    """A family that holds contexts during a call answers as before after the block, also in other threads."""
+def test_an_interrupt_that_leaves_the_block(family: str) -> None:
+    """A family that holds contexts during a call has its original outputs after the block, also in other threads."""
     model = tiny_model(family)
     inputs = batch(family, [(112, 112)])
-    plain, before = model(**inputs).logits, hooks_of(model)
+    plain, before = model(**inputs).logits, list_hooks(model)
 
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -628,83 +635,85 @@ def test_ctrl_c_that_leaves_the_block(family: str) -> None:
     thread.start()
     thread.join(timeout=60)
     assert torch.equal(results[0], plain)
-    assert hooks_of(model) == before
+    assert list_hooks(model) == before
 
 
 @torch.no_grad()
 def test_detach_during_a_call_of_another_thread(model: Any, inputs: Any) -> None:
-    """The call in progress ends as it began, and its hooks are removed with it."""
-    plain, inside, go_on = model(**inputs).logits, threading.Event(), threading.Event()
-    before = hooks_of(model)
+    """The call in progress stays reduced, and its hooks are removed when it ends."""
+    plain, entered, resume = model(**inputs).logits, threading.Event(), threading.Event()
+    before = list_hooks(model)
 
-    def wait(*args: Any) -> None:
-        inside.set()
-        go_on.wait(60)
+    def block_call(*args: Any) -> None:
+        entered.set()
+        resume.wait(60)
 
     handle = HiRED(0.2).attach(model)
     expected = model(**inputs).logits
-    hook = model.get_output_embeddings().register_forward_pre_hook(wait)
+    hook = model.get_output_embeddings().register_forward_pre_hook(block_call)
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(model(**inputs).logits))
     thread.start()
-    inside.wait(60)
+    entered.wait(60)
     handle.detach()
     hook.remove()
     assert torch.equal(model(**inputs).logits, plain)
-    go_on.set()
+    resume.set()
     thread.join()
     assert torch.equal(results[0], expected)
-    assert hooks_of(model) == before
+    assert list_hooks(model) == before
 
 
 @torch.no_grad()
-def test_a_reduced_cache_is_noticed_in_a_later_block(model: Any, inputs: Any) -> None:
-    """The mark belongs to the cache: caches of full prompts stay usable after a reduced call."""
-    text = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
-    full = model(**inputs, use_cache=True).past_key_values
-    longer = {name: torch.cat([value, value[:, -1:]], dim=1) for name, value in text.items()}
-    new = {**longer, "input_ids": longer["input_ids"][:, -1:]}
-    plain = model(**new, past_key_values=copy.deepcopy(full)).logits
+def test_a_reduced_cache_is_refused_in_a_later_block(model: Any, inputs: Any) -> None:
+    """A cache of a reduced prompt raises; caches of full prompts stay usable after a reduced call."""
+    text_inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    full_cache = model(**inputs, use_cache=True).past_key_values
+    extended = {name: torch.cat([value, value[:, -1:]], dim=1) for name, value in text_inputs.items()}
+    next_inputs = {**extended, "input_ids": extended["input_ids"][:, -1:]}
+    plain = model(**next_inputs, past_key_values=copy.deepcopy(full_cache)).logits
     with HiRED(0.2)(model):
         reduced = model(**inputs, use_cache=True).past_key_values
         generated = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-        assert torch.equal(model(**new, past_key_values=copy.deepcopy(full)).logits, plain)
-        continued = model.generate(**longer, past_key_values=copy.deepcopy(full), max_new_tokens=2)
-    assert torch.equal(continued, model.generate(**longer, past_key_values=copy.deepcopy(full), max_new_tokens=2))
+        assert torch.equal(model(**next_inputs, past_key_values=copy.deepcopy(full_cache)).logits, plain)
+        continued = model.generate(**extended, past_key_values=copy.deepcopy(full_cache), max_new_tokens=2)
+    assert torch.equal(
+        continued, model.generate(**extended, past_key_values=copy.deepcopy(full_cache), max_new_tokens=2)
+    )
     with FasterVLM(0.2)(model):
         model(**inputs)
         for cache in (reduced, generated, copy.deepcopy(reduced)):
             with pytest.raises(ValueError, match="cache that holds a reduced prompt"):
-                model.generate(**longer, past_key_values=cache, max_new_tokens=2)
+                model.generate(**extended, past_key_values=cache, max_new_tokens=2)
             with pytest.raises(ValueError, match="of a reduced prompt"):
-                model(**new, past_key_values=cache)
+                model(**next_inputs, past_key_values=cache)
 
 
 @torch.no_grad()
 def test_a_mask_over_image_tokens_is_refused(model: Any, inputs: Any) -> None:
     mask = inputs["attention_mask"].clone()
     mask[0, (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[3:8, 0]] = 0
-    hidden = {**inputs, "attention_mask": mask}
-    plain = model(**hidden).logits
+    masked_inputs = {**inputs, "attention_mask": mask}
+    plain = model(**masked_inputs).logits
     with HiRED(1.0)(model):
-        assert torch.equal(model(**hidden).logits, plain)
+        assert torch.equal(model(**masked_inputs).logits, plain)
     with HiRED(0.2)(model):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match="hides image tokens"):
-                call(**hidden)
+                call(**masked_inputs)
         model(**inputs)
 
 
 def test_shifted_labels_are_refused(model: Any, inputs: Any) -> None:
     labels = inputs["input_ids"]
-    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    shifted_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     with HiRED(0.2)(model), pytest.raises(ValueError, match="shift_labels"):
-        model(**inputs, labels=labels, shift_labels=shifted)
+        model(**inputs, labels=labels, shift_labels=shifted_labels)
 
 
 @torch.no_grad()
 def test_copies_and_pickles_made_inside_the_block(model: Any, inputs: Any) -> None:
-    """They are plain models without a reference to the strategy."""
+    """Copies are unmodified models without a reference to the strategy."""
     with HiRED(0.2)(model) as run:
         copies = [pickle.loads(pickle.dumps(model))]  # transformers' own hooks cannot be pickled after a call
         model(**inputs)
@@ -712,12 +721,12 @@ def test_copies_and_pickles_made_inside_the_block(model: Any, inputs: Any) -> No
     assert run.account.image_count == 3
     copies.append(pickle.loads(pickle.dumps(copies[0])))
     plain, expected = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3)
-    for twin in copies:
-        assert torch.equal(twin(**inputs).logits, plain)
-        assert torch.equal(twin.generate(**inputs, max_new_tokens=3), expected)
-        assert not any(isinstance(hook, _Hook) for hook in twin._forward_hooks.values())
-        with HiRED(0.2)(twin) as run:
-            twin(**inputs)
+    for model_copy in copies:
+        assert torch.equal(model_copy(**inputs).logits, plain)
+        assert torch.equal(model_copy.generate(**inputs, max_new_tokens=3), expected)
+        assert not any(isinstance(hook, _Hook) for hook in model_copy._forward_hooks.values())
+        with HiRED(0.2)(model_copy) as run:
+            model_copy(**inputs)
         assert run.account.image_count == 3
 
 

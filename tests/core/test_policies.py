@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, get_origin, get_type_hints
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tokenprune import ScoreReducer
+from tokenprune.catalog import components, strategies
 from tokenprune.image import EncodedImage, TileGeometry
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.strategies.components import (
@@ -229,3 +235,32 @@ def test_parts_without_signals_need_none() -> None:
         SelectionPolicy()  # type: ignore[abstract]
     with pytest.raises(TypeError, match="abstract"):
         AllocationPolicy()  # type: ignore[abstract]
+
+
+CLASSES = {**components(), **strategies()}
+OPTIONS = [
+    (name, option)
+    for name, kind in CLASSES.items()
+    for option, hint in get_type_hints(kind).items()
+    if get_origin(hint) is Literal
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_an_unknown_option_is_refused(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}='nonsense' is not known; use one of '"):
+        CLASSES[name](**{option: "nonsense"})  # type: ignore[call-arg]
+
+
+def test_an_annotation_for_type_checkers_only_is_no_option() -> None:
+    @dataclass
+    class Strategy(ScoreReducer):
+        table: NotImported = None  # type: ignore[name-defined]  # noqa: F821
+        mode: Literal["a", "b"] = "a"
+
+        def score(self, image: EncodedImage) -> Tensor:
+            return image.features.float().norm(dim=-1)
+
+    assert Strategy(mode="b").mode == "b"
+    with pytest.raises(ValueError, match="mode='c' is not known; use one of 'a', 'b'"):
+        Strategy(mode="c")  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
     assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_newlines
     again = reducer.reduce(random_encoded_image(layout, seed))
     assert torch.equal(again.kept, selection.kept)
-    assert torch.equal(again.separators, selection.separators)
+    assert torch.equal(again.newline_mask, selection.newline_mask)
     if budget == 1.0 and type(budget) is float and of == "encoded" and newlines != "drop":
         assert selection.everything
 
@@ -120,13 +120,13 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
     reducer = replace(reducer, budget=Budget(budget, newlines="counted"), newlines=newlines)
     selection = reducer.reduce(random_encoded_image(layout, seed))
     spent = selection.kept_tokens + selection.kept_newlines
-    there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.separators)
+    there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.newlines)
     assert spent == min(selection.asked, there_is)
     assert not bool((selection.kept & ~layout.valid).any())
     assert selection.kept_per_tile == selection.granted_per_tile
     if newlines == "keep_rows":
         closing = kept_newlines(layout, selection.kept, "keep_rows")
-        assert bool((selection.separators | ~closing).all())  # no kept row lost its newline
+        assert bool((selection.newline_mask | ~closing).all())  # no kept row lost its newline
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) ->
         selection = replace(reducer, budget=Budget(asked, newlines="counted")).reduce(image)
         assert selection.kept_tokens == max(tokens for cost, tokens in costs if cost <= asked)
         closing = int(kept_newlines(layout, selection.kept, "keep_rows").sum())
-        spare = min(asked - selection.kept_tokens - closing, layout.separators - closing)
+        spare = min(asked - selection.kept_tokens - closing, layout.newlines - closing)
         assert selection.kept_newlines == closing + spare
         spares += spare > 0
     assert spares > 0
@@ -275,7 +275,7 @@ def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> No
     kept[2, 3] = True
     image = replace(random_encoded_image(layout), pixels=torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
     selection = Fixed(answer=kept).reduce(image)
-    assert selection.separators.tolist() == [False, True]
+    assert selection.newline_mask.tolist() == [False, True]
     assert selection.pixels is image.pixels
     assert Fixed(answer=kept, newlines="drop").reduce(image).kept_newlines == 0
     assert Fixed(answer=kept, newlines="keep").reduce(image).kept_newlines == 2
@@ -283,9 +283,9 @@ def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> No
     @dataclass
     class Own(Fixed):
         def select(self, image: EncodedImage) -> Selection:
-            return replace(super().select(image), separators=torch.tensor([True, False]))
+            return replace(super().select(image), newline_mask=torch.tensor([True, False]))
 
-    assert Own(answer=kept).reduce(image).separators.tolist() == [True, False]
+    assert Own(answer=kept).reduce(image).newline_mask.tolist() == [True, False]
 
 
 @dataclass

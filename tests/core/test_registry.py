@@ -21,7 +21,7 @@ from tokenprune.policies import (
     SelectionPolicy,
 )
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import collect, kebab, load_from_file, lookup
+from tokenprune.registry import collect_classes, find_class, load_from_file, to_kebab_case
 from tokenprune.saliency import SaliencyModel
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import TopAttentionSelection
@@ -41,24 +41,24 @@ from tokenprune.testing import tiny_models as tiny
     ],
 )
 def test_kebab(name: str, alias: str) -> None:
-    assert kebab(name) == alias
+    assert to_kebab_case(name) == alias
 
 
 @pytest.mark.parametrize("name", ["HiRED", "hired"])
 def test_strategies_are_found_by_any_alias(name: str) -> None:
-    assert lookup(name, strategies(), "strategy") is HiRED
+    assert find_class(name, strategies(), "strategy") is HiRED
 
 
 @pytest.mark.parametrize(
-    "name", ["TopAttentionSelection", "topattention", "top-attention-selection", "top_attention_selection"]
+    "name", ["TopAttentionSelection", "topattentionselection", "top-attention-selection", "top_attention_selection"]
 )
 def test_components_are_found_by_any_alias(name: str) -> None:
-    assert lookup(name, components(), "component") is TopAttentionSelection
+    assert find_class(name, components(), "component") is TopAttentionSelection
 
 
 def test_aliases_are_unambiguous() -> None:
     for known in (strategies(), components(), adapters()):
-        names = [alias for name in known for alias in registry._aliases(name)]
+        names = [alias for name in known for alias in registry._list_aliases(name)]
         assert len(names) == len(set(names))
 
 
@@ -76,11 +76,11 @@ def test_what_is_known() -> None:
 
 def test_did_you_mean() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'hirde'. Did you mean HiRED.*Known: .*HiRED"):
-        lookup("hirde", strategies(), "strategy")
+        find_class("hirde", strategies(), "strategy")
     with pytest.raises(LookupError, match=r"Did you mean .*TopAttentionSelection"):
-        lookup("TopAttenton", components(), "component")
+        find_class("TopAttenton", components(), "component")
     with pytest.raises(LookupError, match=r"no strategy is called 'zzzz'. Known"):
-        lookup("zzzz", strategies(), "strategy")
+        find_class("zzzz", strategies(), "strategy")
 
 
 PLUGIN = """
@@ -105,7 +105,7 @@ def test_a_class_from_a_file(tmp_path: Path) -> None:
     loudest = load_from_file(f"{path}:Loudest")
     assert issubclass(loudest, TokenReducer)
     assert load_from_file(f"{path}:Loudest") is loudest  # imported once
-    assert lookup(f"{path}:Loudest", strategies(), "strategy") is loudest
+    assert find_class(f"{path}:Loudest", strategies(), "strategy") is loudest
 
 
 def test_two_files_of_one_name_do_not_shadow_each_other(tmp_path: Path) -> None:
@@ -145,11 +145,11 @@ def entry_points_of(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
 
 def test_installed_plug_ins_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry_points_of(monkeypatch, own="tests.core.test_registry:Own", hired="tokenprune.strategies:HiRED")
-    found = collect(STRATEGIES, TokenReducer)
+    found = collect_classes(STRATEGIES, TokenReducer)
     assert found["Own"] is Own
     assert found["HiRED"] is HiRED  # named twice, but one class
-    assert "Own" not in collect(STRATEGIES, Component)
-    assert "Own" not in collect(ADAPTERS, Adapter)
+    assert "Own" not in collect_classes(STRATEGIES, Component)
+    assert "Own" not in collect_classes(ADAPTERS, Adapter)
 
 
 def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ValueError, match=r"two classes are called HiRED: tokenprune.strategies.hired and somewhere.else"
     ):
-        collect(STRATEGIES, TokenReducer)
+        collect_classes(STRATEGIES, TokenReducer)
 
 
 def test_adapters_are_found_by_the_class_of_the_model() -> None:
@@ -175,7 +175,7 @@ def test_adapters_are_found_by_the_class_of_the_model() -> None:
 
 def test_an_unknown_model_gets_the_list_of_families() -> None:
     with pytest.raises(
-        TypeError, match=r"no adapter knows Linear. Supported: .*llava \(LlavaForConditionalGeneration\)"
+        TypeError, match=r"no adapter supports Linear. Supported: .*llava \(LlavaForConditionalGeneration\)"
     ):
         find_adapter(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"llava_next \(LlavaNextForConditionalGeneration\)"):

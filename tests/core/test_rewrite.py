@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.rewrite import counted_positions, emptied_text, kept_positions, padding_side, shorten, shorter_rows
+from tokenprune.rewrite import (
+    counted_positions,
+    find_emptied_text,
+    gather_position_ids,
+    infer_padding_side,
+    shorten_inputs,
+    shorten_rows,
+)
 
 PAD = 7
 
@@ -54,7 +61,7 @@ def test_shorter_prompts_against_a_loop(prompt, side, spare) -> None:
     mask, placeholders = prompt["mask"], prompt["placeholders"]
     shape = mask.shape
     ids = torch.arange(100, 100 + mask.numel()).view(shape)
-    rows = shorter_rows(placeholders, mask, prompt["kept"], side, spare)
+    rows = shorten_rows(placeholders, mask, prompt["kept"], side, spare)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
@@ -64,7 +71,7 @@ def test_shorter_prompts_against_a_loop(prompt, side, spare) -> None:
         "use_cache": True,
         "mm_token_type_ids": None,
     }
-    out = shorten(inputs, rows, PAD)
+    out = shorten_inputs(inputs, rows, PAD)
     expected_mask = slow(prompt, torch.ones_like(ids), 0, side, spare)
     assert out["input_ids"].tolist() == slow(prompt, ids, PAD, side, spare)
     assert out["attention_mask"].tolist() == expected_mask
@@ -84,10 +91,10 @@ def test_shorter_prompts_against_a_loop(prompt, side, spare) -> None:
         counted.append(positions)
     assert counted_positions(rows.mask).tolist() == counted
     assert inputs["input_ids"] is ids  # nothing is mutated
-    preserved = kept_positions(ids - 100, rows)
+    preserved = gather_position_ids(ids - 100, rows)
     assert preserved.tolist() == slow(prompt, ids - 100, 0, side, spare)
     three = torch.stack([ids, ids * 2, ids * 3])  # M-RoPE: [3, rows, length]
-    preserved = kept_positions(three, rows)
+    preserved = gather_position_ids(three, rows)
     assert preserved.shape == (3, *rows.index.shape)
     assert [one.tolist() for one in preserved] == [slow(prompt, one, 0, side, spare) for one in three]
 
@@ -98,22 +105,22 @@ def test_keeping_everything_gives_the_prompt_back(prompt) -> None:
     mask = prompt["mask"]
     ids = torch.arange(mask.numel()).view(mask.shape)
     everything = torch.ones(int(prompt["placeholders"].sum()), dtype=torch.bool)
-    rows = shorter_rows(prompt["placeholders"], mask, everything, prompt["side"])
+    rows = shorten_rows(prompt["placeholders"], mask, everything, prompt["side"])
     width = int(mask.sum(1).max())
     shape = slice(mask.shape[1] - width, None) if prompt["side"] == "left" else slice(0, width)
     expected = ids.masked_fill(mask == 0, PAD)[:, shape]
-    assert torch.equal(shorten({"input_ids": ids}, rows, PAD)["input_ids"], expected)
+    assert torch.equal(shorten_inputs({"input_ids": ids}, rows, PAD)["input_ids"], expected)
 
 
 def test_by_hand() -> None:
     ids = torch.tensor([[0, 0, 5, 9, 9, 9, 6], [5, 9, 9, 9, 9, 6, 6]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
     kept = torch.tensor([False, True, False, True, False, False, True])
-    rows = shorter_rows(ids == 9, mask, kept, "left", spare=1)
-    out = shorten({"input_ids": ids}, rows, 0)
+    rows = shorten_rows(ids == 9, mask, kept, "left", spare=1)
+    out = shorten_inputs({"input_ids": ids}, rows, 0)
     assert out["input_ids"].tolist() == [[0, 0, 0, 5, 9, 6], [0, 5, 9, 9, 6, 6]]
     assert out["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
-    assert kept_positions(torch.arange(7).expand(2, 7), rows).tolist() == [[0, 0, 0, 2, 4, 6], [0, 0, 1, 4, 5, 6]]
+    assert gather_position_ids(torch.arange(7).expand(2, 7), rows).tolist() == [[0, 0, 0, 2, 4, 6], [0, 0, 1, 4, 5, 6]]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,7 @@ def test_by_hand() -> None:
     ],
 )
 def test_padding_side(mask: list[list[int]], has_labels: bool, side: str) -> None:
-    assert padding_side(torch.tensor(mask), has_labels) == side
+    assert infer_padding_side(torch.tensor(mask), has_labels) == side
 
 
 IMAGES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), max_size=3)
@@ -163,5 +170,5 @@ def test_text_of_emptied_stretches_against_a_loop(rows, gaps, seed) -> None:
         expected = [
             [bool(one) and not one[2] and (one[0], one[1] + step) not in alive for one in line] for line in written
         ]
-        assert emptied_text(placeholders, kept, lengths, side).tolist() == expected
-    assert not emptied_text(placeholders, kept, lengths, "none").any()
+        assert find_emptied_text(placeholders, kept, lengths, side).tolist() == expected
+    assert not find_emptied_text(placeholders, kept, lengths, "none").any()

@@ -24,7 +24,7 @@ from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
-from tokenprune.saliency import resampled
+from tokenprune.saliency import resample_attention
 from tokenprune.strategies import GlobalCom2, HiRED
 from tokenprune.strategies.components import GlobalTopAllocation, RandomSelection, TimmSaliency, TopAttentionSelection
 from tokenprune.strategies.components.saliency_model import cls_attention
@@ -91,7 +91,7 @@ SIDES = st.integers(1, 20)
 @given(grid=st.tuples(SIDES, SIDES), token_grid=st.tuples(SIDES, SIDES), seed=st.integers(0, 99))
 def test_what_is_paid_stays(grid: tuple[int, int], token_grid: tuple[int, int], seed: int) -> None:
     attention = torch.rand(2, 3, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    laid = resampled(attention, grid, token_grid)
+    laid = resample_attention(attention, grid, token_grid)
     assert laid.shape == (2, 3, token_grid[0] * token_grid[1])
     assert bool((laid >= 0).all())
     torch.testing.assert_close(laid.sum(-1), attention.sum(-1))
@@ -103,7 +103,7 @@ def test_a_peak_stays_where_it_is(grid: tuple[int, int], token_grid: tuple[int, 
     row, col = place[0] % grid[0], place[1] % grid[1]
     attention = torch.zeros(1, 1, *grid)
     attention[..., row, col] = 1
-    laid = resampled(attention.flatten(2), grid, token_grid).view(token_grid)
+    laid = resample_attention(attention.flatten(2), grid, token_grid).view(token_grid)
     for axis, (one, old, new) in enumerate(zip((row, col), grid, token_grid, strict=True)):
         middle = float((laid.sum(1 - axis) * (torch.arange(new) + 0.5) / new).sum())
         assert abs(middle - (one + 0.5) / old) <= 0.5 / min(old, new) + 1e-6
@@ -112,7 +112,7 @@ def test_a_peak_stays_where_it_is(grid: tuple[int, int], token_grid: tuple[int, 
 def test_a_whole_number_of_patches_is_added_up() -> None:
     attention = torch.rand(2, 3, 8 * 6)
     blocks = attention.view(2, 3, 4, 2, 3, 2).sum((3, 5)).flatten(2)
-    torch.testing.assert_close(resampled(attention, (8, 6), (4, 3)), blocks)
+    torch.testing.assert_close(resample_attention(attention, (8, 6), (4, 3)), blocks)
 
 
 # --- on live models ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def by_hand(pixels: torch.Tensor, token_grid: tuple[int, int], index: int) -> to
     model.blocks[index].attn.attn_drop.register_forward_hook(lambda m, a, out: maps.append(out))
     with torch.no_grad():
         model.forward_features((shown - mean) / std)
-    return resampled(maps[0][:, :, 0, 1:], (10, 10), token_grid)
+    return resample_attention(maps[0][:, :, 0, 1:], (10, 10), token_grid)
 
 
 @torch.no_grad()
@@ -172,13 +172,13 @@ def test_what_looking_costs_is_counted() -> None:
     tiles = sum(selection.geometry.tiles for selection in run.selections)
     with FlopCounterMode(display=False) as counter:
         vit.forward_features(torch.randn(tiles, 3, 160, 160))
-    assert run.account.second_look_flops == counter.get_total_flops()
+    assert run.account.saliency_flops == counter.get_total_flops()
     assert run.account.summary()["second_look_flops"] == counter.get_total_flops()
     assert run.account.attention == "TimmSaliency(test_vit)"
-    assert "attention: TimmSaliency(test_vit); second look: " in str(run.account)
+    assert "attention: TimmSaliency(test_vit); saliency model: " in str(run.account)
     with HiRED(0.2)(model) as other:
         model(**inputs)
-    assert other.account.second_look_flops == 0
+    assert other.account.saliency_flops == 0
     assert str(other.account).endswith("of full; attention: received_attention")
 
 
@@ -217,7 +217,7 @@ def test_native_resolution_and_one_pool_of_tokens() -> None:
             model(**adapter.example_inputs([[size]]))
         assert torch.equal(alone.selections[0].kept, together.selections[number].kept)
         assert torch.equal(alone.selections[0].scores, together.selections[number].scores)
-    tiles = adapter.tiles(inputs := adapter.example_inputs([[(60, 170)]]), adapter.layouts(inputs))
+    tiles = adapter.read_tiles(inputs := adapter.example_inputs([[(60, 170)]]), adapter.layouts(inputs))
     assert [one.shape for one in tiles] == [(1, 3, 56, 168)]
     expected = by_hand(tiles[0], (2, 6), 5).sum(1)
     torch.testing.assert_close(together.selections[0].scores, expected)
@@ -271,8 +271,8 @@ def test_a_second_look_is_configuration() -> None:
         (replace(LOOK, model_name="resnet18"), "resnet18 is no plain ViT with a CLS token"),
         (replace(LOOK, model_name="vit_base_patch16_siglip_224"), "no plain ViT with a CLS token"),
         (replace(LOOK, model_name="cait_xxs24_224"), "no plain ViT with a CLS token"),
-        (replace(LOOK, checkpoint="nowhere.pth"), "weights of test_vit cannot be had from nowhere.pth"),
-        (replace(LOOK, image_mean=None, image_std=None), "cannot be read from ''.*give image_mean and image_std"),
+        (replace(LOOK, checkpoint="nowhere.pth"), "weights of test_vit cannot be loaded from nowhere.pth"),
+        (replace(LOOK, image_mean=None, image_std=None), "from ''.*pass image_mean and image_std"),
     ],
 )
 def test_what_cannot_be_looked_with_is_said(look: TimmSaliency, message: str) -> None:
@@ -287,9 +287,9 @@ def test_weights_without_a_network_are_answered(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"weights of vit_tiny_patch16_224 cannot be had from the hub .*checkpoint; pretrained=Fa"
+        ValueError, match=r"weights of vit_tiny_patch16_224 cannot be loaded from the hub .*checkpoint; pretrained=Fa"
     ):
-        TimmSaliency("vit_tiny_patch16_224").look(torch.rand(1, 3, 56, 56), (4, 4), ["first"])
+        TimmSaliency("vit_tiny_patch16_224").compute_attention(torch.rand(1, 3, 56, 56), (4, 4), ["first"])
 
 
 def test_a_file_of_weights_is_read(tmp_path: Path) -> None:
@@ -297,12 +297,16 @@ def test_a_file_of_weights_is_read(tmp_path: Path) -> None:
     model = timm.create_model("test_vit").eval()
     torch.save(model.state_dict(), tmp_path / "own.pth")
     images = torch.rand(1, 3, 160, 160)
-    own = TimmSaliency("test_vit", checkpoint=str(tmp_path / "own.pth")).look(images, (10, 10), ["first"]).rows[0]
+    own = (
+        TimmSaliency("test_vit", checkpoint=str(tmp_path / "own.pth"))
+        .compute_attention(images, (10, 10), ["first"])
+        .rows[0]
+    )
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     for block in model.blocks:
         block.attn.fused_attn = True
     torch.testing.assert_close(own, cls_attention(model, (images - mean) / std, {0})[0])
-    assert not torch.equal(own, LOOK.look(images, (10, 10), ["first"]).rows[0])
+    assert not torch.equal(own, LOOK.compute_attention(images, (10, 10), ["first"]).rows[0])
 
 
 def test_mean_and_deviation_belong_together() -> None:

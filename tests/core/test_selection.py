@@ -100,11 +100,11 @@ def test_kept_separators_and_packed_mask_against_a_walk_along_the_prompt(name: s
     for policy in ("keep", "drop", "keep_rows"):
         stays = kept_newlines(layout, kept, policy)
         rows = {newline_of[i] for i, place in enumerate(places) if place != NEWLINE and flat[place]} - {-1}
-        expected = {"keep": set(range(layout.separators)), "drop": set(), "keep_rows": rows}[policy]
+        expected = {"keep": set(range(layout.newlines)), "drop": set(), "keep_rows": rows}[policy]
         assert set(stays.nonzero().flatten().tolist()) == expected
         assert stays.dtype == torch.bool
-        assert len(stays) == layout.separators
-        selection = Selection(layout, kept, 5, separators=stays)
+        assert len(stays) == layout.newlines
+        selection = Selection(layout, kept, 5, newline_mask=stays)
         walk, seen = [], 0
         for place in places:
             walk.append(seen in expected if place == NEWLINE else flat[place])
@@ -125,7 +125,7 @@ def test_selection_counts() -> None:
     assert selection.kept_newlines == 0
     assert int(selection.packed_mask().sum()) == 4
     assert not selection.everything
-    assert Selection(layout, layout.valid, 80, separators=torch.ones(8, dtype=torch.bool)).everything
+    assert Selection(layout, layout.valid, 80, newline_mask=torch.ones(8, dtype=torch.bool)).everything
     assert not Selection(layout, layout.valid, 80).everything  # the newlines are gone
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.oracle import generate, real_of_short
+from tests.helpers.oracle import generate, real_positions
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage
 from tokenprune.reducer import TokenReducer
@@ -133,7 +133,7 @@ def test_an_image_without_text_inside_is_as_before() -> None:
         kept = model(**inputs).logits
     with HiRED(0.2, text_separators="drop_empty")(model):
         assert torch.equal(model(**inputs).logits, kept)
-    assert bool(real_of_short(model, inputs, run).all())
+    assert bool(real_positions(model, inputs, run).all())
 
 
 def test_other_words_are_refused() -> None:

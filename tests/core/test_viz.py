@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tokenprune import Selection, TileGeometry
-from tokenprune.viz import GAP, KEPT, LABEL, TILE_SIDE, budget_bars, figure_image, overlay, report
+from tokenprune.viz import GAP, KEPT, LABEL, TILE_SIDE, draw_budget_bars, draw_report, overlay, render_figure
 
 KEPT_RGB = tuple(int(KEPT[k : k + 2], 16) for k in (1, 3, 5))
 
@@ -81,13 +81,13 @@ def test_the_image_stands_beside_the_tiles() -> None:
 
 
 def test_without_pixels_there_is_an_answer() -> None:
-    with pytest.raises(ValueError, match=r"carries no pixels.*attach the reducer anew"):
+    with pytest.raises(ValueError, match=r"has no pixels.*attach the reducer again"):
         overlay(dataclasses.replace(selection((2, 2)), pixels=None))
 
 
 def test_bars_are_the_budgets() -> None:
     one = dataclasses.replace(selection((2, 2)), budgets=torch.tensor([3, 1, 4, 1, 5]))
-    axes = budget_bars(one).axes[0]
+    axes = draw_budget_bars(one).axes[0]
     granted, kept = ([bar.get_height() for bar in group] for group in axes.containers[:2])
     assert granted == [3, 1, 4, 1, 5]
     assert kept == one.kept_per_tile
@@ -96,9 +96,9 @@ def test_bars_are_the_budgets() -> None:
 
 def test_report_holds_overlay_and_bars() -> None:
     one = selection((1, 3))
-    whole, top = report(one), overlay(one)
+    whole, top = draw_report(one), overlay(one)
     assert whole.crop((0, 0, *top.size)).tobytes() == top.tobytes()
-    assert whole.height == top.height + figure_image(budget_bars(one)).height
+    assert whole.height == top.height + render_figure(draw_budget_bars(one)).height
 
 
 def test_figures_leave_global_state_alone() -> None:
@@ -106,6 +106,6 @@ def test_figures_leave_global_state_alone() -> None:
     from matplotlib import pyplot
 
     before, open_figures = dict(mpl.rcParams), pyplot.get_fignums()
-    report(selection((2, 2)))
+    draw_report(selection((2, 2)))
     assert dict(mpl.rcParams) == before
     assert pyplot.get_fignums() == open_figures

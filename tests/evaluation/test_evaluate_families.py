@@ -1,4 +1,4 @@
-"""`evaluate` runs families that have to be changed while they answer: their contexts are held during the call."""
+"""`evaluate` runs model families whose forward pass a strategy patches: the patch stays active during generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand from their definitions."""
+"""Metrics against values computed by hand from their definitions."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from tokenprune.experiments.evaluation.metrics import (
         (token_f1, "blue", ["red star"], 0.0),
     ],
 )
-def test_by_hand(metric, prediction: str, answers: list[str], score: float) -> None:
+def test_scores_computed_by_hand(metric, prediction: str, answers: list[str], score: float) -> None:
     assert metric(prediction, answers) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_scores_are_between_none_and_all(name: str) -> None:
+def test_scores_range_from_zero_to_one(name: str) -> None:
     assert METRICS[name]("right", ["right"]) == 1.0
     assert METRICS[name]("quite another thing", ["right"]) == 0.0
     assert METRICS[name]("", ["right"]) == 0.0
@@ -78,18 +78,18 @@ def test_a_minus_is_no_punctuation() -> None:
         ("ows'at", "'ow's'at", False),
         ("'ows'at", "'ow's'at", True),
         ("somebody'd", "somebodyd", True),
-        # Contractions that the official table does not have, or not without all of their apostrophes.
+        # Contractions that the official table lists only with all their apostrophes, or not at all.
         ("im", "i'm", False),
         ("shes", "she's", False),
         ("thatd", "that'd", False),
         ("couldntve", "couldn't've", False),
     ],
 )
-def test_vqa_answers_are_normalized_as_officially(prediction: str, answer: str, equal: bool) -> None:
+def test_vqa_answers_are_normalized_like_the_official_code(prediction: str, answer: str, equal: bool) -> None:
     assert vqa_accuracy(prediction, [answer] * 10) == float(equal)
 
 
-def test_vqa_accuracy_averages_over_omitted_people() -> None:
+def test_vqa_accuracy_averages_over_omitted_annotators() -> None:
     assert vqa_accuracy("red", ["red"] * 3 + ["blue"] * 7) == pytest.approx(0.9)
     assert vqa_accuracy("red", ["red"] * 4 + ["blue"] * 6) == 1.0
     assert vqa_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""Images and kept tokens of run directories: bounded, whole, and enough to draw a selection again."""
+"""Images and kept tokens in run directories: their limits, and restoring a selection from them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.helpers.small_grid import SMALL, records, start, without_times
+from tests.helpers.small_grid import SMALL, records, remove_times, start
+from tokenprune.cli.main import main
 from tokenprune.experiments.analysis.report import write_report
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
-from tokenprune.experiments.evaluation.stored_images import PIXELS, SIDE, from_record, is_stored, pack, store, unpack
+from tokenprune.experiments.evaluation.stored_images import (
+    PIXELS,
+    SIDE,
+    is_stored,
+    pack_mask,
+    selection_from_record,
+    store_image,
+    unpack_mask,
+)
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, ImageDownsample, SpatialPooling, UniformStride
 
@@ -25,56 +34,57 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("total", "most"), [(10, 3), (7, 7), (3, 200), (1000, 1), (5, 0)])
-def test_as_many_are_stored_as_said_and_evenly(total: int, most: int) -> None:
-    chosen = [number for number in range(total) if is_stored(number, total, most)]
-    assert len(chosen) == min(total, most)
-    gaps = np.diff(chosen)
+@pytest.mark.parametrize(("total", "limit"), [(10, 3), (7, 7), (3, 200), (1000, 1), (5, 0)])
+def test_stored_images_are_evenly_spaced_up_to_the_limit(total: int, limit: int) -> None:
+    stored = [number for number in range(total) if is_stored(number, total, limit)]
+    assert len(stored) == min(total, limit)
+    gaps = np.diff(stored)
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
 
 
-def test_a_mask_is_what_was_packed() -> None:
+def test_a_mask_is_unpacked_as_it_was_packed() -> None:
     mask = torch.rand(5, 577, generator=torch.Generator().manual_seed(0)) < 0.2
-    assert torch.equal(unpack(pack(mask), (5, 577)), mask)
-    assert len(pack(mask)) < 600
+    assert torch.equal(unpack_mask(pack_mask(mask), (5, 577)), mask)
+    assert len(pack_mask(mask)) < 600
 
 
-def test_a_stored_image_has_a_bound() -> None:
+def test_a_stored_image_has_a_size_limit() -> None:
     pixels = torch.randint(0, 256, (37, 384, 384, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    name = store(Path(), "images/a", pixels)
+    name = store_image(Path(), "images/a", pixels)
     with Image.open(name) as image:
         assert image.width <= SIDE
         assert image.width * image.height <= PIXELS
         assert image.height % 37 == 0
     assert name.endswith(".jpg")
     before = Path(name).stat().st_mtime_ns
-    assert store(Path(), "images/a", pixels) == name  # the settings of a run share it
+    assert store_image(Path(), "images/a", pixels) == name  # the settings of a run share the file
     assert Path(name).stat().st_mtime_ns == before
     assert [file.name for file in Path("images").iterdir()] == ["a.jpg"]
 
 
-def test_a_selection_is_drawn_again_from_the_records_alone() -> None:
-    """As the one that ran drew itself, for every kind of strategy."""
-    drawn: dict[str, Any] = {}
+def test_a_selection_is_restored_from_records_and_images() -> None:
+    """The restored overlay equals the overlay of the run, for every kind of strategy."""
+    selections: dict[str, Any] = {}
 
-    def watch(setting: Setting, record: object, selection: object) -> None:
-        drawn.setdefault(setting.name, selection)
+    def on_record(setting: Setting, record: object, selection: object) -> None:
+        selections.setdefault(setting.name, selection)
 
     task = Boards(number=1)
     reducers = (HiRED(0.1), SpatialPooling(0.2), ImageDownsample(0.2), UniformStride(1.0))
     settings = [
-        Setting(Experiment(reducer=r, task=task, max_new_tokens=4, batch_size=32), type(r).__name__) for r in reducers
+        Setting(Experiment(reducer=reducer, task=task, max_new_tokens=4, batch_size=32), type(reducer).__name__)
+        for reducer in reducers
     ]
-    run_settings(settings, Path("out"), watch=watch)
+    run_settings(settings, Path("out"), on_record=on_record)
     for setting in settings:
         record, *_ = records("out")[setting.experiment.hash()]
-        again, before = from_record(Path("out"), record), drawn[setting.name]
-        assert again is not None
-        assert again.overlay().tobytes() == before.overlay().tobytes()
+        restored, original = selection_from_record(Path("out"), record), selections[setting.name]
+        assert restored is not None
+        assert restored.overlay().tobytes() == original.overlay().tobytes()
     assert len(list(Path("out/images").iterdir())) == 1
 
 
-def test_images_are_left_out_on_demand_and_a_resumed_run_may_change_its_mind() -> None:
+def test_images_can_be_omitted_and_a_resumed_run_can_store_them() -> None:
     setting = Setting(Experiment(reducer=HiRED(0.1), task=Boards(number=2), max_new_tokens=4, batch_size=32), "HiRED")
     run_settings([setting], Path("out"), images=0)
     assert not Path("out/images").exists()
@@ -88,11 +98,11 @@ def test_images_are_left_out_on_demand_and_a_resumed_run_may_change_its_mind() -
     assert write_report(Path("out"))
 
 
-def test_workers_store_what_one_process_stores() -> None:
+def test_workers_store_the_same_images_as_a_single_process() -> None:
     Path("small.yaml").write_text(yaml.safe_dump({**SMALL, "baselines": False}))
-    assert start("small.yaml", "--out", "one", "--images", "1").wait() == 0
+    assert main(["ablate", "small.yaml", "--out", "one", "--images", "1", "--quiet"]) == 0
     assert start("small.yaml", "--out", "two", "--images", "1", "--workers", "2").wait() == 0
-    assert without_times(records("one")) == without_times(records("two"))
-    files = [sorted((f.name, f.read_bytes()) for f in Path(out, "images").iterdir()) for out in ("one", "two")]
+    assert remove_times(records("one")) == remove_times(records("two"))
+    files = [sorted((file.name, file.read_bytes()) for file in Path(out, "images").iterdir()) for out in ("one", "two")]
     assert files[0] == files[1]
     assert len(files[0]) == 1

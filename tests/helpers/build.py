@@ -11,7 +11,7 @@ from tokenprune.image import TileGeometry
 
 
 def best_grid(image_size: tuple[int, int], tile: int, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    """LLaVA-NeXT's choice among tile grids: the most effective pixels, then the least waste."""
+    """Return the tile grid that LLaVA-NeXT selects: the most effective pixels, then the least waste."""
 
     def rank(grid: tuple[int, int]) -> tuple[int, int]:
         height, width = grid[0] * tile, grid[1] * tile
@@ -24,18 +24,20 @@ def best_grid(image_size: tuple[int, int], tile: int, grids: list[tuple[int, int
 
 
 def token_boxes(geometry: TileGeometry, image_size: tuple[int, int], tile: int) -> Tensor:
-    """The pixels of the image that each token shows: (top, left, bottom, right), `[tiles, tokens, 4]`.
+    """Return the box of the image that each token shows, in pixels: (top, left, bottom, right), `[tiles, tokens, 4]`.
 
-    Worked out from AnyRes itself: the base tile squeezes the whole image into a square; on the canvas of the
-    sub-images it is scaled to fit and centerd.
+    Derived from the definition of AnyRes: the base tile is the whole image, resized to a square. On the canvas of the
+    sub-images, the image is scaled to fit and centered.
     """
     token_rows, token_cols = geometry.token_grid
     boxes = torch.zeros(geometry.tiles, geometry.tokens, 4)
     height, width = image_size
     for row in range(token_rows):
         for col in range(token_cols):
-            part = torch.tensor([row / token_rows, col / token_cols, (row + 1) / token_rows, (col + 1) / token_cols])
-            boxes[0, row * token_cols + col] = part * torch.tensor([height, width, height, width])
+            fractions = torch.tensor(
+                [row / token_rows, col / token_cols, (row + 1) / token_rows, (col + 1) / token_cols]
+            )
+            boxes[0, row * token_cols + col] = fractions * torch.tensor([height, width, height, width])
     if not geometry.sub_images:
         return boxes
     rows, cols = geometry.tile_grid

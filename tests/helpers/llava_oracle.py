@@ -8,14 +8,14 @@ import torch
 
 
 def kept_mask(model: Any, inputs: Any, run: Any) -> torch.Tensor:
-    """Which positions of the full prompt stay, from the selections alone, bool `[rows, length]`."""
-    stays = inputs["attention_mask"].bool().clone()
-    stays[inputs["input_ids"] == model.config.image_token_id] = torch.cat([s.packed_mask() for s in run.selections])
-    return stays
+    """Return the mask of kept positions of the full prompt, from the selections only, bool `[rows, length]`."""
+    kept = inputs["attention_mask"].bool().clone()
+    kept[inputs["input_ids"] == model.config.image_token_id] = torch.cat([s.packed_mask() for s in run.selections])
+    return kept
 
 
 def oracle_inputs(model: Any, inputs: Any, run: Any, positions: str) -> dict[str, Any]:
-    """The full prompt with dropped positions masked, and the position ids that the kept ones have."""
-    stays = kept_mask(model, inputs, run)
-    ids = stays.long().cumsum(-1) - 1 if positions == "reindex" else torch.arange(stays.shape[1]).expand(stays.shape)
-    return {**inputs, "attention_mask": stays.long(), "position_ids": ids.clamp(min=0)}
+    """Return the inputs of the full prompt with dropped positions masked and the position ids of the kept positions."""
+    kept = kept_mask(model, inputs, run)
+    ids = kept.long().cumsum(-1) - 1 if positions == "reindex" else torch.arange(kept.shape[1]).expand(kept.shape)
+    return {**inputs, "attention_mask": kept.long(), "position_ids": ids.clamp(min=0)}

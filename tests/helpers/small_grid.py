@@ -1,4 +1,4 @@
-"""A small ablation and its records."""
+"""The config of a small ablation, a function that starts it, and functions that read its records."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ SMALL: dict[str, Any] = {
 
 
 def records(out: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """All records by the hash of their setting."""
+    """Return the records of a run directory, by the hash of their setting."""
     return {
         setting.name: list(read_lines(setting / "records.jsonl")) for setting in sorted(Path(out, "settings").iterdir())
     }
 
 
-def without_times(found: dict[str, list[dict[str, Any]]]) -> Any:
+def remove_times(settings: dict[str, list[dict[str, Any]]]) -> Any:
+    """Return the records without their durations."""
     return {
         name: [{key: value for key, value in row.items() if not key.endswith("_ms")} for row in rows]
-        for name, rows in found.items()
+        for name, rows in settings.items()
     }
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tokenprune", "ablate", *words, "--quiet"]
+def start(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start `tokenprune ablate` in another process."""
+    command = [sys.executable, "-m", "tokenprune", "ablate", *arguments, "--quiet"]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})

@@ -1,4 +1,4 @@
-"""Print the checks of each family in the form of `models/verified.json`: ``python -m tests.helpers.verified``."""
+"""Prints the checks of each family in the form of `models/verified.json`: ``python -m tests.helpers.verified``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenprune.testing.families.mllama import FAMILY
 
 
 def summary() -> dict[str, Any]:
-    """Names of the checks, for each adapter its rows with what holds for them, and those with tests of their own."""
+    """Return the names of the checks, the tolerances and skipped checks of each adapter, and separate test files."""
     checks = [
         name
         for name, check in vars(test_families).items()
@@ -20,14 +20,14 @@ def summary() -> dict[str, Any]:
     ]
     families: dict[str, list[dict[str, Any]]] = {}
     for row in FAMILIES.values():
-        said = {"name": row.name, "full": row.full, "oracle": row.oracle, "beams": row.beams, "why": row.why}
-        families.setdefault(row.adapter.__name__, []).append({**said, "skip": dict(row.skip)})
-    own = {FAMILY.adapter.__name__: "tests/models/test_mllama.py"}
-    return {"checks": checks, "families": {name: families[name] for name in sorted(families)}, "own": own}
+        tolerances = {"name": row.name, "full": row.full, "oracle": row.oracle, "beams": row.beams, "why": row.why}
+        families.setdefault(row.adapter.__name__, []).append({**tolerances, "skip": dict(row.skip)})
+    separate = {FAMILY.adapter.__name__: "tests/models/test_mllama.py"}
+    return {"checks": checks, "families": {name: families[name] for name in sorted(families)}, "own": separate}
 
 
 def text() -> str:
-    """The summary as JSON."""
+    """Return the summary as JSON."""
     return json.dumps(summary(), indent=1)
 
 

@@ -1,4 +1,4 @@
-"""Offline W&B runs and their content."""
+"""Functions that read offline W&B runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 
-def forget_account(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Hide the keys, settings and caches of whoever runs the tests."""
+def hide_account(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Hide the W&B keys, settings and caches of the user from a test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         patch.delenv(name)
     patch.setenv("NETRC", str(folder / "netrc"))
@@ -22,38 +22,41 @@ def forget_account(patch: pytest.MonkeyPatch, folder: Path) -> None:
         patch.setenv(f"WANDB_{name}", str(folder / "wandb-home"))
 
 
-def read_back(folder: Path) -> Iterator[Any]:
-    """Yield the records of an offline run: after a header, LevelDB's log of 32 kB blocks, records cut into chunks."""
+def read_records(folder: Path) -> Iterator[Any]:
+    """Yield the records of an offline run.
+
+    The file is a header, then a LevelDB log: blocks of 32 kB that hold chunks of records.
+    """
     proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     (file,) = folder.glob("run-*.wandb")
-    data, at, whole = file.read_bytes(), 7, b""
+    data, offset, record_bytes = file.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no room for the header of a chunk: the rest of the block is empty
-            at += 32768 - at % 32768
+    while offset + 7 <= len(data):
+        if 32768 - offset % 32768 < 7:  # the block ends before another header of a chunk fits: skip its padding
+            offset += 32768 - offset % 32768
             continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last chunk of one
+        length, kind = struct.unpack("<HB", data[offset + 4 : offset + 7])
+        record_bytes += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # a complete record, or the last chunk of a record
             record = proto.Record()
-            record.ParseFromString(whole)
+            record.ParseFromString(record_bytes)
             yield record
-            whole = b""
+            record_bytes = b""
 
 
 def values(items: Any) -> dict[str, Any]:
-    """Updates as a dictionary; the path of a nested one joined by dots."""
+    """Return updates as a dictionary; the keys of a nested update are joined by dots."""
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def media(run: SimpleNamespace, key: str) -> Any:
-    """What was logged under a key that holds a table or an image."""
-    found: dict[str, Any] = {}
+    """Return the fields of a table or an image that was logged under a key."""
+    fields: dict[str, Any] = {}
     for row in run.history:
         for name, value in row.items():
             if name == key:
-                found |= value
+                fields |= value
             elif name.startswith(f"{key}."):
-                found[name.removeprefix(f"{key}.")] = value
-    return found
+                fields[name.removeprefix(f"{key}.")] = value
+    return fields

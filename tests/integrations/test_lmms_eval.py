@@ -280,22 +280,22 @@ def test_model_args_say_what_the_command_line_says(plugin: Any) -> None:
             Budget(0.25, of="unpadded")
         ),
     }.items():
-        found = plugin.reducer_of(arguments(text))
+        found = plugin.parse_reducer(arguments(text))
         assert found == expected, text
         assert repr(found) == repr(expected), text  # 1 == 1.0, but a count is no ratio
 
 
 def test_a_fingerprint_names_parameters_and_code(plugin: Any, folder: Path) -> None:
-    first = plugin.fingerprint_of(plugin.reducer_of({"reducer": "HiRED", "reducer.budget": 0.2}))
-    assert first == plugin.fingerprint_of(plugin.reducer_of({"reducer.budget": 0.2, "reducer": "hired"}))
-    assert first != plugin.fingerprint_of(plugin.reducer_of({"reducer": "HiRED", "reducer.budget": 0.3}))
+    first = plugin.compute_fingerprint(plugin.parse_reducer({"reducer": "HiRED", "reducer.budget": 0.2}))
+    assert first == plugin.compute_fingerprint(plugin.parse_reducer({"reducer.budget": 0.2, "reducer": "hired"}))
+    assert first != plugin.compute_fingerprint(plugin.parse_reducer({"reducer": "HiRED", "reducer.budget": 0.3}))
     file = folder / "edited.py"
     file.write_text(STRATEGIES)
-    mine = plugin.reducer_of({"reducer": "edited.py:Loudest"})
-    before = plugin.fingerprint_of(mine)
+    mine = plugin.parse_reducer({"reducer": "edited.py:Loudest"})
+    before = plugin.compute_fingerprint(mine)
     assert arguments(f"fingerprint={before}") == {"fingerprint": before}
     file.write_text(STRATEGIES.replace("largest", "greatest"))
-    assert plugin.fingerprint_of(mine) != before
+    assert plugin.compute_fingerprint(mine) != before
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_a_wrong_fingerprint_is_refused_and_the_right_one_taken(plugin: Any, lm:
 
 
 def test_a_base_of_the_wrong_kind_is_refused(plugin: Any) -> None:
-    with pytest.raises(ValueError, match=r"base=internvl_hf has no simple class.*leave --force_simple out"):
+    with pytest.raises(ValueError, match=r"base=internvl_hf has no simple class.*omit --force_simple"):
         plugin.TokenPruneSimple(base="internvl_hf")
 
 
@@ -527,7 +527,7 @@ def test_wrong_tasks_are_answered_before_a_run(folder: Path, tmp_path: Path) -> 
             task.check()
     with pytest.raises(ValueError, match=r"type_by='kind': boards_local has no such column; it has \['image', 'quest"):
         list(LmmsTask("boards_local", include_path=here, type_by="kind").samples())
-    with pytest.raises(ValueError, match=r"the data of chartqa \(.*nothing\) cannot be had: .*option data"):
+    with pytest.raises(ValueError, match=r"the data of chartqa \(.*nothing\) cannot be loaded: .*option data"):
         list(LmmsTask("chartqa", data=str(tmp_path / "nothing")).samples())
 
 
@@ -680,7 +680,7 @@ def test_a_public_benchmark_is_built_and_scored_by_its_own_file(name: str, folde
 def test_a_metric_without_a_number_for_a_sample_is_refused(folder: Path, tmp_path: Path) -> None:
     split, _, documents, _, _ = BENCHMARKS["mmbench_en_dev_static"]
     data = saved(tmp_path / "data", split, documents, [Image.new("RGB", (40, 30))] * 2)
-    with pytest.raises(ValueError, match=r"gpt_eval_score gives no number for a single sample\. .* by full_score"):
+    with pytest.raises(ValueError, match=r"gpt_eval_score gives no number for a single sample\. .* set full_score"):
         list(LmmsTask("mmbench_en_dev_static", data=data).samples())
 
 

@@ -1,4 +1,4 @@
-"""Attention rows under the probe against the full map of an eager tower."""
+"""Captured attention rows against the full attention map of an eager tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.image import Signal
-from tokenprune.models._capture.attention import cls_rows, received
+from tokenprune.models._capture.attention import cls_rows, received_attention
 from tokenprune.models._capture.hooks import Tower, capture_signals
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -36,33 +36,35 @@ def full_map(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Te
     seed=st.integers(0, 99),
 )
 def test_rows_and_columns_of_the_full_map(tiles, key_heads, groups, length, prefix, chunk, seed) -> None:
-    """Grouped heads included: query head h reads key head h // groups, as in transformers' `repeat_kv`."""
+    """Also with grouped heads: query head h reads key head h // groups, as in `repeat_kv` of transformers."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(tiles, key_heads * groups, length, 4, generator=generator) * 3
     key = torch.randn(tiles, key_heads, length, 4, generator=generator)
     attention = full_map(query, key, 0.7)
     torch.testing.assert_close(cls_rows(query, key, 0.7), attention[:, :, 0, 1:].float(), atol=1e-5, rtol=1e-4)
     columns = attention.mean(dim=2)[:, :, prefix:].float()
-    torch.testing.assert_close(received(query, key, 0.7, prefix, chunk=chunk), columns, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(received_attention(query, key, 0.7, prefix, chunk=chunk), columns, atol=1e-5, rtol=1e-4)
 
 
-def test_half_precision_rows_come_out_in_float32() -> None:
+def test_half_precision_rows_are_returned_in_float32() -> None:
     query, key = torch.randn(1, 2, 6, 4).bfloat16(), torch.randn(1, 2, 6, 4).bfloat16()
-    for rows in (cls_rows(query, key, 0.5), received(query, key, 0.5, 1)):
+    for rows in (cls_rows(query, key, 0.5), received_attention(query, key, 0.5, 1)):
         assert rows.dtype == torch.float32
         assert rows.shape == (1, 2, 5)
 
 
-def everything(layers: int = 4) -> list[Signal]:
+def all_signals(layers: int = 4) -> list[Signal]:
+    """Return the signals of all kinds and layers."""
     return [Signal(kind, layer) for kind in KINDS for layer in range(layers)]
 
 
-def adapter_of(family: str, model: Any) -> Any:
+def build_adapter(family: str, model: Any) -> Any:
     return {"llava_next": LlavaNextAdapter, "llava": LlavaAdapter}[family](model)
 
 
-def record(into: dict[int, torch.Tensor], index: int, module: Any, args: Any, output: torch.Tensor) -> None:
-    into[index] = output
+def store_output(outputs: dict[int, torch.Tensor], index: int, module: Any, args: Any, output: torch.Tensor) -> None:
+    """Store the output of a module; a forward hook."""
+    outputs[index] = output
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -72,16 +74,16 @@ def test_captured_signals_equal_the_eager_tower(family: str, attn: str, tower: s
     prefix = int(tower == "clip")
     inputs = tiny.batch(family, [(200, 300), (60, 170)], [(100, 41)], tower=tower)
     model = tiny.tiny_model(family, attn, tower=tower)
-    needs = [need for need in everything() if need.kind != "cls_attention" or prefix]
+    needs = [need for need in all_signals() if need.kind != "cls_attention" or prefix]
     with torch.no_grad():
-        images = adapter_of(family, model).encode(inputs, needs).images
+        images = build_adapter(family, model).encode(inputs, needs).images
         eager: Any = tiny.tiny_model(family, "eager", tower=tower).model.vision_tower
         for number, image in enumerate(images):
             pixels = inputs["pixel_values"][number]
             pixels = pixels[: image.geometry.tiles] if family == "llava_next" else pixels[None]
             projected: dict[int, torch.Tensor] = {}
             hooks = [
-                layer.self_attn.k_proj.register_forward_hook(partial(record, projected, index))
+                layer.self_attn.k_proj.register_forward_hook(partial(store_output, projected, index))
                 for index, layer in enumerate(eager.encoder.layers)
             ]
             out = eager(pixels, output_attentions=True)
@@ -90,21 +92,21 @@ def test_captured_signals_equal_the_eager_tower(family: str, attn: str, tower: s
             same_kernel = model.model.vision_tower(pixels, output_hidden_states=True)
             for layer in range(4):
                 attention = out.attentions[layer]
-                near = {"atol": 1e-4, "rtol": 1e-3}
+                tolerances = {"atol": 1e-4, "rtol": 1e-3}
                 if prefix:
-                    torch.testing.assert_close(image.cls_attention(layer), attention[:, :, 0, 1:], **near)
+                    torch.testing.assert_close(image.cls_attention(layer), attention[:, :, 0, 1:], **tolerances)
                 columns = attention.mean(dim=2)[:, :, prefix:]
-                torch.testing.assert_close(image.received_attention(layer), columns, **near)
+                torch.testing.assert_close(image.received_attention(layer), columns, **tolerances)
                 keys = projected[layer].unflatten(-1, (4, -1)).transpose(1, 2)[:, :, prefix:]
-                torch.testing.assert_close(image.keys(layer), keys, **near)
+                torch.testing.assert_close(image.keys(layer), keys, **tolerances)
                 hidden = same_kernel.hidden_states[layer + 1][:, prefix:]
-                torch.testing.assert_close(image.vision_features(layer), hidden, **near)
+                torch.testing.assert_close(image.vision_features(layer), hidden, **tolerances)
 
 
-def test_attention_rows_here_are_far_from_uniform() -> None:
-    """Otherwise the comparison above could not tell one row from another."""
+def test_attention_rows_of_the_tiny_models_are_far_from_uniform() -> None:
+    """If rows were uniform, the comparison above could not distinguish them."""
     model = tiny.tiny_model("llava")
-    image = LlavaAdapter(model).encode(tiny.batch("llava", [(80, 90)]), everything()).images[0]
+    image = LlavaAdapter(model).encode(tiny.batch("llava", [(80, 90)]), all_signals()).images[0]
     rows = image.cls_attention("first")
     assert float((rows.max(-1).values / rows.mean(-1)).mean()) > 2
 
@@ -112,12 +114,12 @@ def test_attention_rows_here_are_far_from_uniform() -> None:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava_next", "llava"])
 def test_cls_logits_are_attention_before_the_softmax(family: str, attn: str) -> None:
-    """Up to one constant per row, which the softmax takes away."""
+    """The logits are compared up to a constant per row, which does not change the softmax."""
     model = tiny.tiny_model(family, attn)
     inputs = tiny.batch(family, [(112, 112)])
     needs = [Signal(kind, layer) for kind in ("cls_logits", "cls_attention") for layer in (0, -1)]
     with torch.no_grad():
-        image = adapter_of(family, model).encode(inputs, needs).images[0]
+        image = build_adapter(family, model).encode(inputs, needs).images[0]
     for layer in (0, -1):
         constant = image.cls_attention(layer).clamp(min=1e-30).log() - image.cls_logits(layer)
         large = image.cls_attention(layer) > 1e-6
@@ -128,20 +130,20 @@ def test_cls_logits_are_attention_before_the_softmax(family: str, attn: str) -> 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava_next", "llava"])
-def test_the_probe_does_not_change_what_the_model_computes(family: str, attn: str) -> None:
-    """Bit for bit: the user's own kernel runs."""
+def test_capturing_does_not_change_the_features(family: str, attn: str) -> None:
+    """The features are bit-identical, because the attention kernel of the user runs."""
     inputs = tiny.batch(family, [(200, 300)], [(100, 41)])
     model = tiny.tiny_model(family, attn)
-    adapter = adapter_of(family, model)
+    adapter = build_adapter(family, model)
     arguments = {name: inputs[name] for name in adapter.image_inputs if name in inputs}
     with torch.no_grad():
         plain = model.model.get_image_features(**arguments, return_dict=True).pooler_output
-        probed = adapter.encode(inputs, everything()).packed
-    assert len(plain) == len(probed) == 2
-    assert all(torch.equal(one, two) for one, two in zip(plain, probed, strict=True))
+        captured = adapter.encode(inputs, all_signals()).packed
+    assert len(plain) == len(captured) == 2
+    assert all(torch.equal(left, right) for left, right in zip(plain, captured, strict=True))
 
 
-def state(tower: Any) -> list[tuple[Any, ...]]:
+def tower_state(tower: Any) -> list[tuple[Any, ...]]:
     return [
         (layer.self_attn.config, layer.self_attn.config._attn_implementation, len(layer._forward_hooks))
         for layer in tower.encoder.layers
@@ -149,57 +151,57 @@ def state(tower: Any) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_the_tower_is_as_before_after_a_block_and_after_an_exception(attn: str) -> None:
+def test_the_tower_is_restored_after_a_block_and_after_an_exception(attn: str) -> None:
     model = tiny.tiny_model("llava", attn)
     tower, adapter = model.model.vision_tower, LlavaAdapter(model)
     inputs = tiny.batch("llava", [(80, 90)])
-    model.model.get_image_features(inputs["pixel_values"])  # transformers puts hooks of its own on at the first call
-    before = state(tower)
-    adapter.encode(inputs, everything())
+    model.model.get_image_features(inputs["pixel_values"])  # transformers installs its own hooks at the first call
+    before = tower_state(tower)
+    adapter.encode(inputs, all_signals())
 
-    def unchanged() -> bool:
+    def is_unchanged() -> bool:
         return all(
-            one[0] is two[0] and one[1:] == two[1:] for one, two in zip(before, state(tower), strict=True)
+            old[0] is new[0] and old[1:] == new[1:] for old, new in zip(before, tower_state(tower), strict=True)
         ) and not any("tokenprune" in name for name in vars(before[0][0]))
 
-    assert unchanged()
-    wanted = {index: set(KINDS) for index in range(4)}
-    with capture_signals(Tower(tower.encoder.layers, cls="first"), wanted):
-        inside = state(tower)
-        assert not unchanged()
-        assert all(one[0] is not two[0] for one, two in zip(before, inside, strict=True))
-        assert tower.config._attn_implementation == attn  # masks are built from the tower's own config
-    assert unchanged()
+    assert is_unchanged()
+    kinds = {index: set(KINDS) for index in range(4)}
+    with capture_signals(Tower(tower.encoder.layers, cls="first"), kinds):
+        inside = tower_state(tower)
+        assert not is_unchanged()
+        assert all(old[0] is not new[0] for old, new in zip(before, inside, strict=True))
+        assert tower.config._attn_implementation == attn  # the tower builds masks from its own config
+    assert is_unchanged()
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no projector today")
 
     model.model.multi_modal_projector.forward = fail
     with pytest.raises(RuntimeError, match="no projector today"):
-        adapter.encode(inputs, everything())
-    assert unchanged()
+        adapter.encode(inputs, all_signals())
+    assert is_unchanged()
     tower.encoder.layers[2].mlp.forward = fail
     with pytest.raises(RuntimeError, match="no projector today"):
-        adapter.encode(inputs, everything())
-    assert unchanged()
+        adapter.encode(inputs, all_signals())
+    assert is_unchanged()
 
 
-def test_only_wanted_layers_are_touched_and_captured() -> None:
+def test_only_requested_layers_are_changed_and_captured() -> None:
     model = tiny.tiny_model("llava")
     layers = model.model.vision_tower.encoder.layers
     with capture_signals(Tower(layers, cls="first"), {1: {"keys"}, 2: {"vision_features"}}) as captured:
-        own = model.model.vision_tower.config
-        touched = [layer.self_attn.config is not own for layer in layers]
-        assert touched == [False, True, False, False]
+        config = model.model.vision_tower.config
+        changed = [layer.self_attn.config is not config for layer in layers]
+        assert changed == [False, True, False, False]
         model.model.vision_tower(torch.randn(2, 3, 56, 56))
         assert set(captured) == {("keys", 1), ("vision_features", 2)}
         model.model.vision_tower(torch.randn(3, 3, 56, 56))
-    assert [len(one) for one in captured["keys", 1]] == [2, 3]  # a second run adds tiles
+    assert [len(keys) for keys in captured["keys", 1]] == [2, 3]  # a second run adds tiles
     assert torch.cat(captured["keys", 1]).shape == (5, 4, 16, 8)
-    assert not any(one.requires_grad for found in captured.values() for one in found)
+    assert not any(value.requires_grad for values in captured.values() for value in values)
 
 
-def test_signals_of_unknown_layers_are_refused_before_anything_runs() -> None:
+def test_signals_of_unknown_layers_raise_before_the_tower_runs() -> None:
     adapter = LlavaAdapter(tiny.tiny_model("llava"))
     with pytest.raises(ValueError, match="is no layer of a vision tower with 4 layers"):
         adapter.encode(tiny.batch("llava", [(80, 90)]), [Signal("keys", 4)])
@@ -211,12 +213,12 @@ def test_a_tower_without_cls_provides_no_cls_attention() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava"])
-def test_features_stand_at_their_tiles_and_tokens(family: str) -> None:
-    """What the packed image is taken apart into: the projected output of the feature layer, zero where unpadded."""
+def test_features_belong_to_their_tiles_and_tokens(family: str) -> None:
+    """Features equal the projected output of the feature layer, and are zero where the model unpads."""
     model = tiny.tiny_model(family)
     inputs = tiny.batch(family, [(20, 100), (100, 41)], [(112, 112)])
     with torch.no_grad():
-        encoding = adapter_of(family, model).encode(inputs, [Signal("vision_features", "feature")])
+        encoding = build_adapter(family, model).encode(inputs, [Signal("vision_features", "feature")])
         for image in encoding.images:
             projected = model.model.multi_modal_projector(image.vision_features("feature"))
             valid = image.geometry.valid[..., None]
@@ -225,10 +227,10 @@ def test_features_stand_at_their_tiles_and_tokens(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava"])
-def test_pooling_attention_is_that_of_the_head_of_siglip(family: str) -> None:
-    """Against the module's own weights, computed anew from the tower's output."""
+def test_pooling_attention_equals_the_head_of_siglip(family: str) -> None:
+    """The reference is the attention weights that the head returns for the output of the tower."""
     model = tiny.tiny_model(family, tower="siglip")
-    adapter, inputs = adapter_of(family, model), tiny.batch(family, [(200, 300), (60, 170)], tower="siglip")
+    adapter, inputs = build_adapter(family, model), tiny.batch(family, [(200, 300), (60, 170)], tower="siglip")
     with torch.no_grad():
         model.model.vision_tower.head.attention.in_proj_weight.mul_(8)  # far from uniform
         encoding = adapter.encode(inputs, [Signal("pooling_attention", ["first", "feature"])])
@@ -237,18 +239,19 @@ def test_pooling_attention_is_that_of_the_head_of_siglip(family: str) -> None:
             pixels = pixels[: image.geometry.tiles] if family == "llava_next" else pixels[None]
             tower = model.model.vision_tower
             hidden, head = tower(pixels).last_hidden_state, tower.head
-            probe_token = head.capture_signals.repeat(len(pixels), 1, 1)
-            own = head.attention(probe_token, hidden, hidden, need_weights=True, average_attn_weights=False)[1][:, :, 0]
+            probe_token = head.probe.repeat(len(pixels), 1, 1)
+            maps = head.attention(probe_token, hidden, hidden, need_weights=True, average_attn_weights=False)[1]
+            weights = maps[:, :, 0]
             for layer in ("first", "feature"):
-                torch.testing.assert_close(image.pooling_attention(layer), own)
-            assert own.amax() > 3 * own.mean()
+                torch.testing.assert_close(image.pooling_attention(layer), weights)
+            assert weights.amax() > 3 * weights.mean()
     plain = model.model.get_image_features(
         **{name: inputs[name] for name in adapter.image_inputs if name in inputs}, return_dict=True
     ).pooler_output
-    assert all(torch.equal(one, two) for one, two in zip(plain, encoding.packed, strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(plain, encoding.packed, strict=True))
 
 
-def test_the_hooks_of_the_pooling_head_are_gone_after_an_exception() -> None:
+def test_the_hooks_of_the_pooling_head_are_removed_after_an_exception() -> None:
     model = tiny.tiny_model("llava", tower="siglip")
     head = model.model.vision_tower.head
 

@@ -1,4 +1,4 @@
-"""Idefics: the grid stands in the prompt, and a resampler's attention goes to latents beside a context."""
+"""Idefics: tile grids that are read from the prompt, and the attention of a resampler to its latents."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tokenprune.testing.tiny_models import TEMPLATE, random_image, tokenizer
 
 
 @cache
-def spelling_processor() -> Any:
-    """A processor whose tokenizer knows no token for the place of a tile and writes it in pieces."""
+def build_processor_without_tile_tokens() -> Any:
+    """Return a processor whose tokenizer has no tokens for tile positions and splits them into several tokens."""
     sizes = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
     special = {"image_token": "<image>", "fake": "<fake_token_around_image>", "end": "<end_of_utterance>"}
     return Idefics3Processor(
@@ -29,24 +29,24 @@ def spelling_processor() -> Any:
     )
 
 
-def grids_of(processor: Any, rows: list[list[Image.Image]]) -> list[tuple[int, int]]:
+def read_grids(processor: Any, rows: list[list[Image.Image]]) -> list[tuple[int, int]]:
     texts = ["<image>" * len(row) + "what is in the image?" for row in rows]
     inputs = processor(images=rows, text=texts, return_tensors="pt", padding=True)
     return tile_grids(inputs["input_ids"], processor.image_token_id)
 
 
-@pytest.mark.parametrize("spelled", [False, True])
-def test_grids_stand_in_the_prompt(spelled: bool) -> None:
-    """Images side by side without text between, and a tokenizer with and without tokens for the places of tiles."""
-    processor = spelling_processor() if spelled else FAMILIES["idefics3"].processor()
+@pytest.mark.parametrize("has_tile_tokens", [True, False])
+def test_grids_are_read_from_the_prompt(has_tile_tokens: bool) -> None:
+    """Adjacent images without text between them; a tokenizer with and without tokens for tile positions."""
+    processor = FAMILIES["idefics3"].processor() if has_tile_tokens else build_processor_without_tile_tokens()
     sizes = [[(112, 112), (50, 168)], [], [(168, 50), (160, 90), (90, 160)]]
     rows = [[random_image(*size) for size in row] for row in sizes]
-    assert grids_of(processor, rows) == [(3, 3), (1, 3), (3, 1), (3, 2), (2, 3)]
+    assert read_grids(processor, rows) == [(3, 3), (1, 3), (3, 1), (3, 2), (2, 3)]
 
 
 def test_images_of_one_color_have_their_grid() -> None:
     rows = [[Image.new("RGB", (168, 100), "red"), Image.new("RGB", (100, 168), "red")]]
-    assert grids_of(FAMILIES["idefics3"].processor(), rows) == [(2, 3), (3, 2)]
+    assert read_grids(FAMILIES["idefics3"].processor(), rows) == [(2, 3), (3, 2)]
 
 
 def test_images_that_are_not_split_have_no_grid() -> None:
@@ -54,24 +54,24 @@ def test_images_that_are_not_split_have_no_grid() -> None:
     assert tile_grids(ids, 3) == [(0, 0)] * 3
 
 
-def test_rows_of_tiles_that_differ_in_length_are_refused() -> None:
+def test_rows_of_tiles_of_different_lengths_raise() -> None:
     tile = [8, 9, 3]
     ids = torch.tensor([[1, *tile, *tile, 10, *tile, 10, *tile, 8, 5]])
-    with pytest.raises(ValueError, match="3 tiles of an image are no grid"):
+    with pytest.raises(ValueError, match="3 tiles of an image are not a grid"):
         tile_grids(ids, 3)
 
 
-def test_tiles_that_do_not_fit_the_prompt_are_refused() -> None:
+def test_a_wrong_number_of_tiles_raises() -> None:
     family = FAMILIES["idefics3"]
     inputs = dict(family.batch([(112, 112)]))
     inputs["pixel_values"] = inputs["pixel_values"][:, :-1]
-    with pytest.raises(ValueError, match="places for 10 tiles, but there are 9"):
+    with pytest.raises(ValueError, match="placeholders for 10 tiles, but there are 9"):
         find_adapter(family.model()).layouts(inputs)
 
 
 @torch.no_grad()
-def test_latents_receive_what_the_full_map_of_the_resampler_says() -> None:
-    """Images of two sizes: the padding of the smaller one is no context."""
+def test_attention_to_latents_equals_the_full_map_of_the_resampler() -> None:
+    """With images of two sizes, the padding of the smaller image is not part of the context."""
     family = FAMILIES["idefics2"]
     model = family.model()
     model.set_attn_implementation("eager")

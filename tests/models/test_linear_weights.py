@@ -1,4 +1,4 @@
-"""Weights of linear maps, in every storage format that a model may have."""
+"""`linear_weights`: the number of weights of linear maps, in all storage formats."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ class FourBitLinear(nn.Linear):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_every_format_has_rows_times_columns(module: nn.Module) -> None:
+def test_all_formats_count_rows_times_columns(module: nn.Module) -> None:
     assert linear_weights(module) == 16 * 24
     assert linear_weights(nn.Sequential(module, nn.ModuleDict({"other": nn.Linear(2, 3)}))) == 16 * 24 + 6
 
 
-def test_other_modules_have_none() -> None:
-    others = nn.Sequential(nn.LayerNorm(8), nn.Embedding(9, 8), nn.Conv2d(3, 4, 2), nn.GELU(), nn.Identity())
-    assert linear_weights(others) == 0
+def test_nonlinear_modules_count_zero() -> None:
+    modules = nn.Sequential(nn.LayerNorm(8), nn.Embedding(9, 8), nn.Conv2d(3, 4, 2), nn.GELU(), nn.Identity())
+    assert linear_weights(modules) == 0
 
 
-def test_a_map_that_stands_in_two_places_is_counted_once() -> None:
+def test_a_shared_map_is_counted_once() -> None:
     shared = nn.Linear(4, 5)
     assert linear_weights(nn.Sequential(shared, shared)) == 20
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dynamic_quantization_changes_no_shape() -> None:
+def test_dynamic_quantization_does_not_change_the_shape() -> None:
     model = tiny_model("llava_next")
     shape = find_adapter(model).llm
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
@@ -80,7 +80,7 @@ def test_dynamic_quantization_changes_no_shape() -> None:
     assert len(shape.layer_parameters) == shape.layers == model.config.text_config.num_hidden_layers
 
 
-def test_adapters_of_peft_are_counted_beside_their_base() -> None:
+def test_adapters_of_peft_are_added_to_their_base() -> None:
     peft = pytest.importorskip("peft")
     layer = nn.ModuleDict({"q": nn.Linear(16, 24), "k": nn.Linear(16, 8)})
     model: Any = peft.get_peft_model(layer, peft.LoraConfig(r=4, target_modules=["q"]))

@@ -13,10 +13,18 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from research.heldout import interval, measure
+from research.heldout import board_interval, measure_strategies
 from research.mini_training import train as training
-from research.mini_training.evaluate import answers, held_out
-from research.mini_training.lessons import PLACES, TOKENS, answerable, lesson, packing, random_subset, tiles_of
+from research.mini_training.evaluate import answer_questions, held_out_samples
+from research.mini_training.lessons import (
+    PLACES,
+    TOKENS,
+    draw_subset,
+    is_answerable,
+    make_lesson,
+    make_tiles,
+    pack_positions,
+)
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import (
     COLORS,
@@ -72,7 +80,7 @@ def test_boards_are_what_the_page_says() -> None:
         assert height <= rows * TILE
         assert width <= cols * TILE
         padded += (height, width) != (rows * TILE, cols * TILE)
-        for kind in ("shape", "colour"):
+        for kind in ("shape", "color"):
             values = [getattr(item, kind) for item in board.items]
             assert len(set(values)) == len(values)
         for item in board.items:
@@ -97,7 +105,7 @@ def expected_answer(board: Board, question: Question) -> str:
     item = board.items[question.about[0]]
     down, right = item.center
     return {
-        "colour": COLORS[item.color],
+        "color": COLORS[item.color],
         "shape": SHAPES[item.shape],
         "side": "left" if right < width / 2 else "right",
         "height": "top" if down < height / 2 else "bottom",
@@ -114,8 +122,8 @@ def test_every_question_has_the_answer_that_the_items_give() -> None:
                 for item in (board.items[number] for number in question.about):
                     named = (SHAPES[item.shape] in question.text) + (COLORS[item.color] in question.text)
                     assert named == (2 if question.type in ("number_pair", "side", "height") else 1)
-    numbers = {"number_pair", "number_shape", "number_colour"}
-    assert kinds == numbers | {"colour", "shape", "count", "paper", "side", "height"}
+    numbers = {"number_pair", "number_shape", "number_color"}
+    assert kinds == numbers | {"color", "shape", "count", "paper", "side", "height"}
 
 
 def test_the_demo_is_a_held_out_board() -> None:
@@ -140,7 +148,7 @@ def test_the_checkpoint_is_small_and_ordinary(model: Any, processor: Any) -> Non
 def test_it_answers_the_demo(model: Any, processor: Any) -> None:
     with Image.open(mini.image_path()) as image:
         known = mini.demo_questions()
-        given = answers(model, processor, image, [q["question"] for q in known])
+        given = answer_questions(model, processor, image, [q["question"] for q in known])
     right = [a == q["answer"] for a, q in zip(given, known, strict=True)]
     assert sum(right) >= len(right) - 1
 
@@ -148,8 +156,8 @@ def test_it_answers_the_demo(model: Any, processor: Any) -> None:
 def test_pruning_costs_answers_and_selection_matters() -> None:
     """A floor far below what was measured on 2,439 questions: full 97, HiRED 96, random 73 to 78 at 20 %."""
     random = {f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)}
-    results = measure(1000, 6, (0.2,), {"HiRED": HiRED(), **random})
-    share = {key[0]: interval(results.of(key))[0] for key in results.right}
+    results = measure_strategies(1000, 6, (0.2,), {"HiRED": HiRED(), **random})
+    share = {key[0]: board_interval(results.answers_of(key))[0] for key in results.right}
     assert share["full"] > 0.9
     assert share["HiRED"] > 0.87
     assert share["HiRED"] > max(share[f"Random, seed {seed}"] for seed in range(3)) + 0.05
@@ -158,12 +166,12 @@ def test_pruning_costs_answers_and_selection_matters() -> None:
 
 def test_any_image_and_question_get_some_answer(model: Any, processor: Any) -> None:
     for size in ((1, 1), (500, 30), (37, 411)):
-        (answer,) = answers(model, processor, Image.new("RGB", size, "green"), ["Where is the zebra?"])
+        (answer,) = answer_questions(model, processor, Image.new("RGB", size, "green"), ["Where is the zebra?"])
         assert isinstance(answer, str)
 
 
 def test_held_out_samples_are_those_of_the_boards() -> None:
-    samples = list(held_out(30, start=3))
+    samples = list(held_out_samples(30, start=3))
     assert len(samples) == 30
     assert [s.question for s in samples][: len(make_board(3).questions)] == [q.text for q in make_board(3).questions]
 
@@ -173,7 +181,7 @@ def test_held_out_samples_are_those_of_the_boards() -> None:
 
 def test_training_sees_what_the_processor_makes(processor: Any) -> None:
     some = list(boards(12, "train"))
-    pixels, numbers = tiles_of(some)
+    pixels, numbers = make_tiles(some)
     made = processor.image_processor(images=[board.image for board in some], return_tensors="pt")["pixel_values"]
     made = torch.cat([one[:number] for one, number in zip(made, numbers, strict=True)])
     assert (pixels - made).abs().max() < 1e-5
@@ -184,7 +192,7 @@ def test_training_packs_as_the_model_does(model: Any) -> None:
 
     adapter: Any = find_adapter(model)
     for board in boards(30):
-        order, line = packing(board)
+        order, line = pack_positions(board)
         layout = adapter.layout(board.pixels.shape[:2])
         assert order.tolist() == layout.packed.tolist()
         rows = layout.newline_of.tolist()
@@ -193,12 +201,12 @@ def test_training_packs_as_the_model_does(model: Any) -> None:
 
 def test_lessons_point_at_the_items() -> None:
     for board in boards(20):
-        truth = lesson(board)
+        truth = make_lesson(board)
         for number, item in enumerate(board.items):
-            assert truth.shown[number, 0].any()
-            assert truth.shown[number, 1:].any(axis=1).sum() == 1
-            assert truth.digits[:, number].any(axis=2).sum() == 2
-            mine = truth.shown[number, 0] & (truth.dense["shape"][0] == item.shape)
+            assert truth.item_masks[number, 0].any()
+            assert truth.item_masks[number, 1:].any(axis=1).sum() == 1
+            assert truth.digit_masks[:, number].any(axis=2).sum() == 2
+            mine = truth.item_masks[number, 0] & (truth.dense["shape"][0] == item.shape)
             halves = set(truth.places["side"][0][mine].tolist()) - {-100}
             assert halves <= {int(item.center[1] > board.pixels.shape[1] / 2)}
         assert set(truth.places) == set(PLACES)
@@ -207,16 +215,16 @@ def test_lessons_point_at_the_items() -> None:
 def test_questions_are_asked_while_their_answer_is_there() -> None:
     rng = np.random.default_rng(0)
     for board in boards(20):
-        truth = lesson(board)
+        truth = make_lesson(board)
         nothing = np.zeros((1 + board.grid[0] * board.grid[1], TOKENS), dtype=bool)
         base, tiles = nothing.copy(), ~nothing
         base[0], tiles[0] = True, False
         for question in board.questions:
-            assert answerable(question, truth, ~nothing)
-            assert answerable(question, truth, nothing) == (question.type == "paper")
-            assert answerable(question, truth, base) == (question.needs != "tiles")
-            assert answerable(question, truth, tiles) == (question.type not in PLACES)
-        assert random_subset(rng, truth).any()
+            assert is_answerable(question, truth, ~nothing)
+            assert is_answerable(question, truth, nothing) == (question.type == "paper")
+            assert is_answerable(question, truth, base) == (question.needs != "tiles")
+            assert is_answerable(question, truth, tiles) == (question.type not in PLACES)
+        assert draw_subset(rng, truth).any()
 
 
 @pytest.mark.parametrize("step", [0, 300, 1000, 1301, 1821, 1990, 2101, 2319])
@@ -225,7 +233,7 @@ def test_every_phase_of_the_recipe_runs(step: int, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     student: Any = training.LlavaNextForConditionalGeneration(training.make_config(training.make_tokenizer()))
     heads = training.Heads(96, 5)
-    loss, scores = training.reader_step(student, heads, training.make_writer(), 0, step)
+    loss, scores = training.reader_step(student, heads, training.make_cached_tokenizer(), 0, step)
     loss.backward()
     assert loss.isfinite()
     assert student.model.language_model.layers[0].mlp.up_proj.weight.grad is not None

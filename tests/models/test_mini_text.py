@@ -75,12 +75,12 @@ def test_words_have_the_ids_of_the_model(tokenizer: Any) -> None:
 
 def test_patches_and_tiles_fit_the_questions_about_them(clip: Any, tokenizer: Any, tower: Any) -> None:
     """Floors far below what was measured on 100 held-out boards; an untrained text tower does not reach them."""
-    found = training.measure(clip, tokenizer, start=2000, count=12)
+    found = training.measure_auc(clip, tokenizer, start=2000, count=12)
     assert found["others"][0] > 0.9
     assert found["items"][0] > 0.85
     assert found["tile"][0] > found["tile by chance"][0] + 0.3
     torch.manual_seed(0)
-    blind = training.measure(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
+    blind = training.measure_auc(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
     assert blind["items"][0] < 0.7
 
 
@@ -107,7 +107,7 @@ def test_captions_match_the_tiles_that_they_are_about() -> None:
         training.Caption("dotted paper", (any_, any_, any_, any_, any_, 2)),
         training.Caption("the cross", (1, 5, any_, any_, any_, any_)),
     ]
-    match, known = training.matches(captions, shows)
+    match, known = training.match_captions(captions, shows)
     assert match.tolist() == [[True, True, False], [False, True, False], [True] * 3, [False] * 3]
     assert known.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
 
@@ -116,8 +116,8 @@ def test_a_caption_matches_its_own_tile(tower: Any) -> None:
     cache = training.read_boards(training.make_text_model(tower), 6)
     rng = np.random.default_rng(0)
     for _ in range(10):
-        captions = [training.write_caption(rng, shows) for shows in cache.shows]
-        match, known = training.matches(captions, cache.shows)
+        captions = [training.draw_caption(rng, shows) for shows in cache.contents]
+        match, known = training.match_captions(captions, cache.contents)
         assert match.diagonal().all()
         assert known.diagonal().all()
         assert not match.all()

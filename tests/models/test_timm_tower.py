@@ -1,4 +1,4 @@
-"""Signals of a tower that is timm's, whose attention does not ask transformers' interface."""
+"""Signals of a timm tower, whose attention does not use the attention interface of transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_rows_equal_the_full_map() -> None:
     images = adapter.encode(inputs, [Signal(kind, 1) for kind in KINDS]).images
     maps: list[torch.Tensor] = []
     attention = adapter.tower_layers[1].attn
-    attention.fused_attn = False  # then the full map passes the dropout
+    attention.fused_attn = False  # so that the full map is the input of the dropout
     hook = attention.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
     adapter.encode(inputs, ())
     hook.remove()
@@ -34,18 +34,18 @@ def test_rows_equal_the_full_map() -> None:
 
 
 @torch.no_grad()
-def test_features_of_all_layers_are_those_of_timm() -> None:
+def test_features_of_all_layers_equal_timm() -> None:
     adapter = PerceptionLMAdapter(FAMILY.model())
     inputs = FAMILY.batch([(112, 112)])
     _, hidden = adapter.tower.timm_model.forward_intermediates(inputs["pixel_values"][0], output_fmt="NLC", norm=False)
     for layer, expected in enumerate(hidden):
-        found = adapter.encode(inputs, [Signal("vision_features", layer)]).images[0].vision_features(layer)
+        features = adapter.encode(inputs, [Signal("vision_features", layer)]).images[0].vision_features(layer)
         pooled = expected.unflatten(1, (2, 2, 2, 2)).mean(dim=(2, 4)).flatten(1, 2)
-        torch.testing.assert_close(found, pooled)
+        torch.testing.assert_close(features, pooled)
 
 
 @torch.no_grad()
-def test_nothing_is_recorded_after_the_block() -> None:
+def test_no_hooks_remain_after_the_block() -> None:
     adapter = PerceptionLMAdapter(FAMILY.model())
     inputs = FAMILY.batch([(112, 112)])
     before = adapter.encode(inputs, ()).packed[0]
@@ -53,7 +53,7 @@ def test_nothing_is_recorded_after_the_block() -> None:
     assert not any(module._forward_pre_hooks for module in adapter.tower.modules())
 
 
-def test_a_tower_that_writes_full_maps_is_refused() -> None:
+def test_a_tower_with_unfused_attention_raises() -> None:
     adapter = PerceptionLMAdapter(FAMILY.model())
     adapter.tower_layers[1].attn.fused_attn = False
     with pytest.raises(ValueError, match="set fused_attn"):
@@ -61,7 +61,7 @@ def test_a_tower_that_writes_full_maps_is_refused() -> None:
     assert not any(module._forward_pre_hooks for module in adapter.tower.modules())
 
 
-def test_pooling_that_does_not_fill_the_tile_is_refused() -> None:
+def test_pooling_that_does_not_divide_the_tile_raises() -> None:
     model = FAMILY.model()
     model.config.projector_pooling_ratio = 3
     with pytest.raises(ValueError, match="cannot be pooled by 3"):

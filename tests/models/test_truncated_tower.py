@@ -24,7 +24,7 @@ from tokenprune.models.idefics3 import Idefics3Adapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.mllama import MllamaAdapter
-from tokenprune.pipeline import Pipeline, PreparedCall, missing_signals
+from tokenprune.pipeline import Pipeline, PreparedCall, list_missing_signals
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
@@ -35,7 +35,7 @@ from tokenprune.testing.tiny_models import batch, tiny_model
 TRUNCATED = {
     name: kind
     for name, kind in adapters().items()
-    if issubclass(kind, PlaceholderAdapter) and kind.projects_per_token and kind.runs()
+    if issubclass(kind, PlaceholderAdapter) and kind.projects_per_token and kind.supports_transformers()
 }
 SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
 
@@ -57,7 +57,7 @@ def features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
     """The features of all images that enter the LLM, `[kept, dim]`."""
     if "mm_encoder_outputs" not in call.inputs:  # nothing is kept
         return torch.zeros(1, 1)
-    packed = call.inputs["mm_encoder_outputs"]["image"][adapter.features_in]
+    packed = call.inputs["mm_encoder_outputs"]["image"][adapter.features_field]
     return torch.cat([tokens.flatten(0, -2) for tokens in packed])
 
 
@@ -118,7 +118,7 @@ def tokens_of(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | 
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str) -> None:
     reducer = strategies()[name](0.3)  # type: ignore[call-arg]
-    if missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
+    if list_missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
         pytest.skip("the family does not provide the signals")
     if reducer.reads_question:
         reducer = replace(reducer, text_model=adapter.example_text_model())
@@ -134,8 +134,8 @@ def test_the_tests_do_truncate(adapter: PlaceholderAdapter) -> None:
     with torch.no_grad():
         assert tokens_of(adapter, inputs) is ProjectedTokens
         assert isinstance(adapter.encode(inputs, ()).tokens, PackedTokens)
-        assert adapter.encode(inputs, ()).complete
-        assert not adapter.encode(inputs, (), truncated=True).complete
+        assert adapter.encode(inputs, ()).is_complete
+        assert not adapter.encode(inputs, (), truncated=True).is_complete
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -185,15 +185,15 @@ def test_at_100_percent_the_encoding_is_complete(
         plain = adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
         with collected_encodings(monkeypatch, adapter) as encodings, sizes_seen(layers) as seen:
             call = Pipeline(HiRED(budget), adapter).prepare(inputs, generating=True)
-        assert [(e.complete, type(e.tokens)) for e in encodings] == [(True, PackedTokens)]
+        assert [(e.is_complete, type(e.tokens)) for e in encodings] == [(True, PackedTokens)]
         assert all(len(sizes) == 1 for sizes in seen.values())
         outputs = call.inputs["mm_encoder_outputs"]["image"]
         assert list(outputs) == list(plain)
-        for a, b in zip(outputs[adapter.features_in], plain[adapter.features_in], strict=True):
+        for a, b in zip(outputs[adapter.features_field], plain[adapter.features_field], strict=True):
             assert torch.equal(a, b)
         with collected_encodings(monkeypatch, adapter) as encodings:
             Pipeline(HiRED(0.99), adapter).prepare(inputs, generating=True)
-        assert [(e.complete, type(e.tokens)) for e in encodings] == [(False, ProjectedTokens)]
+        assert [(e.is_complete, type(e.tokens)) for e in encodings] == [(False, ProjectedTokens)]
 
 
 def test_images_of_a_truncated_encoding_can_be_pickled(adapter: PlaceholderAdapter) -> None:
@@ -211,7 +211,7 @@ def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter
     reducer = ComponentReducer(
         0.2, allocation=UniformAllocation(), selection=TopAttentionSelection(), merging=MeanOfRestMerging()
     )
-    if missing_signals(reducer, adapter):
+    if list_missing_signals(reducer, adapter):
         pytest.skip("the projector pools")
     complete, truncated = both(adapter, reducer, inputs_of(adapter))
     assert any(selection.mixing is not None for selection in truncated.selections)
@@ -276,7 +276,7 @@ def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
     assert all(len(sizes) == 1 for sizes in seen.values())
 
 
-RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.runs()]
+RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.supports_transformers()]
 """Rows of the test matrix whose models run in the installed transformers."""
 BY_ARGUMENT = {
     "aya_vision",
@@ -319,7 +319,7 @@ def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
 
 def test_every_family_is_tested() -> None:
     tested = {type(family_call(name)[0]) for name in [*RUNNABLE, "mllama"]}
-    assert tested == {kind for kind in adapters().values() if kind.runs()}
+    assert tested == {kind for kind in adapters().values() if kind.supports_transformers()}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
     assert last == (1 if is_inner else depth - 1)
     modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
     reducer = FasterVLM(0.3)
-    needed = max([last, *adapter.wanted(Pipeline(reducer, adapter).needs, last)])
+    needed = max([last, *adapter.required_signals(Pipeline(reducer, adapter).needs, last)])
     assert needed == last
     with torch.no_grad(), runs_of(modules) as runs, reducer(model):
         model(**inputs)
@@ -347,7 +347,7 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
     complete, truncated = both(adapter, reducer, inputs, generating=False)
     for call in (complete, truncated):
         assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
-        with torch.no_grad(), call.held():
+        with torch.no_grad(), call.enter_contexts():
             logits.append(model(**call.inputs).logits)
     assert float((logits[0] - logits[1]).abs().max()) < 1e-5 * max(1.0, float(logits[0].abs().max()))
     with torch.no_grad():
@@ -432,7 +432,7 @@ def test_only_features_are_passed_on(adapter: PlaceholderAdapter) -> None:
     """Everything else of the model's own output would stay alive through the prefill."""
     with torch.no_grad():
         call = Pipeline(HiRED(0.3), adapter).prepare(inputs_of(adapter), generating=True)
-    assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_in]
+    assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_field]
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

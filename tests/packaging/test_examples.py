@@ -1,4 +1,4 @@
-"""The scripts of `examples/` run as their first lines say."""
+"""The scripts in `examples/` run with the commands of their first lines."""
 
 from __future__ import annotations
 

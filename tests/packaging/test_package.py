@@ -1,4 +1,4 @@
-"""The package as users get it: what a wheel holds, what an import costs, who knows whom."""
+"""The package: the content of a wheel, the cost of an import, imports between folders, and pages of the documentation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("strategies", "models", "experiments")
 
 
-def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The files of a wheel built from a clean copy of the sources."""
+    """Build a wheel from a clean copy of the sources, and return its file names."""
     out = tmp_path_factory.mktemp("wheel")
     build = [
         sys.executable,
@@ -43,19 +43,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         )
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, out / "src" / file)
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
     (path,) = (out / "dist").glob("*.whl")
     return zipfile.ZipFile(path).namelist()
 
 
 def test_wheel_holds_one_package(wheel: list[str]) -> None:
-    top = {name.split("/")[0] for name in wheel}
-    assert top == {"tokenprune", f"tokenprune-{tokenprune.__version__}.dist-info"}
-    for needed in ("strategies/hired.py", "strategies/components/selection.py", "models/llava_next.py", "py.typed"):
-        assert f"tokenprune/{needed}" in wheel
-    for needed in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
-        assert f"tokenprune/models/mini/checkpoint/{needed}" in wheel
+    folders = {name.split("/")[0] for name in wheel}
+    assert folders == {"tokenprune", f"tokenprune-{tokenprune.__version__}.dist-info"}
+    for path in ("strategies/hired.py", "strategies/components/selection.py", "models/llava_next.py", "py.typed"):
+        assert f"tokenprune/{path}" in wheel
+    for path in ("model.safetensors", "tokenizer.json", "processor_config.json", "config.json"):
+        assert f"tokenprune/models/mini/checkpoint/{path}" in wheel
     assert "tokenprune/models/mini/images/board.png" in wheel
     assert "tokenprune/models/verified.json" in wheel
     assert not [name for name in wheel if "research" in name or "test_" in name]
@@ -64,11 +64,11 @@ def test_wheel_holds_one_package(wheel: list[str]) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_folders_cannot_be_imported_under_their_bare_names(folder: str) -> None:
-    """From the repository root, `import strategies` would load everything a second time."""
-    done = python(f"import {folder}")
-    assert done.returncode == 1
-    assert f"import tokenprune.{folder}, not {folder}" in done.stderr
-    assert python(f"import tokenprune.{folder}").returncode == 0
+    """Without this error, `import strategies` from the repository root would load every module a second time."""
+    result = run_python(f"import {folder}")
+    assert result.returncode == 1
+    assert f"import tokenprune.{folder}, not {folder}" in result.stderr
+    assert run_python(f"import tokenprune.{folder}").returncode == 0
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -78,30 +78,30 @@ def test_links_are_relative(folder: str) -> None:
     assert link.readlink() == Path("..") / folder
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_no_heavy_dependency() -> None:
     heavy = "torch", "transformers", "timm", "wandb", "matplotlib", "numpy"
     code = f"import sys, tokenprune, tokenprune.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
-    assert python(code).stdout.strip() == "[]"
+    assert run_python(code).stdout.strip() == "[]"
 
 
 def test_strategies_never_load_transformers() -> None:
     code = "import sys; from tokenprune.catalog import components, strategies; strategies(), components()"
-    loaded = python(f"{code}; print(sys.modules.keys())").stdout
+    loaded = run_python(f"{code}; print(sys.modules.keys())").stdout
     assert "tokenprune.strategies.hired" in loaded
     assert "'transformers'" not in loaded
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
+def list_imports(path: Path) -> set[str]:
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+            names.add(node.module or "")
+    return names
 
 
-def test_folders_import_only_what_they_may() -> None:
+def test_folders_import_only_allowed_packages() -> None:
     """experiments -> strategies, models -> core; strategies and models never import each other."""
     forbidden = {
         "strategies": ("tokenprune.models", "tokenprune.experiments", "tokenprune.cli", "transformers"),
@@ -109,21 +109,21 @@ def test_folders_import_only_what_they_may() -> None:
         "tokenprune": ("tokenprune.strategies", "tokenprune.models.", "tokenprune.experiments", "tokenprune.cli"),
         "tokenprune/testing": ("tokenprune.strategies", "tokenprune.experiments"),
     }
-    for folder, others in forbidden.items():
+    for folder, prefixes in forbidden.items():
         files = (ROOT / folder).glob("*.py") if folder == "tokenprune" else (ROOT / folder).rglob("*.py")
         for path in files:
             if path == ROOT / "tokenprune" / "__main__.py":  # the command line
                 continue
-            wrong = [name for name in imports(path) for other in others if f"{name}.".startswith(other)]
+            wrong = [name for name in list_imports(path) for prefix in prefixes if f"{name}.".startswith(prefix)]
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-def test_nothing_imports_research_or_a_test() -> None:
+def test_no_module_imports_research_or_tests() -> None:
     for folder in ("tokenprune", *FOLDERS):
         for path in (ROOT / folder).rglob("*.py"):
-            assert not [name for name in imports(path) if name.split(".")[0] in ("research", "tests")], path
+            assert not [name for name in list_imports(path) if name.split(".")[0] in ("research", "tests")], path
     for path in (ROOT / "tests").rglob("*.py"):
-        assert not [name for name in imports(path) if ".test_" in name], path
+        assert not [name for name in list_imports(path) if ".test_" in name], path
 
 
 def module_files() -> dict[str, Path]:
@@ -139,7 +139,7 @@ def module_files() -> dict[str, Path]:
 
 
 def imported_modules(node: ast.AST, files: dict[str, Path]) -> set[str]:
-    """Return the modules that code imports, also inside functions; not those for types only."""
+    """Return the modules that code imports, also inside functions, without imports for type checkers."""
     modules: set[str] = set()
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
@@ -160,7 +160,7 @@ def test_imports_have_no_cycle() -> None:
     assert len(graph) > 150
 
 
-def test_public_names_are_real() -> None:
+def test_public_names_exist() -> None:
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -184,43 +184,43 @@ def test_version_is_the_same_everywhere() -> None:
     ],
 )
 def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
-    """The blocks run as they stand, one after another, in an empty folder."""
+    """The code blocks of a page run in order in an empty folder."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(code) == blocks
-    done = python("\n".join(code), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = run_python("\n".join(code), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_the_strategy_of_the_guide_is_a_file(tmp_path: Path) -> None:
-    """Its first block, saved under the name that it says, is what the commands of the page take."""
+def test_the_strategy_of_the_guide_passes_the_check(tmp_path: Path) -> None:
+    """The first code block of the guide is a file that the commands of the guide accept."""
     (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/write-a-strategy.md").read_text(), re.DOTALL)
     (tmp_path / "edges.py").write_text(first)
     command = [sys.executable, "-m", "tokenprune", "check", "edges.py:Edges", "--reducer.early", "0.5"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Edges keeps all promises" in done.stdout
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Edges keeps all promises" in result.stdout
 
 
 def test_readme_has_the_current_catalog() -> None:
-    """Mend it with what ``tokenprune list strategies --markdown`` prints."""
+    """To update the table, paste the output of ``tokenprune list strategies --markdown``."""
     from tokenprune.cli.listing import as_markdown, strategy_rows
 
     text = (ROOT / "README.md").read_text()
-    written = text.partition("<!-- tokenprune list strategies --markdown -->\n")[2].partition("\n<!-- end -->")[0]
-    assert written == as_markdown(strategy_rows())
+    table = text.partition("<!-- tokenprune list strategies --markdown -->\n")[2].partition("\n<!-- end -->")[0]
+    assert table == as_markdown(strategy_rows())
 
 
 def test_docs_have_the_current_families() -> None:
-    """Mend it with what ``tokenprune list models --markdown`` prints."""
+    """To update the table, paste the output of ``tokenprune list models --markdown``."""
     from tokenprune.cli.listing import as_markdown, model_rows
 
     text = (ROOT / "docs/reference/models.md").read_text()
-    written = text.partition("<!-- tokenprune list models --markdown -->\n")[2].partition("\n<!-- end -->")[0]
-    assert written == as_markdown(model_rows())
+    table = text.partition("<!-- tokenprune list models --markdown -->\n")[2].partition("\n<!-- end -->")[0]
+    assert table == as_markdown(model_rows())
 
 
-def test_what_was_verified_is_what_the_tests_check() -> None:
-    """Mend it with ``python -m tests.helpers.verified > models/verified.json``."""
+def test_verified_versions_equal_the_versions_of_the_tests() -> None:
+    """To update the file, run ``python -m tests.helpers.verified > models/verified.json``."""
     from tests.helpers.verified import text
 
     assert (ROOT / "models/verified.json").read_text() == text() + "\n"

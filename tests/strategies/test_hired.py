@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from research.emulated import exchanged
+from research.emulated import pack_with_swapped_grid
 from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
@@ -85,7 +85,7 @@ def reached(kept: Tensor, image_size: tuple[int, int], true_grid: tuple[int, int
     are gone; (4) no newline tokens. The base tile is not touched. Nothing else of the model is emulated.
     """
     layout = TileGeometry.anyres(image_size, true_grid, (SIDE, SIDE), 336)
-    places = exchanged(layout, image_size, 336)
+    places = pack_with_swapped_grid(layout, image_size, 336)
     return int(kept.flatten()[places[places != NEWLINE]].sum())
 
 

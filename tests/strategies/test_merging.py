@@ -24,7 +24,7 @@ from tokenprune.strategies.components import (
     ScoreOrder,
     UniformAllocation,
 )
-from tokenprune.strategies.components.merging import bands_of_cells, evenly_spaced
+from tokenprune.strategies.components.merging import divide_into_cells, evenly_spaced_indices
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
@@ -86,7 +86,7 @@ def test_a_neighbor_takes_part_by_its_attention() -> None:
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
 def test_any_number_of_cells_tiles_the_rectangle(rows: int, cols: int, data: st.DataObject) -> None:
     number = data.draw(st.integers(1, rows * cols))
-    cells = bands_of_cells(number, rows, cols)
+    cells = divide_into_cells(number, rows, cols)
     assert len(cells) == number
     area = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
     assert float(area.sum()) == pytest.approx(1)
@@ -114,8 +114,8 @@ def test_pooling_takes_any_number(number: int) -> None:
 
 
 def test_evenly_spaced() -> None:
-    assert evenly_spaced(10, 2).tolist() == [2, 7]
-    assert evenly_spaced(3, 0).tolist() == []
+    assert evenly_spaced_indices(10, 2).tolist() == [2, 7]
+    assert evenly_spaced_indices(3, 0).tolist() == []
 
 
 def test_order_by_score() -> None:

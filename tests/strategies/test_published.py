@@ -41,8 +41,8 @@ from tokenprune.strategies import (
 )
 from tokenprune.strategies.components.allocation import ScoreMassAllocation
 from tokenprune.strategies.components.diversity import (
-    determinantal,
     facility_location,
+    greedy_dpp,
     important_then_diverse,
     max_min_diverse,
     saliency_coverage,
@@ -262,7 +262,7 @@ def test_cdpruner_release(number: int) -> None:
     assert torch.allclose(relevance, case["relevance"], rtol=1e-3, atol=1e-3)
     assert torch.equal(reducer.reduce(one).kept, case["kept"])
     for tile, picks in enumerate(case["pick_order"]):
-        assert determinantal(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
+        assert greedy_dpp(case["features"][tile], relevance[tile], len(picks)).tolist() == picks.tolist()
 
 
 def eadp_case(number: int) -> tuple[Case, EncodedImage, EADP]:
@@ -324,7 +324,7 @@ def test_hero_release(number: int) -> None:
     packed = torch.where(tile < 0, -1, tile * TOKENS + token)
     found = one.geometry.packed[selection.packed_mask()]
     assert found[found >= 0].tolist() == packed[packed >= 0].tolist()
-    if one.geometry.separators == 24 * one.geometry.tile_grid[0]:
+    if one.geometry.newlines == 24 * one.geometry.tile_grid[0]:
         assert found.tolist() == packed.tolist()
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: what a run holds, read back from disk, and that nothing it does can hurt."""
+"""Weights & Biases: the content of a run on disk; a failure of W&B never stops an experiment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.wandb_runs import forget_account, media, read_back, values
+from tests.helpers.wandb_runs import hide_account, media, read_records, values
 from tokenprune import Selection, TileGeometry
 from tokenprune.experiments.tracking import tracker as tracking
-from tokenprune.experiments.tracking.tracker import GAP, Tracker, image_and_mask, metrics, tracked
+from tokenprune.experiments.tracking.tracker import GAP, Tracker, flatten_summary, image_and_mask, track_run
 
 CONFIG = {"reducer": {"class_path": "HiRED", "init_args": {"budget": 0.1}}, "seed": 0}
 RECORD = {"sample": "boards/1", "answer": ["3", "three"], "prediction": "3", "score": 1.0, "correct": True, "kept": 10}
@@ -27,11 +27,11 @@ RECORD = {"sample": "boards/1", "answer": ["3", "three"], "prediction": "3", "sc
 
 @pytest.fixture(autouse=True)
 def without_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_account(monkeypatch, tmp_path)
+    hide_account(monkeypatch, tmp_path)
 
 
-def selection(tile_grid: tuple[int, int] = (2, 2), image_size: tuple[int, int] = (80, 80)) -> Selection:
-    """A selection over tiles of 40 x 40 pixels, each of its own shade, and 4 x 4 tokens; it keeps token 5 + tile."""
+def make_selection(tile_grid: tuple[int, int] = (2, 2), image_size: tuple[int, int] = (80, 80)) -> Selection:
+    """Return a selection over shaded tiles of 40 x 40 pixels and 4 x 4 tokens; each tile keeps token 5 + tile."""
     if tile_grid == (0, 0):
         geometry = TileGeometry.single((4, 4))
     else:
@@ -46,7 +46,7 @@ def selection(tile_grid: tuple[int, int] = (2, 2), image_size: tuple[int, int] =
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A whole run that wandb wrote without a key, read back."""
+    """Read a complete run that wandb wrote without an API key."""
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "config.yaml").write_text("seed: 0\n")
@@ -55,38 +55,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     tracking.log.addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        forget_account(patch, folder)
-        with tracked(
+        hide_account(patch, folder)
+        with track_run(
             "proj", group="ablation", tags=["HiRED", "mini"], name="HiRED 10 %", config=CONFIG, directory=folder / "out"
         ) as tracker:
-            place = tracker.folder
+            run_folder = tracker.folder
             for number in range(3):
-                tracker.record({**RECORD, "score": number / 2, "kept": 10 + number, "select_ms": 0.5 * number})
-            tracker.record({"sample": "boards/2", "score": 0.0, "kept": 0, "select_ms": 0.0, "error": "broken"})
-            tracker.overlay("boards/1000/3", selection())
-            tracker.pareto([{"name": "a", "kept": 10, "score": 0.5}, {"name": "b", "kept": 20, "score": 0.4}])
+                tracker.log_record({**RECORD, "score": number / 2, "kept": 10 + number, "select_ms": 0.5 * number})
+            tracker.log_record({"sample": "boards/2", "score": 0.0, "kept": 0, "select_ms": 0.0, "error": "broken"})
+            tracker.log_overlay("boards/1000/3", make_selection())
+            tracker.log_pareto([{"name": "a", "kept": 10, "score": 0.5}, {"name": "b", "kept": 20, "score": 0.4}])
             tracker.finish({"accuracy": 0.75, "by_type": {"count": 0.5}, "note": "x"}, [folder / "config.yaml"])
     tracking.log.removeHandler(handler)
-    assert place is not None
+    assert run_folder is not None
     records: dict[str, list[Any]] = {}
-    until = time.monotonic() + 30
-    while "exit" not in records and time.monotonic() < until:  # wandb writes the file some time after it is done
+    deadline = time.monotonic() + 30
+    while "exit" not in records and time.monotonic() < deadline:  # wandb writes the file with a delay
         records.clear()
-        for record in read_back(place):
+        for record in read_records(run_folder):
             kind = record.WhichOneof("record_type")
             records.setdefault(kind, []).append(getattr(record, kind))
         time.sleep(0.01)
-    history: list[dict[str, Any]] = [values(one.item) for one in records["history"]]
+    history: list[dict[str, Any]] = [values(record.item) for record in records["history"]]
     summary: dict[str, Any] = {}
-    for one in records["summary"]:
-        summary |= values(one.update)
-    return SimpleNamespace(folder=place, messages=messages, records=records, history=history, summary=summary)
+    for record in records["summary"]:
+        summary |= values(record.update)
+    return SimpleNamespace(folder=run_folder, messages=messages, records=records, history=history, summary=summary)
 
 
-def test_a_run_is_offline_and_says_how_to_upload_it(run: SimpleNamespace) -> None:
+def test_a_run_is_offline_and_logs_the_upload_command(run: SimpleNamespace) -> None:
     assert run.folder.name.startswith("offline-run-")
     assert run.folder.parents[1].name == "out"
-    assert run.messages == [f"W&B works offline; upload later with: wandb sync {run.folder}"]
+    assert run.messages == [f"W&B logs offline; upload later with: wandb sync {run.folder}"]
     assert run.records["exit"][0].exit_code == 0
 
 
@@ -105,34 +105,34 @@ def test_a_run_has_its_names_and_its_nested_configuration(run: SimpleNamespace) 
     assert {key: config[key] for key in CONFIG} == CONFIG
 
 
-def test_results_stand_over_kept_tokens(run: SimpleNamespace) -> None:
-    rules = {one.name or one.glob_name: one.step_metric for one in run.records["metric"]}
-    assert rules["eval/*"] == rules["perf/*"] == "eval/tokens_kept"
-    assert rules["progress/*"] == "progress/samples"
+def test_results_are_plotted_over_kept_tokens(run: SimpleNamespace) -> None:
+    step_metrics = {metric.name or metric.glob_name: metric.step_metric for metric in run.records["metric"]}
+    assert step_metrics["eval/*"] == step_metrics["perf/*"] == "eval/tokens_kept"
+    assert step_metrics["progress/*"] == "progress/samples"
     (results,) = [row for row in run.history if "eval/accuracy" in row]
-    wanted = {
+    expected = {
         "eval/accuracy": 0.75,
         "eval/by_type/count": 0.5,
-        "eval/tokens_kept": 11,  # the broken sample does not count
+        "eval/tokens_kept": 11,  # without the failed sample
         "eval/score": 0.5,
         "eval/samples": 4,
         "eval/errors": 1,
         "perf/select_ms": 0.5,
     }
-    assert {key: value for key, value in results.items() if key.startswith(("eval/", "perf/"))} == wanted
-    assert {key: run.summary[key] for key in wanted} == wanted
+    assert {key: value for key, value in results.items() if key.startswith(("eval/", "perf/"))} == expected
+    assert {key: run.summary[key] for key in expected} == expected
     assert run.summary["eval/note"] == "x"
     assert not any("_type" in str(value) for key, value in run.summary.items() if key.startswith("eval/"))
 
 
-def test_the_course_of_the_run_is_logged(run: SimpleNamespace) -> None:
-    course = [row for row in run.history if "progress/samples" in row]
-    assert [row["progress/samples"] for row in course] == [1, 2, 3, 4]
-    assert [row.get("progress/score") for row in course] == [0.0, 0.25, 0.5, None]
-    assert [row["progress/errors"] for row in course] == [0, 0, 0, 1]
+def test_progress_is_logged(run: SimpleNamespace) -> None:
+    progress = [row for row in run.history if "progress/samples" in row]
+    assert [row["progress/samples"] for row in progress] == [1, 2, 3, 4]
+    assert [row.get("progress/score") for row in progress] == [0.0, 0.25, 0.5, None]
+    assert [row["progress/errors"] for row in progress] == [0, 0, 0, 1]
 
 
-def test_answers_stand_in_a_table(run: SimpleNamespace) -> None:
+def test_predictions_are_logged_as_a_table(run: SimpleNamespace) -> None:
     entry = media(run, "samples/predictions")
     table = json.loads((run.folder / "files" / entry["path"]).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
@@ -144,11 +144,11 @@ def test_answers_stand_in_a_table(run: SimpleNamespace) -> None:
 
 def test_kept_and_dropped_tokens_are_masks_of_an_image(run: SimpleNamespace) -> None:
     entry = media(run, "vis/selection/boards-1000-3")
-    pixels, mask = image_and_mask(selection())
+    pixels, mask = image_and_mask(make_selection())
     assert np.array_equal(np.asarray(Image.open(run.folder / "files" / entry["path"]).convert("RGB")), pixels)
-    stored = entry["masks"]["tokens"]["path"] if "masks" in entry else entry["masks.tokens.path"]
-    assert np.array_equal(np.asarray(Image.open(run.folder / "files" / stored)), mask)
-    labels = json.dumps([values(one.update) for one in run.records.get("config", [])])
+    mask_path = entry["masks"]["tokens"]["path"] if "masks" in entry else entry["masks.tokens.path"]
+    assert np.array_equal(np.asarray(Image.open(run.folder / "files" / mask_path)), mask)
+    labels = json.dumps([values(update.update) for update in run.records.get("config", [])])
     assert all(name in labels for name in ("kept", "dropped", "padding"))
 
 
@@ -158,34 +158,36 @@ def test_the_pareto_plot_has_its_table(run: SimpleNamespace) -> None:
     assert table["data"] == [["a", 10, 0.5, True], ["b", 20, 0.4, False]]
 
 
-def test_files_are_kept_as_an_artifact(run: SimpleNamespace) -> None:
-    (artifact,) = [one for one in run.records["artifact"] if one.type == "experiment"]
+def test_files_are_logged_as_an_artifact(run: SimpleNamespace) -> None:
+    (artifact,) = [record for record in run.records["artifact"] if record.type == "experiment"]
     assert [entry.path for entry in artifact.manifest.contents] == ["config.yaml"]
 
 
-def test_the_mask_follows_the_tiles() -> None:
-    one = selection((2, 2), (40, 80))  # rows above and below are padding
-    pixels, mask = image_and_mask(one)
+def test_the_mask_has_the_layout_of_the_tiles() -> None:
+    selection = make_selection((2, 2), (40, 80))  # rows above and below are padding
+    pixels, mask = image_and_mask(selection)
     assert pixels.shape == (2 * 40 + GAP, 40 + 3 * GAP + 2 * 40 + GAP, 3)
     assert mask.shape == pixels.shape[:2]
-    for tile in range(one.geometry.tiles):
+    for tile in range(selection.geometry.tiles):
         row, col = divmod(tile - 1, 2) if tile else (0, 0)
         top, left = (row * (40 + GAP), 40 + 3 * GAP + col * (40 + GAP)) if tile else (0, 0)
         part = mask[top : top + 40, left : left + 40]
         assert (pixels[top : top + 40, left : left + 40] == tile * 20).all()
-        assert (part == 1).sum() == 100 * int(one.kept[tile].sum())
-        assert (part == 3).sum() == 100 * int((~one.geometry.valid[tile]).sum())
+        assert (part == 1).sum() == 100 * int(selection.kept[tile].sum())
+        assert (part == 3).sum() == 100 * int((~selection.geometry.valid[tile]).sum())
         assert (part > 0).all()
-        for token in one.kept[tile].nonzero()[:, 0].tolist():
+        for token in selection.kept[tile].nonzero()[:, 0].tolist():
             assert part[token // 4 * 10 + 5, token % 4 * 10 + 5] == 1
-    assert (mask == 0).sum() == mask.size - one.geometry.tiles * 1600
-    single = image_and_mask(selection((0, 0)))[1]
+    assert (mask == 0).sum() == mask.size - selection.geometry.tiles * 1600
+    single = image_and_mask(make_selection((0, 0)))[1]
     assert single.shape == (40, 40)
 
 
-def test_costs_are_told_from_results() -> None:
-    named = metrics({"ttft_ms": 1, "accuracy": 2, "kept": 3, "by": {"split": {"small": 4}}, "perf/x": 5, "kv_bytes": 6})
-    assert named == {
+def test_costs_and_results_have_different_prefixes() -> None:
+    keys = flatten_summary(
+        {"ttft_ms": 1, "accuracy": 2, "kept": 3, "by": {"split": {"small": 4}}, "perf/x": 5, "kv_bytes": 6}
+    )
+    assert keys == {
         "perf/ttft_ms": 1,
         "eval/accuracy": 2,
         "eval/tokens_kept": 3,
@@ -196,187 +198,194 @@ def test_costs_are_told_from_results() -> None:
 
 
 class FakeRun:
-    """A run of a wandb that fails where it is told to."""
+    """A fake wandb run whose given method raises an error."""
 
-    def __init__(self, folder: Path, fails: str = "") -> None:
-        self.id, self.dir, self.fails = "fake", str(folder / "files"), fails
+    def __init__(self, folder: Path, failing_method: str = "") -> None:
+        self.id, self.dir, self.failing_method = "fake", str(folder / "files"), failing_method
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.logged: list[Any] = []
         self.codes: list[int] = []
 
     def define_metric(self, *args: Any, **options: Any) -> None:
-        self._maybe("define_metric")
+        self._fail_in("define_metric")
 
     def log(self, data: dict[str, Any]) -> None:
-        self._maybe("log")
+        self._fail_in("log")
         self.logged.append(data)
 
     def log_artifact(self, artifact: Any) -> None:
-        self._maybe("log_artifact")
+        self._fail_in("log_artifact")
 
     def finish(self, exit_code: int) -> None:
         self.codes.append(exit_code)
-        self._maybe("finish")
+        self._fail_in("finish")
 
-    def _maybe(self, method: str) -> None:
-        if self.fails == method:
+    def _fail_in(self, method: str) -> None:
+        if self.failing_method == method:
             raise RuntimeError(f"{method} does\nnot work")
 
 
-def install(monkeypatch: pytest.MonkeyPatch, run: FakeRun, refuse: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Put a false wandb in place; returns what its `init` is called with."""
+def install_fake_wandb(
+    monkeypatch: pytest.MonkeyPatch, run: FakeRun, failing_modes: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Install a fake wandb module, and return the list of options that its `init` receives."""
     calls: list[dict[str, Any]] = []
 
     def init(**options: Any) -> FakeRun:
         calls.append(options)
-        if options["mode"] in refuse:
+        if options["mode"] in failing_modes:
             raise TimeoutError("no answer")
         return run
 
-    def anything(*args: Any, **options: Any) -> SimpleNamespace:
+    def make_stub(*args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(add_file=lambda file: None)
 
-    fake = SimpleNamespace(
-        init=init, Settings=SimpleNamespace, Image=anything, Table=anything, Artifact=anything, plot=SimpleNamespace()
+    module = SimpleNamespace(
+        init=init,
+        Settings=SimpleNamespace,
+        Image=make_stub,
+        Table=make_stub,
+        Artifact=make_stub,
+        plot=SimpleNamespace(),
     )
-    fake.plot.scatter = anything
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    module.plot.scatter = make_stub
+    monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
 
 
-def use(folder: Path, project: str | None = "proj") -> Tracker:
-    """Do everything that an experiment does."""
+def log_experiment(folder: Path, project: str | None = "proj") -> Tracker:
+    """Log a record, an overlay, a Pareto plot and results, as an experiment does."""
     (folder / "config.yaml").write_text("seed: 0\n")
-    with tracked(project, config=CONFIG, directory=folder) as tracker:
-        tracker.record(RECORD)
-        tracker.overlay("one", selection())
-        tracker.pareto([{"name": "a", "kept": 1, "score": 1.0}])
+    with track_run(project, config=CONFIG, directory=folder) as tracker:
+        tracker.log_record(RECORD)
+        tracker.log_overlay("one", make_selection())
+        tracker.log_pareto([{"name": "a", "kept": 1, "score": 1.0}])
         tracker.finish({"accuracy": 1.0}, [folder / "config.yaml"])
         tracker.finish()
     return tracker
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+def list_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("fails", ["define_metric", "log", "log_artifact", "finish"])
+@pytest.mark.parametrize("method", ["define_metric", "log", "log_artifact", "finish"])
 def test_a_failure_is_one_warning(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
-    run = FakeRun(tmp_path, fails)
-    install(monkeypatch, run)
-    assert not use(tmp_path).active
-    assert warnings_of(caplog) == [
-        f"W&B does not work, so the run goes on without it: RuntimeError: {fails} does not work"
+    run = FakeRun(tmp_path, method)
+    install_fake_wandb(monkeypatch, run)
+    assert not log_experiment(tmp_path).active
+    assert list_warnings(caplog) == [
+        f"W&B failed, so the run continues without it: RuntimeError: {method} does not work"
     ]
     assert run.codes[-1] == 1
 
 
-def test_wandb_that_does_not_start_is_one_warning(
+def test_a_failed_start_of_wandb_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = install(monkeypatch, FakeRun(tmp_path), refuse=("offline", "online"))
+    calls = install_fake_wandb(monkeypatch, FakeRun(tmp_path), failing_modes=("offline", "online"))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    use(tmp_path)
+    log_experiment(tmp_path)
     assert [call["mode"] for call in calls] == ["online", "offline"]
-    assert warnings_of(caplog) == ["W&B does not work, so the run goes on without it: TimeoutError: no answer"]
+    assert list_warnings(caplog) == ["W&B failed, so the run continues without it: TimeoutError: no answer"]
 
 
-def test_wandb_that_is_not_there_is_one_warning(
+def test_a_missing_wandb_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(tmp_path)
-    (warning,) = warnings_of(caplog)
-    assert "goes on without it" in warning
+    log_experiment(tmp_path)
+    (warning,) = list_warnings(caplog)
+    assert "continues without it" in warning
     assert "pip install wandb" in warning
 
 
-def test_a_server_that_does_not_answer_leaves_an_offline_run(
+def test_a_server_timeout_gives_an_offline_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = FakeRun(tmp_path)
-    install(monkeypatch, run, refuse=("online",))
+    install_fake_wandb(monkeypatch, run, failing_modes=("online",))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    use(tmp_path)
-    (warning,) = warnings_of(caplog)
+    log_experiment(tmp_path)
+    (warning,) = list_warnings(caplog)
     assert "offline (TimeoutError: no answer)" in warning
     assert f"wandb sync {tmp_path}" in warning
     assert any("eval/accuracy" in row for row in run.logged)
     assert run.codes == [0]
 
 
-def test_a_run_that_breaks_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeRun(tmp_path)
-    install(monkeypatch, run)
-    with pytest.raises(KeyboardInterrupt), tracked("proj", directory=tmp_path):
+    install_fake_wandb(monkeypatch, run)
+    with pytest.raises(KeyboardInterrupt), track_run("proj", directory=tmp_path):
         raise KeyboardInterrupt
     assert run.codes == [1]
 
 
-def test_the_mode_is_the_users_or_follows_from_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.chosen_mode() == "offline"
+def test_the_mode_is_set_by_the_user_or_by_the_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.wandb_mode() == "offline"
     (tmp_path / "netrc").write_text("machine elsewhere.org login user password x\n")
-    assert tracking.chosen_mode() == "offline"
+    assert tracking.wandb_mode() == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert tracking.chosen_mode() == "online"
+    assert tracking.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
-    assert tracking.chosen_mode() == "offline"
+    assert tracking.wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert tracking.chosen_mode() == "online"
+    assert tracking.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert tracking.chosen_mode() == "offline"
+    assert tracking.wandb_mode() == "offline"
 
 
-def test_nothing_happens_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_not_used_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeRun(tmp_path)
-    calls = install(monkeypatch, run)
-    use(tmp_path, None)
+    calls = install_fake_wandb(monkeypatch, run)
+    log_experiment(tmp_path, None)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    use(tmp_path)
+    log_experiment(tmp_path)
     assert not calls
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")  # an agent names the project itself
-    use(tmp_path, None)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")  # the agent sets the project
+    log_experiment(tmp_path, None)
     assert len(calls) == 1
 
 
-def test_parameters_of_a_sweep_stay_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_parameters_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeRun(tmp_path)
     run.config["reducer"] = "HiRED"
-    install(monkeypatch, run)
-    use(tmp_path)
+    install_fake_wandb(monkeypatch, run)
+    log_experiment(tmp_path)
     assert run.config == {"reducer": "HiRED", "resolved.reducer": CONFIG["reducer"], "seed": 0}
 
 
-def test_images_have_a_limit_and_need_pixels(
+def test_overlays_require_pixels_and_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = FakeRun(tmp_path)
-    install(monkeypatch, run)
+    install_fake_wandb(monkeypatch, run)
     monkeypatch.setattr(tracking, "MAX_IMAGES", 2)
-    one = selection()
-    with tracked("proj", directory=tmp_path) as tracker:
-        tracker.overlay("none", Selection(one.geometry, one.kept, one.asked))
+    selection = make_selection()
+    with track_run("proj", directory=tmp_path) as tracker:
+        tracker.log_overlay("none", Selection(selection.geometry, selection.kept, selection.asked))
         for name in "abcd":
-            tracker.overlay(name, one)
+            tracker.log_overlay(name, selection)
         assert tracker.active
     assert [key for row in run.logged for key in row] == ["vis/selection/a", "vis/selection/b"]
-    assert sum("first 2 images" in warning for warning in warnings_of(caplog)) == 1
+    assert sum("first 2 images" in warning for warning in list_warnings(caplog)) == 1
 
 
-def test_files_that_are_not_there_are_named(
+def test_missing_files_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(monkeypatch, FakeRun(tmp_path))
-    with tracked("proj", directory=tmp_path) as tracker:
+    install_fake_wandb(monkeypatch, FakeRun(tmp_path))
+    with track_run("proj", directory=tmp_path) as tracker:
         tracker.finish({}, [tmp_path / "none.yaml"])
-    assert any("none.yaml is not there" in warning for warning in warnings_of(caplog))
+    assert any("none.yaml does not exist" in warning for warning in list_warnings(caplog))
 
 
-def test_wandb_is_imported_when_it_is_needed() -> None:
+def test_wandb_is_imported_lazily() -> None:
     code = "import sys; import tokenprune.experiments.tracking.tracker; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,7 @@ from tokenprune.testing.conformance import check_reducer
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command `check`; the exit code is 1 if the strategy breaks a promise."""
+    """Run the command `check`, and return the exit code: 1 if the strategy fails a check, otherwise 0."""
     parser = ArgumentParser(
         prog="tokenprune check",
         usage="tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--json]",
@@ -26,20 +26,20 @@ def run(argv: Sequence[str]) -> int:
         allow_abbrev=False,
         description="Check that a strategy keeps the promises of the library: exact budgets, batch invariance, ...",
     )
-    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files with further strategies")
     parser.add_argument("--reducer", type=TokenReducer, help="strategy, if it is not given as NAME")
     add_flag(parser, "--json", "print JSON")
-    words = ["--reducer", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    arguments = ["--reducer", *argv] if argv and not argv[0].startswith("-") else list(argv)
     try:
-        chosen = parser.instantiate(parser.parse_args(prepare(words)))
+        options = parser.instantiate(parser.parse_args(prepare(arguments)))
     except INPUT_ERRORS as error:
         raise user_error(error, parser) from error
-    if chosen.reducer is None:
+    if options.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OneTokenWarning)  # the checks themselves use a budget of one token
-        report = check_reducer(chosen.reducer)
-    if chosen.json:
+        report = check_reducer(options.reducer)
+    if options.json:
         print(json.dumps({"passed": report.passed, **asdict(report)}))
     else:
         print_report(report)

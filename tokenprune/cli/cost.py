@@ -10,4 +10,4 @@ from tokenprune.experiments.bench.cost import report
 
 def run(argv: Sequence[str]) -> None:
     """Run the command `cost`."""
-    report.run(parse_options(report.cost_parser(), argv))
+    report.run(parse_options(report.build_cost_parser(), argv))

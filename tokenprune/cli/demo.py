@@ -1,4 +1,4 @@
-"""What `tokenprune run` does: answers with all visual tokens and with a strategy, side by side."""
+"""The work of `tokenprune run`: answers with all visual tokens and with a strategy, side by side."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
-from tokenprune.viz import report
+from tokenprune.viz import draw_report
 
-DEMO_TYPES = ("number_pair", "number_shape", "colour", "shape", "side", "count", "paper")
-"""Kinds of questions asked about the bundled board, one each."""
+DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
+"""Question types for the bundled board; each type has one question."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; see `tokenprune run --help`."""
+    """The options of `tokenprune run`; see `tokenprune run --help`."""
 
     model: str
     images: Sequence[str] | None
@@ -42,10 +42,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question about one image, answered twice.
+    """The results of one question about one image, answered with all tokens and with the strategy.
 
-    `ttft` is the time of a whole call that makes one token (preparation excluded, vision tower included): the median of
-    several, full and reduced in turn, after a warm-up of both.
+    `ttft_ms` is the time of a `generate` call for one token, with the vision tower and without input preparation. It is
+    the median of several calls, alternating between full and reduced, after a warm-up of both.
     """
 
     image: str
@@ -75,10 +75,10 @@ class Answer:
 
 
 def answer_all(request: Request) -> list[Answer]:
-    """Load everything, then answer each question about each image.
+    """Load images and model, then answer each question about each image.
 
     Raises:
-        ValueError: if an image, the model or an option cannot be used; it says which and what to do.
+        ValueError: if an image, the model or an option cannot be used; the error states the fault and the action.
         OSError: if the overlay cannot be written.
     """
     if request.max_new_tokens < 1 or request.repeats < 1:
@@ -90,34 +90,36 @@ def answer_all(request: Request) -> list[Answer]:
     elif request.images:
         questions = [("What is in the image?", None)]
     else:
-        known = mini.demo_questions()
-        first = {kind: next((q for q in known if q["type"] == kind), None) for kind in DEMO_TYPES}
+        bundled = mini.demo_questions()
+        first = {kind: next((q for q in bundled if q["type"] == kind), None) for kind in DEMO_TYPES}
         questions = [(q["question"], q["answer"]) for q in first.values() if q is not None]
     for question, _ in questions:
         if not question.strip() or "<image>" in question:
-            raise ValueError(f"--question {question!r}: give words; the place of the image is put in by itself")
+            raise ValueError(
+                f"--question {question!r}: give a text without <image>; the placeholder is added automatically"
+            )
     out = Path(request.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); give another place") from error
+        raise ValueError(f"--out {out} cannot be created as a folder ({error.strerror}); give another path") from error
     model, processor = load(request.model, request.device, request.dtype)
     answers = []
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
         for position, (question, expected) in enumerate(questions):
             inputs = model_inputs(model, processor, image, [question], file)
-            answers.append(answer(model, processor, inputs, request, file, question, expected, overlay))
+            answers.append(answer_question(model, processor, inputs, request, file, question, expected, overlay))
             run = answers[-1][1]
             if position == 0:
                 try:
-                    save_image(report(run.selections[0], image), overlay)
+                    save_image(draw_report(run.selections[0], image), overlay)
                 except OSError as error:
                     raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
-    return [one for one, _ in answers]
+    return [result for result, _ in answers]
 
 
-def answer(
+def answer_question(
     model: Any,
     processor: Any,
     inputs: Any,
@@ -137,7 +139,7 @@ def answer(
 
     def first_token() -> float:
         began = time.perf_counter()
-        generate(1)  # decoding reads the tokens, so a GPU has finished by then
+        generate(1)  # decoding reads the tokens, which synchronizes a GPU
         return (time.perf_counter() - began) * 1000
 
     full = generate(request.max_new_tokens)
@@ -149,7 +151,7 @@ def answer(
         with request.reducer(model, tokenizer=processor):
             times[1].append(first_token())
     image, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
-    made = Answer(
+    result = Answer(
         image=file,
         question=question,
         expected=expected,
@@ -172,36 +174,37 @@ def answer(
         prefill_flops=run.account.flops,
         prefill_flops_full=run.account.flops_full,
         attention=run.account.attention,
-        second_look_flops=run.account.second_look_flops,
+        second_look_flops=run.account.saliency_flops,
         overlay=str(overlay),
     )
-    return made, run
+    return result, run
 
 
-def as_json(request: Request, reducer: Any, answers: Sequence[Answer]) -> str:
-    """Return the answers as one JSON object: the first one's fields, and all under `results`.
+def format_json(request: Request, reducer: Any, answers: Sequence[Answer]) -> str:
+    """Return the answers as one JSON object: the fields of the first answer, and all answers under `results`.
 
     Args:
-        request: what was asked for.
+        request: the options.
         reducer: the strategy as plain data.
         answers: the answers.
     """
-    rows = [asdict(one) for one in answers]
+    rows = [asdict(entry) for entry in answers]
     return json.dumps({"model": request.model, "reducer": reducer, **rows[0], "results": rows})
 
 
-def as_table(request: Request, answers: Sequence[Answer]) -> None:
+def print_table(request: Request, answers: Sequence[Answer]) -> None:
     """Print the answers side by side, and the cost of both."""
     console, name = Console(), type(request.reducer).__name__
-    for file in dict.fromkeys(one.image for one in answers):
-        own = [one for one in answers if one.image == file]
+    for file in dict.fromkeys(entry.image for entry in answers):
+        entries = [entry for entry in answers if entry.image == file]
         table = Table(title=file, title_justify="left")
-        for column in ("question", "all tokens", name, *(["right answer"] if own[0].expected else [])):
+        for column in ("question", "all tokens", name, *(["right answer"] if entries[0].expected else [])):
             table.add_column(column, overflow="fold")
-        for one in own:
-            table.add_row(one.question, one.answer_full, one.answer, *([one.expected] if one.expected else []))
+        for entry in entries:
+            expected = [entry.expected] if entry.expected else []
+            table.add_row(entry.question, entry.answer_full, entry.answer, *expected)
         console.print(table)
-        first = own[0]
+        first = entries[0]
         cost = Table(title="first question", title_justify="left")
         for column in ("", "all tokens", name, "ratio"):
             cost.add_column(column, justify="left" if column == "" else "right")
@@ -219,6 +222,6 @@ def as_table(request: Request, answers: Sequence[Answer]) -> None:
         counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
         console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
         if first.attention is not None:
-            cost_of_look = f", {first.second_look_flops / 1e6:,.1f} MFLOP" if first.second_look_flops else ""
-            console.print(f"attention read: {first.attention}{cost_of_look}", soft_wrap=True)
+            saliency_cost = f", {first.second_look_flops / 1e6:,.1f} MFLOP" if first.second_look_flops else ""
+            console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
         console.print(f"overlay: {first.overlay}", soft_wrap=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from tokenprune.cli.errors import add_flag, user_error
-from tokenprune.cli.listing import KINDS, as_json, as_markdown, as_table
+from tokenprune.cli.listing import KINDS, as_markdown, format_json, print_table
 
 
 def run(argv: Sequence[str]) -> None:
@@ -17,10 +17,10 @@ def run(argv: Sequence[str]) -> None:
         prog="tokenprune list",
         exit_on_error=False,
         allow_abbrev=False,
-        description="List what is known by name, with its parameters.",
+        description="List strategies, components or models, with their parameters.",
     )
-    parser.add_argument("kind", choices=list(KINDS), help="what to list")
-    parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose classes are listed too")
+    parser.add_argument("kind", choices=list(KINDS), help="kind of entries to list")
+    parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files whose classes are also listed")
     add_flag(parser, "--json", "print JSON")
     add_flag(parser, "--markdown", "print a Markdown table")
     try:
@@ -29,8 +29,8 @@ def run(argv: Sequence[str]) -> None:
     except (LookupError, ArgumentError) as error:
         raise user_error(error, parser) from error
     if config.json:
-        print(as_json(rows))
+        print(format_json(rows))
     elif config.markdown:
         print(as_markdown(rows))
     else:
-        as_table(rows)
+        print_table(rows)

@@ -1,4 +1,4 @@
-"""What `tokenprune list` shows."""
+"""The rows and output formats of `tokenprune list`, and the output of `tokenprune check`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.catalog import adapters
-from tokenprune.cli.parsing import presets, with_plugins
-from tokenprune.image import TEXT_SIGNALS, USED_WHEN_ATTACHED, Signal
+from tokenprune.cli.parsing import load_classes, presets
+from tokenprune.image import APPLICATION_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.policies import (
     AllocationPolicy,
     Component,
@@ -24,7 +24,7 @@ from tokenprune.policies import (
     SelectionPolicy,
 )
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
-from tokenprune.saliency import SaliencyModel, attention_source
+from tokenprune.saliency import SaliencyModel, resolve_attention_source
 from tokenprune.testing.conformance import Report
 
 Row = Mapping[str, str]
@@ -36,58 +36,58 @@ def first_line(member: type) -> str:
 
 
 def parameters(member: type) -> str:
-    """Return the parameters of a dataclass with their defaults."""
+    """Return the parameters of a dataclass with their defaults, as text."""
     parts = []
     for field in dataclasses.fields(member):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        shown = type(default).__name__ if dataclasses.is_dataclass(default) else repr(default)
-        parts.append(field.name if default is dataclasses.MISSING else f"{field.name}={shown}")
+        text = type(default).__name__ if dataclasses.is_dataclass(default) else repr(default)
+        parts.append(field.name if default is dataclasses.MISSING else f"{field.name}={text}")
     return ", ".join(parts)
 
 
 def strategy_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return all strategies, those of the user's files included."""
-    known, _ = with_plugins(plugins)
+    """Return a row for each strategy, plug-in files included."""
+    classes, _ = load_classes(plugins)
     return [
         {
             "name": name,
-            "what": first_line(found),
-            "stage": str(found.stage),
-            "needs": ", ".join(sorted({_signal(signal) for signal in found().needs})) or "features",
-            "dropped tokens": _dropped(found()),
-            "budget": "exact" if found.exact else "a ceiling",
-            "paper": found.published,
-            "presets": ", ".join(f"{name}.{preset}" for preset in presets(found)),
-            "parity": found.parity,
-            "parameters": parameters(found),
+            "what": first_line(member),
+            "stage": str(member.stage),
+            "needs": ", ".join(sorted({_format_signal(signal) for signal in member().needs})) or "features",
+            "dropped tokens": _describe_dropped(member()),
+            "budget": "exact" if member.exact else "a ceiling",
+            "paper": member.published,
+            "presets": ", ".join(f"{name}.{preset}" for preset in presets(member)),
+            "parity": member.parity,
+            "parameters": parameters(member),
         }
-        for name, found in sorted(known.items(), key=lambda item: item[0].lower())
+        for name, member in sorted(classes.items(), key=lambda item: item[0].lower())
     ]
 
 
-def _signal(signal: Signal) -> str:
-    return signal.kind if signal.kind in TEXT_SIGNALS | USED_WHEN_ATTACHED else f"{signal.kind}({signal.layer})"
+def _format_signal(signal: Signal) -> str:
+    return signal.kind if signal.kind in TEXT_SIGNALS | APPLICATION_SIGNALS else f"{signal.kind}({signal.layer})"
 
 
-def _dropped(reducer: TokenReducer) -> str:
+def _describe_dropped(reducer: TokenReducer) -> str:
     if isinstance(reducer, ImageReducer):
         return "never made"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
 
 
 def component_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return all parts by kind, those of the user's files included."""
-    _, known = with_plugins(plugins)
+    """Return a row for each component, sorted by kind, plug-in files included."""
+    _, classes = load_classes(plugins)
     return [
         {
             "name": name,
-            "what": first_line(found),
-            "kind": _kind(found),
-            "parameters": parameters(found),
+            "what": first_line(member),
+            "kind": _kind_of(member),
+            "parameters": parameters(member),
         }
-        for name, found in sorted(known.items(), key=lambda item: (_kind(item[1]), item[0]))
+        for name, member in sorted(classes.items(), key=lambda item: (_kind_of(item[1]), item[0]))
     ]
 
 
@@ -101,42 +101,42 @@ COMPONENT_KINDS: Mapping[str, type[Component]] = {
 }
 
 
-def _kind(component: type[Component]) -> str:
+def _kind_of(component: type[Component]) -> str:
     return next((kind for kind, base in COMPONENT_KINDS.items() if issubclass(component, base)), "other")
 
 
 def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return all model families; signals are those of the tower of the adapter's example."""
+    """Return a row for each model family; the signals are read from the example model of the adapter."""
     rows: list[Row] = []
-    for name, found in sorted(adapters().items(), key=lambda item: item[1].family):
-        provides = found(found.example()).provides
+    for name, adapter_class in sorted(adapters().items(), key=lambda item: item[1].family):
+        provides = adapter_class(adapter_class.example()).provides
         rows.append(
             {
-                "family": found.family,
-                "what": first_line(found),
-                "class": found.model_class,
+                "family": adapter_class.family,
+                "what": first_line(adapter_class),
+                "class": adapter_class.model_class,
                 "adapter": name,
-                "attention": attention_source("auto", provides),
+                "attention": resolve_attention_source("auto", provides),
                 "stages": ", ".join(["image"] * ("resolution" in provides) + ["projector"]),
                 "signals": ", ".join(sorted(provides - {"resolution"})),
-                "verified": verified(name),
+                "verified": describe_verification(name),
             }
         )
     return rows
 
 
-def verified(adapter: str) -> str:
-    """Return what the tests check of an adapter, from the file that is made of them.
+def describe_verification(adapter: str) -> str:
+    """Return a summary of the tests of an adapter, from ``verified.json``, which the tests write.
 
     Args:
-        adapter: its class name.
+        adapter: class name of the adapter.
     """
-    said = json.loads((files("tokenprune.models") / "verified.json").read_text(encoding="utf-8"))
+    matrix = json.loads((files("tokenprune.models") / "verified.json").read_text(encoding="utf-8"))
     names: dict[str, list[str]] = {}
-    for row in said["families"].get(adapter, ()):
-        done = len(said["checks"]) - len(set(row["skip"]) & set(said["checks"]))
+    for row in matrix["families"].get(adapter, ()):
+        done = len(matrix["checks"]) - len(set(row["skip"]) & set(matrix["checks"]))
         parts = [
-            f"{done} of {len(said['checks'])} checks",
+            f"{done} of {len(matrix['checks'])} checks",
             "100 %: identical" if row["full"] == 0 else f"100 %: within {row['full']:g}",
             "masked prompt: not equal" if row["oracle"] is None else f"masked prompt: within {row['oracle']:g}",
             *([] if row["beams"] else ["no beams"]),
@@ -145,9 +145,9 @@ def verified(adapter: str) -> str:
         names.setdefault("; ".join(parts), []).append(row["name"])
     if len(names) == 1:
         return next(iter(names))
-    if adapter in said["own"]:
-        return f"tests of its own, {said['own'][adapter]}"
-    return ". ".join(f"{', '.join(own)}: {text}" for text, own in names.items()) or "not in the matrix of tests"
+    if adapter in matrix["own"]:
+        return f"tests of its own, {matrix['own'][adapter]}"
+    return ". ".join(f"{', '.join(members)}: {text}" for text, members in names.items()) or "not in the matrix of tests"
 
 
 KINDS: dict[str, Callable[[Sequence[str]], list[Row]]] = {
@@ -157,7 +157,7 @@ KINDS: dict[str, Callable[[Sequence[str]], list[Row]]] = {
 }
 
 
-def as_json(rows: Sequence[Row]) -> str:
+def format_json(rows: Sequence[Row]) -> str:
     """Return rows as a JSON list."""
     return json.dumps([dict(row) for row in rows], indent=1)
 
@@ -175,7 +175,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def print_report(report: Report) -> None:
-    """Print a conformance report, a line per check."""
+    """Print a conformance report, one line per check."""
     console = Console()
     marks = {True: "[green]ok  [/green]", False: "[red]FAIL[/red]", None: "[dim]-   [/dim]"}
     for result in report.results:
@@ -185,11 +185,11 @@ def print_report(report: Report) -> None:
     console.print(f"{report.strategy} {verdict}")
 
 
-def as_table(rows: Sequence[Row]) -> None:
-    """Print each row as its name, what it is, and its other entries."""
+def print_table(rows: Sequence[Row]) -> None:
+    """Print each row: its name, its description, and its further entries."""
     table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
     for row in rows:
-        name, what, *rest = (escape(value) for value in row.values())
-        details = [f"[dim]{key}:[/dim] {value}" for key, value in zip(list(row)[2:], rest, strict=True) if value]
-        table.add_row(f"[bold]{name}[/bold]", "\n".join([what, *details]))
+        name, description, *values = (escape(value) for value in row.values())
+        details = [f"[dim]{key}:[/dim] {value}" for key, value in zip(list(row)[2:], values, strict=True) if value]
+        table.add_row(f"[bold]{name}[/bold]", "\n".join([description, *details]))
     Console().print(table)

@@ -10,16 +10,16 @@ USAGE = """usage: tokenprune COMMAND [OPTIONS]
 
 commands:
   run       answer questions about images, with all visual tokens and with a strategy, side by side
-  evaluate  run one experiment and write a record a sample
-  ablate    run a grid of experiments, with baselines; the same command goes on after a stop
-  report    tables and figures of a run directory
+  evaluate  run one experiment and write one record per sample
+  ablate    run a grid of experiments, with baselines; repeat the command to continue after a stop
+  report    write tables and figures of a run directory
   sweep     run a W&B sweep file here, without an account
-  list      list what is known by name: strategies, components, models
+  list      list strategies, components or models
   check     check that a strategy keeps the promises of the library
-  bench     measure speed, memory and FLOPs phase by phase (run), or what strategies cost (strategies)
+  bench     measure speed, memory and FLOPs of each phase (run), or the cost of strategies (strategies)
   cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 
-`tokenprune COMMAND --help` says more; --version prints the version; --debug shows tracebacks."""
+`tokenprune COMMAND --help` prints its options; --version prints the version; --debug shows tracebacks."""
 
 COMMANDS = ("run", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
@@ -29,28 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the words after `tokenprune`; those of the process if left out.
+        argv: the arguments after `tokenprune`; by default the arguments of the process.
 
     Returns:
-        The exit code: 0, 1 if a check failed, 2 for an error that the user can mend, 130 after Ctrl-C.
+        The exit code: 0, 1 if a check failed, 2 after an error, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if words[:1] == ["--version"]:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    if arguments[:1] == ["--version"]:
         from tokenprune import __version__
 
         print(f"tokenprune {__version__}")
         return 0
-    if not words or words[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return 0 if words else 2
+        return 0 if arguments else 2
     try:
-        if words[0] not in COMMANDS:
-            raise ValueError(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
-        run = import_module(f"tokenprune.cli.{words[0]}").run
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
+        run = import_module(f"tokenprune.cli.{arguments[0]}").run
         # A sweep runs other commands. It receives this function, because its module cannot import this one.
-        return (run(words[1:], main) if words[0] == "sweep" else run(words[1:])) or 0
+        return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
     except SystemExit as stop:  # --help and --print_config of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
-        hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
+        is_expected = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
+        hint = "" if is_expected else f" ({type(error).__name__}; --debug shows where)"
         print(f"tokenprune: {text}{hint}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Shows how far a run has come, and ends it cleanly."""
+"""Runs experiments with a progress bar on stderr, and prints a summary at the end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.progress import Progress as Bar
 from tokenprune.experiments.evaluation.experiment import Progress
 
 
-def show(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quiet: bool = False) -> int:
-    """Run something with a progress bar on stderr, and say at the end what was done.
+def run_with_progress(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quiet: bool = False) -> int:
+    """Run a function with a progress bar on stderr, print a summary, and return the exit code.
 
     Args:
-        work: the run; it is given a function to be told of progress.
+        work: function that runs the experiments. Its argument is a callback, to call after every record.
         out: the run directory.
-        quiet: show nothing.
+        quiet: print neither bar nor summary, only failed samples.
 
     Returns:
         The exit code: 0, or 1 if samples failed.
@@ -36,28 +36,26 @@ def show(work: Callable[[Callable[[Progress], None]], Progress], out: Path, quie
     with Bar(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("", total=None, score="")
 
-        def tell(progress: Progress) -> None:
+        def update_bar(progress: Progress) -> None:
             score, number = progress.scores.get(progress.setting, (0.0, 0))
-            shown = f"{100 * score / number:.1f} %" if number else ""
-            bar.update(task, total=progress.total, completed=progress.done, description=progress.setting, score=shown)
+            text = f"{100 * score / number:.1f} %" if number else ""
+            bar.update(task, total=progress.total, completed=progress.done, description=progress.setting, score=text)
 
         try:
-            progress = work(tell)
+            progress = work(update_bar)
         except KeyboardInterrupt:
             bar.stop()
-            print(f"stopped; the same command goes on where it was ({out})", file=sys.stderr)
+            print(f"stopped; run the same command to continue ({out})", file=sys.stderr)
             raise
     if not quiet:
-        each = f"{progress.encodes / progress.images:g}" if progress.images else "0 (all was done)"
-        print(f"{progress.done} records in {out}; encodes per image: {each}", file=sys.stderr)
+        per_image = f"{progress.encodes / progress.images:g}" if progress.images else "0 (all records exist)"
+        print(f"{progress.done} records in {out}; encodes per image: {per_image}", file=sys.stderr)
         if progress.more_encodes:
-            print(
-                f"beside these, {progress.more_encodes} passes at another resolution (ImageDownsample)", file=sys.stderr
-            )
+            print(f"plus {progress.more_encodes} passes at another resolution (ImageDownsample)", file=sys.stderr)
     if progress.errors:
         print(
-            f"{progress.errors} samples failed; their records say why (field `error`). The same command with "
-            "--retry-errors tries them again",
+            f"{progress.errors} samples failed; the field `error` of their records holds the reason. Run the same "
+            "command with --retry-errors to try them again",
             file=sys.stderr,
         )
     return int(progress.errors > 0)

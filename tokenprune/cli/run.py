@@ -8,7 +8,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from jsonargparse import ArgumentParser
 
-from tokenprune.cli.demo import Request, answer_all, as_json, as_table
+from tokenprune.cli.demo import Request, answer_all, format_json, print_table
 from tokenprune.cli.errors import INPUT_ERRORS, add_flag, user_error
 from tokenprune.cli.parsing import prepare
 from tokenprune.configuration import as_config
@@ -25,9 +25,9 @@ def run_parser() -> ArgumentParser:
         description="Answer questions about images with all visual tokens and with a strategy, side by side.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose strategies get known by name")
+    parser.add_argument("--plugin", type=list[str], default=[], help="Python files with further strategies")
     parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
-    parser.add_argument("--image", type=str, nargs="+", help="image files; left out: the bundled board")
+    parser.add_argument("--image", type=str, nargs="+", help="image files; by default the bundled board")
     parser.add_argument("--question", type=str, nargs="+", help="questions; each is asked about each image")
     parser.add_argument(
         "--reducer",
@@ -50,25 +50,25 @@ def run(argv: Sequence[str]) -> None:
     """Run the command `run`."""
     parser = run_parser()
     try:
-        chosen = parser.instantiate(parser.parse_args(prepare(argv)))
+        options = parser.instantiate(parser.parse_args(prepare(argv)))
     except INPUT_ERRORS as error:
         raise user_error(error, parser) from error
 
     request = Request(
-        model=chosen.model,
-        images=chosen.image,
-        questions=chosen.question,
-        reducer=chosen.reducer,
-        max_new_tokens=chosen.max_new_tokens,
-        repeats=chosen.repeats,
-        out=chosen.out,
-        device=chosen.device,
-        dtype=chosen.dtype,
+        model=options.model,
+        images=options.image,
+        questions=options.question,
+        reducer=options.reducer,
+        max_new_tokens=options.max_new_tokens,
+        repeats=options.repeats,
+        out=options.out,
+        device=options.device,
+        dtype=options.dtype,
     )
-    # A strategy of the user's may print; with --json stdout holds the object and nothing else.
-    with redirect_stdout(sys.stderr) if chosen.json else nullcontext():
+    # A user's strategy may print. With --json, stdout must hold only the JSON object.
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
         answers = answer_all(request)
-    if chosen.json:
-        print(as_json(request, as_config(chosen.reducer), answers))
+    if options.json:
+        print(format_json(request, as_config(options.reducer), answers))
     else:
-        as_table(request, answers)
+        print_table(request, answers)

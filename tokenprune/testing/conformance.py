@@ -1,14 +1,15 @@
-"""Checks that a strategy keeps the promises of the library: `check_reducer(MyReducer())`.
+"""Checks that a strategy fulfills the contract of the library: `check_reducer(MyReducer())`.
 
-Each check stands for itself, runs on a CPU without a hub, and says what was done, expected and seen. Most run on
-encoded images built by hand; two run on tiny random models of the real classes.
+The checks are independent of each other and run on a CPU without network access. A failed check reports the action, the
+expected result and the actual result. Most checks run on synthetic encoded images; two run on tiny random models of the
+real classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,26 +19,26 @@ from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
 from tokenprune.image import (
+    APPLICATION_SIGNALS,
     CLS_SIGNALS,
     NEWLINE,
     ROW_SIGNALS,
     TEXT_SIGNALS,
-    USED_WHEN_ATTACHED,
     EncodedImage,
     MissingSignalError,
     TileGeometry,
 )
 from tokenprune.layers import resolve_layers
-from tokenprune.pipeline import call_generate, missing_signals
+from tokenprune.pipeline import call_generate, list_missing_signals
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
-"""The tower that hand-built images come from; as deep as CLIP-L, so that its layer numbers exist."""
+"""The vision tower of synthetic images; it is as deep as CLIP-L, so that the layer numbers of strategies are valid."""
 
 QUESTION = "what is in the image"
-"""Asked of example models by strategies that read the question."""
+"""The question for strategies that read one."""
 
 LAYOUTS: Mapping[str, TileGeometry] = {
     "one tile": TileGeometry.single((6, 6)),
@@ -48,11 +49,11 @@ LAYOUTS: Mapping[str, TileGeometry] = {
 
 
 class CheckError(Exception):
-    """A check did not hold; the message says what was done, expected and seen."""
+    """A check failed; the message states the action, the expected result and the actual result."""
 
 
 class NotApplicableError(Exception):
-    """A check has nothing to look at."""
+    """A check does not apply to a strategy."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Result:
     """The outcome of one check.
 
     Args:
-        name: what was checked.
-        passed: whether it held; None if there was nothing to look at.
-        detail: what was done, expected and seen if it did not hold; the reason if there was nothing to look at.
+        name: name of the check.
+        passed: whether the check passed; None if it does not apply.
+        detail: action, expected result and actual result of a failed check; the reason if the check does not apply.
     """
 
     name: str
@@ -89,8 +90,8 @@ class Report:
         return "\n".join([self.strategy, *lines])
 
 
-class _Watched(dict[tuple[str, int], Tensor]):
-    """Signals that remember which of them were read."""
+class _RecordingSignals(dict[tuple[str, int], Tensor]):
+    """Signals that record which keys are read."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -101,177 +102,179 @@ class _Watched(dict[tuple[str, int], Tensor]):
         return super().__getitem__(key)
 
 
-def wanted(reducer: TokenReducer) -> set[tuple[str, int]]:
-    """Return the (kind, layer) pairs that a strategy declares, on the hand-built tower."""
+def resolve_signals(reducer: TokenReducer) -> set[tuple[str, int]]:
+    """Return the (kind, layer) pairs of the signals that a strategy declares, for the tower of synthetic images."""
     return {(s.kind, layer) for s in reducer.needs for layer in resolve_layers(s.layer, LAYERS, FEATURE_LAYER)}
 
 
-def example_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> EncodedImage:
+def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> EncodedImage:
     """Return an encoded image with random features and the signals that a strategy declares.
 
-    Values are exactly representable in bfloat16, and attention rows of a token all differ, so that precision decides
-    nothing.
+    Values are exactly representable in bfloat16, and attention values of a row all differ. The selection therefore does
+    not depend on the precision.
     """
     generator = torch.Generator().manual_seed(seed)
     tiles, tokens = layout.tiles, layout.tokens
 
-    def attention(heads: int) -> Tensor:
+    def draw_attention(heads: int) -> Tensor:
         ranks = torch.rand(tiles, heads, tokens, generator=generator).argsort(dim=-1)
         return (ranks + 1) / 1024
 
-    def shape(kind: str) -> tuple[int, ...]:
+    def signal_shape(kind: str) -> tuple[int, ...]:
         if kind == "keys":
             return tiles, HEADS, tokens, DIM
         if kind in TEXT_SIGNALS:
             return {"question": (1, DIM), "question_tokens": (5, DIM), "question_positions": (1, 12, DIM)}[kind]
         return tiles, 1 if kind in CLS_SIGNALS else tokens, DIM
 
-    made: dict[tuple[str, int], Tensor] = {}
-    for kind, layer in sorted(wanted(reducer)):
+    signals: dict[tuple[str, int], Tensor] = {}
+    for kind, layer in sorted(resolve_signals(reducer)):
         if kind in ROW_SIGNALS:
-            made[kind, layer] = attention(1 if kind == "joint_attention" else HEADS)
+            signals[kind, layer] = draw_attention(1 if kind == "joint_attention" else HEADS)
         elif kind != "resolution":
-            made[kind, layer] = torch.randn(shape(kind), generator=generator).bfloat16().float()
+            signals[kind, layer] = torch.randn(signal_shape(kind), generator=generator).bfloat16().float()
     features = torch.randn(tiles, tokens, DIM, generator=generator).bfloat16().float() * layout.valid[..., None]
-    return EncodedImage(layout, features, made, layers=LAYERS, feature_layer=FEATURE_LAYER)
+    return EncodedImage(layout, features, signals, layers=LAYERS, feature_layer=FEATURE_LAYER)
 
 
-def images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:
-    """Yield an example image of each layout that the strategy accepts, by name; `layouts` reports the others.
+def iterate_images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:
+    """Yield the name and an image of each layout that the strategy accepts.
+
+    `check_layouts` reports layouts that it does not accept.
 
     Raises:
-        NotApplicableError: if the strategy accepts none.
+        NotApplicableError: if the strategy accepts no layout.
     """
     accepted = 0
     for name, layout in LAYOUTS.items():
         try:
-            reducer.reduce(example_image(reducer, layout))
+            reducer.reduce(build_image(reducer, layout))
         except Exception:
             continue
         accepted += 1
-        yield name, example_image(reducer, layout)
+        yield name, build_image(reducer, layout)
     if not accepted:
         raise NotApplicableError("it fails on every layout")
 
 
-def expect_same(what: str, one: Selection, other: Selection) -> None:
-    """Raise if two selections keep different tokens.
+def require_equal(action: str, expected: Selection, actual: Selection) -> None:
+    """Raise a `CheckError` if two selections keep different tokens.
 
     Args:
-        what: what was done, for the message.
-        one: a selection.
-        other: the selection that should equal it.
+        action: description of the action, for the message.
+        expected: the expected selection.
+        actual: the selection to compare.
     """
-    same_order = (one.order is None) == (other.order is None)
-    if same_order and one.order is not None and other.order is not None:
-        same_order = torch.equal(one.order, other.order)
-    if not same_order:
-        raise CheckError(f"{what}: expected the same order of tokens, saw another one")
-    if not torch.equal(one.kept, other.kept):
-        count = int((one.kept != other.kept).sum())
-        raise CheckError(f"{what}: expected the same tokens, saw {count} of {one.kept.numel()} decided otherwise")
+    is_same_order = (expected.order is None) == (actual.order is None)
+    if is_same_order and expected.order is not None and actual.order is not None:
+        is_same_order = torch.equal(expected.order, actual.order)
+    if not is_same_order:
+        raise CheckError(f"{action}: expected the same order of tokens, got a different order")
+    if not torch.equal(expected.kept, actual.kept):
+        count = int((expected.kept != actual.kept).sum())
+        raise CheckError(
+            f"{action}: expected the same tokens, got different decisions for {count} of {expected.kept.numel()}"
+        )
 
 
-def exact_budget(reducer: TokenReducer) -> None:
-    """The budget is spent exactly: none, one, few, a share, all and more than there is.
+def check_exact_budget(reducer: TokenReducer) -> None:
+    """Check that budgets of no, one, a few, a share of, all and too many tokens are spent exactly.
 
-    Strategies that call it a ceiling (`TokenReducer.exact` is false) may spend less.
+    If `TokenReducer.exact` is false, the budget is an upper limit.
     """
     for budget in (0, 1, 7, 0.2, 0.5, 1.0, 10_000):
-        asked = replace(reducer, budget=budget)
-        for name, image in images(asked):
-            selection = asked.reduce(image)
+        strategy = replace(reducer, budget=budget)
+        for name, image in iterate_images(strategy):
+            selection = strategy.reduce(image)
             expected, kept = min(selection.asked, int(image.geometry.valid.sum())), selection.kept_tokens
-            if kept > expected or (kept < expected and asked.exact):
-                limit = "" if asked.exact else "at most "
-                raise CheckError(f"budget {budget!r} on {name}: expected {limit}{expected} kept tokens, saw {kept}")
+            if kept > expected or (kept < expected and strategy.exact):
+                limit = "" if strategy.exact else "at most "
+                raise CheckError(f"budget {budget!r} on {name}: expected {limit}{expected} kept tokens, got {kept}")
 
 
-def deterministic(reducer: TokenReducer) -> None:
-    """The same image gives the same tokens, whatever the global random state."""
-    for name, image in images(reducer):
+def check_determinism(reducer: TokenReducer) -> None:
+    """Check that the same image keeps the same tokens for every global random state."""
+    for name, image in iterate_images(reducer):
         torch.manual_seed(1)
-        first = reducer.reduce(image)
+        expected = reducer.reduce(image)
         torch.manual_seed(2)
-        again = reducer.reduce(image)
-        expect_same(f"reduced {name} twice with other global seeds", first, again)
+        require_equal(f"reduced {name} twice with different global seeds", expected, reducer.reduce(image))
 
 
-def stateless(reducer: TokenReducer) -> None:
-    """An image gives the same tokens after other images have been seen."""
-    image = example_image(reducer, LAYOUTS["2 x 2 sub-images"])
-    first = reducer.reduce(image)
+def check_statelessness(reducer: TokenReducer) -> None:
+    """Check that an image keeps the same tokens after other images were reduced."""
+    image = build_image(reducer, LAYOUTS["2 x 2 sub-images"])
+    expected = reducer.reduce(image)
     for seed in range(1, 4):
-        reducer.reduce(example_image(reducer, LAYOUTS["2 x 2 sub-images"], seed))
-    again = reducer.reduce(image)
-    expect_same("reduced an image, three others, and it again", first, again)
+        reducer.reduce(build_image(reducer, LAYOUTS["2 x 2 sub-images"], seed))
+    require_equal("reduced an image before and after three other images", expected, reducer.reduce(image))
 
 
-def layouts(reducer: TokenReducer) -> None:
-    """Single tiles, non-square grids and padding are accepted; padding is never kept."""
+def check_layouts(reducer: TokenReducer) -> None:
+    """Check that single tiles, non-square grids and padding are accepted, and that padding is never kept."""
     for name, layout in LAYOUTS.items():
         try:
-            reducer.reduce(example_image(reducer, layout))
-        except MissingSignalError:  # a signal that was not declared; `needs_are_read` reports it
+            reducer.reduce(build_image(reducer, layout))
+        except MissingSignalError:  # an undeclared signal; `check_needs` reports it
             continue
         except Exception as error:
-            raise CheckError(f"reduced {name}: expected a selection, saw {type(error).__name__}: {error}") from error
+            raise CheckError(f"reduced {name}: expected a selection, got {type(error).__name__}: {error}") from error
 
 
-def spatial_order(reducer: TokenReducer) -> None:
-    """Tokens enter the LLM in the model's own order, and a merged token stands where one of its parts stood."""
-    for name, image in images(reducer):
+def check_spatial_order(reducer: TokenReducer) -> None:
+    """Check that tokens keep the packed order, and that a merged token has the position of one of its sources."""
+    for name, image in iterate_images(reducer):
         selection = reducer.reduce(image)
         if selection.order is not None and bool((selection.order.diff() < 0).any()):
-            raise CheckError(f"reduced {name}: expected the model's own order of tokens, saw another one")
+            raise CheckError(f"reduced {name}: expected the packed order of tokens, got a different order")
         if selection.mixing is None:
             continue
         packed = selection.geometry.packed
-        own = packed[packed != NEWLINE]
-        own = own[selection.kept.flatten()[own]]
-        weights = selection.mixing.to_dense().gather(1, own[:, None])[:, 0]
-        if strangers := int((weights == 0).sum()):
+        indices = packed[packed != NEWLINE]
+        indices = indices[selection.kept.flatten()[indices]]
+        weights = selection.mixing.to_dense().gather(1, indices[:, None])[:, 0]
+        if misplaced := int((weights == 0).sum()):
             raise CheckError(
-                f"reduced {name}: expected every merged token in the place of a token it is made of, saw {strangers} "
-                "elsewhere"
+                f"reduced {name}: expected every merged token at the position of one of its sources, got {misplaced} "
+                "at other positions"
             )
 
 
-def precision(reducer: TokenReducer) -> None:
-    """bfloat16, float16 and float32 give the same tokens for values that all three can hold."""
-    for name, image in images(reducer):
-        full = reducer.reduce(image)
+def check_precision(reducer: TokenReducer) -> None:
+    """Check that bfloat16, float16 and float32 keep the same tokens for values that all three represent exactly."""
+    for name, image in iterate_images(reducer):
+        expected = reducer.reduce(image)
         for dtype in (torch.bfloat16, torch.float16):
             signals = {key: value.to(dtype) for key, value in image.signals.items()}
             cast = replace(image.with_features(image.features.to(dtype)), signals=signals)
-            expect_same(f"reduced {name} in {dtype} instead of float32", full, reducer.reduce(cast))
+            require_equal(f"reduced {name} in {dtype} instead of float32", expected, reducer.reduce(cast))
 
 
-def extremes(reducer: TokenReducer) -> None:
-    """Constant, one-hot and huge signals give a selection without NaN."""
-    for name, image in images(reducer):
+def check_extreme_signals(reducer: TokenReducer) -> None:
+    """Check that constant, one-hot and huge signals give a selection without NaN."""
+    for name, image in iterate_images(reducer):
         one_hot = {key: torch.zeros_like(value) for key, value in image.signals.items()}
         for value in one_hot.values():
             value.view(-1)[0] = 1.0
-        for what, made in {
+        for label, signals in {
             "zero": {key: torch.zeros_like(value) for key, value in image.signals.items()},
             "constant": {key: torch.ones_like(value) for key, value in image.signals.items()},
             "one-hot": one_hot,
             "huge": {key: value * 1e30 for key, value in image.signals.items()},
         }.items():
-            level = {"zero": 0.0, "huge": 1e18}.get(what, 1.0)
-            odd = replace(image.with_features(torch.full_like(image.features, level)), signals=made)
+            level = {"zero": 0.0, "huge": 1e18}.get(label, 1.0)
+            extreme = replace(image.with_features(torch.full_like(image.features, level)), signals=signals)
             try:
-                selection = reducer.reduce(odd)
+                selection = reducer.reduce(extreme)
             except Exception as error:
-                raise CheckError(f"reduced {name} with {what} signals: expected a selection, saw {error}") from error
+                raise CheckError(f"reduced {name} with {label} signals: expected a selection, got {error}") from error
             if selection.mixing is not None and not bool(selection.mixing.to_dense().isfinite().all()):
-                raise CheckError(f"reduced {name} with {what} signals: expected finite mixtures, saw NaN or infinity")
+                raise CheckError(f"reduced {name} with {label} signals: expected finite mixtures, got NaN or infinity")
 
 
-def inputs_unchanged(reducer: TokenReducer) -> None:
-    """The image is left as it was."""
-    for name, image in images(reducer):
+def check_inputs_unchanged(reducer: TokenReducer) -> None:
+    """Check that a strategy does not change its image."""
+    for name, image in iterate_images(reducer):
         before = {key: value.clone() for key, value in image.signals.items()}
         features = image.features.clone()
         reducer.reduce(image)
@@ -282,52 +285,51 @@ def inputs_unchanged(reducer: TokenReducer) -> None:
         ]
         changed += [] if torch.equal(features, image.features) else ["features"]
         if changed:
-            raise CheckError(f"reduced {name}: expected the image as it was, saw {', '.join(changed)} changed")
+            raise CheckError(f"reduced {name}: expected an unchanged image, got changed {', '.join(changed)}")
 
 
-def needs_are_read(reducer: TokenReducer) -> None:
-    """Every declared signal is read, and no other one."""
+def check_needs(reducer: TokenReducer) -> None:
+    """Check that a strategy reads every declared signal and no undeclared signal."""
     read: set[tuple[str, int]] = set()
     for layout in LAYOUTS.values():
-        image = example_image(reducer, layout)
-        watched = _Watched(image.signals)
+        image = build_image(reducer, layout)
+        signals = _RecordingSignals(image.signals)
         try:
-            reducer.reduce(replace(image, signals=watched))
+            reducer.reduce(replace(image, signals=signals))
         except MissingSignalError as error:
-            raise CheckError(f"gave it the signals that it declares: expected that to do, saw: {error}") from error
-        except Exception:  # `layouts` reports it
+            raise CheckError(f"reduced with the declared signals only: expected a selection, got: {error}") from error
+        except Exception:  # `check_layouts` reports it
             continue
-        read |= watched.read
-    used_later = {pair for pair in wanted(reducer) if pair[0] in USED_WHEN_ATTACHED}
-    if idle := wanted(reducer) - read - used_later:
-        names = ", ".join(f"{kind} of layer {layer}" for kind, layer in sorted(idle))
-        raise CheckError(f"watched which signals it reads: expected all declared ones, never saw {names}")
+        read |= signals.read
+    used_later = {pair for pair in resolve_signals(reducer) if pair[0] in APPLICATION_SIGNALS}
+    if unread := resolve_signals(reducer) - read - used_later:
+        names = ", ".join(f"{kind} of layer {layer}" for kind, layer in sorted(unread))
+        raise CheckError(f"recorded the signals that are read: expected all declared signals, got no read of {names}")
 
 
-def round_trips(reducer: TokenReducer) -> None:
-    """It survives pickling, and its fields are its whole configuration."""
+def check_round_trips(reducer: TokenReducer) -> None:
+    """Check that a strategy can be pickled, and that its fields are its whole configuration."""
     fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.init}
-    ways: Mapping[str, Callable[[], TokenReducer]] = {
+    builders: Mapping[str, Callable[[], TokenReducer]] = {
         "pickled and loaded": lambda: pickle.loads(pickle.dumps(reducer)),
-        "built anew from its fields": lambda: type(reducer)(**fields),
-        "printed as a configuration and parsed": lambda: _through_config(reducer),
+        "built again from its fields": lambda: type(reducer)(**fields),
+        "printed as a configuration and parsed": lambda: _reload_from_config(reducer),
     }
-    for how, make in ways.items():
+    for action, build in builders.items():
         try:
-            twin = make()
+            restored = build()
         except Exception as error:
             raise CheckError(
-                f"{how}: expected an equal strategy, saw {type(error).__name__}: {' '.join(str(error).split())}"
+                f"{action}: expected an equal strategy, got {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-        if twin != reducer:
-            raise CheckError(f"{how}: expected {reducer!r}, saw {twin!r}")
-        for name, image in images(reducer):
-            expect_same(
-                f"{how} (all state must be in fields), then reduced {name}", reducer.reduce(image), twin.reduce(image)
-            )
+        if restored != reducer:
+            raise CheckError(f"{action}: expected {reducer!r}, got {restored!r}")
+        for name, image in iterate_images(reducer):
+            message = f"{action} (all state must be in fields), then reduced {name}"
+            require_equal(message, reducer.reduce(image), restored.reduce(image))
 
 
-def _through_config(reducer: TokenReducer) -> TokenReducer:
+def _reload_from_config(reducer: TokenReducer) -> TokenReducer:
     from jsonargparse import ArgumentParser
 
     from tokenprune.configuration import as_config
@@ -335,107 +337,118 @@ def _through_config(reducer: TokenReducer) -> TokenReducer:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--reducer", type=TokenReducer)
     text = parser.dump(parser.parse_object({"reducer": as_config(reducer)}))
-    twin: TokenReducer = parser.instantiate(parser.parse_string(text)).reducer
-    return twin
+    restored: TokenReducer = parser.instantiate(parser.parse_string(text)).reducer
+    return restored
 
 
-def _examples(reducer: TokenReducer) -> list[Adapter]:
-    """Return the adapters that provide what a strategy needs, each bound to its example model.
+def _list_fitting_adapters(reducer: TokenReducer, families: Collection[str] | None) -> list[Adapter]:
+    """Return the adapters that provide the signals of a strategy, each bound to its example model.
 
     Raises:
-        NotApplicableError: if none does.
+        NotApplicableError: if no adapter provides the signals.
     """
-    fitting = [adapter for adapter in _bound_examples() if not missing_signals(reducer, adapter)]
+    classes = [kind for kind in adapters().values() if families is None or kind.family in families]
+    bound = (kind(kind.example()) for kind in classes if kind.supports_transformers())
+    fitting = [adapter for adapter in bound if not list_missing_signals(reducer, adapter)]
     if not fitting:
-        raise NotApplicableError(f"no adapter provides {', '.join(sorted({one.kind for one in reducer.needs}))}")
+        raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
     return fitting
 
 
-def _bound_examples() -> list[Adapter]:
-    """Return every adapter whose family works in the installed transformers, bound to its example model."""
-    return [kind(kind.example()) for kind in adapters().values() if kind.runs()]
-
-
 def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:
-    """Attach the strategy to an example model; one that reads the question gets one, and a text tower."""
+    """Attach a strategy to an example model, with a question and a text tower if the strategy reads the question."""
     if not reducer.reads_question:
         return reducer(adapter.model)
     return replace(reducer, text_model=adapter.example_text_model())(adapter.model, question=QUESTION)
 
 
-def batch_invariant(reducer: TokenReducer) -> None:
-    """On every fitting model an image keeps the same tokens alone and beside others."""
+def check_batch_invariance(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
+    """Check that an image keeps the same tokens in a batch and in a call of its own, on every fitting model."""
     sizes = [(112, 112), (60, 160), (150, 50)]
-    for adapter in _examples(reducer):
-        with torch.no_grad(), _attach(reducer, adapter) as together:
+    for adapter in _list_fitting_adapters(reducer, families):
+        with torch.no_grad(), _attach(reducer, adapter) as batch_run:
             adapter.model(**adapter.example_inputs([[sizes[0]], [sizes[1], sizes[2]]]))
         for number, size in enumerate(sizes):
-            with torch.no_grad(), _attach(reducer, adapter) as alone:
+            with torch.no_grad(), _attach(reducer, adapter) as single_run:
                 adapter.model(**adapter.example_inputs([[size]]))
-            what = f"ran an image on {adapter.model_class} alone and in a batch"
-            expect_same(what, alone.selections[0], together.selections[number])
+            action = f"ran an image on {adapter.model_class} in a call of its own and in a batch"
+            require_equal(action, single_run.selections[0], batch_run.selections[number])
 
 
-def leaves_no_trace(reducer: TokenReducer) -> None:
-    """On every fitting model generation runs, and afterwards the model is bit-identical to before."""
-    for adapter in _examples(reducer):
+def check_model_unchanged(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
+    """Check that generation runs on every fitting model, and that the logits after the block are bit-identical."""
+    for adapter in _list_fitting_adapters(reducer, families):
         inputs = adapter.example_inputs([[(112, 112)], [(60, 160)]])
         with torch.no_grad():
             before = adapter.model(**inputs).logits
             try:
                 with _attach(reducer, adapter):
-                    suppressed = [adapter.image_token_id]
-                    how = {"max_new_tokens": 2, "num_beams": 1 + adapter.beams, "suppress_tokens": suppressed}
-                    call_generate(adapter.model, inputs, **how)
+                    suppress = [adapter.image_token_id]
+                    options = {
+                        "max_new_tokens": 2,
+                        "num_beams": 1 + adapter.supports_beams,
+                        "suppress_tokens": suppress,
+                    }
+                    call_generate(adapter.model, inputs, **options)
             except Exception as error:
                 raise CheckError(
-                    f"generated with {adapter.model_class}: expected answers, saw {type(error).__name__}: {error}"
+                    f"generated with {adapter.model_class}: expected answers, got {type(error).__name__}: {error}"
                 ) from error
             after = adapter.model(**inputs).logits
         if not torch.equal(before, after):
-            worst = float((before - after).abs().max())
+            difference = float((before - after).abs().max())
             raise CheckError(
-                f"attached and left {adapter.model_class}: expected the same logits, saw a difference of {worst:.1e}"
+                f"attached to and detached from {adapter.model_class}: expected the same logits, got a difference of "
+                f"{difference:.1e}"
             )
 
 
-CHECKS: Mapping[str, Callable[[TokenReducer], None]] = {
-    "exact budget": exact_budget,
-    "deterministic": deterministic,
-    "stateless": stateless,
-    "layouts": layouts,
-    "spatial order": spatial_order,
-    "precision": precision,
-    "extreme signals": extremes,
-    "inputs unchanged": inputs_unchanged,
-    "needs": needs_are_read,
-    "round trips": round_trips,
-    "batch invariant": batch_invariant,
-    "leaves no trace": leaves_no_trace,
+CHECKS: Mapping[str, Callable[..., None]] = {
+    "exact budget": check_exact_budget,
+    "deterministic": check_determinism,
+    "stateless": check_statelessness,
+    "layouts": check_layouts,
+    "spatial order": check_spatial_order,
+    "precision": check_precision,
+    "extreme signals": check_extreme_signals,
+    "inputs unchanged": check_inputs_unchanged,
+    "needs": check_needs,
+    "round trips": check_round_trips,
+    "batch invariant": check_batch_invariance,
+    "leaves no trace": check_model_unchanged,
 }
 """All checks by name, in the order in which they run."""
+MODEL_CHECKS = frozenset({"batch invariant", "leaves no trace"})
+"""Checks that run example models; they take the families."""
 
 
-def check_reducer(reducer: TokenReducer) -> Report:
-    """Check a strategy against the promises of the library.
+def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None) -> Report:
+    """Check a strategy against the contract of the library.
 
     Args:
-        reducer: an instance of the strategy; its budget is varied where a check is about budgets.
+        reducer: an instance of the strategy; the check of budgets replaces its budget.
+        families: model families (``"llava_next"``, ...) whose example models run; None runs all families.
 
     Returns:
-        The report; print it, or look at `Report.passed`.
+        The report; print it, or read `Report.passed`.
+
+    Raises:
+        ValueError: if a family is not known.
     """
+    known = {adapter.family for adapter in adapters().values()}
+    if unknown := set(families or ()) - known:
+        raise ValueError(f"no family is called {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     results = []
     with torch.random.fork_rng():
         for name, check in CHECKS.items():
             try:
-                check(reducer)
+                check(reducer, families) if name in MODEL_CHECKS else check(reducer)
                 results.append(Result(name, True))
             except CheckError as failure:
                 results.append(Result(name, False, str(failure)))
             except NotApplicableError as reason:
                 results.append(Result(name, None, str(reason)))
             except Exception as error:
-                seen = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                results.append(Result(name, False, f"expected a selection, saw {seen}"))
+                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                results.append(Result(name, False, f"expected a selection, got {message}"))
     return Report(type(reducer).__name__, tuple(results))

@@ -15,8 +15,8 @@ def random_encoded_image(geometry: TileGeometry, seed: int = 0, heads: int = 3, 
 
     Args:
         geometry: the layout of the tiles.
-        seed: seed of the values.
-        heads: attention heads.
+        seed: seed of the random values.
+        heads: number of attention heads.
         dim: width of features, keys and text embeddings.
     """
     generator = torch.Generator().manual_seed(seed)

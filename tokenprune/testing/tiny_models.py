@@ -48,7 +48,7 @@ def tokenizer(**special: str) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on a few sentences.
 
     Args:
-        special: special tokens by their attribute name; by default the placeholder of an image.
+        special: special tokens by attribute name; by default only the image placeholder.
     """
     special = special or {"image_token": "<image>"}
     raw = Tokenizer(BPE())
@@ -57,7 +57,7 @@ def tokenizer(**special: str) -> PreTrainedTokenizerFast:
     names = list(dict.fromkeys(["<pad>", "<s>", "</s>", *special.values()]))
     trainer = BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(SENTENCES, trainer)
-    tok = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
         bos_token="<s>",
@@ -65,8 +65,8 @@ def tokenizer(**special: str) -> PreTrainedTokenizerFast:
         padding_side="left",
         extra_special_tokens=special,
     )
-    tok.chat_template = TEMPLATE
-    return tok
+    fast_tokenizer.chat_template = TEMPLATE
+    return fast_tokenizer
 
 
 def _text_config() -> LlamaConfig:
@@ -96,8 +96,8 @@ def _vision_config(tower: str) -> Any:
     )
 
 
-def _sharpen(model: Any) -> Any:
-    """Scale queries and keys up, so that attention rows are far from uniform, and make every parameter differ."""
+def _scale_weights(model: Any) -> Any:
+    """Scale the query and key weights of the tower, so that attention is far from uniform, and randomize biases."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -108,11 +108,11 @@ def _sharpen(model: Any) -> Any:
 
 
 def tiny_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, tower: str = "clip") -> Any:
-    """Return a new tiny model; its weights are always the same.
+    """Return a new tiny model with deterministic random weights.
 
     Args:
         family: ``"llava"`` or ``"llava_next"``.
-        attn: the attention kernel.
+        attn: name of the attention kernel.
         dtype: the dtype of the weights.
         tower: ``"clip"`` or ``"siglip"`` (no CLS token).
     """
@@ -131,7 +131,7 @@ def tiny_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
         config = LlavaConfig(**common, image_seq_length=(TILE // PATCH) ** 2)
         model = LlavaForConditionalGeneration
     config._attn_implementation = attn
-    model = _sharpen(model._from_config(config, attn_implementation=attn))
+    model = _scale_weights(model._from_config(config, attn_implementation=attn))
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = 2
     return model.to(dtype)
@@ -175,11 +175,11 @@ def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def batch(family: str, *rows: list[tuple[int, int]], tower: str = "clip", side: str = "left", seed: int = 0) -> Any:
-    """Return model inputs of several prompt rows with random images.
+    """Return the model inputs of a batch of prompts with random images.
 
     Args:
         family: ``"llava"`` or ``"llava_next"``.
-        rows: height x width in pixels of the images of each row.
+        rows: for each prompt row, height x width in pixels of its images.
         tower: ``"clip"`` or ``"siglip"``.
         side: the padding side.
         seed: seed of the images.

@@ -1,12 +1,12 @@
-"""Tables and figures of a run directory, from its records alone.
+"""Reports of a run directory: tables and figures from the stored records.
 
 Run it: ``tokenprune report DIR``, or ``python -m tokenprune.experiments.analysis.report --directory DIR``
 
-Writes report.md, report.tex (the main table), report.html (one file that needs no other), settings.csv, records.csv and
-the figures; Parquet files on request. Nothing is measured again. Explanation: ``docs/explanation/statistics.md``.
+Writes report.md, report.tex (the main table), report.html (a self-contained file), settings.csv, records.csv and the
+figures, and Parquet files on request. No model runs. Explanation: ``docs/explanation/statistics.md``.
 
-`contents` says what stands in a report as a list of blocks; `markdown` and `page` give it a form. `tables`, `effects`,
-`failures` and `figures` make its parts.
+`contents` builds a report as a list of blocks; `markdown` and `html` render the blocks. `tables`, `effects`, `failures`
+and `figures` build the parts of a report.
 """
 
 from tokenprune.experiments.analysis.report.write import main, write_report

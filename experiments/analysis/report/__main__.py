@@ -1,4 +1,4 @@
-"""Lets ``python -m tokenprune.experiments.analysis.report`` write a report."""
+"""Entry point of ``python -m tokenprune.experiments.analysis.report``."""
 
 import jsonargparse
 

@@ -1,4 +1,4 @@
-"""What a report is made of: headings, text, tables and images, before they take a form."""
+"""Blocks of a report, independent of the output format: headings, text, tables and images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Heading:
 
     Args:
         text: the text.
-        level: 1 for the title.
+        level: heading level; 1 is the title.
     """
 
     text: str
@@ -22,11 +22,11 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, or a list; `**bold**` and code in backticks are understood.
+    """Paragraphs or a list; `**bold**` and code in backticks are rendered.
 
     Args:
-        lines: one paragraph each, or one entry each.
-        bullets: whether they are entries of a list.
+        lines: the paragraphs, or the entries of the list.
+        bullets: whether the lines are entries of a list.
     """
 
     lines: Sequence[str]
@@ -39,7 +39,7 @@ class Table:
 
     Args:
         head: names of the columns.
-        rows: entries, one for each column.
+        rows: rows of entries, with one entry per column.
     """
 
     head: Sequence[str]
@@ -51,8 +51,8 @@ class Image:
     """A figure.
 
     Args:
-        path: the file, relative to the report.
-        caption: what it shows.
+        path: path of the file, relative to the report.
+        caption: description of the figure.
     """
 
     path: str
@@ -60,13 +60,13 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Figures beside each other.
+class ImageRow:
+    """Figures next to each other.
 
     Args:
-        heads: what stands above each.
-        captions: what stands below each.
-        paths: their files, relative to the report; empty if there are only words.
+        heads: text above each figure.
+        captions: text below each figure.
+        paths: paths of the files, relative to the report; empty if only the texts are shown.
     """
 
     heads: Sequence[str]
@@ -74,4 +74,4 @@ class Sides:
     paths: Sequence[str] = ()
 
 
-Block: TypeAlias = Heading | Text | Table | Image | Sides
+Block: TypeAlias = Heading | Text | Table | Image | ImageRow

@@ -1,35 +1,42 @@
-"""Every experiment against full tokens, and against random tokens at its budget."""
+"""Comparisons of every setting with full tokens, and with random tokens at the same budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenprune.experiments.analysis.stats import Difference, Setting, compare, corrected, full_of, randoms_of
+from tokenprune.experiments.analysis.stats import (
+    Difference,
+    Setting,
+    compare,
+    correct_differences,
+    find_full_setting,
+    find_random_settings,
+)
 
 
-def against_full(settings: Sequence[Setting]) -> list[tuple[Setting, Difference]]:
-    """Return every experiment minus full tokens, corrected over all of them.
-
-    Args:
-        settings: experiments of one setting.
-    """
-    pairs = [(setting, full_of(setting, settings)) for setting in settings if setting.role != "full"]
-    found = [(setting, compare(setting, full)) for setting, full in pairs if full is not None]
-    fixed = corrected([difference for _, difference in found])
-    return [(setting, difference) for (setting, _), difference in zip(found, fixed, strict=True)]
-
-
-def against_random(settings: Sequence[Setting]) -> list[tuple[Setting, int, Difference]]:
-    """Return every experiment minus each seed of random tokens at its budget, corrected over all of them.
+def compare_with_full(settings: Sequence[Setting]) -> list[tuple[Setting, Difference]]:
+    """Return every setting minus full tokens, with Holm's correction over all of them.
 
     Args:
-        settings: experiments of one setting.
+        settings: the settings of one context.
     """
-    chosen = [setting for setting in settings if setting.role != "full" and setting.strategy != "Random"]
-    found = [
-        (setting, seed, compare(setting, other))
-        for setting in chosen
-        for seed, other in randoms_of(setting, settings).items()
+    pairs = [(setting, find_full_setting(setting, settings)) for setting in settings if setting.role != "full"]
+    compared = [(setting, compare(setting, full)) for setting, full in pairs if full is not None]
+    corrected = correct_differences([difference for _, difference in compared])
+    return [(setting, difference) for (setting, _), difference in zip(compared, corrected, strict=True)]
+
+
+def compare_with_random(settings: Sequence[Setting]) -> list[tuple[Setting, int, Difference]]:
+    """Return every setting minus each seed of random tokens at its budget, with Holm's correction over all of them.
+
+    Args:
+        settings: the settings of one context.
+    """
+    compared = [
+        (setting, seed, compare(setting, random))
+        for setting in settings
+        if setting.role != "full" and setting.strategy != "Random"
+        for seed, random in find_random_settings(setting, settings).items()
     ]
-    fixed = corrected([difference for *_, difference in found])
-    return [(setting, seed, difference) for (setting, seed, _), difference in zip(found, fixed, strict=True)]
+    corrected = correct_differences([difference for *_, difference in compared])
+    return [(setting, seed, difference) for (setting, seed, _), difference in zip(compared, corrected, strict=True)]

@@ -1,4 +1,4 @@
-"""Which levels of a factor win."""
+"""Report section on the best level of each factor."""
 
 from __future__ import annotations
 
@@ -6,70 +6,70 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
-from tokenprune.experiments.analysis.report.formatting import DASH, interval_text
+from tokenprune.experiments.analysis.report.formatting import DASH, format_interval
 from tokenprune.experiments.analysis.stats import Factor, Interval
 
 
-def factor_blocks(found: Sequence[Factor]) -> list[Block]:
-    """Return which levels of each factor win, and whether the intervals say so.
+def factor_blocks(factors: Sequence[Factor]) -> list[Block]:
+    """Return the tables of the levels of each factor, with the levels that the intervals separate from the best one.
 
     Args:
-        found: the factors of the grid.
+        factors: the factors of the grid.
     """
-    if not found:
+    if not factors:
         return []
     text = (
         "Every level is averaged over the same values of all other factors and over the same samples. A level is "
-        "behind the best one if the interval of the paired difference leaves out zero. The best level is chosen by "
-        "looking, so its lead is a little too large; and the mean over other factors can hide that a level wins "
-        "with one of them and loses with another."
+        "behind the best one if the interval of the paired difference excludes zero. The best level is selected on "
+        "these samples, so its lead is slightly too large. The mean over other factors can hide that a level wins "
+        "with one value of a factor and loses with another."
     )
     blocks: list[Block] = [Heading("Which levels win"), Text([text])]
-    for one in found:
-        blocks.append(Heading(f"`{one.name}`", 3))
-        if not one.levels:
-            why = "No setting of the other factors was run at every level on common samples: nothing to compare."
-            blocks.append(Text([why]))
+    for factor in factors:
+        blocks.append(Heading(f"`{factor.name}`", 3))
+        if not factor.levels:
+            note = "No combination of the other factors was run at every level on common samples: nothing to compare."
+            blocks.append(Text([note]))
             continue
         lines = []
-        for level in one.levels:
-            behind = DASH if level.behind is None else interval_text(replace_sign(level.behind), sign=True)
-            lines.append([level.name, interval_text(level.score), behind, _standing(level.behind)])
-        per_level = one.settings // len(one.levels)
-        count = f"{per_level} experiment{'s' if per_level != 1 else ''} a level"
-        left = f", {one.left_out} without a partner at every level left out" if one.left_out else ""
+        for level in factor.levels:
+            difference = DASH if level.deficit is None else format_interval(negate(level.deficit), sign=True)
+            lines.append([level.name, format_interval(level.score), difference, _format_standing(level.deficit)])
+        per_level = factor.n_settings // len(factor.levels)
+        count = f"{per_level} setting{'s' if per_level != 1 else ''} per level"
+        unmatched = f", {factor.n_unmatched} without a match at every level omitted" if factor.n_unmatched else ""
         blocks += [
             Table(["level", "mean score", "minus the best", "standing"], lines),
-            Text([f"{verdict(one)} ({count}{left}.)"]),
+            Text([f"{format_verdict(factor)} ({count}{unmatched}.)"]),
         ]
     return blocks
 
 
-def replace_sign(found: Interval) -> Interval:
-    """Return an interval of the opposite difference.
+def negate(interval: Interval) -> Interval:
+    """Return the interval of the difference with the opposite sign.
 
     Args:
-        found: the interval.
+        interval: the interval.
     """
-    return replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+    return replace(interval, mean=-interval.mean, low=-interval.high, high=-interval.low)
 
 
-def _standing(behind: Interval | None) -> str:
-    if behind is None:
+def _format_standing(deficit: Interval | None) -> str:
+    if deficit is None:
         return "best"
-    return "not separated from the best" if behind.holds_zero else "behind the best"
+    return "not separated from the best" if deficit.contains_zero else "behind the best"
 
 
-def verdict(found: Factor) -> str:
-    """Return in a sentence which level wins, or that none does.
+def format_verdict(factor: Factor) -> str:
+    """Return a sentence that names the best level and the levels that the intervals do not separate from it.
 
     Args:
-        found: a factor with levels.
+        factor: a factor with levels.
     """
-    best = found.levels[0].name
-    rivals = [level.name for level in found.levels[1:] if level.behind is not None and level.behind.holds_zero]
+    best = factor.levels[0].name
+    rivals = [level.name for level in factor.levels[1:] if level.deficit is not None and level.deficit.contains_zero]
     if not rivals:
         return f"**{best} wins**: every other level is behind it."
-    if len(rivals) == len(found.levels) - 1:
+    if len(rivals) == len(factor.levels) - 1:
         return f"**No winner**: the intervals separate {best} from no other level."
     return f"**No single winner**: the intervals do not separate {best} from {' and '.join(rivals)}."

@@ -1,4 +1,4 @@
-"""Samples that one of two settings has right and the other wrong, with what each of them saw."""
+"""Samples that only one of two settings answers correctly, with the tokens that each setting kept."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Sides, Text
-from tokenprune.experiments.analysis.report.formatting import budget_text
-from tokenprune.experiments.analysis.report.rows import budgets, contexts, rows
-from tokenprune.experiments.analysis.stats import Record, Results, Setting, full_of
-from tokenprune.experiments.evaluation.stored_images import from_record
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, ImageRow, Text
+from tokenprune.experiments.analysis.report.formatting import format_budget
+from tokenprune.experiments.analysis.report.rows import group_by_context, list_budgets, method_rows
+from tokenprune.experiments.analysis.stats import Record, Results, Setting, find_full_setting
+from tokenprune.experiments.evaluation.stored_images import selection_from_record
 from tokenprune.selection import Selection
 
-SHOWN = 3
-"""So many failures of each of the two settings."""
-LONGEST = 600
-"""Letters of a question or an answer that are shown."""
+MAX_FAILURES = 3
+"""Number of failures shown for each of the two settings."""
+MAX_CHARACTERS = 600
+"""Number of characters shown of a question or an answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Failure:
-    """A sample that exactly one of two settings has right.
+    """A sample that exactly one of two settings answers correctly.
 
     Args:
         records: the records of the two settings.
-        full: the record with full tokens, if there is one.
-        number: its number in the report, from 1.
-        selections: what each of the two kept, with pixels; empty if a report cannot show it.
+        full: the record with full tokens; `None` without a setting with full tokens.
+        number: number of the failure in the report, from 1.
+        selections: the selections of the two settings, with pixels; empty if they were not stored.
     """
 
     records: tuple[Record, Record]
@@ -42,249 +42,257 @@ class Failure:
     selections: tuple[Selection, ...] = ()
 
     def images(self) -> dict[str, Image.Image]:
-        """Return the image and the kept tokens of both settings by the path of their files in the report."""
+        """Return the image and the drawings of both selections, by path relative to the report."""
         if not self.selections:
             return {}
-        drawn = [whole(self.selections[0]), *(selection.overlay() for selection in self.selections)]
-        return dict(zip(self.paths, drawn, strict=True))
+        images = [full_resolution_image(self.selections[0]), *(selection.overlay() for selection in self.selections)]
+        return dict(zip(self.paths, images, strict=True))
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the files in the report."""
+        """Paths of the image files, relative to the report."""
         return [f"figures/failure-{self.number}-{name}.png" for name in ("image", "first", "second")]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two settings side by side.
+    """Two settings with the samples that only one of them answers correctly.
 
     Args:
-        settings: the two experiments.
-        names: what their rows are called.
-        why: why these two.
-        full: whether there are full tokens to compare with.
-        alone: samples that only the first and only the second has right, and full tokens too where there are any.
-        common: samples that all of them answered.
-        shown: the failures to show.
-        unseen: why no image can be shown; empty if one can.
+        settings: the two settings.
+        names: names of their table rows.
+        reason: reason for the choice of these settings.
+        has_full: whether a setting with full tokens exists.
+        only_correct: number of samples that only the first, and only the second setting answers correctly. If there
+            are full tokens, only samples that they answer correctly count.
+        n_common: number of samples that all compared settings have without an error.
+        failures: the failures to show.
+        missing_images: reason why no image is shown; empty if images are shown.
     """
 
     settings: tuple[Setting, Setting]
     names: tuple[str, str]
-    why: str
-    full: bool
-    alone: tuple[int, int]
-    common: int
-    shown: Sequence[Failure] = field(default_factory=list)
-    unseen: str = ""
+    reason: str
+    has_full: bool
+    only_correct: tuple[int, int]
+    n_common: int
+    failures: Sequence[Failure] = field(default_factory=list)
+    missing_images: str = ""
 
 
-def side_by_side(results: Results, names: Sequence[str] | None = None) -> list[Comparison]:
-    """Return two settings side by side, for each model and task that has two.
+def compare_failures(results: Results, names: Sequence[str] | None = None) -> list[Comparison]:
+    """Return a comparison of the failures of two settings for each context, or only for the named settings.
 
     Args:
-        results: what was read.
-        names: names or hashes of the two settings; left out, the best two at the smallest budget.
+        results: the settings of a run directory.
+        names: names or hashes of two settings. By default, `choose_pair` selects two settings of each context.
 
     Raises:
-        ValueError: if a name is not known or not of one setting, or the two differ in model or task.
+        ValueError: if a name matches no setting or several settings, or the settings differ in model or task.
     """
     if names is not None:
-        first, second = (_named(name, results.settings) for name in names)
+        first, second = (_find_setting(name, results.settings) for name in names)
         if first is second:
             raise ValueError(f"{names[0]} and {names[1]} are the same setting, {first.name}; give two to compare")
         if first.context != second.context:
             raise ValueError(f"{first.name} and {second.name} differ in model or task; give two that share them")
-        part = contexts(results.settings)[first.context]
-        return [_compared(first, second, part, "as asked for", results.directory, 1)]
-    found: list[Comparison] = []
-    for part in contexts(results.settings).values():
-        pair = best_two(part)
+        members = group_by_context(results.settings)[first.context]
+        return [_compare_pair(first, second, members, "as requested", results.directory, 1)]
+    comparisons: list[Comparison] = []
+    for members in group_by_context(results.settings).values():
+        pair = choose_pair(members)
         if pair is not None:
-            first, second, why = pair
-            shown = sum(len(one.shown) for one in found)
-            found.append(_compared(first, second, part, why, results.directory, 1 + shown))
-    return found
+            first, second, reason = pair
+            n_failures = sum(len(comparison.failures) for comparison in comparisons)
+            comparisons.append(_compare_pair(first, second, members, reason, results.directory, 1 + n_failures))
+    return comparisons
 
 
-def best_two(settings: Sequence[Setting]) -> tuple[Setting, Setting, str] | None:
-    """Return the best setting of the smallest budget and the best of those that answer otherwise, and why these.
+def choose_pair(settings: Sequence[Setting]) -> tuple[Setting, Setting, str] | None:
+    """Return the best setting at the smallest budget, the next setting with different answers, and the reason.
 
-    Settings of the grid come before baselines. The smallest budget is where methods differ most.
+    Settings of the grid come before baselines. Methods differ most at the smallest budget. If a budget has fewer than
+    two settings, the next budget is used. The result is `None` if no budget has two settings.
 
     Args:
-        settings: experiments of one setting.
+        settings: the settings of one context.
     """
-    for budget in budgets(settings):
-        there = [c for c in settings if c.budget == budget and c.role != "full" and c.score.n]
-        there.sort(key=lambda setting: (setting.role != "grid", -setting.score.mean))
-        if len(there) < 2:
+    for budget in list_budgets(settings):
+        ranked = [s for s in settings if s.budget == budget and s.role != "full" and s.score.n]
+        ranked.sort(key=lambda setting: (setting.role != "grid", -setting.score.mean))
+        if len(ranked) < 2:
             continue
-        first, others = there[0], there[1:]
-        second = next((setting for setting in others if any(_alone(first, setting))), others[0])
-        place = others.index(second)
-        passed = f" ({place} between them answer{'s' * (place == 1)} like the best)" if place else ""
-        return first, second, f"the best two at the smallest budget{passed}"
+        first, candidates = ranked[0], ranked[1:]
+        second = next((s for s in candidates if any(_count_only_correct(first, s))), candidates[0])
+        n_skipped = candidates.index(second)
+        note = f" ({n_skipped} between them answer{'s' * (n_skipped == 1)} like the best)" if n_skipped else ""
+        return first, second, f"the best two at the smallest budget{note}"
     return None
 
 
-def _alone(first: Setting, second: Setting) -> tuple[int, int]:
-    """Return how many samples only the first, and only the second has right."""
-    pairs = [(one, second.answered[s]) for s, one in first.answered.items() if s in second.answered]
+def _count_only_correct(first: Setting, second: Setting) -> tuple[int, int]:
+    """Return the number of samples that only the first, and only the second setting answers correctly."""
+    pairs = [
+        (a, second.valid_records[sample]) for sample, a in first.valid_records.items() if sample in second.valid_records
+    ]
     return (
         sum(bool(a["correct"]) and not b["correct"] for a, b in pairs),
         sum(bool(b["correct"]) and not a["correct"] for a, b in pairs),
     )
 
 
-def _named(name: str, settings: Sequence[Setting]) -> Setting:
-    """Return the experiment of a name or of a hash, which may be cut."""
-    found = [setting for setting in settings if setting.name == name]
-    if not found and re.fullmatch("[0-9a-f]{4,}", name):
-        found = [setting for setting in settings if setting.hash.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        hashes = ", ".join(f"{setting.hash}" for setting in found)
-        raise ValueError(f"{len(found)} settings are called {name!r}; give the hash of one: {hashes}")
-    known = [setting.name for setting in settings]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+def _find_setting(name: str, settings: Sequence[Setting]) -> Setting:
+    """Return the setting with a name, a hash, or the first characters of a hash."""
+    matches = [setting for setting in settings if setting.name == name]
+    if not matches and re.fullmatch("[0-9a-f]{4,}", name):
+        matches = [setting for setting in settings if setting.hash.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        hashes = ", ".join(f"{setting.hash}" for setting in matches)
+        raise ValueError(f"{len(matches)} settings are called {name!r}; give one of these hashes: {hashes}")
+    names = [setting.name for setting in settings]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
     raise ValueError(f"no setting is called {name!r}.{hint} settings.csv lists the names and hashes of all")
 
 
-def _compared(
-    first: Setting, second: Setting, part: Sequence[Setting], why: str, directory: Path | None, number: int
+def _compare_pair(
+    first: Setting, second: Setting, members: Sequence[Setting], reason: str, directory: Path | None, number: int
 ) -> Comparison:
-    full = full_of(first, part)
-    common = [s for s in first.answered if s in second.answered and (full is None or s in full.answered)]
-    failed = [s for s in common if first.answered[s]["correct"] != second.answered[s]["correct"]]
+    """Return the failures of two settings; `number` is the number of the first failure in the report."""
+    full = find_full_setting(first, members)
+    common = [s for s in first.valid_records if s in second.valid_records and (full is None or s in full.valid_records)]
+    failed = [s for s in common if first.valid_records[s]["correct"] != second.valid_records[s]["correct"]]
     if full is not None:
-        failed = [s for s in failed if full.answered[s]["correct"]]
-    sides = [[s for s in failed if bool(first.answered[s]["correct"]) is right] for right in (True, False)]
+        failed = [s for s in failed if full.valid_records[s]["correct"]]
+    sides = [[s for s in failed if bool(first.valid_records[s]["correct"]) is right] for right in (True, False)]
 
     def selections(sample: str) -> tuple[Selection, ...]:
         if directory is None:
             return ()
-        one, other = (from_record(directory, setting.answered[sample]) for setting in (first, second))
-        return () if one is None or other is None else (one, other)
+        a, b = (selection_from_record(directory, setting.valid_records[sample]) for setting in (first, second))
+        return () if a is None or b is None else (a, b)
 
-    def drawable(sample: str) -> bool:
-        return all(setting.answered[sample].get("selection") for setting in (first, second))
+    def has_selections(sample: str) -> bool:
+        return all(setting.valid_records[sample].get("selection") for setting in (first, second))
 
-    shown: list[Failure] = []
+    failures: list[Failure] = []
     for side in sides:
-        for sample in _spread([s for s in side if drawable(s)] or side, first):
-            records = first.answered[sample], second.answered[sample]
-            last = None if full is None else full.answered[sample]
-            shown.append(Failure(records, last, number + len(shown), selections(sample)))
-    unseen = ""
-    if shown and not any(one.selections for one in shown):
-        if any(map(drawable, failed)):
-            unseen = "Their images are not in the folder `images` of the run directory: they stand in words only."
+        for sample in _spread([s for s in side if has_selections(s)] or side, first):
+            records = first.valid_records[sample], second.valid_records[sample]
+            full_record = None if full is None else full.valid_records[sample]
+            failures.append(Failure(records, full_record, number + len(failures), selections(sample)))
+    missing_images = ""
+    if failures and not any(failure.selections for failure in failures):
+        if any(map(has_selections, failed)):
+            missing_images = "Their images are not in the folder `images` of the run directory: only texts are shown."
         else:
-            unseen = (
-                "Their records hold no kept tokens, so they stand in words only. Either they were made with "
-                "`--images 0`, by an earlier version, or with an adapter that cannot tell its pixels; or their "
-                "images are not among those that were stored (`--images N` stores more)."
+            missing_images = (
+                "Their records hold no kept tokens, so only texts are shown. Possible reasons: the run used "
+                "`--images 0`, an earlier version or an adapter without pixels; or these images were not stored "
+                "(`--images N` stores more)."
             )
-    named = {entry.hash: name for name, entries in rows(part) for entry in entries.values()}
-    names = [named.get(setting.hash, setting.name) for setting in (first, second)]
+    row_names = {setting.hash: name for name, by_budget in method_rows(members) for setting in by_budget.values()}
+    names = [row_names.get(setting.hash, setting.name) for setting in (first, second)]
     return Comparison(
         (first, second),
         (names[0], names[1]),
-        why,
+        reason,
         full is not None,
         (len(sides[0]), len(sides[1])),
         len(common),
-        shown,
-        unseen,
+        failures,
+        missing_images,
     )
 
 
 def _spread(samples: Sequence[str], setting: Setting) -> list[str]:
-    """Return a few samples, of different images where possible, evenly spread over the task."""
+    """Return up to `MAX_FAILURES` samples, evenly spread over the task and of different images if possible."""
     firsts: dict[str, str] = {}
     for sample in samples:
-        firsts.setdefault(str(setting.answered[sample]["group"]), sample)
-    rest = [sample for sample in samples if sample not in firsts.values()]
-    chosen = list(firsts.values())
-    if len(chosen) >= SHOWN:
-        return [chosen[number * len(chosen) // SHOWN] for number in range(SHOWN)]
-    return [*chosen, *rest][:SHOWN]
+        firsts.setdefault(str(setting.valid_records[sample]["group"]), sample)
+    remaining = [sample for sample in samples if sample not in firsts.values()]
+    distinct = list(firsts.values())
+    if len(distinct) >= MAX_FAILURES:
+        return [distinct[number * len(distinct) // MAX_FAILURES] for number in range(MAX_FAILURES)]
+    return [*distinct, *remaining][:MAX_FAILURES]
 
 
-def whole(selection: Selection) -> Image.Image:
-    """Return the image at the highest resolution that the model saw, without padding.
+def full_resolution_image(selection: Selection) -> Image.Image:
+    """Return the image at the highest resolution that the model encodes, without padding.
 
     Args:
         selection: a selection with pixels.
     """
     assert selection.pixels is not None
-    (rows_, cols), (height, width) = selection.geometry.tile_grid, selection.geometry.token_grid
-    if not rows_:
+    (n_rows, n_cols), (height, width) = selection.geometry.tile_grid, selection.geometry.token_grid
+    if not n_rows:
         return Image.fromarray(selection.pixels[0].numpy())
     pixels = rearrange(
-        selection.pixels[1:].numpy(), "(rows cols) height width rgb -> (rows height) (cols width) rgb", rows=rows_
+        selection.pixels[1:].numpy(), "(rows cols) height width rgb -> (rows height) (cols width) rgb", rows=n_rows
     )
     valid = rearrange(
         selection.geometry.valid[1:].cpu().numpy(),
         "(rows cols) (height width) -> (rows height) (cols width)",
-        rows=rows_,
+        rows=n_rows,
         height=height,
     )
     if not valid.any():
         return Image.fromarray(selection.pixels[0].numpy())
-    down, across = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
-    tall, wide = pixels.shape[0] / (rows_ * height), pixels.shape[1] / (cols * width)
-    top, bottom, left, right = down[0] * tall, (down[-1] + 1) * tall, across[0] * wide, (across[-1] + 1) * wide
+    rows, cols = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
+    token_height, token_width = pixels.shape[0] / (n_rows * height), pixels.shape[1] / (n_cols * width)
+    top, bottom = rows[0] * token_height, (rows[-1] + 1) * token_height
+    left, right = cols[0] * token_width, (cols[-1] + 1) * token_width
     return Image.fromarray(pixels[round(top) : round(bottom), round(left) : round(right)])
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def failure_blocks(found: Sequence[Comparison], several: bool) -> list[Block]:
+def failure_blocks(comparisons: Sequence[Comparison], needs_headings: bool) -> list[Block]:
     """Return the section of the failures.
 
     Args:
-        found: the pairs of settings.
-        several: whether there are several models or tasks, so that each pair needs a heading.
+        comparisons: the pairs of settings with their failures.
+        needs_headings: whether each pair gets a heading, because there are several models or tasks.
     """
     blocks: list[Block] = [Heading("Failures side by side")]
-    if not found:
+    if not comparisons:
         return [*blocks, Text(["No budget has two settings to compare."])]
-    for one in found:
-        titles = [f"{name} at {budget_text(c.budget)}" for name, c in zip(one.names, one.settings, strict=True)]
-        if several:
+    for comparison in comparisons:
+        pairs = zip(comparison.names, comparison.settings, strict=True)
+        titles = [f"{name} at {format_budget(setting.budget)}" for name, setting in pairs]
+        if needs_headings:
             blocks.append(Heading(f"{titles[0]} and {titles[1]}", 3))
-        condition = "full tokens have right" if one.full else "were answered (there are no full tokens to ask)"
+        condition = "full tokens answer correctly" if comparison.has_full else "have no error (no full tokens)"
+        only_first, only_second = comparison.only_correct
         blocks.append(
             Text(
                 [
-                    f"**{titles[0]}** and **{titles[1]}**, {one.why}: of {one.common} samples in common, and among "
-                    f"those that {condition}, only the first has {one.alone[0]} right, only the second {one.alone[1]}. "
-                    f"Shown: up to {SHOWN} of each, spread over the images and not picked by eye."
+                    f"**{titles[0]}** and **{titles[1]}**, {comparison.reason}: of {comparison.n_common} samples in "
+                    f"common, and among those that {condition}, only the first has {only_first} right, only the second "
+                    f"{only_second}. Shown: up to {MAX_FAILURES} of each, spread evenly over the images."
                 ]
             )
         )
-        if one.unseen:
-            blocks.append(Text([one.unseen]))
-        elif one.shown:
+        if comparison.missing_images:
+            blocks.append(Text([comparison.missing_images]))
+        elif comparison.failures:
             blocks.append(
                 Text(
                     [
-                        "Kept tokens are clear and outlined, dropped ones faded, padding hatched. Methods that merge "
-                        "are drawn with the places at which their mixtures stand."
+                        "Kept tokens are clear and outlined, dropped tokens faded, padding hatched. If a method "
+                        "merges tokens, the positions of the merged tokens are drawn."
                     ]
                 )
             )
-        for failure in one.shown:
-            blocks += _failure(failure, one, 4 if several else 3)
+        for failure in comparison.failures:
+            blocks += _blocks_of_failure(failure, comparison, 4 if needs_headings else 3)
     return blocks
 
 
-def _failure(failure: Failure, one: Comparison, level: int) -> list[Block]:
+def _blocks_of_failure(failure: Failure, comparison: Comparison, level: int) -> list[Block]:
     record = failure.records[0]
     kind = ", ".join(str(record[name]) for name in ("type", "split") if record.get(name))
     answers = record.get("answer")
@@ -292,21 +300,21 @@ def _failure(failure: Failure, one: Comparison, level: int) -> list[Block]:
     line = f"{record['sample']}{f' ({kind})' if kind else ''}. Expected: {expected}."
     if failure.full is not None:
         line += f" Full tokens: {_code(failure.full.get('prediction'))}."
-    blocks: list[Block] = [Heading(_cut(record.get("question") or record["sample"]), level), Text([line])]
-    heads = list(one.names)
+    blocks: list[Block] = [Heading(_shorten(record.get("question") or record["sample"]), level), Text([line])]
+    heads = list(comparison.names)
     captions = [
         f"{'right' if r['correct'] else '**wrong**'}: {_code(r.get('prediction'))}; {r.get('kept')} tokens kept"
         for r in failure.records
     ]
     if failure.selections:
-        heads, captions = ["the image", *heads], ["as the model saw it", *captions]
-    return [*blocks, Sides(heads, captions, failure.paths if failure.selections else ())]
+        heads, captions = ["the image", *heads], ["as the model encodes it", *captions]
+    return [*blocks, ImageRow(heads, captions, failure.paths if failure.selections else ())]
 
 
 def _code(value: object) -> str:
-    return f"`{_cut(value).replace('`', chr(39)) or ' '}`"
+    return f"`{_shorten(value).replace('`', chr(39)) or ' '}`"
 
 
-def _cut(value: object) -> str:
+def _shorten(value: object) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."

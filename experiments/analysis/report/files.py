@@ -1,4 +1,4 @@
-"""Files for other programs."""
+"""CSV and Parquet files of settings and records, for other programs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokenprune.experiments.analysis.report.comparisons import against_full, against_random
-from tokenprune.experiments.analysis.report.rows import contexts
-from tokenprune.experiments.analysis.stats import Difference, Setting, short
+from tokenprune.experiments.analysis.report.comparisons import compare_with_full, compare_with_random
+from tokenprune.experiments.analysis.report.rows import group_by_context
+from tokenprune.experiments.analysis.stats import Difference, Setting, shorten_value
 
 
 def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Return one row an experiment, with its differences to full tokens and to every random seed that is there.
+    """Return one row per setting, with its differences to full tokens and to every available random seed.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
     full: dict[str, Difference] = {}
     random: dict[tuple[str, int], Difference] = {}
-    for part in contexts(settings).values():
-        full |= {setting.hash: difference for setting, difference in against_full(part)}
-        random |= {(setting.hash, seed): difference for setting, seed, difference in against_random(part)}
-    found = []
+    for members in group_by_context(settings).values():
+        full |= {setting.hash: difference for setting, difference in compare_with_full(members)}
+        random |= {(setting.hash, seed): difference for setting, seed, difference in compare_with_random(members)}
+    lines = []
     for setting in settings:
         row: dict[str, Any] = {
             "hash": setting.hash,
@@ -36,8 +36,8 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
             "budget": setting.budget,
             "role": setting.role,
             "seed": setting.seed,
-            "model": short(json.loads(setting.context[0])),
-            "task": short(json.loads(setting.context[1])),
+            "model": shorten_value(json.loads(setting.context[0])),
+            "task": shorten_value(json.loads(setting.context[1])),
             "metric": setting.metric,
             "n": setting.score.n,
             "n_errors": setting.n_errors,
@@ -52,27 +52,27 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
             row |= _difference_row("minus_full", full.get(setting.hash))
         for seed in sorted({seed for _, seed in random}):
             row |= _difference_row(f"minus_random_{seed}", random.get((setting.hash, seed)))
-        row |= {f"factor.{name}": short(value) for name, value in setting.factors.items()}
-        found.append(row)
-    return found
+        row |= {f"factor.{name}": shorten_value(value) for name, value in setting.factors.items()}
+        lines.append(row)
+    return lines
 
 
 def _difference_row(name: str, difference: Difference | None) -> dict[str, Any]:
-    parts = ("", "_low", "_high", "_n", "_mcnemar_p", "_holm_p", "_verdict")
+    suffixes = ("", "_low", "_high", "_n", "_mcnemar_p", "_holm_p", "_verdict")
     if difference is None:
-        return {f"{name}{part}": None for part in parts}
-    s, d = difference.score, difference
-    values = (s.mean, s.low, s.high, s.n, d.p, d.holm, d.verdict)
-    return {f"{name}{part}": value for part, value in zip(parts, values, strict=True)}
+        return {f"{name}{suffix}": None for suffix in suffixes}
+    score = difference.score
+    values = (score.mean, score.low, score.high, score.n, difference.p, difference.holm, difference.verdict)
+    return {f"{name}{suffix}": value for suffix, value in zip(suffixes, values, strict=True)}
 
 
 def record_rows(settings: Iterable[Setting]) -> list[dict[str, Any]]:
-    """Return one row a record, with what identifies its experiment; lists are written as JSON.
+    """Return one row per record, with the fields that identify its setting; lists and objects become JSON text.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
-    found = []
+    lines = []
     for setting in settings:
         head = {
             "hash": setting.hash,
@@ -82,34 +82,34 @@ def record_rows(settings: Iterable[Setting]) -> list[dict[str, Any]]:
             "seed": setting.seed,
         }
         for record in setting.records:
-            plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record.items()}
-            found.append(head | plain)
-    return found
+            flat = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record.items()}
+            lines.append(head | flat)
+    return lines
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; what is not known stays empty.
+    """Write rows as CSV; `None`, NaN and missing values become empty fields.
 
     Args:
-        path: the file.
-        lines: the rows; they need not have the same names.
+        path: path of the file.
+        lines: the rows; their names may differ.
     """
     names = dict.fromkeys(name for line in lines for name in line)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(names), restval="")
         writer.writeheader()
-        writer.writerows({name: "" if _unknown(value) else value for name, value in line.items()} for line in lines)
+        writer.writerows({name: "" if _is_missing(value) else value for name, value in line.items()} for line in lines)
 
 
-def _unknown(value: Any) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def need_pyarrow() -> tuple[Any, Any]:
-    """Return pyarrow and its module for Parquet.
+def import_pyarrow() -> tuple[Any, Any]:
+    """Import and return `pyarrow` and `pyarrow.parquet`.
 
     Raises:
-        ImportError: without pyarrow; it says what to do.
+        ImportError: if pyarrow is not installed; the message names the command that installs it.
     """
     try:
         return import_module("pyarrow"), import_module("pyarrow.parquet")
@@ -120,23 +120,23 @@ def need_pyarrow() -> tuple[Any, Any]:
 
 
 def write_parquet(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as Parquet; a column that mixes words with numbers becomes text.
+    """Write rows as Parquet; a column that mixes text and numbers becomes text.
 
     Args:
-        path: the file.
-        lines: the rows; they need not have the same names.
+        path: path of the file.
+        lines: the rows; their names may differ.
 
     Raises:
-        ImportError: without pyarrow.
+        ImportError: if pyarrow is not installed.
     """
-    pyarrow, parquet = need_pyarrow()
+    pyarrow, parquet = import_pyarrow()
     names = dict.fromkeys(name for line in lines for name in line)
-    columns = {name: _one_type([line.get(name) for line in lines]) for name in names}
+    columns = {name: _unify_types([line.get(name) for line in lines]) for name in names}
     parquet.write_table(pyarrow.table(columns), str(path))
 
 
-def _one_type(values: list[Any]) -> list[Any]:
-    """Return a column that Parquet can hold: text if it mixes words with numbers, as budgets and answers may."""
+def _unify_types(values: list[Any]) -> list[Any]:
+    """Return a column of one type for Parquet: text if it mixes text and numbers, as budgets and answers can."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} or len(kinds) < 2:
         return values

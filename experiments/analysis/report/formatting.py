@@ -1,4 +1,4 @@
-"""Numbers as the tables write them."""
+"""Text of the numbers in tables."""
 
 from __future__ import annotations
 
@@ -7,48 +7,47 @@ import math
 from tokenprune.experiments.analysis.stats import Budget, Interval
 
 SAME = "≈"
-"""Marks what cannot be told from the best of its column."""
+"""Marks an entry without a significant difference from the best entry of its column."""
 DASH = "\N{EN DASH}"
 
 
-def budget_text(budget: Budget) -> str:
+def format_budget(budget: Budget) -> str:
     """Return a budget as text.
 
     Args:
-        budget: a ratio, a count as an `int`, words, or `None`.
+        budget: a `float` is a ratio, an `int` a count, and a `str` a description; or `None`.
     """
     if budget is None or isinstance(budget, str):
         return budget or "no budget"
     return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:.6g}%"
 
 
-def number_text(value: float, sign: bool = False) -> str:
-    """Return a share as percent with one decimal, never as minus zero.
+def format_percent(value: float, sign: bool = False) -> str:
+    """Return a fraction as percent with one decimal, never as minus zero.
 
     Args:
-        value: the share.
-        sign: whether to write a plus.
+        value: the fraction.
+        sign: whether to write a plus sign before positive values.
     """
     if math.isnan(value):
         return DASH
     return f"{round(100 * value, 1) + 0.0:{'+' if sign else ''}.1f}"
 
 
-def interval_text(found: Interval, sign: bool = False) -> str:
+def format_interval(interval: Interval, sign: bool = False) -> str:
     """Return a mean and its interval in percent.
 
     Args:
-        found: the interval.
-        sign: whether to write a plus.
+        interval: the interval.
+        sign: whether to write a plus sign before positive values.
     """
-    if not found.n:
+    if not interval.n:
         return DASH
-    if not found.known:
-        return f"{number_text(found.mean, sign)} (one group, no interval)"
-    return f"{number_text(found.mean, sign)} [{number_text(found.low, sign)}, {number_text(found.high, sign)}]"
+    mean, low, high = (format_percent(value, sign) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]" if interval.has_bounds else f"{mean} (one group, no interval)"
 
 
-def p_text(p: float | None) -> str:
+def format_p_value(p: float | None) -> str:
     """Return a p-value as text.
 
     Args:
@@ -59,8 +58,8 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def plain(value: float, decimals: int = 1) -> str:
-    """Return a number with so many decimals.
+def format_number(value: float, decimals: int = 1) -> str:
+    """Return a number with a fixed number of decimals.
 
     Args:
         value: the number.

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no other."""
+"""Renders a report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Sides, Table, Text
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, ImageRow, Table, Text
 from tokenprune.experiments.analysis.report.formatting import SAME
 
 CSS = """
@@ -41,18 +41,18 @@ h4 { font-size: 1rem; margin: 1.4rem 0 .2rem; border-top: 1px solid #eee; paddin
 """
 
 
-def page(blocks: Iterable[Block], folder: Path, colors: Mapping[str, str]) -> str:
-    """Return a report as one HTML file that needs no other: style and figures are inside.
+def render_html(blocks: Iterable[Block], folder: Path, colors: Mapping[str, str]) -> str:
+    """Return a report as one HTML file that contains its style and figures.
 
     Args:
-        blocks: the report.
-        folder: where the figures lie.
-        colors: color of rows by their name.
+        blocks: the blocks of the report.
+        folder: folder of the report; paths of figures are relative to it.
+        colors: colors of table rows, by row name.
     """
     blocks = list(blocks)
     title = next(block.text for block in blocks if isinstance(block, Heading))
-    places = {number: block for number, block in enumerate(blocks) if isinstance(block, Heading)}
-    links = [f'<a href="#s{n}">{_inline(head.text)}</a>' for n, head in places.items() if head.level == 2]
+    headings = {number: block for number, block in enumerate(blocks) if isinstance(block, Heading)}
+    links = [f'<a href="#s{n}">{_inline(head.text)}</a>' for n, head in headings.items() if head.level == 2]
     out = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -69,16 +69,16 @@ def page(blocks: Iterable[Block], folder: Path, colors: Mapping[str, str]) -> st
         elif isinstance(block, Text):
             out += [f"<p>{_inline(line)}</p>" for line in block.lines]
         elif isinstance(block, Image):
-            image = _image(folder / block.path, block.caption.split(".")[0])
+            image = _image_tag(folder / block.path, block.caption.split(".")[0])
             out.append(f"<figure>{image}<figcaption>{_inline(block.caption)}</figcaption></figure>")
-        elif isinstance(block, Sides):
-            out.append(_sides(block, folder, colors))
+        elif isinstance(block, ImageRow):
+            out.append(_image_row(block, folder, colors))
         else:
-            out.append(_html_table(block, colors))
+            out.append(_table(block, colors))
     return "\n".join([*out, "</body></html>"]) + "\n"
 
 
-def _image(path: Path, text: str) -> str:
+def _image_tag(path: Path, text: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
@@ -87,42 +87,43 @@ def _dot(name: str, colors: Mapping[str, str]) -> str:
     return f'<span class="dot" style="background:{colors[name]}"></span>' if name in colors else ""
 
 
-def _sides(block: Sides, folder: Path, colors: Mapping[str, str]) -> str:
+def _image_row(block: ImageRow, folder: Path, colors: Mapping[str, str]) -> str:
     paths: Sequence[str | None] = block.paths or [None] * len(block.heads)
     parts = []
     for head, caption, path in zip(block.heads, block.captions, paths, strict=True):
-        image = "" if path is None else _image(folder / path, head)
+        image = "" if path is None else _image_tag(folder / path, head)
         title = f'<div class="head">{_dot(head, colors)}{_inline(head)}</div>'
         parts.append(f"<figure>{title}{image}<figcaption>{_inline(caption)}</figcaption></figure>")
     return f'<div class="sides">{"".join(parts)}</div>'
 
 
-def _html_table(table: Table, colors: Mapping[str, str]) -> str:
+def _table(table: Table, colors: Mapping[str, str]) -> str:
     head = "".join(f"<th>{_inline(name)}</th>" for name in table.head)
     body = []
     for line in table.rows:
         name = line[0]
-        entries = [_dot(name, colors) + _inline(name), *map(_html_entry, line[1:])]
+        entries = [_dot(name, colors) + _inline(name), *map(_table_entry, line[1:])]
         body.append(f"<tr>{''.join(f'<td>{entry}</td>' for entry in entries)}</tr>")
     top = f"<thead><tr>{head}</tr></thead>" if any(table.head) else ""
     return f'<div class="wide"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _html_entry(text: str) -> str:
-    """Return an entry with its interval on a line of its own."""
-    found = re.fullmatch(r"(\S+) (\[[^\]]*\])(.*)", text)
-    if not found:
+def _table_entry(text: str) -> str:
+    """Return a table entry with its interval on a separate line."""
+    match = re.fullmatch(r"(\S+) (\[[^\]]*\])(.*)", text)
+    if not match:
         return _inline(text)
-    mean, inside, rest = found.groups()
-    rest = rest.strip(" ,")
-    if rest == SAME:
-        return f'{_inline(mean)} {SAME}<span class="ci">{inside}</span>'
-    return f'{_inline(mean)}<span class="ci">{inside}</span>' + (
-        f'<span class="ci">{_inline(rest)}</span>' if rest else ""
+    mean, interval, suffix = match.groups()
+    suffix = suffix.strip(" ,")
+    if suffix == SAME:
+        return f'{_inline(mean)} {SAME}<span class="ci">{interval}</span>'
+    return f'{_inline(mean)}<span class="ci">{interval}</span>' + (
+        f'<span class="ci">{_inline(suffix)}</span>' if suffix else ""
     )
 
 
 def _inline(text: str) -> str:
+    """Return text as HTML, with code in backticks and bold text between double asterisks."""
     text = html.escape(text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)

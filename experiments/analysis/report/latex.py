@@ -1,43 +1,46 @@
-"""The main tables for LaTeX."""
+"""Renders the main tables of a report for LaTeX."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from tokenprune.experiments.analysis.report.formatting import DASH, SAME, interval_text
-from tokenprune.experiments.analysis.report.rows import context_text, contexts, full_rows, metric_text
+from tokenprune.experiments.analysis.report.formatting import DASH, SAME, format_interval
+from tokenprune.experiments.analysis.report.rows import format_context, format_metric, full_rows, group_by_context
 from tokenprune.experiments.analysis.report.tables import accuracy_table
 from tokenprune.experiments.analysis.stats import Setting
 
 
-def latex(settings: Sequence[Setting]) -> str:
-    """Return the main table for LaTeX with booktabs, one for each model and task.
+def render_latex(settings: Sequence[Setting]) -> str:
+    """Return the main table of each model and task for LaTeX with booktabs.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
-    out = ["% Needs \\usepackage{booktabs,graphicx}; a table wider than the text is made smaller"]
-    for part in contexts(settings).values():
-        table = accuracy_table(part, bold="")
-        lines = [[name.strip(), *(_entry(e) for e in entries)] for name, *entries in table.rows]
-        full = [(_text(name), interval_text(setting.score)) for name, setting in full_rows(part)]
+    out = ["% Needs \\usepackage{booktabs,graphicx}; a table wider than the text is scaled down"]
+    for members in group_by_context(settings).values():
+        table = accuracy_table(members, bold="")
+        lines = [[name.strip(), *(_format_entry(entry) for entry in entries)] for name, *entries in table.rows]
+        full = [(_escape(name), format_interval(setting.score)) for name, setting in full_rows(members)]
         columns = len(table.head) - 1
-        words = [f"{metric_text(part[0])} in percent, 95 % intervals from a bootstrap over groups"]
-        if any(map(json.loads, part[0].context)):
-            words.insert(0, context_text(part[0]))
+        caption = [f"{format_metric(members[0])} in percent, 95 % intervals from a bootstrap over groups"]
+        if any(map(json.loads, members[0].context)):
+            caption.insert(0, format_context(members[0]))
         out += [
             "\\begin{table}",
             "\\centering",
-            f"\\caption{{{_text('; '.join(words))}. $\\approx$: no difference seen to the best of the column.}}",
+            f"\\caption{{{_escape('; '.join(caption))}. $\\approx$: no difference seen to the best of the column.}}",
             "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{l{'r' * columns}}}",
             "\\toprule",
-            " & ".join(map(_text, table.head)) + " \\\\",
+            " & ".join(map(_escape, table.head)) + " \\\\",
             "\\midrule",
-            *(f"{name} & \\multicolumn{{{max(1, columns)}}}{{c}}{{{_entry(e)}}} \\\\" for name, e in full),
+            *(
+                f"{name} & \\multicolumn{{{max(1, columns)}}}{{c}}{{{_format_entry(entry)}}} \\\\"
+                for name, entry in full
+            ),
             *(["\\midrule"] if full and lines else []),
-            *(" & ".join([_text(name), *entries]) + " \\\\" for name, *entries in lines),
+            *(" & ".join([_escape(name), *entries]) + " \\\\" for name, *entries in lines),
             "\\bottomrule",
             "\\end{tabular}}",
             "\\end{table}",
@@ -45,14 +48,15 @@ def latex(settings: Sequence[Setting]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _text(text: str) -> str:
+def _escape(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", DASH: "--"}
     special |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
     return "".join(special.get(mark, mark) for mark in text)
 
 
-def _entry(text: str) -> str:
-    mean, _, rest = text.partition(" ")
-    same = rest.endswith(SAME)
-    rest = rest.removesuffix(SAME).strip()
-    return _text(mean) + (f" {{\\scriptsize {_text(rest)}}}" if rest else "") + (" $\\approx$" if same else "")
+def _format_entry(text: str) -> str:
+    mean, _, suffix = text.partition(" ")
+    is_same = suffix.endswith(SAME)
+    suffix = suffix.removesuffix(SAME).strip()
+    interval = f" {{\\scriptsize {_escape(suffix)}}}" if suffix else ""
+    return _escape(mean) + interval + (" $\\approx$" if is_same else "")

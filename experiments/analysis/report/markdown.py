@@ -1,17 +1,17 @@
-"""A report as Markdown."""
+"""Renders a report as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Sides, Text
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, ImageRow, Text
 
 
-def markdown(blocks: Iterable[Block]) -> str:
+def render_markdown(blocks: Iterable[Block]) -> str:
     """Return a report as Markdown.
 
     Args:
-        blocks: the report.
+        blocks: the blocks of the report.
     """
     out = []
     for block in blocks:
@@ -21,7 +21,7 @@ def markdown(blocks: Iterable[Block]) -> str:
             out.append("\n".join(f"- {line}" for line in block.lines) if block.bullets else "\n\n".join(block.lines))
         elif isinstance(block, Image):
             out.append(f"![{block.caption.split('.')[0]}]({block.path})\n\n{block.caption}")
-        elif isinstance(block, Sides):
+        elif isinstance(block, ImageRow):
             images = [f"![{head}]({path})" for head, path in zip(block.heads, block.paths, strict=False)]
             out.append(_table([block.heads, *([images] if images else []), block.captions]))
         else:
@@ -30,7 +30,7 @@ def markdown(blocks: Iterable[Block]) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = lines
-    # Even inside code a bar ends an entry.
-    texts = [[entry.replace("|", "\\|") for entry in line] for line in (head, ["---"] * len(head), *rest)]
+    head, *body = lines
+    # A bar ends an entry even inside code.
+    texts = [[entry.replace("|", "\\|") for entry in line] for line in (head, ["---"] * len(head), *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in texts)

@@ -1,4 +1,4 @@
-"""Experiments as rows and columns, and what they are called."""
+"""Arranges settings in table rows and columns, and names the rows."""
 
 from __future__ import annotations
 
@@ -6,87 +6,90 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from tokenprune.experiments.analysis.stats import Budget, Setting, budget_order, short
+from tokenprune.experiments.analysis.stats import Budget, Setting, budget_sort_key, shorten_value
 
 Row: TypeAlias = tuple[str, dict[Budget, Setting]]
-"""Name of a row and its experiments by budget."""
+"""Name of a table row and its settings by budget."""
 
 
-def contexts(settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]]:
-    """Return the experiments by model and task, which are never compared with each other.
+def group_by_context(settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]]:
+    """Return the settings by context (model and task). Settings of different contexts are never compared.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
-    found: dict[tuple[str, str], list[Setting]] = {}
+    by_context: dict[tuple[str, str], list[Setting]] = {}
     for setting in settings:
-        found.setdefault(setting.context, []).append(setting)
-    return found
+        by_context.setdefault(setting.context, []).append(setting)
+    return by_context
 
 
-def rows(settings: Sequence[Setting]) -> list[Row]:
-    """Return the rows of a table: methods, and every seed of a method for itself; full tokens are no row.
+def method_rows(settings: Sequence[Setting]) -> list[Row]:
+    """Return one table row per method and seed, without the settings with full tokens.
 
     Args:
-        settings: experiments of one setting.
+        settings: the settings of one context.
     """
     reduced = [setting for setting in settings if setting.role != "full"]
     seeds: dict[str, set[int]] = {}
     for setting in reduced:
         seeds.setdefault(setting.method, set()).add(setting.seed)
-    found: dict[str, dict[Budget, Setting]] = {}
+    named_rows: dict[str, dict[Budget, Setting]] = {}
     for setting in reduced:
         name = setting.method
         if len(seeds[name]) > 1 or setting.strategy == "Random":
             name += f", seed {setting.seed}"
-        if setting.budget in found.get(name, {}):  # differs in something no factor names
+        if setting.budget in named_rows.get(name, {}):  # differs in an option that is no factor
             name += f" ({setting.hash[:6]})"
-        found.setdefault(name, {})[setting.budget] = setting
-    return list(found.items())
+        named_rows.setdefault(name, {})[setting.budget] = setting
+    return list(named_rows.items())
 
 
 def full_rows(settings: Sequence[Setting]) -> list[tuple[str, Setting]]:
-    """Return the experiments with all tokens by name; several are told apart by what differs in their configuration.
+    """Return (row name, setting) of each setting with all tokens.
+
+    With several such settings, the row names list the configuration values that differ.
 
     Args:
-        settings: experiments of one setting.
+        settings: the settings of one context.
     """
-    found = [setting for setting in settings if setting.role == "full"]
+    full = [setting for setting in settings if setting.role == "full"]
     keys = [
         key
         for key in ("dtype", "max_new_tokens", "temperature", "batch_size", "seed", "device")
-        if len({c.config.get(key) for c in found}) > 1
+        if len({setting.config.get(key) for setting in full}) > 1
     ]
-    named = [", ".join(f"{key}={short(setting.config.get(key))}" for key in keys) for setting in found]
+    suffixes = [", ".join(f"{key}={shorten_value(setting.config.get(key))}" for key in keys) for setting in full]
     return [
-        (f"full tokens, {name}" if name else "full tokens", setting) for name, setting in zip(named, found, strict=True)
+        (f"full tokens, {suffix}" if suffix else "full tokens", setting)
+        for suffix, setting in zip(suffixes, full, strict=True)
     ]
 
 
-def budgets(settings: Iterable[Setting]) -> list[Budget]:
-    """Return the budgets of all but full tokens, least first.
+def list_budgets(settings: Iterable[Setting]) -> list[Budget]:
+    """Return the sorted budgets of all settings without full tokens.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
-    found = {setting.budget for setting in settings if setting.role != "full"}
-    return sorted(found, key=budget_order)
+    budgets = {setting.budget for setting in settings if setting.role != "full"}
+    return sorted(budgets, key=budget_sort_key)
 
 
-def context_text(setting: Setting) -> str:
-    """Return model and task of an experiment.
+def format_context(setting: Setting) -> str:
+    """Return model and task of a setting as text.
 
     Args:
-        setting: an experiment of the setting.
+        setting: the setting.
     """
-    model, task = (short(json.loads(value)) for value in setting.context)
+    model, task = (shorten_value(json.loads(value)) for value in setting.context)
     return f"{model}, {task}"
 
 
-def metric_text(setting: Setting) -> str:
-    """Return the metric of an experiment in words.
+def format_metric(setting: Setting) -> str:
+    """Return the metric of a setting as text.
 
     Args:
-        setting: an experiment.
+        setting: the setting.
     """
     return setting.metric.replace("_", " ")

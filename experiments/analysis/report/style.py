@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.colors import to_hex, to_rgb
 
-from tokenprune.experiments.analysis.report.rows import contexts, full_rows, rows
+from tokenprune.experiments.analysis.report.rows import full_rows, group_by_context, method_rows
 from tokenprune.experiments.analysis.stats import Setting
 
 PALETTE = (
@@ -25,52 +25,53 @@ PALETTE = (
     "#CC6677",
     "#117733",
 )
-"""Colors of Okabe and Ito, then of Tol's muted scheme, made for every kind of color vision."""
+"""Colors of Okabe and Ito, then of Tol's muted scheme; both are safe for color blindness."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 FULL, RANDOM, INK = "#000000", "#7F7F7F", "#222222"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks in every figure and table.
+    """Color and marker of a method in all figures and tables.
 
     Args:
-        color: its color.
-        marker: its marker.
+        color: color as `#RRGGBB`.
+        marker: marker of matplotlib.
     """
 
     color: str
     marker: str
 
 
-def styles(settings: Iterable[Setting]) -> dict[str, Style]:
-    """Return one color and marker per method, the same in every figure and table.
+def assign_styles(settings: Iterable[Setting]) -> dict[str, Style]:
+    """Return the color and marker of each method, the same in every figure and table.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
     methods = dict.fromkeys(setting.method for setting in settings)
-    found = {"full tokens": Style(FULL, "*"), "Random": Style(RANDOM, "x")}
-    for number, method in enumerate(name for name in methods if name not in found):
-        # More methods than colors: the same hues, darker.
-        darker = 0.55 ** (number // len(PALETTE))
-        red, green, blue = (darker * part for part in to_rgb(PALETTE[number % len(PALETTE)]))
-        found[method] = Style(to_hex((red, green, blue)).upper(), MARKERS[number % len(MARKERS)])
-    return {method: found[method] for method in methods}
+    assigned = {"full tokens": Style(FULL, "*"), "Random": Style(RANDOM, "x")}
+    for number, method in enumerate(name for name in methods if name not in assigned):
+        # If there are more methods than colors, the hues repeat with a lower brightness.
+        brightness = 0.55 ** (number // len(PALETTE))
+        red, green, blue = (brightness * channel for channel in to_rgb(PALETTE[number % len(PALETTE)]))
+        assigned[method] = Style(to_hex((red, green, blue)).upper(), MARKERS[number % len(MARKERS)])
+    return {method: assigned[method] for method in methods}
 
 
 def row_colors(settings: Sequence[Setting]) -> dict[str, str]:
-    """Return the color of every row of every table.
+    """Return the color of each row of all tables, by row name.
 
     Args:
-        settings: the experiments.
+        settings: the settings.
     """
-    looks = styles(settings)
+    style_by_method = assign_styles(settings)
+    by_context = group_by_context(settings)
     named = [
         (name, setting)
-        for part in contexts(settings).values()
-        for name, entries in rows(part)
-        for setting in entries.values()
+        for members in by_context.values()
+        for name, by_budget in method_rows(members)
+        for setting in by_budget.values()
     ]
-    full = {name: FULL for part in contexts(settings).values() for name, _ in full_rows(part)}
-    return {**full, **{name: looks[setting.method].color for name, setting in named}}
+    full = {name: FULL for members in by_context.values() for name, _ in full_rows(members)}
+    return {**full, **{name: style_by_method[setting.method].color for name, setting in named}}

@@ -7,21 +7,21 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tokenprune.experiments.analysis.report.contents import contents
-from tokenprune.experiments.analysis.report.failures import side_by_side
-from tokenprune.experiments.analysis.report.figures import figures
+from tokenprune.experiments.analysis.report.contents import build_report
+from tokenprune.experiments.analysis.report.failures import compare_failures
+from tokenprune.experiments.analysis.report.figures import draw_figures
 from tokenprune.experiments.analysis.report.files import (
-    need_pyarrow,
+    import_pyarrow,
     record_rows,
     setting_rows,
     write_csv,
     write_parquet,
 )
-from tokenprune.experiments.analysis.report.html import page
-from tokenprune.experiments.analysis.report.latex import latex
-from tokenprune.experiments.analysis.report.markdown import markdown
+from tokenprune.experiments.analysis.report.html import render_html
+from tokenprune.experiments.analysis.report.latex import render_latex
+from tokenprune.experiments.analysis.report.markdown import render_markdown
 from tokenprune.experiments.analysis.report.style import row_colors
-from tokenprune.experiments.analysis.stats import read
+from tokenprune.experiments.analysis.stats import read_results
 
 
 def write_report(
@@ -31,36 +31,36 @@ def write_report(
 
     Args:
         directory: the run directory.
-        out: folder to write to; the run directory itself if left out.
-        compare: names or hashes of the two settings whose failures are shown; left out, the best two at the smallest
+        out: output folder; by default, the run directory.
+        compare: names or hashes of the two settings whose failures are shown; by default, the best two at the smallest
             budget.
-        parquet: whether to write settings.parquet and records.parquet too; needs pyarrow.
+        parquet: whether to also write settings.parquet and records.parquet, which requires pyarrow.
 
     Raises:
-        ValueError: if it is no run directory or holds nothing to report, or a setting to compare is not known.
-        ImportError: if pyarrow is needed and not there.
+        ValueError: if `directory` is no run directory or holds no record, or if `compare` names no setting.
+        ImportError: if `parquet` is set and pyarrow is not installed.
     """
     if parquet:
-        need_pyarrow()
-    results = read(directory)
-    pairs = side_by_side(results, compare)
+        import_pyarrow()
+    results = read_results(directory)
+    pairs = compare_failures(results, compare)
     out = directory if out is None else out
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures(results.settings).items():
-        written.append(out / "figures" / f"{name}.png")
-        FigureCanvasAgg(figure).print_png(str(written[-1]))
-    for old in (out / "figures").glob("failure-*.png"):
-        old.unlink()
-    for failure in (failure for pair in pairs for failure in pair.shown):
+    image_paths = []
+    for name, figure in draw_figures(results.settings).items():
+        image_paths.append(out / "figures" / f"{name}.png")
+        FigureCanvasAgg(figure).print_png(str(image_paths[-1]))
+    for outdated in (out / "figures").glob("failure-*.png"):
+        outdated.unlink()
+    for failure in (failure for pair in pairs for failure in pair.failures):
         for name, image in failure.images().items():
-            written.append(out / name)
-            image.save(written[-1])
-    blocks = contents(results, pairs)
+            image_paths.append(out / name)
+            image.save(image_paths[-1])
+    blocks = build_report(results, pairs)
     pages = {
-        "report.md": markdown(blocks),
-        "report.tex": latex(results.settings),
-        "report.html": page(blocks, out, row_colors(results.settings)),
+        "report.md": render_markdown(blocks),
+        "report.tex": render_latex(results.settings),
+        "report.html": render_html(blocks, out, row_colors(results.settings)),
     }
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
@@ -71,17 +71,17 @@ def write_report(
         if parquet:
             files.append(out / f"{name}.parquet")
             write_parquet(files[-1], lines)
-    return [*files, *written]
+    return [*files, *image_paths]
 
 
 def main(directory: str, out: str | None = None, compare: list[str] | None = None, parquet: bool = False) -> None:
     """Write the tables and figures of a run directory and print their paths.
 
     Args:
-        directory: the run directory, as `tokenprune ablate` or `tokenprune evaluate` wrote it.
-        out: folder to write to; the run directory itself if left out.
-        compare: names or hashes of the two settings whose failures are shown; the best two if left out.
-        parquet: whether to write settings.parquet and records.parquet too; needs pyarrow.
+        directory: the run directory, as written by `tokenprune ablate` or `tokenprune evaluate`.
+        out: output folder; by default, the run directory.
+        compare: names or hashes of the two settings whose failures are shown; by default, the best two.
+        parquet: whether to also write settings.parquet and records.parquet, which requires pyarrow.
     """
     for path in write_report(Path(directory), None if out is None else Path(out), compare, parquet):
         print(path)

@@ -1,1 +1,1 @@
-"""What a model costs before it runs anywhere: counted on the meta device, predicted for a table of devices."""
+"""Counts the cost of a model on the meta device without running it, and predicts times for a table of devices."""

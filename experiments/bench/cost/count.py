@@ -1,4 +1,4 @@
-"""Runs a model on the meta device, from the image to the second new token, and counts each phase."""
+"""Counts the work of each phase of a model on the meta device, from the image to the second new token."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tokenprune.strategies import UniformStride
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one prompt row.
+    """Token counts of one prompt row.
 
     Args:
-        encoded: tokens that the tower puts out, padding included.
-        full: visual tokens that would enter the LLM, and newlines.
+        encoded: output tokens of the tower, including padding.
+        full: visual tokens and newline tokens of the full prompt.
         kept: visual tokens that enter the LLM.
         newlines: newline tokens that enter the LLM.
-        text: all others.
+        text: remaining tokens of the prompt.
     """
 
     encoded: int
@@ -47,24 +47,25 @@ class Tokens:
 
     @property
     def prompt(self) -> int:
-        """Length of the prompt."""
+        """Length of the prompt that enters the LLM."""
         return self.kept + self.newlines + self.text
 
 
 @dataclass(frozen=True)
-class Counted:
-    """One batch, counted.
+class BatchCost:
+    """BatchCost work and memory of one batch.
 
     Args:
-        batch: prompts, each with one image.
-        budget: what may enter the LLM; None keeps all.
-        tokens: tokens of each prompt.
+        batch: number of prompts, with one image each.
+        budget: budget of visual tokens; None keeps all.
+        tokens: token counts of each prompt.
         weight_bytes: bytes of all parameters and buffers.
         kv_bytes: bytes of the key-value cache after prefill.
-        encode: images through tower and projector.
-        prefill: the prompt through the LLM, to the first new token.
-        decode: one more token.
-        tower_flops: the part of ``encode`` that the vision tower has; all of it where the tower holds the projector.
+        encode: work of the tower and the projector.
+        prefill: work of the LLM for the prompt, up to the first new token.
+        decode: work of the LLM for one further token.
+        tower_flops: FLOPs of the vision tower, a part of ``encode``. If the tower contains the projector, these are all
+            FLOPs of ``encode``.
     """
 
     batch: int
@@ -83,10 +84,10 @@ class Counted:
         return {"encode": self.encode, "prefill": self.prefill, "decode_step": self.decode}
 
     def peak_bytes(self, new_tokens: int) -> int:
-        """Return the most bytes that are needed at once.
+        """Return the peak memory in bytes.
 
         Args:
-            new_tokens: tokens of an answer; the cache grows by all but the last.
+            new_tokens: number of new tokens; the cache grows by all of them except the last.
         """
         growth = self.kv_bytes // self.tokens.prompt * (new_tokens - 1)
         phases = (self.encode.peak_bytes, self.prefill.peak_bytes, self.decode.peak_bytes + growth)
@@ -115,83 +116,83 @@ PROCESSORS: Mapping[str, Callable[[Any], Any]] = {
     ),
     "qwen2_5_vl": lambda config: Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}),
 }
-"""The image processor of each family with the settings of its published checkpoints."""
+"""Builds the image processor of a family, with the settings of its published checkpoints, from a model config."""
 
 
-def cut(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[str, Tensor], TileGeometry]:
-    """Return the vision inputs of one image and its layout: the processor cuts it, the adapter reads the layout.
+def process_image(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[str, Tensor], TileGeometry]:
+    """Return the vision inputs of one image, from the image processor of the family, and the layout of its tiles.
 
     Args:
         adapter: an adapter of the family.
         image_size: height x width of the image in pixels.
 
     Raises:
-        LookupError: if the image processor of the family is not known here.
+        LookupError: if the family is not in `PROCESSORS`.
     """
     if adapter.family not in PROCESSORS:
         raise LookupError(
-            f"the cost of {adapter.family} is not known, since its image processor is not; known families: "
+            f"the cost of {adapter.family} cannot be counted: it has no image processor here; supported families: "
             f"{', '.join(sorted(PROCESSORS))}"
         )
-    # Uneven on purpose: adapters may find the grid of an image by its looks.
+    # Not uniform, because adapters may infer the grid of an image from its pixel values.
     small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
     image = Image.fromarray(small).resize((image_size[1], image_size[0]))
-    made = PROCESSORS[adapter.family](adapter.model.config)(images=[image], return_tensors="pt")
-    inputs = {name: value for name, value in made.items() if name in adapter.image_inputs}
+    processed = PROCESSORS[adapter.family](adapter.model.config)(images=[image], return_tensors="pt")
+    inputs = {name: value for name, value in processed.items() if name in adapter.image_inputs}
     prompt = dict(inputs)
-    if isinstance(adapter, TiledAdapter):  # reads in the prompt which tiles belong to one image
+    if isinstance(adapter, TiledAdapter):  # this adapter assigns tiles to images by reading the prompt
         length = len(inputs[adapter.pixels]) * adapter.token_grid[0] * adapter.token_grid[1]
         prompt["input_ids"] = torch.full((1, length), adapter.image_token_id)
     (layout,) = adapter.layouts(prompt)
     return inputs, layout
 
 
-def evenly_kept(layout: TileGeometry, budget: int | float | str | Budget, newlines: Any) -> Selection:
-    """Return evenly spaced tokens, which stand for a method's choice.
+def select_evenly(layout: TileGeometry, budget: int | float | str | Budget, newlines: Any) -> Selection:
+    """Return a selection of evenly spaced tokens, as a substitute for the selection of a method.
 
     Args:
         layout: the layout of the image.
-        budget: what may enter the LLM.
-        newlines: which newlines stay, as in `TokenReducer.newlines`.
+        budget: budget of visual tokens.
+        newlines: rule for newline tokens, as in `TokenReducer.newlines`.
     """
     image = EncodedImage(geometry=layout, features=torch.zeros(layout.tiles, layout.tokens, 1))
     return UniformStride(budget, newlines=newlines).reduce(image)
 
 
-def tokens_of(layout: TileGeometry, selection: Selection | None, text: int) -> Tokens:
-    """Return the tokens of a prompt with one image.
+def count_tokens(layout: TileGeometry, selection: Selection | None, text: int) -> Tokens:
+    """Return the token counts of a prompt with one image.
 
     Args:
         layout: the layout of the image.
-        selection: what may enter the LLM; None keeps all.
-        text: tokens of the prompt beside the image.
+        selection: the kept tokens; None keeps all.
+        text: number of text tokens in the prompt.
     """
     encoded, full = layout.tiles * layout.tokens, len(layout.packed)
     if selection is None:
-        return Tokens(encoded, full, full - layout.separators, layout.separators, text)
+        return Tokens(encoded, full, full - layout.newlines, layout.newlines, text)
     return Tokens(encoded, full, selection.kept_tokens, selection.kept_newlines, text)
 
 
-def _pixels(one: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """Return the pixels of a batch on the meta device; sizes stay on the CPU, since layouts are made from them."""
-    return torch.empty(batch * one.shape[0], *one.shape[1:], dtype=dtype, device="meta")
+def _build_meta_pixels(pixels: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """Return the pixels of a batch on the meta device."""
+    return torch.empty(batch * pixels.shape[0], *pixels.shape[1:], dtype=dtype, device="meta")
 
 
-def encode(
+def encode_images(
     adapter: PlaceholderAdapter,
     inputs: Mapping[str, Any],
     layout: TileGeometry,
     batch: int,
     selection: Selection | None,
 ) -> Any:
-    """Encode as a reducer that reads no signals does it, or the plain model if nothing is selected.
+    """Encode the images like a reducer that reads no signals, or like the plain model if there is no selection.
 
     Args:
         adapter: the adapter of the model.
         inputs: the vision inputs of the batch.
         layout: the layout of each image.
         batch: number of images.
-        selection: what stays of each.
+        selection: the kept tokens of each image; None keeps all.
     """
     if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
@@ -199,7 +200,7 @@ def encode(
     return tokens.gather([selection.packed_mask()] * batch)
 
 
-def count(
+def count_batch(
     model: Any,
     image_size: tuple[int, int],
     budget: int | float | str | Budget | None = None,
@@ -207,59 +208,72 @@ def count(
     text_tokens: int = 60,
     newlines: Any = "keep_rows",
     all_logits: bool = False,
-    whole: bool = False,
-) -> Counted:
-    """Count one batch: encode, prefill, one decode step.
+    encode_all: bool = False,
+) -> BatchCost:
+    """Count the work and memory of one batch: encode, prefill and one decode step.
 
     Args:
         model: a model on the meta device.
         image_size: height x width of the images in pixels.
-        budget: what may enter the LLM; None keeps all.
-        batch: prompts, each with one image of that size.
-        text_tokens: tokens of each prompt beside the image.
-        newlines: which newlines stay, as in `TokenReducer.newlines`.
-        all_logits: logits for the whole prompt in float32, as transformers made them before 4.45, not for its last
-            token alone.
-        whole: encode images whole before tokens are chosen, as published code does.
+        budget: budget of visual tokens; None keeps all.
+        batch: number of prompts, with one image of that size each.
+        text_tokens: text tokens of each prompt.
+        newlines: rule for newline tokens, as in `TokenReducer.newlines`.
+        all_logits: whether to compute logits for the complete prompt in float32, as transformers did before 4.45. By
+            default only the last token has logits.
+        encode_all: whether to encode images completely before the selection, as published code does.
 
     Raises:
-        TypeError: if no adapter knows the model.
-        LookupError: if the image processor of the family is not known here.
+        TypeError: if no adapter supports the model, or if its adapter has no image layouts.
+        LookupError: if the family is not in `PROCESSORS`.
     """
     adapter = find_adapter(model)
     if not isinstance(adapter, PlaceholderAdapter):
-        raise TypeError(f"the cost of {adapter.family} is not known: {type(adapter).__name__} lays out no images")
-    inputs, layout = cut(adapter, image_size)
-    selection = None if budget is None else evenly_kept(layout, budget, newlines)
-    tokens = tokens_of(layout, selection, text_tokens)
+        raise TypeError(
+            f"the cost of {adapter.family} cannot be counted: {type(adapter).__name__} has no image layouts"
+        )
+    inputs, layout = process_image(adapter, image_size)
+    selection = None if budget is None else select_evenly(layout, budget, newlines)
+    tokens = count_tokens(layout, selection, text_tokens)
     dim, meter, dtype = model.config.get_text_config().hidden_size, Meter(), model.dtype
 
-    def step(length: int, start: int, cache: Any) -> Any:
+    def run_llm(length: int, start: int, cache: Any) -> Any:
         embeds = torch.empty(batch, length, dim, dtype=dtype, device="meta")
-        places = torch.arange(start, start + length, device="meta").expand(batch, -1)
-        places = places.expand(3, -1, -1) if adapter.vision_positions else places
-        keep = 0 if all_logits else 1
+        positions = torch.arange(start, start + length, device="meta").expand(batch, -1)
+        positions = positions.expand(3, -1, -1) if adapter.has_vision_positions else positions
         out = model(
-            inputs_embeds=embeds, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=0 if all_logits else 1,
         )
         return out.past_key_values, out.logits.float()
 
     with torch.inference_mode():
         with meter.phase() as encoding:
-            given = {
-                name: _pixels(value, batch, dtype) if name == adapter.pixels else torch.cat([value] * batch)
+            # Size tensors stay on the CPU, because layouts need their values.
+            batch_inputs = {
+                name: _build_meta_pixels(value, batch, dtype) if name == adapter.pixels else torch.cat([value] * batch)
                 for name, value in inputs.items()
             }
-            encoded = encode(adapter, given, layout, batch, None if whole else selection)
+            encoded = encode_images(adapter, batch_inputs, layout, batch, None if encode_all else selection)
         with meter.phase() as prefill:
-            cache, logits = step(tokens.prompt, 0, None)
-        kv_bytes = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values))
-        del encoded, logits, given
+            cache, logits = run_llm(tokens.prompt, 0, None)
+        kv_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        del encoded, logits, batch_inputs
         with meter.phase() as decode:
-            step(1, tokens.prompt, cache)
+            run_llm(1, tokens.prompt, cache)
     projected = 0 if adapter.projector_path is None else encoding.modules.get(type(adapter.projector).__name__, 0)
-    parts = {id(one): one.nbytes for one in (*model.parameters(), *model.buffers())}
-    asked = None if budget is None else as_budget(budget)
-    return Counted(
-        batch, asked, tokens, sum(parts.values()), kv_bytes, encoding, prefill, decode, encoding.flops - projected
+    weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return BatchCost(
+        batch=batch,
+        budget=None if budget is None else as_budget(budget),
+        tokens=tokens,
+        weight_bytes=sum(weights.values()),
+        kv_bytes=kv_bytes,
+        encode=encoding,
+        prefill=prefill,
+        decode=decode,
+        tower_flops=encoding.flops - projected,
     )

@@ -1,4 +1,4 @@
-"""Devices as their vendors describe them: peak arithmetic, memory bandwidth and memory size."""
+"""Lists devices with the peak arithmetic, memory bandwidth and memory size of their datasheets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """Peak rates and memory of one device.
 
     Args:
-        name: how it is called in tables.
-        flops: peak FLOP/s of dense matrix products by the type that is multiplied, sums kept in float32 as torch does.
-        bandwidth: peak bytes a second from and to its memory.
-        memory: bytes of memory.
-        source: where the numbers come from.
-        computes_as: types whose products torch runs at the rate of another type here.
+        name: name in tables.
+        flops: peak FLOP/s of dense matrix products by data type of the factors, with float32 sums as in torch.
+        bandwidth: peak memory bandwidth in bytes per second.
+        memory: memory size in bytes.
+        source: source of the numbers.
+        computes_as: data types whose products torch runs at the rate of another type on this device.
     """
 
     name: str
@@ -29,22 +29,22 @@ class Device:
     source: str
     computes_as: Mapping[str, str]
 
-    def rate(self, dtype: str, native: bool = False) -> tuple[float, str]:
-        """Return the peak FLOP/s for tensors of a type, and the type whose rate this is.
+    def peak_rate(self, dtype: str, native: bool = False) -> tuple[float, str]:
+        """Return the peak FLOP/s for tensors of a data type, and the data type of the arithmetic.
 
         Args:
-            dtype: what tensors are stored in.
-            native: the rate of the type itself, even where torch takes another one.
+            dtype: data type of the tensors.
+            native: whether to return the rate of the type itself, even if torch uses another type.
 
         Raises:
-            ValueError: if the device does not know the type.
+            ValueError: if the device has no rate for the type.
         """
-        used = dtype if native else self.computes_as.get(dtype, dtype)
-        if used not in self.flops:
+        arithmetic = dtype if native else self.computes_as.get(dtype, dtype)
+        if arithmetic not in self.flops:
             raise ValueError(
-                f"{self.name} has no arithmetic of its own for {used}; it knows {', '.join(sorted(self.flops))}"
+                f"{self.name} has no {arithmetic} arithmetic; its data types are {', '.join(sorted(self.flops))}"
             )
-        return self.flops[used], used
+        return self.flops[arithmetic], arithmetic
 
 
 _AMPERE = {"float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}
@@ -123,14 +123,14 @@ DEVICES: Mapping[str, Device] = {
 
 
 def find_device(name: str) -> Device:
-    """Return a device of the table.
+    """Return a device of `DEVICES` by its name, without regard to case, spaces and hyphens.
 
     Raises:
-        LookupError: if it is not in the table; the error names the nearest ones.
+        LookupError: if there is no such device; the error names the most similar names.
     """
     key = name.lower().replace(" ", "").replace("-", "")
     if key not in DEVICES:
-        near = difflib.get_close_matches(key, DEVICES, n=2, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        matches = difflib.get_close_matches(key, DEVICES, n=2, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(matches)}?" if matches else ""
         raise LookupError(f"no device is called {name!r}.{hint} Known: {', '.join(DEVICES)}, or all")
     return DEVICES[key]

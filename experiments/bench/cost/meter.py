@@ -1,4 +1,4 @@
-"""Counts what kernels do while a model runs on the meta device: FLOPs, bytes that they move, bytes that are alive."""
+"""Counts the FLOPs, moved bytes and live bytes of all kernels while a model runs on the meta device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import AttentionInterface
 
 FUSED = "tokenprune_fused"
-"""Name under which transformers finds `fused_attention`."""
+"""Name of `fused_attention` in the attention interface of transformers."""
 
 
 @dataclass
 class Work:
-    """What one phase of a run does.
+    """Counted work of one phase.
 
     Args:
-        kernels: how many kernels there are by (FLOPs, bytes read and written).
-        modules: FLOPs by module, as torch's FlopCounterMode names modules.
-        flops: FLOPs as FlopCounterMode counts them.
-        read_once: bytes of everything that the phase finds in memory and uses, weights and caches, each once.
-        peak_bytes: most bytes alive at once beside the weights, whatever phase made them.
+        kernels: number of kernels by (FLOPs, bytes read and written).
+        modules: FLOPs by module, with the module names of torch's FlopCounterMode.
+        flops: FLOPs, as counted by FlopCounterMode.
+        read_once: bytes of all tensors from before the phase that it reads (weights and caches), each counted once.
+        peak_bytes: maximum of the live bytes without the weights; tensors of earlier phases are included.
     """
 
     kernels: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -45,13 +45,13 @@ class Work:
 
 
 class Meter(TorchDispatchMode):
-    """Follows every kernel. Tensors that were there before are the weights; all others are tracked until they die.
+    """Counts every kernel. Tensors from before the first phase are weights; new tensors are tracked until freed.
 
-    Tensors on the CPU that meet one on the meta device are taken as if they were there, too: sizes must be real numbers
-    for the model's own arithmetic on layouts.
+    If a kernel combines a CPU tensor with a meta tensor, the CPU tensor is moved to the meta device. Size tensors must
+    stay on the CPU until then, because the model computes layouts from their values.
 
     Args:
-        device: where tensors are followed: on the meta device, or on that of a model that really runs.
+        device: type of the device whose tensors are tracked: ``"meta"``, or the device of a model with values.
     """
 
     def __init__(self, device: str = "meta") -> None:
@@ -61,38 +61,40 @@ class Meter(TorchDispatchMode):
         self.phases = 0
         self.work = Work()
         self._alive: dict[int, tuple[int, int]] = {}
-        self._found: dict[int, int] = {}
+        self._read_sizes: dict[int, int] = {}
 
     @contextmanager
     def phase(self) -> Iterator[Work]:
-        """Count what happens in the block; what stays alive is followed into the next one."""
+        """Count the work of the block. Tensors that outlive the block remain tracked in the next one."""
         self.phases += 1
-        self._found, self.work = {}, Work(peak_bytes=self.live)
+        self._read_sizes, self.work = {}, Work(peak_bytes=self.live)
         with self, FlopCounterMode(display=False) as counter:
             yield self.work
         self.work.flops = counter.get_total_flops()
         self.work.modules = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        self.work.read_once = sum(self._found.values())
+        self.work.read_once = sum(self._read_sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one kernel and count it."""
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
-        if any(one.is_meta for one in given) and not all(one.is_meta for one in given):
-            args, kwargs = tree_map_only(Tensor, lambda one: one.to("meta"), (args, kwargs))
-            given = list(_tensors((args, kwargs)))
+        operands = list(_iterate_tensors((args, kwargs)))
+        if any(tensor.is_meta for tensor in operands) and not all(tensor.is_meta for tensor in operands):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            operands = list(_iterate_tensors((args, kwargs)))
         out = func(*args, **kwargs)
-        made = list(_tensors(out))
-        read = {_key(one): _bytes(one) for one in given}
-        is_view = bool(given) and not func._schema.is_mutable and all(_key(one) in read for one in made)
-        for key, size in read.items():
+        results = list(_iterate_tensors(out))
+        sizes = {_storage_key(tensor): _storage_bytes(tensor) for tensor in operands}
+        is_view = (
+            bool(operands) and not func._schema.is_mutable and all(_storage_key(tensor) in sizes for tensor in results)
+        )
+        for key, size in sizes.items():
             if not is_view and self._alive.get(key, (0, 0))[0] != self.phases:
-                self._found[key] = max(size, self._found.get(key, 0))
-        for one in made:
-            if _key(one) not in read:
-                self._track_alloc(one.untyped_storage())
-        if given and not is_view and any(one.is_meta for one in given):
-            moved = sum(read.values()) + sum(map(_bytes, made))
+                self._read_sizes[key] = max(size, self._read_sizes.get(key, 0))
+        for tensor in results:
+            if _storage_key(tensor) not in sizes:
+                self._track_alloc(tensor.untyped_storage())
+        if operands and not is_view and any(tensor.is_meta for tensor in operands):
+            moved = sum(sizes.values()) + sum(map(_storage_bytes, results))
             count = flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count else 0
             self.work.kernels[flops, moved] += 1
@@ -110,49 +112,50 @@ class Meter(TorchDispatchMode):
         self.live -= self._alive.pop(key)[1]
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Return the tensors among arguments or results; torch's own walk over trees takes longer than the kernels."""
+def _iterate_tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results. Torch's generic tree traversal takes longer than the kernels."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (list, tuple)):
-        for one in values:
-            yield from _tensors(one)
+        for value in values:
+            yield from _iterate_tensors(value)
     elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+        yield from _iterate_tensors(list(values.values()))
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_key(tensor: Tensor) -> int:
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
-def _bytes(tensor: Tensor) -> int:
-    """Return the bytes behind a tensor; an expanded one has fewer than it shows."""
+def _storage_bytes(tensor: Tensor) -> int:
+    """Return the stored bytes of a tensor. An expanded tensor has fewer bytes than its shape suggests."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def fused_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention in one kernel that never writes its scores: what SDPA and flash attention run on a GPU.
+    """Compute attention `[rows, length, heads, dim]` in one kernel that never writes its scores.
 
-    On the meta device SDPA falls back to plain products, so the kernel is called by name.
+    SDPA and flash attention run such a kernel on a GPU. On the meta device SDPA falls back to separate products, so
+    this function calls the kernel by name.
 
     Args:
         module: the attention module.
         query: `[rows, heads, length, dim]`.
         key: `[rows, key heads, keys, dim]`.
         value: as ``key``.
-        attention_mask: never given, since rows have no padding here.
-        kwargs: what transformers passes to attention functions.
+        attention_mask: always None, because rows have no padding here.
+        kwargs: remaining arguments that transformers passes to attention functions.
     """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", False) if causal is None else causal
     if key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = (
-            one[:, :, None].expand(-1, -1, groups, -1, -1).reshape(one.shape[0], -1, *one.shape[2:]).detach()
-            for one in (key, value)
+            tensor[:, :, None].expand(-1, -1, groups, -1, -1).reshape(tensor.shape[0], -1, *tensor.shape[2:]).detach()
+            for tensor in (key, value)
         )
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     out: Tensor = flash(query, key, value, 0.0, bool(causal and query.shape[2] > 1))[0]

@@ -1,4 +1,4 @@
-"""Tasks: images, questions, accepted answers, and how answers are scored."""
+"""Tasks, which provide images, questions and accepted answers, and score the predictions."""
 
 from tokenprune.experiments.evaluation.tasks.base import Sample, Task, tasks
 from tokenprune.experiments.evaluation.tasks.boards import Boards

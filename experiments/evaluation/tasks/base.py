@@ -1,4 +1,4 @@
-"""What every task is: samples, and a score for an answer."""
+"""The interface of a task, which yields samples and scores answers, and the tasks by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL import Image
 
 from tokenprune.experiments.evaluation.metrics import METRICS
 from tokenprune.policies import Configurable
-from tokenprune.registry import collect
+from tokenprune.registry import collect_classes
 
 TASKS = "tokenprune.experiments.evaluation.tasks"
-"""Where tasks live, and the entry point group of plug-ins."""
+"""Package of the shipped tasks, and the entry point group of plug-ins."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Sample:
     """One question about one image.
 
     Args:
-        id: unique in its task and the same in every run.
-        group: the image; samples of one group follow each other, and are not independent.
-        image: opens the image.
+        id: unique in its task and equal in every run.
+        group: name of the image. The samples of a group are consecutive, and they are not statistically independent.
+        image: function that opens and returns the image.
         question: the question.
         answers: accepted answers.
         type: kind of question, for tables.
         split: kind of difficulty, for tables.
-        content: returns a hash of the file of the image; None hashes the pixels.
+        content: function that returns a hash of the image file; if None, the pixels are hashed.
     """
 
     id: str
@@ -46,10 +46,10 @@ class Sample:
 
 @dataclass
 class Task(Configurable, ABC):
-    """A task. Subclass it and write `samples`; its fields are its configuration."""
+    """Base class of tasks. A subclass implements `samples`, and its dataclass fields are its configuration."""
 
     packages: ClassVar[tuple[str, ...]] = ()
-    """Packages beside the usual ones whose version can change an answer or a score."""
+    """Further packages whose version can change an answer or a score."""
 
     @property
     def metric(self) -> str:
@@ -57,45 +57,45 @@ class Task(Configurable, ABC):
         return "exact_match"
 
     def check(self) -> None:
-        """Raise a `ValueError` if the task cannot be run; all tasks of an ablation are asked before the first run."""
+        """Raise a `ValueError` if the task cannot be run; an ablation checks all its tasks before the first sample."""
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples, those of one image after each other, always in the same order.
+        """Yield the samples in a fixed order, with the samples of an image consecutive.
 
         Raises:
-            ValueError: if the data cannot be had; it says what was expected and what to do.
+            ValueError: if the data cannot be loaded; the error states the expected data and the action.
         """
 
     def files(self) -> Iterable[Path]:
-        """Return the files that define prompts or scores, beside the module of the task; none if there are none.
+        """Return the files that define prompts or scores, except the module of the task.
 
-        A change of such a file is a change of the identity of a run. Images and questions belong to `samples`.
+        A change of such a file changes the identity of a run. Images and questions are covered by `samples`.
         """
         return ()
 
     def prompt(self, sample: Sample) -> str:
-        """Return what the model is asked."""
+        """Return the text prompt of a sample."""
         return sample.question
 
     def generation(self) -> Mapping[str, Any]:
-        """Return arguments of `generate` that replace those of the experiment; none if the task does not care."""
+        """Return arguments of `generate` that replace the experiment's; if empty, the experiment's are used."""
         return {}
 
     def score(self, sample: Sample, prediction: str) -> float:
-        """Return how good an answer is, from 0 to 1."""
+        """Return the score of an answer, from 0 to 1."""
         return METRICS[self.metric](prediction, sample.answers)
 
     def summary(self, predictions: Mapping[str, str]) -> Mapping[str, float | str]:
-        """Return numbers that only all answers together have, if there are any.
+        """Return the metrics that need all answers at once, by name; empty if the task has none.
 
         Args:
-            predictions: the answer to each sample that was answered, by its id.
+            predictions: answers by sample id; failed samples are not included.
         """
         return {}
 
 
 @cache
 def tasks() -> Mapping[str, type[Task]]:
-    """Return all known tasks by class name."""
-    return collect(TASKS, Task)  # type: ignore[type-abstract]
+    """Return all tasks by class name, plug-ins included."""
+    return collect_classes(TASKS, Task)  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""The embedded model's own held-out task."""
+"""The held-out task of the embedded model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def _draw(index: int) -> Image.Image:
 class Boards(Task):
     """Questions about notice boards that the embedded model has not seen.
 
-    Splits: ``tiles`` takes the high-resolution tiles, ``base`` the base tile, ``either`` one of them.
+    Splits: a question of ``tiles`` needs the sub-images, of ``base`` the base tile, of ``either`` the sub-images or the
+    base tile.
 
     Args:
-        number: number of boards; each has about 18 questions.
-        first: index of the first board. The training schedule was chosen with a look at boards 0 to 71.
+        number: number of boards, each with about 18 questions.
+        first: index of the first board. The training schedule was selected by results on boards 0 to 71.
     """
 
     number: int = 40
@@ -33,13 +34,11 @@ class Boards(Task):
     def samples(self) -> Iterator[Sample]:
         """Yield the questions of each board."""
         for board in boards(self.number, "heldout", self.first):
-            group, image = (
-                f"boards/{board.index}",
-                partial(_draw, board.index),
-            )  # drawn again: images of all boards would fill the memory
-            for place, question in enumerate(board.questions):
+            group = f"boards/{board.index}"
+            image = partial(_draw, board.index)  # drawn again when opened: images of all boards would fill the memory
+            for number, question in enumerate(board.questions):
                 yield Sample(
-                    id=f"{group}/{place}",
+                    id=f"{group}/{number}",
                     group=group,
                     image=image,
                     question=question.text,

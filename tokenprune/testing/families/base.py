@@ -1,4 +1,4 @@
-"""A tiny model, its processor and its inputs, for one family or one variant of it."""
+"""The class `Family`: a tiny model of a family or of a variant, its processor and its inputs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Family:
-    """A family, or a variant of it, in the test matrix.
+    """A model family, or a variant of a family, in the test matrix.
 
     Args:
-        name: the family; a variant adds its difference in parentheses.
+        name: name of the family; a variant adds its difference in parentheses.
         adapter: the adapter.
         processor: function that builds the real processor.
-        tokens: special tokens that the config refers to, by their name in the config (``"image_token_id"``, ...).
-        image: placeholder of an image in the text.
-        example: function that builds the model whose config is used; None uses `Adapter.example`.
-        sizes: height x width in pixels of images for batches: a square one, and three of other aspect ratios.
-        spots: height x width in pixels of images that fill their tiles without a border.
-        nested: whether the processor takes a list of images per prompt row.
+        tokens: special tokens of the config, by their name in the config (``"image_token_id"``, ...).
+        image: placeholder of an image in a prompt.
+        example: function that builds the model whose config and weights are used; by default `Adapter.example`.
+        sizes: height x width in pixels of images for batches: a square image, and three images of other aspect ratios.
+        spots: height x width in pixels of images that fill their tiles without a border, for the bright-spot checks.
+        nested: whether the processor requires a list of images per prompt row.
         full: largest allowed difference of logits at a budget of 100 %.
         oracle: largest allowed difference of logits to the mask oracle; None if the architecture rules it out.
-        beams: whether the unmodified model generates with beams from images.
-        attn: the attention kernel.
-        scale: factor on all weights, which makes mistakes visible in the logits.
-        why: reasons for tolerances that are not 0 and for features that are off.
-        skip: checks that cannot hold, each with its reason.
+        beams: whether the unmodified model supports beam search with images.
+        attn: name of the attention kernel.
+        scale: factor on all weight matrices; larger weights make mistakes visible in the logits.
+        why: reason for a `full` tolerance above 0, for `oracle` None and for `beams` False.
+        skip: names of checks that the family cannot pass, each with its reason.
     """
 
     name: str
@@ -71,20 +71,20 @@ class Family:
         """
         example = (self.example or self.adapter.example)()
         config, tokenizer = copy.deepcopy(example.config), self.tokenizer
-        for part in (config, config.get_text_config()):
-            if hasattr(part, "vocab_size"):  # some configs store it twice
-                part.vocab_size = len(tokenizer)
+        for level in (config, config.get_text_config()):
+            if hasattr(level, "vocab_size"):  # some configs store it twice
+                level.vocab_size = len(tokenizer)
         for name, token in self.tokens.items():
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
         torch.manual_seed(0)
         model = type(example)._from_config(config, attn_implementation=self.attn)
-        sharp = example.state_dict()
+        example_weights = example.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
-                elif name in sharp and sharp[name].shape == parameter.shape:
-                    parameter.copy_(sharp[name])
+                elif name in example_weights and example_weights[name].shape == parameter.shape:
+                    parameter.copy_(example_weights[name])
                 if parameter.dim() >= 2:
                     parameter.mul_(self.scale)
             model.get_output_embeddings().weight.mul_(10.0)
@@ -99,10 +99,10 @@ class Family:
         return self.processor().tokenizer
 
     def text(self, images: int, number: int = 0) -> str:
-        """Return a prompt about some images.
+        """Return a prompt with image placeholders.
 
         Args:
-            images: how many.
+            images: the number of placeholders.
             number: selects the sentence of the prompt.
         """
         return "USER: " + f"{self.image} " * images + SENTENCES[1 + number % 4] + " ASSISTANT:"
@@ -113,7 +113,7 @@ class Family:
         Args:
             rows: height x width in pixels of the images of each row.
             side: the padding side.
-            first: number of the first row; rows of the same number have the same images and text.
+            first: number of the first row; rows with the same number have the same images and text.
         """
         images = [
             [random_image(*size, seed=10 * (first + number) + k) for k, size in enumerate(sizes)]

@@ -24,7 +24,7 @@ SPOTS = ((112, 112), (56, 112), (168, 56))
 
 @cache
 def aya_vision() -> Any:
-    """Images are cut into at most six tiles."""
+    """Return the processor of Aya Vision: images are cut into at most six tiles."""
     images = GotOcr2ImageProcessor(**SIZES)
     special = tokenizer(**SPECIAL, placeholder="<image>")
     return AyaVisionProcessor(
@@ -34,7 +34,7 @@ def aya_vision() -> Any:
 
 @cache
 def cohere2_vision() -> Any:
-    """Images are cut into at most six tiles; the processor's patch size is the number of tokens along a side."""
+    """Return the processor of Command A Vision; its `patch_size` is the number of tokens along a side of a tile."""
     images = Cohere2VisionImageProcessor(**SIZES, patch_size=2)
     return Cohere2VisionProcessor(images, tokenizer(**SPECIAL), chat_template=TEMPLATE)
 

@@ -13,7 +13,7 @@ from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 class PanAndScan(Gemma3Processor):
-    """The processor with pan and scan, which is off by default, for images of a few pixels."""
+    """The processor with pan and scan, which is off by default, for small images."""
 
     images_kwargs: ClassVar[dict[str, Any]] = {  # type: ignore[assignment, misc]
         "do_pan_and_scan": True,
@@ -44,6 +44,8 @@ FAMILIES = [
         image="<start_of_image>",
         nested=True,
         spots=((56, 56), (56, 112), (168, 56)),
-        skip={"chunked prefill": "a chunk that ends inside an image changes what its tokens see, unmodified too"},
+        skip={
+            "chunked prefill": "a chunk that ends inside an image changes its attention, also in the unmodified model"
+        },
     )
 ]

@@ -32,6 +32,8 @@ FAMILIES = [
         "granite4_vision",
         Granite4VisionAdapter,
         processor,
-        skip={"chunked prefill": "the unmodified model cannot: transformers slices pooler_output, which it has not"},
+        skip={
+            "chunked prefill": "the unmodified model fails: transformers slices pooler_output, which its output lacks"
+        },
     )
 ]

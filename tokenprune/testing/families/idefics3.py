@@ -29,7 +29,7 @@ SIZES = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": 
 
 @cache
 def idefics3() -> Any:
-    """Images are scaled to a longer side of three tiles and cut."""
+    """Return the processor of Idefics3: images are scaled to a longer side of three tiles and cut into tiles."""
     images = Idefics3ImageProcessor(do_image_splitting=True, **SIZES)
     return Idefics3Processor(images, tokenizer(**SPECIAL), image_seq_len=4, chat_template=TEMPLATE)
 

@@ -13,12 +13,15 @@ from tokenprune.models.lfm2_vl import Lfm2VlAdapter
 from tokenprune.testing.families.base import PATCH, TILE, Family
 from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
-MARKS = {f"tile_{row}_{col}": f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5)}
+SPECIAL = {f"tile_{row}_{col}": f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5)}
 
 
 @cache
 def processor() -> Any:
-    """Large images are cut into at most four tiles; small ones and the base tile keep their aspect ratio."""
+    """Return the processor.
+
+    Large images are cut into at most four tiles. Small images and the base tile keep their aspect ratio.
+    """
     images = Lfm2VlImageProcessor(
         encoder_patch_size=PATCH,
         tile_size=TILE,
@@ -32,13 +35,13 @@ def processor() -> Any:
         image_start_token="<|image_start|>",
         image_end_token="<|image_end|>",
         image_thumbnail_token="<|img_thumbnail|>",
-        **MARKS,
+        **SPECIAL,
     )
     return Lfm2VlProcessor(images, tok, chat_template=TEMPLATE)
 
 
 def without_convolutions() -> Any:
-    """Return a model with attention in every layer of its LLM, where dropping equals masking."""
+    """Return a model with attention in every layer of its LLM, so that dropping a token equals masking it."""
     config = Lfm2VlAdapter.example().config
     config.text_config.layer_types = ["full_attention", "full_attention"]
     torch.manual_seed(0)
@@ -52,7 +55,7 @@ FAMILIES = [
         processor,
         nested=True,
         oracle=None,
-        why="convolutions in the language model see their neighbors, and a masked token stays one",
+        why="convolutions in the language model read adjacent tokens, and a masked token remains adjacent",
         spots=((168, 168),),
     ),
     Family(

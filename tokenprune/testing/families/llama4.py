@@ -11,7 +11,7 @@ from tokenprune.models.llama4 import Llama4Adapter
 from tokenprune.testing.families.base import TILE, Family
 from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
-MARKS = {
+SPECIAL = {
     "image_token": "<|image|>",
     "patch_token": "<|patch|>",
     "boi_token": "<|image_start|>",
@@ -26,7 +26,7 @@ def processor() -> Any:
     """Return the processor: images are put on a canvas of at most six tiles."""
     images = Llama4ImageProcessor(size={"height": TILE, "width": TILE}, max_patches=6)
     template = TEMPLATE.replace("<image>", "<|image|>")
-    return Llama4Processor(images, tokenizer(**MARKS), patch_size=14, chat_template=template)
+    return Llama4Processor(images, tokenizer(**SPECIAL), patch_size=14, chat_template=template)
 
 
 FAMILIES = [

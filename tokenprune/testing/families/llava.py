@@ -16,7 +16,7 @@ from tokenprune.testing.tiny_models import tiny_processor
 
 
 def granite_vision() -> Any:
-    """Return a tiny LLaVA-NeXT with the parts of Granite Vision 3."""
+    """Return a tiny LLaVA-NeXT with the architecture of Granite Vision 3: a SigLIP tower and several feature layers."""
     torch.manual_seed(0)
     config = LlavaNextConfig(
         **{**example_parts(), "vision_config": example_siglip()},

@@ -14,7 +14,7 @@ from tokenprune.testing.tiny_models import PINPOINTS, TEMPLATE, tokenizer
 
 @cache
 def processor() -> Any:
-    """Return the processor: images are cut into at most four tiles; frames are one tile each."""
+    """Return the processor: images are cut into at most four tiles; each video frame is one tile."""
     square = {"height": TILE, "width": TILE}
     images = LlavaNextImageProcessor(size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=PINPOINTS)
     return LlavaNextVideoProcessor(

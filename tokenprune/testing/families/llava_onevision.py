@@ -16,7 +16,10 @@ TOKENS = {"image_token_id": "<image>", "video_token_id": "<video>"}
 
 @cache
 def processor() -> Any:
-    """Return the processor: a single image of a row is cut into at most four tiles, several are not cut."""
+    """Return the processor.
+
+    If a prompt row has one image, it is cut into at most four tiles. Several images of a row are not cut.
+    """
     square = {"height": TILE, "width": TILE}
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),
@@ -36,6 +39,9 @@ FAMILIES = [
         processor,
         tokens=TOKENS,
         nested=True,
-        spots=((56, 112), (112, 56)),  # not shrunk; what is has a test of its own
+        spots=(
+            (56, 112),
+            (112, 56),
+        ),  # canvases that the model does not shrink; tests/models/test_onevision.py tests shrunk canvases
     )
 ]

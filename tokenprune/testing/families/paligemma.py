@@ -13,18 +13,18 @@ from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 
 class PaliGemmaFamily(Family):
-    """PaliGemma, whose processor also returns labels, all of them -100."""
+    """The family of PaliGemma; its processor also returns labels, which are all -100."""
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """What the processor makes of images and prompts, without the labels."""
-        made = super().inputs(*args, **kwargs)
-        made.pop("labels")
-        return made
+        """Return the processor's output for images and prompts without the labels."""
+        batch = super().inputs(*args, **kwargs)
+        batch.pop("labels")
+        return batch
 
 
 @cache
 def processor() -> Any:
-    """Return the processor: images are squeezed into a square."""
+    """Return the processor: images are resized to a square."""
     images = SiglipImageProcessor(size={"height": TILE, "width": TILE}, image_seq_length=16)
     return PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
 

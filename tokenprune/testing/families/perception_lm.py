@@ -14,7 +14,7 @@ from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 @cache
 def processor() -> Any:
-    """Return the processor: images are cut into at most four tiles, and shown whole as well."""
+    """Return the processor: images are cut into at most four tiles, and the base tile is added."""
     return PerceptionLMProcessor(
         PerceptionLMVideoProcessor(),
         PerceptionLMImageProcessor(tile_size=TILE, max_num_tiles=4, vision_input_type="thumb+tile"),

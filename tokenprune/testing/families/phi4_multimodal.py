@@ -48,8 +48,9 @@ FAMILIES = [
         beams=False,
         attn="eager",
         scale=1.0,
-        why="Beams of the unmodified model mix up the images of a prompt with two. Under sdpa its vision tower is "
-        "causal unless an image of the batch has padding, so that an image is encoded differently beside others.",
+        why="In the unmodified model, beams mix up the images of a prompt with two images. Under sdpa, its vision "
+        "tower is causal unless an image of the batch has padding, so that the encoding of an image depends on the "
+        "other images.",
         skip={"chunked prefill": "the unmodified model encodes images in every chunk of a prompt, and fails"},
     )
 ]

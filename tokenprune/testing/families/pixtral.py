@@ -1,4 +1,4 @@
-"""Pixtral in LLaVA's frame, and Mistral 3."""
+"""Pixtral in a LLaVA model, and Mistral 3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
 @cache
 def processor(patch_size: int, merge: int) -> Any:
-    """Images keep their size, rounded up to whole tokens of 28 pixels."""
+    """Return a processor that keeps image sizes, rounded up to whole tokens of 28 pixels.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        merge: number of patches along a side of a token.
+    """
     tok = tokenizer(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
     images = PixtralImageProcessor(size={"longest_edge": 224}, patch_size=patch_size)
     return PixtralProcessor(images, tok, patch_size=patch_size, spatial_merge_size=merge, chat_template=TEMPLATE)
