@@ -39,37 +39,39 @@ from tokenprune.experiments.evaluation.stored_images import selection_to_record,
 BUDGETS = (0.1, 0.2)
 
 
-def scores(share: float, seed: int = 0) -> list[list[float]]:
+def make_scores(share: float, seed: int = 0) -> list[list[float]]:
     """Return scores of 24 boards with 6 questions; right answers at a share are also right at any larger share."""
     ease = np.random.default_rng(seed).random((24, 6))
     return (ease < share).astype(float).tolist()
 
 
-def run_directory(directory: Path, full: bool = True, random: bool = True) -> Path:
+def write_run_directory(directory: Path, full: bool = True, random: bool = True) -> Path:
     """Write a small ablation with a known result."""
     if full:
-        write_setting(directory, board_records(scores(0.9), asked=400, kept=400), "HiRED", 1.0, "full")
+        write_setting(directory, board_records(make_scores(0.9), asked=400, kept=400), "HiRED", 1.0, "full")
     for allocation, gain in (("UniformAllocation", 0.0), ("VisualContentAllocation", 0.0), ("GuidedAllocation", 0.2)):
         for budget in BUDGETS:
             factors = {"reducer.allocation": allocation, "reducer.budget": budget}
             kept = int(400 * budget)
             write_setting(
                 directory,
-                board_records(scores(0.5 + gain + budget), asked=kept, kept=kept),
+                board_records(make_scores(0.5 + gain + budget), asked=kept, kept=kept),
                 factors=factors,
                 budget=budget,
             )
     for budget in BUDGETS:
-        write_setting(directory, board_records(scores(0.3 + budget)), "UniformStride", budget, "baseline", factors={})
+        write_setting(
+            directory, board_records(make_scores(0.3 + budget)), "UniformStride", budget, "baseline", factors={}
+        )
         for seed in range(3 if random else 0):
-            answers = board_records(scores(0.3 + budget, seed), generate_ms=5.0 + seed)
+            answers = board_records(make_scores(0.3 + budget, seed), generate_ms=5.0 + seed)
             write_setting(directory, answers, "Random", budget, "baseline", seed, factors={})
     return directory
 
 
 @pytest.fixture(scope="module")
 def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = run_directory(tmp_path_factory.mktemp("report") / "grid")
+    directory = write_run_directory(tmp_path_factory.mktemp("report") / "grid")
     paths = write_report(directory)
     names = ["report.md", "report.tex", "report.html", "settings.csv", "records.csv"]
     assert [path.name for path in paths] == [*names, "accuracy_vs_tokens.png", "accuracy_vs_time.png"]
@@ -90,7 +92,7 @@ def test_the_main_table_shows_the_means_of_the_records(report_folder: Path) -> N
     rows = {row[0]: row[1:] for row in parse_table(text, "Accuracy")}
     assert rows["method"] == ["10%", "20%"]
     assert len(rows) == 1 + 3 + 1 + 3  # one row per random seed
-    first = float(np.mean(scores(0.5 + 0.1)))
+    first = float(np.mean(make_scores(0.5 + 0.1)))
     assert rows["HiRED, allocation=UniformAllocation"][0].startswith(f"{100 * first:.1f} [")
     assert rows["HiRED, allocation=GuidedAllocation"][0].startswith("**")
     assert "Full tokens: " in text
@@ -114,7 +116,7 @@ def test_a_factor_has_a_winner_only_if_intervals_separate_its_levels(report_fold
     assert "**0.2 wins**" in text
     directory = report_folder.parent / "tie"
     for allocation in ("UniformAllocation", "VisualContentAllocation"):
-        write_setting(directory, board_records(scores(0.5)), factors={"reducer.allocation": allocation})
+        write_setting(directory, board_records(make_scores(0.5)), factors={"reducer.allocation": allocation})
     write_report(directory)
     assert "**No winner**: the intervals separate" in (directory / "report.md").read_text()
 
@@ -162,8 +164,8 @@ def test_the_csv_files_hold_every_setting_and_record(report_folder: Path) -> Non
         records = list(csv.DictReader(file))
     assert (len(settings), len(records)) == (15, 15 * 144)
     guided = next(row for row in settings if "Guided" in row["method"] and row["budget"] == "0.1")
-    assert float(guided["mean"]) == pytest.approx(np.mean(scores(0.8)))
-    assert float(guided["minus_full"]) == pytest.approx(np.mean(scores(0.8)) - np.mean(scores(0.9)))
+    assert float(guided["mean"]) == pytest.approx(np.mean(make_scores(0.8)))
+    assert float(guided["minus_full"]) == pytest.approx(np.mean(make_scores(0.8)) - np.mean(make_scores(0.9)))
     assert guided["minus_random_2_n"] == "144"
     assert guided["factor.reducer.allocation"] == "GuidedAllocation"
     assert next(row for row in settings if row["role"] == "full")["minus_full"] == ""
@@ -180,7 +182,7 @@ def test_the_latex_table_is_complete(report_folder: Path) -> None:
 
 
 def test_missing_baselines_are_omitted_with_a_note(tmp_path: Path) -> None:
-    write_report(run_directory(tmp_path, full=False, random=False), tmp_path / "out")
+    write_report(write_run_directory(tmp_path, full=False, random=False), tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "differences to full tokens are omitted" in text
     assert "differences to random tokens are omitted" in text
@@ -191,9 +193,9 @@ def test_missing_baselines_are_omitted_with_a_note(tmp_path: Path) -> None:
 
 
 def test_random_tokens_can_be_missing_at_a_budget(tmp_path: Path) -> None:
-    write_setting(tmp_path, board_records(scores(0.5)))
-    write_setting(tmp_path, board_records(scores(0.6)), budget=0.2)
-    write_setting(tmp_path, board_records(scores(0.6)), "Random", 0.2, "baseline", seed=1)
+    write_setting(tmp_path, board_records(make_scores(0.5)))
+    write_setting(tmp_path, board_records(make_scores(0.6)), budget=0.2)
+    write_setting(tmp_path, board_records(make_scores(0.6)), "Random", 0.2, "baseline", seed=1)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "No random tokens at 10%" in text
@@ -213,9 +215,9 @@ def test_unequal_samples_and_few_groups_are_noted(tmp_path: Path) -> None:
 
 def test_models_and_tasks_are_never_mixed(tmp_path: Path) -> None:
     for model, share in (("a", 0.9), ("b", 0.3)):
-        write_setting(tmp_path, board_records(scores(share)), role="full", budget=1.0, model=model)
+        write_setting(tmp_path, board_records(make_scores(share)), role="full", budget=1.0, model=model)
         write_setting(
-            tmp_path, board_records(scores(share)), model=model, factors={"model": model, "reducer.budget": 0.1}
+            tmp_path, board_records(make_scores(share)), model=model, factors={"model": model, "reducer.budget": 0.1}
         )
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -245,7 +247,9 @@ def test_a_wrong_directory_is_refused(tmp_path: Path) -> None:
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def record_with_image(board: int, question: int, score: float, tokens: Sequence[int], **fields: Any) -> dict[str, Any]:
+def make_record_with_image(
+    board: int, question: int, score: float, tokens: Sequence[int], **fields: Any
+) -> dict[str, Any]:
     """Return a record with the kept tokens of two tiles of 2 x 2 tokens."""
     kept = torch.zeros(2, 4, dtype=torch.bool)
     kept.view(-1)[list(tokens)] = True
@@ -263,7 +267,7 @@ def write_failing_pair(directory: Path) -> Path:
     for number, (name, scores) in enumerate(outcomes.items()):
         role = "baseline" if name == "UniformStride" else "grid"
         for budget in (0.2, 0.05):
-            rows = [record_with_image(board, 0, score, [number, 4 + number]) for board, score in enumerate(scores)]
+            rows = [make_record_with_image(board, 0, score, [number, 4 + number]) for board, score in enumerate(scores)]
             write_setting(directory, rows, name, budget, role)
     for board in range(5):
         pixels = torch.arange(2 * 40 * 40 * 3).view(2, 40, 40, 3).remainder(251).to(torch.uint8)
@@ -317,7 +321,7 @@ def test_failures_without_images_are_shown_as_text(tmp_path: Path, report_folder
 
 
 def test_a_pair_skips_settings_with_equal_answers() -> None:
-    equal_settings = [setting(board_records([[1], [1], [0]]), hash=str(n), role="grid") for n in range(2)]
+    equal_settings = [setting(board_records([[1], [1], [0]]), hash=str(number), role="grid") for number in range(2)]
     different_setting = setting(board_records([[0], [1], [1]]), hash="2", role="grid")
     pair = choose_pair([*equal_settings, different_setting])
     assert pair is not None
@@ -365,7 +369,7 @@ def test_many_methods_have_different_colors() -> None:
 def test_the_legend_of_many_methods_is_outside_and_complete(tmp_path: Path) -> None:
     for number in range(14):
         factors = {"reducer.allocation": f"AllocationWithAnExceedinglyLongName{number}", "reducer.selection": "S" * 60}
-        write_setting(tmp_path, board_records(scores(number / 20)), factors=factors)
+        write_setting(tmp_path, board_records(make_scores(number / 20)), factors=factors)
     for figure in draw_figures(read_results(tmp_path).settings).values():
         FigureCanvasAgg(figure).draw()
         legend, canvas = figure.legends[0].get_window_extent(), figure.bbox
@@ -373,7 +377,7 @@ def test_the_legend_of_many_methods_is_outside_and_complete(tmp_path: Path) -> N
         assert 0 <= legend.y0 < legend.y1 <= canvas.height
         assert legend.x1 <= canvas.width
         boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
-        assert not any(box.overlaps(b) for n, box in enumerate(boxes) for b in boxes[:n])
+        assert not any(box.overlaps(previous) for index, box in enumerate(boxes) for previous in boxes[:index])
 
 
 def test_figures_are_images(report_folder: Path) -> None:
@@ -383,7 +387,7 @@ def test_figures_are_images(report_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "text"),
+    ("format_call", "text"),
     [
         (lambda: format_percent(-0.0001, sign=True), "+0.0"),
         (lambda: format_percent(float("nan")), "\N{EN DASH}"),
@@ -396,8 +400,8 @@ def test_figures_are_images(report_folder: Path) -> None:
         (lambda: format_p_value(0.0351), "0.035"),
     ],
 )
-def test_numbers_are_written_as_expected(make: Callable[[], str], text: str) -> None:
-    assert make() == text
+def test_numbers_are_written_as_expected(format_call: Callable[[], str], text: str) -> None:
+    assert format_call() == text
 
 
 def test_every_seed_of_a_method_has_its_own_row() -> None:
@@ -412,7 +416,7 @@ def test_every_seed_of_a_method_has_its_own_row() -> None:
 
 
 def test_budgets_of_every_kind_are_reported(tmp_path: Path) -> None:
-    answers = board_records(scores(0.5))
+    answers = board_records(make_scores(0.5))
     settings = [
         setting(answers, hash=str(number), budget=budget)
         for number, budget in enumerate((160, 0.2, None, "amount=0.2, of=unpadded"))
@@ -423,7 +427,7 @@ def test_budgets_of_every_kind_are_reported(tmp_path: Path) -> None:
 
 
 def test_main_prints_the_written_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_setting(tmp_path, board_records(scores(0.5)))
+    write_setting(tmp_path, board_records(make_scores(0.5)))
     main(str(tmp_path), str(tmp_path / "out"))
     printed = capsys.readouterr().out.split()
     assert all(Path(line).is_file() for line in printed)

@@ -322,16 +322,16 @@ def test_compared_settings_share_model_task_and_budget() -> None:
 # --- factors ----------------------------------------------------------------------------------------------------------
 
 
-def grid_setting(boards: Sequence[Sequence[float]], **values: Any) -> Setting:
+def make_grid_setting(boards: Sequence[Sequence[float]], **values: Any) -> Setting:
     return setting(board_records(boards), factors=values)
 
 
 def test_factor_levels_by_hand() -> None:
     grid = [
-        grid_setting([[1, 1], [1, 0]], a="x", b=1),  # mean 0.75
-        grid_setting([[1, 0], [1, 0]], a="x", b=2),  # mean 0.5
-        grid_setting([[0, 1], [0, 0]], a="y", b=1),  # mean 0.25
-        grid_setting([[0, 0], [0, 0]], a="y", b=2),  # mean 0
+        make_grid_setting([[1, 1], [1, 0]], a="x", b=1),  # mean 0.75
+        make_grid_setting([[1, 0], [1, 0]], a="x", b=2),  # mean 0.5
+        make_grid_setting([[0, 1], [0, 0]], a="y", b=1),  # mean 0.25
+        make_grid_setting([[0, 0], [0, 0]], a="y", b=2),  # mean 0
     ]
     a, b = compare_factors(grid)
     assert [(level.name, level.score.mean) for level in a.levels] == [("x", 0.625), ("y", 0.125)]
@@ -344,11 +344,15 @@ def test_factor_levels_by_hand() -> None:
 
 def test_an_incomplete_grid_compares_only_matched_settings() -> None:
     easy, hard = [[1, 1], [1, 1]], [[0, 0], [0, 1]]
-    grid = [grid_setting(easy, a="x", b=1), grid_setting(hard, a="x", b=2), grid_setting(easy, a="y", b=1)]
+    grid = [
+        make_grid_setting(easy, a="x", b=1),
+        make_grid_setting(hard, a="x", b=2),
+        make_grid_setting(easy, a="y", b=1),
+    ]
     effect = compare_levels(grid, "a")
     assert [level.score.mean for level in effect.levels] == [1, 1]  # not 0.625 against 1
     assert (effect.n_settings, effect.n_unmatched, effect.is_separated) == (2, 1, False)
-    partial = compare_levels([grid_setting([[0, 1], [0, 1]], a="x"), grid_setting([[1], [1]], a="y")], "a")
+    partial = compare_levels([make_grid_setting([[0, 1], [0, 1]], a="x"), make_grid_setting([[1], [1]], a="y")], "a")
     assert [(level.name, level.score.n) for level in partial.levels] == [("y", 2), ("x", 2)]  # samples in common
     assert compare_levels([grid[1], grid[2]], "a").levels == ()
 

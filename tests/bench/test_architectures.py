@@ -19,37 +19,35 @@ PARAMETERS = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
 }
-"""Parameters of the published checkpoints, a tied head counted once (sources: docs/explanation/benchmark-method.md)."""
+"""Parameters of the published checkpoints; a tied head counts once (sources: docs/explanation/benchmark-method.md)."""
 
 
-def test_every_architecture_is_known() -> None:
+def test_all_architectures_are_tested() -> None:
     assert list_architectures() == sorted(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_those_of_the_checkpoint(name: str) -> None:
+def test_parameters_equal_the_checkpoint(name: str) -> None:
     model = build_meta_model(load_architecture(name))
-    assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
-    assert all(one.is_meta for one in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_layers_can_be_cut() -> None:
-    whole, cut = (
-        build_meta_model(load_architecture("llava-onevision-0.5b")),
-        build_meta_model(load_architecture("llava-onevision-0.5b", 3)),
-    )
+    full = build_meta_model(load_architecture("llava-onevision-0.5b"))
+    cut = build_meta_model(load_architecture("llava-onevision-0.5b", 3))
     assert len(cut.model.language_model.layers) == 3
-    layer = sum(one.numel() for one in whole.model.language_model.layers[0].parameters())
-    total = sum(one.numel() for one in cut.parameters())
+    layer = sum(parameter.numel() for parameter in full.model.language_model.layers[0].parameters())
+    total = sum(parameter.numel() for parameter in cut.parameters())
     assert total == PARAMETERS["llava-onevision-0.5b"] - 21 * layer
 
 
 @pytest.mark.parametrize("layers", [0, 33])
-def test_layers_that_are_not_there_cannot_be_kept(layers: int) -> None:
+def test_an_invalid_number_of_layers_raises(layers: int) -> None:
     with pytest.raises(ValueError, match="has 32 LLM layers"):
         load_architecture("llava-1.5-7b", layers)
 
 
-def test_unknown_architectures_name_the_nearest() -> None:
+def test_unknown_architectures_name_a_similar_architecture() -> None:
     with pytest.raises(LookupError, match=r"Did you mean llava-v1\.6-vicuna-7b"):
         load_architecture("llava-1.6-vicuna-7b")

@@ -1,4 +1,4 @@
-"""The instrument: phases, FLOPs and memory of whole models, measured in turns."""
+"""`tokenprune bench run`: phases, FLOPs and memory of complete models, with variants measured in alternation."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ SIZES = [[(112, 56)], [(112, 56)]]
 SETTING = Workload(2, (112, 56))
 
 
-class Ticks:
-    """A clock that moves only when it is told to."""
+class ManualClock:
+    """A clock that advances only by calls of `advance`."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -76,7 +76,7 @@ class Ticks:
     def __call__(self) -> float:
         return self.time
 
-    def pass_by(self, ticks: float) -> None:
+    def advance(self, ticks: float) -> None:
         self.time += ticks
 
 
@@ -99,22 +99,22 @@ def tiny(model: Any, inputs: dict[str, Any]) -> BenchModel:
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
-    clock = Ticks()
+def test_the_time_of_a_phase_excludes_inner_phases() -> None:
+    clock = ManualClock()
     timer = PhaseTimer(clock)
-    clock.pass_by(1)
+    clock.advance(1)
     with timer.phase("rewrite"):
-        clock.pass_by(10)
+        clock.advance(10)
         with timer.phase("reducer"):
-            clock.pass_by(100)
+            clock.advance(100)
             with timer.phase("reducer"):
-                clock.pass_by(100)
+                clock.advance(100)
         with suppress(KeyError), timer.phase("vision encode"):
-            clock.pass_by(1000)
+            clock.advance(1000)
             raise KeyError
-        clock.pass_by(10)
+        clock.advance(10)
     timer.start_decoding()
-    clock.pass_by(5)
+    clock.advance(5)
     timer.flush()
     assert timer.spent == {"generate": 1, "rewrite": 20, "reducer": 200, "vision encode": 1000, "decode": 5}
     assert sum(timer.spent.values()) == clock.time
@@ -122,54 +122,54 @@ def test_a_phase_owns_what_no_phase_inside_it_spends() -> None:
 
 @dataclass
 class SlowHiRED(HiRED):
-    """HiRED that takes time on a clock of its own."""
+    """HiRED that advances a clock by 1,000 ticks per image."""
 
     clock: Any = field(default=None, kw_only=True)
 
     def select(self, image: EncodedImage) -> Selection:
-        self.clock.pass_by(1000)
+        self.clock.advance(1000)
         return super().select(image)
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_phases_are_the_stations_of_the_call_and_cover_it(tiny: BenchModel, inputs: Any, reduced: bool) -> None:
-    """Each station moves the clock by an amount of its own; what they add up to is the time of the call."""
-    clock, base, hooks = Ticks(), tiny.model.base_model, []
+def test_phases_cover_the_call(tiny: BenchModel, inputs: Any, reduced: bool) -> None:
+    """Each phase advances the clock by a different amount; the sum over the phases is the time of the call."""
+    clock, base, hooks = ManualClock(), tiny.model.base_model, []
     for module, ticks in (
         (base.vision_tower.embeddings, 100),
         (base.multi_modal_projector.act, 10),
         (base.language_model.norm, 7),
     ):
-        hooks.append(module.register_forward_hook(lambda *_, ticks=ticks: clock.pass_by(ticks)))
+        hooks.append(module.register_forward_hook(lambda *_, ticks=ticks: clock.advance(ticks)))
     try:
         variant = Variant("slow", SlowHiRED(0.3, clock=clock)) if reduced else Variant(PLAIN)
-        whole, first, timer, _ = generate_once(tiny, inputs, variant, 4, clock, lambda: PhaseTimer(clock))
+        total, first, timer, _ = generate_once(tiny, inputs, variant, 4, clock, lambda: PhaseTimer(clock))
     finally:
         for hook in hooks:
             hook.remove()
     assert timer is not None
-    spent = {name: took for name, took in timer.spent.items() if took}
+    spent = {name: ticks for name, ticks in timer.spent.items() if ticks}
     expected = {"vision encode": 100, "projector": 10, "prefill": 7, "decode": 21}
     assert spent == (expected | {"reducer": 2000} if reduced else expected)  # two images
-    assert whole == sum(spent.values())
-    assert first == whole - 21
+    assert total == sum(spent.values())
+    assert first == total - 21
 
 
-def test_capture_is_booked_apart_from_the_kernel(tiny: BenchModel, inputs: Any) -> None:
-    outcome = Measurement(Variant("HiRED", HiRED(0.3)))
-    count_work(tiny, inputs, outcome)
+def test_capture_is_counted_separately_from_the_kernel(tiny: BenchModel, inputs: Any) -> None:
+    reduced = Measurement(Variant("HiRED", HiRED(0.3)))
+    count_work(tiny, inputs, reduced)
     plain = Measurement(Variant(PLAIN))
     count_work(tiny, inputs, plain)
-    # Three of four layers are required; all patches of the six tiles are embedded: 16 a tile, of 3 x 14 x 14 values.
+    # Three of four layers are required. All patches of the six tiles are embedded: 16 per tile, of 3 x 14 x 14 values.
     config = tiny.model.config.vision_config
     embedding = 2 * 6 * 16 * 3 * 14**2 * config.hidden_size
-    saved = plain.flops["vision encode"] - outcome.flops["vision encode"]
+    saved = plain.flops["vision encode"] - reduced.flops["vision encode"]
     assert config.num_hidden_layers * saved == plain.flops["vision encode"] - embedding
-    # Two layers, one query for each head of a tile, 17 keys of width 8, a multiply-add is two.
-    assert outcome.flops["signal capture"] == 2 * (6 + 6) * 4 * 17 * 8
+    # Two layers, one query for each head of a tile, 17 keys of width 8, two FLOPs per multiply-add.
+    assert reduced.flops["signal capture"] == 2 * (6 + 6) * 4 * 17 * 8
 
 
-def state(model: Any) -> list[Any]:
+def model_state(model: Any) -> list[Any]:
     return [
         [sorted(vars(module)) for module in model.modules()],
         ALL_ATTENTION_FUNCTIONS[CAPTURE_KERNEL],
@@ -182,39 +182,39 @@ def interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_watching_changes_nothing_and_is_taken_off_again(tiny: BenchModel, inputs: Any) -> None:
-    before = state(tiny.model)
+def test_instruments_do_not_change_results_and_are_removed(tiny: BenchModel, inputs: Any) -> None:
+    before = model_state(tiny.model)
     attachment = HiRED(0.3)(tiny.model)
     with torch.inference_mode(), attachment:
         pipeline = attachment.pipeline
         assert pipeline is not None
-        free = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        expected = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         adapter = pipeline.adapter
         objects = (pipeline, pipeline.reducer, adapter)
-        vars_before = [sorted(vars(thing)) for thing in objects]
-        with instrument(adapter, PhaseTimer(Ticks()), pipeline):
-            seen = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        vars_before = [sorted(vars(instance)) for instance in objects]
+        with instrument(adapter, PhaseTimer(ManualClock()), pipeline):
+            answer = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         with (
             pytest.raises(ValueError, match="image_sizes as a tensor of shape"),
-            instrument(adapter, PhaseTimer(Ticks()), pipeline),
+            instrument(adapter, PhaseTimer(ManualClock()), pipeline),
         ):
             tiny.model.generate(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
-        for failing in (adapter.tower_layers[1].mlp, adapter.projector):  # while the tower runs, and after it was left
-            broken, timer = failing.register_forward_pre_hook(interrupt), PhaseTimer(Ticks())
+        for module in (adapter.tower_layers[1].mlp, adapter.projector):  # in the tower, and after the tower
+            hook, timer = module.register_forward_pre_hook(interrupt), PhaseTimer(ManualClock())
             with pytest.raises(KeyboardInterrupt), instrument(adapter, timer, pipeline):
                 tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
-            broken.remove()
+            hook.remove()
             assert not timer.is_decoding
             assert timer._open == ["generate"]
-        assert [sorted(vars(thing)) for thing in objects] == vars_before
-    assert torch.equal(free, seen)
-    assert state(tiny.model) == before
+        assert [sorted(vars(instance)) for instance in objects] == vars_before
+    assert torch.equal(expected, answer)
+    assert model_state(tiny.model) == before
 
 
 # --- FLOPs and the cache ----------------------------------------------------------------------------------------------
 
 
-def test_flops_are_those_of_the_plain_call(tiny: BenchModel, inputs: Any) -> None:
+def test_flops_at_100_percent_equal_the_plain_call(tiny: BenchModel, inputs: Any) -> None:
     with torch.inference_mode(), create_flop_counter() as counter:
         tiny.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     plain, full = Measurement(Variant(PLAIN)), Measurement(Variant("HiRED 100 %", HiRED(1.0)))
@@ -222,19 +222,19 @@ def test_flops_are_those_of_the_plain_call(tiny: BenchModel, inputs: Any) -> Non
     count_work(tiny, inputs, full)
     assert sum(plain.flops.values()) == counter.get_total_flops()
     capture = full.flops.pop("signal capture")
-    # At 100 % the output object has the outputs of every layer.
-    assert {n: spent for n, spent in full.flops.items() if spent} == {
-        n: spent for n, spent in plain.flops.items() if spent
+    # At 100 %, the output object has the outputs of all layers.
+    assert {name: flops for name, flops in full.flops.items() if flops} == {
+        name: flops for name, flops in plain.flops.items() if flops
     }
     assert 0 < capture < 0.01 * sum(plain.flops.values())
     assert set(plain.operators) >= {str(SDPA_ON_CPU), "aten.mm", "aten.addmm"}
     assert sum(plain.operators.values()) == sum(plain.flops.values())
 
 
-def test_attention_on_a_cpu_is_counted_as_its_plain_matrices() -> None:
-    """Torch's counter does not know the CPU's kernel; with eager attention it sees the same work as products.
+def test_attention_on_a_cpu_is_counted_as_matrix_products() -> None:
+    """The counter of torch omits the attention kernel of CPUs, and counts eager attention as matrix products.
 
-    But for what causal attention skips, which eager attention computes and masks.
+    Eager attention also computes the masked products that causal attention skips.
     """
 
     def flops(attn: str, counter: FlopCounterMode) -> int:
@@ -250,12 +250,12 @@ def test_attention_on_a_cpu_is_counted_as_its_plain_matrices() -> None:
 
 
 def test_causal_attention_is_counted_up_to_the_diagonal() -> None:
-    """With as many keys as queries, more, and fewer; a mask given as a tensor skips nothing."""
+    """With as many keys as queries, more, and fewer; a mask tensor skips no products."""
 
-    def flops(queries: int, keys: int, **given: Any) -> int:
+    def flops(queries: int, keys: int, **options: Any) -> int:
         query, key = torch.ones(1, 2, queries, 4), torch.ones(1, 2, keys, 4)
         with create_flop_counter() as counter:
-            F.scaled_dot_product_attention(query, key, key, **given)
+            F.scaled_dot_product_attention(query, key, key, **options)
         return counter.get_total_flops() // (4 * 2 * 4)
 
     assert flops(5, 5) == 25
@@ -265,41 +265,41 @@ def test_causal_attention_is_counted_up_to_the_diagonal() -> None:
     assert flops(5, 5, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril()) == 25
 
 
-def test_the_places_of_the_causal_flag_are_those_of_the_kernels() -> None:
-    for kernel, place in FUSED_ATTENTION.items():
-        assert kernel.default._schema.arguments[place].name == "is_causal"
+def test_the_positions_of_the_causal_flag_match_the_kernels() -> None:
+    for kernel, position in FUSED_ATTENTION.items():
+        assert kernel.default._schema.arguments[position].name == "is_causal"
 
 
 @pytest.mark.parametrize("budget", [None, 0.3])
-def test_cache_and_tokens_are_those_of_the_prompt(tiny: BenchModel, inputs: Any, budget: float | None) -> None:
-    outcome = Measurement(Variant("one", None if budget is None else HiRED(budget)))
-    count_work(tiny, inputs, outcome)
+def test_cache_and_tokens_equal_the_account(tiny: BenchModel, inputs: Any, budget: float | None) -> None:
+    measurement = Measurement(Variant("one", None if budget is None else HiRED(budget)))
+    count_work(tiny, inputs, measurement)
     with torch.inference_mode(), HiRED(budget or 1.0)(tiny.model) as run:
         tiny.model(**inputs)
-    assert outcome.visual == sum(image.kept + image.newlines for image in run.account.images)
+    assert measurement.visual == sum(image.kept + image.newlines for image in run.account.images)
     longest = max(after for _, after in run.account.prompt_lengths)
-    assert outcome.prompt == longest
+    assert measurement.prompt == longest
     assert (longest < inputs["input_ids"].shape[1]) == (budget is not None)
-    assert outcome.kv_bytes == 2 * kv_bytes(tiny.adapter.llm, longest)
+    assert measurement.kv_bytes == 2 * kv_bytes(tiny.adapter.llm, longest)
 
 
-def test_peak_memory_sees_what_was_alive() -> None:
-    with peak_memory(torch.device("cpu")) as found:
+def test_peak_memory_includes_freed_tensors() -> None:
+    with peak_memory(torch.device("cpu")) as memory:
         torch.ones(64, 1024, 1024).sum()
-    if not found:
-        pytest.skip("this system does not tell")
-    assert found["resident"] - found["resident_before"] > 200e6
+    if not memory:
+        pytest.skip("this system does not report the peak memory")
+    assert memory["resident"] - memory["resident_before"] > 200e6
 
 
 # --- order and numbers ------------------------------------------------------------------------------------------------
 
 
-def test_every_variant_comes_first_and_before_every_other_equally_often() -> None:
+def test_the_order_of_variants_is_balanced() -> None:
     rounds = [round_order("abc", number) for number in range(6)]
     assert Counter(order[0] for order in rounds) == {"a": 2, "b": 2, "c": 2}
     assert Counter(pair for order in rounds for pair in (tuple(order[:2]), tuple(order[1:]))).total() == 12
-    for one, other in ("ab", "ac", "bc"):
-        assert sum(order.index(one) < order.index(other) for order in rounds) == 3
+    for first, second in ("ab", "ac", "bc"):
+        assert sum(order.index(first) < order.index(second) for order in rounds) == 3
     assert round_order("a", 5) == ["a"]
 
 
@@ -307,8 +307,8 @@ CALLS: list[str] = []
 
 
 @dataclass
-class Noted(Random):
-    """Random that notes when it is called."""
+class LoggedRandom(Random):
+    """Random that appends its label to `CALLS`, or raises an out-of-memory error if the label is "greedy"."""
 
     label: str = "noted"
 
@@ -319,32 +319,33 @@ class Noted(Random):
         return super().select(image)
 
 
-def test_variants_take_turns_and_one_without_room_is_left_out(tiny: BenchModel) -> None:
+def test_variants_alternate_and_out_of_memory_is_recorded(tiny: BenchModel) -> None:
     CALLS.clear()
     labels = ("one", "two", "greedy")
-    variants = [Variant(PLAIN), *(Variant(label, Noted(0.3, label=label)) for label in labels)]
+    variants = [Variant(PLAIN), *(Variant(label, LoggedRandom(0.3, label=label)) for label in labels)]
     outcomes = measure_variants(tiny, SETTING, variants, BenchProtocol(tokens=2, repeats=3, warmup=1))
-    timed = CALLS[4 * 2 :: 2]  # two images a call; two calls of each variant for FLOPs and memory
+    timed = CALLS[4 * 2 :: 2]  # two images per call; two calls of each variant for FLOPs and memory
     orders = [
-        [one.name for one in round_order(variants, number) if one.name in ("one", "two")] for number in (0, 0, 1, 2)
+        [variant.name for variant in round_order(variants, number) if variant.name in ("one", "two")]
+        for number in (0, 0, 1, 2)
     ]
     assert timed == [label for order in orders for label in order]
     assert [outcome.error for outcome in outcomes] == [None, None, None, "out of memory"]
     assert [len(outcome.call_seconds) for outcome in outcomes] == [3, 3, 3, 0]
     for outcome in outcomes[:3]:
         assert set(outcome.phases) == set(PHASES)
-        for number, whole in enumerate(outcome.call_seconds):
+        for number, total in enumerate(outcome.call_seconds):
             covered = sum(outcome.phases[name][number] for name in (*FIRST_TOKEN_PHASES, DECODE))
-            assert covered == pytest.approx(whole, rel=0.05)
-    found = as_data(outcomes, SETTING, BenchProtocol(tokens=2, repeats=3))
-    assert [row["error"] for row in found["variants"]] == [None, None, None, "out of memory"]
-    assert "ratios" not in found["variants"][0]
-    own, vision = (outcomes[number].phases for number in (1, 0))
+            assert covered == pytest.approx(total, rel=0.05)
+    data = as_data(outcomes, SETTING, BenchProtocol(tokens=2, repeats=3))
+    assert [row["error"] for row in data["variants"]] == [None, None, None, "out of memory"]
+    assert "ratios" not in data["variants"][0]
+    reduced, plain = (outcomes[number].phases for number in (1, 0))
     shares = [
-        sum(own[name][number] for name in ("signal capture", "reducer", "rewrite")) / vision["vision encode"][number]
+        sum(reduced[name][number] for name in ("signal capture", "reducer", "rewrite")) / plain["vision encode"][number]
         for number in range(3)
     ]
-    share = found["variants"][1]["ratios"]["own_share_of_vision_encode"]
+    share = data["variants"][1]["ratios"]["own_share_of_vision_encode"]
     assert share["median"] == pytest.approx(sorted(shares)[1])
 
 
@@ -354,7 +355,7 @@ def test_traces_show_the_phases(tiny: BenchModel, tmp_path: Path) -> None:
     )
     name = "batch-2-112-x-56-pixels"
     assert [file.name for file in files[2:]] == [f"{name}-HiRED-30.json", f"{name}-HiRED-30.txt", f"{name}.png"]
-    ranges = {one["name"] for one in json.loads(files[2].read_text())["traceEvents"]}
+    ranges = {entry["name"] for entry in json.loads(files[2].read_text())["traceEvents"]}
     assert {name for name in ranges if name.startswith("phase: ")} == {
         f"phase: {name}" for name in FIRST_TOKEN_PHASES if name not in ("generate", "packing")
     }
@@ -366,9 +367,10 @@ def test_traces_show_the_phases(tiny: BenchModel, tmp_path: Path) -> None:
         tower = next(part for name, part in tower.children.items() if name in parts)
     assert "CLIPAttention" in tower.children
     assert {"Linear", "QuickGELUActivation"} == set(tower.children["CLIPMLP"].children)
-    assert "CLIPMLP" not in graph.children["signal capture"].children  # the tower runs inside, and is another phase
-    with Image.open(files[4]) as drawn:
-        assert drawn.width > 1000
+    # The tower runs inside the capture, but is another phase.
+    assert "CLIPMLP" not in graph.children["signal capture"].children
+    with Image.open(files[4]) as figure:
+        assert figure.width > 1000
 
 
 def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
@@ -376,8 +378,8 @@ def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
 
 
 def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
-    """Milliseconds: 100 of rewriting, of which 60 the tower, of which 10 capture; then prefill, and a decoding step."""
-    found = build_flame_graph(
+    """The phase rewrite takes 100 ms, with 60 ms of the tower and 10 ms of capture inside; prefill and decoding follow."""
+    graph = build_flame_graph(
         [
             event("user_annotation", "phase: rewrite", 0, 100e3),
             event("python_function", "nn.Module: Tower_0", 10e3, 60e3),
@@ -385,8 +387,8 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
             event("python_function", "nn.Module: Layer_0", 11e3, 20e3),
             event("python_function", "nn.Module: Layer_1", 31e3, 30e3),
             event("cpu_op", "aten::conv2d", 31e3, 12e3),
-            event("cpu_op", "aten::addmm", 32e3, 10e3),  # inside it
-            event("cpu_op", "aten::layer", 43.5e3, 0.2e3),  # as the module is called
+            event("cpu_op", "aten::addmm", 32e3, 10e3),  # inside conv2d
+            event("cpu_op", "aten::layer", 43.5e3, 0.2e3),  # while the module is called
             event("cpu_op", "aten::mul", 43.6e3, 0.1e3),
             event("python_function", "attend.py(3): attend", 44e3, 16e3),  # not drawn
             event("user_annotation", "phase: signal capture", 45e3, 10e3),
@@ -399,33 +401,34 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
     convolution, matmul, mm = Bar("conv2d", 12.0), Bar("matmul", 4.0), Bar("mm", 40.0)
     tower = Bar("vision encode", 50.0, {"Layer": Bar("Layer", 40.0, {"conv2d": convolution})})
     capture, prefill = Bar("signal capture", 10.0, {"matmul": matmul}), Bar("prefill", 50.0, {"mm": mm})
-    assert found.milliseconds == pytest.approx(150)
-    below = {name: bar for name, bar in found.children.items() if name != "rewrite"}
-    assert below == {"vision encode": tower, "signal capture": capture, "prefill": prefill}
-    assert found.children["rewrite"].milliseconds == pytest.approx(40)
+    assert graph.milliseconds == pytest.approx(150)
+    phases = {name: bar for name, bar in graph.children.items() if name != "rewrite"}
+    assert phases == {"vision encode": tower, "signal capture": capture, "prefill": prefill}
+    assert graph.children["rewrite"].milliseconds == pytest.approx(40)
 
 
-def test_a_flame_graph_of_nothing_is_drawn() -> None:
+def test_an_empty_flame_graph_is_drawn() -> None:
     assert build_flame_graph([]) == Bar("")
     draw_flame_graphs({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
 
 
-def test_each_step_does_less_than_the_one_before(tiny: BenchModel) -> None:
-    found = steps.measure_steps(tiny, (112, 56), 0.3, 2, lambda text: None)
-    spent = [sum(step.flops.values()) for step in found.values()]
-    capture = found["selected afterwards"].flops["signal capture"]
-    assert spent[1] == spent[0] + capture  # the plain model, and the attention that is read
-    assert spent[1] > spent[2] > spent[3]
-    assert found["selected afterwards"].flops["projector"] == found["required layers"].flops["projector"]
-    assert found["required layers"].flops["vision encode"] == found["projector on kept tokens"].flops["vision encode"]
-    data = steps.as_data(found)
+def test_each_truncation_step_requires_fewer_flops(tiny: BenchModel) -> None:
+    measured = steps.measure_steps(tiny, (112, 56), 0.3, 2, lambda text: None)
+    flops = [sum(step.flops.values()) for step in measured.values()]
+    capture = measured["selected afterwards"].flops["signal capture"]
+    assert flops[1] == flops[0] + capture  # the plain model and the captured attention
+    assert flops[1] > flops[2] > flops[3]
+    assert measured["selected afterwards"].flops["projector"] == measured["required layers"].flops["projector"]
+    encode_flops = [measured[name].flops["vision encode"] for name in ("required layers", "projector on kept tokens")]
+    assert encode_flops[0] == encode_flops[1]
+    data = steps.as_data(measured)
     assert data["plain"]["of_plain"] == {"median": 1.0, "interval": [1.0, 1.0], "coverage": 0.5}
-    assert all(len(one["ms"]["values"]) == 2 for one in data.values())
+    assert all(len(step["ms"]["values"]) == 2 for step in data.values())
 
 
 def test_steps_from_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--model mini --size 80x160 --repeats 1 --device cpu --out steps.json"
-    assert steps.main(words.split()) == 0
+    arguments = "--model mini --size 80x160 --repeats 1 --device cpu --out steps.json"
+    assert steps.main(arguments.split()) == 0
     out = capsys.readouterr().out
     assert "mini, HiRED at 20 %, 80x160 pixels, 1 rounds in turns" in out
     assert len([line for line in out.splitlines() if line.startswith("| ")]) == 2 + len(steps.STEPS)
@@ -435,7 +438,7 @@ def test_steps_from_the_command_line(in_folder: Path, capsys: pytest.CaptureFixt
     assert "--size 80: give height x width in pixels" in capsys.readouterr().err
 
 
-def test_intervals_count_what_they_cover() -> None:
+def test_intervals_have_their_coverage() -> None:
     assert interval_rank(1) == (0, 0.0)
     assert interval_rank(5) == (0, 0.9375)
     assert interval_rank(6) == (0, 0.96875)
@@ -445,7 +448,7 @@ def test_intervals_count_what_they_cover() -> None:
     assert Samples((1.0, 2.0, 3.0, 4.0, 5.0)).quartiles == (2.0, 4.0)
 
 
-def test_an_interval_covers_as_often_as_it_says() -> None:
+def test_the_coverage_of_an_interval_is_its_frequency() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = torch.empty(4000, 9).exponential_(generator=generator).sort(dim=1).values
     rank, coverage = interval_rank(9)
@@ -460,35 +463,36 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
     "adapter",
     [LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, InternVLAdapter, Qwen2VLAdapter, Qwen25VLAdapter],
 )
-def test_architectures_need_no_weights(adapter: type[Adapter], tmp_path: Path) -> None:
+def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Path) -> None:
     config = tmp_path / "small.json"
     config.write_text(json.dumps(adapter.example().config.to_dict()))
-    made = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
-    said = made.as_data()
-    assert (said["weights"], said["llm_layers"], said["llm_layers_full"], said["cut"]) == ("random", 1, 2, True)
-    inputs = made.prepare([random_image((112, 56), seed) for seed in range(2)])
+    bench_model = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
+    metadata = bench_model.as_data()
+    assert (metadata["weights"], metadata["cut"]) == ("random", True)
+    assert (metadata["llm_layers"], metadata["llm_layers_full"]) == (1, 2)
+    inputs = bench_model.prepare([random_image((112, 56), seed) for seed in range(2)])
     assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
-    outcome = Measurement(Variant("half", Random(0.5)))
-    count_work(made, inputs, outcome)
-    assert min(outcome.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
-    full = int(made.adapter.placeholders(inputs)[0].sum())
-    assert outcome.visual // 2 < full
-    assert outcome.prompt == inputs["input_ids"].shape[1] - full + outcome.visual // 2
-    assert outcome.kv_bytes == 2 * kv_bytes(made.adapter.llm, outcome.prompt)
+    measurement = Measurement(Variant("half", Random(0.5)))
+    count_work(bench_model, inputs, measurement)
+    assert min(measurement.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
+    full = int(bench_model.adapter.placeholders(inputs)[0].sum())
+    assert measurement.visual // 2 < full
+    assert measurement.prompt == inputs["input_ids"].shape[1] - full + measurement.visual // 2
+    assert measurement.kv_bytes == 2 * kv_bytes(bench_model.adapter.llm, measurement.prompt)
 
 
-def test_checkpoints_can_be_cut_too() -> None:
-    whole, made = load_bench_model("mini", "cpu"), load_bench_model("mini", "cpu", attn="eager", llm_layers=1)
-    assert (made.layers, made.full_layers) == (1, 3)
-    assert made.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
+def test_checkpoints_can_be_cut() -> None:
+    full, cut = load_bench_model("mini", "cpu"), load_bench_model("mini", "cpu", attn="eager", llm_layers=1)
+    assert (cut.layers, cut.full_layers) == (1, 3)
+    assert cut.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
     outcomes = [Measurement(Variant(PLAIN)), Measurement(Variant(PLAIN))]
-    for one, outcome in zip((whole, made), outcomes, strict=True):
-        count_work(one, one.prepare([random_image((80, 160), 0)]), outcome)
+    for bench_model, outcome in zip((full, cut), outcomes, strict=True):
+        count_work(bench_model, bench_model.prepare([random_image((80, 160), 0)]), outcome)
     assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
     assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
 
 
-def test_shipped_architectures_can_be_given_images() -> None:
+def test_shipped_architectures_process_images() -> None:
     assert "llava-v1.6-vicuna-7b" in list_architectures()
     for name in list_architectures():
         config = find_random_config(name)
@@ -525,9 +529,9 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("loud.py").write_text(PLUGIN)
-    words = "--reducers hired loud.py:LoudestTokens --budgets 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
-    rest = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
-    assert main(["bench", "run", *words.split(), *rest.split()]) == 0
+    options = "--reducers hired loud.py:LoudestTokens --budgets 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
+    more_options = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
+    assert main(["bench", "run", *options.split(), *more_options.split()]) == 0
     out, err = capsys.readouterr()
     assert err.replace("scoring\n", "") == ""
     result = json.loads(out)
@@ -537,15 +541,16 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
     assert result["environment"]["threads"] == 1
     assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
     assert (result["model"]["dtype"], result["model"]["cut"]) == ("float32", True)
-    assert [(one["batch"], one["height"], one["width"]) for one in result["settings"]] == [(1, 80, 160), (2, 80, 160)]
+    assert [(row["batch"], row["height"], row["width"]) for row in result["settings"]] == [(1, 80, 160), (2, 80, 160)]
     names = [PLAIN, "hired 20 %", "LoudestTokens 20 %"]
     for setting in result["settings"]:
         assert [row["name"] for row in setting["variants"]] == names
         plain = setting["variants"][0]
         for row in setting["variants"]:
             assert set(row["phases_ms"]) == set(PHASES)
-            spreads = [*row["phases_ms"].values(), *row["measures"].values()]
-            assert all(len(one["values"]) == 2 and set(one) == {"median", "quartiles", "values"} for one in spreads)
+            summaries = [*row["phases_ms"].values(), *row["measures"].values()]
+            assert all(set(samples) == {"median", "quartiles", "values"} for samples in summaries)
+            assert all(len(samples["values"]) == 2 for samples in summaries)
             assert row["flops"]["to_first_token"] > 0
             assert row["kv_bytes"] > 0
         for row in setting["variants"][1:]:
@@ -560,8 +565,8 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
             assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
             assert row["reducer"]["init_args"]["budget"] == 0.2
             assert 0 < row["flops"]["phases"]["vision encode"] < plain["flops"]["phases"]["vision encode"]
-        fifth = setting["variants"][1]
-        assert fifth["ratios"]["kv_bytes"] == plain["prompt_length"] / fifth["prompt_length"]
+        reduced = setting["variants"][1]
+        assert reduced["ratios"]["kv_bytes"] == plain["prompt_length"] / reduced["prompt_length"]
     assert result["traces"] == []
     assert Path("found/phases.png").read_bytes().startswith(b"\x89PNG")
     page = Path("found/bench.md").read_text()
@@ -573,13 +578,13 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
     assert len(figure.axes) == 4
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
     print_tables(result, console)
-    shown = console.export_text()
-    assert "medians and [quartiles]" in shown
-    assert "batch 2, 80 x 160 pixels: encode and prefill" in shown
+    tables = console.export_text()
+    assert "medians and [quartiles]" in tables
+    assert "batch 2, 80 x 160 pixels: encode and prefill" in tables
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--sizes 672", "--sizes 672: give height x width in pixels"),
         ("--sizes 0x672", "--sizes 0x672: give height x width"),
@@ -606,10 +611,10 @@ def test_the_mini_model_end_to_end(in_folder: Path, capsys: pytest.CaptureFixtur
         ("--batches two", "--batches"),
     ],
 )
-def test_bad_arguments(words: str, message: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(arguments: str, message: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("list.json").write_text("[]")
     Path("bert.json").write_text(json.dumps({"model_type": "paligemma"}))
-    assert main(["bench", "run", "--device", "cpu", "--quiet", *words.split()]) == 2
+    assert main(["bench", "run", "--device", "cpu", "--quiet", *arguments.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
@@ -617,21 +622,19 @@ def test_bad_arguments(words: str, message: str, in_folder: Path, capsys: pytest
     assert not Path("tokenprune-bench").exists()
 
 
-def test_a_strategy_that_does_not_fit_is_named_before_anything_runs(
-    in_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_strategies_raise_before_the_benchmark(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Qwen2VLAdapter.example().config.to_dict()
     Path("qwen.json").write_text(json.dumps(config))
     assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
     assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err
 
 
-def test_run_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_run_precedes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--repeats", "1", "run"]) == 2
     assert "write `run` before its options" in capsys.readouterr().err
 
 
-def test_shipped_configs_are_read(in_folder: Path) -> None:
+def test_shipped_configs_are_valid(in_folder: Path) -> None:
     files = sorted((Path(__file__).parents[2] / "experiments/configs/bench").glob("*.yaml"))
     assert files
     for file in files:

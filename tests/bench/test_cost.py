@@ -1,4 +1,4 @@
-"""`tokenprune cost`: what is counted on the meta device against models that really run, and the roofline by hand."""
+"""`tokenprune cost`: counts on the meta device against executed models, and the roofline against manual results."""
 
 from __future__ import annotations
 
@@ -46,81 +46,80 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 )
 
 
-def example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
-    """A tiny model on the CPU, inputs with one image, and the number of its other tokens."""
+def build_example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
+    """Return a tiny model on the CPU, inputs with one image, and the number of text tokens."""
     model = adapter.example()
-    model.set_attn_implementation("eager")  # the flash kernel of CPUs is not counted by FlopCounterMode
+    model.set_attn_implementation("eager")  # FlopCounterMode does not count the flash kernel of CPUs
     bound = find_adapter(model)
     inputs = bound.example_inputs([[SIZE]])
     return model, inputs, int((~bound.placeholders(inputs)).sum())
 
 
-def on_the_meta_device(adapter: type[Adapter]) -> Any:
+def build_meta_example(adapter: type[Adapter]) -> Any:
+    """Return the tiny model on the meta device."""
     model = adapter.example().to("meta")
     model.tie_weights()
     return model
 
 
-@pytest.mark.parametrize(("adapter", "budget"), [(LlavaNextAdapter, None), *((one, 0.3) for one in ADAPTERS)])
-def test_counted_is_what_really_runs(adapter: type[Adapter], budget: float | None) -> None:
-    model, inputs, text = example(adapter)
+@pytest.mark.parametrize(("adapter", "budget"), [(LlavaNextAdapter, None), *((adapter, 0.3) for adapter in ADAPTERS)])
+def test_counts_equal_the_executed_model(adapter: type[Adapter], budget: float | None) -> None:
+    model, inputs, text = build_example(adapter)
     reducer = UniformStride(1.0 if budget is None else budget)
     with torch.inference_mode(), reducer(model) as run:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
     with torch.inference_mode(), nullcontext() if budget is None else reducer(model):
-        with FlopCounterMode(display=False) as real:
+        with FlopCounterMode(display=False) as measured:
             model(**inputs, use_cache=True, logits_to_keep=1)
-        cached = sum(one.nbytes for layer in out.past_key_values.layers for one in (layer.keys, layer.values))
-    counted = count_batch(on_the_meta_device(adapter), SIZE, budget, text_tokens=text)
-    assert counted.encode.flops + counted.prefill.flops == real.get_total_flops()
+        cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+    counted = count_batch(build_meta_example(adapter), SIZE, budget, text_tokens=text)
+    assert counted.encode.flops + counted.prefill.flops == measured.get_total_flops()
     assert counted.kv_bytes == cached == run.account.kv_bytes
     assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
     assert counted.prefill.flops == run.account.flops
-    assert counted.weight_bytes == sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    assert counted.weight_bytes == sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
 
 
-def test_published_code_encodes_whole() -> None:
-    model = on_the_meta_device(LlavaNextAdapter)
-    full, short, published = (
-        count_batch(model, SIZE),
-        count_batch(model, SIZE, 0.3),
-        count_batch(model, SIZE, 0.3, encode_all=True),
-    )
-    assert published.encode.flops == full.encode.flops > short.encode.flops
-    assert published.tower_flops > short.tower_flops
-    assert published.prefill.flops == short.prefill.flops < full.prefill.flops
+def test_published_code_encodes_completely() -> None:
+    model = build_meta_example(LlavaNextAdapter)
+    full, reduced = count_batch(model, SIZE), count_batch(model, SIZE, 0.3)
+    published = count_batch(model, SIZE, 0.3, encode_all=True)
+    assert published.encode.flops == full.encode.flops > reduced.encode.flops
+    assert published.tower_flops > reduced.tower_flops
+    assert published.prefill.flops == reduced.prefill.flops < full.prefill.flops
 
 
-def test_a_decode_step_is_what_really_runs() -> None:
-    model, inputs, text = example(LlavaNextAdapter)
+def test_a_decode_step_equals_the_executed_step() -> None:
+    model, inputs, text = build_example(LlavaNextAdapter)
     with torch.inference_mode():
         cache = model(**inputs, use_cache=True).past_key_values
-        with FlopCounterMode(display=False) as real:
+        with FlopCounterMode(display=False) as measured:
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    counted = count_batch(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
-    assert counted.decode.flops == real.get_total_flops()
+    counted = count_batch(build_meta_example(LlavaNextAdapter), SIZE, text_tokens=text)
+    assert counted.decode.flops == measured.get_total_flops()
 
 
-def test_tower_and_projector_make_up_the_encoding() -> None:
-    model, inputs, text = example(LlavaNextAdapter)
-    with torch.inference_mode(), FlopCounterMode(display=False) as real:
+def test_tower_and_projector_sum_to_the_encoding() -> None:
+    model, inputs, text = build_example(LlavaNextAdapter)
+    with torch.inference_mode(), FlopCounterMode(display=False) as measured:
         model.model.vision_tower(inputs["pixel_values"].flatten(0, 1))
-    counted = count_batch(on_the_meta_device(LlavaNextAdapter), SIZE, text_tokens=text)
-    assert counted.tower_flops == real.get_total_flops() < counted.encode.flops
+    counted = count_batch(build_meta_example(LlavaNextAdapter), SIZE, text_tokens=text)
+    assert counted.tower_flops == measured.get_total_flops() < counted.encode.flops
 
 
 def test_full_size_agrees_with_the_account() -> None:
-    """Grouped queries at real widths; both ways to attend are the same work in other kernels."""
+    """With grouped queries at full widths, eager and fused attention have equal FLOPs in different kernels."""
     config = load_architecture("llava-v1.6-mistral-7b", 2)
-    eager, fused = (build_meta_model(config, attention=attention) for attention in ("eager", FUSED))
-    one, other = count_batch(eager, (336, 336), 0.2, batch=2), count_batch(fused, (336, 336), 0.2, batch=2)
-    shape = find_adapter(eager).llm
-    assert one.prefill.flops == 2 * prefill_flops(shape, one.tokens.prompt)
-    assert one.kv_bytes == 2 * kv_bytes(shape, one.tokens.prompt)
-    for phase, work in one.phases.items():
-        assert work.flops == other.phases[phase].flops == sum(flops * n for (flops, _), n in work.kernels.items())
-    assert other.prefill.peak_bytes <= one.prefill.peak_bytes
-    assert other.encode.moved < one.encode.moved
+    eager_model, fused_model = (build_meta_model(config, attention=attention) for attention in ("eager", FUSED))
+    eager = count_batch(eager_model, (336, 336), 0.2, batch=2)
+    fused = count_batch(fused_model, (336, 336), 0.2, batch=2)
+    shape = find_adapter(eager_model).llm
+    assert eager.prefill.flops == 2 * prefill_flops(shape, eager.tokens.prompt)
+    assert eager.kv_bytes == 2 * kv_bytes(shape, eager.tokens.prompt)
+    for phase, work in eager.phases.items():
+        assert work.flops == fused.phases[phase].flops == sum(flops * n for (flops, _), n in work.kernels.items())
+    assert fused.prefill.peak_bytes <= eager.prefill.peak_bytes
+    assert fused.encode.moved < eager.encode.moved
 
 
 def test_tokens_of_a_large_image() -> None:
@@ -135,15 +134,15 @@ def test_tokens_of_a_large_image() -> None:
     assert count_tokens(layout, select_evenly(layout, 0.2, "keep"), 60).prompt == 576 + 48 + 60
 
 
-def test_logits_of_the_whole_prompt_cost_more() -> None:
+def test_logits_of_all_positions_cost_more() -> None:
     model = build_meta_model(load_architecture("llava-1.5-7b", 1), attention=FUSED)
-    last, whole = (count_batch(model, (336, 336), all_logits=every) for every in (False, True))
+    last, full = (count_batch(model, (336, 336), all_logits=value) for value in (False, True))
     head, length = 2 * 4096 * 32064, last.tokens.prompt
-    assert whole.prefill.flops - last.prefill.flops == (length - 1) * head
-    assert last.prefill.peak_bytes < length * 32064 * (2 + 4) < whole.prefill.peak_bytes
+    assert full.prefill.flops - last.prefill.flops == (length - 1) * head
+    assert last.prefill.peak_bytes < length * 32064 * (2 + 4) < full.prefill.peak_bytes
 
 
-def test_a_meter_follows_bytes_by_hand() -> None:
+def test_a_meter_counts_bytes() -> None:
     weight = torch.empty(3, 4, device="meta")
     meter = Meter()
     with torch.inference_mode():
@@ -173,26 +172,26 @@ def toy_batch() -> BatchCost:
     return BatchCost(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, encode, prefill, decode, 150)
 
 
-def test_roofline_by_hand() -> None:
+def test_roofline() -> None:
     bounds = predict_seconds(toy_batch().encode, 50, 2)
     assert (bounds.fused, bounds.by_kernel) == (max(200 / 50, 5 / 2), 2 * max(100 / 50, 10 / 2))
-    made = predict(toy_batch(), TOY, new_tokens=3, dtype="bfloat16")
-    assert made.arithmetic == "float32"
-    assert (made.ttft.fused, made.ttft.by_kernel) == (4 + 20, 10 + 20 + 3)
-    assert (made.decode.fused, made.decode.by_kernel) == (10, 10)
-    assert made.tokens_per_second.by_kernel == pytest.approx(2 * 3 / (33 + 2 * 10))
-    assert made.peak_bytes == 800 + 90  # prefill is larger than decoding with two more tokens of 10 bytes: 60 + 20
+    prediction = predict(toy_batch(), TOY, new_tokens=3, dtype="bfloat16")
+    assert prediction.arithmetic == "float32"
+    assert (prediction.ttft.fused, prediction.ttft.by_kernel) == (4 + 20, 10 + 20 + 3)
+    assert (prediction.decode.fused, prediction.decode.by_kernel) == (10, 10)
+    assert prediction.tokens_per_second.by_kernel == pytest.approx(2 * 3 / (33 + 2 * 10))
+    assert prediction.peak_bytes == 800 + 90  # the prefill; decoding two more tokens of 10 bytes requires only 60 + 20
     assert predict(toy_batch(), TOY, 6).peak_bytes == 800 + 60 + 5 * 10
     half = predict(toy_batch(), TOY, 3, "float32", efficiency=0.5)
-    assert half.ttft.by_kernel == 2 * made.ttft.by_kernel
+    assert half.ttft.by_kernel == 2 * prediction.ttft.by_kernel
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_a_batch_that_exceeds_memory_does_not_fit() -> None:
     assert predict(toy_batch(), TOY, 3).fits
     assert not predict(toy_batch(), replace(TOY, memory=889), 3).fits
 
 
-def test_a_device_computes_as_torch_does() -> None:
+def test_a_device_uses_the_arithmetic_of_torch() -> None:
     p40 = find_device("P40")
     assert p40.peak_rate("float16") == (p40.flops["float32"], "float32")
     assert p40.peak_rate("float16", native=True)[0] == p40.flops["float32"] / 64
@@ -204,24 +203,24 @@ def test_a_device_computes_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"efficiency": 0.0}, "share of the peak"), ({"new_tokens": 0}, "at least one")]
+    ("options", "message"), [({"efficiency": 0.0}, "share of the peak"), ({"new_tokens": 0}, "at least one")]
 )
-def test_senseless_numbers_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_numbers_raise(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         predict(toy_batch(), TOY, **{"new_tokens": 3, **options})
 
 
 def test_sizes_are_height_x_width() -> None:
     assert parse_size("336x672") == (336, 672)
-    for wrong in ("336", "0x5", "axb", "3x4x5"):
+    for text in ("336", "0x5", "axb", "3x4x5"):
         with pytest.raises(ValueError, match="is no size"):
-            parse_size(wrong)
+            parse_size(text)
 
 
 # --- the table of the paper -------------------------------------------------------------------------------------------
 
 
-def test_one_number_is_fitted_to_the_published_table() -> None:
+def test_the_efficiency_is_fitted_to_the_published_table() -> None:
     rows = table4.predict_rows(table4.PUBLISHED[:2], llm_layers=1)
     share = table4.fit_efficiency(rows)
     assert rows[0].scaled_ttft(share) == pytest.approx(19.49)
@@ -240,9 +239,9 @@ CUT = ("--model", "llava-1.5-7b", "--image-size", "336x336", "--llm-layers", "1"
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cost", *CUT, "--budget", "50%", "10", "--device", "p40", "h100", "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    full, half, ten = made["batches"]
-    assert (made["llm_layers"], full["tokens"]["kept"], half["tokens"]["kept"]) == (1, 576, 288)
+    output = json.loads(capsys.readouterr().out)
+    full, half, ten = output["batches"]
+    assert (output["llm_layers"], full["tokens"]["kept"], half["tokens"]["kept"]) == (1, 576, 288)
     assert ten["tokens"]["prompt"] == 10 + 60
     assert (half["budget"], ten["budget"]) == (0.5, 10)
     assert full["tower_flops"] + full["projector_flops"] == full["phases"]["encode"]["flops"]
@@ -260,7 +259,7 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--model", "llava-7b"), "no architecture is called 'llava-7b'. Did you mean"),
         (("--device", "h20"), "no device is called 'h20'. Did you mean"),
@@ -270,8 +269,8 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (("--dtype", "int8"), "int8"),
     ],
 )
-def test_the_command_says_what_is_wrong(
-    options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+def test_the_command_names_the_error(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cost", *options]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

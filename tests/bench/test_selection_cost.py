@@ -1,4 +1,4 @@
-"""Greedy selections against their plain definitions, and the measurement of what selections cost."""
+"""Greedy selections against their plain definitions, and the measurement of the time of selections."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from tokenprune.strategies.components.diversity import (
 )
 from tokenprune.strategies.tops import optimal_preservation
 
-# --- plain definitions: everything is looked at in every step ---------------------------------------------------------
+# --- plain definitions: each step compares all tokens -----------------------------------------------------------------
 
 
 def plain_coverage(similarity: Tensor, saliency: Tensor, weights: Tensor, number: int) -> list[int]:
     picks: list[int] = []
-    covered, taken = torch.zeros(len(saliency)), torch.zeros(len(saliency), dtype=torch.bool)
+    covered, is_picked = torch.zeros(len(saliency)), torch.zeros(len(saliency), dtype=torch.bool)
     for _ in range(number):
         gain = saliency * ((similarity - covered).clamp(min=0) * weights).sum(dim=1)
-        picks.append(int(gain.masked_fill(taken, -torch.inf).argmax()))
-        taken[picks[-1]] = True
+        picks.append(int(gain.masked_fill(is_picked, -torch.inf).argmax()))
+        is_picked[picks[-1]] = True
         covered = torch.maximum(covered, similarity[picks[-1]])
     return picks
 
@@ -61,28 +61,28 @@ def plain_max_min(features: Tensor, number: int) -> list[int]:
 
 def plain_important_then_diverse(features: Tensor, scores: Tensor, number: int, important: int) -> list[int]:
     similarity, order = pairwise_cosine(features), scores.argsort(descending=True, stable=True).tolist()
-    rest, diverse = order[important:], number - important
-    while diverse and len(rest) > diverse:
-        even, odd = rest[0::2], rest[1::2]
-        likeness = [max(float(similarity[one, other]) for other in odd) for one in even]
-        fallen = sorted(range(len(even)), key=lambda place: -likeness[place])
-        rest = [even[place] for place in fallen[min(8, len(rest) - diverse) :]] + odd
-    return order[:important] + rest[:diverse]
+    remaining, diverse = order[important:], number - important
+    while diverse and len(remaining) > diverse:
+        even, odd = remaining[0::2], remaining[1::2]
+        redundancy = [max(float(similarity[token, odd_token]) for odd_token in odd) for token in even]
+        dropped = sorted(range(len(even)), key=lambda index: -redundancy[index])
+        remaining = [even[index] for index in dropped[min(8, len(remaining) - diverse) :]] + odd
+    return order[:important] + remaining[:diverse]
 
 
 def plain_determinantal(features: Tensor, relevance: Tensor, number: int) -> list[int]:
-    """The set grows by the token that makes the determinant of its part of the kernel largest."""
+    """In each step, add the token that maximizes the determinant of the kernel of the selected tokens."""
     unit = F.normalize(features.double(), dim=-1) * relevance.double()[:, None]
     kernel, picks = unit @ unit.T, list[int]()
     for _ in range(number):
-        free = [token for token in range(len(features)) if token not in picks]
-        picks.append(max(free, key=lambda token: float(kernel[[*picks, token]][:, [*picks, token]].det())))
+        candidates = [token for token in range(len(features)) if token not in picks]
+        picks.append(max(candidates, key=lambda token: float(kernel[[*picks, token]][:, [*picks, token]].det())))
     return picks
 
 
 @st.composite
 def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """Features with repeated and zero vectors, a weight per token with ties and zeros, and how many to pick."""
+    """Draw features with repeated and zero vectors, token weights with ties and zeros, and a number of picks."""
     number, dim, seed = draw(st.integers(1, 40)), draw(st.integers(1, 8)), draw(st.integers(0, 10_000))
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(number, dim, generator=generator)
@@ -96,22 +96,22 @@ def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 @settings(deadline=None)
 @given(drawn=tokens(), batch=st.integers(1, 50), sign=st.booleans())
-def test_lazy_coverage_picks_what_the_plain_greedy_picks(drawn, batch: int, sign: bool) -> None:
-    """For any size of the first batch, and where tokens of negative saliency come last."""
+def test_lazy_coverage_equals_the_plain_definition(drawn, batch: int, sign: bool) -> None:
+    """For all sizes of the first batch, and for negative saliency."""
     features, weights, number = drawn
-    saliency, ones = weights - 1 if sign else weights, torch.ones(len(features))
-    plain = plain_coverage(pairwise_cosine(features), saliency, ones, number)
+    saliency, equal = weights - 1 if sign else weights, torch.ones(len(features))
+    plain = plain_coverage(pairwise_cosine(features), saliency, equal, number)
     assert lazy_coverage(pairwise_cosine(features), number, saliency=saliency, batch=batch).tolist() == plain
     assert saliency_coverage(features, saliency, number).tolist() == plain
-    plain = plain_coverage(pairwise_cosine(features), ones, weights, number)
+    plain = plain_coverage(pairwise_cosine(features), equal, weights, number)
     assert lazy_coverage(pairwise_cosine(features), number, weights=weights, batch=batch).tolist() == plain
     shifted = (1 + pairwise_cosine(features)) / 2
-    assert facility_location(features, weights, number).tolist() == plain_coverage(shifted, ones, weights, number)
+    assert facility_location(features, weights, number).tolist() == plain_coverage(shifted, equal, weights, number)
 
 
 @settings(deadline=None)
 @given(drawn=tokens(), share=st.floats(0, 1))
-def test_diverse_picks_equal_the_plain_ones(drawn, share: float) -> None:
+def test_diverse_picks_equal_the_plain_definitions(drawn, share: float) -> None:
     features, scores, number = drawn
     picks = max_min_diverse(features, number).tolist()
     assert picks == (plain_max_min(features, number) if number else [])
@@ -123,23 +123,25 @@ def test_diverse_picks_equal_the_plain_ones(drawn, share: float) -> None:
 @pytest.mark.parametrize("number", CASES)
 def test_lazy_coverage_on_recorded_tiles(number: int) -> None:
     case = Case("scope", number)
-    features, saliency, ones = case["features"][0], case["attention"][0].sum(0), torch.ones(576)
+    features, saliency, equal = case["features"][0], case["attention"][0].sum(0), torch.ones(576)
     cosine = pairwise_cosine(features)
-    assert saliency_coverage(features, saliency, 120).tolist() == plain_coverage(cosine, saliency, ones, 120)
-    assert facility_location(features, saliency, 120).tolist() == plain_coverage((1 + cosine) / 2, ones, saliency, 120)
+    assert saliency_coverage(features, saliency, 120).tolist() == plain_coverage(cosine, saliency, equal, 120)
+    plain = plain_coverage((1 + cosine) / 2, equal, saliency, 120)
+    assert facility_location(features, saliency, 120).tolist() == plain
 
 
-def test_facility_location_covers_what_weighs_most() -> None:
+def test_facility_location_covers_the_largest_weights() -> None:
     features = torch.eye(3)[[0, 0, 0, 1, 1, 2]]
-    ones = torch.ones(6)
-    assert facility_location(features, ones, 3).tolist() == [0, 3, 5]
+    equal = torch.ones(6)
+    assert facility_location(features, equal, 3).tolist() == [0, 3, 5]
     assert facility_location(features, torch.tensor([1.0, 1, 1, 0, 0, 9]), 2).tolist() == [5, 0]
     assert facility_location(features, torch.tensor([-1.0, -1, 1, 0, 0, 9]), 2).tolist() == [5, 0]
-    assert facility_location(features, ones, 6).tolist() == [0, 3, 5, 1, 2, 4]  # nothing left to gain: in order
+    # After all tokens are covered, no token adds coverage, and tokens follow in order of their index.
+    assert facility_location(features, equal, 6).tolist() == [0, 3, 5, 1, 2, 4]
 
 
-class Copies(TorchDispatchMode):
-    """Counts the new tensors of at least `size` numbers that are made meanwhile; views are none."""
+class AllocationCounter(TorchDispatchMode):
+    """Counts the tensors with at least `size` elements that operators allocate; views are not counted."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -147,9 +149,11 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
-        made = [one for one in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(one, Tensor)]
-        self.count += sum(one.numel() >= self.size and one.untyped_storage().data_ptr() not in known for one in made)
+        pointers = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+        results = [value for value in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(value, Tensor)]
+        self.count += sum(
+            result.numel() >= self.size and result.untyped_storage().data_ptr() not in pointers for result in results
+        )
         return out
 
 
@@ -164,15 +168,15 @@ GREEDY: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_no_step_copies_a_large_part_of_the_similarities(name: str) -> None:
-    """Large tensors are made once, before the first pick, and no step makes another."""
+def test_no_step_copies_the_similarities(name: str) -> None:
+    """Large tensors are allocated once, before the first pick; their number does not depend on the number of picks."""
     generator = torch.Generator().manual_seed(0)
     features, scores = torch.randn(600, 8, generator=generator), torch.rand(600, generator=generator)
     counts = []
     for number in (20, 100):
-        with Copies(600 * 600 // 5) as copies:
+        with AllocationCounter(600 * 600 // 5) as counter:
             GREEDY[name](features, scores, number)
-        counts.append(copies.count)
+        counts.append(counter.count)
     assert counts[0] == counts[1] <= 3
 
 
@@ -189,7 +193,7 @@ def test_determinantal_maximizes_the_volume_step_by_step(seed: int, number: int)
 
 @settings(deadline=None)
 @given(drawn=tokens())
-def test_determinantal_picks_every_number_whatever_the_rank(drawn) -> None:
+def test_determinantal_picks_any_number_of_tokens_for_any_rank(drawn) -> None:
     features, relevance, number = drawn
     picks = greedy_dpp(features, relevance, number)
     assert picks.dtype == torch.long
@@ -197,7 +201,7 @@ def test_determinantal_picks_every_number_whatever_the_rank(drawn) -> None:
     assert torch.equal(picks, greedy_dpp(features, relevance, number))
 
 
-def test_determinantal_goes_on_by_relevance_when_the_features_span_no_more() -> None:
+def test_determinantal_continues_by_relevance_after_the_features_are_spanned() -> None:
     features = torch.eye(3)[[0, 0, 0, 1, 1, 2]]
     relevance = torch.tensor([0.5, 0.9, 0.7, 0.8, 0.6, 0.4])
     assert greedy_dpp(features, relevance, 6).tolist() == [1, 3, 5, 2, 4, 0]
@@ -206,8 +210,8 @@ def test_determinantal_goes_on_by_relevance_when_the_features_span_no_more() -> 
     assert greedy_dpp(torch.ones(4, 3), torch.tensor([0.0, 0.0, 0.0, 1.0]), 2).tolist() == [3, 0]
 
 
-def test_determinantal_tells_relevant_from_different() -> None:
-    """Twins of the most relevant token come last, however relevant, and however small the others' relevance."""
+def test_determinantal_picks_duplicates_last() -> None:
+    """Duplicates of the most relevant token are picked last, even if the relevance of the remaining tokens is small."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20, 64, generator=generator)
     features[:10] = features[0]
@@ -223,7 +227,7 @@ def test_determinantal_tells_relevant_from_different() -> None:
 TINY = ModelSize(side=4, patch=2, layers=4, heads=2, width=8, intermediate=8, shared=6, dim=10)
 
 
-def test_every_strategy_can_be_measured() -> None:
+def test_all_strategies_can_be_measured() -> None:
     threads = torch.get_num_threads()
     costs = measure_strategies(repeats=2, threads=1, size=TINY)
     assert [cost.name for cost in costs] == list(strategies())
@@ -234,16 +238,16 @@ def test_every_strategy_can_be_measured() -> None:
 
 
 def test_targets() -> None:
-    quick, slow = Cost("HiRED", (1.9, 9.0, 1.0), (10.0, 90.0, 20.0)), Cost("HiRED", (2.0,), (1000.0,))
+    fast, slow = Cost("HiRED", (1.9, 9.0, 1.0), (10.0, 90.0, 20.0)), Cost("HiRED", (2.0,), (1000.0,))
     small, large = Cost("SCOPE", (9.0,), (100.0,)), Cost("SCOPE", (10.0,), (100.0,))
-    assert [cost.is_met for cost in (quick, slow, small, large)] == [True, False, True, False]
-    assert quick.share == 10.0
-    assert "| HiRED | 1.90 [1.00, 9.00] | 10.00 | < 2 ms | yes |" in format_costs([quick])
+    assert [cost.is_met for cost in (fast, slow, small, large)] == [True, False, True, False]
+    assert fast.share == 10.0
+    assert "| HiRED | 1.90 [1.00, 9.00] | 10.00 | < 2 ms | yes |" in format_costs([fast])
     assert "| SCOPE | 10.00 [10.00, 10.00] | 10.00 | < 10 % | no |" in format_costs([large])
     assert set(strategies()) >= BY_ATTENTION
 
 
-def test_unknown_strategies_and_signals_are_named() -> None:
+def test_errors_name_unknown_strategies_and_signals() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'HiRAD'. Did you mean HiRED"):
         measure_strategies(["HiRAD"], size=TINY)
     with pytest.raises(ValueError, match="cannot build the signal 'echo'"):

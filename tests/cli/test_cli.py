@@ -29,7 +29,7 @@ from tokenprune.strategies.components import ContextualMerging, MeanOfRestMergin
 from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_processor
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
-LOUD = '''
+STRATEGY_SOURCE = '''
 from dataclasses import dataclass
 from torch import Tensor
 from tokenprune import EncodedImage, ScoreReducer
@@ -51,8 +51,8 @@ class LoudestTokens(ScoreReducer):
 
 
 @pytest.fixture
-def loud(tmp_path: Path) -> Path:
-    (tmp_path / "loud.py").write_text(LOUD)
+def strategy_file(tmp_path: Path) -> Path:
+    (tmp_path / "loud.py").write_text(STRATEGY_SOURCE)
     return tmp_path / "loud.py"
 
 
@@ -122,17 +122,19 @@ def test_attention_is_a_signal_or_a_saliency_model(capsys: pytest.CaptureFixture
     question = ["--question", "How many shapes are there?"]
     assert run_json(capsys, *question, "--reducer.attention", "received")["attention"] == "received_attention"
     options = ["--reducer.attention.model-name", "test_vit", "--reducer.attention.pretrained", "false"]
-    words = [*question, "--reducer.attention", "timm-saliency", *options]
-    report = run_json(capsys, *words)
+    arguments = [*question, "--reducer.attention", "timm-saliency", *options]
+    report = run_json(capsys, *arguments)
     assert report["attention"] == "TimmSaliency(test_vit)"
     assert report["second_look_flops"] > 5 * 70e6
     saliency = {"class_path": "TimmSaliency", "init_args": {"model_name": "test_vit", "pretrained": False}}
-    Path("own.yaml").write_text(json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": saliency}}}))
-    assert run_json(capsys, *question, "--config", "own.yaml")["kept_per_tile"] == report["kept_per_tile"]
-    assert main(["run", *words, "--print_config"]) == 0
+    Path("saliency.yaml").write_text(
+        json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": saliency}}})
+    )
+    assert run_json(capsys, *question, "--config", "saliency.yaml")["kept_per_tile"] == report["kept_per_tile"]
+    assert main(["run", *arguments, "--print_config"]) == 0
     Path("printed.yaml").write_text(capsys.readouterr().out)
     assert run_json(capsys, "--config", "printed.yaml")["reducer"] == report["reducer"]
-    assert main(["run", *FAST, *words]) == 0
+    assert main(["run", *FAST, *arguments]) == 0
     assert "attention read: TimmSaliency(test_vit), 375.7 MFLOP" in capsys.readouterr().out
 
 
@@ -145,9 +147,9 @@ def test_a_full_budget_gives_the_same_answers(capsys: pytest.CaptureFixture[str]
 def test_images_and_questions_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     random_image(90, 200).convert("CMYK").save("a.jpg")
     random_image(300, 80).convert("LA").save("b.png")
-    words = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
-    report = run_json(capsys, *words, "--out", "deep/er")
-    assert [(r["image"], r["question"][:4]) for r in report["results"]] == [
+    arguments = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
+    report = run_json(capsys, *arguments, "--out", "deep/er")
+    assert [(result["image"], result["question"][:4]) for result in report["results"]] == [
         ("a.jpg", "What"),
         ("a.jpg", "How "),
         ("b.png", "What"),
@@ -177,8 +179,8 @@ def test_a_checkpoint_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path,
 
 
 def test_names_budgets_and_components(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--reducer.selection.seed", "3", "--reducer.selection", "random-selection", "--reducer", "hired"]
-    report = run_json(capsys, *words, "--reducer.budget", "37", "--reducer.allocation=UniformAllocation")
+    arguments = ["--reducer.selection.seed", "3", "--reducer.selection", "random-selection", "--reducer", "hired"]
+    report = run_json(capsys, *arguments, "--reducer.budget", "37", "--reducer.allocation=UniformAllocation")
     assert report["asked"] == report["kept"] == 37
     assert report["budgets"] == [8, 8, 7, 7, 7]
     assert component_config(report, "selection")["class_path"].endswith("RandomSelection")
@@ -229,14 +231,14 @@ def test_bench_of_strategies_refuses_invalid_ratios(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["--reducer.budget.amount", "9", "--reducer.budget.per", "tile"],
         ['--reducer.budget={"amount": 9, "per": "tile"}'],
     ],
 )
-def test_budgets_with_all_fields(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    report = run_json(capsys, *words)
+def test_budgets_with_all_fields(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    report = run_json(capsys, *arguments)
     assert report["asked"] == 45
     assert component_config(report, "budget") == {"amount": 9, "per": "tile", "of": "encoded", "newlines": "free"}
 
@@ -257,8 +259,8 @@ def test_presets_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert component_config(paper, "allocation")["init_args"]["region"] == "quadrant"
 
 
-def test_a_strategy_from_a_file(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
-    report = run_json(capsys, "--reducer", f"{loud}:LoudestTokens", "--reducer.budget", "0.1")
+def test_a_strategy_from_a_file(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
+    report = run_json(capsys, "--reducer", f"{strategy_file}:LoudestTokens", "--reducer.budget", "0.1")
     assert report["kept"] == 50
     quiet = run_json(capsys, "--reducer", "loud.py:LoudestTokens.quiet", "--reducer.budget", "0.1")
     assert component_config(quiet, "power") == -1.0
@@ -268,9 +270,9 @@ def test_a_strategy_from_a_file(capsys: pytest.CaptureFixture[str], loud: Path) 
 
 
 @pytest.mark.parametrize("strategy", ["hired", "loud.py:LoudestTokens"])
-def test_a_printed_config_can_be_run(capsys: pytest.CaptureFixture[str], loud: Path, strategy: str) -> None:
-    words = ["--reducer", strategy, "--reducer.budget", "0.15", "--reducer.positions", "preserve"]
-    assert main(["run", *words, "--print_config"]) == 0
+def test_a_printed_config_can_be_run(capsys: pytest.CaptureFixture[str], strategy_file: Path, strategy: str) -> None:
+    arguments = ["--reducer", strategy, "--reducer.budget", "0.15", "--reducer.positions", "preserve"]
+    assert main(["run", *arguments, "--print_config"]) == 0
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["reducer"]["init_args"]["budget"] == 0.15
     Path("run.yaml").write_text(text)
@@ -281,7 +283,7 @@ def test_a_printed_config_can_be_run(capsys: pytest.CaptureFixture[str], loud: P
     assert run_json(capsys, "--config", "run.yaml", "--reducer.budget", "0.2")["asked"] == 100
 
 
-def test_yaml_accepts_the_names_of_the_command_line(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+def test_yaml_accepts_the_names_of_the_command_line(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
     Path("short.yaml").write_text("reducer: hired.release\n")
     assert component_config(run_json(capsys, "--config", "short.yaml"), "padding") == "ignore"
     Path("long.yaml").write_text(
@@ -292,8 +294,8 @@ def test_yaml_accepts_the_names_of_the_command_line(capsys: pytest.CaptureFixtur
     assert report["asked"] == 150
     assert component_config(report, "selection")["init_args"] == {"seed": 4}
     assert component_config(report, "allocation")["init_args"]["region"] == "quadrant"
-    dicts = run_json(capsys, "--reducer.selection={class_path: random-selection, init_args: {seed: 5}}")
-    assert component_config(dicts, "selection")["init_args"] == {"seed": 5}
+    inline = run_json(capsys, "--reducer.selection={class_path: random-selection, init_args: {seed: 5}}")
+    assert component_config(inline, "selection")["init_args"] == {"seed": 5}
 
 
 def test_repeated_options_and_kebab_case_parameters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +305,9 @@ def test_repeated_options_and_kebab_case_parameters(capsys: pytest.CaptureFixtur
 
 
 def test_output_of_a_strategy_is_not_part_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("chatty.py").write_text(LOUD.replace("        return image", "        print('hello')\n        return image"))
+    Path("chatty.py").write_text(
+        STRATEGY_SOURCE.replace("        return image", "        print('hello')\n        return image")
+    )
     assert run_json(capsys, "--reducer", "chatty.py:LoudestTokens")["kept"] == 100
 
 
@@ -319,7 +323,7 @@ def test_a_strategy_by_name_has_its_own_components(capsys: pytest.CaptureFixture
 
 
 def test_a_component_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
+    arguments = [
         "--reducer",
         "PruMerge",
         "--reducer.selection",
@@ -327,22 +331,34 @@ def test_a_component_by_name_has_its_own_defaults(capsys: pytest.CaptureFixture[
         "--reducer.merging",
         "mean-of-rest-merging",
     ]
-    assert main(["run", *words, "--print_config"]) == 0
+    assert main(["run", *arguments, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
     assert printed == as_config(PruMerge(selection=SaliencyCoverageSelection(), merging=MeanOfRestMerging()))
 
 
 def test_values_in_the_format_of_the_wandb_agent(capsys: pytest.CaptureFixture[str]) -> None:
-    part = "{'class_path': 'ContextualMerging', 'init_args': {'number': None, 'cls': True}}"
-    words = ["--reducer=VisionZip", f"--reducer.merging={part}", "--reducer.text_model=None", "--reducer.order=None"]
-    assert main(["run", *words, "--print_config"]) == 0
+    component = "{'class_path': 'ContextualMerging', 'init_args': {'number': None, 'cls': True}}"
+    arguments = [
+        "--reducer=VisionZip",
+        f"--reducer.merging={component}",
+        "--reducer.text_model=None",
+        "--reducer.order=None",
+    ]
+    assert main(["run", *arguments, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["reducer"]
     assert printed == as_config(VisionZip(merging=ContextualMerging(cls=True)))
 
 
 def test_nested_components_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--reducer", "CDPruner", "--reducer.text-model", "mini", "--reducer.selection.relevance", "text-relevance"]
-    report = run_json(capsys, *words, "--reducer.selection.relevance.sign", "aligned", "--reducer.budget", "0.1")
+    arguments = [
+        "--reducer",
+        "CDPruner",
+        "--reducer.text-model",
+        "mini",
+        "--reducer.selection.relevance",
+        "text-relevance",
+    ]
+    report = run_json(capsys, *arguments, "--reducer.selection.relevance.sign", "aligned", "--reducer.budget", "0.1")
     assert component_config(report, "selection")["init_args"]["relevance"]["init_args"]["sign"] == "aligned"
     assert report["answer"] == report["expected"]
     assert "set text_model to the CLIP checkpoint" in run_refused(capsys, "run", "--reducer", "CDPruner")
@@ -373,7 +389,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"internvl", "llava", "llava_next", "qwen2_vl"} <= {row["family"] for row in rows["models"]}
 
 
-def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
     assert main(["list", "strategies", "--plugin", "loud.py", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["LoudestTokens"]["needs"] == "features"
@@ -382,18 +398,18 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], lou
     assert rows["ImageDownsample"]["stage"] == "image"
     assert main(["list", "strategies", "--markdown"]) == 0
     assert "| `HiRED` |" in capsys.readouterr().out
-    Path("twice.py").write_text(LOUD.replace("LoudestTokens", "HiRED"))
+    Path("twice.py").write_text(STRATEGY_SOURCE.replace("LoudestTokens", "HiRED"))
     message = run_refused(capsys, "list", "strategies", "--plugin", "twice.py")
     assert "two classes are called HiRED" in message
     assert "two classes are called HiRED" in run_refused(capsys, "run", "--reducer", "twice.py:HiRED")
     assert "nowhere.py is no Python file" in run_refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
 
 
-def test_bench(capsys: pytest.CaptureFixture[str], loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ModelSize(side=3, patch=4, layers=4, heads=2, width=8, intermediate=8, shared=4, dim=8)
     monkeypatch.setattr(selection_cost, "ModelSize", lambda: tiny)
-    words = ["--names", "hired", "LoudestTokens", "--plugin", "loud.py", "--repeats", "1", "--threads", "1"]
-    assert main(["bench", "strategies", *words]) == 0
+    arguments = ["--names", "hired", "LoudestTokens", "--plugin", "loud.py", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", "strategies", *arguments]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Vision encode:")
     assert "| HiRED |" in out
@@ -402,12 +418,12 @@ def test_bench(capsys: pytest.CaptureFixture[str], loud: Path, monkeypatch: pyte
     assert "no option --repeat (did you mean --repeats?)" in run_refused(capsys, "bench", "strategies", "--repeat", "1")
 
 
-def test_check(capsys: pytest.CaptureFixture[str], loud: Path) -> None:
+def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
     assert main(["check", "hired", "--reducer.budget", "0.1"]) == 0
     assert "HiRED keeps all promises" in capsys.readouterr().out
     assert main(["check", "loud.py:LoudestTokens", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
-    Path("bad.py").write_text(LOUD.replace("image.features.float()", "image.features.mul_(2).float()"))
+    Path("bad.py").write_text(STRATEGY_SOURCE.replace("image.features.float()", "image.features.mul_(2).float()"))
     assert main(["check", "bad.py:LoudestTokens"]) == 1
     out = capsys.readouterr().out
     assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
@@ -430,7 +446,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["frobnicate"], "no command 'frobnicate'; the commands are run, evaluate, ablate, report, sweep"),
         (["list", "things"], "'strategies', 'components', 'models'"),
@@ -481,10 +497,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_error_is_one_line(
-    capsys: pytest.CaptureFixture[str], loud: Path, words: list[str], message: str
+    capsys: pytest.CaptureFixture[str], strategy_file: Path, arguments: list[str], message: str
 ) -> None:
     Path("broken.py").write_text("import nothing_like_this")
-    assert message in run_refused(capsys, *words)
+    assert message in run_refused(capsys, *arguments)
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -493,7 +509,9 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_an_error_of_a_strategy_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("bad.py").write_text(LOUD.replace("return image.features.float().norm(dim=-1) ** self.power", "return 1 / 0"))
+    Path("bad.py").write_text(
+        STRATEGY_SOURCE.replace("return image.features.float().norm(dim=-1) ** self.power", "return 1 / 0")
+    )
     assert "division by zero (ZeroDivisionError; --debug shows where)" in run_refused(
         capsys, "run", *FAST, "--reducer", "bad.py:LoudestTokens"
     )
@@ -510,10 +528,10 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
 def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    def full(*args: Any) -> Any:
+    def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", fail)
     assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
     assert list(Path("tokenprune-out").iterdir()) == []
 
@@ -548,7 +566,7 @@ def test_urls_are_not_downloaded(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert f"{address} is a URL, and URLs are not downloaded; download the image" in capsys.readouterr().err
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"image": address, "question": "x", "answer": "y"}) + "\n")
-    words = [
+    arguments = [
         "evaluate",
         "--task",
         "folder",
@@ -559,7 +577,7 @@ def test_urls_are_not_downloaded(capsys: pytest.CaptureFixture[str], tmp_path: P
         "--quiet",
         "true",
     ]
-    assert main(words) == 2
+    assert main(arguments) == 2
     assert f"line 1: {address} is a URL" in capsys.readouterr().err
 
 
@@ -570,3 +588,10 @@ def test_urls_of_data_sets_and_other_schemes_are_not_downloaded(
     assert f"{address} is a URL" in run_refused(capsys, "run", "--image", address)
     message = run_refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
     assert f"{address} is a URL, and URLs are not downloaded; download the data set" in message
+
+
+def test_check_on_some_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "HiRED", "--families", "llava_next"]) == 0
+    assert "HiRED" in capsys.readouterr().out
+    assert main(["check", "HiRED", "--families", "lava"]) == 2
+    assert "no family is called lava" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The account of a run: exact totals in bounded memory, one length per layer of the LLM."""
+"""The account of a run: exact totals, bounded memory, and one prompt length per layer of the LLM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_layers_are_summed_exactly(rows: list[tuple[int, tuple[int, ...]]]) -> N
 
 
 @given(length=st.integers(0, 10_000))
-def test_equal_lengths_follow_the_formula_of_one_length(length: int) -> None:
+def test_equal_lengths_follow_the_closed_formula(length: int) -> None:
     assert kv_bytes(SHAPE, length) == 2 * SHAPE.layers * 2 * 8 * 2 * length
     assert prefill_flops(SHAPE, length) == 2 * 600 * length + 4 * 3 * 4 * 8 * length * length + 2 * 50
     pairs, rows = TokenAccount(SHAPE), TokenAccount(SHAPE)
@@ -66,7 +66,7 @@ def test_a_row_has_one_length_per_layer() -> None:
     account = TokenAccount(SHAPE)
     with pytest.raises(ValueError, match="lengths for 2 layers, but the LLM has 3"):
         account.add([selection(4)], [(9, 9), RowLengths(100, (60, 20))])
-    assert (account.image_count, account.row_count) == (0, 0)  # a refused call leaves nothing behind
+    assert (account.image_count, account.row_count) == (0, 0)  # a refused call stores nothing
 
 
 def test_totals_cover_more_than_the_history() -> None:
@@ -107,20 +107,20 @@ def test_average_tokens_are_the_visual_tokens_of_a_row() -> None:
     assert account.average_tokens == (40 + 60) / 2
 
 
-def test_papers_count_the_average_over_layers() -> None:
+def test_average_tokens_average_over_layers() -> None:
     """FastV on LLaVA-1.5: 576 visual tokens in the first 2 layers of 32 and half of them afterwards."""
     visual, text = 576, 64
     geometry = TileGeometry((0, 0), (24, 24), torch.zeros(0, 4), torch.arange(visual))
-    every = torch.ones(1, visual, dtype=torch.bool)
+    kept = torch.ones(1, visual, dtype=torch.bool)
     shape = replace(SHAPE, layer_parameters=(100,) * 32)
     account = TokenAccount(shape)
     layers = (visual + text,) * 2 + (visual // 2 + text,) * 30
-    whole = Selection(geometry, every, visual, newline_mask=torch.zeros(0, dtype=torch.bool))
-    account.add([whole], [RowLengths(visual + text, layers)])
+    full_selection = Selection(geometry, kept, visual, newline_mask=torch.zeros(0, dtype=torch.bool))
+    account.add([full_selection], [RowLengths(visual + text, layers)])
     assert account.average_tokens == pytest.approx(visual * (2 + 0.5 * 30) / 32)
 
 
-def test_the_line_for_people() -> None:
+def test_text_of_an_account() -> None:
     account = TokenAccount(SHAPE, attention="cls_attention")
     assert str(account) == "no image was reduced"
     account.add([selection(16)], [(100, 36)])

@@ -1,4 +1,4 @@
-"""Strategies on live models: everything a user does with a model works as before, on a shorter prompt."""
+"""Strategies attached to models: forward, generate, training and pipelines work on the shorter prompt."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ GENERATION = {
 }
 
 
-def generate(model: Any, inputs: Any, **how: Any) -> torch.Tensor:
-    """Generate six tokens; a random model would write image placeholders itself, so these are suppressed."""
+def generate(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
+    """Generate six tokens. Image placeholders are suppressed, because a random model would generate them."""
     torch.manual_seed(0)
     suppress = [model.config.image_token_id]
-    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, suppress_tokens=suppress, **how)
+    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, suppress_tokens=suppress, **options)
 
 
-def real(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The logits of real positions, row after row, `[positions, vocabulary]`."""
+def unpad(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the logits of all positions without padding, row after row, `[positions, vocabulary]`."""
     return logits[mask.bool()]
 
 
 def short_mask(model: Any, inputs: Any, run: Any, side: str) -> torch.Tensor:
+    """Return the attention mask of the reduced prompts, bool `[rows, positions]`."""
     lengths = kept_mask(model, inputs, run).sum(1)
     column = torch.arange(int(lengths.max()))
     return (column < lengths[:, None]) if side == "right" else (column >= column.numel() - lengths[:, None])
@@ -61,7 +62,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(family: str) -> Any:
     model = tiny_model(family)
-    model(**batch(family, [SQUARE]))  # transformers installs its own capturing hooks at the first call
+    model(**batch(family, [SQUARE]))  # transformers installs capturing hooks at the first call
     return model
 
 
@@ -85,13 +86,13 @@ def test_full_budget_is_bit_identical(family: str, attn: str, dtype: torch.dtype
     assert torch.equal(before, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("how", GENERATION)
-def test_full_budget_generates_the_same(model: Any, inputs: Any, how: str) -> None:
-    before = generate(model, inputs, **GENERATION[how])
+@pytest.mark.parametrize("mode", GENERATION)
+def test_full_budget_generates_the_same(model: Any, inputs: Any, mode: str) -> None:
+    before = generate(model, inputs, **GENERATION[mode])
     with HiRED(1.0)(model):
-        during = generate(model, inputs, **GENERATION[how])
+        during = generate(model, inputs, **GENERATION[mode])
     assert torch.equal(before, during)
-    assert torch.equal(before, generate(model, inputs, **GENERATION[how]))
+    assert torch.equal(before, generate(model, inputs, **GENERATION[mode]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -126,41 +127,41 @@ def test_logits_equal_the_mask_oracle(family: str, positions: str, side: str, ne
         short = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, positions)).logits
     assert short.shape[1] < full.shape[1]
-    difference = real(short, short_mask(model, inputs, run, side)) - real(full, kept_mask(model, inputs, run))
+    difference = unpad(short, short_mask(model, inputs, run, side)) - unpad(full, kept_mask(model, inputs, run))
     assert difference.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("how", GENERATION)
+@pytest.mark.parametrize("mode", GENERATION)
 @pytest.mark.parametrize("padded", [True, False])
-def test_generation_equals_the_mask_oracle(model: Any, family: str, positions: str, how: str, padded: bool) -> None:
-    """Also without any padding, where transformers leaves the mask out and reads gaps in positions as packing."""
+def test_generation_equals_the_mask_oracle(model: Any, family: str, positions: str, mode: str, padded: bool) -> None:
+    """Without padding, transformers omits the mask and would treat gaps in positions as packed sequences."""
     inputs = batch(family, *(ROWS if padded else ([WIDE],)))
     with HiRED(0.2, positions=positions)(model) as run:
-        short = generate(model, inputs, **GENERATION[how])
+        short = generate(model, inputs, **GENERATION[mode])
     oracle = oracle_inputs(model, inputs, run, positions)
     if positions == "reindex":
         oracle.pop("position_ids")
-    else:  # generate counts from the mask that the full prompt came with
+    else:  # generate counts positions from the attention mask of the full prompt
         oracle["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    expected = GENERATION[how] | ({"prefill_chunk_size": None} if how == "chunked prefill" else {})
-    full = generate(model, oracle, **expected)
+    options = GENERATION[mode] | ({"prefill_chunk_size": None} if mode == "chunked prefill" else {})
+    full = generate(model, oracle, **options)
     assert torch.equal(short, full)
     width = inputs["input_ids"].shape[1]
     repeats = len(short) // len(inputs["input_ids"])
     assert torch.equal(short[:, :width], inputs["input_ids"].repeat_interleave(repeats, 0))
 
 
-@pytest.mark.parametrize("where", ["argument", "config", "model"])
-def test_positions_are_preserved_without_a_cache_wherever_that_is_said(family: str, where: str) -> None:
-    """Without cache and padding, transformers would read gaps in positions as packed sequences."""
+@pytest.mark.parametrize("source", ["argument", "config", "model"])
+def test_positions_are_preserved_without_a_cache(family: str, source: str) -> None:
+    """Without cache and padding, transformers would treat gaps in positions as packed sequences."""
     model, inputs = tiny_model(family), batch(family, [WIDE])
     reducer = HiRED(0.2, positions="preserve")
     with reducer(model):
         cached = generate(model, inputs)
-        if where == "argument":
+        if source == "argument":
             assert torch.equal(generate(model, inputs, use_cache=False), cached)
-        elif where == "config":
+        elif source == "config":
             config = copy.deepcopy(model.generation_config)
             config.use_cache = False
             assert torch.equal(generate(model, inputs, generation_config=config), cached)
@@ -174,16 +175,16 @@ def test_positions_are_preserved_without_a_cache_wherever_that_is_said(family: s
 def test_assisted_generation_equals_greedy(model: Any, family: str, helper: str, positions: str) -> None:
     inputs = batch(family, [WIDE])
     assistant = tiny_model(family).eval()
-    how = {"prompt_lookup_num_tokens": 2} if helper == "prompt lookup" else {"assistant_model": assistant}
+    options = {"prompt_lookup_num_tokens": 2} if helper == "prompt lookup" else {"assistant_model": assistant}
     with HiRED(0.2, positions=positions)(model):
         greedy = generate(model, inputs)
-        assisted = generate(model, inputs, **how)
+        assisted = generate(model, inputs, **options)
     assert torch.equal(greedy, assisted)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_loss_falls_on_the_right_tokens(family: str, side: str) -> None:
-    """Loss and gradients equal those of the masked full prompt with dropped positions unlabeled."""
+def test_loss_and_gradients_equal_the_mask_oracle(family: str, side: str) -> None:
+    """Loss and gradients are the same as for the masked full prompt with unlabeled dropped positions."""
     model, inputs = tiny_model(family), batch(family, [SQUARE], [WIDE, TALL], side=side)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, : labels.shape[1] - 9] = -100
@@ -202,7 +203,7 @@ def test_loss_falls_on_the_right_tokens(family: str, side: str) -> None:
 
 
 def test_unpadded_training_batch_gets_right_padding(family: str) -> None:
-    """A first text token with a label must not be predicted from padding put before it."""
+    """If the first text token has a label, it is not predicted from padding before it."""
     model = tiny_model(family)
     inputs = batch(family, [SQUARE], [SQUARE], seed=3)
     inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
@@ -210,17 +211,19 @@ def test_unpadded_training_batch_gets_right_padding(family: str) -> None:
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     with HiRED(3)(model) as run:
         loss = model(**inputs, labels=labels).loss
-    stays = torch.ones_like(inputs["input_ids"]).bool()
-    stays[inputs["input_ids"] == model.config.image_token_id] = torch.cat([s.packed_mask() for s in run.selections])
+    is_kept = torch.ones_like(inputs["input_ids"]).bool()
+    is_kept[inputs["input_ids"] == model.config.image_token_id] = torch.cat(
+        [selection.packed_mask() for selection in run.selections]
+    )
     rows = []
-    for row, keep in enumerate(stays):
-        one = {k: v[row : row + 1] for k, v in inputs.items() if k != "input_ids"}
+    for row, keep in enumerate(is_kept):
+        row_inputs = {k: v[row : row + 1] for k, v in inputs.items() if k != "input_ids"}
         ids, mask = inputs["input_ids"][row : row + 1], keep[None].long()
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **one
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **row_inputs
         ).logits
         rows.append(torch.nn.functional.cross_entropy(logits[0, keep][:-1], labels[row, keep][1:], reduction="none"))
-    expected = torch.cat(rows)[torch.cat([labels[r, k][1:] for r, k in enumerate(stays)]) != -100].mean()
+    expected = torch.cat(rows)[torch.cat([labels[r, k][1:] for r, k in enumerate(is_kept)]) != -100].mean()
     assert torch.allclose(loss, expected, atol=1e-5)
 
 
@@ -242,26 +245,26 @@ def test_gradient_checkpointing(family: str) -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_batch_equals_its_rows_alone(model: Any, family: str, positions: str) -> None:
+def test_a_batch_equals_its_single_rows(model: Any, family: str, positions: str) -> None:
     with HiRED(0.2, positions=positions)(model) as run:
-        together = generate(model, batch(family, *ROWS))
+        batched = generate(model, batch(family, *ROWS))
     image = 0
     for number, row in enumerate(ROWS):
-        inputs = one_row(family, number)
+        inputs = single_row_inputs(family, number)
         if not row:
-            alone = generate(model, inputs)
+            expected = generate(model, inputs)
         else:
             with HiRED(0.2, positions=positions)(model) as single:
-                alone = generate(model, inputs)
+                expected = generate(model, inputs)
             for selection in single.selections:
                 assert torch.equal(selection.kept, run.selections[image].kept)
                 image += 1
-        assert torch.equal(alone[0, -6:], together[number, -6:])
+        assert torch.equal(expected[0, -6:], batched[number, -6:])
     assert image == len(run.selections) == 4
 
 
-def one_row(family: str, number: int) -> Any:
-    """The inputs of one row of `ROWS`, made by the processor on its own."""
+def single_row_inputs(family: str, number: int) -> Any:
+    """Return the inputs of one row of `ROWS`, processed without the remaining rows."""
     processor, full = tiny_processor(family), batch(family, *ROWS)
     images = [random_image(*size, seed=10 * number + k) for k, size in enumerate(ROWS[number])]
     ids = full["input_ids"][number][full["attention_mask"][number].bool()]
@@ -272,12 +275,12 @@ def one_row(family: str, number: int) -> Any:
     return inputs
 
 
-def test_positional_and_text_only_calls_pass(model: Any, inputs: Any, family: str) -> None:
+def test_positional_and_text_only_calls(model: Any, inputs: Any, family: str) -> None:
     text = tokenizer()(["how many shapes"], return_tensors="pt")
-    plain, written = model(text["input_ids"]).logits, generate(model, text)
+    logits, sequences = model(text["input_ids"]).logits, generate(model, text)
     with HiRED(0.2)(model):
-        assert torch.equal(model(text["input_ids"]).logits, plain)
-        assert torch.equal(generate(model, text), written)
+        assert torch.equal(model(text["input_ids"]).logits, logits)
+        assert torch.equal(generate(model, text), sequences)
         short = model(
             inputs["input_ids"],
             inputs["pixel_values"],
@@ -287,29 +290,29 @@ def test_positional_and_text_only_calls_pass(model: Any, inputs: Any, family: st
 
 
 def test_inputs_embeds_with_pixels(model: Any, inputs: Any) -> None:
-    """Embeddings in place of ids give the same answer, in a call and in generate."""
+    """Embeddings in place of ids give the same logits and the same new tokens."""
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    image_inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
     with HiRED(0.2)(model):
         by_ids = model(**inputs).logits
-        assert torch.equal(model(inputs_embeds=embeds, **rest).logits, by_ids)
-        new = generate(model, {"inputs_embeds": embeds, **rest})
-        assert torch.equal(new, generate(model, inputs)[:, -6:])
+        assert torch.equal(model(inputs_embeds=embeds, **image_inputs).logits, by_ids)
+        new_tokens = generate(model, {"inputs_embeds": embeds, **image_inputs})
+        assert torch.equal(new_tokens, generate(model, inputs)[:, -6:])
 
 
 def test_zero_budget_leaves_a_text_prompt(model: Any, family: str) -> None:
     inputs = batch(family, [SQUARE], [WIDE])
-    image = model.config.image_token_id
+    image_token = model.config.image_token_id
     ids = inputs["input_ids"]
-    text = torch.stack([row[(row != image) & (row != 0)] for row in ids if (row != image).any()][:1])
+    text = torch.stack([row[(row != image_token) & (row != 0)] for row in ids if (row != image_token).any()][:1])
     with HiRED(0)(model) as run:
         out = generate(model, inputs, num_beams=2)
     assert run.account.kept == 0
     assert torch.equal(out[:1, -6:], generate(model, {"input_ids": text}, num_beams=2)[:, -6:])
 
 
-def test_one_image_of_two_is_dropped_whole(model: Any, family: str) -> None:
-    """An image without tokens must not shift its neighbor's features, in beams least of all."""
+def test_one_image_of_two_keeps_no_tokens(model: Any, family: str) -> None:
+    """An image without kept tokens does not shift the features of the next image, also in beam search."""
 
     @dataclass
     class SecondOnly(TokenReducer):
@@ -333,7 +336,7 @@ def test_one_image_of_two_is_dropped_whole(model: Any, family: str) -> None:
     assert torch.equal(out, generate(model, oracle, num_beams=3))
 
 
-# --- clients ----------------------------------------------------------------------------------------------------------
+# --- pipelines, streamers, limits and outputs -------------------------------------------------------------------------
 
 
 def test_pipeline(model: Any, family: str) -> None:
@@ -353,28 +356,28 @@ def test_pipeline(model: Any, family: str) -> None:
     assert "USER" not in short
 
 
-def test_streamers_see_the_full_prompt_once(model: Any, family: str) -> None:
+def test_streamers_receive_the_full_prompt_once(model: Any, family: str) -> None:
     inputs = batch(family, [WIDE])
-    whole = TextIteratorStreamer(tokenizer(), skip_prompt=False)
-    new = TextIteratorStreamer(tokenizer(), skip_prompt=True)
+    with_prompt = TextIteratorStreamer(tokenizer(), skip_prompt=False)
+    without_prompt = TextIteratorStreamer(tokenizer(), skip_prompt=True)
     with HiRED(0.2)(model):
-        out = generate(model, inputs, streamer=whole)
-        generate(model, inputs, streamer=new)
-    assert "".join(whole) == tokenizer().decode(out[0])
-    assert "".join(new) == tokenizer().decode(out[0, inputs["input_ids"].shape[1] :])
+        out = generate(model, inputs, streamer=with_prompt)
+        generate(model, inputs, streamer=without_prompt)
+    assert "".join(with_prompt) == tokenizer().decode(out[0])
+    assert "".join(without_prompt) == tokenizer().decode(out[0, inputs["input_ids"].shape[1] :])
     assert issubclass(TextIteratorStreamer, TextStreamer)
 
 
-@pytest.mark.parametrize("by", ["argument", "config", "model"])
-def test_total_length_limits_count_the_full_prompt(family: str, by: str) -> None:
+@pytest.mark.parametrize("source", ["argument", "config", "model"])
+def test_total_length_limits_count_the_full_prompt(family: str, source: str) -> None:
     model, inputs = tiny_model(family), batch(family, [WIDE])
     limit = inputs["input_ids"].shape[1] + 4
     model.generation_config.eos_token_id = None
     suppress = [model.config.image_token_id]
     arguments: dict[str, Any] = {"suppress_tokens": suppress}
-    if by == "argument":
+    if source == "argument":
         arguments |= {"max_length": limit}
-    elif by == "config":
+    elif source == "config":
         arguments["generation_config"] = copy.deepcopy(model.generation_config)
         arguments["generation_config"].max_length = limit
     else:
@@ -382,11 +385,11 @@ def test_total_length_limits_count_the_full_prompt(family: str, by: str) -> None
     with HiRED(0.2)(model):
         out = model.generate(**inputs, **arguments)
     assert out.shape[1] == limit
-    if by == "config":
+    if source == "config":
         assert arguments["generation_config"].max_length == limit
 
 
-def test_dictionary_output_is_expanded_too(model: Any, inputs: Any) -> None:
+def test_dictionary_output_has_the_full_prompt(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model):
         plain = generate(model, inputs)
         out = generate(model, inputs, return_dict_in_generate=True, output_scores=True)
@@ -395,11 +398,11 @@ def test_dictionary_output_is_expanded_too(model: Any, inputs: Any) -> None:
     assert len(out.scores) == 6
 
 
-# --- leaving ----------------------------------------------------------------------------------------------------------
+# --- leaving the block ------------------------------------------------------------------------------------------------
 
 
-def traces(model: Any) -> list[Any]:
-    """Everything that an attached reducer could leave behind."""
+def attachment_state(model: Any) -> list[Any]:
+    """Return the hooks, configs and attributes that an attached reducer could change."""
     hooks = [
         (name, list(m._forward_pre_hooks), list(m._forward_hooks), list(m._backward_hooks))
         for name, m in model.named_modules()
@@ -408,13 +411,13 @@ def traces(model: Any) -> list[Any]:
     return [hooks, configs, sorted(model.__dict__), model.config.to_dict(), model.generation_config.to_dict()]
 
 
-class BoomError(Exception):
+class InjectedError(Exception):
     pass
 
 
 @dataclass
-class Failing(ScoreReducer):
-    error: Any = BoomError
+class FailingReducer(ScoreReducer):
+    error: Any = InjectedError
 
     def score(self, image: EncodedImage) -> torch.Tensor:
         raise self.error("in the strategy")
@@ -422,86 +425,89 @@ class Failing(ScoreReducer):
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("failure", ["none", "strategy", "model", "interrupt", "caller"])
-def test_nothing_stays_on_the_model(family: str, failure: str, call: str) -> None:
+def test_leaving_restores_the_model(family: str, failure: str, call: str) -> None:
     model, inputs = tiny_model(family), batch(family, *ROWS)
-    logits, before = model(**inputs).logits, traces(model)
-    run_it = model if call == "forward" else lambda **kw: generate(model, kw)
-    reducer: TokenReducer = Failing() if failure == "strategy" else HiRED(0.2)
-    bad = dict(inputs)
+    logits, before = model(**inputs).logits, attachment_state(model)
+    run_model = model if call == "forward" else lambda **kw: generate(model, kw)
+    reducer: TokenReducer = FailingReducer() if failure == "strategy" else HiRED(0.2)
+    call_inputs = dict(inputs)
     if failure == "model":
-        bad["input_ids"] = bad["input_ids"][:, :-1].clone()
-        bad["attention_mask"] = bad["attention_mask"][:, :-1]
-        bad["input_ids"][0, -1] = model.config.image_token_id
-    error: Any = {"strategy": BoomError, "model": ValueError, "interrupt": KeyboardInterrupt, "caller": BoomError}.get(
-        failure
-    )
+        call_inputs["input_ids"] = call_inputs["input_ids"][:, :-1].clone()
+        call_inputs["attention_mask"] = call_inputs["attention_mask"][:, :-1]
+        call_inputs["input_ids"][0, -1] = model.config.image_token_id
+    error: Any = {
+        "strategy": InjectedError,
+        "model": ValueError,
+        "interrupt": KeyboardInterrupt,
+        "caller": InjectedError,
+    }.get(failure)
     if failure == "interrupt":
-        reducer = Failing(error=KeyboardInterrupt)
+        reducer = FailingReducer(error=KeyboardInterrupt)
     if error is None:
         with reducer(model):
-            run_it(**inputs)
+            run_model(**inputs)
     else:
         with pytest.raises(error) as caught, reducer(model):  # noqa: PT012
-            run_it(**bad)
-            raise BoomError("in the caller")
+            run_model(**call_inputs)
+            raise InjectedError("in the caller")
         assert failure != "model" or "Image features and image tokens do not match" in str(caught.value)
-    assert traces(model) == before
+    assert attachment_state(model) == before
     assert torch.equal(model(**inputs).logits, logits)
 
 
-def test_an_error_inside_the_vision_tower_restores_the_probe(family: str) -> None:
+def test_an_error_inside_the_vision_tower_restores_the_model(family: str) -> None:
     model, inputs = tiny_model(family), batch(family, [SQUARE])
-    model(**inputs)  # transformers installs its own capturing hooks at the first call
-    before = traces(model)
-    broken = model.base_model.vision_tower.encoder.layers[-2].register_forward_pre_hook(lambda *a: 1 / 0)
+    model(**inputs)  # transformers installs capturing hooks at the first call
+    before = attachment_state(model)
+    hook = model.base_model.vision_tower.encoder.layers[-2].register_forward_pre_hook(lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError), HiRED(0.2)(model):
         model(**inputs)
-    broken.remove()
-    assert traces(model) == before
+    hook.remove()
+    assert attachment_state(model) == before
 
 
-def test_an_own_generate_on_the_instance_comes_back(family: str) -> None:
+def test_an_instance_attribute_generate_is_restored(family: str) -> None:
     model, inputs = tiny_model(family), batch(family, [SQUARE])
-    own = type(model).generate.__get__(model)
-    model.generate = own
+    replacement = type(model).generate.__get__(model)
+    model.generate = replacement
     with HiRED(0.2)(model):
         generate(model, inputs)
-    assert model.__dict__["generate"] is own
+    assert model.__dict__["generate"] is replacement
 
 
-def test_copies_and_checkpoints_made_inside_are_ordinary(family: str, tmp_path: Any) -> None:
+def test_copies_and_checkpoints_from_inside_the_block_are_not_reduced(family: str, tmp_path: Any) -> None:
     model, inputs = tiny_model(family), batch(family, [WIDE])
     full = generate(model, inputs)
     logits = model(**inputs).logits
     with HiRED(2)(model) as run:
-        twin = copy.deepcopy(model)
+        model_copy = copy.deepcopy(model)
         model.save_pretrained(tmp_path)
         model(**inputs)
-        seen = len(run.selections)
-        assert torch.equal(generate(twin, inputs), full)
-        assert torch.equal(twin(**inputs).logits, logits)
-        assert len(run.selections) == seen
-    assert torch.equal(generate(twin, inputs), full)
+        image_count = len(run.selections)
+        assert torch.equal(generate(model_copy, inputs), full)
+        assert torch.equal(model_copy(**inputs).logits, logits)
+        assert len(run.selections) == image_count
+    assert torch.equal(generate(model_copy, inputs), full)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs).logits, logits)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reducer_that_never_fired_says_so(model: Any) -> None:
+def test_a_block_without_an_image_warns(model: Any) -> None:
     with pytest.warns(UserWarning, match="no image went through the model"), HiRED(0.2)(model):
         pass
     with pytest.raises(RuntimeError, match="no image went through the model"), HiRED(0.2)(model, strict=True):
         pass
 
 
-def test_an_error_in_the_block_is_not_hidden_by_that(model: Any) -> None:
-    with pytest.raises(BoomError), HiRED(0.2)(model):
-        raise BoomError
+def test_an_error_in_a_block_without_an_image_is_raised(model: Any) -> None:
+    with pytest.raises(InjectedError), HiRED(0.2)(model):
+        raise InjectedError
 
 
-def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
+def test_a_second_reducer_on_a_model_is_refused(model: Any, inputs: Any) -> None:
     with HiRED(0.2)(model) as run:
         model(**inputs)
         with pytest.raises(RuntimeError, match="already attached to this model"), HiRED(0.4)(model):
@@ -511,27 +517,27 @@ def test_two_reducers_on_one_model_are_refused(model: Any, inputs: Any) -> None:
         assert run.account.image_count == 2 * before
 
 
-def test_an_unknown_model_is_answered_with_the_supported_families() -> None:
+def test_the_error_for_an_unknown_model_lists_the_supported_families() -> None:
     with pytest.raises(TypeError, match=r"Linear.*llava \(LlavaForCond.*llava_next.*docs/how-to/write-an-adapter\.md"):
         HiRED(0.2)(torch.nn.Linear(2, 2)).__enter__()
 
 
-def test_a_missing_signal_is_answered_with_both_sets(family: str) -> None:
+def test_the_error_for_a_missing_signal_lists_required_and_provided_signals(family: str) -> None:
     model = tiny_model(family, tower="siglip")
     with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, pooling_att.*missing: cls_att"):
         HiRED(0.2, attention="cls")(model).__enter__()
 
 
-def test_received_attention_stands_in_where_there_is_no_cls(family: str) -> None:
-    """HiRED keeps the same tokens as if received attention were called CLS attention, and says what it read."""
+def test_received_attention_replaces_cls_attention_without_a_cls_token(family: str) -> None:
+    """HiRED keeps the tokens that received attention selects in place of CLS attention, and reports its signal."""
     model, inputs = tiny_model(family, tower="siglip"), batch(family, *ROWS, tower="siglip")
     with HiRED(0.2)(model) as run:
         model(**inputs)
     assert run.attention == "received_attention"
-    reads = [Signal("received_attention", "first"), Signal("received_attention", "feature")]
-    for image, selection in zip(find_adapter(model).encode(inputs, reads).images, run.selections, strict=True):
-        named = {("cls_attention", layer): value for (_, layer), value in image.signals.items()}
-        assert torch.equal(HiRED(0.2).reduce(replace(image, signals=named)).kept, selection.kept)
+    signals = [Signal("received_attention", "first"), Signal("received_attention", "feature")]
+    for image, selection in zip(find_adapter(model).encode(inputs, signals).images, run.selections, strict=True):
+        cls_signals = {("cls_attention", layer): value for (_, layer), value in image.signals.items()}
+        assert torch.equal(HiRED(0.2).reduce(replace(image, signals=cls_signals)).kept, selection.kept)
     clip = tiny_model(family)
     with HiRED(0.2, attention="received")(clip) as received:
         clip(**batch(family, *ROWS))
@@ -542,26 +548,26 @@ def test_received_attention_stands_in_where_there_is_no_cls(family: str) -> None
     assert any(not torch.equal(a.kept, b.kept) for a, b in zip(cls.selections, received.selections, strict=True))
 
 
-def test_the_pooling_head_can_be_asked_for_what_it_attends_to(family: str) -> None:
+def test_selection_by_pooling_attention(family: str) -> None:
     model, inputs = tiny_model(family, tower="siglip"), batch(family, *ROWS, tower="siglip")
     with torch.no_grad():
         model.model.vision_tower.head.attention.in_proj_weight.mul_(8)
     with FasterVLM(0.2, attention="pooling")(model) as run:
         model(**inputs)
     assert run.attention == "pooling_attention"
-    read = [Signal("pooling_attention", "feature")]
-    for image, selection in zip(find_adapter(model).encode(inputs, read).images, run.selections, strict=True):
-        rows = image.pooling_attention().mean(dim=1).masked_fill(~image.geometry.valid, -1)
+    signals = [Signal("pooling_attention", "feature")]
+    for image, selection in zip(find_adapter(model).encode(inputs, signals).images, run.selections, strict=True):
+        scores = image.pooling_attention().mean(dim=1).masked_fill(~image.geometry.valid, -1)
         for tile, kept in enumerate(selection.kept):
             number = int(kept.sum())
-            assert torch.equal(rows[tile].topk(number).indices.sort().values, kept.nonzero()[:, 0])
+            assert torch.equal(scores[tile].topk(number).indices.sort().values, kept.nonzero()[:, 0])
     with pytest.raises(ValueError, match="missing: pooling_attention"):
         FasterVLM(0.2, attention="pooling")(tiny_model(family)).__enter__()
 
 
-def test_towers_without_cls_serve_other_signals(family: str) -> None:
+def test_towers_without_cls_provide_received_attention(family: str) -> None:
     @dataclass
-    class MostWanted(ScoreReducer):
+    class ReceivedAttention(ScoreReducer):
         @property
         def needs(self) -> tuple[Signal, ...]:
             return (Signal("received_attention", "feature"),)
@@ -571,10 +577,10 @@ def test_towers_without_cls_serve_other_signals(family: str) -> None:
 
     model = tiny_model(family, tower="siglip")
     inputs = batch(family, [SQUARE], [WIDE], tower="siglip")
-    with MostWanted(0.2)(model, outputs="reduced") as run:
+    with ReceivedAttention(0.2)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
-    difference = real(short, short_mask(model, inputs, run, "left")) - real(full, kept_mask(model, inputs, run))
+    difference = unpad(short, short_mask(model, inputs, run, "left")) - unpad(full, kept_mask(model, inputs, run))
     assert difference.abs().max() < 1e-5
 
 
@@ -591,9 +597,7 @@ def test_towers_without_cls_serve_other_signals(family: str) -> None:
         ),
     ],
 )
-def test_calls_that_a_shorter_prompt_would_change_are_refused(
-    model: Any, family: str, change: Any, message: str
-) -> None:
+def test_4d_masks_and_packed_sequences_are_refused(model: Any, family: str, change: Any, message: str) -> None:
     inputs = dict(batch(family, [SQUARE]))
     with pytest.raises(ValueError, match=message), HiRED(0.2)(model):
         model(**change(inputs))
@@ -603,12 +607,12 @@ def test_conversations_from_a_reduced_cache_are_refused(model: Any, family: str)
     inputs = batch(family, [WIDE])
     with HiRED(0.2)(model):
         out = generate(model, inputs, return_dict_in_generate=True)
-        follow = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+        next_turn = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         with pytest.raises(ValueError, match="continues a conversation"):
-            generate(model, follow, past_key_values=out.past_key_values)
+            generate(model, next_turn, past_key_values=out.past_key_values)
 
 
-def test_a_feature_selection_without_grid_is_refused(family: str) -> None:
+def test_features_without_a_grid_of_patches_are_refused(family: str) -> None:
     model = tiny_model(family)
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="no grid of patches"), HiRED(0.2)(model):
@@ -618,8 +622,8 @@ def test_a_feature_selection_without_grid_is_refused(family: str) -> None:
 # --- account ----------------------------------------------------------------------------------------------------------
 
 
-def test_account_matches_what_really_ran(family: str) -> None:
-    """Cache bytes are those of the real cache, FLOPs those that torch counts in the language model."""
+def test_the_account_equals_cache_bytes_and_counted_flops(family: str) -> None:
+    """The account has the bytes of the real cache and the FLOPs that torch counts in the language model."""
     model, inputs = tiny_model(family, "eager"), batch(family, [WIDE])  # torch counts no FLOPs of CPU attention kernels
     with HiRED(0.2)(model) as run:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -648,7 +652,7 @@ def test_selections_cover_every_image(model: Any, family: str) -> None:
     assert all(s.pixels is not None and s.pixels.shape[0] == s.geometry.tiles for s in run.selections)
 
 
-def test_images_of_long_runs_are_not_hoarded(model: Any, family: str) -> None:
+def test_only_the_first_eight_images_of_a_run_keep_pixels(model: Any, family: str) -> None:
     with HiRED(0.2)(model) as run:
         for _ in range(5):
             model(**batch(family, [WIDE], [TALL]))
@@ -657,16 +661,16 @@ def test_images_of_long_runs_are_not_hoarded(model: Any, family: str) -> None:
         run.selections[-1].overlay()
 
 
-def test_the_users_kernel_runs_and_sees_its_own_config(family: str) -> None:
-    """As flash attention does, a kernel may read its own name from the module's config."""
+def test_a_custom_attention_kernel_runs_and_reads_its_config(family: str) -> None:
+    """A kernel can read its name from the config of the module, as flash attention does."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    seen = []
+    kernel_names = []
 
     def kernel(module: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(module.config._attn_implementation)
+        kernel_names.append(module.config._attn_implementation)
         return sdpa_attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register("kernel_of_a_test", kernel)
@@ -674,16 +678,16 @@ def test_the_users_kernel_runs_and_sees_its_own_config(family: str) -> None:
     model, inputs = tiny_model(family, "kernel_of_a_test"), batch(family, [SQUARE])
     with HiRED(0.2)(model, outputs="reduced") as run:
         short = model(**inputs).logits
-    assert set(seen) == {"kernel_of_a_test"}
-    assert len(seen) == 3 + 2  # every required layer of the tower and every layer of the LLM, once
+    assert set(kernel_names) == {"kernel_of_a_test"}
+    assert len(kernel_names) == 3 + 2  # every required layer of the tower and every layer of the LLM, once
     sdpa = tiny_model(family)
-    with HiRED(0.2)(sdpa, outputs="reduced") as plain:
+    with HiRED(0.2)(sdpa, outputs="reduced") as sdpa_run:
         assert torch.equal(sdpa(**inputs).logits, short)
-    assert torch.equal(plain.selections[0].kept, run.selections[0].kept)
+    assert torch.equal(sdpa_run.selections[0].kept, run.selections[0].kept)
 
 
 def test_tiles_of_all_images_in_one_tensor(model: Any, family: str) -> None:
-    """LLaVA-NeXT also takes the tiles of a batch without padding tiles, `[all tiles, 3, height, width]`."""
+    """LLaVA-NeXT also accepts the tiles of a batch without padding tiles, `[all tiles, 3, height, width]`."""
     inputs = batch(family, [SQUARE], [WIDE])
     with HiRED(0.2)(model) as padded:
         expected = model(**inputs).logits
@@ -692,17 +696,17 @@ def test_tiles_of_all_images_in_one_tensor(model: Any, family: str) -> None:
         inputs["pixel_values"] = torch.cat([p[:n] for p, n in zip(inputs["pixel_values"], tiles, strict=True)])
     with HiRED(0.2)(model) as flat:
         assert torch.equal(model(**inputs).logits, expected)
-    for one, other in zip(padded.selections, flat.selections, strict=True):
-        assert one.pixels is not None
-        assert other.pixels is not None
-        assert torch.equal(one.pixels, other.pixels)
+    for padded_selection, flat_selection in zip(padded.selections, flat.selections, strict=True):
+        assert padded_selection.pixels is not None
+        assert flat_selection.pixels is not None
+        assert torch.equal(padded_selection.pixels, flat_selection.pixels)
 
 
-def test_mixing_replaces_kept_tokens_by_their_mixtures(model: Any, family: str) -> None:
-    """With one-hot rows nothing changes; with means of all tokens every kept token is the mean."""
+def test_mixing_replaces_the_features_of_kept_tokens(model: Any, family: str) -> None:
+    """One-hot rows change no feature. If every row averages all tokens, every kept token is the mean."""
 
     @dataclass
-    class Mixing(TokenReducer):
+    class MixingReducer(TokenReducer):
         mean: bool = False
 
         def select(self, image: EncodedImage) -> Selection:
@@ -717,24 +721,24 @@ def test_mixing_replaces_kept_tokens_by_their_mixtures(model: Any, family: str) 
             return Selection(image.geometry, kept, asked=len(rows), mixing=mixing)
 
     inputs = batch(family, [WIDE])
-    with Mixing()(model, outputs="reduced") as run:
+    with MixingReducer()(model, outputs="reduced") as run:
         one_hot = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
     assert (one_hot - full[kept_mask(model, inputs, run)][None]).abs().max() < 1e-5
     captured: list[Any] = []
-    watch = model.base_model.register_forward_pre_hook(lambda m, a, k: captured.append(k), with_kwargs=True)
-    with Mixing(mean=True, newlines="drop")(model) as run:
+    hook = model.base_model.register_forward_pre_hook(lambda m, a, k: captured.append(k), with_kwargs=True)
+    with MixingReducer(mean=True, newlines="drop")(model) as run:
         model(**inputs)
-    watch.remove()
+    hook.remove()
     (features,) = captured[0]["mm_encoder_outputs"]["image"].pooler_output
-    valid = find_adapter(model).encode(inputs, ()).images[0]
-    torch.testing.assert_close(features, valid.features[valid.geometry.valid].mean(0).expand_as(features))
+    image = find_adapter(model).encode(inputs, ()).images[0]
+    torch.testing.assert_close(features, image.features[image.geometry.valid].mean(0).expand_as(features))
 
 
 def test_random_selection_does_not_depend_on_the_batch(model: Any, family: str) -> None:
     reducer = HiRED(0.2, allocation=UniformAllocation(), selection=RandomSelection(seed=4))
-    with reducer(model) as together:
+    with reducer(model) as batch_run:
         model(**batch(family, [SQUARE], [WIDE]))
-    with reducer(model) as alone:
+    with reducer(model) as single_run:
         model(**batch(family, [WIDE], seed=10))
-    assert torch.equal(together.selections[1].kept, alone.selections[0].kept)
+    assert torch.equal(batch_run.selections[1].kept, single_run.selections[0].kept)

@@ -1,4 +1,4 @@
-"""One entry to a live model: only the execution path generates, places hooks, or passes features on."""
+"""Only the modules of the execution path call `generate`, place hooks, replace methods or pass features to a model."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ FOLDERS = ("tokenprune", "strategies", "models", "experiments")
 
 ALLOWED: Mapping[str, Mapping[str, str]] = {
     "calls generate": {
-        "tokenprune/pipeline.py": "calls that of the model",
-        "tokenprune/generation.py": "calls the function that it is given",
+        "tokenprune/pipeline.py": "calls `generate` of the model",
+        "tokenprune/generation.py": "calls the function that the caller passes",
     },
     "reads generate": {
-        "tokenprune/pipeline.py": "keeps that of the model before anything is attached",
-        "tokenprune/attach.py": "reads its signature, and restores it in copies of the model",
-        "experiments/integrations/lmms_eval/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
+        "tokenprune/pipeline.py": "stores `generate` of the model before a reducer is attached",
+        "tokenprune/attach.py": "reads the signature of `generate`, and restores `generate` in copies of the model",
+        "experiments/integrations/lmms_eval/model.py": "reports errors that the wrapper of lmms-eval would hide",
     },
     "replaces generate": {
-        "tokenprune/attach.py": "places the one that passes calls to the pipeline",
-        "experiments/integrations/lmms_eval/model.py": "reports errors of it that the wrapper of lmms-eval would hide",
+        "tokenprune/attach.py": "installs a `generate` that passes calls to the pipeline",
+        "experiments/integrations/lmms_eval/model.py": "reports errors that the wrapper of lmms-eval would hide",
     },
     "replaces forward": {
         "models/_capture/hooks.py": "`replaced_forward`",
         "models/_capture/truncated_tower.py": "skips layers",
         "models/mllama.py": "passes kept keys through the vision model during a call",
-        "models/phi4_multimodal.py": "lets the embedding module take features during a call",
+        "models/phi4_multimodal.py": "passes features to the embedding module during a call",
     },
     "places hooks": {
         "tokenprune/attach.py": "reduces plain calls",
         "tokenprune/pipeline.py": "counts the passes through a tower",
         "models/_capture/hooks.py": "captures signals while the tower runs",
-        "models/_capture/truncated_tower.py": "leaves the tower early",
+        "models/_capture/truncated_tower.py": "ends the tower after the last required layer",
         "models/_base/placeholder.py": "captures the inputs of the projector",
         "models/mllama.py": "shortens the cross-attention mask during a call",
-        "strategies/components/saliency_model.py": "hooks its own second model",
+        "strategies/components/saliency_model.py": "places hooks on the saliency model",
     },
     "passes features": {
-        "tokenprune/pipeline.py": "passes them to the model",
-        "tokenprune/adapter.py": "calls its own methods",
-        "models/perception_lm.py": "calls the method of its base",
-        "models/_base/placeholder.py": "calls its own methods",
-        "models/qwen3_vl.py": "calls the method of its base",
+        "tokenprune/pipeline.py": "passes features to the model",
+        "tokenprune/adapter.py": "calls methods of the same class",
+        "models/perception_lm.py": "calls the method of the base class",
+        "models/_base/placeholder.py": "calls methods of the same class",
+        "models/qwen3_vl.py": "calls the method of the base class",
     },
 }
-"""What belongs to the execution path: for each use of a live model, the files that may have it, and why."""
+"""The execution path: the files that may contain each kind of model access, with the reason."""
 
 
 def is_hook(name: str) -> bool:
-    """Return whether a function of torch places a hook."""
+    """Return whether a torch function places a hook."""
     return name.startswith("register_") and name.endswith("_hook")
 
 
-def use_of(name: str, is_called: bool, is_stored: bool) -> str | None:
-    """Return the key of `ALLOWED` for a use of an attribute or function; None if it is no use of a live model."""
+def classify_access(name: str, is_called: bool, is_stored: bool) -> str | None:
+    """Return the key of `ALLOWED` for an attribute or function, or None if it does not access a model."""
     if name == "generate":
         return "replaces generate" if is_stored else "calls generate" if is_called else "reads generate"
     if (name == "forward" and is_stored) or name == "replaced_forward":
@@ -68,44 +68,44 @@ def use_of(name: str, is_called: bool, is_stored: bool) -> str | None:
     return "passes features" if name in ("features_to_inputs", "complete_inputs") else None
 
 
-def uses(source: str) -> Iterator[tuple[str, str]]:
-    """Yield each use of a live model in a file, with its source text.
+def find_accesses(source: str) -> Iterator[tuple[str, str]]:
+    """Yield each model access in a file, with its source text.
 
-    A name is found whether it is called or only read, as an attribute, as a function, or by `getattr` and `setattr`.
-    Calls of the `generate` of a pipeline, or of a function of that name that the file defines, are no such use.
+    The scan covers called and read names: attributes, functions, and names passed to `getattr` and `setattr`.
+    It excludes `generate` of a pipeline, and a function `generate` that the file defines.
     """
     tree = ast.parse(source)
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):
-        use = None
+        access = None
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value).split(".")[-1]
             if node.attr != "generate" or owner != "pipeline":
-                use = use_of(node.attr, id(node) in called, isinstance(node.ctx, ast.Store))
+                access = classify_access(node.attr, id(node) in called, isinstance(node.ctx, ast.Store))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            is_other = node.id == "generate" and ("generate" in defined or id(node) not in called)
-            use = None if is_other else use_of(node.id, True, False)
+            is_local = node.id == "generate" and ("generate" in defined or id(node) not in called)
+            access = None if is_local else classify_access(node.id, True, False)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
             name = node.args[1] if len(node.args) > 1 else None
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                use = use_of(name.value, False, node.func.id == "setattr")
-        if use is not None:
-            yield use, ast.unparse(node)
+                access = classify_access(name.value, False, node.func.id == "setattr")
+        if access is not None:
+            yield access, ast.unparse(node)
 
 
-def problems(file: str, source: str) -> list[str]:
-    """Return a sentence about each use of a live model that belongs to the execution path."""
+def list_violations(file: str, source: str) -> list[str]:
+    """Return an error message for each model access that `ALLOWED` does not list for the file."""
     return [
-        f"{file} {use}: {text}; use Pipeline.prepare, Pipeline.generate or tokenprune.pipeline.call_generate"
-        for use, text in uses(source)
-        if file not in ALLOWED[use]
+        f"{file} {access}: {text}; use Pipeline.prepare, Pipeline.generate or tokenprune.pipeline.call_generate"
+        for access, text in find_accesses(source)
+        if file not in ALLOWED[access]
     ]
 
 
 @cache
-def sources() -> Mapping[str, str]:
-    """Return the text of every file of the package by its path; the folders linked into it are read once."""
+def read_sources() -> Mapping[str, str]:
+    """Return the text of every Python file of `FOLDERS` by its path. Symbolic links are skipped."""
     files = [
         file
         for folder in FOLDERS
@@ -115,23 +115,25 @@ def sources() -> Mapping[str, str]:
     return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
 
 
-@pytest.mark.parametrize("file", sorted(sources()))
-def test_one_entry(file: str) -> None:
-    assert problems(file, sources()[file]) == []
+@pytest.mark.parametrize("file", sorted(read_sources()))
+def test_file_has_only_allowed_accesses(file: str) -> None:
+    assert list_violations(file, read_sources()[file]) == []
 
 
 def test_the_scan_reads_every_folder() -> None:
-    assert {file.split("/")[0] for file in sources()} == set(FOLDERS)
-    assert not any(file.startswith(f"tokenprune/{folder}/") for file in sources() for folder in FOLDERS)
+    assert {file.split("/")[0] for file in read_sources()} == set(FOLDERS)
+    assert not any(file.startswith(f"tokenprune/{folder}/") for file in read_sources() for folder in FOLDERS)
 
 
-@pytest.mark.parametrize("use", ALLOWED)
-def test_no_file_is_allowed_more_than_it_does(use: str) -> None:
-    assert set(ALLOWED[use]) == {file for file in ALLOWED[use] if use in dict(uses(sources()[file]))}
+@pytest.mark.parametrize("access", ALLOWED)
+def test_every_allowed_access_is_present(access: str) -> None:
+    assert set(ALLOWED[access]) == {
+        file for file in ALLOWED[access] if access in dict(find_accesses(read_sources()[file]))
+    }
 
 
 @pytest.mark.parametrize(
-    ("source", "use"),
+    ("source", "access"),
     [
         ("model.generate(**inputs)", "calls generate"),
         ("self.adapter.model.generate(**inputs)", "calls generate"),
@@ -152,12 +154,12 @@ def test_no_file_is_allowed_more_than_it_does(use: str) -> None:
         ("adapter.complete_inputs(encoding)", "passes features"),
     ],
 )
-def test_the_scan_finds_a_second_entry(source: str, use: str) -> None:
+def test_the_scan_finds_every_kind_of_access(source: str, access: str) -> None:
     source = f"def run(model, inputs):\n    with torch.no_grad():\n        {source}\n"
-    assert [found for found, _ in uses(source)] == [use]
+    assert [kind for kind, _ in find_accesses(source)] == [access]
     for file in ("experiments/other.py", "strategies/other.py", "models/other.py", "tokenprune/other.py"):
-        (problem,) = problems(file, source)
-        assert problem.startswith(f"{file} {use}: ")
+        (violation,) = list_violations(file, source)
+        assert violation.startswith(f"{file} {access}: ")
 
 
 @pytest.mark.parametrize(
@@ -176,5 +178,5 @@ def test_the_scan_finds_a_second_entry(source: str, use: str) -> None:
         "self.register_buffer('x', y)",
     ],
 )
-def test_the_scan_passes_everything_else(source: str) -> None:
-    assert problems("experiments/other.py", source) == []
+def test_the_scan_accepts_all_remaining_code(source: str) -> None:
+    assert list_violations("experiments/other.py", source) == []

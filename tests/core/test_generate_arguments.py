@@ -1,6 +1,6 @@
-"""Every argument of `generate` and of `forward` is right under reduction, refused with a sentence, or not available.
+"""Every argument of `generate` and `forward` is supported, refused with an error message, or not available.
 
-Sequences at 20 % are compared with those of the unmodified model on the full prompt with the dropped positions masked.
+The reference for a budget of 20 % is the unmodified model on the full prompt with masked dropped positions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from tokenprune.testing.tiny_models import batch, tiny_model, tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "generate-arguments.md"
 NEW = 4
-"""New tokens of most calls."""
+"""Default number of new tokens."""
 SAMPLE: Mapping[str, Any] = {"do_sample": True, "num_return_sequences": 2}
 LENGTH = "length of the full prompt plus"
-"""Stands for a total length in `SUPPORTED`: (LENGTH, n) is n more than the full prompt."""
+"""Marks a total length in `SUPPORTED`: (LENGTH, n) is the length of the full prompt plus n."""
 
 SUPPORTED: Mapping[str, Mapping[str, Any]] = {
     "assistant_confidence_threshold": {"assistant_model": "itself", "assistant_confidence_threshold": 0.3},
@@ -111,7 +111,7 @@ SUPPORTED: Mapping[str, Mapping[str, Any]] = {
 REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "token_healing": ({"token_healing": True, "tokenizer": "of the model"}, "token_healing rewrites the prompt"),
 }
-"""Fields that are refused below 100 %, with arguments and the beginning of the sentence."""
+"""Fields that are refused below 100 %, with arguments and the start of the error message."""
 
 NOT_AVAILABLE: Mapping[str, Mapping[str, Any]] = {
     "assistant_early_exit": {"assistant_early_exit": 1},
@@ -129,7 +129,7 @@ NOT_AVAILABLE: Mapping[str, Mapping[str, Any]] = {
 """Fields that the unmodified model refuses, or that do nothing for it; transformers moved some to hub repositories."""
 
 INTERNAL = {"_from_model_config", "transformers_version"}
-"""Fields that are no options."""
+"""Fields that are not options."""
 
 PARAMETERS = {
     "inputs": "supported",
@@ -167,7 +167,7 @@ FORWARD = {
     "output_hidden_states": "supported",
     "kwargs": "supported",
 }
-"""Parameters of LLaVA-NeXT's `forward`, and options that it passes on."""
+"""Parameters of `forward` of LLaVA-NeXT, and options that it passes on."""
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +188,15 @@ def image_token() -> int:
 
 
 def resolve(arguments: Mapping[str, Any], model: Any, length: int) -> dict[str, Any]:
-    """Arguments with total lengths and objects filled in."""
-    special = {"itself": model, "of the model": tokenizer()}
-    out = {}
+    """Return the arguments with actual total lengths and objects in place of their markers."""
+    objects = {"itself": model, "of the model": tokenizer()}
+    resolved = {}
     for name, value in arguments.items():
         is_length = isinstance(value, tuple) and value[0] == LENGTH
-        out[name] = length + value[1] if is_length else special.get(value, value) if isinstance(value, str) else value
-    return out
+        resolved[name] = (
+            length + value[1] if is_length else objects.get(value, value) if isinstance(value, str) else value
+        )
+    return resolved
 
 
 def generate(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> Tensor:
@@ -205,14 +207,14 @@ def generate(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> Tensor:
     return output if isinstance(output, Tensor) else output.sequences
 
 
-def oracle(model: Any, inputs: Any, run: Any) -> dict[str, Any]:
-    """The full prompt with dropped positions masked; `generate` counts positions by itself."""
+def masked_full_inputs(model: Any, inputs: Any, run: Any) -> dict[str, Any]:
+    """Return the full prompt with masked dropped positions. `generate` computes the positions."""
     masked = oracle_inputs(model, inputs, run, "reindex")
     masked.pop("position_ids")
     return masked
 
 
-# --- nothing is missing -----------------------------------------------------------------------------------------------
+# --- completeness -----------------------------------------------------------------------------------------------------
 
 
 def test_every_field_is_classified() -> None:
@@ -226,7 +228,7 @@ def test_every_parameter_is_classified(model: Any) -> None:
     assert set(FORWARD) - options == set(inspect.signature(type(model).forward).parameters) - {"self"} - options
 
 
-def test_the_page_has_every_argument() -> None:
+def test_the_documentation_lists_every_argument() -> None:
     text = PAGE.read_text()
     rows = {
         **dict.fromkeys(SUPPORTED, "supported"),
@@ -245,28 +247,28 @@ def test_the_page_has_every_argument() -> None:
 @pytest.mark.parametrize("name", SUPPORTED)
 @torch.no_grad()
 def test_supported(model: Any, name: str) -> None:
-    alone = "assistant_model" in SUPPORTED[name] or "prompt_lookup_num_tokens" in SUPPORTED[name]
-    inputs = batch("llava_next", [(60, 160)], *([] if alone else [[(112, 112)]]))
+    is_speculative = "assistant_model" in SUPPORTED[name] or "prompt_lookup_num_tokens" in SUPPORTED[name]
+    inputs = batch("llava_next", [(60, 160)], *([] if is_speculative else [[(112, 112)]]))
     before = generate(model, inputs, SUPPORTED[name])
     with HiRED(1.0)(model):
         assert torch.equal(generate(model, inputs, SUPPORTED[name]), before)
     with HiRED(0.2)(model) as run:
         short = generate(model, inputs, SUPPORTED[name])
     arguments = {**SUPPORTED[name], "prefill_chunk_size": None}
-    if alone:  # speculation changes no greedy answer
+    if is_speculative:  # speculation does not change greedy decoding
         arguments = {}
-    assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments))
+    assert torch.equal(short, generate(model, masked_full_inputs(model, inputs, run), arguments))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @torch.no_grad()
 def test_refused(model: Any, inputs: Any, name: str) -> None:
-    arguments, sentence = REFUSED[name]
+    arguments, message = REFUSED[name]
     with HiRED(0.2)(model):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             generate(model, inputs, arguments)
         config = GenerationConfig(**{name: arguments[name]}, max_new_tokens=2, pad_token_id=0)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             model.generate(**inputs, generation_config=config)
 
 
@@ -278,37 +280,37 @@ def test_not_available(model: Any, name: str) -> None:
         generate(model, inputs, NOT_AVAILABLE[name])
 
 
-@pytest.mark.parametrize("by", ["argument", "config", "model", "model beside a config"])
+@pytest.mark.parametrize("source", ["argument", "config", "model", "model with another config"])
 @pytest.mark.parametrize("embedded", [False, True])
 @torch.no_grad()
-def test_total_lengths(inputs: Any, by: str, embedded: bool) -> None:
-    """Limits count the full prompt, wherever they are set."""
+def test_total_lengths(inputs: Any, source: str, embedded: bool) -> None:
+    """Limits of arguments, configs and models count the full prompt."""
     model = tiny_model("llava_next")
     model.generation_config.pad_token_id = 0
     total = inputs["input_ids"].shape[1] + 3
-    calls = dict(inputs)
+    call_inputs = dict(inputs)
     if embedded:
-        calls["inputs_embeds"] = model.get_input_embeddings()(calls.pop("input_ids"))
-    arguments: dict[str, Any] = {"max_length": total, "min_length": total} if by == "argument" else {}
-    if by == "config":
+        call_inputs["inputs_embeds"] = model.get_input_embeddings()(call_inputs.pop("input_ids"))
+    arguments: dict[str, Any] = {"max_length": total, "min_length": total} if source == "argument" else {}
+    if source == "config":
         arguments["generation_config"] = GenerationConfig(max_length=total, min_length=total, pad_token_id=0)
-    if by == "model beside a config":
+    if source == "model with another config":
         arguments["generation_config"] = GenerationConfig(do_sample=False, pad_token_id=0)
-    if by.startswith("model"):
+    if source.startswith("model"):
         model.generation_config.max_length = model.generation_config.min_length = total
     arguments["suppress_tokens"] = [image_token()]
-    plain = model.generate(**calls, **arguments)
+    plain = model.generate(**call_inputs, **arguments)
     with HiRED(0.2)(model):
-        reduced = model.generate(**calls, **arguments)
+        reduced = model.generate(**call_inputs, **arguments)
     assert reduced.shape == plain.shape
 
 
 @torch.no_grad()
-def test_the_least_length_of_the_model_beside_a_config(inputs: Any) -> None:
-    model, ends = tiny_model("llava_next"), list(range(3, 400))
+def test_the_minimum_length_of_the_model_applies_with_another_config(inputs: Any) -> None:
+    model, end_tokens = tiny_model("llava_next"), list(range(3, 400))
     total = inputs["input_ids"].shape[1] + 3
     model.generation_config.min_length = total
-    config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=ends)
+    config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=end_tokens)
     plain = model.generate(**inputs, generation_config=config)
     with HiRED(0.2)(model):
         assert model.generate(**inputs, generation_config=config).shape == plain.shape == (2, total + 1)
@@ -317,7 +319,7 @@ def test_the_least_length_of_the_model_beside_a_config(inputs: Any) -> None:
 
 @pytest.mark.parametrize("below", [0, 10])
 def test_a_length_within_the_prompt_is_refused(model: Any, inputs: Any, below: int) -> None:
-    """As without a strategy; the sentence counts the full prompt."""
+    """The error is raised as without a strategy, and reports the length of the full prompt."""
     length = inputs["input_ids"].shape[1]
     with HiRED(0.2)(model), pytest.raises(ValueError, match=f"has {length} tokens .* max_length={length - below} "):
         model.generate(**inputs, max_length=length - below)
@@ -325,13 +327,13 @@ def test_a_length_within_the_prompt_is_refused(model: Any, inputs: Any, below: i
 
 @torch.no_grad()
 def test_scores_equal_the_oracle(model: Any, inputs: Any) -> None:
-    ways: list[dict[str, Any]] = [{}, {"num_beams": 3, "num_return_sequences": 2}]
-    for way in ways:
-        options = {**way, "max_new_tokens": NEW, "suppress_tokens": [image_token()]}
+    modes: list[dict[str, Any]] = [{}, {"num_beams": 3, "num_return_sequences": 2}]
+    for mode in modes:
+        options = {**mode, "max_new_tokens": NEW, "suppress_tokens": [image_token()]}
         options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
         with HiRED(0.2)(model) as run:
             short = model.generate(**inputs, **options)
-        full = model.generate(**oracle(model, inputs, run), **options)
+        full = model.generate(**masked_full_inputs(model, inputs, run), **options)
         assert torch.equal(short.sequences, full.sequences)
         for name in ("scores", "logits"):
             for a, b in zip(short[name], full[name], strict=True):
@@ -346,18 +348,18 @@ def test_scores_equal_the_oracle(model: Any, inputs: Any) -> None:
 @pytest.mark.parametrize("budget", [0.2, 1.0])
 @torch.no_grad()
 def test_positional_arguments(model: Any, inputs: Any, budget: float) -> None:
-    config, others = GenerationConfig(max_new_tokens=2, pad_token_id=0), dict(inputs)
-    ids = others.pop("input_ids")
+    config, image_inputs = GenerationConfig(max_new_tokens=2, pad_token_id=0), dict(inputs)
+    ids = image_inputs.pop("input_ids")
     with HiRED(budget)(model):
-        named = model.generate(**inputs, generation_config=config)
+        expected = model.generate(**inputs, generation_config=config)
         processor = RecordingProcessor()
-        assert torch.equal(model.generate(ids, config, [processor], **others), named)
+        assert torch.equal(model.generate(ids, config, [processor], **image_inputs), expected)
         assert len(processor.ids) == 2
-        assert torch.equal(model.generate(inputs=ids, generation_config=config, **others), named)
+        assert torch.equal(model.generate(inputs=ids, generation_config=config, **image_inputs), expected)
         with pytest.raises(ValueError, match="`inputs` and `input_ids` are both set"):
             model.generate(ids, **inputs)
         with pytest.raises(TypeError, match="multiple values"):
-            model.generate(ids, config, generation_config=config, **others)
+            model.generate(ids, config, generation_config=config, **image_inputs)
 
 
 @torch.no_grad()
@@ -369,33 +371,33 @@ def test_synced_gpus(model: Any, inputs: Any) -> None:
 class RecordingStreamer:
     def __init__(self) -> None:
         self.values: list[Tensor] = []
-        self.ends = 0
+        self.end_count = 0
 
     def put(self, value: Tensor) -> None:
         self.values.append(value)
 
     def end(self) -> None:
-        self.ends += 1
+        self.end_count += 1
 
 
-@pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
+@pytest.mark.parametrize("mode", ["greedy", "prompt lookup"])
 @pytest.mark.parametrize("budget", [0.2, 1.0])
 @torch.no_grad()
-def test_a_streamer_gets_the_full_prompt_and_the_new_tokens(model: Any, budget: float, way: str) -> None:
+def test_a_streamer_gets_the_full_prompt_and_the_new_tokens(model: Any, budget: float, mode: str) -> None:
     inputs, streamer = batch("llava_next", [(60, 160)]), RecordingStreamer()
-    lookup = {"prompt_lookup_num_tokens": 3} if way == "prompt lookup" else {}
+    lookup = {"prompt_lookup_num_tokens": 3} if mode == "prompt lookup" else {}
     with HiRED(budget)(model):
         output = generate(model, inputs, {"streamer": streamer, **lookup})
     assert torch.equal(streamer.values[0], inputs["input_ids"])
     assert torch.equal(torch.cat([value.flatten() for value in streamer.values]), output[0])
-    assert streamer.ends == 1
+    assert streamer.end_count == 1
 
 
 # --- functions of the caller ------------------------------------------------------------------------------------------
 
 
 class Recorder:
-    """Keeps the ids that it gets."""
+    """Stores the ids of every call."""
 
     def __init__(self) -> None:
         self.ids: list[Tensor] = []
@@ -417,7 +419,7 @@ class RecordingCriterion(Recorder, StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.total)
 
 
-WAYS: Mapping[str, Mapping[str, Any]] = {
+MODES: Mapping[str, Mapping[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "several beams": {"num_beams": 3, "num_return_sequences": 2},
@@ -425,10 +427,10 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("as_list", [True, False])
 @torch.no_grad()
-def test_functions_get_the_full_prompt(model: Any, inputs: Any, way: str, as_list: bool) -> None:
+def test_functions_get_the_full_prompt(model: Any, inputs: Any, mode: str, as_list: bool) -> None:
     prompt = inputs["input_ids"]
     length = prompt.shape[1]
     processor, criterion, prefixes = RecordingProcessor(), RecordingCriterion(length + 2), []
@@ -441,7 +443,7 @@ def test_functions_get_the_full_prompt(model: Any, inputs: Any, way: str, as_lis
     criteria: Any = [criterion] if as_list else StoppingCriteriaList([criterion])
     functions = {"logits_processor": processors, "stopping_criteria": criteria, "prefix_allowed_tokens_fn": prefix}
     with HiRED(0.2)(model):
-        output = generate(model, inputs, {**WAYS[way], **functions, "max_new_tokens": 6})
+        output = generate(model, inputs, {**MODES[mode], **functions, "max_new_tokens": 6})
     assert output.shape[1] == length + 2
     for ids in [*processor.ids, *criterion.ids]:
         assert torch.equal(ids[:, :length], prompt.repeat_interleave(len(ids) // len(prompt), dim=0))
@@ -453,24 +455,28 @@ def test_functions_get_the_full_prompt(model: Any, inputs: Any, way: str, as_lis
 
 @torch.no_grad()
 def test_processors_of_transformers_keep_their_meaning(model: Any, inputs: Any) -> None:
-    """Lengths that the caller counted on the full prompt; also where the config makes a processor of the same type."""
-    length, ends = inputs["input_ids"].shape[1], list(range(3, 400))
+    """Lengths count the full prompt, also if the config creates a processor of the same type."""
+    length, end_tokens = inputs["input_ids"].shape[1], list(range(3, 400))
     cases: list[dict[str, Any]] = [
-        {"logits_processor": [MinLengthLogitsProcessor(length + 3, ends)], "eos_token_id": ends},
-        {"logits_processor": [MinLengthLogitsProcessor(length + 3, ends)], "eos_token_id": ends, "min_length": length},
-        {"logits_processor": [MinNewTokensLengthLogitsProcessor(length, 2, ends)], "eos_token_id": ends},
+        {"logits_processor": [MinLengthLogitsProcessor(length + 3, end_tokens)], "eos_token_id": end_tokens},
+        {
+            "logits_processor": [MinLengthLogitsProcessor(length + 3, end_tokens)],
+            "eos_token_id": end_tokens,
+            "min_length": length,
+        },
+        {"logits_processor": [MinNewTokensLengthLogitsProcessor(length, 2, end_tokens)], "eos_token_id": end_tokens},
         {"stopping_criteria": [MaxLengthCriteria(length + 2)]},
         {"stopping_criteria": [MaxTimeCriteria(1000.0), MaxLengthCriteria(length + 3)], "max_new_tokens": 5},
     ]
     for arguments in cases:
         with HiRED(0.2)(model) as run:
             short = generate(model, inputs, arguments)
-        assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments)), arguments
+        assert torch.equal(short, generate(model, masked_full_inputs(model, inputs, run), arguments)), arguments
 
 
 @torch.no_grad()
 def test_a_repeated_function_runs_once(model: Any, inputs: Any) -> None:
-    """As without a strategy."""
+    """The number of calls is the same with and without a strategy."""
     counts = []
     for budget in (None, 0.2, 1.0):
         processor, criterion = RecordingProcessor(), RecordingCriterion(1000)
@@ -482,10 +488,10 @@ def test_a_repeated_function_runs_once(model: Any, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("beside_default", [False, True])
+@pytest.mark.parametrize("has_default", [False, True])
 @torch.no_grad()
-def test_ignored_prompt_lengths(model: Any, inputs: Any, beams: int, beside_default: bool) -> None:
-    """A position of the full prompt from which tokens are penalized: the end, one in an image, one for each row."""
+def test_ignored_prompt_lengths(model: Any, inputs: Any, beams: int, has_default: bool) -> None:
+    """Penalties start at a position of the full prompt: at its end, inside an image, or at one position per row."""
     length = inputs["input_ids"].shape[1]
     rows = torch.tensor([length - 3, length - 6]).repeat_interleave(beams)
     for ignored in (length, length - 3, length + 1, 40, rows):
@@ -497,31 +503,31 @@ def test_ignored_prompt_lengths(model: Any, inputs: Any, beams: int, beside_defa
             "return_dict_in_generate": True,
             "output_scores": True,
         }
-        if beside_default:
+        if has_default:
             arguments["repetition_penalty"] = 1.3
         with HiRED(0.2)(model) as run:
             short = model.generate(**inputs, **arguments)
-        full = model.generate(**oracle(model, inputs, run), **arguments)
+        full = model.generate(**masked_full_inputs(model, inputs, run), **arguments)
         assert torch.equal(short.sequences, full.sequences)
         for a, b in zip(short.scores, full.scores, strict=True):
             a, b = (scores.index_fill(1, torch.tensor([image_token()]), 0) for scores in (a, b))
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        kept = arguments["logits_processor"][0].prompt_ignore_length
-        assert kept is ignored  # the object of the caller stays
+        stored_length = arguments["logits_processor"][0].prompt_ignore_length
+        assert stored_length is ignored  # the object of the caller does not change
 
 
 @torch.no_grad()
 def test_a_prefix_processor_of_the_caller_gets_the_full_prompt(model: Any, inputs: Any) -> None:
-    prompt, seen = inputs["input_ids"], []
+    prompt, calls = inputs["input_ids"], []
 
     def prefix(row: int, ids: Tensor) -> list[int]:
-        seen.append((row, ids.clone()))
+        calls.append((row, ids.clone()))
         return list(range(3, 300))
 
     with HiRED(0.2)(model):
         generate(model, inputs, {"logits_processor": [PrefixConstrainedLogitsProcessor(prefix, 3)], "num_beams": 3})
-    assert {row for row, _ in seen} == {0, 1}
-    assert all(torch.equal(ids[: prompt.shape[1]], prompt[row]) for row, ids in seen)
+    assert {row for row, _ in calls} == {0, 1}
+    assert all(torch.equal(ids[: prompt.shape[1]], prompt[row]) for row, ids in calls)
 
 
 # --- neighbors --------------------------------------------------------------------------------------------------------
@@ -539,7 +545,7 @@ ADJACENT: Mapping[str, Any] = {
 @pytest.mark.parametrize("name", ADJACENT)
 @torch.no_grad()
 def test_tokens_around_an_image_without_kept_tokens_are_no_bigram(model: Any, name: str) -> None:
-    """The bigram is forced: it is allowed by the oracle, and would be banned in the reduced prompt."""
+    """The forced bigram is allowed in the masked full prompt, and would be banned in the reduced prompt."""
     inputs = batch("llava_next", [(60, 160)])
     length, text = inputs["input_ids"].shape[1], inputs["input_ids"][inputs["input_ids"] != image_token()].tolist()
     assert tuple(text[2:4]) == AROUND
@@ -551,11 +557,11 @@ def test_tokens_around_an_image_without_kept_tokens_are_no_bigram(model: Any, na
     forced = {"logits_processor": processors, "max_new_tokens": 2, "sequence_bias": [[[AROUND[1]], 50.0]]}
     with HiRED(0.2)(model) as run:
         short = generate(model, inputs, {**ADJACENT[name], **forced})
-    assert torch.equal(short, generate(model, oracle(model, inputs, run), {**ADJACENT[name], **forced}))
+    assert torch.equal(short, generate(model, masked_full_inputs(model, inputs, run), {**ADJACENT[name], **forced}))
     assert tuple(short[0, length:].tolist()) == AROUND
     with HiRED(0.0)(model):
-        sentence = name.split(",")[0] + " compares neighboring tokens"
-        with pytest.raises(ValueError, match=sentence):
+        message = name.split(",")[0] + " compares neighboring tokens"
+        with pytest.raises(ValueError, match=message):
             generate(model, inputs, {**ADJACENT[name], **forced})
 
 
@@ -573,25 +579,25 @@ ENDS: Mapping[str, Mapping[str, Any]] = {
 @pytest.mark.parametrize("name", ENDS)
 @torch.no_grad()
 def test_the_end_of_the_prompt(model: Any, name: str) -> None:
-    """A prompt that ends with an image: refused if nothing of it is kept, else equal to the oracle."""
+    """If the last image keeps no token, an error is raised. Otherwise, the result equals the masked full prompt."""
     inputs = batch("llava_next", [(60, 160)])
     end = int((inputs["input_ids"][0] == image_token()).nonzero()[-1]) + 1
     inputs = {**inputs, **{key: inputs[key][:, :end] for key in ("input_ids", "attention_mask")}}
     with HiRED(0.2)(model) as run:
         short = generate(model, inputs, ENDS[name])
-    assert torch.equal(short, generate(model, oracle(model, inputs, run), ENDS[name]))
+    assert torch.equal(short, generate(model, masked_full_inputs(model, inputs, run), ENDS[name]))
     with HiRED(0.0)(model), pytest.raises(ValueError, match=f"{name} compares neighboring tokens"):
         generate(model, inputs, ENDS[name])
 
 
 @torch.no_grad()
 def test_a_watermark_over_several_tokens(model: Any) -> None:
-    """Its seed reads the last tokens of the prompt, images included."""
+    """The watermark seed depends on the last tokens of the prompt, including image placeholders."""
     inputs = batch("llava_next", [(60, 160)])
     arguments = {"watermarking_config": WatermarkingConfig(context_width=4)}
     with HiRED(0.0)(model) as run:
         short = generate(model, inputs, arguments)
-    assert torch.equal(short, generate(model, oracle(model, inputs, run), arguments))
+    assert torch.equal(short, generate(model, masked_full_inputs(model, inputs, run), arguments))
     arguments = {"watermarking_config": WatermarkingConfig(context_width=12)}
     with HiRED(0.0)(model), pytest.raises(ValueError, match="watermarking_config compares neighboring tokens"):
         generate(model, inputs, arguments)
@@ -603,15 +609,15 @@ def test_a_watermark_over_several_tokens(model: Any) -> None:
 @pytest.mark.parametrize("budget", [0.2, 1.0])
 @torch.no_grad()
 def test_assisted_decoding(model: Any, budget: float) -> None:
-    """By the attached model itself and by another model; with functions that get the full prompt."""
+    """The attached model and another model assist, and logits processors receive the full prompt."""
     inputs = batch("llava_next", [(60, 160)])
-    helper = tiny_model("llava_next")
+    second_model = tiny_model("llava_next")
     with torch.no_grad():
-        for parameter in helper.lm_head.parameters():
+        for parameter in second_model.lm_head.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     with HiRED(budget)(model):
         greedy = generate(model, inputs, {"max_new_tokens": 6})
-        for assistant in (model, helper):
+        for assistant in (model, second_model):
             processor = RecordingProcessor()
             arguments = {"assistant_model": assistant, "max_new_tokens": 6, "logits_processor": [processor]}
             assert torch.equal(generate(model, inputs, arguments), greedy)
@@ -623,15 +629,15 @@ def test_assisted_decoding(model: Any, budget: float) -> None:
 @pytest.mark.parametrize("has_own_tokenizer", [False, True])
 @torch.no_grad()
 def test_an_assistant_without_images(model: Any, budget: float, has_own_tokenizer: bool) -> None:
-    """A language model gets the placeholders as text."""
+    """An assistant without images receives the placeholders as text tokens."""
     inputs = batch("llava_next", [(60, 160)])
     config = model.config.get_text_config().to_dict() | {"vocab_size": 450 if has_own_tokenizer else len(tokenizer())}
     torch.manual_seed(1)
     assistant = LlamaForCausalLM(LlamaConfig(**config)).eval()
     arguments: dict[str, Any] = {"assistant_model": assistant, "max_new_tokens": 6}
     if has_own_tokenizer:
-        other = tokenizer(image_token="<image>", mark="<mark>")
-        arguments |= {"tokenizer": tokenizer(), "assistant_tokenizer": other}
+        assistant_tokenizer = tokenizer(image_token="<image>", mark="<mark>")
+        arguments |= {"tokenizer": tokenizer(), "assistant_tokenizer": assistant_tokenizer}
     with HiRED(budget)(model):
         assert torch.equal(generate(model, inputs, arguments), generate(model, inputs, {"max_new_tokens": 6}))
 
@@ -639,7 +645,7 @@ def test_an_assistant_without_images(model: Any, budget: float, has_own_tokenize
 @pytest.mark.parametrize("budget", [0.2, 1.0])
 @torch.no_grad()
 def test_a_custom_loop_with_another_result(model: Any, inputs: Any, budget: float) -> None:
-    """It is returned as it is, also that of a loop in a folder."""
+    """A result that contains no sequences is returned unchanged."""
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> dict[str, int]:
         return {"width": input_ids.shape[1]}
@@ -665,7 +671,7 @@ def test_a_custom_loop_in_a_folder(model: Any, inputs: Any, tmp_path: Path, budg
 
 @torch.no_grad()
 def test_a_custom_loop(model: Any, inputs: Any) -> None:
-    """A callable gets the reduced prompt; its sequences begin with the full one."""
+    """A callable receives the reduced prompt, and the returned sequences begin with the full prompt."""
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         return torch.cat([input_ids, torch.full((len(input_ids), 1), 7)], dim=1)

@@ -1,4 +1,4 @@
-"""Tile layouts: against the real model's packing, the real processor's counts, and painted pixels."""
+"""Tile layouts equal the packing of the real model, the token counts of the processor, and painted pixels."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def adapter() -> LlavaNextAdapter:
     return LlavaNextAdapter(tiny.tiny_model("llava_next"))
 
 
-def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+def anyres_grid(size: tuple[int, int]) -> tuple[int, int]:
     return tuple(get_anyres_image_grid_shape(size, tiny.PINPOINTS, tiny.TILE))  # type: ignore[return-value]
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.one_of(st.sampled_from(SIZES), st.tuples(st.integers(1, 1200), st.integers(1, 1200))))
-def test_anyres_packs_as_the_real_model_does(size: tuple[int, int]) -> None:
-    """Token numbers sent through `LlavaNextModel.pack_image_features` come out in the order that `anyres` computes."""
-    real = adapter().layout(size)
-    ours = TileGeometry.anyres(size, grid_of(size), (4, 4), tiny.TILE)
-    assert torch.equal(ours.packed, real.packed)
-    assert torch.equal(ours.regions, real.regions)
-    assert ours.tile_grid == tuple(real.tile_grid)
-    assert torch.equal(ours.valid, real.valid)
+def test_anyres_packs_like_the_real_model(size: tuple[int, int]) -> None:
+    """`anyres` computes the token order that `LlavaNextModel.pack_image_features` gives."""
+    expected = adapter().layout(size)
+    layout = TileGeometry.anyres(size, anyres_grid(size), (4, 4), tiny.TILE)
+    assert torch.equal(layout.packed, expected.packed)
+    assert torch.equal(layout.regions, expected.regions)
+    assert layout.tile_grid == tuple(expected.tile_grid)
+    assert torch.equal(layout.valid, expected.valid)
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 2 and max(size) / min(size) < 100])
@@ -54,10 +54,10 @@ def test_layout_has_one_entry_for_each_placeholder_of_the_real_processor(size: t
     assert inputs["pixel_values"].shape[1] == layout.tiles
 
 
-def test_layouts_of_a_batch_come_in_order_and_by_size() -> None:
+def test_layouts_of_a_batch_are_ordered_and_cached_by_size() -> None:
     inputs = tiny.batch("llava_next", [(200, 300), (100, 41)], [(200, 300)])
     first, second, third = adapter().layouts(inputs)
-    assert [tuple(one.tile_grid) for one in (first, second, third)] == [(2, 2), (2, 1), (2, 2)]
+    assert [tuple(layout.tile_grid) for layout in (first, second, third)] == [(2, 2), (2, 1), (2, 2)]
     assert first is third
     assert len(second.packed) == len(adapter().layout((100, 41)).packed)
 
@@ -70,17 +70,18 @@ def test_layouts_of_a_batch_come_in_order_and_by_size() -> None:
 )
 def test_every_token_is_packed_at_most_once(size, grid, tokens) -> None:
     layout = TileGeometry.anyres(size, grid, tokens, 24)
-    places = layout.packed[layout.packed != NEWLINE]
-    assert len(set(places.tolist())) == len(places) == int(layout.valid.sum())
-    assert places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < layout.tiles * layout.tokens)
+    positions = layout.packed[layout.packed != NEWLINE]
+    assert len(set(positions.tolist())) == len(positions) == int(layout.valid.sum())
+    assert positions.numel() == 0 or (int(positions.min()) >= 0 and int(positions.max()) < layout.tiles * layout.tokens)
     assert bool(layout.valid[0].all())
     assert layout.tiles == 1 + grid[0] * grid[1]
 
 
-def painted_share(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tuple[np.ndarray, int, int]:
-    """Paint every canvas pixel with the number of its sub-image, then cut the image out of the canvas again.
+def paint_image(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tuple[np.ndarray, int, int]:
+    """Return the sub-image index of every image pixel, int `[height, width]`, and the height and width.
 
-    The processor's own arithmetic: scaled to fit (rounded up to a pixel), centerd, offset rounded down.
+    As in the processor, the image is scaled to fit the canvas (rounded up to a pixel) and centered (offset rounded
+    down).
     """
     canvas = np.kron(np.arange(grid[0] * grid[1]).reshape(grid), np.ones((tile, tile), dtype=int))
     scale_w, scale_h = canvas.shape[1] / size[1], canvas.shape[0] / size[0]
@@ -101,15 +102,15 @@ def painted_share(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tu
 )
 def test_coverage_equals_a_count_of_painted_pixels(size, grid, tokens) -> None:
     tile = 30
-    image, height, width = painted_share(size, grid, tile)
-    # the base tile squeezes the image: sample it finely, each sample takes the nearest image pixel
-    fine = 60
-    rows = (np.arange(tokens[0] * fine) + 0.5) / (tokens[0] * fine) * height
-    cols = (np.arange(tokens[1] * fine) + 0.5) / (tokens[1] * fine) * width
-    owner = image[rows.astype(int)][:, cols.astype(int)].reshape(tokens[0], fine, tokens[1], fine)
-    counted = np.stack([(owner == part).mean(axis=(1, 3)).ravel() for part in range(grid[0] * grid[1])])
-    covered = region_coverage(anyres_regions(size, grid, tile), tokens).numpy()
-    np.testing.assert_allclose(covered, counted, atol=2.5 / fine)
+    image, height, width = paint_image(size, grid, tile)
+    # the base tile rescales the image: sample it densely, with the nearest image pixel for each sample
+    samples = 60
+    rows = (np.arange(tokens[0] * samples) + 0.5) / (tokens[0] * samples) * height
+    cols = (np.arange(tokens[1] * samples) + 0.5) / (tokens[1] * samples) * width
+    sub_image = image[rows.astype(int)][:, cols.astype(int)].reshape(tokens[0], samples, tokens[1], samples)
+    expected = np.stack([(sub_image == index).mean(axis=(1, 3)).ravel() for index in range(grid[0] * grid[1])])
+    coverage = region_coverage(anyres_regions(size, grid, tile), tokens).numpy()
+    np.testing.assert_allclose(coverage, expected, atol=2.5 / samples)
 
 
 @settings(deadline=None)
@@ -119,7 +120,7 @@ def test_coverage_equals_a_count_of_painted_pixels(size, grid, tokens) -> None:
     tokens=st.tuples(st.integers(1, 7), st.integers(1, 7)),
 )
 def test_regions_partition_the_base_tile(size, grid, tokens) -> None:
-    """The whole image lies on the canvas, so the sub-images together cover every base token exactly once."""
+    """The canvas contains the full image, so the sub-images together cover every base token exactly once."""
     coverage = region_coverage(anyres_regions(size, grid, 56), tokens)
     assert coverage.shape == (grid[0] * grid[1], tokens[0] * tokens[1])
     assert float(coverage.min()) >= 0.0
@@ -136,21 +137,21 @@ def test_without_padding_exact_regions_are_the_quadrants(grid, tokens) -> None:
     torch.testing.assert_close(exact.sum(1), torch.full((len(exact),), math.prod(tokens) / len(exact)))
 
 
-def test_padding_moves_the_true_regions_away_from_the_quadrants() -> None:
-    """Padding is cut evenly, so an even grid shows equal halves; of three rows, the middle one shows everything."""
+def test_with_padding_exact_regions_differ_from_quadrants() -> None:
+    """Padding is split evenly: two rows of tiles hold half of the image each, and of three only the middle row."""
     layout = TileGeometry.anyres((600, 900), (2, 2), (4, 4), 60)
     top, left, bottom, right = layout.regions[1].tolist()
     assert (top, left, bottom, right) == pytest.approx((0.0, 0.5, 0.5, 1.0))
     tall = TileGeometry.anyres((100, 300), (2, 1), (4, 4), 60)  # 20 of 120 rows: 10 in each sub-image
     torch.testing.assert_close(tall.regions, torch.tensor([[0, 0, 0.5, 1], [0.5, 0, 1, 1]]))
-    three = TileGeometry.anyres((100, 300), (3, 1), (4, 4), 60)  # all of it lies in the middle sub-image
-    assert three.regions.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [1, 0, 1, 1]]
-    exact = base_tile_coverage(three, "exact").sum(1)
+    three_rows = TileGeometry.anyres((100, 300), (3, 1), (4, 4), 60)  # the middle sub-image contains the image
+    assert three_rows.regions.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [1, 0, 1, 1]]
+    exact = base_tile_coverage(three_rows, "exact").sum(1)
     assert exact.tolist() == [0, 16, 0]
-    assert base_tile_coverage(three, "quadrant").sum(1).tolist() == pytest.approx([16 / 3] * 3)
+    assert base_tile_coverage(three_rows, "quadrant").sum(1).tolist() == pytest.approx([16 / 3] * 3)
 
 
-def test_stripes_are_what_reshape_makes_of_the_flat_tokens() -> None:
+def test_stripes_equal_a_reshape_of_the_flat_tokens() -> None:
     layout = TileGeometry.anyres((112, 112), (2, 2), (4, 4), 56)
     stripe, quadrant = base_tile_coverage(layout, "stripe"), base_tile_coverage(layout, "quadrant")
     assert torch.equal(stripe.view(4, 4, 4)[1], torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]))
@@ -176,8 +177,8 @@ def test_single_tile_layout() -> None:
     assert layout.regions.shape == (0, 4)
 
 
-def test_packed_order_by_hand() -> None:
-    """1 x 2 tiles of 2 x 2 tokens, no padding: canvas rows run across both tiles."""
+def test_packed_order_of_small_layouts() -> None:
+    """1 x 2 tiles of 2 x 2 tokens, no padding: canvas rows span both tiles."""
     layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
     assert layout.packed.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
     transposed = TileGeometry.anyres((20, 10), (2, 1), (2, 2), 10)

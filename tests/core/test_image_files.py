@@ -1,4 +1,4 @@
-"""User images of every mode, and broken ones."""
+"""Loading and saving of images: color modes, rotation, broken files and write errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from PIL import Image
 from tokenprune.image_files import load_image, save_image, to_rgb
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30)
-GREY = Image.fromarray(RAMP.astype(np.uint8))
-COLOR = Image.merge("RGB", [GREY, GREY.rotate(180), GREY.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+GRAY = Image.fromarray(RAMP.astype(np.uint8))
+COLOR = Image.merge("RGB", [GRAY, GRAY.rotate(180), GRAY.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
 
 
-def near(image: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> bool:
+def is_close(image: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> bool:
+    """Return whether all pixels of an RGB image differ from the expected pixels by at most `tolerance`."""
     assert image.mode == "RGB"
     assert image.size == expected.size
     return float(np.abs(np.asarray(image, float) - np.asarray(expected.convert("RGB"), float)).max()) <= tolerance
@@ -28,22 +29,22 @@ def near(image: Image.Image, expected: Image.Image, tolerance: float = 1.0) -> b
     ("image", "expected"),
     [
         (COLOR, COLOR),
-        (GREY, GREY),
+        (GRAY, GRAY),
         (COLOR.convert("CMYK"), COLOR),
         (COLOR.convert("P"), COLOR.convert("P").convert("RGB")),
-        (GREY.convert("1"), GREY.convert("1").convert("RGB")),
+        (GRAY.convert("1"), GRAY.convert("1").convert("RGB")),
         (COLOR.convert("RGBA"), COLOR),
-        (GREY.convert("LA"), GREY),
-        (Image.fromarray((RAMP * 257).astype(np.uint16)), GREY),
-        (Image.fromarray((RAMP / 255).astype(np.float32)), GREY),
-        (Image.fromarray(RAMP.astype(np.float32)), GREY),
-        (Image.fromarray(RAMP.astype(np.int32)), GREY),
-        (Image.fromarray((RAMP * 257).astype(np.int32)), GREY),
+        (GRAY.convert("LA"), GRAY),
+        (Image.fromarray((RAMP * 257).astype(np.uint16)), GRAY),
+        (Image.fromarray((RAMP / 255).astype(np.float32)), GRAY),
+        (Image.fromarray(RAMP.astype(np.float32)), GRAY),
+        (Image.fromarray(RAMP.astype(np.int32)), GRAY),
+        (Image.fromarray((RAMP * 257).astype(np.int32)), GRAY),
     ],
     ids=lambda image: image.mode,
 )
 def test_every_mode_becomes_rgb(image: Image.Image, expected: Image.Image) -> None:
-    assert near(to_rgb(image), expected)
+    assert is_close(to_rgb(image), expected)
 
 
 def test_transparency_becomes_white() -> None:
@@ -52,12 +53,12 @@ def test_transparency_becomes_white() -> None:
     rgb = to_rgb(clear)
     assert rgb.getpixel((0, 0)) == (255, 255, 255)
     assert rgb.getpixel((1, 2)) == (200, 0, 0)
-    palette = GREY.convert("P")
+    palette = GRAY.convert("P")
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_float_pixels_that_are_no_numbers_do_no_harm() -> None:
+def test_non_finite_pixels_do_not_change_the_range() -> None:
     values = RAMP.astype(np.float32)
     values[0, 0], values[0, 1] = np.nan, np.inf
     assert to_rgb(Image.fromarray(values)).getpixel((29, 39)) == (255, 255, 255)
@@ -65,24 +66,24 @@ def test_float_pixels_that_are_no_numbers_do_no_harm() -> None:
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = COLOR.getexif()
-    exif[0x0112] = 6  # turned a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     COLOR.save(tmp_path / "photo.png", exif=exif)
-    assert near(load_image(tmp_path / "photo.png"), COLOR.transpose(Image.Transpose.ROTATE_270))
+    assert is_close(load_image(tmp_path / "photo.png"), COLOR.transpose(Image.Transpose.ROTATE_270))
 
 
-def test_animations_give_their_first_frame(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_loaded(tmp_path: Path) -> None:
     black, white = Image.new("L", (8, 8), 0), Image.new("L", (8, 8), 255)
     black.save(tmp_path / "a.gif", save_all=True, append_images=[white])
     assert load_image(tmp_path / "a.gif").getpixel((3, 3)) == (0, 0, 0)
 
 
-def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
-    COLOR.resize((300, 300)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+def test_errors_for_unreadable_files_name_the_path(tmp_path: Path) -> None:
+    COLOR.resize((300, 300)).save(tmp_path / "complete.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "complete.png").read_bytes()[:300])
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, message in {
-        "cut.png": "broken or truncated",
+        "truncated.png": "broken or truncated",
         "notes.txt": "not an image",
         "empty.jpg": "not an image",
         "missing.png": "no such file",
@@ -101,16 +102,18 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_full_disk_leaves_nothing_and_keeps_the_old_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_image_and_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "new" / "overlay.png"
     save_image(COLOR, target)
     before = target.read_bytes()
 
-    def full(*args: Any) -> Any:
+    def raise_disk_full(*args: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_image(GREY, target)
+        save_image(GRAY, target)
     assert target.read_bytes() == before
     assert [path.name for path in target.parent.iterdir()] == ["overlay.png"]

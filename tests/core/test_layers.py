@@ -1,3 +1,5 @@
+"""Test layer choices and the accessors of signals by layer."""
+
 from __future__ import annotations
 
 import pytest

@@ -344,7 +344,7 @@ def test_trainer_with_label_smoothing_and_metrics(tmp_path: Any, smoothing: floa
         assert trainer.train().training_loss > 0
         assert trainer.evaluate()["eval_loss"] > 0
     assert shapes
-    assert all(logits == labels for logits, labels in shapes)
+    assert all(logits_shape == labels_shape for logits_shape, labels_shape in shapes)
 
 
 def test_a_loss_from_logits_equals_the_loss_of_the_model(model: Any, inputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Promises that every strategy keeps: exact budgets, valid tokens only, determinism."""
+"""Test properties of every strategy: exact budgets, only valid tokens, deterministic results."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from tokenprune.testing.encoded_images import random_encoded_image
 
 
 @dataclass
-class Norm(ScoreReducer):
-    """The README's example of a new strategy."""
+class NormReducer(ScoreReducer):
+    """Scores tokens by the norm of their features, as the example of a new strategy in the README does."""
 
     def score(self, image: EncodedImage) -> Tensor:
         return image.features.norm(dim=-1)
 
 
 @dataclass
-class Parts(ComponentReducer):
-    """Any allocation with any selection."""
+class ComponentsReducer(ComponentReducer):
+    """Combines any allocation with any selection."""
 
 
-SPENDING = [
+EXACT_ALLOCATIONS = [
     VisualContentAllocation(),
     VisualContentAllocation(0.0, region="quadrant"),
     VisualContentAllocation(1.0, statistic="top_count"),
@@ -61,9 +61,12 @@ SELECTIONS = [
     StrideSelection(),
 ]
 REDUCERS: list[TokenReducer] = [
-    Norm(),
+    NormReducer(),
     HiRED(),
-    *(Parts(allocation=one, selection=two) for one, two in product(SPENDING, SELECTIONS)),
+    *(
+        ComponentsReducer(allocation=allocation, selection=selection)
+        for allocation, selection in product(EXACT_ALLOCATIONS, SELECTIONS)
+    ),
 ]
 LAYOUTS = st.one_of(
     st.builds(
@@ -78,10 +81,10 @@ LAYOUTS = st.one_of(
 BUDGETS = st.one_of(
     st.sampled_from([0, 1, 2, 0.0, 1.0, 10_000]), st.integers(0, 300), st.floats(0, 1, allow_nan=False, width=16)
 )
-PROMISE = settings(max_examples=150, deadline=None)
+PROPERTY_SETTINGS = settings(max_examples=150, deadline=None)
 
 
-@PROMISE
+@PROPERTY_SETTINGS
 @given(
     reducer=st.sampled_from(REDUCERS),
     layout=LAYOUTS,
@@ -101,14 +104,14 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
     assert selection.kept_per_tile == selection.granted_per_tile
     assert sum(selection.granted_per_tile) == selection.kept_tokens
     assert int(selection.packed_mask().sum()) == selection.kept_tokens + selection.kept_newlines
-    again = reducer.reduce(random_encoded_image(layout, seed))
-    assert torch.equal(again.kept, selection.kept)
-    assert torch.equal(again.newline_mask, selection.newline_mask)
+    repeated = reducer.reduce(random_encoded_image(layout, seed))
+    assert torch.equal(repeated.kept, selection.kept)
+    assert torch.equal(repeated.newline_mask, selection.newline_mask)
     if budget == 1.0 and type(budget) is float and of == "encoded" and newlines != "drop":
         assert selection.everything
 
 
-@PROMISE
+@PROPERTY_SETTINGS
 @given(
     reducer=st.sampled_from(REDUCERS),
     layout=LAYOUTS,
@@ -120,43 +123,43 @@ def test_counted_newlines_share_the_budget_exactly(reducer, layout, budget, newl
     reducer = replace(reducer, budget=Budget(budget, newlines="counted"), newlines=newlines)
     selection = reducer.reduce(random_encoded_image(layout, seed))
     spent = selection.kept_tokens + selection.kept_newlines
-    there_is = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.newlines)
-    assert spent == min(selection.asked, there_is)
+    available = int(layout.valid.sum()) + (0 if newlines == "drop" else layout.newlines)
+    assert spent == min(selection.asked, available)
     assert not bool((selection.kept & ~layout.valid).any())
     assert selection.kept_per_tile == selection.granted_per_tile
     if newlines == "keep_rows":
         closing = kept_newlines(layout, selection.kept, "keep_rows")
-        assert bool((selection.newline_mask | ~closing).all())  # no kept row lost its newline
+        assert bool((selection.newline_mask | ~closing).all())  # every row with a kept token keeps its newline token
 
 
 @pytest.mark.parametrize(
     "reducer",
     [
         HiRED(),
-        Norm(),
-        Parts(allocation=SubImagesAllocation(), selection=StrideSelection()),
-        Parts(allocation=VisualContentAllocation(0.0), selection=TopAttentionSelection()),
+        NormReducer(),
+        ComponentsReducer(allocation=SubImagesAllocation(), selection=StrideSelection()),
+        ComponentsReducer(allocation=VisualContentAllocation(0.0), selection=TopAttentionSelection()),
     ],
     ids=["hired", "norm", "stride", "no base tile"],
 )
 @pytest.mark.parametrize("size", [(60, 160), (100, 41)])
 def test_counted_newlines_leave_room_for_as_many_tokens_as_fit(reducer, size) -> None:
-    """Every budget, against all numbers of tokens; what is left over keeps newlines of emptied rows."""
+    """For every budget, the token count is the largest that fits; the remaining budget keeps newlines of empty rows."""
     layout = TileGeometry.anyres(size, (2, 2), (4, 4), 56)
     image = random_encoded_image(layout, 1)
     costs = []
     for tokens in range(int(layout.valid.sum()) + 1):
-        free = replace(reducer, budget=tokens).reduce(image)
-        costs.append((free.kept_tokens + free.kept_newlines, free.kept_tokens))
-    spares = 0
+        uncounted = replace(reducer, budget=tokens).reduce(image)
+        costs.append((uncounted.kept_tokens + uncounted.kept_newlines, uncounted.kept_tokens))
+    spare_count = 0
     for asked in range(costs[-1][0] + 3):
         selection = replace(reducer, budget=Budget(asked, newlines="counted")).reduce(image)
         assert selection.kept_tokens == max(tokens for cost, tokens in costs if cost <= asked)
         closing = int(kept_newlines(layout, selection.kept, "keep_rows").sum())
         spare = min(asked - selection.kept_tokens - closing, layout.newlines - closing)
         assert selection.kept_newlines == closing + spare
-        spares += spare > 0
-    assert spares > 0
+        spare_count += spare > 0
+    assert spare_count > 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -180,7 +183,9 @@ def test_strategies_that_waste_budget_never_overspend(
     allocation, selection, padding, size, grid, budget, newlines
 ) -> None:
     layout = TileGeometry.anyres(size, grid, (4, 4), 56)
-    reducer = Parts(Budget(budget, newlines=newlines), allocation=allocation, selection=selection, padding=padding)
+    reducer = ComponentsReducer(
+        Budget(budget, newlines=newlines), allocation=allocation, selection=selection, padding=padding
+    )
     result = reducer.reduce(random_encoded_image(layout))
     cost = result.kept_tokens + (result.kept_newlines if newlines == "counted" else 0)
     assert cost <= result.asked
@@ -188,74 +193,76 @@ def test_strategies_that_waste_budget_never_overspend(
     if padding == "exclude":
         assert result.kept_per_tile == result.granted_per_tile
     else:
-        assert all(kept <= paid for kept, paid in zip(result.kept_per_tile, result.granted_per_tile, strict=True))
+        assert all(kept <= granted for kept, granted in zip(result.kept_per_tile, result.granted_per_tile, strict=True))
 
 
-def test_ignoring_padding_loses_what_unpadding_removes() -> None:
+def test_ignoring_padding_loses_the_padding_tokens() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)  # half of the canvas is padding
-    parts = {"allocation": UniformAllocation(), "selection": RandomSelection(0)}
-    ignoring = Parts(0.5, padding="ignore", **parts).reduce(random_encoded_image(layout))
-    assert ignoring.granted_per_tile == [8, 8, 8]
-    assert ignoring.kept_tokens < 24 == ignoring.asked
-    assert Parts(0.5, **parts).reduce(random_encoded_image(layout)).kept_tokens == 24
+    components = {"allocation": UniformAllocation(), "selection": RandomSelection(0)}
+    selection = ComponentsReducer(0.5, padding="ignore", **components).reduce(random_encoded_image(layout))
+    assert selection.granted_per_tile == [8, 8, 8]
+    assert selection.kept_tokens < 24 == selection.asked
+    assert ComponentsReducer(0.5, **components).reduce(random_encoded_image(layout)).kept_tokens == 24
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    which=st.sampled_from(["norm", "attention", "uniform"]),
+    name=st.sampled_from(["norm", "attention", "uniform"]),
     layout=LAYOUTS,
     budget=BUDGETS,
     rng=st.randoms(use_true_random=False),
 )
-def test_permuting_tokens_permutes_the_selection(which, layout, budget, rng) -> None:
-    """Selection ranks what a token is, not where it stands: shuffle the tokens inside the tiles and compare."""
+def test_permuting_tokens_permutes_the_selection(name, layout, budget, rng) -> None:
+    """Shuffling the tokens inside the tiles shuffles the mask, because selection reads values and not positions."""
     order = list(range(layout.tokens))
     rng.shuffle(order)
-    there = torch.tensor(order)
-    inverse = there.argsort()
-    flat = layout.packed.clamp(min=0)
-    moved = torch.where(
-        layout.packed == NEWLINE, NEWLINE, flat // layout.tokens * layout.tokens + inverse[flat % layout.tokens]
+    permutation = torch.tensor(order)
+    inverse = permutation.argsort()
+    flat_indices = layout.packed.clamp(min=0)
+    permuted_packed = torch.where(
+        layout.packed == NEWLINE,
+        NEWLINE,
+        flat_indices // layout.tokens * layout.tokens + inverse[flat_indices % layout.tokens],
     )
-    permuted_layout = replace(layout, packed=moved)
+    permuted_layout = replace(layout, packed=permuted_packed)
     image = random_encoded_image(layout, rng.randrange(100))
     permuted = EncodedImage(
         permuted_layout,
-        image.features[:, there],
-        {key: value[:, :, there] for key, value in image.signals.items() if key[0] == "cls_attention"},
+        image.features[:, permutation],
+        {key: value[:, :, permutation] for key, value in image.signals.items() if key[0] == "cls_attention"},
         layers=image.layers,
         feature_layer=image.feature_layer,
     )
     reducer: TokenReducer = {
-        "norm": Norm(budget),
-        "attention": Parts(budget, allocation=GlobalTopAllocation(), selection=TopAttentionSelection()),
-        "uniform": Parts(budget, allocation=UniformAllocation(), selection=TopAttentionSelection()),
-    }[which]
+        "norm": NormReducer(budget),
+        "attention": ComponentsReducer(budget, allocation=GlobalTopAllocation(), selection=TopAttentionSelection()),
+        "uniform": ComponentsReducer(budget, allocation=UniformAllocation(), selection=TopAttentionSelection()),
+    }[name]
     kept = reducer.reduce(image).kept
-    assert torch.equal(reducer.reduce(permuted).kept, kept[:, there])
+    assert torch.equal(reducer.reduce(permuted).kept, kept[:, permutation])
 
 
-def test_a_score_reducer_keeps_the_best_of_the_whole_image() -> None:
+def test_a_score_reducer_keeps_the_best_tokens_of_the_image() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
     image = random_encoded_image(layout)
-    selection = Norm(7).reduce(image)
+    selection = NormReducer(7).reduce(image)
     scores = image.features.norm(dim=-1)[layout.valid]
     assert float(image.features.norm(dim=-1)[selection.kept].min()) == float(scores.sort().values[-7])
     assert bool((selection.scores[~layout.valid] == -torch.inf).all())
 
 
 @dataclass
-class Fixed(TokenReducer):
-    """Answers with what it is told to."""
+class FixedReducer(TokenReducer):
+    """Returns a given mask."""
 
-    answer: object = None
+    mask: object = None
 
     def select(self, image: EncodedImage) -> Selection:
-        return Selection(image.geometry, self.answer, 3)  # type: ignore[arg-type]
+        return Selection(image.geometry, self.mask, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("mask", "message"),
     [
         (torch.ones(3, 16), "must return a bool mask"),
         (torch.ones(3, 15, dtype=torch.bool), r"bool mask of shape \[3, 16\]"),
@@ -263,34 +270,34 @@ class Fixed(TokenReducer):
         (torch.ones(3, 16, dtype=torch.bool), "kept tokens that the model's own unpadding removes"),
     ],
 )
-def test_wrong_selections_are_refused(answer: Tensor, words: str) -> None:
+def test_invalid_selections_raise(mask: Tensor, message: str) -> None:
     image = random_encoded_image(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
-    with pytest.raises(ValueError, match=words):
-        Fixed(answer=answer).reduce(image)
+    with pytest.raises(ValueError, match=message):
+        FixedReducer(mask=mask).reduce(image)
 
 
-def test_reduce_adds_newlines_and_pixels_and_leaves_given_newlines_alone() -> None:
+def test_reduce_adds_missing_newlines_and_pixels() -> None:
     layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
     kept = torch.zeros(3, 4, dtype=torch.bool)
     kept[2, 3] = True
     image = replace(random_encoded_image(layout), pixels=torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
-    selection = Fixed(answer=kept).reduce(image)
+    selection = FixedReducer(mask=kept).reduce(image)
     assert selection.newline_mask.tolist() == [False, True]
     assert selection.pixels is image.pixels
-    assert Fixed(answer=kept, newlines="drop").reduce(image).kept_newlines == 0
-    assert Fixed(answer=kept, newlines="keep").reduce(image).kept_newlines == 2
+    assert FixedReducer(mask=kept, newlines="drop").reduce(image).kept_newlines == 0
+    assert FixedReducer(mask=kept, newlines="keep").reduce(image).kept_newlines == 2
 
     @dataclass
-    class Own(Fixed):
+    class FixedNewlinesReducer(FixedReducer):
         def select(self, image: EncodedImage) -> Selection:
             return replace(super().select(image), newline_mask=torch.tensor([True, False]))
 
-    assert Own(answer=kept).reduce(image).newline_mask.tolist() == [True, False]
+    assert FixedNewlinesReducer(mask=kept).reduce(image).newline_mask.tolist() == [True, False]
 
 
 @dataclass
-class Scores(SelectionPolicy):
-    """Scores that it is given."""
+class FixedScoreSelection(SelectionPolicy):
+    """Returns given scores."""
 
     values: object = None
 
@@ -298,45 +305,50 @@ class Scores(SelectionPolicy):
         return self.values  # type: ignore[return-value]
 
 
-def test_wrong_scores_are_refused_and_odd_ones_are_not() -> None:
+def test_invalid_scores_raise_and_extreme_scores_do_not() -> None:
     layout = TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56)
     image = random_encoded_image(layout)
 
     def reduce(values: Tensor) -> Selection:
-        return Parts(9, allocation=UniformAllocation(), selection=Scores(values)).reduce(image)
+        return ComponentsReducer(9, allocation=UniformAllocation(), selection=FixedScoreSelection(values)).reduce(image)
 
-    with pytest.raises(ValueError, match=r"Scores.score must return \[tiles, tokens\] = \[3, 16\], not \[48\]"):
+    with pytest.raises(
+        ValueError, match=r"FixedScoreSelection.score must return \[tiles, tokens\] = \[3, 16\], not \[48\]"
+    ):
         reduce(torch.zeros(48))
     nan = torch.zeros(3, 16)
     nan[0, 0] = torch.nan
     with pytest.raises(ValueError, match="returned NaN"):
         reduce(nan)
     padding_nan = torch.zeros(3, 16).masked_fill(~layout.valid, torch.nan)
-    assert reduce(padding_nan).kept_tokens == 9  # nobody asks for the score of padding
+    assert reduce(padding_nan).kept_tokens == 9  # scores of padding are not read
     for values in (torch.full((3, 16), -torch.inf), torch.full((3, 16), torch.inf), torch.arange(48).view(3, 16)):
         assert reduce(values).kept_tokens == 9
     assert reduce(torch.arange(48).view(3, 16).bfloat16()).kept_tokens == 9
 
 
-def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
+def test_scores_of_minus_infinity_are_valid_for_every_allocation() -> None:
     @dataclass
-    class Nothing(ScoreReducer):
+    class InfiniteScoreReducer(ScoreReducer):
         def score(self, image: EncodedImage) -> Tensor:
             return torch.full((3, 16), -torch.inf)
 
     @dataclass
-    class Worthless(SelectionPolicy):
+    class InfiniteScoreSelection(SelectionPolicy):
         def score(self, image: EncodedImage) -> Tensor:
             return torch.full(image.features.shape[:2], -torch.inf)
 
     image = random_encoded_image(TileGeometry.anyres((20, 100), (1, 2), (4, 4), 56))
-    assert Nothing(9).reduce(image).kept_tokens == 9
+    assert InfiniteScoreReducer(9).reduce(image).kept_tokens == 9
     for allocation in (GlobalTopAllocation(), SubImagesAllocation(pooled=True), UniformAllocation()):
-        assert Parts(9, allocation=allocation, selection=Worthless()).reduce(image).kept_tokens == 9
+        assert (
+            ComponentsReducer(9, allocation=allocation, selection=InfiniteScoreSelection()).reduce(image).kept_tokens
+            == 9
+        )
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"budget": 1.5}, "neither a ratio nor a count"),
         ({"positions": "renumber"}, "positions='renumber' is not known; use one of 'reindex', 'preserve'"),
@@ -347,19 +359,19 @@ def test_minus_infinity_is_a_score_for_every_way_to_choose() -> None:
         ({"selection": "top-norm"}, "is no SelectionPolicy"),
     ],
 )
-def test_options_are_checked_when_a_strategy_is_made(options: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_options_are_validated_in_the_constructor(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         HiRED(**options)  # type: ignore[arg-type]
 
 
-def test_nothing_is_mutated() -> None:
+def test_reduce_mutates_no_input() -> None:
     image = random_encoded_image(TileGeometry.anyres((100, 41), (2, 1), (4, 4), 56))
-    before = {key: value.clone() for key, value in image.signals.items()}
+    signals = {key: value.clone() for key, value in image.signals.items()}
     features, packed = image.features.clone(), image.geometry.packed.clone()
     reducer = HiRED(Budget(0.4, newlines="counted"))
-    as_made = repr(reducer)
+    initial_repr = repr(reducer)
     reducer.reduce(image)
-    assert all(torch.equal(image.signals[key], value) for key, value in before.items())
+    assert all(torch.equal(image.signals[key], value) for key, value in signals.items())
     assert torch.equal(image.features, features)
     assert torch.equal(image.geometry.packed, packed)
-    assert repr(reducer) == as_made
+    assert repr(reducer) == initial_repr

@@ -1,3 +1,5 @@
+"""Test the lookup of strategies, components, adapters and classes from files and entry points."""
+
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
@@ -40,7 +42,7 @@ from tokenprune.testing import tiny_models as tiny
         ("Random", "random"),
     ],
 )
-def test_kebab(name: str, alias: str) -> None:
+def test_kebab_case_names(name: str, alias: str) -> None:
     assert to_kebab_case(name) == alias
 
 
@@ -57,24 +59,24 @@ def test_components_are_found_by_any_alias(name: str) -> None:
 
 
 def test_aliases_are_unambiguous() -> None:
-    for known in (strategies(), components(), adapters()):
-        names = [alias for name in known for alias in registry._list_aliases(name)]
-        assert len(names) == len(set(names))
+    for classes in (strategies(), components(), adapters()):
+        aliases = [alias for name in classes for alias in registry._list_aliases(name)]
+        assert len(aliases) == len(set(aliases))
 
 
 KINDS = (AllocationPolicy, SelectionPolicy, MergingPolicy, RelevancePolicy, OrderPolicy, SaliencyModel)
 
 
-def test_what_is_known() -> None:
+def test_registered_classes() -> None:
     assert "HiRED" in strategies()
     assert not {"TokenReducer", "ScoreReducer", "ComponentReducer"} & set(strategies())
     assert {"UniformAllocation", "TopNormSelection", "VisualContentAllocation"} <= set(components())
-    assert all(issubclass(one, KINDS) for one in components().values())
+    assert all(issubclass(component, KINDS) for component in components().values())
     assert {"LlavaAdapter", "LlavaNextAdapter"} <= set(adapters())
     assert "PlaceholderAdapter" not in adapters()
 
 
-def test_did_you_mean() -> None:
+def test_unknown_names_suggest_similar_names() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'hirde'. Did you mean HiRED.*Known: .*HiRED"):
         find_class("hirde", strategies(), "strategy")
     with pytest.raises(LookupError, match=r"Did you mean .*TopAttentionSelection"):
@@ -94,14 +96,14 @@ class {name}(ScoreReducer):
 """
 
 
-def write(folder: Path, name: str, text: str) -> str:
+def write_file(folder: Path, name: str, text: str) -> str:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(text)
     return str(folder / name)
 
 
 def test_a_class_from_a_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "mine.py", PLUGIN.format(name="Loudest"))
+    path = write_file(tmp_path, "mine.py", PLUGIN.format(name="Loudest"))
     loudest = load_from_file(f"{path}:Loudest")
     assert issubclass(loudest, TokenReducer)
     assert load_from_file(f"{path}:Loudest") is loudest  # imported once
@@ -109,53 +111,53 @@ def test_a_class_from_a_file(tmp_path: Path) -> None:
 
 
 def test_two_files_of_one_name_do_not_shadow_each_other(tmp_path: Path) -> None:
-    one = write(tmp_path / "a", "same.py", PLUGIN.format(name="One"))
-    two = write(tmp_path / "b", "same.py", PLUGIN.format(name="Two"))
-    assert load_from_file(f"{one}:One").__name__ == "One"
-    assert load_from_file(f"{two}:Two").__name__ == "Two"
-    assert load_from_file(f"{one}:One").__name__ == "One"
+    first_path = write_file(tmp_path / "a", "same.py", PLUGIN.format(name="One"))
+    second_path = write_file(tmp_path / "b", "same.py", PLUGIN.format(name="Two"))
+    assert load_from_file(f"{first_path}:One").__name__ == "One"
+    assert load_from_file(f"{second_path}:Two").__name__ == "Two"
+    assert load_from_file(f"{first_path}:One").__name__ == "One"
 
 
-def test_errors_of_files(tmp_path: Path) -> None:
-    path = write(tmp_path, "plugin_a.py", PLUGIN.format(name="Loudest"))
+def test_invalid_plugin_files_raise(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "plugin_a.py", PLUGIN.format(name="Loudest"))
     with pytest.raises(LookupError, match=r"no class 'Quietest'; it has Loudest"):
         load_from_file(f"{path}:Quietest")
     with pytest.raises(LookupError, match="no Python file"):
         load_from_file(f"{tmp_path}/missing.py:Loudest")
-    empty = write(tmp_path, "plugin_b.py", "score = 3\n")
+    empty = write_file(tmp_path, "plugin_b.py", "score = 3\n")
     with pytest.raises(LookupError, match="it has no class at all"):
         load_from_file(f"{empty}:score")
-    broken = write(tmp_path, "plugin_c.py", "import no_such_module_anywhere\n")
+    broken = write_file(tmp_path, "plugin_c.py", "import no_such_module_anywhere\n")
     with pytest.raises(LookupError, match="cannot be imported: ModuleNotFoundError"):
         load_from_file(f"{broken}:Loudest")
-    write(tmp_path, "plugin_c.py", PLUGIN.format(name="Loudest"))
-    assert load_from_file(f"{broken}:Loudest")  # a file that failed once can be mended
+    write_file(tmp_path, "plugin_c.py", PLUGIN.format(name="Loudest"))
+    assert load_from_file(f"{broken}:Loudest")  # a corrected file is imported again
 
 
-class Own(HiRED):
-    """A strategy of somebody else's package."""
+class PackageStrategy(HiRED):
+    """A strategy of another installed package."""
 
 
-def entry_points_of(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
-    def fake(*, group: str) -> list[EntryPoint]:
-        return [EntryPoint(name, value, group) for name, value in points.items()] if group == STRATEGIES else []
+def set_entry_points(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    def list_entry_points(*, group: str) -> list[EntryPoint]:
+        return [EntryPoint(name, value, group) for name, value in targets.items()] if group == STRATEGIES else []
 
-    monkeypatch.setattr(registry, "entry_points", fake)
+    monkeypatch.setattr(registry, "entry_points", list_entry_points)
 
 
 def test_installed_plug_ins_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry_points_of(monkeypatch, own="tests.core.test_registry:Own", hired="tokenprune.strategies:HiRED")
-    found = collect_classes(STRATEGIES, TokenReducer)
-    assert found["Own"] is Own
-    assert found["HiRED"] is HiRED  # named twice, but one class
-    assert "Own" not in collect_classes(STRATEGIES, Component)
-    assert "Own" not in collect_classes(ADAPTERS, Adapter)
+    set_entry_points(monkeypatch, own="tests.core.test_registry:PackageStrategy", hired="tokenprune.strategies:HiRED")
+    classes = collect_classes(STRATEGIES, TokenReducer)
+    assert classes["PackageStrategy"] is PackageStrategy
+    assert classes["HiRED"] is HiRED  # two entry points name the same class
+    assert "PackageStrategy" not in collect_classes(STRATEGIES, Component)
+    assert "PackageStrategy" not in collect_classes(ADAPTERS, Adapter)
 
 
 def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    impostor = type("HiRED", (HiRED,), {"__module__": "somewhere.else"})
-    monkeypatch.setitem(globals(), "Impostor", impostor)
-    entry_points_of(monkeypatch, hired="tests.core.test_registry:Impostor")
+    duplicate = type("HiRED", (HiRED,), {"__module__": "somewhere.else"})
+    monkeypatch.setitem(globals(), "DuplicateHiRED", duplicate)
+    set_entry_points(monkeypatch, hired="tests.core.test_registry:DuplicateHiRED")
     with pytest.raises(
         ValueError, match=r"two classes are called HiRED: tokenprune.strategies.hired and somewhere.else"
     ):
@@ -173,7 +175,7 @@ def test_adapters_are_found_by_the_class_of_the_model() -> None:
     assert type(find_adapter(model)) is LlavaAdapter
 
 
-def test_an_unknown_model_gets_the_list_of_families() -> None:
+def test_an_unsupported_model_lists_the_families() -> None:
     with pytest.raises(
         TypeError, match=r"no adapter supports Linear. Supported: .*llava \(LlavaForConditionalGeneration\)"
     ):

@@ -1,4 +1,4 @@
-"""A second model looks at the tiles: timm's CLS attention against full maps, laid over the tokens, on live models."""
+"""Test saliency models: CLS attention of timm models, its resampling to the token grid, and runs with a reducer."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tokenprune.strategies.components.saliency_model import cls_attention
 from tokenprune.testing import tiny_models as tiny
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
-LOOK = TimmSaliency("test_vit", pretrained=False, image_mean=MEAN, image_std=STD)
+SALIENCY_MODEL = TimmSaliency("test_vit", pretrained=False, image_mean=MEAN, image_std=STD)
 
 
-# --- the row ----------------------------------------------------------------------------------------------------------
+# --- CLS attention ----------------------------------------------------------------------------------------------------
 
 
-def sharp(name: str) -> Any:
-    """A timm ViT whose attention rows are far from uniform; small whatever its name."""
+def build_sharp_vit(name: str) -> Any:
+    """Build a small timm ViT of the named architecture whose attention rows are far from uniform."""
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=64, embed_dim=48, depth=3, num_heads=3)
     with torch.no_grad():
@@ -52,28 +52,30 @@ def sharp(name: str) -> Any:
     "name",
     ["vit_small_patch16_224", "deit_small_distilled_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"],
 )
-def test_rows_are_those_of_the_full_map(name: str) -> None:
-    """One prefix token and several, rotary and relative positions; the map is that of timm's own unfused attention."""
-    model, pixels = sharp(name), torch.randn(2, 3, 64, 64)
+def test_cls_rows_equal_the_full_attention_map(name: str) -> None:
+    """The rows equal timm's unfused attention for one or more prefix tokens and rotary or relative positions."""
+    model, pixels = build_sharp_vit(name), torch.randn(2, 3, 64, 64)
     for block in model.blocks:
         block.attn.fused_attn = True
-    found = cls_attention(model, pixels, {0, 2})
-    assert set(found) == {0, 2}
+    rows_by_layer = cls_attention(model, pixels, {0, 2})
+    assert set(rows_by_layer) == {0, 2}
     maps = {}
     for index, block in enumerate(model.blocks):
         block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_hook(lambda m, a, out, index=index: maps.update({index: out}))
+        block.attn.attn_drop.register_forward_hook(
+            lambda module, args, output, index=index: maps.update({index: output})
+        )
     with torch.no_grad():
         model.forward_features(pixels)
-    for index, rows in found.items():
-        own = maps[index][:, :, 0, model.num_prefix_tokens :]
+    for index, rows in rows_by_layer.items():
+        expected = maps[index][:, :, 0, model.num_prefix_tokens :]
         assert rows.shape == (2, 3, 16)
-        torch.testing.assert_close(rows, own, atol=1e-5, rtol=1e-4)
-        assert own.amax() > 3 * own.mean()
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+        assert expected.amax() > 3 * expected.mean()
 
 
-def test_no_hook_stays_on_the_second_model() -> None:
-    model = sharp("vit_small_patch16_224")
+def test_no_hook_stays_on_the_saliency_model() -> None:
+    model = build_sharp_vit("vit_small_patch16_224")
     for block in model.blocks:
         block.attn.fused_attn = True
     with pytest.raises(AssertionError):
@@ -82,89 +84,94 @@ def test_no_hook_stays_on_the_second_model() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-# --- laid over the tokens ---------------------------------------------------------------------------------------------
+# --- resampling to the token grid -------------------------------------------------------------------------------------
 
 SIDES = st.integers(1, 20)
 
 
 @settings(max_examples=60, deadline=None)
 @given(grid=st.tuples(SIDES, SIDES), token_grid=st.tuples(SIDES, SIDES), seed=st.integers(0, 99))
-def test_what_is_paid_stays(grid: tuple[int, int], token_grid: tuple[int, int], seed: int) -> None:
+def test_resampling_preserves_the_sum(grid: tuple[int, int], token_grid: tuple[int, int], seed: int) -> None:
     attention = torch.rand(2, 3, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    laid = resample_attention(attention, grid, token_grid)
-    assert laid.shape == (2, 3, token_grid[0] * token_grid[1])
-    assert bool((laid >= 0).all())
-    torch.testing.assert_close(laid.sum(-1), attention.sum(-1))
+    resampled = resample_attention(attention, grid, token_grid)
+    assert resampled.shape == (2, 3, token_grid[0] * token_grid[1])
+    assert bool((resampled >= 0).all())
+    torch.testing.assert_close(resampled.sum(-1), attention.sum(-1))
 
 
 @settings(max_examples=40, deadline=None)
-@given(grid=st.tuples(SIDES, SIDES), token_grid=st.tuples(SIDES, SIDES), place=st.tuples(SIDES, SIDES))
-def test_a_peak_stays_where_it_is(grid: tuple[int, int], token_grid: tuple[int, int], place: tuple[int, int]) -> None:
-    row, col = place[0] % grid[0], place[1] % grid[1]
+@given(grid=st.tuples(SIDES, SIDES), token_grid=st.tuples(SIDES, SIDES), position=st.tuples(SIDES, SIDES))
+def test_resampling_preserves_the_position_of_a_peak(
+    grid: tuple[int, int], token_grid: tuple[int, int], position: tuple[int, int]
+) -> None:
+    row, col = position[0] % grid[0], position[1] % grid[1]
     attention = torch.zeros(1, 1, *grid)
     attention[..., row, col] = 1
-    laid = resample_attention(attention.flatten(2), grid, token_grid).view(token_grid)
-    for axis, (one, old, new) in enumerate(zip((row, col), grid, token_grid, strict=True)):
-        middle = float((laid.sum(1 - axis) * (torch.arange(new) + 0.5) / new).sum())
-        assert abs(middle - (one + 0.5) / old) <= 0.5 / min(old, new) + 1e-6
+    resampled = resample_attention(attention.flatten(2), grid, token_grid).view(token_grid)
+    for axis, (index, source_size, target_size) in enumerate(zip((row, col), grid, token_grid, strict=True)):
+        center = float((resampled.sum(1 - axis) * (torch.arange(target_size) + 0.5) / target_size).sum())
+        assert abs(center - (index + 0.5) / source_size) <= 0.5 / min(source_size, target_size) + 1e-6
 
 
-def test_a_whole_number_of_patches_is_added_up() -> None:
+def test_integer_ratios_sum_the_patches_of_a_token() -> None:
     attention = torch.rand(2, 3, 8 * 6)
     blocks = attention.view(2, 3, 4, 2, 3, 2).sum((3, 5)).flatten(2)
     torch.testing.assert_close(resample_attention(attention, (8, 6), (4, 3)), blocks)
 
 
-# --- on live models ---------------------------------------------------------------------------------------------------
+# --- runs with a reducer ----------------------------------------------------------------------------------------------
 
 ROWS = ([(112, 112), (60, 170)], [(100, 41)])
 
 
-def by_hand(pixels: torch.Tensor, token_grid: tuple[int, int], index: int) -> torch.Tensor:
-    """What the second look should see in the tiles of an image, from timm alone."""
+def compute_expected_attention(pixels: torch.Tensor, token_grid: tuple[int, int], index: int) -> torch.Tensor:
+    """Compute the CLS attention of a layer in the tiles of an image directly with timm."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit").eval()
     for block in model.blocks:
         block.attn.fused_attn = False
     colors = (pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
-    shown = F.interpolate(colors, (160, 160), mode="bicubic", antialias=True).clamp(0, 1)
+    resized = F.interpolate(colors, (160, 160), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     maps: list[torch.Tensor] = []
-    model.blocks[index].attn.attn_drop.register_forward_hook(lambda m, a, out: maps.append(out))
+    model.blocks[index].attn.attn_drop.register_forward_hook(lambda module, args, output: maps.append(output))
     with torch.no_grad():
-        model.forward_features((shown - mean) / std)
+        model.forward_features((resized - mean) / std)
     return resample_attention(maps[0][:, :, 0, 1:], (10, 10), token_grid)
 
 
 @torch.no_grad()
 def test_hired_runs_on_a_model_without_cls() -> None:
-    """It keeps what it keeps if timm's attention is called the tower's; layers count in the second model."""
+    """HiRED keeps the same tokens if the CLS attention of the saliency model is passed as tower signals."""
     model, inputs = tiny.tiny_model("llava_next", tower="siglip"), tiny.batch("llava_next", *ROWS, tower="siglip")
-    with HiRED(0.2, attention=LOOK)(model) as run:
+    with HiRED(0.2, attention=SALIENCY_MODEL)(model) as run:
         model(**inputs)
-    plain = find_adapter(model).encode(inputs, ()).images
+    images = find_adapter(model).encode(inputs, ()).images
     depth = len(timm.create_model("test_vit").blocks)
-    tower = plain[0]
-    assert (run.attention, depth, tower.layers, tower.feature_layer) == (LOOK.name, 6, 4, 2)
-    for image, pixels, selection in zip(plain, inputs["pixel_values"], run.selections, strict=True):
+    tower = images[0]
+    assert (run.attention, depth, tower.layers, tower.feature_layer) == (SALIENCY_MODEL.name, 6, 4, 2)
+    for image, pixels, selection in zip(images, inputs["pixel_values"], run.selections, strict=True):
         tiles = pixels[: image.geometry.tiles]
         signals = {
-            ("cls_attention", at): by_hand(tiles, (4, 4), index)
-            for at, index in ((0, 0), (tower.feature_layer, depth - 1))
+            ("cls_attention", layer): compute_expected_attention(tiles, (4, 4), index)
+            for layer, index in ((0, 0), (tower.feature_layer, depth - 1))
         }
         expected = HiRED(0.2).reduce(replace(image, signals=signals))
         assert torch.equal(expected.kept, selection.kept)
     received = HiRED(0.2)(model)
-    with received as other:
+    with received as received_run:
         model(**inputs)
-    assert any(not torch.equal(a.kept, b.kept) for a, b in zip(run.selections, other.selections, strict=True))
+    assert any(
+        not torch.equal(selection.kept, received_selection.kept)
+        for selection, received_selection in zip(run.selections, received_run.selections, strict=True)
+    )
 
 
 @torch.no_grad()
-def test_what_looking_costs_is_counted() -> None:
-    """Against torch's counter on the real run."""
+def test_flops_of_the_saliency_model_are_counted() -> None:
+    """The count equals the result of torch's FLOP counter on the saliency model."""
     model, inputs = tiny.tiny_model("llava_next", tower="siglip"), tiny.batch("llava_next", *ROWS, tower="siglip")
-    with HiRED(0.2, attention=LOOK)(model) as run:
+    with HiRED(0.2, attention=SALIENCY_MODEL)(model) as run:
         model(**inputs)
     vit = timm.create_model("test_vit").eval()
     for block in vit.blocks:
@@ -176,51 +183,51 @@ def test_what_looking_costs_is_counted() -> None:
     assert run.account.summary()["second_look_flops"] == counter.get_total_flops()
     assert run.account.attention == "TimmSaliency(test_vit)"
     assert "attention: TimmSaliency(test_vit); saliency model: " in str(run.account)
-    with HiRED(0.2)(model) as other:
+    with HiRED(0.2)(model) as run_without_saliency_model:
         model(**inputs)
-    assert other.account.saliency_flops == 0
-    assert str(other.account).endswith("of full; attention: received_attention")
+    assert run_without_saliency_model.account.saliency_flops == 0
+    assert str(run_without_saliency_model.account).endswith("of full; attention: received_attention")
 
 
 @torch.no_grad()
-def test_layers_are_those_of_the_second_model() -> None:
-    """Two choices that are one layer of the tower can be two of the second model; all forms are understood."""
+def test_layer_choices_refer_to_the_saliency_model() -> None:
+    """Every form of a layer choice resolves with the depth of the saliency model, not of the tower."""
     model, inputs = tiny.tiny_model("llava", tower="siglip"), tiny.batch("llava", [(90, 120)], tower="siglip")
-    seen = {}
+    scores = {}
     for layer in ("feature", -2, 5, 1.0, [0, -1]):
-        reducer = HiRED(0.3, attention=LOOK, selection=TopAttentionSelection(layer=layer))
+        reducer = HiRED(0.3, attention=SALIENCY_MODEL, selection=TopAttentionSelection(layer=layer))
         with reducer(model) as run:
             model(**inputs)
-        seen[str(layer)] = run.selections[0].scores
-    last, first = (by_hand(inputs["pixel_values"], (4, 4), index).sum(1) for index in (5, 0))
+        scores[str(layer)] = run.selections[0].scores
+    last, first = (compute_expected_attention(inputs["pixel_values"], (4, 4), index).sum(1) for index in (5, 0))
     for layer in ("feature", "5", "1.0"):
-        torch.testing.assert_close(seen[layer], last)
-    torch.testing.assert_close(seen["[0, -1]"], (first + last) / 2)
-    assert not torch.equal(seen["-2"], seen["feature"])
+        torch.testing.assert_close(scores[layer], last)
+    torch.testing.assert_close(scores["[0, -1]"], (first + last) / 2)
+    assert not torch.equal(scores["-2"], scores["feature"])
     with (
         pytest.raises(ValueError, match="6 is no layer of a vision tower with 6 layers"),
-        HiRED(0.3, attention=LOOK, selection=TopAttentionSelection(layer=6))(model),
+        HiRED(0.3, attention=SALIENCY_MODEL, selection=TopAttentionSelection(layer=6))(model),
     ):
         model(**inputs)
 
 
 @torch.no_grad()
 def test_native_resolution_and_one_pool_of_tokens() -> None:
-    """Images are put together from their patches; alone and in a batch the same tokens stay."""
+    """Images of native resolution are rebuilt from patches, and the kept tokens do not depend on the batch."""
     model = Qwen2VLAdapter.example()
     adapter = Qwen2VLAdapter(model)
-    reducer = HiRED(0.3, attention=LOOK, allocation=GlobalTopAllocation())
-    with reducer(model) as together:
+    reducer = HiRED(0.3, attention=SALIENCY_MODEL, allocation=GlobalTopAllocation())
+    with reducer(model) as batch_run:
         model(**adapter.example_inputs([[(60, 170)], [(112, 112)]]))
-    for number, size in enumerate([(60, 170), (112, 112)]):
-        with reducer(model) as alone:
+    for index, size in enumerate([(60, 170), (112, 112)]):
+        with reducer(model) as single_run:
             model(**adapter.example_inputs([[size]]))
-        assert torch.equal(alone.selections[0].kept, together.selections[number].kept)
-        assert torch.equal(alone.selections[0].scores, together.selections[number].scores)
+        assert torch.equal(single_run.selections[0].kept, batch_run.selections[index].kept)
+        assert torch.equal(single_run.selections[0].scores, batch_run.selections[index].scores)
     tiles = adapter.read_tiles(inputs := adapter.example_inputs([[(60, 170)]]), adapter.layouts(inputs))
-    assert [one.shape for one in tiles] == [(1, 3, 56, 168)]
-    expected = by_hand(tiles[0], (2, 6), 5).sum(1)
-    torch.testing.assert_close(together.selections[0].scores, expected)
+    assert [image.shape for image in tiles] == [(1, 3, 56, 168)]
+    expected = compute_expected_attention(tiles[0], (2, 6), 5).sum(1)
+    torch.testing.assert_close(batch_run.selections[0].scores, expected)
     model, inputs = tiny.tiny_model("llava_next", tower="siglip"), tiny.batch("llava_next", *ROWS, tower="siglip")
     with reducer(model) as run:  # tiles in one pool
         model(**inputs)
@@ -228,60 +235,60 @@ def test_native_resolution_and_one_pool_of_tokens() -> None:
 
 
 @torch.no_grad()
-def test_a_model_in_bfloat16_is_looked_at_in_float32() -> None:
+def test_the_saliency_model_computes_in_float32() -> None:
     model = tiny.tiny_model("llava_next", dtype=torch.bfloat16, tower="siglip")
     inputs = tiny.batch("llava_next", *ROWS, tower="siglip")
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    with HiRED(0.2, attention=LOOK)(model) as run:
+    with HiRED(0.2, attention=SALIENCY_MODEL)(model) as run:
         model(**inputs)
     assert run.selections[0].scores is not None
     assert run.selections[0].scores.dtype == torch.float32
     assert run.account.kept == run.account.asked
 
 
-def test_only_what_reads_cls_attention_is_given_another() -> None:
+def test_a_saliency_model_only_replaces_cls_attention() -> None:
     model, inputs = tiny.tiny_model("llava_next", tower="siglip"), tiny.batch("llava_next", *ROWS, tower="siglip")
-    with torch.no_grad(), HiRED(0.2, attention=LOOK, selection=RandomSelection())(model) as run:
+    with torch.no_grad(), HiRED(0.2, attention=SALIENCY_MODEL, selection=RandomSelection())(model) as run:
         model(**inputs)
     assert run.account.attention is not None  # the allocation reads it
     with pytest.raises(ValueError, match="missing: cls_logits"):
-        GlobalCom2(0.2, attention=LOOK)(model).__enter__()
+        GlobalCom2(0.2, attention=SALIENCY_MODEL)(model).__enter__()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_look_is_configuration() -> None:
+def test_a_saliency_model_is_part_of_the_configuration() -> None:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--reducer", type=TokenReducer)
-    reducer = HiRED(0.2, attention=LOOK)
+    reducer = HiRED(0.2, attention=SALIENCY_MODEL)
     text = parser.dump(parser.parse_object({"reducer": as_config(reducer)}))
     assert parser.instantiate(parser.parse_string(text)).reducer == reducer
 
 
 @pytest.mark.parametrize(
-    ("look", "message"),
+    ("saliency_model", "message"),
     [
         (
-            replace(LOOK, model_name="vit_smal_patch16_224"),
+            replace(SALIENCY_MODEL, model_name="vit_smal_patch16_224"),
             r"no model 'vit_smal_patch16_224'\. Did you mean vit_small_p",
         ),
-        (replace(LOOK, model_name="resnet18"), "resnet18 is no plain ViT with a CLS token"),
-        (replace(LOOK, model_name="vit_base_patch16_siglip_224"), "no plain ViT with a CLS token"),
-        (replace(LOOK, model_name="cait_xxs24_224"), "no plain ViT with a CLS token"),
-        (replace(LOOK, checkpoint="nowhere.pth"), "weights of test_vit cannot be loaded from nowhere.pth"),
-        (replace(LOOK, image_mean=None, image_std=None), "from ''.*pass image_mean and image_std"),
+        (replace(SALIENCY_MODEL, model_name="resnet18"), "resnet18 is no plain ViT with a CLS token"),
+        (replace(SALIENCY_MODEL, model_name="vit_base_patch16_siglip_224"), "no plain ViT with a CLS token"),
+        (replace(SALIENCY_MODEL, model_name="cait_xxs24_224"), "no plain ViT with a CLS token"),
+        (replace(SALIENCY_MODEL, checkpoint="nowhere.pth"), "weights of test_vit cannot be loaded from nowhere.pth"),
+        (replace(SALIENCY_MODEL, image_mean=None, image_std=None), "from ''.*pass image_mean and image_std"),
     ],
 )
-def test_what_cannot_be_looked_with_is_said(look: TimmSaliency, message: str) -> None:
+def test_unsupported_saliency_models_raise(saliency_model: TimmSaliency, message: str) -> None:
     model, inputs = tiny.tiny_model("llava", tower="siglip"), tiny.batch("llava", [(90, 120)], tower="siglip")
-    with pytest.raises(ValueError, match=message), HiRED(0.2, attention=look)(model):
+    with pytest.raises(ValueError, match=message), HiRED(0.2, attention=saliency_model)(model):
         model(**inputs)
 
 
-def test_weights_without_a_network_are_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_weights_without_a_network_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -292,24 +299,24 @@ def test_weights_without_a_network_are_answered(monkeypatch: pytest.MonkeyPatch,
         TimmSaliency("vit_tiny_patch16_224").compute_attention(torch.rand(1, 3, 56, 56), (4, 4), ["first"])
 
 
-def test_a_file_of_weights_is_read(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_vit").eval()
-    torch.save(model.state_dict(), tmp_path / "own.pth")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
     images = torch.rand(1, 3, 160, 160)
-    own = (
-        TimmSaliency("test_vit", checkpoint=str(tmp_path / "own.pth"))
+    attention = (
+        TimmSaliency("test_vit", checkpoint=str(tmp_path / "weights.pth"))
         .compute_attention(images, (10, 10), ["first"])
         .rows[0]
     )
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     for block in model.blocks:
         block.attn.fused_attn = True
-    torch.testing.assert_close(own, cls_attention(model, (images - mean) / std, {0})[0])
-    assert not torch.equal(own, LOOK.compute_attention(images, (10, 10), ["first"]).rows[0])
+    torch.testing.assert_close(attention, cls_attention(model, (images - mean) / std, {0})[0])
+    assert not torch.equal(attention, SALIENCY_MODEL.compute_attention(images, (10, 10), ["first"]).rows[0])
 
 
-def test_mean_and_deviation_belong_together() -> None:
+def test_image_mean_requires_image_std() -> None:
     with pytest.raises(ValueError, match="image_mean and image_std belong together"):
         TimmSaliency("test_vit", image_mean=MEAN)
     with pytest.raises(ValueError, match=r"attention='probe' is not known; use one of 'auto', .* or a SaliencyModel"):
@@ -320,42 +327,42 @@ def test_mean_and_deviation_belong_together() -> None:
 
 
 def test_settings_of_a_model_without_cls_share_an_encoding(tmp_path: Path) -> None:
-    """Received attention, the pooling head and a second look, in one grid; the environment says what each read."""
-    place = tmp_path / "siglip"
+    """Settings with three attention signals encode once, and each environment file names the signal that it read."""
+    model_folder = tmp_path / "siglip"
     model, processor = tiny.tiny_model("llava_next", tower="siglip"), tiny.tiny_processor("llava_next", "siglip")
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    own = processor.image_processor
-    assert list(map(list, LlavaNextAdapter(type(model).from_pretrained(place)).pixel_mean_std())) == [
-        list(own.image_mean),
-        list(own.image_std),
+    model.save_pretrained(model_folder)
+    processor.save_pretrained(model_folder)
+    image_processor = processor.image_processor
+    assert list(map(list, LlavaNextAdapter(type(model).from_pretrained(model_folder)).pixel_mean_std())) == [
+        list(image_processor.image_mean),
+        list(image_processor.image_std),
     ]
-    look = TimmSaliency("test_vit", pretrained=False)
+    saliency_model = TimmSaliency("test_vit", pretrained=False)
     reducers = {
         "received_attention": HiRED(0.2),
         "pooling_attention": HiRED(0.2, attention="pooling"),
-        "TimmSaliency(test_vit)": HiRED(0.2, attention=look),
+        "TimmSaliency(test_vit)": HiRED(0.2, attention=saliency_model),
     }
-    cells = [
-        Setting(Experiment(str(place), reducer, Boards(number=1), max_new_tokens=1, batch_size=32), name)
+    settings_of_grid = [
+        Setting(Experiment(str(model_folder), reducer, Boards(number=1), max_new_tokens=1, batch_size=32), name)
         for name, reducer in reducers.items()
     ]
-    progress = run_settings(cells, tmp_path / "out")
+    progress = run_settings(settings_of_grid, tmp_path / "out")
     assert (progress.errors, progress.encodes) == (0, 1)
-    for cell in cells:
-        folder = cell.folder(tmp_path / "out")
-        assert json.loads((folder / "environment.json").read_text())["attention"] == cell.name
+    for setting in settings_of_grid:
+        folder = setting.folder(tmp_path / "out")
+        assert json.loads((folder / "environment.json").read_text())["attention"] == setting.name
         rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
         assert rows
         assert all(row["error"] is None and row["kept"] == row["asked"] > 0 for row in rows)
-    insisting = replace(cells[0].experiment, reducer=HiRED(0.2, attention="cls"))
+    cls_experiment = replace(settings_of_grid[0].experiment, reducer=HiRED(0.2, attention="cls"))
     with pytest.raises(ValueError, match="gives no cls_attention"):
-        run_settings([Setting(insisting, "insisting")], tmp_path / "other")
+        run_settings([Setting(cls_experiment, "cls_attention")], tmp_path / "other")
 
 
-def test_signals_that_stand_in_are_what_is_captured() -> None:
-    """A second look takes nothing from the tower."""
+def test_captured_signals_of_a_tower_without_cls() -> None:
+    """A saliency model requires no signal of the tower; without it the tower captures received attention."""
     adapter = find_adapter(tiny.tiny_model("llava", tower="siglip"))
-    assert Pipeline(HiRED(0.2, attention=LOOK), adapter).needs == []
+    assert Pipeline(HiRED(0.2, attention=SALIENCY_MODEL), adapter).needs == []
     layers = ("first", "feature")
     assert Pipeline(HiRED(0.2), adapter).needs == [Signal("received_attention", layer) for layer in layers]

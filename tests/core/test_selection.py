@@ -1,3 +1,5 @@
+"""Test top-k selection, newline tokens and the masks of a selection."""
+
 from __future__ import annotations
 
 from itertools import chain
@@ -14,28 +16,28 @@ from tokenprune.selection import Selection, kept_newlines, top_of_image, top_per
 INF = float("inf")
 
 
-def slow_top(scores: list[float], budget: int, candidates: list[bool]) -> list[bool]:
-    order = sorted((i for i, may in enumerate(candidates) if may), key=lambda i: (-scores[i], i))
+def keep_top_by_sorting(scores: list[float], budget: int, candidates: list[bool]) -> list[bool]:
+    order = sorted((i for i, is_candidate in enumerate(candidates) if is_candidate), key=lambda i: (-scores[i], i))
     return [i in order[:budget] for i in range(len(scores))]
 
 
 @settings(deadline=None)
 @given(data=st.data(), tiles=st.integers(1, 4), tokens=st.integers(1, 8))
 def test_top_per_tile_and_of_image_against_sorting(data, tiles: int, tokens: int) -> None:
-    """Few distinct values, so that ties are common; -inf is a score like any other."""
+    """Masks equal those from sorting, with frequent ties and with scores of -inf."""
     values = st.sampled_from([-INF, -1.0, 0.0, 0.5, 2.0, 3e38])
     scores = data.draw(hnp.arrays("float32", (tiles, tokens), elements=values)).tolist()
     candidates = data.draw(hnp.arrays(bool, (tiles, tokens))).tolist()
     budgets = data.draw(st.lists(st.integers(0, tokens + 1), min_size=tiles, max_size=tiles))
     kept = top_per_tile(torch.tensor(scores), torch.tensor(budgets), torch.tensor(candidates))
-    assert kept.tolist() == [slow_top(*row) for row in zip(scores, budgets, candidates, strict=True)]
+    assert kept.tolist() == [keep_top_by_sorting(*row) for row in zip(scores, budgets, candidates, strict=True)]
     total = sum(budgets)
     pool = top_of_image(torch.tensor(scores), total, torch.tensor(candidates))
     flat_scores, flat_candidates = list(chain(*scores)), list(chain(*candidates))
-    assert pool.flatten().tolist() == slow_top(flat_scores, total, flat_candidates)
+    assert pool.flatten().tolist() == keep_top_by_sorting(flat_scores, total, flat_candidates)
 
 
-def test_a_candidate_of_score_minus_infinity_comes_before_what_is_no_candidate() -> None:
+def test_a_candidate_of_score_minus_infinity_precedes_tokens_that_are_no_candidates() -> None:
     scores = torch.full((1, 4), -INF)
     candidates = torch.tensor([[False, True, False, True]])
     assert top_per_tile(scores, torch.tensor([1]), candidates).tolist() == [[False, True, False, False]]
@@ -43,7 +45,7 @@ def test_a_candidate_of_score_minus_infinity_comes_before_what_is_no_candidate()
 
 
 def test_ties_go_to_the_lower_index_in_long_rows() -> None:
-    """Unstable sorts keep short rows in order by accident; 576 equal scores do not stay in order."""
+    """The row has 576 equal scores, because an unstable sort can keep short rows in order by accident."""
     scores = torch.zeros(2, 576)
     kept = top_per_tile(scores, torch.tensor([100, 0]), torch.ones(2, 576, dtype=torch.bool))
     assert kept[0].nonzero().flatten().tolist() == list(range(100))
@@ -63,26 +65,26 @@ LAYOUTS = {
 }
 
 
-def slow_separator_of(layout: TileGeometry) -> list[int]:
-    """Walk along the prompt; a token's separator is the next one, unless the token is of the base tile."""
-    places, answer = layout.packed.tolist(), []
-    for position, place in enumerate(places):
-        before = places[:position].count(NEWLINE)
-        if place == NEWLINE:
-            answer.append(before)
-        elif NEWLINE not in places[position:] or (layout.sub_images and place < layout.tokens):
-            answer.append(-1)
+def find_newlines_by_loop(layout: TileGeometry) -> list[int]:
+    """Return the index of the next newline token of each packed entry, or -1 for tokens of the base tile."""
+    entries, newline_indices = layout.packed.tolist(), []
+    for position, entry in enumerate(entries):
+        newline_index = entries[:position].count(NEWLINE)
+        if entry == NEWLINE:
+            newline_indices.append(newline_index)
+        elif NEWLINE not in entries[position:] or (layout.sub_images and entry < layout.tokens):
+            newline_indices.append(-1)
         else:
-            answer.append(before)
-    return answer
+            newline_indices.append(newline_index)
+    return newline_indices
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_separator_of(name: str) -> None:
-    assert LAYOUTS[name].newline_of.tolist() == slow_separator_of(LAYOUTS[name])
+def test_newline_of(name: str) -> None:
+    assert LAYOUTS[name].newline_of.tolist() == find_newlines_by_loop(LAYOUTS[name])
 
 
-def test_separator_of_by_hand() -> None:
+def test_newline_of_by_hand() -> None:
     layout = TileGeometry.anyres((10, 20), (1, 2), (2, 2), 10)
     assert layout.newline_of.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert LAYOUTS["rows of one tile"].newline_of.tolist() == [0, 0, 0, 1, 1, 1]
@@ -91,27 +93,27 @@ def test_separator_of_by_hand() -> None:
 
 @settings(deadline=None)
 @given(name=st.sampled_from(sorted(LAYOUTS)), data=st.data())
-def test_kept_separators_and_packed_mask_against_a_walk_along_the_prompt(name: str, data) -> None:
+def test_kept_newlines_and_packed_mask_against_a_loop(name: str, data) -> None:
     layout = LAYOUTS[name]
     kept = torch.tensor(data.draw(hnp.arrays(bool, (layout.tiles, layout.tokens)))) & layout.valid
-    newline_of = slow_separator_of(layout)
+    newline_of = find_newlines_by_loop(layout)
     flat = kept.flatten().tolist()
-    places = layout.packed.tolist()
+    entries = layout.packed.tolist()
     for policy in ("keep", "drop", "keep_rows"):
-        stays = kept_newlines(layout, kept, policy)
-        rows = {newline_of[i] for i, place in enumerate(places) if place != NEWLINE and flat[place]} - {-1}
+        newline_mask = kept_newlines(layout, kept, policy)
+        rows = {newline_of[i] for i, entry in enumerate(entries) if entry != NEWLINE and flat[entry]} - {-1}
         expected = {"keep": set(range(layout.newlines)), "drop": set(), "keep_rows": rows}[policy]
-        assert set(stays.nonzero().flatten().tolist()) == expected
-        assert stays.dtype == torch.bool
-        assert len(stays) == layout.newlines
-        selection = Selection(layout, kept, 5, newline_mask=stays)
-        walk, seen = [], 0
-        for place in places:
-            walk.append(seen in expected if place == NEWLINE else flat[place])
-            seen += place == NEWLINE
-        assert selection.packed_mask().tolist() == walk
-        assert selection.kept_tokens + selection.kept_newlines == sum(walk)
-        assert selection.everything == all(walk)
+        assert set(newline_mask.nonzero().flatten().tolist()) == expected
+        assert newline_mask.dtype == torch.bool
+        assert len(newline_mask) == layout.newlines
+        selection = Selection(layout, kept, 5, newline_mask=newline_mask)
+        expected_mask, newline_index = [], 0
+        for entry in entries:
+            expected_mask.append(newline_index in expected if entry == NEWLINE else flat[entry])
+            newline_index += entry == NEWLINE
+        assert selection.packed_mask().tolist() == expected_mask
+        assert selection.kept_tokens + selection.kept_newlines == sum(expected_mask)
+        assert selection.everything == all(expected_mask)
 
 
 def test_selection_counts() -> None:
@@ -126,10 +128,10 @@ def test_selection_counts() -> None:
     assert int(selection.packed_mask().sum()) == 4
     assert not selection.everything
     assert Selection(layout, layout.valid, 80, newline_mask=torch.ones(8, dtype=torch.bool)).everything
-    assert not Selection(layout, layout.valid, 80).everything  # the newlines are gone
+    assert not Selection(layout, layout.valid, 80).everything  # the newline tokens are dropped
 
 
-def test_a_selection_that_mixes_is_never_everything() -> None:
+def test_a_selection_with_mixing_is_not_everything() -> None:
     layout = TileGeometry.single((2, 2))
     assert Selection(layout, layout.valid, 4).everything
     assert not Selection(layout, layout.valid, 4, mixing=torch.eye(4)).everything

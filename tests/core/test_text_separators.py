@@ -1,4 +1,4 @@
-"""Text that separates the rows or tiles of an image goes with them, if that is wanted."""
+"""Test `text_separators="drop_empty"`, which drops the text between rows or tiles without kept tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 from tokenprune.testing.families.base import Family
 
-SEPARATED = [name for name, one in FAMILIES.items() if one.adapter.text_separator_side != "none"]
+SEPARATED = [name for name, family in FAMILIES.items() if family.adapter.text_separator_side != "none"]
 
 
 @pytest.fixture(scope="module", params=SEPARATED)
@@ -38,29 +38,29 @@ def inputs(family: Family) -> Any:
     return family.batch(*family.rows)
 
 
-def stays(adapter: Any, inputs: Any, run: Run) -> tuple[Tensor, int]:
-    """Which positions of the full prompt stay, bool `[rows, length]`, and how much text goes; token by token."""
-    mask, gone = inputs["attention_mask"].bool().clone(), 0
+def find_remaining_positions(adapter: Any, inputs: Any, run: Run) -> tuple[Tensor, int]:
+    """Return a mask of the remaining positions, bool `[rows, length]`, and the number of dropped text tokens."""
+    mask, dropped_count = inputs["attention_mask"].bool().clone(), 0
     masks = iter([selection.packed_mask().tolist() for selection in run.selections])
     for row, ids in enumerate(inputs["input_ids"].tolist()):
-        image = [token == adapter.image_token_id for token in ids]
+        is_image_token = [token == adapter.image_token_id for token in ids]
         position = 0
-        while any(image[position:]):
+        while any(is_image_token[position:]):
             stretches: list[list[int]] = []  # positions of each stretch of one image
             for kept in next(masks):
-                start, position = position, image.index(True, position)
+                start, position = position, is_image_token.index(True, position)
                 if not stretches or position != start:
                     stretches.append([])
                 stretches[-1].append(position)
                 mask[row, position] = kept
                 position += 1
-            for one, two in pairwise(stretches):
-                owner = one if adapter.text_separator_side == "after" else two
+            for previous, following in pairwise(stretches):
+                owner = previous if adapter.text_separator_side == "after" else following
                 if not bool(mask[row, owner].any()):
-                    mask[row, one[-1] + 1 : two[0]] = False
-                    gone += two[0] - one[-1] - 1
+                    mask[row, previous[-1] + 1 : following[0]] = False
+                    dropped_count += following[0] - previous[-1] - 1
     assert next(masks, None) is None
-    return mask, gone
+    return mask, dropped_count
 
 
 @pytest.mark.parametrize("positions", ["reindex", "preserve"])
@@ -76,37 +76,37 @@ def test_logits_equal_the_oracle_that_masks_the_dropped_text(
         lengths[separators] = sum(entered for _, entered in run.account.prompt_lengths)
         if separators == "keep":
             continue
-        mask, gone = stays(find_adapter(model), inputs, run)
+        mask, dropped_count = find_remaining_positions(find_adapter(model), inputs, run)
         adapter = find_adapter(model)
         ids = adapter.counted_positions(mask) if positions == "reindex" else adapter.positions(inputs, generating=False)
         oracle = model(**full, attention_mask=mask.long(), position_ids=ids.expand(*ids.shape[:-2], *mask.shape)).logits
         width = int(mask.sum(1).max())
         assert short.shape[1] == width
-        real = torch.arange(width) >= width - mask.sum(1, keepdim=True)
+        is_real = torch.arange(width) >= width - mask.sum(1, keepdim=True)
         if family.oracle is not None:
-            assert float((short[real] - oracle[mask]).abs().max()) < family.oracle
-        assert gone > 0
-        assert lengths["keep"] - lengths["drop_empty"] == gone
+            assert float((short[is_real] - oracle[mask]).abs().max()) < family.oracle
+        assert dropped_count > 0
+        assert lengths["keep"] - lengths["drop_empty"] == dropped_count
 
 
 @torch.no_grad()
 def test_each_row_equals_itself_alone(family: Family, model: Any, inputs: Any) -> None:
     reducer = HiRED(0.2, positions="preserve", text_separators="drop_empty")
     with reducer(model, outputs="reduced"):
-        together, written = model(**inputs).logits, generate(model, inputs)
+        batch_logits, batch_tokens = model(**inputs).logits, generate(model, inputs)
     for number, row in enumerate(family.rows):
         if not row:
             continue
-        one = family.batch(row, first=number)
+        row_inputs = family.batch(row, first=number)
         with reducer(model, outputs="reduced"):
-            logits, answer = model(**one).logits, generate(model, one)
-        assert float((logits[0] - together[number][-logits.shape[1] :]).abs().max()) < 1e-4
-        assert torch.equal(answer[0, -4:], written[number, -4:])
+            logits, tokens = model(**row_inputs).logits, generate(model, row_inputs)
+        assert float((logits[0] - batch_logits[number][-logits.shape[1] :]).abs().max()) < 1e-4
+        assert torch.equal(tokens[0, -4:], batch_tokens[number, -4:])
 
 
 @dataclass
 class FirstOfEachRow(TokenReducer):
-    """Keeps the first token of each row of tokens of each tile."""
+    """Keeps the first token of each token row of each tile."""
 
     exact: ClassVar[bool] = False
 
@@ -117,7 +117,7 @@ class FirstOfEachRow(TokenReducer):
 
 
 @torch.no_grad()
-def test_nothing_goes_where_every_row_or_tile_keeps_a_token(model: Any, inputs: Any) -> None:
+def test_no_text_is_dropped_if_every_row_or_tile_keeps_a_token(model: Any, inputs: Any) -> None:
     with FirstOfEachRow()(model) as run:
         expected = model(**inputs).logits
     with FirstOfEachRow(text_separators="drop_empty")(model):
@@ -126,17 +126,17 @@ def test_nothing_goes_where_every_row_or_tile_keeps_a_token(model: Any, inputs: 
 
 
 @torch.no_grad()
-def test_an_image_without_text_inside_is_as_before() -> None:
+def test_families_without_text_separators_are_unchanged() -> None:
     model, inputs = FAMILIES["llava_next"].model(), FAMILIES["llava_next"].batch([(60, 160)])
     assert find_adapter(model).text_separator_side == "none"
     with HiRED(0.2)(model) as run:
-        kept = model(**inputs).logits
+        expected = model(**inputs).logits
     with HiRED(0.2, text_separators="drop_empty")(model):
-        assert torch.equal(model(**inputs).logits, kept)
+        assert torch.equal(model(**inputs).logits, expected)
     assert bool(real_positions(model, inputs, run).all())
 
 
-def test_other_words_are_refused() -> None:
+def test_unknown_options_of_text_separators_raise() -> None:
     with pytest.raises(ValueError, match=r"text_separators='drop' is not known; use one of 'keep', 'drop_empty'"):
         HiRED(text_separators="drop")  # type: ignore[arg-type]
 
@@ -157,7 +157,7 @@ class OneStretch(TokenReducer):
 
 
 @pytest.mark.parametrize(
-    ("name", "stays", "goes"),
+    ("name", "remaining_text", "dropped_text"),
     [
         ("mistral3", "[IMG][IMG][IMG][IMG][IMG_BREAK][IMG_END]", "[IMG_BREAK][IMG_BREAK]"),
         ("pixtral", "[IMG][IMG][IMG][IMG][IMG_BREAK][IMG_END]", "[IMG_BREAK][IMG_BREAK]"),
@@ -172,18 +172,18 @@ class OneStretch(TokenReducer):
     ],
 )
 @torch.no_grad()
-def test_what_stays_of_the_prompt(name: str, stays: str, goes: str) -> None:
-    family, seen = FAMILIES[name], []
+def test_remaining_and_dropped_text_of_the_prompt(name: str, remaining_text: str, dropped_text: str) -> None:
+    family, prompt_ids = FAMILIES[name], []
     model, inputs = family.model(), family.batch([(112, 112)])
     hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+        lambda module, args, kwargs: prompt_ids.append(kwargs["input_ids"][0]), with_kwargs=True
     )
     for separators in ("keep", "drop_empty"):
         with OneStretch(text_separators=separators)(model):
             model(**inputs)
     hook.remove()
-    before, after = (family.tokenizer.decode(ids) for ids in seen)
-    assert goes in before
-    assert stays in after
-    assert goes not in after
+    before, after = (family.tokenizer.decode(ids) for ids in prompt_ids)
+    assert dropped_text in before
+    assert remaining_text in after
+    assert dropped_text not in after
     assert len(after) < len(before)

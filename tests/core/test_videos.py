@@ -1,4 +1,4 @@
-"""Videos beside images: their frames are handed over whole."""
+"""Test prompts with images and videos, whose frames are not reduced."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tokenprune.testing.tiny_models import random_image
 NAMES = ["llava_next_video", "llava_onevision"]
 
 
-def mixed(name: str) -> tuple[Any, dict[str, Any]]:
-    """A model, and a prompt with an image and a video of three frames."""
+def build_model_and_inputs(name: str) -> tuple[Any, dict[str, Any]]:
+    """Build a model and the inputs of a prompt with an image and a video of three frames."""
     family = FAMILIES[name]
     frames = np.random.default_rng(0).integers(0, 255, (3, 56, 56, 3), dtype=np.uint8)
     images: list[Any] = [random_image(112, 112)]
@@ -30,30 +30,30 @@ def mixed(name: str) -> tuple[Any, dict[str, Any]]:
     return family.model(), dict(inputs)
 
 
-def written(model: Any, inputs: dict[str, Any], **how: Any) -> torch.Tensor:
+def generate_tokens(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
     config = model.config
     suppress = [config.image_token_id, config.video_token_id]
-    return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, suppress_tokens=suppress, **how)
+    return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, suppress_tokens=suppress, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_everything_kept_changes_nothing(name: str) -> None:
-    model, inputs = mixed(name)
+def test_a_full_budget_changes_no_output(name: str) -> None:
+    model, inputs = build_model_and_inputs(name)
     before = model(**inputs).logits
     with HiRED(1.0)(model):
         during = model(**inputs).logits
-        greedy, beams = written(model, inputs), written(model, inputs, num_beams=2)
+        greedy, beams = generate_tokens(model, inputs), generate_tokens(model, inputs, num_beams=2)
     assert torch.equal(during, before)
-    assert torch.equal(greedy, written(model, inputs))
-    assert torch.equal(beams, written(model, inputs, num_beams=2))
+    assert torch.equal(greedy, generate_tokens(model, inputs))
+    assert torch.equal(beams, generate_tokens(model, inputs, num_beams=2))
 
 
 @pytest.mark.parametrize("positions", ["reindex", "preserve"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_logits_equal_the_mask_oracle(name: str, positions: str) -> None:
-    model, inputs = mixed(name)
+    model, inputs = build_model_and_inputs(name)
     with HiRED(0.2, positions=positions)(model, outputs="reduced") as run:
         short = model(**inputs).logits
     full = model(**oracle_inputs(model, inputs, run, positions)).logits
@@ -62,25 +62,25 @@ def test_logits_equal_the_mask_oracle(name: str, positions: str) -> None:
 
 
 @torch.no_grad()
-def test_frames_stay_when_images_are_encoded_anew() -> None:
-    """At the image stage, too: other frames give other logits."""
-    model, inputs = mixed("llava_next_video")
+def test_frames_are_kept_if_images_are_encoded_again() -> None:
+    """A reducer at the image stage passes on the frames, so other frames give other logits."""
+    model, inputs = build_model_and_inputs("llava_next_video")
     reducer: TokenReducer = ImageDownsample(0.25)
     with reducer(model):
-        one = model(**inputs).logits
-        other = model(**{**inputs, "pixel_values_videos": -inputs["pixel_values_videos"]}).logits
-    assert one.shape == other.shape
-    assert float((one - other).abs().max()) > 1e-3
+        logits = model(**inputs).logits
+        logits_of_other_frames = model(**{**inputs, "pixel_values_videos": -inputs["pixel_values_videos"]}).logits
+    assert logits.shape == logits_of_other_frames.shape
+    assert float((logits - logits_of_other_frames).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 @torch.no_grad()
-def test_videos_beside_images_with_mrope(name: str) -> None:
-    """Videos are passed on whole; at 100 % the output is that of the unmodified model."""
+def test_videos_next_to_images_with_mrope(name: str) -> None:
+    """Videos are not reduced; at 100 % the output equals the output of the unmodified model."""
     family = FAMILIES[name]
     model, frames = family.model(), np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    part = "<|vision_start|>{}<|vision_end|>"
-    text = f"USER: {part.format('<|image_pad|>')} and {part.format('<|video_pad|>')} what? ASSISTANT:"
+    template = "<|vision_start|>{}<|vision_end|>"
+    text = f"USER: {template.format('<|image_pad|>')} and {template.format('<|video_pad|>')} what? ASSISTANT:"
     inputs = family.processor()(images=[random_image(112, 112)], videos=[frames], text=[text], return_tensors="pt")
     plain = model(**inputs).logits
     with HiRED(1.0)(model):
@@ -88,13 +88,13 @@ def test_videos_beside_images_with_mrope(name: str) -> None:
     with HiRED(0.3, positions="preserve")(model, outputs="reduced") as run:
         short = model(**inputs).logits
         model.generate(**inputs, max_new_tokens=1)
-    oracle = model(**oracle_inputs(model, inputs, run_of_first(run), "preserve")).logits
-    kept = kept_mask(model, inputs, run_of_first(run))
+    oracle = model(**oracle_inputs(model, inputs, first_call_of_run(run), "preserve")).logits
+    kept = kept_mask(model, inputs, first_call_of_run(run))
     assert float((short[0] - oracle[0][kept[0]]).abs().max()) < 1e-5
 
 
-def run_of_first(run: Any) -> Any:
-    """The record of the first of two calls with one image each."""
+def first_call_of_run(run: Any) -> Any:
+    """Return a copy of the run with only the first of two calls with one image each."""
     first = copy.copy(run)
     first.selections = run.selections[:1]
     return first

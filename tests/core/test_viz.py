@@ -1,4 +1,4 @@
-"""Figures: what they show is what was selected."""
+"""Test that figures show the selected tokens and the budgets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenprune.viz import GAP, KEPT, LABEL, TILE_SIDE, draw_budget_bars, draw_r
 KEPT_RGB = tuple(int(KEPT[k : k + 2], 16) for k in (1, 3, 5))
 
 
-def selection(tile_grid: tuple[int, int], image_size: tuple[int, int] = (60, 60)) -> Selection:
-    """A selection over blue tiles of 40 x 40 pixels and 4 x 4 tokens that keeps the second token of each tile."""
+def make_selection(tile_grid: tuple[int, int], image_size: tuple[int, int] = (60, 60)) -> Selection:
+    """Return a selection over blue tiles of 40 x 40 pixels and 4 x 4 tokens that keeps token (1, 1) of each tile."""
     if tile_grid == (0, 0):
         geometry = TileGeometry.single((4, 4))
     else:
@@ -28,18 +28,18 @@ def selection(tile_grid: tuple[int, int], image_size: tuple[int, int] = (60, 60)
     return Selection(geometry, kept, asked=int(kept.sum()), pixels=pixels)
 
 
-def token(image: Image.Image, tile: tuple[int, int], row: int, col: int) -> tuple[int, ...]:
-    """The color in the middle of a token of the tile whose corner is given."""
+def token_color(image: Image.Image, tile: tuple[int, int], row: int, col: int) -> tuple[int, ...]:
+    """Return the color at the center of a token of the tile with the given top left corner."""
     size = TILE_SIDE // 4
     return image.getpixel((tile[0] + col * size + size // 2, tile[1] + row * size + size // 2))
 
 
-def test_kept_tokens_are_clear_and_dropped_ones_faded() -> None:
-    image = overlay(selection((0, 0)))
+def test_kept_tokens_are_clear_and_dropped_tokens_faded() -> None:
+    image = overlay(make_selection((0, 0)))
     corner = (GAP, GAP + LABEL)
     for row in range(4):
         for col in range(4):
-            color = token(image, corner, row, col)
+            color = token_color(image, corner, row, col)
             if (row, col) == (1, 1):
                 assert color == (10, 20, 250)
             else:
@@ -50,62 +50,62 @@ def test_kept_tokens_are_clear_and_dropped_ones_faded() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (3, 1), (2, 2), (6, 6)])
-def test_every_sub_image_stands_at_its_place(grid: tuple[int, int]) -> None:
-    one = selection(grid, (grid[0] * 40, grid[1] * 40))
-    kept = torch.zeros_like(one.kept)
-    for tile in range(one.geometry.tiles):
+def test_every_sub_image_is_drawn_at_its_position(grid: tuple[int, int]) -> None:
+    selection = make_selection(grid, (grid[0] * 40, grid[1] * 40))
+    kept = torch.zeros_like(selection.kept)
+    for tile in range(selection.geometry.tiles):
         kept[tile, tile % 16] = True
-    image = overlay(dataclasses.replace(one, kept=kept))
-    for tile in range(1, one.geometry.tiles):
+    image = overlay(dataclasses.replace(selection, kept=kept))
+    for tile in range(1, selection.geometry.tiles):
         row, col = divmod(tile - 1, grid[1])
         x = GAP + TILE_SIDE + 3 * GAP + col * (TILE_SIDE + GAP)
         y = GAP + LABEL + row * (TILE_SIDE + LABEL + GAP)
-        assert token(image, (x, y), (tile % 16) // 4, tile % 4) == (10, 20, 250)
+        assert token_color(image, (x, y), (tile % 16) // 4, tile % 4) == (10, 20, 250)
     assert image.width == GAP + TILE_SIDE + 3 * GAP + grid[1] * (TILE_SIDE + GAP)
 
 
 def test_padding_is_hatched() -> None:
-    one = selection((1, 2), (20, 80))  # half as high as the canvas: rows of padding above and below
-    assert not one.geometry.valid.all()
-    image = overlay(one)
+    selection = make_selection((1, 2), (20, 80))  # half as high as the canvas: rows of padding above and below
+    assert not selection.geometry.valid.all()
+    image = overlay(selection)
     x, y = GAP + TILE_SIDE + 3 * GAP, GAP + LABEL
     patch = np.asarray(image)[y + 4 : y + 40, x + 4 : x + 40]
     assert set(np.unique(patch)) == {150, 190}
 
 
-def test_the_image_stands_beside_the_tiles() -> None:
-    one, photo = selection((2, 2)), Image.new("RGB", (50, 100), (0, 200, 0))
-    with_photo = overlay(one, photo)
-    assert with_photo.width > overlay(one).width
+def test_the_image_is_drawn_next_to_the_tiles() -> None:
+    selection, photo = make_selection((2, 2)), Image.new("RGB", (50, 100), (0, 200, 0))
+    with_photo = overlay(selection, photo)
+    assert with_photo.width > overlay(selection).width
     assert with_photo.getpixel((GAP + 20, GAP + LABEL + 100)) == (0, 200, 0)
 
 
-def test_without_pixels_there_is_an_answer() -> None:
+def test_drawing_a_selection_without_pixels_raises() -> None:
     with pytest.raises(ValueError, match=r"has no pixels.*attach the reducer again"):
-        overlay(dataclasses.replace(selection((2, 2)), pixels=None))
+        overlay(dataclasses.replace(make_selection((2, 2)), pixels=None))
 
 
-def test_bars_are_the_budgets() -> None:
-    one = dataclasses.replace(selection((2, 2)), budgets=torch.tensor([3, 1, 4, 1, 5]))
-    axes = draw_budget_bars(one).axes[0]
+def test_bars_show_budgets_and_kept_tokens() -> None:
+    selection = dataclasses.replace(make_selection((2, 2)), budgets=torch.tensor([3, 1, 4, 1, 5]))
+    axes = draw_budget_bars(selection).axes[0]
     granted, kept = ([bar.get_height() for bar in group] for group in axes.containers[:2])
     assert granted == [3, 1, 4, 1, 5]
-    assert kept == one.kept_per_tile
+    assert kept == selection.kept_per_tile
     assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "1,1", "1,2", "2,1", "2,2"]
 
 
-def test_report_holds_overlay_and_bars() -> None:
-    one = selection((1, 3))
-    whole, top = draw_report(one), overlay(one)
-    assert whole.crop((0, 0, *top.size)).tobytes() == top.tobytes()
-    assert whole.height == top.height + render_figure(draw_budget_bars(one)).height
+def test_the_report_contains_overlay_and_bars() -> None:
+    selection = make_selection((1, 3))
+    report, overlay_image = draw_report(selection), overlay(selection)
+    assert report.crop((0, 0, *overlay_image.size)).tobytes() == overlay_image.tobytes()
+    assert report.height == overlay_image.height + render_figure(draw_budget_bars(selection)).height
 
 
-def test_figures_leave_global_state_alone() -> None:
+def test_figures_do_not_change_matplotlib_state() -> None:
     import matplotlib as mpl
     from matplotlib import pyplot
 
     before, open_figures = dict(mpl.rcParams), pyplot.get_fignums()
-    draw_report(selection((2, 2)))
+    draw_report(make_selection((2, 2)))
     assert dict(mpl.rcParams) == before
     assert pyplot.get_fignums() == open_figures

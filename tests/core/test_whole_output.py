@@ -1,4 +1,4 @@
-"""At a budget of 100 % the whole output object equals that of the unmodified model, in every family."""
+"""Test that all fields of an output equal the output of the unmodified model at a budget of 100 %, in every family."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="module")
 def model(family: Family) -> Any:
     model = family.model()
-    model.set_attn_implementation("eager")  # which returns attention maps
+    model.set_attn_implementation("eager")  # only eager attention returns attention maps
     return model
 
 
@@ -36,8 +36,8 @@ def inputs(family: Family) -> Any:
     return family.batch(*family.rows)
 
 
-def differences(first: Any, second: Any, path: str = "output") -> list[str]:
-    """Every place at which two outputs differ, in type, order of fields, shape or one bit of a value."""
+def list_differences(first: Any, second: Any, path: str = "output") -> list[str]:
+    """List the paths at which two outputs differ in type, order of fields, shape or one bit of a value."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return [] if first.shape == second.shape and torch.equal(first, second) else [path]
     if type(first) is not type(second):
@@ -45,113 +45,126 @@ def differences(first: Any, second: Any, path: str = "output") -> list[str]:
     if isinstance(first, dict):
         if list(first) != list(second):
             return [f"{path}: {list(first)} and {list(second)}"]
-        return [place for name in first for place in differences(first[name], second[name], f"{path}.{name}")]
+        return [
+            difference for name in first for difference in list_differences(first[name], second[name], f"{path}.{name}")
+        ]
     if isinstance(first, (list, tuple)):
         if len(first) != len(second):
             return [f"{path}: {len(first)} and {len(second)} entries"]
         pairs = enumerate(zip(first, second, strict=True))
-        return [place for number, pair in pairs for place in differences(*pair, f"{path}[{number}]")]
+        return [difference for number, pair in pairs for difference in list_differences(*pair, f"{path}[{number}]")]
     if hasattr(first, "layers"):  # a cache
         states = [
-            [[getattr(layer, n, None) for n in ("keys", "values")] for layer in c.layers] for c in (first, second)
+            [[getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers]
+            for cache in (first, second)
         ]
-        return differences(*states, f"{path}.layers")
+        return list_differences(*states, f"{path}.layers")
     return [] if first == second else [path]
 
 
-def test_the_comparison_finds_differences() -> None:
-    one = {"a": torch.zeros(2), "b": (torch.ones(1), None)}
-    assert not differences(one, {"a": torch.zeros(2), "b": (torch.ones(1), None)})
-    assert differences(one, {"b": one["b"], "a": one["a"]})
-    assert differences(one, {"a": torch.zeros(2), "b": (torch.ones(1), torch.ones(1))}) == [
+def test_list_differences() -> None:
+    output = {"a": torch.zeros(2), "b": (torch.ones(1), None)}
+    assert not list_differences(output, {"a": torch.zeros(2), "b": (torch.ones(1), None)})
+    assert list_differences(output, {"b": output["b"], "a": output["a"]})
+    assert list_differences(output, {"a": torch.zeros(2), "b": (torch.ones(1), torch.ones(1))}) == [
         "output.b[1]: NoneType and Tensor"
     ]
-    assert differences(one, {"a": torch.full((2,), 1e-9), "b": one["b"]}) == ["output.a"]
+    assert list_differences(output, {"a": torch.full((2,), 1e-9), "b": output["b"]}) == ["output.a"]
 
 
 @pytest.mark.parametrize("options", [{}, {"output_hidden_states": True, "output_attentions": True, "use_cache": True}])
 @pytest.mark.parametrize("budget", [1.0, 10_000])
 @torch.no_grad()
-def test_forward(family: Family, model: Any, inputs: Any, options: dict[str, Any], budget: float) -> None:
+def test_forward_at_a_full_budget(
+    family: Family, model: Any, inputs: Any, options: dict[str, Any], budget: float
+) -> None:
     if options and family.name in NO_OPTIONS:
         pytest.skip(NO_OPTIONS[family.name])
     before = model(**inputs, **options)
     with HiRED(budget)(model):
         during = model(**inputs, **options)
-    assert differences(before, during) == []
-    assert differences(before, model(**inputs, **options)) == []
+    assert list_differences(before, during) == []
+    assert list_differences(before, model(**inputs, **options)) == []
 
 
 @torch.no_grad()
-def test_everything_kept_below_a_full_budget(family: Family, model: Any, inputs: Any) -> None:
-    """A budget per tile that no tile exceeds keeps everything, although the tower was left early."""
-    most = max(int(layout.valid.sum()) for layout in find_adapter(model).layouts(inputs))
+def test_all_tokens_kept_below_a_full_budget(family: Family, model: Any, inputs: Any) -> None:
+    """A token budget that no image exceeds changes no output, although the tower stops early."""
+    max_tokens = max(int(layout.valid.sum()) for layout in find_adapter(model).layouts(inputs))
     before = model(**inputs)
-    with HiRED(most, newlines="keep")(model) as run:
+    with HiRED(max_tokens, newlines="keep")(model) as run:
         during = model(**inputs)
     assert all(selection.everything for selection in run.selections)
-    assert differences(before, during) == []
+    assert list_differences(before, during) == []
 
 
 @torch.no_grad()
-def test_a_tuple(model: Any, inputs: Any) -> None:
+def test_tuple_outputs(model: Any, inputs: Any) -> None:
     before = model(**inputs, return_dict=False)
     with HiRED(1.0)(model):
-        assert differences(before, model(**inputs, return_dict=False)) == []
+        assert list_differences(before, model(**inputs, return_dict=False)) == []
 
 
 @torch.no_grad()
-def test_generate(family: Family, model: Any, inputs: Any) -> None:
+def test_generate_at_a_full_budget(family: Family, model: Any, inputs: Any) -> None:
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options |= {"output_hidden_states": True, "suppress_tokens": [find_adapter(model).image_token_id]}
     if family.name in NO_OPTIONS:
         options.pop("output_hidden_states")
     before = model.generate(**inputs, **options)
     with HiRED(1.0)(model):
-        assert differences(before, model.generate(**inputs, **options)) == []
+        assert list_differences(before, model.generate(**inputs, **options)) == []
 
 
 @torch.no_grad()
 def test_inputs_embeds(family: Family, model: Any, inputs: Any) -> None:
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    by_embeds = {"inputs_embeds": embeds, **{n: v for n, v in inputs.items() if n != "input_ids"}}
+    embedded_inputs = {
+        "inputs_embeds": embeds,
+        **{name: value for name, value in inputs.items() if name != "input_ids"},
+    }
     try:
-        before = model(**by_embeds)
+        before = model(**embedded_inputs)
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         pytest.skip(f"the unmodified model takes no inputs_embeds with images: {error}")
     with HiRED(1.0)(model):
-        assert differences(before, model(**by_embeds)) == []
+        assert list_differences(before, model(**embedded_inputs)) == []
     if not torch.equal(before.logits, model(**inputs).logits):
-        pytest.skip("the unmodified model ignores images beside inputs_embeds")
+        pytest.skip("the unmodified model ignores images next to inputs_embeds")
     with HiRED(0.3)(model) as run:
-        embedded = model(**by_embeds).logits
+        embedded = model(**embedded_inputs).logits
         assert torch.equal(embedded, model(**inputs).logits)
     half = len(run.selections) // 2
-    assert all(torch.equal(a.kept, b.kept) for a, b in zip(run.selections[:half], run.selections[half:], strict=True))
+    assert all(
+        torch.equal(selection.kept, reference.kept)
+        for selection, reference in zip(run.selections[:half], run.selections[half:], strict=True)
+    )
 
 
 @torch.no_grad()
 def test_a_filled_cache(family: Family, model: Any, inputs: Any) -> None:
-    """A second turn continues from the cache of the first one."""
+    """A second turn that continues from the cache of the first turn has equal outputs."""
     options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
     options |= {"suppress_tokens": [find_adapter(model).image_token_id]}
 
-    def conversation() -> Any:
+    def generate_two_turns() -> Any:
         first = model.generate(**inputs, **options)
         ids = torch.cat([first.sequences, first.sequences[:, -1:]], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 3, dtype=torch.long)], dim=1)
-        more = {n: v for n, v in inputs.items() if n == "cross_attention_mask"}
-        more = {n: torch.cat([v, v[:, -1:].expand(-1, 3, -1, -1)], dim=1) for n, v in more.items()}
+        mask_inputs = {name: value for name, value in inputs.items() if name == "cross_attention_mask"}
+        mask_inputs = {
+            name: torch.cat([value, value[:, -1:].expand(-1, 3, -1, -1)], dim=1) for name, value in mask_inputs.items()
+        }
         return model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **more, **options
+            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **mask_inputs, **options
         )
 
     try:
-        before = conversation()
+        before = generate_two_turns()
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         pytest.skip(f"the unmodified model does not continue from a cache of padded rows: {error}")
     with HiRED(1.0)(model):
-        assert differences(before, conversation()) == []
+        assert list_differences(before, generate_two_turns()) == []
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.2])

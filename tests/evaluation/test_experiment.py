@@ -44,12 +44,12 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write(config: dict[str, Any], name: str = "small.yaml") -> str:
+def write_config(config: dict[str, Any], name: str = "small.yaml") -> str:
     Path(name).write_text(yaml.safe_dump(config))
     return name
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(list(arguments)) == 2
     return capsys.readouterr().err
 
@@ -230,21 +230,21 @@ def test_an_unsupported_strategy_is_reported_before_a_run() -> None:
 
 def test_a_full_disk_loses_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(Experiment(reducer=HiRED(0.1), task=Boards(number=1), max_new_tokens=4, batch_size=32), "HiRED")
-    add, count = RecordFile.add, []
+    add_record, calls = RecordFile.add, []
 
-    def full(self: RecordFile, record: Any) -> None:
-        count.append(1)
-        if len(count) == 4:
+    def fail_at_fourth_record(self: RecordFile, record: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
             self._out.write('{"sample": "half')
             self._out.flush()
             raise OSError(28, "No space left on device")
-        add(self, record)
+        add_record(self, record)
 
-    monkeypatch.setattr(RecordFile, "add", full)
+    monkeypatch.setattr(RecordFile, "add", fail_at_fourth_record)
     with pytest.raises(OSError, match="No space left"):
         run_settings([setting], Path("out"))
     assert len(list_recorded_samples(setting.folder(Path("out")))) == 3
-    monkeypatch.setattr(RecordFile, "add", add)
+    monkeypatch.setattr(RecordFile, "add", add_record)
     progress = run_settings([setting], Path("out"))
     (rows,) = records("out").values()
     assert len(rows) == progress.total == len({row["sample"] for row in rows})
@@ -296,7 +296,7 @@ def test_an_invalid_grid_is_refused_before_a_run(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         expand({**SMALL, **change})
-    assert main(["ablate", write({**SMALL, **change}), "--out", "out"]) == 2
+    assert main(["ablate", write_config({**SMALL, **change}), "--out", "out"]) == 2
     assert not Path("out").exists()
 
 
@@ -307,14 +307,16 @@ def test_a_directory_of_another_ablation_is_refused(capsys: pytest.CaptureFixtur
         "baselines": False,
         "task": {"class_path": "boards", "init_args": {"number": 1}},
     }
-    assert main(["ablate", write(config), "--out", "out", "--quiet"]) == 0
+    assert main(["ablate", write_config(config), "--out", "out", "--quiet"]) == 0
     before = records("out")
-    assert main(["ablate", write(config), "--out", "out"]) == 0
+    assert main(["ablate", write_config(config), "--out", "out"]) == 0
     assert "0 (all records exist)" in capsys.readouterr().err
     assert records("out") == before
-    assert main(["ablate", write({**config, "seed": 0, "dtype": "auto"}), "--out", "out", "--quiet"]) == 0
-    assert "holds another ablation" in refused(capsys, "ablate", write({**config, "seed": 3}), "--out", "out")
-    assert "no such file" in refused(capsys, "ablate", "nowhere.yaml")
+    assert main(["ablate", write_config({**config, "seed": 0, "dtype": "auto"}), "--out", "out", "--quiet"]) == 0
+    assert "holds another ablation" in run_refused(
+        capsys, "ablate", write_config({**config, "seed": 3}), "--out", "out"
+    )
+    assert "no such file" in run_refused(capsys, "ablate", "nowhere.yaml")
 
 
 def test_shards_are_parts_of_the_grid() -> None:
@@ -331,7 +333,7 @@ def count_records(out: str) -> int:
 
 
 def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
-    config = write({**SMALL, "batch_size": 1, "baselines": False})
+    config = write_config({**SMALL, "batch_size": 1, "baselines": False})
     assert main(["ablate", config, "--out", "whole", "--quiet"]) == 0
     expected = remove_times(records("whole"))
     kills = 0
@@ -357,7 +359,7 @@ def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
 
 
 def test_workers_share_the_images_and_shards_the_settings() -> None:
-    config = write({**SMALL, "baselines": False})
+    config = write_config({**SMALL, "baselines": False})
     assert main(["ablate", config, "--out", "one", "--quiet"]) == 0
     assert start(config, "--out", "two", "--workers", "2").wait() == 0
     for number in range(2):
@@ -368,9 +370,9 @@ def test_workers_share_the_images_and_shards_the_settings() -> None:
 
 @pytest.mark.parametrize("name", sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("[hm]*/*.yaml")))
 def test_a_shipped_grid_has_the_stated_number_of_runs(name: str) -> None:
-    first, _, third, *_ = (CONFIGS / name).read_text().split("\n")
-    assert first.startswith(f"# tokenprune ablate experiments/configs/{name}")
-    assert len(expand(yaml.safe_load((CONFIGS / name).read_text()))) == int(third.split()[1])
+    command_line, _, count_line, *_ = (CONFIGS / name).read_text().split("\n")
+    assert command_line.startswith(f"# tokenprune ablate experiments/configs/{name}")
+    assert len(expand(yaml.safe_load((CONFIGS / name).read_text()))) == int(count_line.split()[1])
 
 
 def test_every_task_gets_its_own_baselines() -> None:
@@ -383,7 +385,7 @@ def test_all_models_and_tasks_are_validated_before_the_first_run(capsys: pytest.
     boards = {"class_path": "boards", "init_args": {"number": 1}}
     missing_folder = {"class_path": "folder", "init_args": {"path": "nowhere"}}
     grid = {"task": [boards, missing_folder], "model": ["mini", "./no_model"]}
-    message = refused(capsys, "ablate", write({"grid": grid}), "--out", "out")
+    message = run_refused(capsys, "ablate", write_config({"grid": grid}), "--out", "out")
     assert "nowhere: no such file or folder" in message
     assert "./no_model: no such folder" in message
     assert not Path("out").exists()
@@ -409,7 +411,7 @@ def test_format_value() -> None:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_boards_are_the_held_out_ones_in_order() -> None:
+def test_boards_are_the_held_out_boards_in_order() -> None:
     samples = list(Boards(number=2).samples())
     assert [sample.id for sample in samples] == [sample.id for sample in Boards(number=2).samples()]
     assert {sample.group for sample in samples} == {"boards/1000", "boards/1001"}
@@ -420,7 +422,7 @@ def test_boards_are_the_held_out_ones_in_order() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="lmms-eval is installed")
 def test_a_task_of_lmms_eval_without_lmms_eval_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
     task = {"class_path": "lmms-task", "init_args": {"name": "textvqa_val"}}
-    config = write({"task": task, "grid": {"reducer.budget": [0.2]}})
+    config = write_config({"task": task, "grid": {"reducer.budget": [0.2]}})
     assert main(["ablate", config, "--dry-run"]) == 0
     assert "9 settings" in capsys.readouterr().out
     assert main(["ablate", config]) == 2

@@ -209,7 +209,7 @@ def test_fresh_and_a_refusal_with_workers(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_all_settings_are_checked_before_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second task has stale records, the first one a sample without a record."""
+    """The first task has a sample without a record, and the second task has stale records."""
     grid, folders = tmp_path / "grid.yaml", [tmp_path / "a", tmp_path / "b"]
     tasks = []
     for folder in folders:

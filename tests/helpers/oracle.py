@@ -64,7 +64,7 @@ SPOTS = [(0.2, 0.85), (0.85, 0.2), (0.7, 0.6)]
 
 @dataclass
 class OutlierReducer(ScoreReducer):
-    """Keeps the tokens that differ most from the median token of their tile."""
+    """Keeps the tokens that differ most from the median of their tile."""
 
     kind: str = "features"
 

@@ -1,4 +1,4 @@
-"""The plug-in in the real lmms-eval. `tests/integrations/lmms_env.sh` creates an environment for these tests."""
+"""The plug-in in an installed lmms-eval. `tests/integrations/lmms_env.sh` creates an environment for these tests."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class Broken(ScoreReducer):
             raise ZeroDivisionError("this was planned")
         return image.features.float().norm(dim=-1)
 """
-ONE: tuple[str, ...] = ()
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+ONE_PROCESS: tuple[str, ...] = ()
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
 
 Evaluate = Callable[..., SimpleNamespace]
@@ -86,13 +86,13 @@ Evaluate = Callable[..., SimpleNamespace]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of ten questions about boards, and a file of strategies."""
+    """Write a task of ten questions about boards and a file of strategies, and return their folder."""
     if importlib.util.find_spec("lmms_eval") is None:
         pytest.skip("lmms-eval is not installed")
     folder = tmp_path_factory.mktemp("lmms")
     (folder / "task").mkdir()
     lines = []
-    # Every fifth: several boards, so that images of different shapes are there.
+    # Every fifth sample: the questions are about several boards with different image shapes.
     for number, sample in enumerate(list(Boards(number=4).samples())[::5][:NUMBER]):
         sample.image().save(folder / f"{number}.png")
         line = {"image": str(folder / f"{number}.png"), "question": sample.question, "answer": sample.answers[0]}
@@ -107,30 +107,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluate(folder: Path) -> Evaluate:
-    """Run the command line of lmms-eval as a user does; a run that was made already is not made again."""
-    done: dict[Any, SimpleNamespace] = {}
+    """Return a function that runs the command line of lmms-eval; equal calls return the stored result."""
+    results: dict[Any, SimpleNamespace] = {}
     numbers = itertools.count()
 
-    def run(model: str, arguments: str, *options: str, launcher: tuple[str, ...] = ONE) -> SimpleNamespace:
+    def run(model: str, arguments: str, *options: str, launcher: tuple[str, ...] = ONE_PROCESS) -> SimpleNamespace:
         key = (model, arguments, options, launcher)
-        if key in done and "--use_cache" not in options:
-            return done[key]
+        if key in results and "--use_cache" not in options:
+            return results[key]
         out = folder / f"out{next(numbers)}"
-        words = [*launcher, "-m", "lmms_eval", "--model", model, "--tasks", "boards_local", "--log_samples", *options]
-        words += ["--model_args", f"pretrained={mini.path()},dtype=float32,{arguments}"]
-        words += ["--include_path", str(folder / "task"), "--output_path", str(out)]
+        command = [*launcher, "-m", "lmms_eval", "--model", model, "--tasks", "boards_local", "--log_samples", *options]
+        command += ["--model_args", f"pretrained={mini.path()},dtype=float32,{arguments}"]
+        command += ["--include_path", str(folder / "task"), "--output_path", str(out)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "ACCELERATE_USE_CPU": "1"}
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-        ended = subprocess.run(
-            [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+        process = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=200
         )
-        result = SimpleNamespace(code=ended.returncode, text=ended.stdout + ended.stderr, answers=None, results=None)
-        for file in out.rglob("*_results.json"):  # the exit code says nothing, this file does
+        result = SimpleNamespace(
+            code=process.returncode, text=process.stdout + process.stderr, answers=None, results=None
+        )
+        for file in out.rglob("*_results.json"):  # the exit code does not show a failure, a missing file does
             result.results = json.loads(file.read_text())
         for file in out.rglob("*_samples_*.jsonl"):
             samples = [json.loads(line) for line in file.read_text().splitlines()]
             result.answers = {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
-        done[key] = result
+        results[key] = result
         return result
 
     return run
@@ -142,19 +144,19 @@ def score(run: SimpleNamespace) -> float:
 
 
 @pytest.mark.parametrize("options", [(), ("--force_simple",)], ids=["chat", "simple"])
-def test_all_tokens_are_the_plain_wrapper(evaluate: Evaluate, options: tuple[str, ...]) -> None:
+def test_all_tokens_give_the_answers_of_the_plain_wrapper(evaluate: Evaluate, options: tuple[str, ...]) -> None:
     plain = evaluate("llava_hf", "device_map=cpu", "--device", "cpu", *options)
     pruned = evaluate("tokenprune", "budget=1.0", *options)
     assert len(plain.answers) == NUMBER
     assert pruned.answers == plain.answers
-    assert score(pruned) == score(plain) >= 0.8  # a trained model: the comparison is not of noise with noise
+    assert score(pruned) == score(plain) >= 0.8  # the model is trained, so equal answers are no coincidence
     tokens = pruned.results["throughput"]
     assert tokens["avg_tokens_kept"] == tokens["avg_tokens_valid"]
     assert tokens["avg_prompt_length"] == tokens["avg_prompt_length_full"]
 
 
 @pytest.mark.parametrize("options", [(), ("--force_simple",)], ids=["chat", "simple"])
-def test_a_budget_is_kept_and_matters(evaluate: Evaluate, options: tuple[str, ...]) -> None:
+def test_a_budget_reduces_tokens_and_changes_answers(evaluate: Evaluate, options: tuple[str, ...]) -> None:
     full = evaluate("tokenprune", "budget=1.0", *options).results["throughput"]
     fifth = evaluate("tokenprune", "reducer=HiRED,budget=0.2", *options)
     tokens = fifth.results["throughput"]
@@ -166,7 +168,7 @@ def test_a_budget_is_kept_and_matters(evaluate: Evaluate, options: tuple[str, ..
     assert score(nothing) < score(fifth)
 
 
-def test_parameters_and_own_strategies_by_model_args(evaluate: Evaluate) -> None:
+def test_parameters_and_custom_strategies_by_model_args(evaluate: Evaluate) -> None:
     loud = evaluate("tokenprune", "reducer=mine.py:Loudest,budget=8,reducer.sign=1")
     quiet = evaluate("tokenprune", "reducer=mine.py:Loudest,budget=8,reducer.sign=-1")
     assert loud.results["throughput"]["avg_tokens_kept"] == quiet.results["throughput"]["avg_tokens_kept"] == 8
@@ -180,60 +182,60 @@ def test_a_strategy_that_reads_the_question(evaluate: Evaluate) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--force_simple",)], ids=["chat", "simple"])
-def test_an_error_of_a_strategy_surfaces(evaluate: Evaluate, options: tuple[str, ...]) -> None:
+def test_an_error_of_a_strategy_is_reported(evaluate: Evaluate, options: tuple[str, ...]) -> None:
     failed = evaluate("tokenprune", "reducer=mine.py:Broken", *options)
     assert failed.results is None
     assert failed.answers is None
     assert "RuntimeError: generate failed, and nothing was scored: ZeroDivisionError: this was planned" in failed.text
-    assert "0/10" in failed.text  # at once, not after all questions
+    assert "0/10" in failed.text  # the run stops at the first question
     assert "1/10" not in failed.text
     assert evaluate("tokenprune", "reducer=mine.py:Broken", "--verbosity", "DEBUG", *options).code != 0
 
 
-def test_wrong_arguments_are_answered(evaluate: Evaluate) -> None:
+def test_wrong_arguments_are_refused(evaluate: Evaluate) -> None:
     wrong = evaluate("tokenprune", "reducer=HiRED,reducer.selektion=TopAttentionSelection")
     assert wrong.results is None
     assert "ValueError: --model_args: " in wrong.text
     assert "there is no parameter 'selektion' of HiRED (did you mean selection?)" in wrong.text
 
 
-def test_the_response_cache_hits_for_the_same_budget_alone(evaluate: Evaluate, folder: Path) -> None:
+def test_the_response_cache_is_used_only_for_the_same_budget(evaluate: Evaluate, folder: Path) -> None:
     cache = ("--use_cache", str(folder / "cache"))
     first = evaluate("tokenprune", "budget=0.2", *cache)
     second = evaluate("tokenprune", "budget=0.2", *cache)
-    other = evaluate("tokenprune", "budget=0.1", *cache)
+    smaller_budget = evaluate("tokenprune", "budget=0.1", *cache)
     assert "tokens asked" in first.text
     assert f"all {NUMBER} requests served from cache" in second.text
     assert "tokens asked" not in second.text
     assert second.answers == first.answers
-    assert "served from cache" not in other.text
-    assert f"{NUMBER} image(s)" in other.text
+    assert "served from cache" not in smaller_budget.text
+    assert f"{NUMBER} image(s)" in smaller_budget.text
 
 
 @pytest.mark.parametrize("budget", ["1.0", "0.1"])
-def test_two_processes_are_one(evaluate: Evaluate, budget: str) -> None:
-    one = evaluate("tokenprune", f"budget={budget}")
-    two = evaluate("tokenprune", f"budget={budget}", launcher=TWO)
-    assert two.answers is not None, two.text[-3000:]
-    assert two.answers == one.answers
-    assert score(two) == score(one)
+def test_two_processes_give_the_same_as_one(evaluate: Evaluate, budget: str) -> None:
+    single = evaluate("tokenprune", f"budget={budget}")
+    distributed = evaluate("tokenprune", f"budget={budget}", launcher=TWO_PROCESSES)
+    assert distributed.answers is not None, distributed.text[-3000:]
+    assert distributed.answers == single.answers
+    assert score(distributed) == score(single)
     for rank in (0, 1):
-        assert f"tokenprune: rank {rank}: {NUMBER // 2} image(s)" in two.text
+        assert f"tokenprune: rank {rank}: {NUMBER // 2} image(s)" in distributed.text
 
 
-def test_an_error_in_one_of_two_processes_surfaces(evaluate: Evaluate) -> None:
-    failed = evaluate("tokenprune", "reducer=mine.py:Broken,reducer.rank=1", launcher=TWO)
+def test_an_error_in_one_of_two_processes_is_reported(evaluate: Evaluate) -> None:
+    failed = evaluate("tokenprune", "reducer=mine.py:Broken,reducer.rank=1", launcher=TWO_PROCESSES)
     assert failed.results is None
     assert "ZeroDivisionError: this was planned" in failed.text
 
 
 def test_accelerate_launch_gives_the_same(evaluate: Evaluate) -> None:
-    """Without a GPU it starts one process, whatever number is asked for; several are torchrun's here."""
-    one = evaluate("tokenprune", "budget=0.1")
+    """Without a GPU, `accelerate launch` ignores the requested number and starts one process."""
+    single = evaluate("tokenprune", "budget=0.1")
     launched = evaluate("tokenprune", "budget=0.1", launcher=ACCELERATE)
     assert launched.answers is not None, launched.text[-3000:]
-    assert launched.answers == one.answers
-    assert score(launched) == score(one)
+    assert launched.answers == single.answers
+    assert score(launched) == score(single)
     assert f"tokenprune: rank 0: {NUMBER} image(s)" in launched.text
 
 
@@ -245,24 +247,24 @@ def test_results_reach_wandb_offline(evaluate: Evaluate, folder: Path) -> None:
     assert b"boards_local/exact_match" in logged
 
 
-def arguments(text: str) -> dict[str, Any]:
-    """Model arguments as lmms-eval's own parser hands them over."""
+def parse_model_args(text: str) -> dict[str, Any]:
+    """Parse model arguments with the parser of lmms-eval."""
     from lmms_eval.utils import simple_parse_args_string
 
-    found: dict[str, Any] = simple_parse_args_string(text)
-    return found
+    parsed: dict[str, Any] = simple_parse_args_string(text)
+    return parsed
 
 
 @pytest.fixture
 def plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of the plug-in, and the folder of the strategies as the current one."""
+    """Enter the folder of the strategies, and return the module of the plug-in."""
     from tokenprune.experiments.integrations.lmms_eval import model
 
     monkeypatch.chdir(folder)
     return model
 
 
-def test_model_args_say_what_the_command_line_says(plugin: Any) -> None:
+def test_model_args_are_parsed_like_the_command_line(plugin: Any) -> None:
     from tokenprune import Budget
     from tokenprune.strategies import HiRED
     from tokenprune.strategies.components import RandomSelection, TopAttentionSelection, VisualContentAllocation
@@ -280,45 +282,45 @@ def test_model_args_say_what_the_command_line_says(plugin: Any) -> None:
             Budget(0.25, of="unpadded")
         ),
     }.items():
-        found = plugin.parse_reducer(arguments(text))
-        assert found == expected, text
-        assert repr(found) == repr(expected), text  # 1 == 1.0, but a count is no ratio
+        reducer = plugin.parse_reducer(parse_model_args(text))
+        assert reducer == expected, text
+        assert repr(reducer) == repr(expected), text  # 1 == 1.0, but a count is no ratio
 
 
-def test_a_fingerprint_names_parameters_and_code(plugin: Any, folder: Path) -> None:
+def test_a_fingerprint_depends_on_parameters_and_code(plugin: Any, folder: Path) -> None:
     first = plugin.compute_fingerprint(plugin.parse_reducer({"reducer": "HiRED", "reducer.budget": 0.2}))
     assert first == plugin.compute_fingerprint(plugin.parse_reducer({"reducer.budget": 0.2, "reducer": "hired"}))
     assert first != plugin.compute_fingerprint(plugin.parse_reducer({"reducer": "HiRED", "reducer.budget": 0.3}))
     file = folder / "edited.py"
     file.write_text(STRATEGIES)
-    mine = plugin.parse_reducer({"reducer": "edited.py:Loudest"})
-    before = plugin.compute_fingerprint(mine)
-    assert arguments(f"fingerprint={before}") == {"fingerprint": before}
+    custom_reducer = plugin.parse_reducer({"reducer": "edited.py:Loudest"})
+    before = plugin.compute_fingerprint(custom_reducer)
+    assert parse_model_args(f"fingerprint={before}") == {"fingerprint": before}
     file.write_text(STRATEGIES.replace("largest", "greatest"))
-    assert plugin.compute_fingerprint(mine) != before
+    assert plugin.compute_fingerprint(custom_reducer) != before
 
 
 @pytest.fixture
 def lm(plugin: Any) -> Any:
-    """The plug-in as an object, with a fifth of the tokens."""
+    """Return a model of the plug-in with a budget of 20 %."""
     return plugin.TokenPruneSimple(pretrained=str(mini.path()), dtype="float32", budget=0.2)
 
 
-def request_of(*arguments: Any, kind: str = "generate_until") -> Any:
-    """A request as lmms-eval makes it."""
+def make_request(*arguments: Any, kind: str = "generate_until") -> Any:
+    """Return a request in the format of lmms-eval."""
     from lmms_eval.api.instance import Instance
 
     return Instance(kind, arguments, 0, {"task": "boards_local", "doc_id": 0, "repeats": 1})
 
 
-def prompt(lm: Any) -> Any:
+def make_prompt(lm: Any) -> Any:
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many shapes are there?"}]}]
     processor = lm._inner._image_processor
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     return processor(images=Image.open(mini.image_path()), text=text, return_tensors="pt")
 
 
-def test_a_wrong_fingerprint_is_refused_and_the_right_one_taken(plugin: Any, lm: Any) -> None:
+def test_only_the_right_fingerprint_is_accepted(plugin: Any, lm: Any) -> None:
     common = {"pretrained": str(mini.path()), "dtype": "float32", "budget": 0.2}
     with pytest.raises(ValueError, match=f"Write fingerprint={lm.fingerprint}"):
         plugin.TokenPruneSimple(**common, fingerprint="tp-0")
@@ -330,41 +332,41 @@ def test_a_base_of_the_wrong_kind_is_refused(plugin: Any) -> None:
         plugin.TokenPruneSimple(base="internvl_hf")
 
 
-def test_no_wrapper_can_swallow_an_error(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even one that catches everything there is."""
+def test_an_error_is_raised_even_if_the_wrapper_catches_it(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plug-in raises an error of `generate` even if the wrapper catches `BaseException`."""
 
     def swallow(requests: Any) -> list[str]:
         try:
-            lm._inner.model.generate(**prompt(lm), max_new_tokens=-1)
+            lm._inner.model.generate(**make_prompt(lm), max_new_tokens=-1)
         except BaseException:
             return [""]
         return ["unreachable"]
 
     monkeypatch.setattr(lm._inner, "generate_until", swallow)
-    request = request_of("?", {"until": []})
+    request = make_request("?", {"until": []})
     with pytest.raises(RuntimeError, match=r"generate failed, .*: ValueError: .*max_new_tokens"):
         lm.generate_until([request])
     assert "generate" not in vars(lm._inner.model)
 
 
-def test_an_error_of_the_wrapper_itself_is_left_alone(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_wrapper_is_not_changed(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(requests: Any) -> list[str]:
         raise KeyError("mine")
 
     monkeypatch.setattr(lm._inner, "generate_until", fail)
     with pytest.raises(KeyError, match="mine"):
-        lm.generate_until([request_of("?", {})])
+        lm.generate_until([make_request("?", {})])
     assert "generate" not in vars(lm._inner.model)
 
 
-def test_requests_are_handed_over_as_copies(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(requests: Any) -> list[str]:
-        lm._inner.model.generate(**prompt(lm), max_new_tokens=1)
+def test_the_wrapper_gets_copies_of_requests(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def modify_request(requests: Any) -> list[str]:
+        lm._inner.model.generate(**make_prompt(lm), max_new_tokens=1)
         requests[0].args[1]["until"].append("written")
         return ["answer"]
 
-    monkeypatch.setattr(lm._inner, "generate_until", write)
-    request = request_of("?", {"until": []})
+    monkeypatch.setattr(lm._inner, "generate_until", modify_request)
+    request = make_request("?", {"until": []})
     assert lm.generate_until([request]) == ["answer"]
     assert request.args == ("?", {"until": []})
 
@@ -373,25 +375,25 @@ def test_requests_are_handed_over_as_copies(lm: Any, monkeypatch: pytest.MonkeyP
 def test_loglikelihood_reads_logits_of_the_full_length(
     plugin: Any, budget: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wrapper's own is replaced: that of llava_hf fails with transformers 5 by itself."""
+    """The test replaces `loglikelihood` of llava_hf, which fails with transformers 5 without the plug-in, too."""
     lm = plugin.TokenPruneSimple(pretrained=str(mini.path()), dtype="float32", budget=budget)
 
-    def plain(requests: Any) -> list[tuple[float, bool]]:
-        inputs = prompt(lm)
+    def read_logits(requests: Any) -> list[tuple[float, bool]]:
+        inputs = make_prompt(lm)
         logits = lm._inner.model(**inputs).logits
         assert logits.shape[1] == inputs["input_ids"].shape[1]
         return [(logits[0, -1].log_softmax(-1).max().item(), True)]
 
-    monkeypatch.setattr(lm._inner, "loglikelihood", plain)
-    answers = lm.loglikelihood([request_of("?", "!", kind="loglikelihood")])
-    assert budget < 1.0 or answers == plain(None)
+    monkeypatch.setattr(lm._inner, "loglikelihood", read_logits)
+    answers = lm.loglikelihood([make_request("?", "!", kind="loglikelihood")])
+    assert budget < 1.0 or answers == read_logits(None)
 
 
-def test_a_wrapper_that_answers_in_batches(lm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`llava_hf` itself takes one question at a time, and no other wrapper takes the models that are supported."""
+def test_a_wrapper_with_batches(lm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test replaces `generate_until`: `llava_hf` does not batch, and other wrappers lack the supported models."""
     lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
 
-    def batched(requests: Any) -> list[str]:
+    def answer_in_batches(requests: Any) -> list[str]:
         processor, model = lm._inner._image_processor, lm._inner.model
         texts = []
         for request in requests:
@@ -399,101 +401,109 @@ def test_a_wrapper_that_answers_in_batches(lm: Any, folder: Path, monkeypatch: p
             texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
         images = [Image.open(request.args[1]["image"]) for request in requests]
         inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
-        made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        answers: list[str] = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        answers: list[str] = processor.batch_decode(
+            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         return answers
 
-    monkeypatch.setattr(lm._inner, "generate_until", batched)
-    requests = [request_of(line["question"], {"image": line["image"]}) for line in lines]
+    monkeypatch.setattr(lm._inner, "generate_until", answer_in_batches)
+    requests = [make_request(line["question"], {"image": line["image"]}) for line in lines]
     single = [lm.generate_until([request])[0] for request in requests]
     assert len(set(single)) > 5
     assert lm.generate_until(requests) == single
 
 
-def test_nothing_to_answer_is_no_error(lm: Any) -> None:
+def test_an_empty_list_of_requests(lm: Any) -> None:
     assert lm.generate_until([]) == []
 
 
-def test_clean_lets_the_model_go(lm: Any) -> None:
+def test_clean_releases_the_model(lm: Any) -> None:
     assert "_model" in vars(lm._inner)
     lm.clean()
     assert "_model" not in vars(lm._inner)
 
 
-# --- lmms-eval's tasks in our own ablations ---------------------------------------------------------------------------
+# --- tasks of lmms-eval in ablations ----------------------------------------------------------------------------------
 
 
-def records(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """All records by the name of their cell and their sample."""
-    cells = [file.parent for file in out.glob("cells/*/cell.json")]
-    found = {json.loads((cell / "cell.json").read_text())["name"]: cell for cell in cells}
-    return {name: {r["sample"]: r for r in read_lines(cell / "records.jsonl")} for name, cell in found.items()}
+def records_by_setting(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return all records by the name of their setting and by their sample."""
+    folders = [file.parent for file in out.glob("settings/*/setting.json")]
+    folders_by_name = {json.loads((folder / "setting.json").read_text())["name"]: folder for folder in folders}
+    return {
+        name: {record["sample"]: record for record in read_lines(folder / "records.jsonl")}
+        for name, folder in folders_by_name.items()
+    }
 
 
 @pytest.fixture
-def own(folder: Path) -> dict[str, Any]:
-    """The ten questions as a task of ours."""
+def task_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the ten questions as a task of an ablation."""
     return {"class_path": "lmms-task", "init_args": {"name": "boards_local", "include_path": str(folder / "task")}}
 
 
-@pytest.mark.timeout(900)  # on a busy machine four runs of lmms-eval take longer than a test may
+@pytest.mark.timeout(900)  # four runs of lmms-eval can exceed the default limit
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_an_ablation_gives_what_lmms_eval_gives(
-    evaluate: Evaluate, own: Any, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_ablation_gives_the_answers_of_lmms_eval(
+    evaluate: Evaluate, task_config: Any, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets = ["1.0", "0.2", "0.1", "0"]
-    config = {"task": own, "batch_size": batch_size, "baselines": False, "grid": {"reducer.budget": budgets}}
+    config = {"task": task_config, "batch_size": batch_size, "baselines": False, "grid": {"reducer.budget": budgets}}
     (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(config))
     loads, load = [], running.load
 
-    def counted(*args: Any) -> Any:
+    def load_and_count(*args: Any) -> Any:
         loads.append(args)
         return load(*args)
 
-    monkeypatch.setattr(running, "load", counted)
-    done = ablate(str(tmp_path / "ablation.yaml"), tmp_path / "out")
-    assert (len(loads), done.done, done.errors) == (1, len(budgets) * NUMBER, 0)
-    assert done.encodes == done.images == 3  # ten questions about three boards: 40 answers
+    monkeypatch.setattr(running, "load", load_and_count)
+    progress = ablate(str(tmp_path / "ablation.yaml"), tmp_path / "out")
+    assert (len(loads), progress.done, progress.errors) == (1, len(budgets) * NUMBER, 0)
+    assert progress.encodes == progress.images == 3  # ten questions about three boards: 40 answers
     answers = []
     for budget in budgets:
-        theirs = evaluate("tokenprune", f"budget={budget}")
-        ours = records(tmp_path / "out")[f"HiRED, budget={budget}"]
-        answers.append({i: ours[f"boards_local/{i}"]["prediction"] for i in range(NUMBER)})
-        assert answers[-1] == {i: text.strip() for i, text in theirs.answers.items()}
-        assert sum(record["score"] for record in ours.values()) / NUMBER == score(theirs)
+        reference = evaluate("tokenprune", f"budget={budget}")
+        recorded = records_by_setting(tmp_path / "out")[f"HiRED, budget={budget}"]
+        answers.append({i: recorded[f"boards_local/{i}"]["prediction"] for i in range(NUMBER)})
+        assert answers[-1] == {i: text.strip() for i, text in reference.answers.items()}
+        assert sum(record["score"] for record in recorded.values()) / NUMBER == score(reference)
     assert answers[0] != answers[1] != answers[3]
-    for file in (tmp_path / "out").glob("cells/*/summary.json"):
-        cell = records(tmp_path / "out")[json.loads((file.parent / "cell.json").read_text())["name"]]
-        mean = sum(record["score"] for record in cell.values()) / NUMBER
+    for file in (tmp_path / "out").glob("settings/*/summary.json"):
+        recorded = records_by_setting(tmp_path / "out")[json.loads((file.parent / "setting.json").read_text())["name"]]
+        mean = sum(record["score"] for record in recorded.values()) / NUMBER
         assert json.loads(file.read_text()) == {"answers": NUMBER, "metrics": {"exact_match": pytest.approx(mean)}}
 
 
-def test_an_ablation_of_a_task_goes_on_and_is_shared(own: Any, tmp_path: Path) -> None:
-    config = {"task": own, "grid": {"reducer.budget": [0.2]}, "random_seeds": 1}
+def test_an_ablation_of_a_task_resumes_and_runs_with_workers(task_config: Any, tmp_path: Path) -> None:
+    config = {"task": task_config, "grid": {"reducer.budget": [0.2]}, "random_seeds": 1}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    complete, shared = tmp_path / "whole", tmp_path / "shared"
     command = [sys.executable, "-m", "tokenprune", "ablate", str(tmp_path / "small.yaml"), "--out"]
-    ended = subprocess.run([*command, str(shared), "--workers", "2"], capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    ended = subprocess.run([*command, str(whole)], capture_output=True, text=True, timeout=200)
-    assert "encodes per image: 1" in ended.stderr or "encodes per image: 1" in ended.stdout, ended.stderr
+    process = subprocess.run([*command, str(shared), "--workers", "2"], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    process = subprocess.run([*command, str(complete)], capture_output=True, text=True, timeout=200)
+    assert "encodes per image: 1" in process.stderr or "encodes per image: 1" in process.stdout, process.stderr
 
-    def kept(out: Path) -> Any:
+    def remove_times(out: Path) -> Any:
         return {
-            name: {i: {key: value for key, value in one.items() if not key.endswith("_ms")} for i, one in cell.items()}
-            for name, cell in records(out).items()
+            name: {
+                i: {key: value for key, value in record.items() if not key.endswith("_ms")}
+                for i, record in samples.items()
+            }
+            for name, samples in records_by_setting(out).items()
         }
 
-    expected = kept(whole)
-    assert kept(shared) == expected
-    file = sorted(whole.glob("cells/*/records.jsonl"))[0]
+    expected = remove_times(complete)
+    assert remove_times(shared) == expected
+    file = sorted(complete.glob("settings/*/records.jsonl"))[0]
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]) + '{"sample": "boa')
-    done = ablate(str(tmp_path / "small.yaml"), whole)
-    assert done.done == NUMBER * len(expected)
-    assert kept(whole) == expected
+    progress = ablate(str(tmp_path / "small.yaml"), complete)
+    assert progress.done == NUMBER * len(expected)
+    assert remove_times(complete) == expected
 
 
-def test_a_document_that_cannot_be_asked_about_is_an_error_record(folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_document_gives_an_error_record(folder: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()[:3]]
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines[1]["image"] = str(tmp_path / "broken.png")
@@ -506,45 +516,46 @@ def test_a_document_that_cannot_be_asked_about_is_an_error_record(folder: Path, 
     config = {"task": task, "baselines": False, "grid": {"reducer.budget": [0.2]}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     assert ablate(str(tmp_path / "small.yaml"), tmp_path / "out").errors == 1
-    ((_, found),) = records(tmp_path / "out").items()
-    assert [record["error"] is None for record in found.values()] == [True, False, True]
-    assert "UnidentifiedImageError" in found["boards_broken/1"]["error"]
+    ((_, recorded),) = records_by_setting(tmp_path / "out").items()
+    assert [record["error"] is None for record in recorded.values()] == [True, False, True]
+    assert "UnidentifiedImageError" in recorded["boards_broken/1"]["error"]
 
 
-def test_wrong_tasks_are_answered_before_a_run(folder: Path, tmp_path: Path) -> None:
-    here = str(folder / "task")
+def test_wrong_tasks_are_refused_before_a_run(folder: Path, tmp_path: Path) -> None:
+    task_folder = str(folder / "task")
     for task, message in [
         (LmmsTask("textvqa_vall"), r"no task 'textvqa_vall'; did you mean textvqa_val or"),
         (LmmsTask("textvqa"), r"textvqa is a group of tasks; name one of them: textvqa_val, textvqa_test"),
         (LmmsTask("pope_full"), r"pope_full is a group of tasks; name one of them: pope_adv, pope_pop, pope_random"),
         (LmmsTask("arc_easy"), r"arc_easy is a multiple_choice task\. Only generate_until can be run"),
         (
-            LmmsTask("boards_local", include_path=here, score_by="anls"),
+            LmmsTask("boards_local", include_path=task_folder, score_by="anls"),
             r"'anls' is no metric of boards_local; it has",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             task.check()
     with pytest.raises(ValueError, match=r"type_by='kind': boards_local has no such column; it has \['image', 'quest"):
-        list(LmmsTask("boards_local", include_path=here, type_by="kind").samples())
+        list(LmmsTask("boards_local", include_path=task_folder, type_by="kind").samples())
     with pytest.raises(ValueError, match=r"the data of chartqa \(.*nothing\) cannot be loaded: .*option data"):
         list(LmmsTask("chartqa", data=str(tmp_path / "nothing")).samples())
 
 
-def test_a_wrong_task_ends_an_ablation_before_its_first_run(own: Any, tmp_path: Path) -> None:
-    wrong = {"class_path": "LmmsTask", "init_args": {"name": "chartqq"}}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"grid": {"task": [own, wrong]}}))
+def test_a_wrong_task_ends_an_ablation_before_its_first_run(task_config: Any, tmp_path: Path) -> None:
+    misspelled = {"class_path": "LmmsTask", "init_args": {"name": "chartqq"}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"grid": {"task": [task_config, misspelled]}}))
     with pytest.raises(ValueError, match="no task 'chartqq'; did you mean chartqa"):
         ablate(str(tmp_path / "two.yaml"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_generation_options_are_the_tasks(folder: Path) -> None:
-    def options(name: str, **own: Any) -> Any:
-        return LmmsTask(name, generation_kwargs=own).generation()
+def test_generation_options_come_from_the_task(folder: Path) -> None:
+    def options(name: str, **overrides: Any) -> Any:
+        return LmmsTask(name, generation_kwargs=overrides).generation()
 
     assert options("chartqa") == {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
-    assert options("textvqa_val")["max_new_tokens"] == 1024  # it says nothing, and llava_hf takes this
+    # The task sets no limit, so the default of llava_hf is used.
+    assert options("textvqa_val")["max_new_tokens"] == 1024
     assert options("textvqa_val", max_new_tokens=32)["max_new_tokens"] == 32
     assert options("chartqa", temperature=0.7) == {
         **options("chartqa"),
@@ -554,28 +565,28 @@ def test_generation_options_are_the_tasks(folder: Path) -> None:
     }
 
 
-def test_an_answer_ends_where_the_task_says(folder: Path) -> None:
-    def scored(**own: Any) -> float:
-        task = LmmsTask("boards_local", include_path=str(folder / "task"), generation_kwargs=own)
+def test_an_answer_ends_at_the_stop_strings_of_the_task(folder: Path) -> None:
+    def score_answer(**overrides: Any) -> float:
+        task = LmmsTask("boards_local", include_path=str(folder / "task"), generation_kwargs=overrides)
         first = next(iter(task.samples()))
         return task.score(first, f"{first.answers[0]}\n\nASSISTANT: and more")
 
-    assert scored() == 0.0
-    assert scored(until=["ASSISTANT:"]) == scored(until="\n") == 1.0
+    assert score_answer() == 0.0
+    assert score_answer(until=["ASSISTANT:"]) == score_answer(until="\n") == 1.0
 
 
 YES_NO = [
     {"question_id": "a", "question": "Is it red?", "answer": "Yes"},
     {"question_id": "a", "question": "Is it blue?", "answer": "No"},
 ]
-PEOPLE = [{"answer": "red", "answer_id": place} for place in range(9)] + [{"answer": "blue", "answer_id": 9}]
+ANNOTATORS = [{"answer": "red", "answer_id": index} for index in range(9)] + [{"answer": "blue", "answer_id": 9}]
 OPTIONS = {"A": "red", "B": "blue", "C": "nan", "D": "nan", "hint": "nan", "source": "s", "split": "dev"}
 BENCHMARKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], list[str], dict[str, float]]] = {
-    # task: split, options, the columns that lmms-eval reads, right answers, and its metrics if the first alone is right
+    # task: split, options, columns that lmms-eval reads, right answers, metrics if only the first answer is right
     "vqav2_val": (
         "validation",
         {},
-        [{"question_id": 1, "question": "Which color?", "answers": PEOPLE}] * 2,
+        [{"question_id": 1, "question": "Which color?", "answers": ANNOTATORS}] * 2,
         ["red", "Red."],
         {"exact_match": 0.5},
     ),
@@ -605,14 +616,14 @@ BENCHMARKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], list[str]
         {"type_by": "question_type"},
         [{"dataset": "x", "question": "Which?", "question_type": "Doc-oriented VQA", "answer": ["red"]}] * 2,
         ["it is RED", "red"],
-        {"ocrbench_accuracy": 1 / 1000},  # of its 1000 questions
+        {"ocrbench_accuracy": 1 / 1000},  # OCRBench has 1000 questions
     ),
     "mme": (
         "test",
         {"type_by": "category"},
         [{**document, "category": "color"} for document in YES_NO],
         ["yes", "No."],
-        {"mme_perception_score": 50.0},  # no point for the pair
+        {"mme_perception_score": 50.0},  # the pair counts only if both answers are right
     ),
     "pope": (
         "test",
@@ -648,58 +659,58 @@ BENCHMARKS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], list[str]
 }
 
 
-def saved(place: Path, split: str, documents: list[dict[str, Any]], images: list[Image.Image]) -> str:
-    """Save a data set as `datasets` does."""
+def save_data_set(folder: Path, split: str, documents: list[dict[str, Any]], images: list[Image.Image]) -> str:
+    """Save a data set in the format of `datasets`, and return its folder."""
     from datasets import Dataset, DatasetDict
 
     rows = [{**document, "image": image} for document, image in zip(documents, images, strict=True)]
-    DatasetDict({split: Dataset.from_list(rows)}).save_to_disk(str(place))
-    return str(place)
+    DatasetDict({split: Dataset.from_list(rows)}).save_to_disk(str(folder))
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_public_benchmark_is_built_and_scored_by_its_own_file(name: str, folder: Path, tmp_path: Path) -> None:
-    """On documents made here: no data set of the hub can be had. Names of columns are those that lmms-eval reads."""
-    split, options, documents, right, after_one = BENCHMARKS[name]
+def test_a_public_benchmark_is_built_and_scored_by_its_task_file(name: str, folder: Path, tmp_path: Path) -> None:
+    """The documents are synthetic, because the tests run offline; they have the columns that lmms-eval reads."""
+    split, options, documents, right_answers, metrics = BENCHMARKS[name]
     image = Image.new("RGB", (40, 30), "red")
-    task = LmmsTask(name, data=saved(tmp_path / name, split, documents, [image] * 2), **options)
+    task = LmmsTask(name, data=save_data_set(tmp_path / name, split, documents, [image] * 2), **options)
     task.check()
     first, second = task.samples()
     assert first.group == second.group  # one image, one encoding
     assert first.image().size == image.size
     assert documents[0]["question"].lower() in first.question.lower()
-    assert len(first.question) > len(documents[0]["question"]) or name == "ocrbench"  # others have a prompt around it
+    assert len(first.question) > len(documents[0]["question"]) or name == "ocrbench"  # other tasks add a prompt
     assert bool(first.type) == ("type_by" in options)
-    scores = [task.score(sample, answer) for sample, answer in zip((first, second), right, strict=True)]
+    scores = [task.score(sample, answer) for sample, answer in zip((first, second), right_answers, strict=True)]
     assert scores == pytest.approx([1.0, 1.0])
     assert task.score(first, "zebra") == 0.0
-    for _ in range(2):  # twice: OCRBench counts in a variable of its module, over all calls
-        assert task.summary({first.id: right[0], second.id: "zebra"}) == pytest.approx(after_one)
+    for _ in range(2):  # twice, because OCRBench counts over all calls in a module variable
+        assert task.summary({first.id: right_answers[0], second.id: "zebra"}) == pytest.approx(metrics)
 
 
 def test_a_metric_without_a_number_for_a_sample_is_refused(folder: Path, tmp_path: Path) -> None:
     split, _, documents, _, _ = BENCHMARKS["mmbench_en_dev_static"]
-    data = saved(tmp_path / "data", split, documents, [Image.new("RGB", (40, 30))] * 2)
+    data = save_data_set(tmp_path / "data", split, documents, [Image.new("RGB", (40, 30))] * 2)
     with pytest.raises(ValueError, match=r"gpt_eval_score gives no number for a single sample\. .* set full_score"):
         list(LmmsTask("mmbench_en_dev_static", data=data).samples())
 
 
-def test_what_cannot_be_aggregated_says_why(folder: Path, tmp_path: Path) -> None:
-    split, _, documents, right, _ = BENCHMARKS["mme"]
-    data = saved(tmp_path / "data", split, documents, [Image.new("RGB", (40, 30))] * 2)
+def test_a_failed_aggregation_reports_its_error(folder: Path, tmp_path: Path) -> None:
+    split, _, documents, right_answers, _ = BENCHMARKS["mme"]
+    data = save_data_set(tmp_path / "data", split, documents, [Image.new("RGB", (40, 30))] * 2)
     task = LmmsTask("mme", data=data, limit=1)  # half of a pair
     (sample,) = task.samples()
-    assert task.score(sample, right[0]) == 1.0
-    assert task.summary({sample.id: right[0]}) == {
+    assert task.score(sample, right_answers[0]) == 1.0
+    assert task.summary({sample.id: right_answers[0]}) == {
         "mme_perception_score": "AssertionError: MME only supports pairwise evaluation"
     }
 
 
-def test_different_images_are_not_shared(folder: Path, tmp_path: Path) -> None:
-    """The image counts as the task shows it: some tasks draw into it, or cut it."""
+def test_different_images_do_not_share_an_encoding(folder: Path, tmp_path: Path) -> None:
+    """Samples share an encoding only if the task returns equal images; some tasks crop or draw on an image."""
     split, _, documents, _, _ = BENCHMARKS["pope"]
     images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue", "red", "blue")]
-    task = LmmsTask("pope", data=saved(tmp_path / "data", split, documents * 2, images))
+    task = LmmsTask("pope", data=save_data_set(tmp_path / "data", split, documents * 2, images))
     assert [sample.id for sample in task.samples()] == ["pope/0", "pope/2", "pope/1", "pope/3"]
     assert len({sample.group for sample in task.samples()}) == 2
     assert [sample.id for sample in LmmsTask("pope", data=task.data, limit=3).samples()] == [

@@ -1,4 +1,4 @@
-"""The text tower of the embedded model: its folder, what it finds, its training."""
+"""The text tower of the embedded model: its folder, its accuracy and its training."""
 
 from __future__ import annotations
 
@@ -33,58 +33,58 @@ def tower() -> Any:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_small_and_ordinary(clip: Any) -> None:
+def test_the_folder_is_small_and_loads_as_a_clip_model(clip: Any) -> None:
     assert sum(file.stat().st_size for file in mini.text_path().iterdir()) < 1_600_000
     assert clip.dtype == torch.float32
     assert clip.visual_projection.out_features == clip.text_projection.out_features
 
 
-def test_the_vision_tower_is_that_of_the_checkpoint(clip: Any, tower: Any) -> None:
-    mine, theirs = clip.vision_model.state_dict(), tower.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert name.startswith("post_layernorm") or torch.equal(mine[name], value), name
+def test_the_vision_tower_equals_the_checkpoint(clip: Any, tower: Any) -> None:
+    actual, expected = clip.vision_model.state_dict(), tower.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert name.startswith("post_layernorm") or torch.equal(actual[name], value), name
 
 
-def test_the_pooled_token_is_the_end(clip: Any, tokenizer: Any) -> None:
+def test_the_pooled_token_is_the_end_token(clip: Any, tokenizer: Any) -> None:
     texts = ["red star", "What number is on the red star?"]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     end = tokenizer.eos_token_id
     assert clip.text_model.eos_token_id == end
     assert end == batch["input_ids"].max()
     assert ((batch["input_ids"] == end).sum(1) == 1).all()
-    together = clip.text_model(**batch)
+    batch_output = clip.text_model(**batch)
     for row, text in enumerate(texts):
-        alone = clip.text_model(**tokenizer(text, return_tensors="pt"))
-        assert torch.allclose(alone.last_hidden_state[0, -1], together.pooler_output[row], atol=1e-5)
+        output = clip.text_model(**tokenizer(text, return_tensors="pt"))
+        assert torch.allclose(output.last_hidden_state[0, -1], batch_output.pooler_output[row], atol=1e-5)
 
 
-def test_long_texts_are_cut_before_the_end(clip: Any, tokenizer: Any) -> None:
+def test_long_texts_are_truncated_before_the_end_token(clip: Any, tokenizer: Any) -> None:
     ids = tokenizer("the red star " * 30, truncation=True, return_tensors="pt")["input_ids"]
     assert ids.shape[1] == clip.config.text_config.max_position_embeddings
     assert ids[0, -1] == tokenizer.eos_token_id
 
 
-def test_words_have_the_ids_of_the_model(tokenizer: Any) -> None:
+def test_words_have_the_token_ids_of_the_model(tokenizer: Any) -> None:
     question = "What number is on the red star?"
     assert tokenizer(question)["input_ids"][:-1] == AutoTokenizer.from_pretrained(mini.path())(question)["input_ids"]
 
 
-# --- what it finds ----------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def test_patches_and_tiles_fit_the_questions_about_them(clip: Any, tokenizer: Any, tower: Any) -> None:
-    """Floors far below what was measured on 100 held-out boards; an untrained text tower does not reach them."""
-    found = training.measure_auc(clip, tokenizer, start=2000, count=12)
-    assert found["others"][0] > 0.9
-    assert found["items"][0] > 0.85
-    assert found["tile"][0] > found["tile by chance"][0] + 0.3
+def test_patches_and_tiles_match_their_questions(clip: Any, tokenizer: Any, tower: Any) -> None:
+    """The limits are far below the AUC on 100 held-out boards; an untrained text tower does not reach them."""
+    auc = training.measure_auc(clip, tokenizer, start=2000, count=12)
+    assert auc["others"][0] > 0.9
+    assert auc["items"][0] > 0.85
+    assert auc["tile"][0] > auc["tile by chance"][0] + 0.3
     torch.manual_seed(0)
-    blind = training.measure_auc(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
-    assert blind["items"][0] < 0.7
+    untrained_auc = training.measure_auc(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
+    assert untrained_auc["items"][0] < 0.7
 
 
-def test_unknown_words_in_front_change_little(clip: Any, tokenizer: Any) -> None:
+def test_unknown_words_at_the_start_change_little(clip: Any, tokenizer: Any) -> None:
     board = make_board(2000)
     question = next(question.text for question in board.questions if question.type == "number_pair")
     plain, polite = training.patch_scores(clip, tokenizer, board, [question, f"Could you tell me: {question}"])
@@ -94,7 +94,7 @@ def test_unknown_words_in_front_change_little(clip: Any, tokenizer: Any) -> None
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_captions_match_the_tiles_that_they_are_about() -> None:
+def test_captions_match_the_tiles_that_they_describe() -> None:
     nothing = training.NOTHING
     paper = [0, nothing, nothing, nothing, nothing, 2]
     star = [1, 4, 0, 4, 2, 2]
@@ -107,9 +107,9 @@ def test_captions_match_the_tiles_that_they_are_about() -> None:
         training.Caption("dotted paper", (any_, any_, any_, any_, any_, 2)),
         training.Caption("the cross", (1, 5, any_, any_, any_, any_)),
     ]
-    match, known = training.match_captions(captions, shows)
+    match, is_legible = training.match_captions(captions, shows)
     assert match.tolist() == [[True, True, False], [False, True, False], [True] * 3, [False] * 3]
-    assert known.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
+    assert is_legible.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
 
 
 def test_a_caption_matches_its_own_tile(tower: Any) -> None:
@@ -117,9 +117,9 @@ def test_a_caption_matches_its_own_tile(tower: Any) -> None:
     rng = np.random.default_rng(0)
     for _ in range(10):
         captions = [training.draw_caption(rng, shows) for shows in cache.contents]
-        match, known = training.match_captions(captions, cache.contents)
+        match, is_legible = training.match_captions(captions, cache.contents)
         assert match.diagonal().all()
-        assert known.diagonal().all()
+        assert is_legible.diagonal().all()
         assert not match.all()
 
 

@@ -1,4 +1,4 @@
-"""Truncated encoding: the tower stops early, the projector runs on kept tokens, and the result is the same."""
+"""Truncated encoding: the tower stops early, the projector runs on kept tokens, and the result does not change."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def adapter(request: Any) -> PlaceholderAdapter:
     kind = TRUNCATED[request.param]
     model = kind.example().eval()
     if hasattr(model.config, "vision_aspect_ratio"):
-        model.config.vision_aspect_ratio = "anyres_max_9"  # that of the example shrinks canvases
+        model.config.vision_aspect_ratio = "anyres_max_9"  # the limit of the example shrinks canvases
     return kind(model)
 
 
-def inputs_of(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
+def build_inputs(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
     return adapter.example_inputs(sizes)
 
 
-def features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
-    """The features of all images that enter the LLM, `[kept, dim]`."""
+def input_features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
+    """Return the features of all images that enter the LLM, `[kept, dim]`."""
     if "mm_encoder_outputs" not in call.inputs:  # nothing is kept
         return torch.zeros(1, 1)
     packed = call.inputs["mm_encoder_outputs"]["image"][adapter.features_field]
     return torch.cat([tokens.flatten(0, -2) for tokens in packed])
 
 
-def both(
+def prepare_both(
     adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], generating: bool = True
 ) -> tuple[PreparedCall, PreparedCall]:
-    """Reduce the same call from a complete encoding and from a truncated one."""
+    """Prepare a call with a complete encoding and with a truncated encoding."""
     first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
     with torch.no_grad():
         complete = first.prepare(inputs, generating=generating, encoding=first.encode(inputs))
@@ -72,23 +72,23 @@ def both(
 
 
 @contextmanager
-def sizes_seen(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
-    """Collect the number of vectors that each module gets."""
-    seen: dict[str, list[int]] = {name: [] for name in modules}
+def record_sizes(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Record the number of input vectors of each module call."""
+    sizes: dict[str, list[int]] = {name: [] for name in modules}
 
-    def note(name: str) -> Any:
-        return lambda module, args: seen[name].append(args[0].shape[:-1].numel())
+    def record(name: str) -> Any:
+        return lambda module, args: sizes[name].append(args[0].shape[:-1].numel())
 
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(record(name)) for name, module in modules.items()]
     try:
-        yield seen
+        yield sizes
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @contextmanager
-def runs_of(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+def count_calls(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     """Count the calls of each module."""
     runs = dict.fromkeys(modules, 0)
 
@@ -106,33 +106,33 @@ def runs_of(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def tokens_of(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | None = None) -> type:
-    """The kind of tokens that a truncated encoding has: projected when they are needed, or at once."""
+def token_kind(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | None = None) -> type:
+    """Return the class of the tokens of a truncated encoding: projected on demand, or immediately."""
     needs = Pipeline(reducer or HiRED(0.3), adapter).needs
     return type(adapter.encode(inputs, needs, truncated=True).tokens)
 
 
-# --- nothing changes --------------------------------------------------------------------------------------------------
+# --- results do not change --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
-def test_the_same_tokens_and_the_same_features(adapter: PlaceholderAdapter, name: str) -> None:
+def test_tokens_and_features_equal_the_complete_encoding(adapter: PlaceholderAdapter, name: str) -> None:
     reducer = strategies()[name](0.3)  # type: ignore[call-arg]
     if list_missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
         pytest.skip("the family does not provide the signals")
     if reducer.reads_question:
         reducer = replace(reducer, text_model=adapter.example_text_model())
-    complete, truncated = both(adapter, reducer, inputs_of(adapter))
-    for first, second in zip(complete.selections, truncated.selections, strict=True):
-        assert torch.equal(first.kept, second.kept)
-    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+    complete, truncated = prepare_both(adapter, reducer, build_inputs(adapter))
+    for expected, actual in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(expected.kept, actual.kept)
+    assert float((input_features(adapter, complete) - input_features(adapter, truncated)).abs().max()) < 1e-5
     assert torch.equal(complete.inputs["input_ids"], truncated.inputs["input_ids"])
 
 
-def test_the_tests_do_truncate(adapter: PlaceholderAdapter) -> None:
-    inputs = inputs_of(adapter)
+def test_the_encodings_are_truncated(adapter: PlaceholderAdapter) -> None:
+    inputs = build_inputs(adapter)
     with torch.no_grad():
-        assert tokens_of(adapter, inputs) is ProjectedTokens
+        assert token_kind(adapter, inputs) is ProjectedTokens
         assert isinstance(adapter.encode(inputs, ()).tokens, PackedTokens)
         assert adapter.encode(inputs, ()).is_complete
         assert not adapter.encode(inputs, (), truncated=True).is_complete
@@ -143,25 +143,29 @@ def test_the_tests_do_truncate(adapter: PlaceholderAdapter) -> None:
 def test_kernels_and_dtypes(adapter: PlaceholderAdapter, attn: str, dtype: torch.dtype) -> None:
     adapter.model.set_attn_implementation(attn)
     adapter.model.to(dtype)
-    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs_of(adapter).items()}
-    complete, truncated = both(adapter, HiRED(0.3), inputs)
-    for a, b in zip(complete.selections, truncated.selections, strict=True):
-        assert torch.equal(a.kept, b.kept)
-    first, second = features(adapter, complete), features(adapter, truncated)
-    assert torch.allclose(first.float(), second.float(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 2e-3)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in build_inputs(adapter).items()
+    }
+    complete, truncated = prepare_both(adapter, HiRED(0.3), inputs)
+    for expected, actual in zip(complete.selections, truncated.selections, strict=True):
+        assert torch.equal(expected.kept, actual.kept)
+    expected_features, features = input_features(adapter, complete), input_features(adapter, truncated)
+    assert torch.allclose(
+        expected_features.float(), features.float(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 2e-3
+    )
 
 
-def test_all_tokens_are_those_of_the_model(adapter: PlaceholderAdapter) -> None:
-    """Projected all at once they are bit-identical to the model's own."""
-    inputs = inputs_of(adapter)
+def test_all_tokens_equal_the_tokens_of_the_model(adapter: PlaceholderAdapter) -> None:
+    """If all tokens are projected in one call, they are bit-identical to the tokens of the model."""
+    inputs = build_inputs(adapter)
     with torch.no_grad():
-        complete, truncated = (adapter.encode(inputs, (), truncated=t).packed for t in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(complete, truncated, strict=True))
+        complete, truncated = (adapter.encode(inputs, (), truncated=value).packed for value in (False, True))
+    assert all(torch.equal(expected, actual) for expected, actual in zip(complete, truncated, strict=True))
 
 
 @contextmanager
-def collected_encodings(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAdapter) -> Iterator[list[Encoding]]:
-    """Collect what `encode` of an adapter returns inside the block."""
+def collect_encodings(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAdapter) -> Iterator[list[Encoding]]:
+    """Collect the encodings that `encode` of an adapter returns inside the block."""
     encodings: list[Encoding] = []
     encode = adapter.encode
 
@@ -178,81 +182,82 @@ def collected_encodings(monkeypatch: pytest.MonkeyPatch, adapter: PlaceholderAda
 def test_at_100_percent_the_encoding_is_complete(
     adapter: PlaceholderAdapter, budget: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every layer runs once, and the output object equals that of the model; a count is compared with the layouts."""
-    inputs = inputs_of(adapter)
+    """Each layer runs once, and the output equals the output of the model; budgets can be ratios or counts."""
+    inputs = build_inputs(adapter)
     layers = {f"{index}": layer.mlp for index, layer in enumerate(adapter.tower_layers)}
     with torch.no_grad():
         plain = adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
-        with collected_encodings(monkeypatch, adapter) as encodings, sizes_seen(layers) as seen:
+        with collect_encodings(monkeypatch, adapter) as encodings, record_sizes(layers) as sizes:
             call = Pipeline(HiRED(budget), adapter).prepare(inputs, generating=True)
-        assert [(e.is_complete, type(e.tokens)) for e in encodings] == [(True, PackedTokens)]
-        assert all(len(sizes) == 1 for sizes in seen.values())
+        assert [(encoding.is_complete, type(encoding.tokens)) for encoding in encodings] == [(True, PackedTokens)]
+        assert all(len(calls) == 1 for calls in sizes.values())
         outputs = call.inputs["mm_encoder_outputs"]["image"]
         assert list(outputs) == list(plain)
-        for a, b in zip(outputs[adapter.features_field], plain[adapter.features_field], strict=True):
-            assert torch.equal(a, b)
-        with collected_encodings(monkeypatch, adapter) as encodings:
+        for actual, expected in zip(outputs[adapter.features_field], plain[adapter.features_field], strict=True):
+            assert torch.equal(actual, expected)
+        with collect_encodings(monkeypatch, adapter) as encodings:
             Pipeline(HiRED(0.99), adapter).prepare(inputs, generating=True)
-        assert [(e.is_complete, type(e.tokens)) for e in encodings] == [(False, ProjectedTokens)]
+        assert [(encoding.is_complete, type(encoding.tokens)) for encoding in encodings] == [(False, ProjectedTokens)]
 
 
 def test_images_of_a_truncated_encoding_can_be_pickled(adapter: PlaceholderAdapter) -> None:
-    """Their features are projected for it, once."""
+    """Pickling projects the features of an image once."""
     with torch.no_grad():
-        inputs = inputs_of(adapter)
+        inputs = build_inputs(adapter)
         images, complete = adapter.encode(inputs, (), truncated=True).images, adapter.encode(inputs, ()).images
-        for image, other in zip(images, complete, strict=True):
-            twin = pickle.loads(pickle.dumps(image))
-            assert torch.equal(twin.features, image.features)
-            assert torch.equal(twin.features, other.features)
+        for image, complete_image in zip(images, complete, strict=True):
+            restored = pickle.loads(pickle.dumps(image))
+            assert torch.equal(restored.features, image.features)
+            assert torch.equal(restored.features, complete_image.features)
 
 
-def test_mixtures_are_those_of_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
+def test_mixtures_equal_the_complete_encoding(adapter: PlaceholderAdapter) -> None:
     reducer = ComponentReducer(
         0.2, allocation=UniformAllocation(), selection=TopAttentionSelection(), merging=MeanOfRestMerging()
     )
     if list_missing_signals(reducer, adapter):
         pytest.skip("the projector pools")
-    complete, truncated = both(adapter, reducer, inputs_of(adapter))
+    complete, truncated = prepare_both(adapter, reducer, build_inputs(adapter))
     assert any(selection.mixing is not None for selection in truncated.selections)
-    assert float((features(adapter, complete) - features(adapter, truncated)).abs().max()) < 1e-5
+    assert float((input_features(adapter, complete) - input_features(adapter, truncated)).abs().max()) < 1e-5
 
 
 def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
-    inputs, grads = inputs_of(adapter, [[(112, 112)]]), []
+    inputs, grads = build_inputs(adapter, [[(112, 112)]]), []
     pipeline = Pipeline(HiRED(0.3), adapter)
     for encoding in (pipeline.encode(inputs), None):
         adapter.model.zero_grad()
-        features(adapter, pipeline.prepare(inputs, encoding=encoding)).square().sum().backward()
-        grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+        input_features(adapter, pipeline.prepare(inputs, encoding=encoding)).square().sum().backward()
+        parameters = adapter.model.named_parameters()
+        grads.append({name: value.grad.clone() for name, value in parameters if value.grad is not None})
     assert len(grads[0]) > 10
     for name in set(grads[0]) | set(grads[1]):
-        first, second = grads[0][name], grads[1][name]
-        # That of a key's bias is zero up to rounding: a softmax does not depend on what all keys share.
+        expected, actual = grads[0][name], grads[1][name]
+        # The gradient of a key bias is zero up to rounding: an offset of all keys does not change a softmax.
         slack = 1e-4 if name.endswith("k_proj.bias") else 1e-6
-        assert float((first - second).norm()) <= 1e-4 * float(first.norm()) + slack, name
+        assert float((expected - actual).norm()) <= 1e-4 * float(expected.norm()) + slack, name
 
 
-# --- and less is computed ---------------------------------------------------------------------------------------------
+# --- less is computed -------------------------------------------------------------------------------------------------
 
 
 def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
-    inputs = inputs_of(adapter, [[(112, 112)]])
+    inputs = build_inputs(adapter, [[(112, 112)]])
     layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
     modules = {
         **{f"mlp {index}": layer.mlp for index, layer in enumerate(layers)},
         "projector": adapter.projector.linear_1,
         "norm after the tower": adapter.tower.post_layernorm,
     }
-    with torch.no_grad(), sizes_seen(modules) as seen:
+    with torch.no_grad(), record_sizes(modules) as sizes:
         Pipeline(HiRED(40, allocation=UniformAllocation()), adapter).prepare(inputs, generating=True)
-    everything = 5 * (1 + 16)
+    all_tokens = 5 * (1 + 16)
     assert (len(layers), last) == (4, 2)
-    assert seen == {
-        "mlp 0": [everything],
-        "mlp 1": [everything],
-        "mlp 2": [everything],
+    assert sizes == {
+        "mlp 0": [all_tokens],
+        "mlp 1": [all_tokens],
+        "mlp 2": [all_tokens],
         "mlp 3": [],
         "projector": [40],
         "norm after the tower": [],
@@ -261,19 +266,19 @@ def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
 
 def test_reading_features_projects_all_tokens_once() -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
-    inputs = inputs_of(adapter, [[(112, 112)]])
+    inputs = build_inputs(adapter, [[(112, 112)]])
     for reducer, projected in ((VisPruner(10), 10), (DivPrune(10), 5 * 16)):
-        with torch.no_grad(), sizes_seen({"projector": adapter.projector.linear_1}) as seen:
+        with torch.no_grad(), record_sizes({"projector": adapter.projector.linear_1}) as sizes:
             Pipeline(reducer, adapter).prepare(inputs, generating=True)
-        assert seen == {"projector": [projected]}
+        assert sizes == {"projector": [projected]}
 
 
-def test_a_signal_of_a_later_layer_runs_it(adapter: PlaceholderAdapter) -> None:
-    inputs, layers = inputs_of(adapter, [[(112, 112)]]), adapter.tower_layers
+def test_a_signal_of_a_later_layer_runs_that_layer(adapter: PlaceholderAdapter) -> None:
+    inputs, layers = build_inputs(adapter, [[(112, 112)]]), adapter.tower_layers
     reducer = HiRED(0.3, selection=TopAttentionSelection(layer=-1))
-    with torch.no_grad(), sizes_seen({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as seen:
+    with torch.no_grad(), record_sizes({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as sizes:
         Pipeline(reducer, adapter).prepare(inputs, generating=True)
-    assert all(len(sizes) == 1 for sizes in seen.values())
+    assert all(len(calls) == 1 for calls in sizes.values())
 
 
 RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.supports_transformers()]
@@ -294,7 +299,7 @@ BY_ARGUMENT = {
 
 def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
     """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
-    if name == "mllama":  # not in the matrix: its images are not in the prompt
+    if name == "mllama":  # not in the matrix, because its images are not in the prompt
         adapter = MllamaAdapter(MllamaAdapter.example().eval())
         return adapter, adapter.example_inputs([[(112, 112)]])
     adapter = find_adapter(FAMILIES[name].model())
@@ -303,7 +308,7 @@ def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
 
 
 def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
-    """Make a model use the output of an inner layer; return False if its family takes that of the last layer only."""
+    """Set an inner layer as the feature layer of a model; return False if its family supports only the last layer."""
     config = adapter.model.config
     if hasattr(config, "deepstack_layer_map"):  # Granite 4 Vision
         config.deepstack_layer_map, config.spatial_vision_layer = [(0, 0), (1, 1)], 2
@@ -317,7 +322,7 @@ def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
     return True
 
 
-def test_every_family_is_tested() -> None:
+def test_all_families_are_tested() -> None:
     tested = {type(family_call(name)[0]) for name in [*RUNNABLE, "mllama"]}
     assert tested == {kind for kind in adapters().values() if kind.supports_transformers()}
 
@@ -327,7 +332,7 @@ def test_every_family_is_tested() -> None:
     [*((name, False) for name in [*RUNNABLE, "mllama"]), *((name, True) for name in sorted(BY_ARGUMENT))],
 )
 def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool) -> None:
-    """In every family, also where tokens are projected by the model's own code; nothing else changes."""
+    """In all families, also if the code of the model projects tokens; the logits do not change."""
     adapter, inputs = family_call(name)
     model, depth = adapter.model, len(adapter.tower_layers)
     if by_argument:
@@ -340,11 +345,11 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
     reducer = FasterVLM(0.3)
     needed = max([last, *adapter.required_signals(Pipeline(reducer, adapter).needs, last)])
     assert needed == last
-    with torch.no_grad(), runs_of(modules) as runs, reducer(model):
+    with torch.no_grad(), count_calls(modules) as runs, reducer(model):
         model(**inputs)
     assert [runs[str(index)] > 0 for index in range(depth)] == [index <= last for index in range(depth)]
     logits = []
-    complete, truncated = both(adapter, reducer, inputs, generating=False)
+    complete, truncated = prepare_both(adapter, reducer, inputs, generating=False)
     for call in (complete, truncated):
         assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
         with torch.no_grad(), call.enter_contexts():
@@ -358,62 +363,64 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
 
 @pytest.mark.parametrize("family", ["llava_next", "phi4_multimodal"])
 def test_a_pooling_head_runs_only_if_it_is_read(family: str) -> None:
-    """In a family whose projector runs on kept tokens only, and in one whose own code projects."""
+    """In a family whose projector runs on kept tokens only, and in a family whose model projects all tokens."""
     if family == "llava_next":
         adapter: PlaceholderAdapter = LlavaNextAdapter(tiny_model(family, tower="siglip"))
         inputs = dict(batch(family, [(112, 112)], tower="siglip"))
     else:
         adapter, inputs = family_call(family)
     for attention, times in (("auto", 0), ("pooling", 1)):
-        with torch.no_grad(), runs_of({"head": adapter.tower.head.mlp}) as runs:
+        with torch.no_grad(), count_calls({"head": adapter.tower.head.mlp}) as runs:
             Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
         assert runs["head"] == times
 
 
-class NumbersRead(TorchDispatchMode):
-    """Counts the operators that make a host wait for its device."""
+class SyncCounter(TorchDispatchMode):
+    """Counts the operators that make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.times = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.times += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_as_often_for_many_tokens_as_for_few() -> None:
+def test_the_number_of_host_waits_does_not_depend_on_the_budget() -> None:
     waits = []
     for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
         adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
-        inputs = inputs_of(adapter, [[(112, 112)]] * size)
+        inputs = build_inputs(adapter, [[(112, 112)]] * size)
         pipeline = Pipeline(HiRED(budget, allocation=UniformAllocation()), adapter, keep_pixels=False)
-        with torch.no_grad(), NumbersRead() as read:
+        with torch.no_grad(), SyncCounter() as counter:
             pipeline.prepare(inputs, generating=True)
-        waits.append(read.times)
+        waits.append(counter.count)
     assert waits[0] == waits[1]
     assert waits[2] == waits[3]
     assert waits[2] - waits[0] <= 2 * 16  # two more images
 
 
-def test_what_was_encoded_is_gone_before_the_llm_runs(
+def test_hidden_states_are_freed_before_the_llm_runs(
     adapter: PlaceholderAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No collector is needed: a cycle would keep hidden states through the prefill."""
-    model, inputs, alive = adapter.model, inputs_of(adapter, [[(112, 112)]]), list[int]()
+    """No garbage collection is required: a reference cycle would keep hidden states until the end of the prefill."""
+    model, inputs, alive = adapter.model, build_inputs(adapter, [[(112, 112)]]), list[int]()
     model.generation_config.eos_token_id = None
-    born: list[weakref.ref[Any]] = []
+    references: list[weakref.ref[Any]] = []
     run_tower = type(adapter).run_tower
 
-    def watched_tower(*args: Any) -> Any:
+    def run_and_track(*args: Any) -> Any:
         tokens, outputs, captured = run_tower(*args)
-        born.extend(map(weakref.ref, (tokens, tokens.hidden)))
+        references.extend(map(weakref.ref, (tokens, tokens.hidden)))
         return tokens, outputs, captured
 
-    monkeypatch.setattr(type(adapter), "run_tower", watched_tower)
+    monkeypatch.setattr(type(adapter), "run_tower", run_and_track)
     layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
-    watch = layer.register_forward_hook(lambda module, args, output: born.append(weakref.ref(output)))
-    count = adapter.decoder.register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in born)))
+    track = layer.register_forward_hook(lambda module, args, output: references.append(weakref.ref(output)))
+    count = adapter.decoder.register_forward_pre_hook(
+        lambda *_: alive.append(sum(reference() is not None for reference in references))
+    )
     gc.collect()
     gc.disable()
     try:
@@ -422,58 +429,58 @@ def test_what_was_encoded_is_gone_before_the_llm_runs(
                 model.generate(**inputs, max_new_tokens=1)
     finally:
         gc.enable()
-        watch.remove()
+        track.remove()
         count.remove()
-    assert len(born) == 2 * 3  # the tokens, their hidden states, and the output of a layer
+    assert len(references) == 2 * 3  # the tokens, their hidden states, and the output of a layer
     assert alive == [0, 0]
 
 
-def test_only_features_are_passed_on(adapter: PlaceholderAdapter) -> None:
-    """Everything else of the model's own output would stay alive through the prefill."""
+def test_only_features_are_passed_to_the_llm(adapter: PlaceholderAdapter) -> None:
+    """Other fields of the model output would stay in memory until the end of the prefill."""
     with torch.no_grad():
-        call = Pipeline(HiRED(0.3), adapter).prepare(inputs_of(adapter), generating=True)
+        call = Pipeline(HiRED(0.3), adapter).prepare(build_inputs(adapter), generating=True)
     assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_field]
 
 
-# --- where it cannot be -----------------------------------------------------------------------------------------------
+# --- calls that cannot be truncated -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_shrunk_canvas_is_not_left_early() -> None:
+def test_a_shrunk_canvas_is_encoded_completely() -> None:
     adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
-    kinds = [tokens_of(adapter, inputs_of(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
+    kinds = [token_kind(adapter, build_inputs(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
     assert kinds == [PackedTokens, ProjectedTokens]
 
 
 @torch.no_grad()
-def test_tiles_with_masked_patches_are_not_left_early() -> None:
+def test_tiles_with_masked_patches_are_encoded_completely() -> None:
     adapter = Idefics3Adapter(Idefics3Adapter.example().eval())
-    inputs = inputs_of(adapter, [[(112, 112)], [(56, 56)]])  # one tile beside padding tiles
+    inputs = build_inputs(adapter, [[(112, 112)], [(56, 56)]])  # the second row has one tile and padding tiles
     pixels = inputs[adapter.pixels]
-    whole = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
-    part = whole.clone()
-    part[0, 0, 28:] = False
-    kinds = [tokens_of(adapter, {**inputs, "pixel_attention_mask": mask}) for mask in (whole, part)]
-    assert not whole.all()
+    full_mask = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
+    partial_mask = full_mask.clone()
+    partial_mask[0, 0, 28:] = False
+    kinds = [token_kind(adapter, {**inputs, "pixel_attention_mask": mask}) for mask in (full_mask, partial_mask)]
+    assert not full_mask.all()
     assert kinds == [ProjectedTokens, PackedTokens]
 
 
-def test_training_is_not_left_early(adapter: PlaceholderAdapter) -> None:
-    inputs = inputs_of(adapter, [[(112, 112)]])
+def test_training_encodes_completely(adapter: PlaceholderAdapter) -> None:
+    inputs = build_inputs(adapter, [[(112, 112)]])
     adapter.model.train()
-    kinds = [tokens_of(adapter, inputs)]
+    kinds = [token_kind(adapter, inputs)]
     with torch.no_grad():
-        kinds.append(tokens_of(adapter, inputs))
+        kinds.append(token_kind(adapter, inputs))
         adapter.model.eval()
         adapter.model.hf_device_map = {"a": 0, "b": "cpu"}  # accelerate moves weights module by module
-        kinds.append(tokens_of(adapter, inputs))
+        kinds.append(token_kind(adapter, inputs))
     assert kinds == [PackedTokens, ProjectedTokens, PackedTokens]
 
 
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", ["kernel", "mlp", "projector"])
 @pytest.mark.parametrize("family", ["llava_next", "granite4_vision"])
-def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: str) -> None:
+def test_the_model_is_restored_after_an_exception(family: str, failure: type[BaseException], at: str) -> None:
     model = FAMILIES[family].model()
     adapter, inputs = find_adapter(model), FAMILIES[family].batch([(112, 112)])
     assert isinstance(adapter, PlaceholderAdapter)
@@ -481,9 +488,9 @@ def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: s
         model(**inputs)  # transformers installs its own capturing hooks at the first call
     last = adapter.tower_layers[adapter.feature_layer(inputs)]
     projector = adapter.projector if adapter.projector_path else last.self_attn.out_proj
-    where = {"kernel": last.self_attn.q_proj, "mlp": last.mlp, "projector": projector}[at]
+    module = {"kernel": last.self_attn.q_proj, "mlp": last.mlp, "projector": projector}[at]
 
-    def state() -> list[Any]:
+    def model_state() -> list[Any]:
         return [
             (
                 sorted(vars(module)),
@@ -494,30 +501,32 @@ def test_nothing_is_left_behind(family: str, failure: type[BaseException], at: s
             for module in model.modules()
         ]
 
-    before = state()
+    before = model_state()
 
     def fail(*args: Any) -> None:
         raise failure
 
-    broken = where.register_forward_pre_hook(fail)
+    hook = module.register_forward_pre_hook(fail)
     with pytest.raises(failure), torch.no_grad():
         Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
-    broken.remove()
-    assert state() == before
+    hook.remove()
+    assert model_state() == before
     with torch.no_grad():
         Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
-    assert state() == before
+    assert model_state() == before
 
 
-def test_too_few_images_are_refused(adapter: PlaceholderAdapter) -> None:
-    inputs = inputs_of(adapter, [[(112, 112)], [(60, 160)]])
-    with pytest.raises(ValueError, match=r"Image features and image tokens do not match|as a tensor of shape \[1, 2\]"):
+def test_too_few_images_raise(adapter: PlaceholderAdapter) -> None:
+    inputs = build_inputs(adapter, [[(112, 112)], [(60, 160)]])
+    with pytest.raises(
+        ValueError, match=r"Image input_features and image tokens do not match|as a tensor of shape \[1, 2\]"
+    ):
         Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, generating=True)
 
 
-def test_too_few_tiles_are_refused() -> None:
+def test_too_few_tiles_raise() -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
-    inputs = inputs_of(adapter, [[(112, 112)], [(112, 112)]])
+    inputs = build_inputs(adapter, [[(112, 112)], [(112, 112)]])
     with pytest.raises(
         ValueError, match=r"pixel_values hold 2 images of \[4, 4\] tiles, but their layouts have \[5, 5\]"
     ):

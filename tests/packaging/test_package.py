@@ -1,4 +1,4 @@
-"""The package: the content of a wheel, the cost of an import, imports between folders, and pages of the documentation."""
+"""The package: the content of a wheel, the cost of an import, imports between folders, and the documentation."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_no_module_imports_research_or_tests() -> None:
         assert not [name for name in list_imports(path) if ".test_" in name], path
 
 
-def module_files() -> dict[str, Path]:
+def list_module_files() -> dict[str, Path]:
     """Return the file of each module of the package and of `research`."""
     files = {}
     for folder in ("tokenprune", *FOLDERS, "research"):
@@ -138,7 +138,7 @@ def module_files() -> dict[str, Path]:
     return files
 
 
-def imported_modules(node: ast.AST, files: dict[str, Path]) -> set[str]:
+def find_dependencies(node: ast.AST, files: dict[str, Path]) -> set[str]:
     """Return the modules that code imports, also inside functions, without imports for type checkers."""
     modules: set[str] = set()
     for child in ast.iter_child_nodes(node):
@@ -149,13 +149,13 @@ def imported_modules(node: ast.AST, files: dict[str, Path]) -> set[str]:
         elif isinstance(child, ast.ImportFrom) and child.module:
             names = [f"{child.module}.{alias.name}" for alias in child.names]
             modules |= {name if name in files else child.module for name in names}
-        modules |= imported_modules(child, files)
+        modules |= find_dependencies(child, files)
     return modules & files.keys()
 
 
 def test_imports_have_no_cycle() -> None:
-    files = module_files()
-    graph = {name: imported_modules(ast.parse(path.read_text()), files) - {name} for name, path in files.items()}
+    files = list_module_files()
+    graph = {name: find_dependencies(ast.parse(path.read_text()), files) - {name} for name, path in files.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError
     assert len(graph) > 150
 
@@ -219,7 +219,7 @@ def test_docs_have_the_current_families() -> None:
     assert table == as_markdown(model_rows())
 
 
-def test_verified_versions_equal_the_versions_of_the_tests() -> None:
+def test_verified_json_matches_the_tests() -> None:
     """To update the file, run ``python -m tests.helpers.verified > models/verified.json``."""
     from tests.helpers.verified import text
 

@@ -1,4 +1,4 @@
-"""What released code does around a strategy: each emulation on small layouts, and one run on the embedded model."""
+"""Emulations of released code: each emulation on small layouts, and one run on the embedded model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenprune.strategies.trim import OutlierAllocation
 from tokenprune.testing.encoded_images import random_encoded_image
 
 NARROW = TileGeometry.anyres((8, 12), (1, 2), (4, 4), 8)
-"""Two tiles side by side on a canvas of 4 x 8 tokens, of which one column is padding at each side."""
+"""Two tiles next to each other on a canvas of 4 x 8 tokens; one column at each side is padding."""
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,15 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def shown(model: Any) -> EncodedBoard:
+def encoded(model: Any) -> EncodedBoard:
     processor = AutoProcessor.from_pretrained(mini.path())
     first, second = (make_board(index, "heldout", grid=(1, 2)) for index in (1000, 1001))
     encodings = [emulated.encode_board(model, processor, board) for board in (first, second)]
     return EncodedBoard(model, processor, second, encodings[1], encodings[:1])
 
 
-def test_misplaced_tokens_fill_their_tile_from_its_first_row_on() -> None:
-    """Three valid columns a tile: the fourth token of a tile, which begins its second row, ends up in the first."""
+def test_misplaced_tokens_fill_their_tile_from_its_first_row() -> None:
+    """With three valid columns per tile, the fourth token of a tile moves from its second row to its first row."""
     assert NARROW.packed[16:23].tolist() == [17, 18, 19, 32, 33, 34, NEWLINE]
     packed = emulated.pack_at_valid_index(NARROW, (8, 12))
     assert packed[:16].tolist() == list(range(16))
@@ -45,53 +45,53 @@ def test_misplaced_tokens_fill_their_tile_from_its_first_row_on() -> None:
     assert sorted(packed.tolist()) == sorted(NARROW.packed.tolist())
 
 
-def test_misplaced_tokens_stand_where_they_belong_without_padding_and_newlines_of_padding_stay() -> None:
+def test_misplaced_tokens_without_padding_columns_are_in_place() -> None:
     full = TileGeometry.anyres((16, 16), (2, 2), (4, 4), 8)
     assert torch.equal(emulated.pack_at_valid_index(full, (16, 16)), full.packed)
-    low = TileGeometry.anyres((12, 16), (2, 2), (4, 4), 8)
-    packed = emulated.pack_at_valid_index(low, (12, 16))
+    padded_rows = TileGeometry.anyres((12, 16), (2, 2), (4, 4), 8)
+    packed = emulated.pack_at_valid_index(padded_rows, (12, 16))
     assert int((packed == NEWLINE).sum()) == 8
-    assert low.newlines == 6
+    assert padded_rows.newlines == 6
 
 
-def test_exchanged_rows_and_columns_cut_valid_tokens_away() -> None:
+def test_swapped_rows_and_columns_remove_valid_tokens() -> None:
     square = TileGeometry.anyres((160, 160), (2, 2), (4, 4), TILE)
     assert torch.equal(emulated.pack_with_swapped_grid(square, (160, 160)), square.packed)
     wide = TileGeometry.anyres((80, 160), (1, 2), (4, 4), TILE)
     packed = emulated.pack_with_swapped_grid(wide, (80, 160))
-    assert packed[packed != NEWLINE].tolist() == [*range(16), *range(28, 36)]  # of an 8 x 4 canvas, two rows
+    assert packed[packed != NEWLINE].tolist() == [*range(16), *range(28, 36)]  # two rows of a canvas of 8 x 4 tokens
 
 
-def test_images_together_are_pruned_by_the_outliers_of_all() -> None:
+def test_images_of_a_batch_are_pruned_by_common_outliers() -> None:
     layout = TileGeometry.anyres((8, 12), (1, 2), (12, 12), 8)
     images = [random_encoded_image(layout, seed=seed) for seed in range(3)]
     batch = emulated.merge_images(images)
     assert batch.geometry.tiles == 9
     valid = torch.cat([image.geometry.valid for image in images])
     assert torch.equal(batch.geometry.valid, valid)
-    alone = [PruMerge.release().reduce(image).kept for image in images]
-    assert torch.equal(PruMerge.release().reduce(emulated.merge_images(images[:1])).kept, alone[0])
-    assert not torch.equal(PruMerge.release().reduce(batch).kept, torch.cat(alone))
+    separate = [PruMerge.release().reduce(image).kept for image in images]
+    assert torch.equal(PruMerge.release().reduce(emulated.merge_images(images[:1])).kept, separate[0])
+    assert not torch.equal(PruMerge.release().reduce(batch).kept, torch.cat(separate))
 
 
-def test_a_share_of_outliers_counts_the_other_images() -> None:
+def test_the_share_of_outliers_includes_the_images_of_the_batch() -> None:
     image, values = random_encoded_image(NARROW), torch.zeros(3, 16)
     values[:, 0] = 9.0  # one outlier in every tile
     assert OutlierAllocation(extra=0).allocate(image, 0, [16] * 3, values) == [1, 1, 1]
-    with_many = emulated.BatchOutlierAllocation(extra=0, batch_scores=[0.5] * 12 + [1e-4] * 68)
-    assert with_many.allocate(image, 0, [16] * 3, values) == [1, 1, 1]  # 15 of 128
-    flat = emulated.BatchOutlierAllocation(extra=0, batch_scores=[1e-4] * 80)
-    assert flat.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
+    many_outliers = emulated.BatchOutlierAllocation(extra=0, batch_scores=[0.5] * 12 + [1e-4] * 68)
+    assert many_outliers.allocate(image, 0, [16] * 3, values) == [1, 1, 1]  # 15 of 128
+    few_outliers = emulated.BatchOutlierAllocation(extra=0, batch_scores=[1e-4] * 80)
+    assert few_outliers.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
 
 
 def test_the_second_image_reads_the_attention_of_the_first() -> None:
     first, second = random_encoded_image(NARROW, seed=0), random_encoded_image(NARROW, seed=1)
-    read = emulated.shift_attention(first, second)
-    both = torch.cat([first.cls_logits(-1), second.cls_logits(-1)])
-    assert torch.equal(read.cls_logits(-1), both[1:4])
-    assert torch.equal(read.features, second.features)
-    same = emulated.share_attention(first, second)
-    assert torch.equal(HiRED(5).reduce(same).kept, HiRED(5).reduce(first).kept)
+    shifted = emulated.shift_attention(first, second)
+    batch_logits = torch.cat([first.cls_logits(-1), second.cls_logits(-1)])
+    assert torch.equal(shifted.cls_logits(-1), batch_logits[1:4])
+    assert torch.equal(shifted.features, second.features)
+    shared = emulated.share_attention(first, second)
+    assert torch.equal(HiRED(5).reduce(shared).kept, HiRED(5).reduce(first).kept)
 
 
 @pytest.mark.parametrize("size", [(80, 160), (160, 130), (80, 222), (236, 80)])
@@ -104,64 +104,64 @@ def test_the_largest_used_share_gives_a_long_strip_fewer_tiles() -> None:
     assert emulated.grid_by_used_share((80, 192)) == (1, 2)
 
 
-def test_a_forced_grid_is_encoded_and_the_model_is_as_before(shown: EncodedBoard) -> None:
-    before = shown.model.config.image_grid_pinpoints
-    forced = emulated.change_grid(HiRED, emulated.two_by_two_grid)(shown, 0.1)
+def test_a_forced_grid_is_encoded_and_the_model_is_restored(encoded: EncodedBoard) -> None:
+    before = encoded.model.config.image_grid_pinpoints
+    forced = emulated.change_grid(HiRED, emulated.two_by_two_grid)(encoded, 0.1)
     assert forced.encoding.images[0].geometry.tile_grid == (2, 2)
-    own = emulated.apply_strategy(HiRED)(shown, 0.1)
-    assert len(own.tokens) == len(forced.tokens)
-    assert own.tokens & forced.tokens  # of the base tile, which is the same
-    assert all(token[0] is None for token in own.tokens & forced.tokens)  # type: ignore[index]
-    assert shown.model.config.image_grid_pinpoints == before
+    default = emulated.apply_strategy(HiRED)(encoded, 0.1)
+    assert len(default.tokens) == len(forced.tokens)
+    assert default.tokens & forced.tokens  # tokens of the base tile, which does not depend on the grid
+    assert all(token[0] is None for token in default.tokens & forced.tokens)  # type: ignore[index]
+    assert encoded.model.config.image_grid_pinpoints == before
 
 
-def test_prompts_are_those_of_the_processor(shown: EncodedBoard) -> None:
-    questions = [question.text for question in shown.board.questions]
-    made = emulated.build_prompts(shown.processor, questions, [len(shown.encoding.packed[0])])
-    wanted = build_inputs(shown.processor, shown.board.image, questions)
-    assert all(torch.equal(made[name], wanted[name]) for name in made)
-    two = emulated.build_prompts(shown.processor, ["What paper is this?"], [2, 3])["input_ids"][0]
-    assert int((two == shown.model.config.image_token_id).sum()) == 5
+def test_prompts_equal_the_prompts_of_the_processor(encoded: EncodedBoard) -> None:
+    questions = [question.text for question in encoded.board.questions]
+    prompts = emulated.build_prompts(encoded.processor, questions, [len(encoded.encoding.packed[0])])
+    expected = build_inputs(encoded.processor, encoded.board.image, questions)
+    assert all(torch.equal(prompts[name], expected[name]) for name in prompts)
+    two_images = emulated.build_prompts(encoded.processor, ["What paper is this?"], [2, 3])["input_ids"][0]
+    assert int((two_images == encoded.model.config.image_token_id).sum()) == 5
 
 
-def test_zero_vectors_fill_what_the_stripes_lose(shown: EncodedBoard) -> None:
+def test_zero_vectors_replace_tokens_that_stripes_lose(encoded: EncodedBoard) -> None:
     budget = 0.9
-    lost = HoloV.release(budget).reduce(shown.encoding.images[0])
-    assert lost.kept_tokens < lost.asked
-    features = emulated.fill_with_zeros(shown, budget).encoding.packed[0]
+    selection = HoloV.release(budget).reduce(encoded.encoding.images[0])
+    assert selection.kept_tokens < selection.asked
+    features = emulated.fill_with_zeros(encoded, budget).encoding.packed[0]
     zero = (features == 0).all(dim=1)
-    assert len(features) == lost.asked
-    assert not bool(zero[: lost.kept_tokens].any())
-    assert bool(zero[lost.kept_tokens :].all())
+    assert len(features) == selection.asked
+    assert not bool(zero[: selection.kept_tokens].any())
+    assert bool(zero[selection.kept_tokens :].all())
 
 
-def test_features_of_a_batch_of_one_are_those_of_the_attached_strategy(shown: EncodedBoard) -> None:
-    """PruMerge's merged features are made here and in `attach`; with nothing else in the batch they must agree."""
-    alone = EncodedBoard(shown.model, shown.processor, shown.board, shown.encoding, [])
-    features = emulated.prune_by_batch_outliers(alone, 1.0).encoding.packed[0]
-    inputs = build_inputs(shown.processor, shown.board.image, [shown.board.questions[0].text])
-    handed: list[Any] = []
-    with PruMerge.release()(shown.model), torch.no_grad():
-        hook = shown.model.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs: handed.append(kwargs["mm_encoder_outputs"]["image"].pooler_output[0]),
+def test_a_batch_of_one_has_the_features_of_the_attached_strategy(encoded: EncodedBoard) -> None:
+    """In a batch of one image, the emulation gives the merged features of the attached PruMerge."""
+    single = EncodedBoard(encoded.model, encoded.processor, encoded.board, encoded.encoding, [])
+    features = emulated.prune_by_batch_outliers(single, 1.0).encoding.packed[0]
+    inputs = build_inputs(encoded.processor, encoded.board.image, [encoded.board.questions[0].text])
+    captured: list[Any] = []
+    with PruMerge.release()(encoded.model), torch.no_grad():
+        hook = encoded.model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: captured.append(kwargs["mm_encoder_outputs"]["image"].pooler_output[0]),
             with_kwargs=True,
         )
-        shown.model(**inputs)
+        encoded.model(**inputs)
         hook.remove()
-    torch.testing.assert_close(features, handed[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, captured[0], atol=1e-4, rtol=1e-4)
 
 
-def test_one_board_is_measured_with_every_emulation() -> None:
-    known = [one for one in emulated.list_emulations() if one.source is emulated.all_boards]
-    found = emulated.measure_emulations(known, 1001, 1, [0.1])
-    assert len(found) == len(known)
-    for (place, _), pairs in found.items():
-        kept, moved, there = pairs.tokens[0]
-        assert 0 <= moved <= kept, known[place].description
+def test_every_emulation_is_measured_on_a_board() -> None:
+    emulations = [emulation for emulation in emulated.list_emulations() if emulation.source is emulated.all_boards]
+    measured = emulated.measure_emulations(emulations, 1001, 1, [0.1])
+    assert len(measured) == len(emulations)
+    for (index, _), pairs in measured.items():
+        kept, moved, n_deviating = pairs.tokens[0]
+        assert 0 <= moved <= kept, emulations[index].description
         assert len(pairs.reference[0]) == len(pairs.deviating[0])
-        assert there > 0
-    assert {known[place].method for place, _ in found} == {
+        assert n_deviating > 0
+    assert {emulations[index].method for index, _ in measured} == {
         "HiRED", "GlobalCom2", "HoloV", "PruMerge", "VisPruner", "CDPruner", "FasterVLM", "TRIM",
     }  # fmt: skip
-    same = [pairs for (place, _), pairs in found.items() if known[place].method == "FasterVLM"]
-    assert same[0].tokens[0][1] == 0  # this board gets its own grid, so nothing moves
+    fastervlm = [pairs for (index, _), pairs in measured.items() if emulations[index].method == "FasterVLM"]
+    assert fastervlm[0].tokens[0][1] == 0  # both grids are equal for this board, so no token moves

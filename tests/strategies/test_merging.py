@@ -1,4 +1,4 @@
-"""Merging and output order: pure pieces, and what really enters a live model."""
+"""Test merging and output order: single components, and the features that enter a model."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from tokenprune.strategies.components.merging import divide_into_cells, evenly_s
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
-WIDE = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)  # with padding
+WIDE_LAYOUT = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)  # with padding
 
 
-def places_in_prompt(selection: Selection) -> torch.Tensor:
-    """Flat index of each kept token in packed order."""
+def list_kept_in_packed_order(selection: Selection) -> torch.Tensor:
+    """Return the flat index of each kept token in packed order."""
     packed = selection.geometry.packed
-    own = packed[packed != NEWLINE]
-    return own[selection.kept.flatten()[own]]
+    token_indices = packed[packed != NEWLINE]
+    return token_indices[selection.kept.flatten()[token_indices]]
 
 
-def test_the_mean_of_the_rest_is_the_mean_of_the_rest() -> None:
-    image = random_encoded_image(WIDE)
+def test_mean_of_rest_averages_the_dropped_tokens_of_a_tile() -> None:
+    image = random_encoded_image(WIDE_LAYOUT)
     selection = HiRED(20, allocation=UniformAllocation(), merging=MeanOfRestMerging()).reduce(image)
     assert selection.kept_tokens == 20
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     merged = [row for row in range(20) if (weights[row] > 0).sum() > 1]
     assert len(merged) == image.geometry.tiles
     for row in merged:
-        place = places_in_prompt(selection)[row]
-        tile = int(place) // image.geometry.tokens
-        lost = (image.geometry.valid & ~selection.kept)[tile]
-        lost[place % image.geometry.tokens] = True
+        index = list_kept_in_packed_order(selection)[row]
+        tile = int(index) // image.geometry.tokens
+        is_source = (image.geometry.valid & ~selection.kept)[tile]
+        is_source[index % image.geometry.tokens] = True
         start = tile * image.geometry.tokens
-        assert torch.equal((weights[row] > 0)[start : start + image.geometry.tokens], lost)
+        assert torch.equal((weights[row] > 0)[start : start + image.geometry.tokens], is_source)
         scores = selection.scores[tile]  # type: ignore[index]
-        assert float(scores[place % image.geometry.tokens]) == float(
-            scores[lost].max()
-        )  # it stands for the best of them
+        assert float(scores[index % image.geometry.tokens]) == float(
+            scores[is_source].max()
+        )  # its position is the best-scored source
 
 
-def test_every_token_of_visionzip_enters_somewhere_exactly_once() -> None:
-    image = random_encoded_image(WIDE)
+def test_visionzip_uses_every_token_exactly_once() -> None:
+    image = random_encoded_image(WIDE_LAYOUT)
     selection = VisionZip(20).reduce(image)
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     assert torch.equal((weights > 0).sum(dim=0) > 0, image.geometry.valid.flatten())
@@ -67,7 +67,7 @@ def test_every_token_of_visionzip_enters_somewhere_exactly_once() -> None:
     assert torch.allclose(weights.sum(dim=1), torch.ones(20))
 
 
-def test_a_neighbor_takes_part_by_its_attention() -> None:
+def test_neighbors_are_weighted_by_their_attention() -> None:
     layout = TileGeometry.single((1, 4))
     signals = {
         ("joint_attention", 3): torch.tensor([[[0.4, 0.1, 0.3, 0.2]]]),
@@ -77,7 +77,7 @@ def test_a_neighbor_takes_part_by_its_attention() -> None:
     image = EncodedImage(layout, torch.zeros(1, 4, 1), signals, layers=4, feature_layer=2)
     merging = replace(PruMerge().merging, neighbors=1)
     weights = PruMerge(3, merging=merging).reduce(image).mixing.to_dense()  # type: ignore[union-attr]
-    # Tokens 0 and 2 stay; each takes up its likest neighbor; 1 and 3 are the rest, in the place of 3.
+    # Tokens 0 and 2 are kept and merge their nearest neighbor; the mean of 1 and 3 is at the position of 3.
     assert torch.allclose(weights[0], torch.tensor([1.0, 0.1, 0, 0]) / 1.1)
     assert torch.allclose(weights[1], torch.tensor([0, 0, 1.0, 0.2]) / 1.2)
     assert torch.allclose(weights[2], torch.tensor([0, 0.1, 0, 0.2]) / 0.3)
@@ -94,7 +94,7 @@ def test_any_number_of_cells_tiles_the_rectangle(rows: int, cols: int, data: st.
     assert bool(((cells[:, 2] - cells[:, 0]) * rows >= 1 - 1e-9).all())
 
 
-def test_pooling_averages_what_it_covers() -> None:
+def test_pooling_averages_the_tokens_of_a_cell() -> None:
     layout = TileGeometry.single((4, 4))
     image = EncodedImage(layout, torch.arange(16.0).view(1, 16, 1))
     selection = SpatialPooling(4).reduce(image)
@@ -104,16 +104,16 @@ def test_pooling_averages_what_it_covers() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 11, 13, 16])
-def test_pooling_takes_any_number(number: int) -> None:
+def test_pooling_accepts_any_budget(number: int) -> None:
     assert (
         HiRED(number, allocation=UniformAllocation(), merging=PooledGridMerging())
-        .reduce(random_encoded_image(WIDE))
+        .reduce(random_encoded_image(WIDE_LAYOUT))
         .kept_tokens
         == number
     )
 
 
-def test_evenly_spaced() -> None:
+def test_evenly_spaced_indices() -> None:
     assert evenly_spaced_indices(10, 2).tolist() == [2, 7]
     assert evenly_spaced_indices(3, 0).tolist() == []
 
@@ -123,13 +123,13 @@ def test_order_by_score() -> None:
     signals = {("cls_attention", 2): torch.tensor([[[0.1, 0.3, 0.2, 0.0]]])}
     image = EncodedImage(layout, torch.zeros(1, 4, 1), signals, layers=4, feature_layer=2)
     selection = HiRED(3, order=ScoreOrder()).reduce(image)
-    assert places_in_prompt(selection)[selection.order].tolist() == [1, 2, 0]
+    assert list_kept_in_packed_order(selection)[selection.order].tolist() == [1, 2, 0]
     with pytest.raises(ValueError, match="use positions='reindex'"):
         HiRED(3, order=ScoreOrder(), positions="preserve")
 
 
 def test_merging_works_in_one_pool() -> None:
-    image = random_encoded_image(WIDE)
+    image = random_encoded_image(WIDE_LAYOUT)
     selection = HiRED(20, allocation=GlobalTopAllocation(), merging=MeanOfRestMerging()).reduce(image)
     weights = selection.mixing.to_dense()  # type: ignore[union-attr]
     assert weights.shape == (20, 64)
@@ -137,20 +137,20 @@ def test_merging_works_in_one_pool() -> None:
     assert int((weights[merged] > 0).sum()) == int(image.geometry.valid.sum()) - 19
 
 
-def test_nothing_is_merged_where_nothing_is_dropped() -> None:
-    for kind in (VisionZip, PruMerge, SpatialPooling):
-        assert kind(1.0).reduce(random_encoded_image(WIDE)).everything
+def test_no_token_is_merged_at_a_full_budget() -> None:
+    for strategy in (VisionZip, PruMerge, SpatialPooling):
+        assert strategy(1.0).reduce(random_encoded_image(WIDE_LAYOUT)).everything
 
 
-# --- what enters the model --------------------------------------------------------------------------------------------
+# --- features of the model --------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Answers(TokenReducer):
-    """Keeps every second valid token, mixed or ordered as it is told to."""
+class EverySecondTokenReducer(TokenReducer):
+    """Keeps every second token if it is valid, with the mixing and order of its options."""
 
     mixing: str = "none"
-    backwards: bool = False
+    is_reversed: bool = False
 
     @property
     def needs(self) -> list[Signal]:
@@ -159,43 +159,43 @@ class Answers(TokenReducer):
     def select(self, image: EncodedImage) -> Selection:
         kept = image.geometry.valid.clone()
         kept.view(-1)[::2] = False
-        chosen = Selection(image.geometry, kept, int(kept.sum()))
-        places = places_in_prompt(chosen)
+        selection = Selection(image.geometry, kept, int(kept.sum()))
+        indices = list_kept_in_packed_order(selection)
         total = image.geometry.tiles * image.geometry.tokens
-        one_hot = torch.zeros(len(places), total).scatter(1, places[:, None], 1.0)
+        one_hot = torch.zeros(len(indices), total).scatter(1, indices[:, None], 1.0)
         if self.mixing != "none":
             noise = torch.rand(one_hot.shape, generator=torch.Generator().manual_seed(3))
-            chosen = replace(chosen, mixing=one_hot if "one-hot" in self.mixing else noise)
-            chosen = replace(chosen, before_projector="before" in self.mixing)
-        order = torch.arange(len(places)).flip(0) if self.backwards else None
-        return replace(chosen, order=order)
+            selection = replace(selection, mixing=one_hot if "one-hot" in self.mixing else noise)
+            selection = replace(selection, before_projector="before" in self.mixing)
+        order = torch.arange(len(indices)).flip(0) if self.is_reversed else None
+        return replace(selection, order=order)
 
 
-def handed_over(family: str, reducer: TokenReducer) -> tuple[Run, list[torch.Tensor], list[EncodedImage]]:
-    """The run, the features that the model is given, and what the strategy saw."""
+def run_pipeline(family: str, reducer: TokenReducer) -> tuple[Run, list[torch.Tensor], list[EncodedImage]]:
+    """Return the run, the features of each image that enter the model, and the encoded images."""
     model = tiny_model(family)
     pipeline = Pipeline(reducer, find_adapter(model))
     inputs = dict(batch(family, [(112, 112)], [(60, 160)]))
     with torch.no_grad():
         encoding = pipeline.encode(inputs)
-        out = pipeline.prepare(inputs, encoding=encoding).inputs
-    return pipeline.run, out["mm_encoder_outputs"]["image"].pooler_output, encoding.images
+        prepared = pipeline.prepare(inputs, encoding=encoding).inputs
+    return pipeline.run, prepared["mm_encoder_outputs"]["image"].pooler_output, encoding.images
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("mixing", ["one-hot before", "one-hot"])
 def test_one_hot_mixing_is_dropping(family: str, mixing: str) -> None:
-    _, expected, _ = handed_over(family, Answers())
-    _, found, _ = handed_over(family, Answers(mixing=mixing))
-    for one, other in zip(expected, found, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    _, expected, _ = run_pipeline(family, EverySecondTokenReducer())
+    _, mixed, _ = run_pipeline(family, EverySecondTokenReducer(mixing=mixing))
+    for expected_features, mixed_features in zip(expected, mixed, strict=True):
+        assert torch.allclose(expected_features, mixed_features, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_mixtures_before_the_projector_go_through_it(family: str) -> None:
-    run, found, images = handed_over(family, Answers(mixing="noise before"))
+def test_mixing_before_the_projector_is_projected(family: str) -> None:
+    run, features_by_image, images = run_pipeline(family, EverySecondTokenReducer(mixing="noise before"))
     projector = tiny_model(family).base_model.multi_modal_projector
-    for selection, features, image in zip(run.selections, found, images, strict=True):
+    for selection, features, image in zip(run.selections, features_by_image, images, strict=True):
         sources = image.projector_inputs().flatten(0, 1)
         with torch.no_grad():
             expected = projector(selection.mixing @ sources)
@@ -204,36 +204,36 @@ def test_mixtures_before_the_projector_go_through_it(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_an_order_moves_tokens_and_leaves_newlines(family: str) -> None:
-    run, expected, images = handed_over(family, Answers())
-    _, found, _ = handed_over(family, Answers(backwards=True))
-    for selection, one, other, image in zip(run.selections, expected, found, images, strict=True):
-        token = image.geometry.packed[selection.packed_mask()] != NEWLINE
-        assert torch.equal(one[~token], other[~token])
-        assert torch.equal(one[token].flip(0), other[token])
+def test_an_order_moves_tokens_but_not_newlines(family: str) -> None:
+    run, features, images = run_pipeline(family, EverySecondTokenReducer())
+    _, reversed_features, _ = run_pipeline(family, EverySecondTokenReducer(is_reversed=True))
+    for selection, original, reordered, image in zip(run.selections, features, reversed_features, images, strict=True):
+        is_token = image.geometry.packed[selection.packed_mask()] != NEWLINE
+        assert torch.equal(original[~is_token], reordered[~is_token])
+        assert torch.equal(original[is_token].flip(0), reordered[is_token])
 
 
-def test_a_mixing_matrix_or_an_order_that_does_not_fit_is_refused() -> None:
+def test_invalid_mixing_matrices_and_orders_raise() -> None:
     @dataclass
-    class Wrong(Answers):
+    class InvalidReducer(EverySecondTokenReducer):
         def select(self, image: EncodedImage) -> Selection:
-            chosen = super().select(image)
-            wrong = torch.zeros(3, 3) if self.mixing == "none" else None
-            return replace(chosen, mixing=wrong, order=torch.zeros(chosen.kept_tokens, dtype=torch.long))
+            selection = super().select(image)
+            mixing = torch.zeros(3, 3) if self.mixing == "none" else None
+            return replace(selection, mixing=mixing, order=torch.zeros(selection.kept_tokens, dtype=torch.long))
 
-    image = random_encoded_image(WIDE)
+    image = random_encoded_image(WIDE_LAYOUT)
     with pytest.raises(ValueError, match=r"mixing matrix of \[3, 3\]; with \d+ kept tokens it must be \[\d+, 64\]"):
-        Wrong().reduce(image)
+        InvalidReducer().reduce(image)
     with pytest.raises(ValueError, match="an order that is no permutation"):
-        Wrong(mixing="x").reduce(image)
+        InvalidReducer(mixing="x").reduce(image)
 
 
-def test_merging_at_half_precision_sums_in_single() -> None:
+def test_merging_at_half_precision_sums_in_float32() -> None:
     weights = torch.full((1, 4096), 1 / 4096)
     sources = torch.full((4096, 2), 3.0, dtype=torch.bfloat16)
     assert mix(weights, sources).tolist() == [[3.0, 3.0]]
 
 
-def test_trim_needs_a_text_model() -> None:
+def test_trim_requires_a_text_model() -> None:
     with pytest.raises(ValueError, match=r"TRIM reads the question.*set text_model"), TRIM()(tiny_model("llava")):
         pass

@@ -1,4 +1,4 @@
-"""The conformance kit: shipped strategies pass, and each check alone catches the mistake that it is there for."""
+"""The conformance checks: shipped strategies pass, and each mistake fails exactly one check."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def test_shipped_strategies_pass(name: str, families: set[str] | None) -> None:
 
 
 @dataclass
-class Norm(ScoreReducer):
-    """A strategy that keeps every promise; the mistakes below derive from it."""
+class NormScore(ScoreReducer):
+    """A correct strategy; the strategies with mistakes below derive from it."""
 
     def score(self, image: EncodedImage) -> Tensor:
         return image.features.float().norm(dim=-1)
 
 
 @dataclass
-class Attention(ScoreReducer):
+class AttentionScore(ScoreReducer):
     @property
     def needs(self) -> Sequence[Signal]:
         return (Signal("cls_attention", "feature"),)
@@ -48,8 +48,8 @@ class Attention(ScoreReducer):
 
 
 @dataclass
-class OneShort(Norm):
-    """Loses a token at one particular budget."""
+class MissingToken(NormScore):
+    """Keeps one token too few at a budget of 7."""
 
     def select(self, image: EncodedImage) -> Selection:
         selection = super().select(image)
@@ -59,8 +59,8 @@ class OneShort(Norm):
 
 
 @dataclass
-class GlobalSeed(Norm):
-    """Draws from the global random state."""
+class GlobalSeed(NormScore):
+    """Draws scores from the global random state."""
 
     def score(self, image: EncodedImage) -> Tensor:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 1000)
@@ -68,8 +68,8 @@ class GlobalSeed(Norm):
 
 
 @dataclass
-class Remembers(Norm):
-    """Compares an image with the one before it of the same layout."""
+class KeepsState(NormScore):
+    """Compares an image with the previous image of the same layout."""
 
     def score(self, image: EncodedImage) -> Tensor:
         last, self.__dict__["last"] = self.__dict__.get("last"), image
@@ -79,8 +79,8 @@ class Remembers(Norm):
 
 
 @dataclass
-class SquareOnly(Norm):
-    """Fails on high images."""
+class SquareOnly(NormScore):
+    """Raises for tall images."""
 
     def score(self, image: EncodedImage) -> Tensor:
         if image.geometry.tile_grid == (3, 1) and image.layers == LAYERS:
@@ -89,8 +89,8 @@ class SquareOnly(Norm):
 
 
 @dataclass
-class LowPrecision(Attention):
-    """Adds up in the precision that the signal comes in."""
+class LowPrecision(AttentionScore):
+    """Sums attention in the precision of the signal."""
 
     def score(self, image: EncodedImage) -> Tensor:
         attention = image.signals["cls_attention", image.feature_layer]
@@ -98,7 +98,7 @@ class LowPrecision(Attention):
 
 
 @dataclass
-class DividesByZero(Attention):
+class DividesByZero(AttentionScore):
     """Normalizes by a sum that can be zero."""
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -107,15 +107,15 @@ class DividesByZero(Attention):
 
 
 @dataclass
-class WritesIntoTheImage(Norm):
-    """Works in place."""
+class ModifiesImage(NormScore):
+    """Modifies the features of the image in place."""
 
     def score(self, image: EncodedImage) -> Tensor:
         return image.features.mul_(2).float().norm(dim=-1)
 
 
 @dataclass
-class AsksTooMuch(Norm):
+class UnreadSignal(NormScore):
     """Declares a signal that it does not read."""
 
     @property
@@ -124,7 +124,7 @@ class AsksTooMuch(Norm):
 
 
 @dataclass
-class AsksTooLittle(Norm):
+class UndeclaredSignal(NormScore):
     """Reads a signal that it does not declare."""
 
     def score(self, image: EncodedImage) -> Tensor:
@@ -132,8 +132,8 @@ class AsksTooLittle(Norm):
 
 
 @dataclass
-class HiddenSetting(Norm):
-    """Has a setting that is no field."""
+class HiddenSetting(NormScore):
+    """Has a setting that is not a dataclass field."""
 
     sign = 1.0
 
@@ -141,39 +141,40 @@ class HiddenSetting(Norm):
         return super().score(image) * self.sign
 
 
-def hidden_setting() -> HiddenSetting:
+def build_hidden_setting() -> HiddenSetting:
+    """Return a reducer whose setting differs from the default."""
     reducer = HiddenSetting()
     reducer.sign = -1.0
     return reducer
 
 
 @dataclass
-class LooksAtItsNeighbors(Attention):
-    """Decides by whether other images were encoded beside this one."""
+class DependsOnBatch(AttentionScore):
+    """Reverses its scores if other images are in the same batch."""
 
     def score(self, image: EncodedImage) -> Tensor:
         attention = image.signals["cls_attention", image.feature_layer].float()
-        whole = attention if attention._base is None else attention._base
-        return attention.sum(dim=1) * (1 if len(whole) == len(attention) else -1)
+        batch = attention if attention._base is None else attention._base
+        return attention.sum(dim=1) * (1 if len(batch) == len(attention) else -1)
 
 
 @dataclass
-class SpoilsTheModel(Norm):
-    """Changes weights and leaves them changed."""
+class ModifiesWeights(NormScore):
+    """Changes weights of the model and does not restore them."""
 
     def __call__(self, model: Any) -> Any:
-        return self.spoiling(model)
+        return self.attach_and_modify(model)
 
     @contextmanager
-    def spoiling(self, model: Any) -> Iterator[Any]:
+    def attach_and_modify(self, model: Any) -> Iterator[Any]:
         with super().__call__(model) as run:
             yield run
         model.get_output_embeddings().weight.data.mul_(2)
 
 
 @dataclass
-class Backwards(Norm):
-    """Hands tokens over from last to first."""
+class ReverseOrder(NormScore):
+    """Returns tokens in reverse order."""
 
     def select(self, image: EncodedImage) -> Selection:
         selection = super().select(image)
@@ -181,29 +182,29 @@ class Backwards(Norm):
 
 
 MISTAKES = {
-    "exact budget": OneShort(),
+    "exact budget": MissingToken(),
     "deterministic": GlobalSeed(),
-    "stateless": Remembers(),
+    "stateless": KeepsState(),
     "layouts": SquareOnly(),
-    "spatial order": Backwards(),
+    "spatial order": ReverseOrder(),
     "precision": LowPrecision(),
     "extreme signals": DividesByZero(),
-    "inputs unchanged": WritesIntoTheImage(),
-    "needs": AsksTooMuch(),
-    "round trips": hidden_setting(),
-    "batch invariant": LooksAtItsNeighbors(),
-    "leaves no trace": SpoilsTheModel(),
+    "inputs unchanged": ModifiesImage(),
+    "needs": UnreadSignal(),
+    "round trips": build_hidden_setting(),
+    "batch invariant": DependsOnBatch(),
+    "leaves no trace": ModifiesWeights(),
 }
 
 
-def test_there_is_a_mistake_for_every_check() -> None:
+def test_each_check_has_a_mistake() -> None:
     assert list(MISTAKES) == list(CHECKS)
-    for reducer in (Norm(), Attention()):
+    for reducer in (NormScore(), AttentionScore()):
         assert all(result.passed for result in check_reducer(reducer, REPRESENTATIVES).results)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_only_its_check_catches_a_mistake(name: str) -> None:
+def test_a_mistake_fails_only_its_check(name: str) -> None:
     report = check_reducer(MISTAKES[name], REPRESENTATIVES)
     assert [result.name for result in report.results if result.passed is False] == [name], str(report)
     assert not report.passed
@@ -214,13 +215,17 @@ def test_only_its_check_catches_a_mistake(name: str) -> None:
 
 
 def test_an_undeclared_signal_is_named() -> None:
-    failed = {r.name: r.detail for r in check_reducer(AsksTooLittle(), REPRESENTATIVES).results if r.passed is False}
+    failed = {
+        result.name: result.detail
+        for result in check_reducer(UndeclaredSignal(), REPRESENTATIVES).results
+        if result.passed is False
+    }
     assert "cls_attention of layer 0 was not captured" in failed["needs"]
 
 
-def test_a_signal_that_no_model_gives_is_not_held_against_a_strategy() -> None:
+def test_checks_of_a_signal_that_no_adapter_provides_are_skipped() -> None:
     @dataclass
-    class Wishful(Norm):
+    class UnknownSignal(NormScore):
         @property
         def needs(self) -> Sequence[Signal]:
             return (Signal("gaze", "first"),)
@@ -228,32 +233,33 @@ def test_a_signal_that_no_model_gives_is_not_held_against_a_strategy() -> None:
         def score(self, image: EncodedImage) -> Tensor:
             return image.read(Signal("gaze", "first"))[..., 0]
 
-    results = {result.name: result for result in check_reducer(Wishful(), REPRESENTATIVES).results}
+    results = {result.name: result for result in check_reducer(UnknownSignal(), REPRESENTATIVES).results}
     assert results["batch invariant"].passed is None
     assert "no adapter provides gaze" in results["batch invariant"].detail
     assert results["exact budget"].passed
 
 
-def test_checking_leaves_the_global_random_state_alone() -> None:
+def test_checks_do_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    check_reducer(Norm(), REPRESENTATIVES)
+    check_reducer(NormScore(), REPRESENTATIVES)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("name", sorted(adapters()))
-def test_example_models_are_small_and_the_same_each_time(name: str) -> None:
+def test_example_models_are_small_and_deterministic(name: str) -> None:
     kind = adapters()[name]
-    one, other = kind.example(), kind.example()
-    assert kind.matches(one)
-    assert sum(p.numel() for p in one.parameters()) < 500_000
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    inputs = kind(one).example_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
-    assert not kind.supports_transformers() or one(**inputs).logits.isfinite().all()
-    assert dataclasses.is_dataclass(kind(one).llm)
+    model, second_model = kind.example(), kind.example()
+    assert kind.matches(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
+    pairs = zip(model.parameters(), second_model.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+    inputs = kind(model).example_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
+    assert not kind.supports_transformers() or model(**inputs).logits.isfinite().all()
+    assert dataclasses.is_dataclass(kind(model).llm)
 
 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no family is called lava; known: .*llava_next"):
-        check_reducer(Norm(), ["lava"])
+        check_reducer(NormScore(), ["lava"])

@@ -66,9 +66,9 @@ def read_runs(out: str, number: int) -> list[SimpleNamespace]:
     return runs
 
 
-def check_experiment(run: SimpleNamespace, job: str) -> None:
+def check_experiment(run: SimpleNamespace, job_type: str) -> None:
     """Check the configuration, metrics, table, overlay and artifact of the run of an experiment."""
-    assert run.records["run"][0].job_type == job
+    assert run.records["run"][0].job_type == job_type
     assert run.config["reducer"]["init_args"]["budget"] == 0.1
     step_metrics = {record.name or record.glob_name: record.step_metric for record in run.records["metric"]}
     assert step_metrics["eval/*"] == step_metrics["perf/*"] == "eval/tokens_kept"

@@ -67,7 +67,7 @@ def test_the_header_of_a_file_has_its_commands_and_number_of_runs(file: Path, ca
     runs = list(sweep.generate_runs(config))
     assert len(runs) == int(stated_count[1]) == sweep.count_runs(config)
     assert len({str(run) for run in runs}) == len(runs)
-    assert not caplog.records  # no whole number is written as 1.0
+    assert not caplog.records  # no warning about a whole number written as 1.0
     assert config["command"] == ["${env}", "tokenprune", "evaluate", "${args}"]
 
 

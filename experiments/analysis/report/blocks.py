@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Heading:
         text: the text.
         level: heading level; 1 is the title.
     """
+
+    kind: ClassVar[str] = "heading"
 
     text: str
     level: int = 2
@@ -29,6 +31,8 @@ class Text:
         bullets: whether the lines are entries of a list.
     """
 
+    kind: ClassVar[str] = "text"
+
     lines: Sequence[str]
     bullets: bool = False
 
@@ -41,6 +45,8 @@ class Table:
         head: names of the columns.
         rows: rows of entries, with one entry per column.
     """
+
+    kind: ClassVar[str] = "table"
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -55,6 +61,8 @@ class Image:
         caption: description of the figure.
     """
 
+    kind: ClassVar[str] = "image"
+
     path: str
     caption: str
 
@@ -68,6 +76,8 @@ class ImageRow:
         captions: text below each figure.
         paths: paths of the files, relative to the report; empty if only the texts are shown.
     """
+
+    kind: ClassVar[str] = "image row"
 
     heads: Sequence[str]
     captions: Sequence[str]

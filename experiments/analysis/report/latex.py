@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tokenprune.experiments.analysis.report.formatting import DASH, SAME, format_interval
 from tokenprune.experiments.analysis.report.rows import format_context, format_metric, full_rows, group_by_context
@@ -17,35 +20,37 @@ def render_latex(settings: Sequence[Setting]) -> str:
     Args:
         settings: the settings.
     """
-    out = ["% Needs \\usepackage{booktabs,graphicx}; a table wider than the text is scaled down"]
-    for members in group_by_context(settings).values():
-        table = accuracy_table(members, bold="")
-        lines = [[name.strip(), *(_format_entry(entry) for entry in entries)] for name, *entries in table.rows]
-        full = [(_escape(name), format_interval(setting.score)) for name, setting in full_rows(members)]
-        columns = len(table.head) - 1
-        caption = [f"{format_metric(members[0])} in percent, 95 % intervals from a bootstrap over groups"]
-        if any(map(json.loads, members[0].context)):
-            caption.insert(0, format_context(members[0]))
-        out += [
-            "\\begin{table}",
-            "\\centering",
-            f"\\caption{{{_escape('; '.join(caption))}. $\\approx$: no difference seen to the best of the column.}}",
-            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-            f"\\begin{{tabular}}{{l{'r' * columns}}}",
-            "\\toprule",
-            " & ".join(map(_escape, table.head)) + " \\\\",
-            "\\midrule",
-            *(
-                f"{name} & \\multicolumn{{{max(1, columns)}}}{{c}}{{{_format_entry(entry)}}} \\\\"
-                for name, entry in full
-            ),
-            *(["\\midrule"] if full and lines else []),
-            *(" & ".join([_escape(name), *entries]) + " \\\\" for name, *entries in lines),
-            "\\bottomrule",
-            "\\end{tabular}}",
-            "\\end{table}",
-        ]
-    return "\n".join(out) + "\n"
+    environment = Environment(
+        loader=PackageLoader("tokenprune.experiments.analysis.report"),
+        autoescape=False,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        block_start_string="((*",
+        block_end_string="*))",
+        variable_start_string="(((",
+        variable_end_string=")))",
+        comment_start_string="((=",
+        comment_end_string="=))",
+    )
+    environment.filters |= {"escape": _escape, "entry": _format_entry}
+    tables = [_main_table(members) for members in group_by_context(settings).values()]
+    return environment.get_template("tables.tex.jinja").render(tables=tables)
+
+
+def _main_table(members: Sequence[Setting]) -> dict[str, Any]:
+    """Return the content of the main table of one model and task."""
+    table = accuracy_table(members, bold="")
+    caption = [f"{format_metric(members[0])} in percent, 95 % intervals from a bootstrap over groups"]
+    if any(map(json.loads, members[0].context)):
+        caption.insert(0, format_context(members[0]))
+    return {
+        "caption": "; ".join(caption),
+        "columns": len(table.head) - 1,
+        "head": table.head,
+        "full": [(name, format_interval(setting.score)) for name, setting in full_rows(members)],
+        "rows": table.rows,
+    }
 
 
 def _escape(text: str) -> str:

@@ -32,7 +32,7 @@ from tokenprune.run import Run
 
 PREFIX = "reducer."
 """Prefix of the model arguments that are parameters of the strategy."""
-SOURCES = ("", "strategies", "models")
+SOURCES = ("", "strategies", "strategies/components", "models", "models/_base", "models/_capture")
 """Folders of the package whose code can change an answer."""
 
 
@@ -91,7 +91,6 @@ def compute_fingerprint(reducer: TokenReducer) -> str:
     """
     root = Path(tokenprune.__file__).parent
     files = {file for folder in SOURCES for file in (root / folder).glob("*.py")}
-    files |= set((root / "strategies" / "components").glob("*.py"))
     for part in _iterate_parts(reducer):
         modules = [sys.modules[base.__module__] for base in type(part).__mro__ if issubclass(base, Configurable)]
         files |= {Path(str(module.__file__)) for module in modules}

@@ -34,7 +34,10 @@ def aya_vision() -> Any:
 
 @cache
 def cohere2_vision() -> Any:
-    """Return the processor of Command A Vision; its `patch_size` is the number of tokens along a side of a tile."""
+    """Return the processor of Command A Vision: images are cut into at most six tiles.
+
+    Its `patch_size` is the number of tokens along a side of a tile.
+    """
     images = Cohere2VisionImageProcessor(**SIZES, patch_size=2)
     return Cohere2VisionProcessor(images, tokenizer(**SPECIAL), chat_template=TEMPLATE)
 

@@ -39,9 +39,7 @@ FAMILIES = [
         processor,
         tokens=TOKENS,
         nested=True,
-        spots=(
-            (56, 112),
-            (112, 56),
-        ),  # canvases that the model does not shrink; tests/models/test_onevision.py tests shrunk canvases
+        # the model shrinks no canvas of these sizes; tests/models/test_onevision.py tests shrunk canvases
+        spots=((56, 112), (112, 56)),
     )
 ]
