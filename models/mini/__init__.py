@@ -28,6 +28,9 @@ def image_path() -> Path:
     return _HERE / "images" / "board.png"
 
 
+picture_path = image_path  # the earlier name, which published scripts use
+
+
 def demo_questions() -> list[dict[str, str]]:
     """Return the questions about the demo image.
 

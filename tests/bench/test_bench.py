@@ -378,7 +378,7 @@ def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
 
 
 def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
-    """The phase rewrite takes 100 ms, with 60 ms of the tower and 10 ms of capture inside; prefill and decoding follow."""
+    """Rewriting takes 100 ms, with 60 ms of the tower and 10 ms of capture inside; prefill and decoding follow."""
     graph = build_flame_graph(
         [
             event("user_annotation", "phase: rewrite", 0, 100e3),

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes an environment with lmms-eval (about 7 GB) for the tests marked `lmms`, and says how to run them.
-# Usage: tests/lmms_env.sh FOLDER
+# Creates an environment with lmms-eval (about 7 GB) for the tests marked `lmms`, and prints the command that runs them.
+# Usage: tests/integrations/lmms_env.sh FOLDER
 set -eu
 folder=${1:?give a folder for the environment}
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 python3 -m venv "$folder"
-# The two versions that the plug-in was tried with.
+# The versions that the plug-in was tested with.
 "$folder/bin/pip" install --quiet lmms-eval==0.7.3 transformers==5.23.0 -e "$root[test,lmms]"
-echo "cd $root && $folder/bin/python -m pytest -m lmms tests/test_lmms.py"
+echo "cd $root && $folder/bin/python -m pytest -m lmms tests/integrations"

@@ -518,9 +518,7 @@ def test_the_model_is_restored_after_an_exception(family: str, failure: type[Bas
 
 def test_too_few_images_raise(adapter: PlaceholderAdapter) -> None:
     inputs = build_inputs(adapter, [[(112, 112)], [(60, 160)]])
-    with pytest.raises(
-        ValueError, match=r"Image input_features and image tokens do not match|as a tensor of shape \[1, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"Image features and image tokens do not match|as a tensor of shape \[1, 2\]"):
         Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, generating=True)
 
 
