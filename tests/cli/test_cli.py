@@ -29,6 +29,7 @@ from tokenprune.strategies.components import ContextualMerging, MeanOfRestMergin
 from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_processor
 
 FAST = ["--repeats", "1", "--max-new-tokens", "3"]
+SOME_FAMILIES = ["--families", "llava_next", "qwen2_5_vl"]
 STRATEGY_SOURCE = '''
 from dataclasses import dataclass
 from torch import Tensor
@@ -213,9 +214,9 @@ def test_a_budget_of_1_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_check_warns_only_of_the_passed_budget() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", OneTokenWarning)
-        assert main(["check", "hired"]) == 0
+        assert main(["check", "hired", *SOME_FAMILIES]) == 0
     with pytest.warns(OneTokenWarning, match="one token"):
-        assert main(["check", "hired", "--reducer.budget=1"]) == 0
+        assert main(["check", "hired", *SOME_FAMILIES, "--reducer.budget=1"]) == 0
 
 
 @pytest.mark.parametrize("budget", ["120%", "few", "0", "0%"])
@@ -419,12 +420,12 @@ def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypa
 
 
 def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
-    assert main(["check", "hired", "--reducer.budget", "0.1"]) == 0
+    assert main(["check", "hired", *SOME_FAMILIES, "--reducer.budget", "0.1"]) == 0
     assert "HiRED keeps all promises" in capsys.readouterr().out
-    assert main(["check", "loud.py:LoudestTokens", "--json"]) == 0
+    assert main(["check", "loud.py:LoudestTokens", *SOME_FAMILIES, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
     Path("bad.py").write_text(STRATEGY_SOURCE.replace("image.features.float()", "image.features.mul_(2).float()"))
-    assert main(["check", "bad.py:LoudestTokens"]) == 1
+    assert main(["check", "bad.py:LoudestTokens", *SOME_FAMILIES]) == 1
     out = capsys.readouterr().out
     assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
     assert "LoudestTokens breaks a promise" in out

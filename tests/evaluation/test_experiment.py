@@ -347,7 +347,7 @@ def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
                 if Path("killed/settings").is_dir()
                 else 0
             )
-            if number < 3 and count >= before + 60:
+            if number < 3 and count >= before + 30:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break

@@ -24,7 +24,11 @@ def test_every_example_is_tested() -> None:
 def test_examples_run(name: str, tmp_path: Path) -> None:
     options, expected = COMMANDS[name]
     file = str(EXAMPLES / name)
-    command = ["-m", "tokenprune", "check", f"{file}:LayerChange"] if options is None else [file, *options]
+    command = (
+        ["-m", "tokenprune", "check", f"{file}:LayerChange", "--families", "llava_next"]
+        if options is None
+        else [file, *options]
+    )
     result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert expected in result.stdout
