@@ -324,7 +324,7 @@ class TokenAccount:
             "kv_bytes_full": self.kv_bytes_full,
             "prefill_flops": self.flops,
             "prefill_flops_full": self.flops_full,
-            "second_look_flops": self.saliency_flops,
+            "saliency_flops": self.saliency_flops,
             "attention": self.attention,
         }
 

@@ -112,7 +112,7 @@ def test_json_is_one_consistent_object(capsys: pytest.CaptureFixture[str]) -> No
     assert report["prompt_length_full"] - report["prompt_length"] == dropped
     assert report["kv_bytes"] / report["kv_bytes_full"] == report["prompt_length"] / report["prompt_length_full"]
     assert report["prefill_flops"] < report["prefill_flops_full"]
-    assert (report["attention"], report["second_look_flops"]) == ("cls_attention", 0)
+    assert (report["attention"], report["saliency_flops"]) == ("cls_attention", 0)
     assert report["results"][0]["question"] == report["question"]
     assert len({result["question"] for result in report["results"]}) >= 5
     assert Path(report["overlay"]).is_file()
@@ -126,7 +126,7 @@ def test_attention_is_a_signal_or_a_saliency_model(capsys: pytest.CaptureFixture
     arguments = [*question, "--reducer.attention", "timm-saliency", *options]
     report = run_json(capsys, *arguments)
     assert report["attention"] == "TimmSaliency(test_vit)"
-    assert report["second_look_flops"] > 5 * 70e6
+    assert report["saliency_flops"] > 5 * 70e6
     saliency = {"class_path": "TimmSaliency", "init_args": {"model_name": "test_vit", "pretrained": False}}
     Path("saliency.yaml").write_text(
         json.dumps({"reducer": {"class_path": "HiRED", "init_args": {"attention": saliency}}})

@@ -93,7 +93,7 @@ def test_totals_cover_more_than_the_history() -> None:
         "kv_bytes_full": kv_bytes(SHAPE, full),
         "prefill_flops": account.flops,
         "prefill_flops_full": account.flops_full,
-        "second_look_flops": 0,
+        "saliency_flops": 0,
         "attention": None,
     }
 

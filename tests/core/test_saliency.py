@@ -180,7 +180,7 @@ def test_flops_of_the_saliency_model_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         vit.forward_features(torch.randn(tiles, 3, 160, 160))
     assert run.account.saliency_flops == counter.get_total_flops()
-    assert run.account.summary()["second_look_flops"] == counter.get_total_flops()
+    assert run.account.summary()["saliency_flops"] == counter.get_total_flops()
     assert run.account.attention == "TimmSaliency(test_vit)"
     assert "attention: TimmSaliency(test_vit); saliency model: " in str(run.account)
     with HiRED(0.2)(model) as run_without_saliency_model:

@@ -261,7 +261,7 @@ class Brightness(SaliencyModel):
 
 @pytest.mark.parametrize("spot", SPOTS)
 @torch.no_grad()
-def test_a_second_look_sees_the_bright_spot(family: Family, model: Any, spot: tuple[float, float]) -> None:
+def test_a_saliency_model_sees_the_bright_spot(family: Family, model: Any, spot: tuple[float, float]) -> None:
     """The saliency model receives the tiles that the tokens represent, base tile first."""
     adapter, saliency_model = find_adapter(model), Brightness(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for size in family.spots:

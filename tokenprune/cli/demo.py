@@ -70,7 +70,7 @@ class Answer:
     prefill_flops: int
     prefill_flops_full: int
     attention: str | None
-    second_look_flops: int
+    saliency_flops: int
     overlay: str
 
 
@@ -174,7 +174,7 @@ def answer_question(
         prefill_flops=run.account.flops,
         prefill_flops_full=run.account.flops_full,
         attention=run.account.attention,
-        second_look_flops=run.account.saliency_flops,
+        saliency_flops=run.account.saliency_flops,
         overlay=str(overlay),
     )
     return result, run
@@ -222,6 +222,6 @@ def print_table(request: Request, answers: Sequence[Answer]) -> None:
         counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
         console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
         if first.attention is not None:
-            saliency_cost = f", {first.second_look_flops / 1e6:,.1f} MFLOP" if first.second_look_flops else ""
+            saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
         console.print(f"overlay: {first.overlay}", soft_wrap=True)

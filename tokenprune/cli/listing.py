@@ -97,7 +97,7 @@ COMPONENT_KINDS: Mapping[str, type[Component]] = {
     "merging": MergingPolicy,
     "relevance": RelevancePolicy,
     "order": OrderPolicy,
-    "second look": SaliencyModel,
+    "saliency model": SaliencyModel,
 }
 
 

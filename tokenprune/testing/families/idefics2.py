@@ -37,7 +37,7 @@ FAMILIES = [
         skip={
             "test_kept_tokens_show_the_bright_spot": NO_POSITIONS,
             "test_an_exchanged_token_grid_is_noticed": NO_POSITIONS,
-            "test_a_second_look_sees_the_bright_spot": NO_POSITIONS,
+            "test_a_saliency_model_sees_the_bright_spot": NO_POSITIONS,
             **({"test_each_row_equals_itself_alone": PARTS, "test_pipeline": PARTS} if split else {}),
         },
     )
