@@ -249,25 +249,24 @@ class _ForwardHooks:
         """Return the reduced inputs; None for calls of `generate`, of text only, and of shallow copies of the model."""
         if module is not self._module:
             return None
-        self._end()
+        if threading.get_ident() in self._calls:  # an interrupted call; no lock is taken in each decode step
+            self._end()
         pipeline, inputs = self._pipeline, {**dict(zip(self._names, args, strict=False)), **kwargs}
         if pipeline.is_generating or not self._begin():
             return None
-        call = None
         try:
             if pipeline.adapter.has_images(inputs):
                 prepared = pipeline.prepare(inputs)
                 call = _CallInProgress(prepared, _with_return_dict(inputs, self._model), self._expands)
                 call.enter()
-            else:
-                pipeline.check_forward(inputs)
-        finally:
-            if call is None:
-                self._end()
-        if call is None:
-            return None
-        self._calls[threading.get_ident()] = call
-        return (), call.inputs
+                self._calls[threading.get_ident()] = call
+                return (), call.inputs
+            pipeline.check_forward(inputs)
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        return None
 
     def finish_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Leave the contexts of the call, and return its output at the length of the full prompt."""

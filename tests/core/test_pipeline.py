@@ -8,6 +8,8 @@ import pickle
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from threading import Thread
 from typing import Any
@@ -24,7 +26,7 @@ from tokenprune import Budget, EncodedImage, Run, TileGeometry, align
 from tokenprune.account import HISTORY
 from tokenprune.adapter import adapters, find_adapter
 from tokenprune.attach import _Hook, check_transformers, unwrap
-from tokenprune.pipeline import Pipeline, infer_attention_mask
+from tokenprune.pipeline import Pipeline, PreparedCall, infer_attention_mask
 from tokenprune.rewrite import Rows
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import Selection
@@ -742,3 +744,29 @@ def test_virtual_tokens_of_prompt_tuning(inputs: Any) -> None:
     assert logits.shape == plain.shape
     assert torch.equal(logits[:, :4], reduced[:, :4])
     assert torch.equal(logits[:, 4:], run.rows.expand(reduced[:, 4:]))
+
+
+@torch.no_grad()
+def test_hooks_are_removed_after_an_interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["phi4_multimodal"].model()
+    inputs = FAMILIES["phi4_multimodal"].batch([(112, 112)])
+    model(**inputs)
+    state = list_hooks(model)
+
+    @contextmanager
+    def fail(self: Any) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    def call_from_thread() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+
+    handle = HiRED(0.2).attach(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedCall, "enter_contexts", fail)
+        thread = threading.Thread(target=call_from_thread)
+        thread.start()
+        thread.join()
+    handle.detach()
+    assert list_hooks(model) == state
