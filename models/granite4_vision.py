@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 

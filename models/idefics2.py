@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
 from tokenprune.models.idefics3 import NestedTilesAdapter
 

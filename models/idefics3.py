@@ -16,7 +16,8 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from tokenprune.image import Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import Signal
 from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_TILE,

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
-from tokenprune.image import TileGeometry, token_dim
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import token_dim
 from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
 from tokenprune.models._base.placeholder import pool
 from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs

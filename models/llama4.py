@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
 
 from tokenprune.adapter import Encoding, LLMShape
-from tokenprune.image import Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import Signal
 from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     example_decoder,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.image import NEWLINE, TileGeometry, anyres_regions
+from tokenprune.geometry import NEWLINE, TileGeometry, anyres_regions
 from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, pixel_generator, with_sharp_attention
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 

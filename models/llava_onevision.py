@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tokenprune.image import NEWLINE, ROW_SIGNALS, Signal, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.models._base.example import example_parts, example_siglip, with_sharp_attention
 from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
 

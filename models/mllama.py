@@ -19,7 +19,8 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.image import NEWLINE, TileGeometry, token_dim
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import token_dim
 from tokenprune.models._base.example import (
     EXAMPLE_IMAGE,
     EXAMPLE_PAD,

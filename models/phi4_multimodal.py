@@ -15,7 +15,7 @@ from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.hooks import replaced_forward

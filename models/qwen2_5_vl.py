@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import with_sharp_attention
 from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
 from tokenprune.models._capture.hooks import Tower

@@ -23,7 +23,8 @@ from torch import Tensor
 from research.heldout import Answers, answer_from_encoding, board_interval, format_difference, make_text_guided
 from tokenprune.adapter import Encoding, PackedTokens, find_adapter
 from tokenprune.budget import as_budget
-from tokenprune.image import NEWLINE, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Board, boards, make_board
 from tokenprune.reducer import TokenReducer

@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 
 from tokenprune.budget import as_budget
-from tokenprune.image import NEWLINE, EncodedImage
+from tokenprune.geometry import NEWLINE
+from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import Selection

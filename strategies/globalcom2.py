@@ -22,7 +22,8 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion, parse_ratio
-from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.reducer import ComponentReducer

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenprune.budget import as_budget
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.reducer import ImageReducer
 
 

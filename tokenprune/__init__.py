@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
+    from tokenprune.geometry import TileGeometry as TileGeometry
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
-    from tokenprune.image import TileGeometry as TileGeometry
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.pipeline import Pipeline as Pipeline
     from tokenprune.pipeline import PreparedCall as PreparedCall

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.registry import collect_classes
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
 

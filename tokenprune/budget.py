@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 
 PERCENT = re.compile(r"\s*(\d{1,3}\.?\d*|\.\d+)\s*%\s*")
 """A ratio as text: ``"20%"``, ``"12.5 %"``."""

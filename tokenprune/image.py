@@ -1,23 +1,20 @@
-"""The input of a strategy: the layout of an image's tiles, its features and its captured signals."""
+"""The input of a strategy: the features of an image, its captured signals and its layout."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.layers import LayerChoice, resolve_layers
 
 SignalKey: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
-NEWLINE = -1
-"""The entry of a newline token in `TileGeometry.packed`."""
 ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"})
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
 CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
@@ -42,235 +39,6 @@ def token_dim(kind: str) -> int:
         kind: the kind of the signal.
     """
     return 2 if kind in ROW_SIGNALS or kind == "keys" else 1
-
-
-@dataclass(frozen=True, eq=False)
-class TileGeometry:
-    """The layout of the tiles of one image, and the order in which the model packs their tokens.
-
-    Tile 0 is the base tile (the downscaled whole image); tiles 1.. are the sub-images in row-major order.
-
-    Args:
-        tile_grid: rows x cols of the sub-images; (0, 0) if there is only the base tile.
-        token_grid: height x width of the visual tokens of one tile.
-        regions: the region of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of
-            the base tile, `[sub_images, 4]`. The region of a sub-image that holds only padding is empty.
-        packed: the entry of each image position of the prompt, `[length]`: the flat index ``tile * tokens + token`` of
-            a visual token, or `NEWLINE` for a newline token. The model's own unpadding removed the tokens that are
-            missing here: they are not valid.
-    """
-
-    tile_grid: tuple[int, int]
-    token_grid: tuple[int, int]
-    regions: Tensor
-    packed: Tensor
-
-    @property
-    def sub_images(self) -> int:
-        """Number of sub-images."""
-        return self.tile_grid[0] * self.tile_grid[1]
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles, the base tile included."""
-        return 1 + self.sub_images
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of one tile."""
-        return self.token_grid[0] * self.token_grid[1]
-
-    def to(self, device: torch.device | str) -> TileGeometry:
-        """Return the same layout with its tensors on a device, for graphs that must not copy between devices."""
-        return replace(self, regions=self.regions.to(device), packed=self.packed.to(device))
-
-    @cached_property
-    def valid(self) -> Tensor:
-        """Mask of the tokens that the model's own unpadding keeps, bool `[tiles, tokens]`."""
-        total = self.tiles * self.tokens
-        mask = torch.zeros(total + 1, dtype=torch.bool, device=self.packed.device)
-        index = torch.where(self.packed == NEWLINE, total, self.packed)  # newline tokens: additional last entry
-        mask[index] = True
-        return mask[:total].view(self.tiles, self.tokens)
-
-    @cached_property
-    def newlines(self) -> int:
-        """Number of newline tokens."""
-        return int((self.packed == NEWLINE).sum())
-
-    @cached_property
-    def newline_of(self) -> Tensor:
-        """Index of the newline token that ends the row of each packed position, `[length]`; -1 without a row.
-
-        A row is the sequence of tokens between two newline tokens, either of the base tile or of the sub-images. Base
-        tile tokens before the first row of the sub-images belong to no row.
-        """
-        is_newline = self.packed == NEWLINE
-        row = torch.cumsum(is_newline, dim=0) - is_newline.long()
-        outside = row >= self.newlines
-        is_base = (self.packed < self.tokens) & ~is_newline
-        last = (is_newline.nonzero()[:, 0] - 1).clamp(min=0)
-        outside |= ~is_newline & (is_base != is_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
-        return row.masked_fill(outside, -1)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
-
-        Args:
-            packed: the visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
-        """
-        places = self.packed.to(packed.device)
-        features = packed.new_zeros(self.tiles * self.tokens, packed.shape[-1])
-        features[places[places != NEWLINE]] = packed[places != NEWLINE]
-        return features.view(self.tiles, self.tokens, -1)
-
-    def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:
-        """Return the layout of the same image at a lower resolution.
-
-        Args:
-            token_grid: height x width of the tokens of a tile, at most the current `token_grid`.
-
-        Returns:
-            The new layout, and a mask of the current tokens at the centers of the new tokens, in the same order, bool
-            `[tiles, tokens]`. A new token is valid if the current token at its center is valid.
-        """
-        if token_grid == self.token_grid:  # `valid` cannot represent rows that hold only newline tokens
-            return self, self.valid
-        (rows, cols), (height, width) = self.tile_grid, self.token_grid
-
-        def centers(tiles: int, old_side: int, new_side: int) -> Tensor:
-            return ((2 * torch.arange(tiles * new_side) + 1) * old_side).div(2 * new_side, rounding_mode="floor")
-
-        is_center = torch.zeros(self.tiles, height, width, dtype=torch.bool)
-        is_center[0][centers(1, height, token_grid[0])[:, None], centers(1, width, token_grid[1])] = True
-        base = torch.arange(math.prod(token_grid))
-        if not self.sub_images:
-            return replace(self, token_grid=token_grid, packed=base), is_center.flatten(1)
-        to_canvas = "(rows cols) (height width) -> (rows height) (cols width)"
-        sizes = {"rows": rows, "cols": cols}
-        valid = rearrange(self.valid[1:].cpu(), to_canvas, height=height, width=width, **sizes)
-        numbers = torch.arange(len(base), (1 + self.sub_images) * len(base)).view(self.sub_images, -1)
-        numbers = rearrange(numbers, to_canvas, height=token_grid[0], width=token_grid[1], **sizes)
-        ys, xs = centers(rows, height, token_grid[0]), centers(cols, width, token_grid[1])
-        has_row, has_col = valid.any(dim=1)[ys], valid.any(dim=0)[xs]
-        canvas = torch.zeros_like(valid)
-        canvas[ys[has_row][:, None], xs[has_col]] = True
-        is_center[1:] = rearrange(
-            canvas, "(rows height) (cols width) -> (rows cols) height width", height=height, width=width, **sizes
-        )
-        numbers = numbers[has_row][:, has_col]
-        if self.newlines and numbers.numel():
-            numbers = torch.cat([numbers, torch.full((len(numbers), 1), NEWLINE)], dim=1)
-        base_first = bool(self.packed[0] < self.tokens)
-        parts = [base, numbers.flatten()] if base_first else [numbers.flatten(), base]
-        return replace(self, token_grid=token_grid, packed=torch.cat(parts)), is_center.flatten(1)
-
-    @classmethod
-    def single(cls, token_grid: tuple[int, int]) -> TileGeometry:
-        """Return the layout of one tile without newline tokens, as in LLaVA-1.5."""
-        return cls((0, 0), token_grid, torch.zeros(0, 4), torch.arange(token_grid[0] * token_grid[1]))
-
-    @classmethod
-    def tiled(cls, tile_grid: tuple[int, int], token_grid: tuple[int, int], base_first: bool) -> TileGeometry:
-        """Return the layout of an image in equal sub-images, packed tile by tile without newline tokens.
-
-        Args:
-            tile_grid: rows x cols of the sub-images.
-            token_grid: height x width of the tokens of a tile.
-            base_first: whether the base tile is packed before the sub-images, or after them.
-        """
-        (rows, cols), tokens = tile_grid, math.prod(token_grid)
-        edges = torch.tensor([[r, c, r + 1, c + 1] for r in range(rows) for c in range(cols)], dtype=torch.float32)
-        regions = edges.view(-1, 4) / torch.tensor([rows, cols, rows, cols]).clamp(min=1)
-        order = torch.arange((1 + rows * cols) * tokens)
-        return cls(tile_grid, token_grid, regions, order if base_first else order.roll(-tokens))
-
-    @classmethod
-    def anyres(
-        cls, image_size: tuple[int, int], tile_grid: tuple[int, int], token_grid: tuple[int, int], tile_size: int
-    ) -> TileGeometry:
-        """Return the layout of an image under LLaVA-NeXT's AnyRes.
-
-        The base tile is the image resized to a square. The sub-images divide a canvas, on which the image is scaled to
-        fit and centered. Rows of the canvas end with a newline token.
-
-        Args:
-            image_size: height x width of the image in pixels.
-            tile_grid: rows x cols of the sub-images.
-            token_grid: height x width of the tokens of a tile.
-            tile_size: side of a tile in pixels.
-        """
-        rows, cols = tile_grid
-        canvas = torch.arange(1, 1 + rows * cols).view(rows, cols)
-        index = rearrange(
-            canvas[..., None, None] * math.prod(token_grid) + torch.arange(math.prod(token_grid)).view(*token_grid),
-            "rows cols height width -> (rows height) (cols width)",
-        )
-        top, left = _unpadding(image_size, (index.shape[0], index.shape[1]))
-        index = index[top : index.shape[0] - top, left : index.shape[1] - left]
-        newline = torch.full((index.shape[0], 1), NEWLINE)
-        packed = torch.cat([torch.arange(math.prod(token_grid)), torch.cat([index, newline], dim=1).flatten()])
-        return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
-
-
-def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """Return the numbers of token rows and columns that LLaVA-NeXT removes at each side of the canvas.
-
-    The rounding equals the original `unpad_image`, because token counts depend on it.
-    """
-    height, width = image_size
-    if width / height > canvas[1] / canvas[0]:
-        return (canvas[0] - int(round(height * (canvas[1] / width), 7))) // 2, 0
-    return 0, (canvas[1] - int(round(width * (canvas[0] / height), 7))) // 2
-
-
-def anyres_regions(image_size: tuple[int, int], tile_grid: tuple[int, int], tile_size: int) -> Tensor:
-    """Return the region of the image that each sub-image of an AnyRes canvas shows, `[sub_images, 4]`.
-
-    Args:
-        image_size: height x width of the image in pixels.
-        tile_grid: rows x cols of the sub-images.
-        tile_size: side of a tile in pixels.
-
-    Returns:
-        (top, left, bottom, right) in fractions of the image, `[sub_images, 4]`.
-    """
-    canvas = (tile_grid[0] * tile_size, tile_grid[1] * tile_size)
-    scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
-    edges = []
-    for tiles, side, original in zip(tile_grid, canvas, image_size, strict=True):
-        content = min(math.ceil(original * scale), side)  # the processor does not round `scale` either
-        offset = (side - content) // 2
-        edges.append(((torch.arange(tiles + 1) * tile_size - offset) / content).clamp(0.0, 1.0))
-    rows, cols = edges
-    return torch.stack(
-        [
-            torch.stack([rows[row], cols[col], rows[row + 1], cols[col + 1]])
-            for row in range(tile_grid[0])
-            for col in range(tile_grid[1])
-        ]
-    )
-
-
-def region_coverage(regions: Tensor, token_grid: tuple[int, int]) -> Tensor:
-    """Return the fraction of each base tile token that lies inside each region, `[regions, tokens]`.
-
-    Args:
-        regions: (top, left, bottom, right) in fractions of the tile, `[regions, 4]`.
-        token_grid: height x width of the tokens of the tile.
-
-    Returns:
-        Fractions of the area of a token, `[regions, tokens]`.
-    """
-
-    def overlap(start: Tensor, stop: Tensor, tokens: int) -> Tensor:
-        edge = torch.arange(tokens, dtype=regions.dtype, device=regions.device)
-        inside = torch.minimum(stop[:, None] * tokens, edge + 1) - torch.maximum(start[:, None] * tokens, edge)
-        return inside.clamp(0.0, 1.0)
-
-    top, left, bottom, right = regions.unbind(dim=1)
-    rows, cols = overlap(top, bottom, token_grid[0]), overlap(left, right, token_grid[1])
-    return rearrange(rows[:, :, None] * cols[:, None, :], "regions height width -> regions (height width)")
 
 
 class DeferredTensor:

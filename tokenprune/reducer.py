@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion_tensor, as_budget, normalize_budget
-from tokenprune.image import ALIGNED_SIGNALS, NEWLINE, TEXT_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.saliency import SOURCES, Attention, SaliencyModel
 from tokenprune.selection import Newlines, Selection, kept_newlines, top_of_image, top_per_tile

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 
 if TYPE_CHECKING:
     from PIL import Image

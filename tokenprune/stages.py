@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.image import NEWLINE, EncodedImage, Signal
+from tokenprune.geometry import NEWLINE
+from tokenprune.image import EncodedImage, Signal
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding

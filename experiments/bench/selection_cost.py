@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tokenprune.catalog import strategies
-from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal
 from tokenprune.layers import resolve_layers
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import find_class

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.experiments.evaluation.records import write_atomically
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.selection import Selection
 
 FOLDER = "images"

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PixtralVisionConfig
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import EXAMPLE_IMAGE, example_decoder, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.rewrite import TextSeparatorSide

@@ -24,17 +24,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs, LLMShape, PackedTokens, VisualTokens
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     ALIGNED_FROM,
     ALIGNED_SIGNALS,
     CLS_SIGNALS,
-    NEWLINE,
     ROW_SIGNALS,
     TEXT_SIGNALS,
     EncodedImage,
     Signal,
     SignalKey,
-    TileGeometry,
     token_dim,
 )
 from tokenprune.models._base.clip_text import example_text_model, extract_question, load_text_tower

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 

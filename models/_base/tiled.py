@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import PackedTokens, VisualTokens
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._capture.hooks import replaced_forward
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images
 
 from research.mini_training.build import PATCH, SIDE
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.models.mini.boards import COLORS, PAPERS, SHAPES, TILE, Board, Question, stencil
 
 __all__ = [

@@ -11,7 +11,8 @@ from einops import reduce
 from torch import Tensor
 
 from tokenprune.budget import apportion
-from tokenprune.image import EncodedImage, Signal, TileGeometry, region_coverage
+from tokenprune.geometry import TileGeometry, region_coverage
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy
 from tokenprune.selection import top_of_image

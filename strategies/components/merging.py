@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.image import EncodedImage, Signal, region_coverage
+from tokenprune.geometry import region_coverage
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import Merged, MergingPolicy, identity_weights
 from tokenprune.strategies.components.selection import evenly_spaced_indices

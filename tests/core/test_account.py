@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tokenprune.account import HISTORY, RowLengths, TokenAccount, kv_bytes, prefill_flops
 from tokenprune.adapter import LLMShape
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.selection import Selection
 
 SHAPE = LLMShape(heads=4, kv_heads=2, head_dim=8, layer_parameters=(100, 200, 300), head_parameters=50, element_bytes=2)

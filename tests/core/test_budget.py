@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokenprune.budget import Budget, OneTokenWarning, apportion, as_budget, normalize_budget, parse_ratio
 from tokenprune.configuration import as_config
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.strategies import HERO, GlobalCom2, HiRED
 
 PARTS = st.lists(

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.budget import Budget, apportion, apportion_tensor
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies import VTCCLS, BaseTileOnly, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import (

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.image import NEWLINE, TileGeometry, anyres_regions, region_coverage
+from tokenprune.geometry import NEWLINE, TileGeometry, anyres_regions, region_coverage
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.strategies.components.allocation import base_tile_coverage
 from tokenprune.testing import tiny_models as tiny

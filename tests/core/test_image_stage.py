@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import HiRED, ImageDownsample
 from tokenprune.testing.tiny_models import batch, tiny_model

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import resolve_layers
 from tokenprune.testing.encoded_images import random_encoded_image
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokenprune import ScoreReducer
 from tokenprune.catalog import components, strategies
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
 from tokenprune.strategies.components import (
     BaseTileAllocation,

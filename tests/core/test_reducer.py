@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.budget import Budget
-from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.policies import SelectionPolicy
 from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
 from tokenprune.selection import Selection, kept_newlines

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.selection import Selection, kept_newlines, top_of_image, top_per_tile
 
 INF = float("inf")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tokenprune.image import TileGeometry
+from tokenprune.geometry import TileGeometry
 
 
 def best_grid(image_size: tuple[int, int], tile: int, grids: list[tuple[int, int]]) -> tuple[int, int]:

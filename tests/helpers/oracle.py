@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from tokenprune.adapter import find_adapter
-from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import ScoreReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection

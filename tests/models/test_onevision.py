@@ -13,7 +13,8 @@ from PIL import Image
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import SPOTS, draw_spot, generate, remove_positions
 from tokenprune.adapter import find_adapter
-from tokenprune.image import Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import Signal
 from tokenprune.models.llava_onevision import shrink_layout, shrink_signal
 from tokenprune.strategies import HiRED
 

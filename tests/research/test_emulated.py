@@ -12,7 +12,7 @@ from research import emulated
 from research.emulated import EncodedBoard
 from research.mini_training.evaluate import build_inputs
 from tests.helpers.build import best_grid
-from tokenprune.image import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS, TILE, make_board
 from tokenprune.strategies import HiRED, HoloV, PruMerge

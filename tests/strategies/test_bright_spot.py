@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from tests.helpers.build import token_boxes
-from tokenprune.image import EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.reducer import ScoreReducer, TokenReducer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from research.emulated import pack_with_swapped_grid
-from tokenprune.image import NEWLINE, EncodedImage, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components.allocation import VisualContentAllocation

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.adapter import find_adapter
-from tokenprune.image import NEWLINE, EncodedImage, Signal, TileGeometry
+from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run

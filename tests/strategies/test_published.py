@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tests.helpers.published import CASES, Case
 from tokenprune.budget import Budget
 from tokenprune.catalog import strategies
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.models._capture.attention import joint_row
 from tokenprune.selection import Selection
 from tokenprune.strategies import (

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
+from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
     CLS_SIGNALS,
-    NEWLINE,
     ROW_SIGNALS,
     TEXT_SIGNALS,
     EncodedImage,
     MissingSignalError,
-    TileGeometry,
 )
 from tokenprune.layers import resolve_layers
 from tokenprune.pipeline import call_generate, list_missing_signals

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
 
 LAYERS, FEATURE_LAYER = 4, 2
 """Number of layers of the tower, and the layer whose output the projector receives."""

@@ -20,7 +20,8 @@ from transformers import (
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
 from tokenprune.experiments.bench.cost.meter import Meter, Work
-from tokenprune.image import EncodedImage, TileGeometry
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 from tokenprune.selection import Selection
