@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Literal
 
@@ -76,7 +77,7 @@ class Budget:
         if isinstance(number, int):
             return number * (geometry.tiles if self.per == "tile" else 1)
         ratio = Fraction(number).limit_denominator(MAX_DENOMINATOR)
-        per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid.sum(dim=1).tolist()
+        per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid_per_tile
         newlines = geometry.newlines if self.newlines == "counted" else 0
         if self.per == "tile":
             return sum(int(ratio * tokens) for tokens in per_tile) + int(ratio * newlines)
@@ -205,10 +206,11 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
 
 
 def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
-    """Return the units of each part as `apportion` does, `[parts]`, without reading a number from the device.
+    """Return the units of each part as `apportion` does, int64 `[parts]`, without reading a number from the device.
 
-    All intermediate tensors have a fixed shape, for compiled regions. The arithmetic is float64 instead of exact
-    fractions: ties, and shares within rounding of an integer, may be divided differently.
+    The parts are filled in the order of ``capacity / weight``, which gives the full parts and the shares of all others
+    at once. The arithmetic is float64 instead of exact fractions. Remainders that differ by less than 1e-9 count as
+    equal.
 
     Args:
         total: units to divide; units beyond the sum of the capacities are dropped.
@@ -216,20 +218,42 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
         capacity: maximum units of each part, `[parts]`.
 
     Returns:
-        Units per part, `[parts]`.
+        Units per part, int64 `[parts]`.
     """
-    weights, capacity = weights.double(), capacity.long()
-    share = torch.zeros_like(capacity)
-    left = capacity.sum().clamp(max=total)
-    for _ in range(len(weights) + 1):  # each round fills a part or is the last round
-        room = capacity - share
-        open_weights = torch.where(room > 0, weights, 0)
-        open_weights = torch.where(open_weights.sum() > 0, open_weights, room)  # only parts of weight zero have room
-        quota = left * open_weights / open_weights.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        overfull = (quota >= room) & (open_weights > 0)
-        floor = quota.floor().long()
-        rank = (quota - floor).argsort(descending=True, stable=True).argsort()
-        rounded = floor + (rank < left - floor.sum())
-        added = torch.where(overfull.any(), torch.where(overfull, room, 0), rounded)
-        share, left = share + added, left - added.sum()
-    return share
+    capacity = capacity.long()
+    limit, weights = capacity.double(), weights.double()
+    has_weight = weights > 0
+    total_units = limit.sum().clamp(max=total)
+    spill = (total_units - (limit * has_weight).sum()).clamp(min=0)  # for the parts of weight zero
+    level = torch.where(has_weight, limit / weights, torch.inf)
+    order = level.argsort(stable=True)
+    limit_in_order, weight_in_order = limit[order], weights[order]
+    units_left = total_units - spill - (limit_in_order.cumsum(dim=0) - limit_in_order)
+    weight_left = weight_in_order.flip(0).cumsum(dim=0).flip(0)
+    is_open_in_order = (units_left < level[order] * weight_left).cumsum(dim=0) > 0  # neither it nor a later part fills
+    is_open = torch.zeros_like(has_weight).scatter(0, order, is_open_in_order) & has_weight
+    open_units = total_units - spill - (limit * (has_weight & ~is_open)).sum()
+    quota = torch.where(is_open, open_units * weights / _at_least_tiny((weights * is_open).sum()), limit)
+    unweighted = limit.masked_fill(has_weight, 0)
+    quota = torch.where(has_weight, quota, spill * unweighted / _at_least_tiny(unweighted.sum()))
+    floor = quota.floor()
+    remainder = ((quota - floor) * 1e9).round()
+    rank = remainder.argsort(descending=True, stable=True).argsort()
+    return (floor + (rank < total_units - floor.sum())).long().minimum(capacity)
+
+
+@lru_cache(maxsize=1024)
+def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return whole numbers as a tensor, int64 `[values]`; later calls with equal arguments copy nothing to the device.
+
+    Args:
+        values: the numbers.
+        device: the device of the tensor.
+    """
+    with torch.inference_mode(False):  # a later call may record gradients
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def _at_least_tiny(value: Tensor) -> Tensor:
+    """Return a divisor that is not zero."""
+    return value.clamp(min=torch.finfo(value.dtype).tiny)

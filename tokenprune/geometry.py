@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +13,20 @@ from torch import Tensor
 
 NEWLINE = -1
 """The entry of a newline token in `TileGeometry.packed`."""
+
+
+def _table(compute: Callable[[TileGeometry], Tensor]) -> cached_property[Tensor]:
+    """Return a property with an index table of a layout: computed once on the CPU, and copied once to each device."""
+
+    def read(geometry: TileGeometry) -> Tensor:
+        with torch.inference_mode(False):  # a later call may record gradients
+            if geometry.host is geometry:
+                return compute(geometry)
+            table: Tensor = getattr(geometry.host, compute.__name__)
+            return table.to(geometry.packed.device)
+
+    read.__doc__ = compute.__doc__
+    return cached_property(read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +49,15 @@ class TileGeometry:
     token_grid: tuple[int, int]
     regions: Tensor
     packed: Tensor
+    _original: TileGeometry | None = field(default=None, repr=False)
+    """The layout that `to` copied; None if this is no copy."""
+
+    @property
+    def host(self) -> TileGeometry:
+        """The same layout with its tensors where it was built, usually on the CPU."""
+        original = self._original  # `dataclasses.replace` of a copy returns another layout, which is not registered
+        is_copy = original is not None and original._copies.get(self.packed.device) is self
+        return original if original is not None and is_copy else self
 
     @property
     def sub_images(self) -> int:
@@ -51,10 +75,23 @@ class TileGeometry:
         return self.token_grid[0] * self.token_grid[1]
 
     def to(self, device: torch.device | str) -> TileGeometry:
-        """Return the same layout with its tensors on a device, for graphs that must not copy between devices."""
-        return replace(self, regions=self.regions.to(device), packed=self.packed.to(device))
+        """Return the same layout with its tensors on a device; later calls return the same object."""
+        host, device = self.host, torch.device(device)
+        if device == host.packed.device:
+            return host
+        if device not in host._copies:
+            packed = host.packed.to(device)  # its device has an index: "cuda:0" for "cuda"
+            if packed.device not in host._copies:
+                copy = replace(host, regions=host.regions.to(device), packed=packed, _original=host)
+                host._copies[packed.device] = copy
+            host._copies[device] = host._copies[packed.device]
+        return host._copies[device]
 
     @cached_property
+    def _copies(self) -> dict[torch.device, TileGeometry]:
+        return {}
+
+    @_table
     def valid(self) -> Tensor:
         """Mask of the tokens that the model's own unpadding keeps, bool `[tiles, tokens]`."""
         total = self.tiles * self.tokens
@@ -64,12 +101,38 @@ class TileGeometry:
         return mask[:total].view(self.tiles, self.tokens)
 
     @cached_property
-    def newlines(self) -> int:
-        """Number of newline tokens."""
-        return int((self.packed == NEWLINE).sum())
+    def valid_per_tile(self) -> tuple[int, ...]:
+        """Number of valid tokens of each tile, base tile first."""
+        return tuple(self.host.valid.sum(dim=1).tolist()) if self.host is self else self.host.valid_per_tile
+
+    @property
+    def valid_tokens(self) -> int:
+        """Number of valid tokens of all tiles."""
+        return sum(self.valid_per_tile)
 
     @cached_property
-    def newline_of(self) -> Tensor:
+    def newlines(self) -> int:
+        """Number of newline tokens."""
+        return int((self.packed == NEWLINE).sum()) if self.host is self else self.host.newlines
+
+    @_table
+    def token_order(self) -> Tensor:
+        """Flat index of each valid token in packed order, `[valid]`."""
+        return self.packed[self.packed != NEWLINE]
+
+    @cached_property
+    def flat(self) -> TileGeometry:
+        """The layout of the valid tokens as one tile of a single row, in packed order, without newline tokens."""
+        return TileGeometry.single((1, self.valid_tokens))
+
+    @_table
+    def packed_source(self) -> Tensor:
+        """Index of each packed position in the sequence of all tokens followed by all newline tokens, `[length]`."""
+        is_newline = self.packed == NEWLINE
+        return torch.where(is_newline, self.tiles * self.tokens + is_newline.long().cumsum(dim=0) - 1, self.packed)
+
+    @_table
+    def newline_index(self) -> Tensor:
         """Index of the newline token that ends the row of each packed position, `[length]`; -1 without a row.
 
         A row is the sequence of tokens between two newline tokens, either of the base tile or of the sub-images. Base
@@ -83,16 +146,32 @@ class TileGeometry:
         outside |= ~is_newline & (is_base != is_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
         return row.masked_fill(outside, -1)
 
+    @_table
+    def token_newline(self) -> Tensor:
+        """Index of the newline token that ends the row of each valid token in packed order, `[valid]`.
+
+        Tokens without a row have the number of newline tokens.
+        """
+        index = self.newline_index[self.packed != NEWLINE]
+        return torch.where(index < 0, self.newlines, index)
+
+    @_table
+    def ends_row(self) -> Tensor:
+        """Mask of the newline tokens that end a row with a token, bool `[newlines]`."""
+        mask = torch.zeros(self.newlines + 1, dtype=torch.bool, device=self.packed.device)
+        mask[self.token_newline] = True
+        return mask[: self.newlines]
+
     def unpack(self, packed: Tensor) -> Tensor:
         """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
 
         Args:
             packed: the visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
         """
-        places = self.packed.to(packed.device)
-        features = packed.new_zeros(self.tiles * self.tokens, packed.shape[-1])
-        features[places[places != NEWLINE]] = packed[places != NEWLINE]
-        return features.view(self.tiles, self.tokens, -1)
+        layout, total = self.to(packed.device), self.tiles * self.tokens
+        index = layout.packed.masked_fill(layout.packed == NEWLINE, total)[:, None].expand_as(packed)
+        features = packed.new_zeros(total + 1, packed.shape[-1]).scatter(0, index, packed)
+        return features[:total].view(self.tiles, self.tokens, -1)
 
     def resized(self, token_grid: tuple[int, int]) -> tuple[TileGeometry, Tensor]:
         """Return the layout of the same image at a lower resolution.
@@ -101,9 +180,12 @@ class TileGeometry:
             token_grid: height x width of the tokens of a tile, at most the current `token_grid`.
 
         Returns:
-            The new layout, and a mask of the current tokens at the centers of the new tokens, in the same order, bool
-            `[tiles, tokens]`. A new token is valid if the current token at its center is valid.
+            The new layout where this layout was built, and a mask of the current tokens at the centers of the new
+            tokens, in the same order, bool `[tiles, tokens]`. A new token is valid if the current token at its center
+            is valid.
         """
+        if self.host is not self:
+            return self.host.resized(token_grid)
         if token_grid == self.token_grid:  # `valid` cannot represent rows that hold only newline tokens
             return self, self.valid
         (rows, cols), (height, width) = self.tile_grid, self.token_grid

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.geometry import TileGeometry
 from tokenprune.layers import LayerChoice, resolve_layers
 
 SignalKey: TypeAlias = tuple[str, int]
@@ -180,24 +180,24 @@ class EncodedImage:
 
         It is the input of strategies that treat an image as one sequence.
         """
-        places = self.geometry.packed[self.geometry.packed != NEWLINE].to(self.device)
+        layout = self.geometry.to(self.device)
 
         def flatten(kind: str, value: Tensor) -> Tensor:
             if kind in ROW_SIGNALS:
                 flat = rearrange(value, "tiles heads tokens -> heads (tiles tokens)")[None]
-                return flat[..., places.to(flat.device)]
+                return flat[..., layout.token_order]
             if kind == "keys":
                 flat = rearrange(value, "tiles heads tokens dim -> heads (tiles tokens) dim")[None]
-                return flat[:, :, places.to(flat.device)]
+                return flat[:, :, layout.token_order]
             if kind in TEXT_SIGNALS:
                 return value
             if kind in CLS_SIGNALS:
                 return value[:1]
-            return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, places.to(value.device)]
+            return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, layout.token_order]
 
         return replace(
             self,
-            geometry=TileGeometry.single((1, len(places))),
+            geometry=layout.host.flat.to(self.device),
             signals={key: flatten(key[0], value) for key, value in self.signals.items()},
             pixels=None,
             compute_features=DeferredTensor(lambda: flatten("features", self.features)),

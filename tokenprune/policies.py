@@ -66,8 +66,15 @@ class AllocationPolicy(Component, ABC):
     pools_tiles: ClassVar[bool] = False
     """Whether all tiles share one budget; the selection then reads one sequence (`EncodedImage.flatten_tiles`)."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the tokens of all tiles sum to the total, up to the capacities; a list is counted in any case."""
+        return False
+
     @abstractmethod
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
         """Return the number of tokens that each tile may keep.
 
         Args:
@@ -80,27 +87,15 @@ class AllocationPolicy(Component, ABC):
             Number of tokens per tile, base tile first, `[tiles]`; at most `capacity`.
         """
 
-    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the relative share of each tile in the budget, float64 `[tiles]`, by tensor operations only.
-
-        Implemented by policies that support one compiled graph (`ComponentReducer.mask`).
-
-        Args:
-            image: the encoded image.
-            capacity: largest number of tokens that each tile can keep, `[tiles]`.
-            scores: scores of the selection, `[tiles, tokens]`; `-inf` for tokens that may not be kept.
-
-        Raises:
-            NotImplementedError: if the policy does not support compiled graphs.
-        """
-        raise NotImplementedError(
-            f"{self!r} does not compute its shares as tensors, so it is part of no compiled graph"
-        )
-
 
 @dataclass
 class SelectionPolicy(Component, ABC):
     """Selects tokens inside each tile."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `pick` keeps exactly the budget of each tile; true for the default `pick`."""
+        return type(self).pick is SelectionPolicy.pick
 
     @abstractmethod
     def score(self, image: EncodedImage) -> Tensor:
@@ -159,14 +154,19 @@ class MergingPolicy(Component, ABC):
     """Whether features are mixed before the projector instead of after it; then `needs` must contain the signal
     ``"projector_inputs"``."""
 
-    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+    @property
+    def is_exact(self) -> bool:
+        """Whether `merge` creates exactly the reserved number of tokens in each tile."""
+        return False
+
+    def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return the number of merged tokens in the budget of each tile, `[tiles]`.
 
         The selection picks the remaining tokens of the budget.
 
         Args:
             budgets: number of tokens granted to each tile, `[tiles]`.
-            room: number of candidates in each tile, `[tiles]`; a tile drops nothing if its budget is as large.
+            capacity: number of candidates in each tile, `[tiles]`; a tile drops nothing if its budget is as large.
         """
         return torch.zeros_like(budgets)
 

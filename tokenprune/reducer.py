@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportion_tensor, as_budget, normalize_budget
-from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.budget import Budget, as_budget, as_device_tensor, normalize_budget
+from tokenprune.faults import collect_faults, report_fault
+from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.saliency import SOURCES, Attention, SaliencyModel
-from tokenprune.selection import Newlines, Selection, kept_newlines, top_of_image, top_per_tile
+from tokenprune.selection import (
+    MaskCount,
+    Newlines,
+    Selection,
+    count_newlines,
+    kept_newlines,
+    top_of_image,
+    true_indices,
+)
 from tokenprune.stages import ImageStage, ProjectorStage, Stage
 
 if TYPE_CHECKING:
@@ -99,30 +108,44 @@ class TokenReducer(Configurable, ABC):
                 f"{type(self).__name__}.select must return a bool mask of shape [{geometry.tiles}, {geometry.tokens}] "
                 f"(tiles, tokens), not {kept.dtype} {list(kept.shape)}"
             )
-        if bool((kept & ~geometry.valid.to(kept.device)).any()):
-            raise ValueError(
-                f"{type(self).__name__}.select kept tokens that the model's own unpadding removes; "
-                "choose among image.geometry.valid"
+        layout = geometry.to(kept.device)
+        report_fault(
+            (kept & ~layout.valid).any(),
+            f"{type(self).__name__}.select kept tokens that the model's own unpadding removes; "
+            "choose among image.geometry.valid",
+        )
+        counts, count = list(selection.counts), selection.token_count
+        if count is not None:
+            report_fault(
+                kept.sum() != count,
+                f"{type(self).__name__} declares that {count} tokens are kept, but the mask keeps another number; "
+                "a component whose property is_exact is true must spend the budget",
             )
         self._check_mixing(selection)
         newline_mask = selection.newline_mask
         if newline_mask is None:
             newline_mask = kept_newlines(geometry, kept, self.newlines)
-        return replace(selection, newline_mask=newline_mask, pixels=image.pixels)
+            newline_count = count_newlines(geometry, count, self.newlines)
+            counts += [] if newline_count is None else [MaskCount.of(newline_mask, newline_count)]
+        return replace(selection, newline_mask=newline_mask, counts=tuple(counts), pixels=image.pixels)
 
     def _check_mixing(self, selection: Selection) -> None:
-        """Raise a `ValueError` if the mixing matrix or the order does not fit the kept tokens."""
-        geometry, kept = selection.geometry, selection.kept_tokens
-        mixing, order = selection.mixing, selection.order
-        total = geometry.tiles * geometry.tokens
+        """Report a fault if the mixing matrix or the order does not fit the kept tokens."""
+        geometry, mixing, order = selection.geometry, selection.mixing, selection.order
+        name, total = type(self).__name__, geometry.tiles * geometry.tokens
         widths = {total, total + geometry.tiles} if selection.before_projector else {total}
-        if mixing is not None and (mixing.dim() != 2 or len(mixing) != kept or mixing.shape[1] not in widths):
-            raise ValueError(
-                f"{type(self).__name__}.select returned a mixing matrix of {list(mixing.shape)}; with {kept} kept "
-                f"tokens it must be [{kept}, {' or '.join(map(str, sorted(widths)))}] (kept, sources)"
+        if mixing is not None:
+            expected = f"it must be [kept, {' or '.join(map(str, sorted(widths)))}] (kept, sources)"
+            message = f"{name}.select returned a mixing matrix of {list(mixing.shape)}; {expected}"
+            if mixing.dim() != 2 or mixing.shape[1] not in widths:
+                raise ValueError(message)
+            report_fault(selection.kept.sum() != len(mixing), f"{message}, with a row for each kept token")
+        if order is not None:
+            is_sorted = (order.sort()[0] == torch.arange(len(order), device=order.device)).all()
+            report_fault(
+                ~is_sorted | (selection.kept.sum() != len(order)),
+                f"{name}.select returned an order that is no permutation of the kept tokens",
             )
-        if order is not None and not torch.equal(order.sort()[0].cpu(), torch.arange(kept)):
-            raise ValueError(f"{type(self).__name__}.select returned an order that is no permutation of {kept} tokens")
 
     def __call__(
         self,
@@ -174,7 +197,7 @@ class TokenReducer(Configurable, ABC):
     def select_within_budget(
         self,
         image: EncodedImage,
-        select_tokens: Callable[[int], tuple[Tensor, list[int]]],
+        select_tokens: Callable[[int], tuple[Tensor, Sequence[int] | Tensor]],
         scores: Tensor | None = None,
         limit: int | None = None,
         geometry: TileGeometry | None = None,
@@ -195,10 +218,10 @@ class TokenReducer(Configurable, ABC):
         """
         geometry, budget = image.geometry if geometry is None else geometry, as_budget(self.budget)
         asked = budget.asked(geometry)
-        limit = int(geometry.valid.sum()) if limit is None else limit
+        limit = geometry.valid_tokens if limit is None else limit
         number = min(asked, limit)
         kept, granted = select_tokens(number)
-        newline_mask = kept_newlines(geometry, kept, self.newlines)
+        newline_mask = None
         if budget.newlines == "counted":
 
             def count_tokens(kept: Tensor) -> int:
@@ -223,7 +246,7 @@ class TokenReducer(Configurable, ABC):
             geometry,
             kept,
             asked,
-            budgets=torch.tensor(granted),
+            budgets=granted if isinstance(granted, Tensor) else as_device_tensor(tuple(granted), kept.device),
             scores=scores,
             newline_mask=newline_mask,
         )
@@ -241,8 +264,10 @@ def score_candidates(scorer: ScoreReducer | SelectionPolicy, image: EncodedImage
             f"{type(scorer).__name__}.score must return [tiles, tokens] = {list(candidates.shape)}, "
             f"not {list(scores.shape)}"
         )
-    if bool((scores.isnan() & candidates).any()):
-        raise ValueError(f"{type(scorer).__name__}.score returned NaN; a score must be a number for every valid token")
+    report_fault(
+        (scores.isnan() & candidates).any(),
+        f"{type(scorer).__name__}.score returned NaN; a score must be a number for every valid token",
+    )
     finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # -inf marks tokens that are no candidates
     return finite.masked_fill(~candidates, -torch.inf)
 
@@ -257,14 +282,18 @@ class ScoreReducer(TokenReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Keep the tokens with the largest scores."""
-        valid = image.geometry.valid.to(image.device)
-        scores = score_candidates(self, image, valid)
+        geometry = image.geometry.to(image.device)
+        scores = score_candidates(self, image, geometry.valid)
 
-        def select_tokens(number: int) -> tuple[Tensor, list[int]]:
-            kept = top_of_image(scores, number, valid)
-            return kept, kept.sum(dim=1).tolist()
+        def select_tokens(number: int) -> tuple[Tensor, Tensor]:
+            kept = top_of_image(scores, number, geometry.valid)
+            return kept, kept.sum(dim=1)
 
-        return self.select_within_budget(image, select_tokens, scores)
+        selection = self.select_within_budget(image, select_tokens, scores)
+        if selection.newline_mask is not None:  # counted newline tokens: the number of tokens depends on the scores
+            return selection
+        count = MaskCount.of(selection.kept, min(selection.asked, geometry.valid_tokens))
+        return replace(selection, counts=(count,))
 
 
 @dataclass
@@ -347,39 +376,46 @@ class ComponentReducer(TokenReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then select tokens inside each tile, or among all tiles in one pool."""
-        geometry, device = image.geometry, image.device
+        geometry, device = image.geometry.to(image.device), image.device
         if self.allocation.pools_tiles and geometry.sub_images:
-            flat_index = geometry.packed[geometry.packed != NEWLINE].to(device)[None]
+            flat_index = geometry.token_order[None]
             image = image.flatten_tiles()
         else:
             flat_index = torch.arange(geometry.tiles * geometry.tokens, device=device).view(geometry.tiles, -1)
-        valid = image.geometry.valid.to(device)
-        candidates = self._find_candidates(valid)
+        layout = image.geometry.to(device)
+        candidates = self._find_candidates(layout.valid)
+        capacity = layout.valid_per_tile if self.padding == "exclude" else (layout.tokens,) * layout.tiles
         scores = score_candidates(self.selection, image, candidates)
-        capacity = candidates.sum(dim=1).tolist()
         attempts: list[tuple[Tensor, Tensor, Merged | None]] = []  # one entry per call of select_tokens
 
         def scatter_to_tiles(values: Tensor, fill: float) -> Tensor:
+            if flat_index.shape == (geometry.tiles, geometry.tokens):
+                return values
             flat = values.new_full((geometry.tiles * geometry.tokens,), fill)
             return flat.scatter(0, flat_index.flatten(), values.flatten()).view(geometry.tiles, geometry.tokens)
 
-        def select_tokens(number: int) -> tuple[Tensor, list[int]]:
+        def select_tokens(number: int) -> tuple[Tensor, Sequence[int] | Tensor]:
             granted = self.allocation.allocate(image, number, capacity, scores)
-            kept, merged = self._pick(image, scores, torch.tensor(granted, device=device), candidates)
-            kept = kept & valid
+            budgets = granted if isinstance(granted, Tensor) else as_device_tensor(tuple(granted), device)
+            kept, merged = self._pick(image, scores, budgets, candidates, number >= sum(capacity))
+            kept = kept & layout.valid
             mask = scatter_to_tiles(kept, False)
             attempts.append((mask, kept, merged))
-            return mask, mask.sum(dim=1).tolist() if self.allocation.pools_tiles else granted
+            return mask, mask.sum(dim=1) if self.allocation.pools_tiles else granted
 
         tile_scores = scatter_to_tiles(scores, -torch.inf)
         selection = self.select_within_budget(image, select_tokens, tile_scores, sum(capacity), geometry)
         kept, merged = next((kept, merged) for mask, kept, merged in attempts if mask is selection.kept)
+        count = self._count_kept(selection, layout)
+        if count is not None:
+            selection = replace(selection, counts=(MaskCount.of(selection.kept, count),))
         if merged is None and self.order is None:
             return selection
-        kept_index = geometry.packed[geometry.packed != NEWLINE].to(device)
-        kept_index = kept_index[selection.kept.flatten()[kept_index]]  # flat index of each kept token, in packed order
-        local_index = torch.empty(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
-        local_index[flat_index.flatten()] = torch.arange(flat_index.numel(), device=device)
+        is_kept = selection.kept.flatten()[geometry.token_order]
+        places = is_kept.nonzero()[:, 0] if count is None else true_indices(is_kept, count)
+        kept_index = geometry.token_order[places]  # flat index of each kept token, in packed order
+        local_index = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
+        local_index = local_index.scatter(0, flat_index.flatten(), torch.arange(flat_index.numel(), device=device))
         mixing, order = None, None
         kind = torch.zeros_like(kept, dtype=torch.long) if merged is None else merged.kind
         if merged is not None:
@@ -390,45 +426,58 @@ class ComponentReducer(TokenReducer):
         mixes_inputs = self.merging is not None and self.merging.before_projector and mixing is not None
         return replace(selection, mixing=mixing, before_projector=mixes_inputs, order=order)
 
-    def _find_candidates(self, valid: Tensor) -> Tensor:
-        """Return the tokens that the selection may keep, bool `[tiles, tokens]`."""
-        return torch.ones_like(valid) if self.padding == "ignore" else valid
-
     def mask(self, image: EncodedImage) -> Tensor:
         """Return only the mask of kept tokens, bool `[tiles, tokens]`, as one graph of static shape.
 
-        Keeps the same tokens as `select`, without scores to draw, counts and checks, and without copying a value to the
-        host. For ``torch.compile(reducer.mask, fullgraph=True)`` and CUDA graphs. Ties between shares can be resolved
-        differently (`apportion_tensor`).
+        Keeps the same tokens as `select`, without checks, and reads nothing from the device. For
+        ``torch.compile(reducer.mask, fullgraph=True)`` and CUDA graphs.
 
         Args:
-            image: the encoded image; `image.geometry.valid` must have been read before.
+            image: the encoded image. Before a graph is captured, call `mask` once for the same layout and device, which
+                copies the index tables of the layout to the device.
 
         Raises:
             ValueError: if a component cannot be part of one graph, or newline tokens are counted.
         """
-        is_ranking = type(self.selection).pick is SelectionPolicy.pick and self.merging is None and self.order is None
-        budget = as_budget(self.budget)
-        if not is_ranking or self.allocation.pools_tiles or budget.newlines == "counted":
+        is_exact = self.allocation.is_exact and self.selection.is_exact and self.merging is None and self.order is None
+        if not is_exact or as_budget(self.budget).newlines == "counted":
             raise ValueError(
-                f"{self!r} is no single graph: it needs a selection that ranks scores, an allocation by tiles, no "
+                f"{self!r} is no single graph: it needs a selection and an allocation with the property is_exact, no "
                 "merging, no order, and free newlines; use select"
             )
-        geometry = image.geometry
-        valid = geometry.valid.to(image.device)
-        candidates = self._find_candidates(valid)
-        scores = self.selection.score(image).float().masked_fill(~candidates, -torch.inf)
-        capacity = candidates.sum(dim=1)
-        granted = apportion_tensor(budget.asked(geometry), self.allocation.weights(image, capacity, scores), capacity)
-        return top_per_tile(scores, granted, candidates) & valid
+        if torch.compiler.is_compiling():
+            return self.select(image).kept
+        with collect_faults():
+            return self.select(image).kept
+
+    def _count_kept(self, selection: Selection, layout: TileGeometry) -> int | None:
+        """Return the number of kept tokens if it follows from the budget alone; None if the mask must be counted.
+
+        Args:
+            selection: the kept tokens and the budgets of the tiles.
+            layout: the layout in which tokens are selected.
+        """
+        is_exact = self.allocation.is_exact and self.selection.is_exact
+        is_exact = is_exact and (self.merging is None or self.merging.is_exact)
+        has_padding = self.padding == "ignore" and layout.valid_tokens < layout.tiles * layout.tokens
+        is_counted = as_budget(self.budget).newlines == "counted"
+        if has_padding or is_counted or not is_exact:
+            return None
+        return min(selection.asked, layout.valid_tokens)
+
+    def _find_candidates(self, valid: Tensor) -> Tensor:
+        """Return the tokens that the selection may keep, bool `[tiles, tokens]`."""
+        return torch.ones_like(valid) if self.padding == "ignore" else valid
 
     def _pick(
-        self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor
+        self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor, keeps_all: bool
     ) -> tuple[Tensor, Merged | None]:
         """Return the kept tokens, bool `[tiles, tokens]`, and the result of merging; None if nothing is merged."""
         capacity = candidates.sum(dim=1)
-        reserved = torch.zeros_like(budgets) if self.merging is None else self.merging.reserve(budgets, capacity)
-        if self.merging is None or (not bool(reserved.any()) and bool((budgets >= capacity).all())):
+        if self.merging is None:
+            return self.selection.pick(image, scores, budgets, candidates), None
+        reserved = self.merging.reserve(budgets, capacity)
+        if keeps_all and not bool(reserved.any()):  # no token is dropped and none is reserved
             return self.selection.pick(image, scores, budgets, candidates), None
         picked = self.selection.pick(image, scores, budgets - reserved, candidates)
         merged = self.merging.merge(image, scores, picked, reserved, candidates)
@@ -436,7 +485,7 @@ class ComponentReducer(TokenReducer):
 
 
 def _build_mixing(weights: Tensor, rows: Tensor, flat_index: Tensor, geometry: TileGeometry) -> Tensor:
-    """Return the mixing matrix of a selection, sparse `[kept, tokens of all tiles]`, from the weights inside each tile.
+    """Return the mixing matrix of a selection, `[kept, tokens of all tiles]`, from the weights inside each tile.
 
     Args:
         weights: weights inside each tile, `[tiles, tokens, sources]`.
@@ -450,4 +499,4 @@ def _build_mixing(weights: Tensor, rows: Tensor, flat_index: Tensor, geometry: T
     columns = torch.cat([flat_index, total + torch.arange(tiles, device=flat_index.device)[:, None]], dim=1)
     columns = columns[:, : tokens + cls_columns][rows // tokens]
     mixing = weights.new_zeros(len(rows), total + cls_columns * geometry.tiles)
-    return mixing.scatter(1, columns, weights.flatten(0, 1)[rows]).to_sparse()
+    return mixing.scatter(1, columns, weights.flatten(0, 1)[rows])

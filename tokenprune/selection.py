@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.geometry import TileGeometry
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Newlines: TypeAlias = Literal["keep_rows", "drop", "keep"]
+
+
+class MaskCount(NamedTuple):
+    """The number of true entries of a mask, known without reading the mask from the device.
+
+    The number does not hold for another mask, nor for the mask after it is modified in place.
+
+    Args:
+        mask: the mask.
+        number: its number of true entries.
+        version: the number of modifications of the mask when it was counted.
+    """
+
+    mask: Tensor
+    number: int
+    version: int
+
+    @classmethod
+    def of(cls, mask: Tensor, number: int) -> MaskCount:
+        """Return the count of a mask."""
+        return cls(mask, number, _version(mask))
+
+    def holds_for(self, mask: Tensor | None) -> bool:
+        """Return whether this is the counted mask, unmodified."""
+        return mask is self.mask and _version(mask) == self.version
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the number of modifications of a tensor; 0 for inference tensors, which do not count them."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +66,7 @@ class Selection:
         pixels: the tiles as images for drawing, uint8 `[tiles, height, width, 3]`.
         resized_grid: height x width of the tokens of a tile, for strategies that encode the image at another
             resolution.
+        counts: numbers of kept tokens and newline tokens that are known without reading the masks from the device.
     """
 
     geometry: TileGeometry
@@ -49,6 +80,7 @@ class Selection:
     order: Tensor | None = None
     pixels: Tensor | None = None
     resized_grid: tuple[int, int] | None = None
+    counts: tuple[MaskCount, ...] = ()
 
     @property
     def kept_per_tile(self) -> list[int]:
@@ -65,27 +97,36 @@ class Selection:
     @property
     def kept_tokens(self) -> int:
         """Number of kept visual tokens without newline tokens."""
-        return int(self.kept.sum())
+        return int(self.kept.sum()) if self.token_count is None else self.token_count
+
+    @property
+    def token_count(self) -> int | None:
+        """Number of kept tokens if it is known without reading `kept`, else None."""
+        return next((count.number for count in self.counts if count.holds_for(self.kept)), None)
+
+    @property
+    def newline_count(self) -> int | None:
+        """Number of kept newline tokens if it is known without reading `newline_mask`, else None."""
+        return next((count.number for count in self.counts if count.holds_for(self.newline_mask)), None)
 
     @property
     def kept_newlines(self) -> int:
         """Number of kept newline tokens."""
+        if self.newline_count is not None:
+            return self.newline_count
         return 0 if self.newline_mask is None else int(self.newline_mask.sum())
 
     @property
     def everything(self) -> bool:
         """Whether nothing is dropped, mixed or moved."""
-        return self.mixing is None and self.order is None and bool(self.packed_mask().all())
+        total = self.geometry.valid_tokens + self.geometry.newlines
+        return self.mixing is None and self.order is None and self.kept_tokens + self.kept_newlines == total
 
     def packed_mask(self) -> Tensor:
         """Return the mask of the kept positions of the packed image, bool `[length]`."""
-        packed = self.geometry.packed
-        mask = self.kept.flatten()[packed.clamp(min=0)]
-        if self.newline_mask is not None:
-            mask[packed == NEWLINE] = self.newline_mask
-        else:
-            mask[packed == NEWLINE] = False
-        return mask
+        newlines = self.newline_mask
+        newlines = self.kept.new_zeros(self.geometry.newlines) if newlines is None else newlines.to(self.kept.device)
+        return torch.cat([self.kept.flatten(), newlines])[self.geometry.to(self.kept.device).packed_source]
 
     def compact(self) -> Selection:
         """Return a copy of the selection on the CPU without scores and mixing matrix, for long runs."""
@@ -93,11 +134,15 @@ class Selection:
         def copy_to_cpu(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.cpu().clone()
 
+        kept, newline_mask = self.kept.cpu().clone(), copy_to_cpu(self.newline_mask)
+        counts = [(kept, self.token_count), (newline_mask, self.newline_count)]
         return replace(
             self,
-            kept=self.kept.cpu().clone(),
+            geometry=self.geometry.host,
+            kept=kept,
             budgets=copy_to_cpu(self.budgets),
-            newline_mask=copy_to_cpu(self.newline_mask),
+            newline_mask=newline_mask,
+            counts=tuple(MaskCount.of(mask, n) for mask, n in counts if mask is not None and n is not None),
             order=copy_to_cpu(self.order),
             scores=None,
             mixing=None,
@@ -168,9 +213,36 @@ def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> T
         return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
     if newlines != "keep_rows":
         raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
-    row, packed = geometry.newline_of.to(kept.device), geometry.packed.to(kept.device)
-    in_row = (packed != NEWLINE) & (row >= 0)
-    is_kept = torch.full((geometry.newlines,), bool(kept.any()), device=kept.device)
-    is_kept[row[in_row]] = False
-    is_kept[row[in_row & kept.flatten()[packed.clamp(min=0)]]] = True
-    return is_kept
+    if not geometry.newlines:
+        return kept.new_zeros(0)
+    layout = geometry.to(kept.device)
+    counts = torch.zeros(geometry.newlines + 1, dtype=torch.long, device=kept.device)  # last entry: tokens without row
+    counts = counts.scatter_add(0, layout.token_newline, kept.flatten()[layout.token_order].long())
+    return torch.where(layout.ends_row, counts[:-1] > 0, counts.sum() > 0)
+
+
+def count_newlines(geometry: TileGeometry, tokens: int | None, newlines: Newlines) -> int | None:
+    """Return the number of kept newline tokens if it follows from the number of kept tokens, else None.
+
+    Args:
+        geometry: the layout of the image.
+        tokens: number of kept tokens; None if it is not known.
+        newlines: as in `kept_newlines`.
+    """
+    if newlines == "drop" or not geometry.newlines:
+        return 0
+    if newlines == "keep" or tokens == geometry.valid_tokens:
+        return geometry.newlines
+    return 0 if tokens == 0 else None
+
+
+def true_indices(mask: Tensor, number: int) -> Tensor:
+    """Return the indices of the true entries in ascending order, `[number]`, without reading from the device.
+
+    Args:
+        mask: bool `[entries]`.
+        number: number of true entries, known to the caller.
+    """
+    entries = torch.arange(len(mask), device=mask.device)
+    places = torch.where(mask, mask.long().cumsum(dim=0) - 1, number)  # false entries: additional last place
+    return mask.new_zeros(number + 1, dtype=torch.long).scatter(0, places.clamp(max=number), entries)[:number]

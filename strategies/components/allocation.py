@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from einops import reduce
 from torch import Tensor
 
-from tokenprune.budget import apportion
+from tokenprune.budget import apportion, apportion_tensor, as_device_tensor
 from tokenprune.geometry import TileGeometry, region_coverage
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
@@ -18,8 +19,11 @@ from tokenprune.policies import AllocationPolicy
 from tokenprune.selection import top_of_image
 
 
+@lru_cache(maxsize=1024)
 def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     """Return the share of each base-tile token that lies in each sub-image, float32 `[sub_images, tokens]`.
+
+    Later calls with the same layout return the same tensor; do not modify it.
 
     Args:
         geometry: the layout of the image.
@@ -30,6 +34,9 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     Raises:
         ValueError: if the region is not known, or if there are more stripes than tokens.
     """
+    if geometry.host is not geometry:
+        with torch.inference_mode(False):  # a later call may record gradients
+            return base_tile_coverage(geometry.host, region).to(geometry.regions.device)
     (rows, cols), device = geometry.tile_grid, geometry.regions.device
     if region == "exact":
         return region_coverage(geometry.regions, geometry.token_grid)
@@ -89,33 +96,32 @@ class VisualContentAllocation(AllocationPolicy):
             number = int(attention.numel() * (1 - self.base_share))
             candidates = torch.ones_like(attention, dtype=torch.bool)
             attention = top_of_image(attention[None], number, candidates[None])[0].double()
-        return base_tile_coverage(image.geometry, self.region).to(attention.device).double() @ attention
+        coverage = base_tile_coverage(image.geometry.to(attention.device), self.region)
+        return coverage.double() @ attention
 
-    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the share of each tile, float64 `[tiles]`.
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return self.rounding == "largest_remainder"
 
-        If no sub-image draws attention, they share in proportion to their capacity.
-        """
-        if self.rounding == "floor":
-            return super().weights(image, capacity, scores)
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
+        """Divide the budget by visual content. If no sub-image draws attention, divide it by capacity."""
         if not image.geometry.sub_images:
-            return torch.ones(1, dtype=torch.float64, device=capacity.device)
-        content = self.content(image).to(capacity.device)
-        content = torch.where(content.sum() > 0, content, capacity[1:])
-        shares = (1 - self.base_share) * content / content.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.cat([shares.new_full((1,), self.base_share), shares])
-
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Divide the budget by visual content."""
+            return [min(total, capacity[0])]
+        content = self.content(image)
         if self.rounding == "largest_remainder":
-            shares: list[float] = self.weights(image, torch.tensor(capacity), scores).tolist()
-            return apportion(total, shares, capacity)
-        content: list[float] = self.content(image).tolist() if image.geometry.sub_images else []
-        content_sum = sum(content)
-        base = min(int(total * self.base_share) if content else total, capacity[0])
+            limits = as_device_tensor(tuple(capacity), content.device)
+            content = torch.where(content.sum() > 0, content, limits[1:])
+            shares = (1 - self.base_share) * content / content.sum().clamp(min=torch.finfo(torch.float64).tiny)
+            return apportion_tensor(total, torch.cat([shares.new_full((1,), self.base_share), shares]), limits)
+        base = min(int(total * self.base_share), capacity[0])
         remaining = min(total - base, sum(capacity[1:]))
-        floored = [int(remaining * value / content_sum) if content_sum else 0 for value in content]
-        return [base, *(min(share, limit) for share, limit in zip(floored, capacity[1:], strict=True))]
+        content_sum = content.cumsum(dim=0)[-1:]  # added in order, as in the release: rounding down depends on it
+        shares = remaining * content / torch.where(content_sum > 0, content_sum, torch.inf)
+        floored = torch.cat([shares.new_full((1,), base), shares.floor()]).long()
+        return floored.minimum(as_device_tensor(tuple(capacity), content.device))
 
 
 @dataclass
@@ -129,24 +135,21 @@ class ScoreMassAllocation(AllocationPolicy):
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
-    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the score sum of each tile, or its capacity if all sums are 0, float64 `[tiles]`."""
-        if self.rounding == "floor":
-            return super().weights(image, capacity, scores)
-        return self._score_mass(capacity, scores)
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return self.rounding == "largest_remainder"
 
-    def _score_mass(self, capacity: Tensor, scores: Tensor) -> Tensor:
-        mass = scores.double().clamp(min=0).sum(dim=1).to(capacity.device)
-        return torch.where(mass.sum() > 0, mass, capacity)
-
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Divide the budget by the sum of the scores."""
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
+        """Divide the budget by the sum of the scores. If all sums are 0, divide it by capacity."""
+        limits = as_device_tensor(tuple(capacity), scores.device)
         if self.rounding == "floor" and total and len(capacity) > 1:
             sums = scores.clamp(min=0).sum(dim=1)  # float32 as in the release: rounding down depends on it
-            granted: list[int] = (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).tolist()
-            return [min(share, limit) for share, limit in zip(granted, capacity, strict=True)]
-        mass: list[float] = self._score_mass(torch.tensor(capacity), scores).tolist()
-        return apportion(total, mass, capacity)
+            return (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).minimum(limits)
+        mass = scores.double().clamp(min=0).sum(dim=1)
+        return apportion_tensor(total, torch.where(mass.sum() > 0, mass, limits), limits)
 
 
 @dataclass
@@ -160,11 +163,10 @@ class UniformAllocation(AllocationPolicy):
 
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
 
-    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return equal shares, float64 `[tiles]`."""
-        if self.rounding == "floor":
-            return super().weights(image, capacity, scores)
-        return torch.ones_like(capacity, dtype=torch.float64)
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return self.rounding == "largest_remainder"
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget evenly."""
@@ -177,9 +179,10 @@ class UniformAllocation(AllocationPolicy):
 class ProportionalAllocation(AllocationPolicy):
     """Divides the budget in proportion to the number of valid tokens in each tile."""
 
-    def weights(self, image: EncodedImage, capacity: Tensor, scores: Tensor) -> Tensor:
-        """Return the capacity of each tile, float64 `[tiles]`."""
-        return capacity.double()
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return True
 
     def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
         """Divide the budget by capacity."""
@@ -192,10 +195,18 @@ class GlobalTopAllocation(AllocationPolicy):
 
     pools_tiles: ClassVar[bool] = True
 
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
-        """Count the top tokens of the image in each tile."""
-        counts: list[int] = top_of_image(scores, total, scores > -torch.inf).sum(dim=1).tolist()
-        return counts
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return True
+
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
+        """Grant the pool the budget; without a pool, count the top tokens of the image in each tile."""
+        if len(capacity) == 1:
+            return [min(total, capacity[0])]
+        return top_of_image(scores, total, scores > -torch.inf).sum(dim=1)
 
 
 @dataclass
@@ -217,7 +228,14 @@ class SubImagesAllocation(AllocationPolicy):
 
     pooled: bool = False
 
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full, up to the capacity of the sub-images."""
+        return not self.pooled
+
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
         """Divide the budget over the sub-images.
 
         Raises:
@@ -228,6 +246,6 @@ class SubImagesAllocation(AllocationPolicy):
                 "SubImagesAllocation needs sub-images, but this image has only a base tile; use UniformAllocation"
             )
         if self.pooled:
-            counts: list[int] = top_of_image(scores[1:], total, scores[1:] > -torch.inf).sum(dim=1).tolist()
-            return [0, *counts]
+            counts = top_of_image(scores[1:], total, scores[1:] > -torch.inf).sum(dim=1)
+            return torch.cat([counts.new_zeros(1), counts])
         return [0, *apportion(total, [float(limit) for limit in capacity[1:]], capacity[1:])]

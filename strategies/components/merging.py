@@ -42,9 +42,9 @@ class MeanOfRestMerging(MergingPolicy):
         """The inputs of the projector."""
         return (Signal("projector_inputs"),)
 
-    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return one token for every tile that both keeps and drops tokens, `[tiles]`."""
-        return budgets.clamp(max=1) * (budgets < room)
+        return budgets.clamp(max=1) * (budgets < capacity)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -86,12 +86,12 @@ class NeighborMerging(MergingPolicy):
         """The joint attention of all heads, the keys, and the inputs of the projector."""
         return (Signal("joint_attention", self.layer), Signal("keys", self.layer), Signal("projector_inputs"))
 
-    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return one token for every tile that both keeps and drops tokens, `[tiles]`.
 
         With the weights of the release, return one token for every tile that keeps tokens.
         """
-        return budgets.clamp(max=1) * ((budgets < room) | (self.weights == RELEASE_WEIGHTS))
+        return budgets.clamp(max=1) * ((budgets < capacity) | (self.weights == RELEASE_WEIGHTS))
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -154,11 +154,11 @@ class ContextualMerging(MergingPolicy):
         needs = [Signal("keys", self.layer), Signal("projector_inputs")]
         return [*needs, Signal("cls_features")] if self.cls else needs
 
-    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return the number of targets, plus one if the CLS token is kept, `[tiles]`."""
         share, number = (budgets * self.share).round().long(), self.number
         targets = share if number is None else torch.full_like(budgets, number)
-        return (targets + self.cls).minimum(budgets) * (budgets < room)
+        return (targets + self.cls).minimum(budgets) * (budgets < capacity)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -205,9 +205,9 @@ class PooledGridMerging(MergingPolicy):
     most one. If a cell covers part of a token, the token is weighted by the covered area.
     """
 
-    def reserve(self, budgets: Tensor, room: Tensor) -> Tensor:
+    def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return the full budget of each tile that drops tokens, so that the selection picks none, `[tiles]`."""
-        return budgets * (budgets < room)
+        return budgets * (budgets < capacity)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor

@@ -60,15 +60,15 @@ def test_allocations_never_exceed_the_capacity(policy, size, grid, total, seed) 
     valid = image.geometry.valid
     capacity = valid.sum(1).tolist()
     scores = torch.rand(valid.shape).masked_fill(~valid, -torch.inf)
-    counts = policy.allocate(image, total, capacity, scores)
-    assert len(counts) == image.geometry.tiles
-    assert all(type(count) is int and 0 <= count <= limit for count, limit in zip(counts, capacity, strict=True))
+    counts = torch.as_tensor(policy.allocate(image, total, capacity, scores))
+    assert (counts.dtype, len(counts)) == (torch.int64, image.geometry.tiles)
+    assert all(0 <= count <= limit for count, limit in zip(counts.tolist(), capacity, strict=True))
     limit = capacity[0] if isinstance(policy, BaseTileAllocation) else sum(capacity)
     limit = sum(capacity[1:]) if isinstance(policy, SubImagesAllocation) else limit
     if getattr(policy, "rounding", "") == "floor":
-        assert sum(counts) <= min(total, limit)
+        assert int(counts.sum()) <= min(total, limit)
     else:
-        assert sum(counts) == min(total, limit)
+        assert int(counts.sum()) == min(total, limit)
 
 
 def allocate(
@@ -76,7 +76,8 @@ def allocate(
 ) -> list[int]:
     """Return the granted tokens of each tile; scores are zero by default."""
     scores = torch.zeros(image.geometry.tiles, image.geometry.tokens) if scores is None else scores
-    return policy.allocate(image, total, image.geometry.valid.sum(1).tolist(), scores)
+    granted = policy.allocate(image, total, image.geometry.valid_per_tile, scores)
+    return torch.as_tensor(granted).tolist()
 
 
 def test_allocation_examples() -> None:
