@@ -204,7 +204,7 @@ def prune_by_batch_outliers(encoded: EncodedBoard, budget: float) -> LlmInput:
     first = batch.geometry.tiles - layout.tiles
     assert selection.mixing is not None
     assert selection.order is not None
-    mixed = mix(selection.mixing, gather_mixing_sources(batch, selection.mixing.shape[1]))[selection.order]
+    mixed = mix(selection.mixing, gather_mixing_sources(batch, selection))[selection.order]
     features = find_adapter(encoded.model).project(mixed[int(selection.kept[:first].sum()) :])
     kept = selection.kept[first:].flatten()
     all_tokens = encoded.reduce(encoded.encoding, UniformStride(1.0)).tokens

@@ -141,7 +141,7 @@ class ImageAccount:
         return cls(
             asked=selection.asked,
             kept=selection.kept_tokens,
-            valid=int(geometry.valid.sum()),
+            valid=geometry.valid_tokens,
             encoded=geometry.tiles * geometry.tokens,
             newlines=selection.kept_newlines,
             newlines_full=geometry.newlines,
@@ -170,14 +170,15 @@ class ImageTotals:
     newlines: int = 0
     beyond_valid: int = 0
 
-    def add(self, image: ImageAccount) -> None:
+    def add(self, selection: Selection) -> None:
         """Add one image."""
+        valid = selection.geometry.valid_tokens
         self.images += 1
-        self.asked += image.asked
-        self.kept += image.kept
-        self.valid += image.valid
-        self.newlines += image.newlines
-        self.beyond_valid += image.asked > image.valid
+        self.asked += selection.asked
+        self.kept += selection.kept_tokens
+        self.valid += valid
+        self.newlines += selection.kept_newlines
+        self.beyond_valid += selection.asked > valid
 
 
 @dataclass
@@ -196,14 +197,13 @@ class TokenAccount:
     llm: LLMShape
     attention: str | None = None
     saliency_flops: int = 0
-    images: deque[ImageAccount] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
-    """One entry per image, in the order of the calls; the last `HISTORY` of them."""
     prompt_lengths: deque[RowLengths] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
     """One entry per prompt row, in the order of the calls; the last `HISTORY` of them."""
 
     def __post_init__(self) -> None:
         """Set all totals to zero."""
         self._images = ImageTotals()
+        self._entries: deque[Selection | ImageAccount] = deque(maxlen=HISTORY)
         self._full = LayerSums.from_rows(self.llm)
         self._reduced = LayerSums.from_rows(self.llm)
 
@@ -229,9 +229,16 @@ class TokenAccount:
             self._full.add((row.full,) * layers)
             self._reduced.add(row.layers)
         self.prompt_lengths.extend(rows)
-        for image in map(ImageAccount.from_selection, selections):
-            self._images.add(image)
-            self.images.append(image)
+        for selection in selections:
+            self._images.add(selection)
+        self._entries.extend(selections)
+
+    @property
+    def images(self) -> list[ImageAccount]:
+        """One entry per image, in the order of the calls; the last `HISTORY` of them."""
+        entries = [e if isinstance(e, ImageAccount) else ImageAccount.from_selection(e) for e in self._entries]
+        self._entries = deque(entries, maxlen=HISTORY)
+        return entries
 
     @property
     def image_count(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.entries import KeptEntries
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.registry import collect_classes
@@ -62,11 +63,11 @@ class VisualTokens(ABC):
         """Return all tokens of each image, newline tokens included, `[length, dim]` each."""
 
     @abstractmethod
-    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return the kept tokens of each image, `[kept, dim]` each.
+    def gather(self, entries: KeptEntries) -> list[Tensor]:
+        """Return the kept tokens of each image, newline tokens included, `[kept, dim]` each.
 
         Args:
-            masks: the kept positions of each packed image, bool `[length]` each.
+            entries: the kept entries of the packed images.
         """
 
 
@@ -84,9 +85,10 @@ class PackedTokens(VisualTokens):
         """Return all tokens of each image, `[length, dim]` each."""
         return self.packed
 
-    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def gather(self, entries: KeptEntries) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each."""
-        return [tokens[mask.to(tokens.device)] for tokens, mask in zip(self.packed, masks, strict=True)]
+        packed = self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed)
+        return list(packed[entries.index.to(packed.device)].split(entries.lengths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +118,15 @@ class Encoding:
         """All visual tokens of each image, newline tokens included, `[length, dim]` each."""
         return self.tokens.all() * self.repeats
 
-    def gather_kept(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return the kept tokens of each image, `[kept, dim]` each.
+    def gather_kept(self, entries: KeptEntries) -> list[Tensor]:
+        """Return the kept tokens of each image, newline tokens included, `[kept, dim]` each.
 
         Args:
-            masks: the kept positions of each packed image, bool `[length]` each.
+            entries: the kept entries of the packed images.
         """
         if self.repeats == 1:
-            return self.tokens.gather(masks)
-        return PackedTokens(self.packed).gather(masks)
+            return self.tokens.gather(entries)
+        return PackedTokens(self.packed).gather(entries)
 
     def repeat(self, times: int) -> Encoding:
         """Return the encoding with its list of images repeated, for several questions about them."""

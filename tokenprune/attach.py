@@ -113,7 +113,16 @@ class Attachment:
         return self._run
 
     def detach(self) -> None:
-        """Remove the strategy from the model; without effect if it is not attached."""
+        """Remove the strategy from the model; without effect if it is not attached.
+
+        Raises:
+            ValueError: if the strategy returned an invalid selection that was not read from the device so far.
+        """
+        self._remove()
+        if self._run is not None:
+            self._run.raise_faults()
+
+    def _remove(self) -> None:
         undo, self._undo, self.pipeline = self._undo, None, None
         if undo is not None:
             undo.close()
@@ -132,7 +141,9 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Detach the strategy, and warn if no image was reduced."""
-        self.detach()
+        self._remove()
+        if kind is None:
+            self.run.raise_faults()
         if kind is None and self.run.account.image_count == 0:
             message = (
                 f"{type(self._reducer).__name__} was attached, but no image went through the model inside the block, "

@@ -205,41 +205,35 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
     return share
 
 
-def apportion_tensor(total: int, weights: Tensor, capacity: Tensor) -> Tensor:
+def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Tensor:
     """Return the units of each part as `apportion` does, int64 `[parts]`, without reading a number from the device.
 
-    The parts are filled in the order of ``capacity / weight``, which gives the full parts and the shares of all others
-    at once. The arithmetic is float64 instead of exact fractions. Remainders that differ by less than 1e-9 count as
-    equal.
+    Part i gets ``min(capacity_i, level * weight_i)`` before rounding. If parts are filled in the order of ``capacity /
+    weight`` and the first k are full, the others need the level ``(total - their capacities) / (remaining weights)``;
+    the right level is the largest of these. The arithmetic is float64 instead of exact fractions. Remainders that
+    differ by less than 1e-9 count as equal, and weights below 1e-30 of the largest weight count as zero.
 
     Args:
         total: units to divide; units beyond the sum of the capacities are dropped.
         weights: non-negative weight of each part, `[parts]`.
-        capacity: maximum units of each part, `[parts]`.
+        capacity: maximum units of each part.
 
     Returns:
         Units per part, int64 `[parts]`.
     """
-    capacity = capacity.long()
-    limit, weights = capacity.double(), weights.double()
-    has_weight = weights > 0
-    total_units = limit.sum().clamp(max=total)
-    spill = (total_units - (limit * has_weight).sum()).clamp(min=0)  # for the parts of weight zero
-    level = torch.where(has_weight, limit / weights, torch.inf)
-    order = level.argsort(stable=True)
-    limit_in_order, weight_in_order = limit[order], weights[order]
-    units_left = total_units - spill - (limit_in_order.cumsum(dim=0) - limit_in_order)
+    total, limit = min(total, sum(capacity)), as_device_tensor(tuple(capacity), weights.device)
+    real_limit, weights = limit.double(), weights.double()
+    weights = weights / weights.amax().clamp(min=torch.finfo(torch.float64).tiny)
+    weights = torch.add(weights, real_limit, alpha=1e-30) + 1e-60  # parts of weight zero share by capacity, at the end
+    order = (real_limit / weights).argsort(stable=True)
+    limit_in_order, weight_in_order = real_limit[order], weights[order]
+    units_left = total - (limit_in_order.cumsum(dim=0) - limit_in_order)
     weight_left = weight_in_order.flip(0).cumsum(dim=0).flip(0)
-    is_open_in_order = (units_left < level[order] * weight_left).cumsum(dim=0) > 0  # neither it nor a later part fills
-    is_open = torch.zeros_like(has_weight).scatter(0, order, is_open_in_order) & has_weight
-    open_units = total_units - spill - (limit * (has_weight & ~is_open)).sum()
-    quota = torch.where(is_open, open_units * weights / _at_least_tiny((weights * is_open).sum()), limit)
-    unweighted = limit.masked_fill(has_weight, 0)
-    quota = torch.where(has_weight, quota, spill * unweighted / _at_least_tiny(unweighted.sum()))
+    quota = torch.minimum(weights * (units_left / weight_left).amax(), real_limit)
     floor = quota.floor()
     remainder = ((quota - floor) * 1e9).round()
     rank = remainder.argsort(descending=True, stable=True).argsort()
-    return (floor + (rank < total_units - floor.sum())).long().minimum(capacity)
+    return (floor + (rank < total - floor.sum())).long().minimum(limit)
 
 
 @lru_cache(maxsize=1024)
@@ -247,13 +241,20 @@ def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Return whole numbers as a tensor, int64 `[values]`; later calls with equal arguments copy nothing to the device.
 
     Args:
-        values: the numbers.
+        values: the numbers; `read_numbers` returns them without reading from the device.
         device: the device of the tensor.
     """
     with torch.inference_mode(False):  # a later call may record gradients
-        return torch.tensor(values, dtype=torch.long, device=device)
+        tensor = torch.tensor(values, dtype=torch.long, device=device)
+    tensor.host_values = values  # type: ignore[attr-defined]
+    return tensor
 
 
-def _at_least_tiny(value: Tensor) -> Tensor:
-    """Return a divisor that is not zero."""
-    return value.clamp(min=torch.finfo(value.dtype).tiny)
+def read_numbers(tensor: Tensor) -> list[int]:
+    """Return the whole numbers of a tensor; nothing is read from the device if `as_device_tensor` built the tensor.
+
+    Args:
+        tensor: whole numbers, `[values]`.
+    """
+    values = getattr(tensor, "host_values", None)
+    return tensor.tolist() if values is None else list(values)

@@ -21,7 +21,7 @@ class Fault:
     """The result of one check.
 
     Args:
-        flag: whether the check failed, bool `[]`, or `[images]` for images that are reduced together.
+        flag: whether the check failed, bool `[]`; `[images]` for images that are reduced together.
         message: the text of the error.
     """
 
@@ -73,7 +73,7 @@ def stack_flags(faults: Sequence[Fault], device: torch.device) -> Tensor:
     """
     if not faults:
         return torch.zeros(0, dtype=torch.long, device=device)
-    return torch.stack([fault.flag.any() for fault in faults]).long()
+    return torch.stack([fault.flag for fault in faults]).long()
 
 
 def raise_first(faults: Sequence[Fault], failed: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ prepare their calls here.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,17 +19,20 @@ from torch import Tensor
 from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
+from tokenprune.batch import BatchReducer
 from tokenprune.budget import as_budget
+from tokenprune.entries import KeptEntries, pack_masks, read_counts
 from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.rewrite import (
+    PromptSummary,
     Rows,
     find_emptied_text,
     gather_position_ids,
-    infer_padding_side,
     shorten_inputs,
     shorten_rows,
+    summarize_prompts,
 )
 from tokenprune.run import Run
 from tokenprune.saliency import (
@@ -40,7 +44,7 @@ from tokenprune.saliency import (
     with_saliency,
 )
 from tokenprune.selection import Selection
-from tokenprune.stages import compute_entry_positions
+from tokenprune.stages import order_positions
 
 if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
@@ -81,6 +85,35 @@ class PreparedCall:
             yield
 
 
+@dataclass(frozen=True, eq=False)
+class _CallRecord:
+    """The numbers of one call that the host knows.
+
+    Args:
+        selections: one selection per image, with counts.
+        prompts: numbers about the full prompts.
+        row_of_image: the prompt row of each image.
+        emptied: number of dropped text positions of each row; empty if none are dropped.
+        saliency_flops: FLOPs of the saliency model.
+    """
+
+    selections: list[Selection]
+    prompts: PromptSummary
+    row_of_image: Sequence[int]
+    emptied: Sequence[int]
+    saliency_flops: int
+
+    @property
+    def reduced_lengths(self) -> list[int]:
+        """Number of tokens of each row of the reduced prompt."""
+        lengths = list(map(operator.sub, self.prompts.tokens, self.prompts.placeholders))
+        for row, number in enumerate(self.emptied):
+            lengths[row] -= number
+        for row, selection in zip(self.row_of_image, self.selections, strict=True):
+            lengths[row] += selection.kept_tokens + selection.kept_newlines
+        return lengths
+
+
 class Pipeline:
     """A strategy bound to a live model.
 
@@ -118,6 +151,7 @@ class Pipeline:
         self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
+        self._batch = BatchReducer(reducer)
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -243,56 +277,64 @@ class Pipeline:
         self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None, use_cache: bool
     ) -> PreparedCall:
         adapter, reducer = self.adapter, self.reducer
+        adapter.check_inputs(inputs)
+        placeholders, attention_mask = adapter.placeholders(inputs), inputs.get("attention_mask")
+        is_prompt_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2  # others: `check_arguments`
+        # The device still has no work to wait for.
+        prompts = summarize_prompts(placeholders, attention_mask if is_prompt_mask else None)
         if encoding is None:
-            adapter.check_inputs(inputs)
             vision = {k: v for k, v in inputs.items() if not (generating and k.startswith("output_"))}
             encoding, is_shared = self._encode(vision, truncated=not self._grants_all_tokens(inputs)), False
         else:
             is_shared = True
-        placeholders = adapter.placeholders(inputs)
         lengths = [len(image.geometry.packed) for image in encoding.images]
-        if adapter.has_prompt_tokens and int(placeholders.sum()) != sum(lengths):
+        if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             raise ValueError(
-                f"Image features and image tokens do not match, tokens: {int(placeholders.sum())}, "
+                f"Image features and image tokens do not match, tokens: {sum(prompts.placeholders)}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
+        row_of_image = prompts.find_rows(lengths)
         images, saliency_flops = self._add_attention(encoding)
-        images = self._add_questions(images, inputs, placeholders, lengths)
-        selections = reduce_unique_images(reducer, images)
-        attention_mask = inputs.get("attention_mask")
+        images = self._add_questions(images, inputs, row_of_image, len(placeholders))
+        reduction = self._batch.reduce(images)
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
+        entry_mask = pack_masks(reduction.selections)
+        side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
+        emptied = None if side == "none" else find_emptied_text(placeholders, entry_mask, lengths, side)
+        selections, emptied_counts, is_checked = read_counts(
+            reduction.selections, entry_mask, reduction.faults, emptied
+        )
+        if not is_checked:
+            self.run.defer_checks(reduction.faults)
         text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
+        record = _CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
         if all(selection.everything for selection in selections):
-            return self._prepare_unchanged(
-                inputs, text, encoding, is_shared, selections, mask, generating, saliency_flops
-            )
+            return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, generating)
         check_arguments(inputs, generating)
-        if adapter.has_prompt_tokens and bool((placeholders & (mask == 0)).any()):
+        if adapter.has_prompt_tokens and prompts.hides_images:
             raise ValueError(
                 "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
                 "its tokens from the call, or set budget=1.0"
             )
-        packed = reducer.stage.gather_features(adapter, encoding, images, selections)
-        masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
-        entry_positions = [compute_entry_positions(*pair) for pair in zip(selections, masks, strict=True)]
-        features = adapter.features_to_inputs(encoding, packed, entry_positions)
+        entries = KeptEntries.from_counted(entry_mask, selections)
+        packed = reducer.stage.gather_features(adapter, encoding, images, selections, entries)
+        features = adapter.features_to_inputs(encoding, packed, order_positions(selections, entries))
         if not adapter.has_prompt_tokens:
             rows = Rows.unchanged(mask)
-            self._record(selections, mask, rows, saliency_flops)
+            self._record(record, rows, prompts.tokens)
             return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
         preserves_positions = reducer.positions == "preserve"
         # Without a cache, transformers treats gaps in position ids as packed sequences unless a position is masked.
         spare = int(generating and preserves_positions and not use_cache)
-        kept = torch.cat(masks)
-        side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
-        emptied = find_emptied_text(placeholders, kept, lengths, side)
-        padding = "left" if spare else infer_padding_side(mask, inputs.get("labels") is not None)
-        rows = shorten_rows(placeholders, mask, kept, padding, spare, emptied)
+        padding = "left" if spare else prompts.padding_side(inputs.get("labels") is not None)
+        rows = shorten_rows(
+            placeholders, mask, entry_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
+        )
         reduced = shorten_inputs(text, rows, self._pad_token_id())
         reduced.pop("position_ids", None)
         if (positions := self._compute_position_ids(inputs, rows, generating)) is not None:
             reduced["position_ids"] = positions
-        self._record(selections, mask, rows, saliency_flops)
+        self._record(record, rows, record.reduced_lengths)
         return PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
 
     def _prepare_unchanged(
@@ -301,14 +343,13 @@ class Pipeline:
         text: dict[str, Any],
         encoding: Encoding,
         is_shared: bool,
-        selections: list[Selection],
+        record: _CallRecord,
         mask: Tensor,
         generating: bool,
-        saliency_flops: int,
     ) -> PreparedCall:
         """Return the unchanged call, so that its output equals the output of the unmodified model."""
-        rows = Rows.unchanged(mask)
-        self._record(selections, mask, rows, saliency_flops)
+        rows, selections = Rows.unchanged(mask), record.selections
+        self._record(record, rows, record.prompts.tokens)
         if not (encoding.is_complete or is_shared):
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
@@ -322,9 +363,9 @@ class Pipeline:
     def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
         return () if features.context is None else (self._lock, features.context)
 
-    def _record(self, selections: list[Selection], mask: Tensor, rows: Rows, saliency_flops: int) -> None:
-        lengths = zip(_count_row_tokens(mask), _count_row_tokens(rows.mask), strict=True)
-        self.run.add(selections, rows, list(lengths), saliency_flops)
+    def _record(self, record: _CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
+        lengths = list(zip(record.prompts.tokens, reduced, strict=True))
+        self.run.add(record.selections, rows, lengths, record.saliency_flops)
 
     def _check_without_images(self, inputs: Mapping[str, Any]) -> None:
         """Raise an error if a call without images cannot run.
@@ -398,7 +439,7 @@ class Pipeline:
         return images * encoding.repeats, total
 
     def _add_questions(
-        self, images: list[EncodedImage], inputs: Mapping[str, Any], placeholders: Tensor, lengths: list[int]
+        self, images: list[EncodedImage], inputs: Mapping[str, Any], row_of_image: Sequence[int], rows: int
     ) -> list[EncodedImage]:
         """Return the images with the question signals of their prompt row; unchanged if the strategy reads none.
 
@@ -408,14 +449,12 @@ class Pipeline:
         needs = [signal for signal in self.reducer.needs if signal.kind in TEXT_SIGNALS]
         if not needs:
             return images
-        row_of = placeholders.nonzero()[:, 0].cpu()
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(dim=0)
-        questions = self._read_questions(inputs, len(placeholders))
+        questions = self._read_questions(inputs, rows)
         vectors = {
             text: self.adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)
         }
         images_with_question: dict[tuple[EncodedImage, str], EncodedImage] = {}
-        for image, row in zip(images, row_of[starts].tolist(), strict=True):
+        for image, row in zip(images, row_of_image, strict=True):
             text = questions[row]
             if (image, text) not in images_with_question:
                 signals = {
@@ -424,7 +463,7 @@ class Pipeline:
                     for layer in resolve_layers(signal.layer, image.layers, image.feature_layer)
                 }
                 images_with_question[image, text] = image.with_signals(signals)
-        return [images_with_question[i, questions[r]] for i, r in zip(images, row_of[starts].tolist(), strict=True)]
+        return [images_with_question[i, questions[row]] for i, row in zip(images, row_of_image, strict=True)]
 
     def _read_questions(self, inputs: Mapping[str, Any], rows: int) -> list[str]:
         """Return the question of each prompt row."""
@@ -531,17 +570,6 @@ def describe_attention(reducer: TokenReducer, adapter: Adapter) -> str | None:
     return source.name if isinstance(source, SaliencyModel) else resolve_attention_source(source, adapter.provides)
 
 
-def reduce_unique_images(reducer: TokenReducer, images: Sequence[EncodedImage]) -> list[Selection]:
-    """Return the selection of each image; an image that occurs several times is reduced once.
-
-    Args:
-        reducer: the strategy.
-        images: the encoded images.
-    """
-    selections = {image: reducer.reduce(image) for image in dict.fromkeys(images)}
-    return [selections[image] for image in images]
-
-
 def call_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
     """Return ``model.generate(**inputs, **options)``, with the strategy that is attached to the model, if any.
 
@@ -596,8 +624,3 @@ def infer_attention_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, de
     if pad is None or int(pad) in ends or not bool((ids == int(pad)).any()):
         return None
     return (ids != int(pad)).long()
-
-
-def _count_row_tokens(mask: Tensor) -> list[int]:
-    lengths: list[int] = mask.bool().sum(dim=1).tolist()
-    return lengths

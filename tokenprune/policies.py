@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
-from tokenprune.selection import top_per_tile
+from tokenprune.selection import top_ranked
 
 
 class Configurable:
@@ -106,11 +106,11 @@ class SelectionPolicy(Component, ABC):
 
         Args:
             image: the encoded image.
-            scores: the result of `score`, `[tiles, tokens]`.
+            scores: the result of `score`, `[tiles, tokens]`; `-inf` for tokens that are no candidates.
             budgets: number of tokens to keep in each tile, `[tiles]`.
             candidates: tokens that may be kept, bool `[tiles, tokens]`.
         """
-        return top_per_tile(scores, budgets, candidates)
+        return top_ranked(scores, budgets) & candidates
 
 
 @dataclass

@@ -115,13 +115,14 @@ class TokenReducer(Configurable, ABC):
             "choose among image.geometry.valid",
         )
         counts, count = list(selection.counts), selection.token_count
+        kept_number = kept.sum()
         if count is not None:
             report_fault(
-                kept.sum() != count,
+                kept_number != count,
                 f"{type(self).__name__} declares that {count} tokens are kept, but the mask keeps another number; "
                 "a component whose property is_exact is true must spend the budget",
             )
-        self._check_mixing(selection)
+        self._check_mixing(selection, kept_number)
         newline_mask = selection.newline_mask
         if newline_mask is None:
             newline_mask = kept_newlines(geometry, kept, self.newlines)
@@ -129,7 +130,7 @@ class TokenReducer(Configurable, ABC):
             counts += [] if newline_count is None else [MaskCount.of(newline_mask, newline_count)]
         return replace(selection, newline_mask=newline_mask, counts=tuple(counts), pixels=image.pixels)
 
-    def _check_mixing(self, selection: Selection) -> None:
+    def _check_mixing(self, selection: Selection, kept_number: Tensor) -> None:
         """Report a fault if the mixing matrix or the order does not fit the kept tokens."""
         geometry, mixing, order = selection.geometry, selection.mixing, selection.order
         name, total = type(self).__name__, geometry.tiles * geometry.tokens
@@ -139,11 +140,11 @@ class TokenReducer(Configurable, ABC):
             message = f"{name}.select returned a mixing matrix of {list(mixing.shape)}; {expected}"
             if mixing.dim() != 2 or mixing.shape[1] not in widths:
                 raise ValueError(message)
-            report_fault(selection.kept.sum() != len(mixing), f"{message}, with a row for each kept token")
+            report_fault(kept_number != len(mixing), f"{message}, with a row for each kept token")
         if order is not None:
             is_sorted = (order.sort()[0] == torch.arange(len(order), device=order.device)).all()
             report_fault(
-                ~is_sorted | (selection.kept.sum() != len(order)),
+                ~is_sorted | (kept_number != len(order)),
                 f"{name}.select returned an order that is no permutation of the kept tokens",
             )
 
@@ -414,14 +415,16 @@ class ComponentReducer(TokenReducer):
         is_kept = selection.kept.flatten()[geometry.token_order]
         places = is_kept.nonzero()[:, 0] if count is None else true_indices(is_kept, count)
         kept_index = geometry.token_order[places]  # flat index of each kept token, in packed order
-        local_index = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
-        local_index = local_index.scatter(0, flat_index.flatten(), torch.arange(flat_index.numel(), device=device))
+        local = kept_index  # index of each kept token in the image that the components read
+        if image.geometry.host is not geometry.host:  # the tiles are pooled
+            local = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
+            local = local.scatter(0, flat_index.flatten(), torch.arange(flat_index.numel(), device=device))[kept_index]
         mixing, order = None, None
         kind = torch.zeros_like(kept, dtype=torch.long) if merged is None else merged.kind
         if merged is not None:
-            mixing = _build_mixing(merged.weights, local_index[kept_index], flat_index, geometry)
+            mixing = _build_mixing(merged.weights, local, flat_index, geometry)
         if self.order is not None:
-            rank = self.order.rank(image, scores, kept, kind).flatten()[local_index[kept_index]]
+            rank = self.order.rank(image, scores, kept, kind).flatten()[local]
             order = rank.argsort(stable=True)
         mixes_inputs = self.merging is not None and self.merging.before_projector and mixing is not None
         return replace(selection, mixing=mixing, before_projector=mixes_inputs, order=order)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from tokenprune.selection import true_indices
 
 TEXT_INPUTS: Mapping[str, int] = {"inputs_embeds": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 """Inputs with one entry per prompt position, besides ids and mask, and the value that fills their padding."""
@@ -112,6 +117,60 @@ TextSeparatorSide: TypeAlias = Literal["none", "before", "after"]
 """
 
 
+@dataclass(frozen=True)
+class PromptSummary:
+    """Numbers about the prompts of a call, read from the device at once.
+
+    Args:
+        placeholders: number of image placeholders of each row.
+        tokens: number of tokens of each row without padding.
+        hides_images: whether the attention mask hides an image placeholder.
+        ends_with_padding: whether a row ends with padding.
+        starts_with_tokens: whether every row starts with a token.
+    """
+
+    placeholders: tuple[int, ...]
+    tokens: tuple[int, ...]
+    hides_images: bool = False
+    ends_with_padding: bool = False
+    starts_with_tokens: bool = True
+
+    def find_rows(self, lengths: Sequence[int]) -> list[int]:
+        """Return the prompt row of each image.
+
+        Args:
+            lengths: number of placeholders of each image, in the order of the prompts.
+        """
+        ends = list(accumulate(self.placeholders))
+        starts = [0, *accumulate(lengths)]
+        return [bisect_right(ends, start) for start in starts[: len(lengths)]]
+
+    def padding_side(self, has_labels: bool) -> Literal["left", "right"]:
+        """Return the side on which the batch is padded; an unpadded batch with labels counts as right-padded.
+
+        Args:
+            has_labels: whether the call computes a loss.
+        """
+        return "right" if self.ends_with_padding or (has_labels and self.starts_with_tokens) else "left"
+
+
+def summarize_prompts(placeholders: Tensor, attention_mask: Tensor | None) -> PromptSummary:
+    """Return numbers about the prompts of a call, with one read from the device.
+
+    Args:
+        placeholders: positions of image placeholders, bool `[rows, length]`.
+        attention_mask: attention mask of the full prompts, `[rows, length]`; None if there is no padding.
+    """
+    numbers = placeholders.sum(dim=1)
+    if attention_mask is None:
+        return PromptSummary(tuple(numbers.tolist()), (placeholders.shape[1],) * len(placeholders))
+    is_token = attention_mask.bool()
+    hidden = (placeholders & ~is_token).any(dim=1)
+    columns = [numbers, is_token.sum(dim=1), hidden, ~is_token[:, -1], is_token[:, 0]]
+    table = torch.stack([column.long() for column in columns]).tolist()
+    return PromptSummary(tuple(table[0]), tuple(table[1]), any(table[2]), any(table[3]), all(table[4]))
+
+
 def find_emptied_text(placeholders: Tensor, kept: Tensor, lengths: Sequence[int], side: TextSeparatorSide) -> Tensor:
     """Return the mask of text separators that belong to rows or tiles without a kept token, bool `[rows, length]`.
 
@@ -127,13 +186,13 @@ def find_emptied_text(placeholders: Tensor, kept: Tensor, lengths: Sequence[int]
     if side == "none" or total == 0:
         return torch.zeros_like(placeholders)
     flat = placeholders.flatten()
-    image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(flat.device)
+    image = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)], device=flat.device)
     count = flat.long().cumsum(dim=0)  # placeholders up to each position
     last, following = (count - 1).clamp(min=0), count.clamp(max=total - 1)
     inside = ~flat & (count > 0) & (count < total) & (image[last] == image[following])
-    is_start = torch.cat([flat.new_zeros(1), (flat.nonzero()[:, 0].diff() != 1) | (image.diff() != 0)])
+    is_start = torch.cat([flat.new_zeros(1), (true_indices(flat, total).diff() != 1) | (image.diff() != 0)])
     run = is_start.long().cumsum(dim=0)
-    has_kept = flat.new_zeros(total).index_fill(0, run[kept.to(flat.device)], True)
+    has_kept = torch.zeros_like(run).scatter_add(0, run, kept.to(flat.device).long()) > 0
     owner = run[last if side == "after" else following]
     return (inside & ~has_kept[owner]).view_as(placeholders)
 
@@ -143,43 +202,31 @@ def shorten_rows(
     attention_mask: Tensor,
     kept: Tensor,
     side: Literal["left", "right"],
-    spare: int = 0,
+    width: int,
     dropped_text: Tensor | None = None,
 ) -> Rows:
-    """Return the positions that remain in the reduced prompts of a batch.
+    """Return the positions that remain in the reduced prompts of a batch, without reading from the device.
 
-    The padding of the full prompts is removed. The new width is the length of the longest reduced row.
+    The padding of the full prompts is removed.
 
     Args:
         placeholders: positions of image placeholders, bool `[rows, length]`.
-        attention_mask: attention mask of the full prompts, `[rows, length]`.
+        attention_mask: attention mask of the full prompts, `[rows, length]`; it hides no placeholder.
         kept: the kept placeholders in prompt order over all rows, bool `[placeholders]`.
         side: the side on which rows are padded.
-        spare: number of additional columns of padding.
+        width: width of the reduced prompts, at least the length of the longest reduced row.
         dropped_text: text positions to drop, bool `[rows, length]`; None drops no text.
     """
     remaining = attention_mask.bool() & ~placeholders
     remaining = remaining if dropped_text is None else remaining & ~dropped_text
-    remaining = remaining.masked_scatter(placeholders, kept.to(remaining.device)) & attention_mask.bool()
-    counts = remaining.sum(dim=1, keepdim=True)
-    width = int(counts.max()) + spare
-    order = remaining.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    column = torch.arange(width, device=remaining.device).expand(len(remaining), width)
-    source = column - (width - counts) if side == "left" else column
-    mask = (source >= 0) & (source < counts)
-    return Rows(order.gather(1, source.clamp(0, order.shape[1] - 1)) * mask, mask, order.shape[1])
-
-
-def infer_padding_side(attention_mask: Tensor, has_labels: bool) -> Literal["left", "right"]:
-    """Return the side on which a batch is padded; an unpadded batch with labels counts as right-padded.
-
-    Args:
-        attention_mask: attention mask of the batch, `[rows, length]`.
-        has_labels: whether the call computes a loss.
-    """
-    if bool((attention_mask[:, -1] == 0).any()):
-        return "right"
-    return "right" if has_labels and bool((attention_mask[:, 0] != 0).all()) else "left"
+    remaining = remaining.masked_scatter(placeholders, kept.to(remaining.device))
+    length = remaining.shape[1]
+    spare = max(0, width - length)  # columns of padding beyond the full prompt
+    remaining = F.pad(remaining, (0, spare)) if spare else remaining
+    columns = slice(-width, None) if side == "left" and width else slice(0, width)
+    mask, index = remaining.to(torch.uint8).sort(dim=1, descending=side == "right", stable=True)
+    mask = mask[:, columns].bool()
+    return Rows(index[:, columns] * mask, mask, length)
 
 
 def shorten_inputs(inputs: Mapping[str, Any], rows: Rows, pad_token_id: int) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from tokenprune.account import HISTORY, TokenAccount
 from tokenprune.adapter import LLMShape
+from tokenprune.faults import Fault, raise_first, stack_flags
 from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
 
@@ -13,11 +15,16 @@ DRAWABLE = 8
 """The number of first images of a run that keep their pixels, scores and mixing matrices."""
 
 
+MAX_DEFERRED = 256
+"""The number of checks that are stored before they are read from the device together."""
+
+
 class Run:
     """The record of the calls inside a block.
 
-    Memory is bounded. The first `DRAWABLE` selections are complete; later selections are stored on the CPU without
-    scores and mixing matrices. Only the last `HISTORY` selections are kept. Totals of the account cover all calls.
+    Recording a call reads nothing from an accelerator; tensors are moved to the CPU when a property is read. Memory is
+    bounded. The first `DRAWABLE` selections are complete; later selections are stored without scores and mixing
+    matrices. Only the last `HISTORY` selections are kept. Totals of the account cover all calls.
 
     Args:
         strategy: name of the strategy.
@@ -29,17 +36,57 @@ class Run:
         self.strategy = strategy
         self.attention = attention
         """The source that the strategy reads as CLS attention; None if it reads no CLS attention."""
-        self.selections: list[Selection] = []
-        """One selection per image, in the order of the calls."""
         self.account = TokenAccount(llm, attention=attention)
         """Tokens, cache bytes and FLOPs of all calls."""
-        self.rows: Rows | None = None
+        self._complete: list[Selection] = []
+        self._compact: deque[Selection] = deque(maxlen=HISTORY)
+        self._faults: list[Fault] = []
+        self._rows: Rows | None = None
+
+    @property
+    def selections(self) -> list[Selection]:
+        """One selection per image, in the order of the calls; the last `HISTORY` of them.
+
+        Raises:
+            ValueError: if the strategy returned an invalid selection that was not read so far.
+        """
+        self.raise_faults()
+        self._compact = deque((selection.cpu() for selection in self._compact), maxlen=HISTORY)
+        return [*self._complete, *self._compact][-HISTORY:]
+
+    @property
+    def rows(self) -> Rows | None:
         """The positions of the full prompt that remained in the last call; None before the first call."""
+        self._rows = None if self._rows is None else self._rows.cpu()
+        return self._rows
 
     @property
     def drawable(self) -> int:
         """Number of following images that keep their pixels."""
         return max(0, DRAWABLE - self.account.image_count)
+
+    def defer_checks(self, faults: Sequence[Fault]) -> None:
+        """Store checks of selections that were not read from the device; `raise_faults` reads them.
+
+        Args:
+            faults: the checks.
+
+        Raises:
+            ValueError: if more than `MAX_DEFERRED` checks are stored and one of them failed.
+        """
+        self._faults.extend(faults)
+        if len(self._faults) > MAX_DEFERRED:
+            self.raise_faults()
+
+    def raise_faults(self) -> None:
+        """Read the stored checks from the device.
+
+        Raises:
+            ValueError: if a check failed.
+        """
+        faults, self._faults = self._faults, []
+        if faults:
+            raise_first(faults, stack_flags(faults, faults[0].flag.device).tolist())
 
     def add(
         self,
@@ -56,12 +103,12 @@ class Run:
             lengths: number of tokens of each prompt row without padding, as (full, reduced).
             saliency_flops: FLOPs of the saliency model.
         """
-        complete = self.drawable
-        self.account.add(selections, lengths)
+        complete, compact = selections[: self.drawable], [s.compact() for s in selections[self.drawable :]]
+        self.account.add([*complete, *compact], lengths)
         self.account.saliency_flops += saliency_flops
-        self.rows = rows.cpu()
-        self.selections += [s if number < complete else s.compact() for number, s in enumerate(selections)]
-        del self.selections[:-HISTORY]
+        self._rows = rows
+        self._complete += complete
+        self._compact += compact
 
     def __repr__(self) -> str:
         """Return the strategy and its account in one line."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Newlines: TypeAlias = Literal["keep_rows", "drop", "keep"]
 
 
+TENSOR_FIELDS = ("kept", "budgets", "scores", "newline_mask", "mixing", "order")
+"""Fields of a selection that are tensors on the device of the image."""
+
+
 class MaskCount(NamedTuple):
     """The number of true entries of a mask, known without reading the mask from the device.
 
@@ -117,6 +121,16 @@ class Selection:
         return 0 if self.newline_mask is None else int(self.newline_mask.sum())
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether kept tokens are mixtures of tokens."""
+        return self.mixing is not None
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether kept tokens enter the LLM in an order of their own."""
+        return self.order is not None
+
+    @property
     def everything(self) -> bool:
         """Whether nothing is dropped, mixed or moved."""
         total = self.geometry.valid_tokens + self.geometry.newlines
@@ -129,24 +143,16 @@ class Selection:
         return torch.cat([self.kept.flatten(), newlines])[self.geometry.to(self.kept.device).packed_source]
 
     def compact(self) -> Selection:
-        """Return a copy of the selection on the CPU without scores and mixing matrix, for long runs."""
+        """Return a copy of the selection without scores and mixing matrix, for long runs."""
+        return replace(self, geometry=self.geometry.host, scores=None, mixing=None)
 
-        def copy_to_cpu(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.cpu().clone()
-
-        kept, newline_mask = self.kept.cpu().clone(), copy_to_cpu(self.newline_mask)
-        counts = [(kept, self.token_count), (newline_mask, self.newline_count)]
-        return replace(
-            self,
-            geometry=self.geometry.host,
-            kept=kept,
-            budgets=copy_to_cpu(self.budgets),
-            newline_mask=newline_mask,
-            counts=tuple(MaskCount.of(mask, n) for mask, n in counts if mask is not None and n is not None),
-            order=copy_to_cpu(self.order),
-            scores=None,
-            mixing=None,
-        )
+    def cpu(self) -> Selection:
+        """Return the selection with its tensors on the CPU."""
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        moved = {name: value.cpu() for name, value in tensors.items() if value is not None}
+        known = {"kept": self.token_count, "newline_mask": self.newline_count}
+        counts = tuple(MaskCount.of(moved[name], number) for name, number in known.items() if number is not None)
+        return replace(self, geometry=self.geometry.host, counts=counts, **moved)
 
     def overlay(self, image: Image.Image | None = None) -> Image.Image:
         """Draw the kept tokens of every tile, base tile first.
@@ -174,11 +180,20 @@ def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
     """
     finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # a candidate at -inf precedes non-candidates
-    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return (rank < budgets.to(rank.device)[:, None]) & candidates
+    return top_ranked(finite.masked_fill(~candidates, -torch.inf), budgets) & candidates
+
+
+def top_ranked(scores: Tensor, budgets: Tensor) -> Tensor:
+    """Return the mask of the entries with the largest scores of each row, bool `[rows, entries]`; ties: lower index.
+
+    Args:
+        scores: scores, `[rows, entries]`.
+        budgets: number of entries of each row, `[rows]`.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, places)
+    return rank < budgets.to(rank.device)[:, None]
 
 
 def top_of_image(scores: Tensor, total: int, candidates: Tensor) -> Tensor:
@@ -243,6 +258,4 @@ def true_indices(mask: Tensor, number: int) -> Tensor:
         mask: bool `[entries]`.
         number: number of true entries, known to the caller.
     """
-    entries = torch.arange(len(mask), device=mask.device)
-    places = torch.where(mask, mask.long().cumsum(dim=0) - 1, number)  # false entries: additional last place
-    return mask.new_zeros(number + 1, dtype=torch.long).scatter(0, places.clamp(max=number), entries)[:number]
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:number]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.entries import KeptEntries, group_selections
 from tokenprune.geometry import NEWLINE
 from tokenprune.image import EncodedImage, Signal
 
@@ -61,6 +62,7 @@ class Stage(ABC):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
+        entries: KeptEntries,
     ) -> list[Tensor]:
         """Return the features that enter the LLM, `[kept, dim]` per image.
 
@@ -69,6 +71,7 @@ class Stage(ABC):
             encoding: the encoding of the images.
             images: the images as the strategy reads them.
             selections: the selections of the strategy.
+            entries: the kept entries of the selections.
         """
 
 
@@ -95,32 +98,15 @@ class ProjectorStage(Stage):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
+        entries: KeptEntries,
     ) -> list[Tensor]:
         """Return kept tokens or their mixtures in the order of the selection; newline tokens keep their positions."""
-        masks = [s.packed_mask().to(image.device) for s, image in zip(selections, images, strict=True)]
-        kept = encoding.gather_kept(masks)
-        packed = encoding.packed if any(s.mixing is not None and not s.before_projector for s in selections) else None
-        out = []
-        for number, (selection, image, mask) in enumerate(zip(selections, images, masks, strict=True)):
-            features = kept[number]
-            if selection.mixing is None and selection.order is None:
-                out.append(features)
-                continue
-            is_token = selection.geometry.packed.to(features.device)[mask] != NEWLINE
-            tokens = features[is_token]
-            if selection.mixing is not None:
-                mixing = selection.mixing.to(features.device)
-                if packed is None or selection.before_projector:
-                    sources = gather_mixing_sources(image, mixing.shape[1])
-                    tokens = adapter.project(mix(mixing, sources)).to(features.dtype)
-                else:
-                    tokens = mix(mixing, selection.geometry.unpack(packed[number]).flatten(0, 1))
-            if selection.order is not None:
-                tokens = tokens[selection.order.to(tokens.device)]
-            features = features.clone()
-            features[is_token] = tokens
-            out.append(features)
-        return out
+        if all(selection.is_mixed for selection in selections):
+            return mix_and_order(adapter, encoding, images, selections, entries, None)
+        kept = encoding.gather_kept(entries)
+        if not any(selection.is_mixed or selection.is_ordered for selection in selections):
+            return kept
+        return mix_and_order(adapter, encoding, images, selections, entries, torch.cat(kept))
 
 
 class ImageStage(Stage):
@@ -146,6 +132,7 @@ class ImageStage(Stage):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
+        entries: KeptEntries,
     ) -> list[Tensor]:
         """Return features encoded at the resolution of the selection, without newline tokens if none is kept."""
         count = len(encoding.images) // encoding.repeats
@@ -161,36 +148,112 @@ class ImageStage(Stage):
         return out
 
 
-def mix(mixing: Tensor, sources: Tensor) -> Tensor:
-    """Return mixtures of vectors, `[kept, width]`; computed in float32 because sums in half precision are inexact.
+def mix_and_order(
+    adapter: Adapter,
+    encoding: Encoding,
+    images: Sequence[EncodedImage],
+    selections: Sequence[Selection],
+    entries: KeptEntries,
+    features: Tensor | None,
+) -> list[Tensor]:
+    """Return kept features with mixtures in place of mixed tokens, and tokens in their order, `[kept, dim]` per image.
 
     Args:
-        mixing: weights, `[kept, sources]`, sparse or dense.
-        sources: the mixed vectors, `[sources, width]`.
+        adapter: the adapter of the model.
+        encoding: the encoding of the images.
+        images: the images as the strategy reads them.
+        selections: the selections of the strategy.
+        entries: the kept entries of the selections.
+        features: the kept entries of all images without mixing, `[entries, dim]`; None if all tokens are mixtures.
     """
-    return (mixing.to(torch.float32) @ sources.float()).to(sources.dtype)
+    index_by_image = entries.token_index.split(list(entries.tokens))
+    packed = encoding.packed if any(s.is_mixed and not s.before_projector for s in selections) else []
+    for numbers in group_selections(selections, "token_count", "before_projector", "is_mixed", "is_ordered"):
+        group = [selections[number] for number in numbers]
+        if not (group[0].is_mixed or group[0].is_ordered):
+            continue
+        places = torch.stack([index_by_image[number] for number in numbers])
+        if features is not None and not group[0].is_mixed:
+            tokens = features[places]
+        elif group[0].before_projector:
+            mixed = mix_groups(group, [gather_mixing_sources(images[n], selections[n]) for n in numbers])
+            tokens = adapter.project(mixed.flatten(0, 1)).view(*places.shape, -1)
+        else:
+            sources = [group[0].geometry.unpack(packed[number]).flatten(0, 1) for number in numbers]
+            tokens = mix_groups(group, sources)
+        if orders := [selection.order for selection in group if selection.order is not None]:
+            order = torch.stack(orders).to(tokens.device)
+            tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+        lines = build_lines(images, entries, tokens) if features is None else features
+        features = lines.index_copy(0, places.flatten(), tokens.flatten(0, 1).to(lines.dtype))
+    return [] if features is None else list(features.split(entries.lengths))
 
 
-def gather_mixing_sources(image: EncodedImage, columns: int) -> Tensor:
-    """Return the vectors that a mixing matrix combines before the projector, `[columns, width]`.
+def build_lines(images: Sequence[EncodedImage], entries: KeptEntries, tokens: Tensor) -> Tensor:
+    """Return the newline token for every kept entry, `[entries, dim]`; visual tokens are written over it later.
+
+    Args:
+        images: the encoded images.
+        entries: the kept entries.
+        tokens: visual tokens, `[..., dim]`, which define dtype and device.
+    """
+    newline = images[0].newline
+    line = tokens.new_zeros(tokens.shape[-1]) if newline is None else newline.to(tokens.dtype)
+    return line.expand(sum(entries.lengths), -1)
+
+
+def mix_groups(selections: Sequence[Selection], sources: Sequence[Tensor]) -> Tensor:
+    """Return the mixtures of several images, `[images, kept, width]`.
+
+    On a CPU the images are mixed one after another by sparse matrices, which is faster there.
+
+    Args:
+        selections: selections with mixing matrices of one shape.
+        sources: the mixed vectors of each image, `[sources, width]`.
+    """
+    mixings = [selection.mixing.to(sources[0].device) for selection in selections if selection.mixing is not None]
+    if sources[0].device.type == "cpu" or any(mixing.is_sparse for mixing in mixings):
+        return torch.stack([mix(mixing, source) for mixing, source in zip(mixings, sources, strict=True)])
+    return mix(torch.stack(mixings), torch.stack(list(sources)))
+
+
+def mix(mixing: Tensor, sources: Tensor) -> Tensor:
+    """Return mixtures of vectors, `[..., kept, width]`; computed in float32 because sums in half precision are inexact.
+
+    Args:
+        mixing: weights, `[..., kept, sources]`, sparse or dense.
+        sources: the mixed vectors, `[..., sources, width]`.
+    """
+    weights = mixing.to(torch.float32)
+    weights = weights if weights.is_sparse or weights.device.type != "cpu" else weights.to_sparse()
+    return (weights @ sources.float()).to(sources.dtype)
+
+
+def gather_mixing_sources(image: EncodedImage, selection: Selection) -> Tensor:
+    """Return the vectors that a mixing matrix combines before the projector, `[sources, width]`.
 
     Args:
         image: the encoded image.
-        columns: number of columns of the matrix: the tokens, optionally followed by the CLS token of each tile.
+        selection: its selection; the columns of its matrix are the tokens, optionally followed by the CLS token of
+            each tile.
     """
     tokens = image.projector_inputs().flatten(0, 1)
-    return tokens if columns == len(tokens) else torch.cat([tokens, image.cls_features("feature")[:, 0]])
+    if selection.mixing is None or selection.mixing.shape[1] == len(tokens):
+        return tokens
+    return torch.cat([tokens, image.cls_features("feature")[:, 0]])
 
 
-def compute_entry_positions(selection: Selection, mask: Tensor) -> Tensor:
-    """Return the packed positions of the kept tokens in the order in which they enter the LLM, `[kept]`.
+def order_positions(selections: Sequence[Selection], entries: KeptEntries) -> list[Tensor]:
+    """Return the packed positions of the kept entries in the order in which they enter the LLM, `[kept]` per image.
 
     Args:
-        selection: the selection of the image.
-        mask: kept positions of the packed image, bool `[length]`.
+        selections: the selections of the strategy.
+        entries: the kept entries of the selections.
     """
-    positions = mask.nonzero()[:, 0]
-    if selection.order is not None:
-        is_token = selection.geometry.packed.to(mask.device)[positions] != NEWLINE
-        positions[is_token] = positions[is_token][selection.order.to(mask.device)]
-    return positions
+    positions = entries.position
+    if any(selection.order is not None for selection in selections):
+        index_by_image = entries.token_index.split(list(entries.tokens))
+        pairs = zip(index_by_image, selections, strict=True)
+        index = [i if s.order is None else i[s.order.to(i.device)] for i, s in pairs]
+        positions = positions.index_copy(0, entries.token_index, positions[torch.cat(index)])
+    return list(positions.split(entries.lengths))

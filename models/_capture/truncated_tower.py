@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import PackedTokens, VisualTokens
+from tokenprune.entries import KeptEntries
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._capture.hooks import replaced_forward
 
@@ -95,38 +96,66 @@ class ProjectedTokens(VisualTokens):
     @cached_property
     def _packed(self) -> list[Tensor]:
         flat = self.adapter.project_tiles(self.hidden, self._patches)
-        masks = [torch.ones(len(layout.packed), dtype=torch.bool, device=self.device) for layout in self.layouts]
-        return [self.adapter.insert_newlines(flat, places) for places in self._places(masks)]
+        lengths = [len(layout.packed) for layout in self.layouts]
+        return list(self.adapter.insert_newlines(flat, self._places).split(lengths))
 
-    def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def gather(self, entries: KeptEntries) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each; only these pass the projector."""
-        if "_packed" in vars(self) or not any(bool(mask.any()) for mask in masks):  # projected already, or no token
-            return PackedTokens(self._packed).gather(masks)
-        places, tokens = self._places(masks), self.layouts[0].tokens
-        kept = torch.zeros(len(self.hidden) * tokens + 1, dtype=torch.bool, device=masks[0].device)
-        kept[torch.cat(places)] = True  # newline tokens (-1) mark the entry after the last token
-        index = kept[:-1].nonzero()[:, 0]
-        if not len(index):
-            return PackedTokens(self._packed).gather(masks)
-        rank = kept[:-1].long().cumsum(dim=0) - 1
-        tile, patches = index // tokens, self._patches.to(index.device)[index % tokens]
-        flat = self.adapter.project_patches(self.hidden[tile[:, None], patches])
-        return [self.adapter.insert_newlines(flat, torch.where(p == NEWLINE, p, rank[p])) for p in places]
+        number = sum(entries.tokens)
+        if "_packed" in vars(self) or not number:  # projected already, or no token
+            return PackedTokens(self._packed).gather(entries)
+        tokens, has_newlines = self.layouts[0].tokens, bool(sum(entries.newlines))
+        index = self._places[entries.index.to(self.device)]
+        token_index = entries.token_index.to(self.device) if has_newlines else None
+        index = index if token_index is None else index[token_index]
+        flat = self.adapter.project_patches(self.hidden[(index // tokens)[:, None], self._patches[index % tokens]])
+        newline = self.adapter.newline
+        if token_index is not None and newline is not None:
+            lines = newline.to(flat.dtype).expand(sum(entries.lengths), -1)
+            flat = lines.index_copy(0, token_index, flat)
+        return list(flat.split(entries.lengths))
 
     @cached_property
     def _patches(self) -> Tensor:
         """Indices of the patches of each token of a tile, row by row, `[tokens, patches]`."""
-        (height, width), side = self.layouts[0].token_grid, self.adapter.pooling
-        sizes = {"h": height, "w": width, "p": side, "q": side}
-        index = torch.arange(height * width * side**2, device=self.device)
-        return rearrange(index, f"{self.adapter.patch_order} -> (h w) (p q)", **sizes)
+        return patch_table(self.layouts[0].token_grid, self.adapter.pooling, self.adapter.patch_order, self.device)
 
-    def _places(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return the flat index, over all tiles in the model's order, of each kept position; -1 for a newline token."""
-        out, start = [], 0
-        for layout, mask in zip(self.layouts, masks, strict=True):
-            places, total = layout.packed.to(mask.device)[mask], layout.tiles * layout.tokens
-            in_model_order = places if self.adapter.base_first else (places - layout.tokens) % total
+    @cached_property
+    def _places(self) -> Tensor:
+        """Flat index of each entry over all tiles in the model's order; -1 for a newline token, `[entries]`."""
+        return place_table(tuple(self.layouts), self.adapter.base_first, self.device)
+
+
+@lru_cache(maxsize=256)
+def patch_table(token_grid: tuple[int, int], pooling: int, order: str, device: torch.device) -> Tensor:
+    """Return the indices of the patches of each token of a tile, row by row, `[tokens, patches]`.
+
+    Args:
+        token_grid: height x width of the tokens of a tile.
+        pooling: number of patches along a side of a token.
+        order: order of the patches of a tile in the tower, as in `PlaceholderAdapter.patch_order`.
+        device: the device of the table.
+    """
+    sizes = {"h": token_grid[0], "w": token_grid[1], "p": pooling, "q": pooling}
+    with torch.inference_mode(False):  # a later call may record gradients
+        index = torch.arange(token_grid[0] * token_grid[1] * pooling**2)
+        return rearrange(index, f"{order} -> (h w) (p q)", **sizes).to(device)
+
+
+@lru_cache(maxsize=256)
+def place_table(layouts: tuple[TileGeometry, ...], base_first: bool, device: torch.device) -> Tensor:
+    """Return the flat index of each packed entry over all tiles in the model's order, -1 for newlines, `[entries]`.
+
+    Args:
+        layouts: the layout of each image.
+        base_first: whether the base tile is encoded before the sub-images, or after them.
+        device: the device of the table.
+    """
+    out, start = [], 0
+    with torch.inference_mode(False):  # a later call may record gradients
+        for layout in (layout.host for layout in layouts):
+            places, total = layout.packed, layout.tiles * layout.tokens
+            in_model_order = places if base_first else (places - layout.tokens) % total
             out.append(torch.where(places == NEWLINE, places, in_model_order + start))
             start += total
-        return out
+        return torch.cat(out).to(device)

@@ -115,7 +115,7 @@ class VisualContentAllocation(AllocationPolicy):
             limits = as_device_tensor(tuple(capacity), content.device)
             content = torch.where(content.sum() > 0, content, limits[1:])
             shares = (1 - self.base_share) * content / content.sum().clamp(min=torch.finfo(torch.float64).tiny)
-            return apportion_tensor(total, torch.cat([shares.new_full((1,), self.base_share), shares]), limits)
+            return apportion_tensor(total, torch.cat([shares.new_full((1,), self.base_share), shares]), capacity)
         base = min(int(total * self.base_share), capacity[0])
         remaining = min(total - base, sum(capacity[1:]))
         content_sum = content.cumsum(dim=0)[-1:]  # added in order, as in the release: rounding down depends on it
@@ -149,7 +149,7 @@ class ScoreMassAllocation(AllocationPolicy):
             sums = scores.clamp(min=0).sum(dim=1)  # float32 as in the release: rounding down depends on it
             return (sums / (sums.sum() + 1e-6) * total).long().clamp(min=1).minimum(limits)
         mass = scores.double().clamp(min=0).sum(dim=1)
-        return apportion_tensor(total, torch.where(mass.sum() > 0, mass, limits), limits)
+        return apportion_tensor(total, torch.where(mass.sum() > 0, mass, limits), capacity)
 
 
 @dataclass

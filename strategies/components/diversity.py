@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.budget import read_numbers
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import SelectionPolicy
@@ -28,14 +29,16 @@ def pairwise_cosine(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def max_min_diverse(features: Tensor, number: int) -> Tensor:
+def max_min_diverse(features: Tensor, number: int, candidates: Tensor | None = None) -> Tensor:
     """Pick tokens greedily by their smallest distance to the picked tokens (DivPrune), `[number]`.
 
     The distance is one minus the cosine similarity. The first pick is the token with the most distant nearest neighbor.
+    The picks stay on the device, so the host does not wait for each of them.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
         number: number of tokens to pick.
+        candidates: tokens that may be picked, bool `[tokens]`; None means all tokens.
 
     Returns:
         Token indices in the order of picking, `[number]`.
@@ -43,14 +46,22 @@ def max_min_diverse(features: Tensor, number: int) -> Tensor:
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
     distances = pairwise_cosine(features).neg_().add_(1)
+    nearest = torch.full_like(distances[:1], torch.inf)
+    if candidates is not None:
+        nearest = nearest.masked_fill(~candidates, -torch.inf)
+        distances = distances.masked_fill(~candidates, torch.inf)
     # The smallest distance of a token is the distance to itself, so the second smallest determines the first pick.
-    picks = [int(distances.topk(min(2, len(distances)), dim=1, largest=False)[0][:, -1].argmax())]
-    nearest = torch.full_like(distances[0], torch.inf)
+    isolation = distances.topk(min(2, len(distances)), dim=1, largest=False)[0][:, -1]
+    pick = torch.minimum(isolation, nearest).argmax(dim=1)
+    # A pick is never picked again, although rounding can make it the most distant of several equal tokens.
+    is_self = torch.eye(len(distances), dtype=torch.bool, device=distances.device)
+    distances = distances.masked_fill(is_self, -torch.inf)
+    picks = [pick]
     while len(picks) < number:
-        nearest = torch.minimum(nearest, distances[picks[-1]])
-        nearest[picks[-1]] = -torch.inf  # rounding could pick one of several equal tokens twice
-        picks.append(int(nearest.argmax()))
-    return torch.tensor(picks, device=features.device)
+        nearest = torch.minimum(nearest, distances.index_select(0, pick))
+        pick = nearest.argmax(dim=1)
+        picks.append(pick)
+    return torch.cat(picks)
 
 
 def lazy_coverage(
@@ -246,7 +257,7 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
             in this list of candidates, `[budget]`.
     """
     kept = torch.zeros_like(candidates)
-    for tile, budget in enumerate(budgets.tolist()):
+    for tile, budget in enumerate(read_numbers(budgets)):
         indices = candidates[tile].nonzero()[:, 0]
         if budget:
             kept[tile, indices[select(tile, indices, budget)]] = True
@@ -257,15 +268,22 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
 class MaxMinDiversitySelection(SelectionPolicy):
     """Keeps tokens with large distances to each other (DivPrune). Requires no attention."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
+
     def score(self, image: EncodedImage) -> Tensor:
         """Return zeros, `[tiles, tokens]`, because the selection depends only on distances."""
         return image.features.new_zeros(image.features.shape[:2])
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by greedy max-min distance of the features."""
-        return select_per_tile(
-            candidates, budgets, lambda tile, indices, number: max_min_diverse(image.features[tile, indices], number)
-        )
+        numbers, kept = read_numbers(budgets), []
+        for tile, number in enumerate(numbers):
+            picks = max_min_diverse(image.features[tile], number, candidates[tile])
+            kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
+        return torch.stack(kept)
 
 
 @dataclass

@@ -15,7 +15,6 @@ from tokenprune.geometry import region_coverage
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import Merged, MergingPolicy, identity_weights
-from tokenprune.strategies.components.selection import evenly_spaced_indices
 
 RELEASE_WEIGHTS = "release"
 """Option value that selects the weights of the published code."""
@@ -149,6 +148,11 @@ class ContextualMerging(MergingPolicy):
     before_projector: ClassVar[bool] = True
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every tile gets its reserved number of merged tokens."""
+        return True
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The keys, the inputs of the projector, and the CLS tokens if they are kept."""
         needs = [Signal("keys", self.layer), Signal("projector_inputs")]
@@ -165,36 +169,51 @@ class ContextualMerging(MergingPolicy):
     ) -> Merged:
         """Sample the targets, and merge the remaining dropped tokens into them."""
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
-        kind = torch.zeros_like(picked, dtype=torch.long)
-        weights = F.pad(identity_weights(picked), (0, int(self.cls)))
-        for tile in reserved.nonzero()[:, 0].tolist():
-            dropped = (candidates[tile] & ~picked[tile]).nonzero()[:, 0]
-            number = int(reserved[tile]) - self.cls
-            if self.spacing == "even":
-                positions = evenly_spaced_indices(len(dropped), number)
-            else:
-                step = max(1, len(dropped) // max(1, number))
-                positions = torch.arange(0, len(dropped), step)[:number]
-            is_target = torch.zeros_like(dropped, dtype=torch.bool)
-            is_target[positions.to(dropped.device)] = True
-            targets, sources = dropped[is_target], dropped[~is_target]
-            kind[tile, targets] = 1
-            if self.cls:
-                valid = image.geometry.valid[tile].to(dropped.device)[sources]
-                index = (sources[valid] if bool(valid.any()) else sources)[-1]
-                kind[tile, index] = 2  # CLS has no position in the grid, so it takes the position of a dropped token
-                weights[tile, index] = F.one_hot(torch.tensor(weights.shape[2] - 1), weights.shape[2])
-            if not len(targets) or not len(sources):
-                continue
-            most_similar = (keys[tile, sources] @ keys[tile, targets].T).argmax(dim=1)
-            members = F.one_hot(most_similar, len(targets)).T.to(weights.dtype)  # [targets, sources]
-            counts = members.sum(dim=1, keepdim=True)
-            if self.combine == "sum":
-                weights[tile, targets[:, None], sources] = members / counts.clamp(min=1)
-            else:
-                weights[tile, targets[:, None], sources] = members / (1 + counts)
-                weights[tile, targets, targets] = 1 / (1 + counts[:, 0])
-        return Merged(kind, weights)
+        dropped = candidates & ~picked & (reserved > 0)[:, None]
+        number = (reserved - int(self.cls)).clamp(min=0)[:, None]
+        is_target = dropped & sample_ranks(dropped, number, self.spacing)
+        is_source = dropped & ~is_target
+        similarity = (keys @ keys.transpose(1, 2)).masked_fill(~is_target[:, None], -torch.inf)
+        target_of = F.one_hot(similarity.argmax(dim=2), picked.shape[1]).transpose(1, 2)
+        members = (target_of * (is_target[:, :, None] & is_source[:, None])).to(similarity.dtype)
+        counts = members.sum(dim=2, keepdim=True)
+        if self.combine == "sum":
+            weights = identity_weights(picked) + members / counts.clamp(min=1)
+        else:
+            weights = (identity_weights(picked) + members) / (1 + counts)
+        kind = is_target.long()
+        if not self.cls:
+            return Merged(kind, weights)
+        # CLS has no position in the grid, so it takes the position of the last dropped token, a valid one if possible.
+        index = torch.arange(picked.shape[1], device=picked.device)
+        last = index.masked_fill(~is_source, -1).amax(dim=1, keepdim=True)
+        last_valid = index.masked_fill(~(is_source & image.geometry.to(picked.device).valid), -1).amax(
+            dim=1, keepdim=True
+        )
+        is_cls = (index == torch.where(last_valid < 0, last, last_valid)) & dropped
+        cls_row = F.one_hot(index.new_full((1, 1), picked.shape[1]), picked.shape[1] + 1).to(weights.dtype)
+        weights = torch.where(is_cls[..., None], cls_row, F.pad(weights, (0, 1)))
+        return Merged(kind + 2 * is_cls, weights)
+
+
+def sample_ranks(mask: Tensor, number: Tensor, spacing: str) -> Tensor:
+    """Return samples of the true entries of each row, bool `[rows, entries]`; entries outside the mask are undefined.
+
+    Args:
+        mask: bool `[rows, entries]`.
+        number: number of samples of each row, `[rows, 1]`.
+        spacing: ``"even"`` takes sample n at ``(2 n + 1) / (2 number)`` of the true entries, ``"step"`` takes every
+            (count // number)-th true entry from the first.
+    """
+    count, n = mask.sum(dim=1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)
+    divisor = number.clamp(min=1)
+    if spacing == "even":
+        rank = ((2 * n + 1) * count).div(2 * divisor, rounding_mode="floor")
+    else:
+        rank = n * count.div(divisor, rounding_mode="floor").clamp(min=1)
+    rank = torch.where((n < number) & (rank < count), rank, mask.shape[1])  # others: additional last place
+    is_sample = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter(1, rank, True)
+    return is_sample.gather(1, (mask.long().cumsum(dim=1) - 1).clamp(min=0))
 
 
 @dataclass

@@ -63,7 +63,7 @@ def make_image(geometry: TileGeometry, seed: int = 0, device: str = "cpu") -> En
 )
 def test_apportion_tensor_equals_apportion_up_to_rounding(total: int, parts: list[tuple[float, int]]) -> None:
     weights, capacity = (list(column) for column in zip(*parts, strict=True))
-    shares = apportion_tensor(total, torch.tensor(weights, dtype=torch.float64), torch.tensor(capacity))
+    shares = apportion_tensor(total, torch.tensor(weights, dtype=torch.float64), capacity)
     expected = apportion(total, weights, capacity)
     assert int(shares.sum()) == sum(expected) == min(total, sum(capacity))
     assert bool((shares <= torch.tensor(capacity)).all())

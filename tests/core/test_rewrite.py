@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.rewrite import (
+    PromptSummary,
     counted_positions,
     find_emptied_text,
     gather_position_ids,
-    infer_padding_side,
     shorten_inputs,
     shorten_rows,
+    summarize_prompts,
 )
 
 PAD = 7
@@ -40,6 +41,12 @@ def prompts(draw: Any) -> dict[str, Any]:
     return {"mask": mask, "placeholders": placeholders, "kept": kept, "side": side}
 
 
+def count_width(prompt: dict[str, Any]) -> int:
+    """Return the length of the longest reduced row."""
+    remaining = prompt["mask"].bool() & ~prompt["placeholders"]
+    return int(remaining.masked_scatter(prompt["placeholders"], prompt["kept"]).sum(1).max())
+
+
 def shorten_with_loop(prompt: dict[str, Any], value: Tensor, fill: Any, side: str, spare: int) -> list[list[Any]]:
     """Drop positions of `value` `[rows, length]`, then pad the rows to one length."""
     rows, kept_flags = [], iter(prompt["kept"].tolist())
@@ -61,7 +68,7 @@ def test_shorter_prompts_against_a_loop(prompt, side, spare) -> None:
     mask, placeholders = prompt["mask"], prompt["placeholders"]
     shape = mask.shape
     ids = torch.arange(100, 100 + mask.numel()).view(shape)
-    rows = shorten_rows(placeholders, mask, prompt["kept"], side, spare)
+    rows = shorten_rows(placeholders, mask, prompt["kept"], side, count_width(prompt) + spare)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
@@ -107,8 +114,8 @@ def test_keeping_all_tokens_returns_the_prompt(prompt) -> None:
     mask = prompt["mask"]
     ids = torch.arange(mask.numel()).view(mask.shape)
     kept = torch.ones(int(prompt["placeholders"].sum()), dtype=torch.bool)
-    rows = shorten_rows(prompt["placeholders"], mask, kept, prompt["side"])
     width = int(mask.sum(1).max())
+    rows = shorten_rows(prompt["placeholders"], mask, kept, prompt["side"], width)
     shape = slice(mask.shape[1] - width, None) if prompt["side"] == "left" else slice(0, width)
     expected = ids.masked_fill(mask == 0, PAD)[:, shape]
     assert torch.equal(shorten_inputs({"input_ids": ids}, rows, PAD)["input_ids"], expected)
@@ -118,7 +125,7 @@ def test_shortening_a_prompt_by_hand() -> None:
     ids = torch.tensor([[0, 0, 5, 9, 9, 9, 6], [5, 9, 9, 9, 9, 6, 6]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
     kept = torch.tensor([False, True, False, True, False, False, True])
-    rows = shorten_rows(ids == 9, mask, kept, "left", spare=1)
+    rows = shorten_rows(ids == 9, mask, kept, "left", width=6)
     shortened = shorten_inputs({"input_ids": ids}, rows, 0)
     assert shortened["input_ids"].tolist() == [[0, 0, 0, 5, 9, 6], [0, 5, 9, 9, 6, 6]]
     assert shortened["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
@@ -137,7 +144,23 @@ def test_shortening_a_prompt_by_hand() -> None:
     ],
 )
 def test_padding_side(mask: list[list[int]], has_labels: bool, side: str) -> None:
-    assert infer_padding_side(torch.tensor(mask), has_labels) == side
+    placeholders = torch.zeros(len(mask), 3, dtype=torch.bool)
+    prompts = summarize_prompts(placeholders, torch.tensor(mask))
+    assert prompts.padding_side(has_labels) == side
+    assert prompts.tokens == tuple(map(sum, mask))
+
+
+def test_summary_of_prompts() -> None:
+    ids = torch.tensor([[0, 9, 9, 5, 9], [9, 5, 9, 9, 5], [5, 5, 5, 5, 5]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5, [1] * 5])
+    prompts = summarize_prompts(ids == 9, mask)
+    assert (prompts.placeholders, prompts.tokens, prompts.hides_images) == ((3, 3, 0), (4, 5, 5), False)
+    assert prompts.find_rows([2, 1, 1, 2]) == [0, 0, 1, 1]
+    assert prompts == summarize_prompts(ids == 9, mask.bool())
+    assert summarize_prompts(ids == 9, None).tokens == (5, 5, 5)
+    mask[1, 0] = 0
+    assert summarize_prompts(ids == 9, mask).hides_images
+    assert PromptSummary((0, 0, 4, 0, 2), (1,) * 5).find_rows([4, 1, 1]) == [2, 4, 4]
 
 
 IMAGES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), max_size=3)

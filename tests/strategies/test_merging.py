@@ -25,7 +25,8 @@ from tokenprune.strategies.components import (
     ScoreOrder,
     UniformAllocation,
 )
-from tokenprune.strategies.components.merging import divide_into_cells, evenly_spaced_indices
+from tokenprune.strategies.components.merging import divide_into_cells
+from tokenprune.strategies.components.selection import evenly_spaced_indices
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
+from tokenprune.entries import KeptEntries
 from tokenprune.experiments.bench.cost.meter import Meter, Work
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
@@ -198,7 +199,7 @@ def encode_images(
     if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
     tokens, _, _ = adapter.run_tower(inputs, [layout] * batch, {}, truncated=True)
-    return tokens.gather([selection.packed_mask()] * batch)
+    return tokens.gather(KeptEntries.from_selections([selection] * batch))
 
 
 def count_batch(

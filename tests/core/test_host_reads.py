@@ -1,0 +1,219 @@
+"""Operators, reads and copies of a reduced call on an emulated accelerator, and images that are reduced together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.emulated_device import EmulatedDevice, move_model, to_cpu, to_device
+from tokenprune.batch import BatchReducer, group_images
+from tokenprune.catalog import strategies
+from tokenprune.faults import collect_faults, raise_first, stack_flags
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import EncodedImage
+from tokenprune.reducer import ScoreReducer, TokenReducer
+from tokenprune.run import DRAWABLE
+from tokenprune.selection import MaskCount, Selection, true_indices
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisionZip
+from tokenprune.testing.encoded_images import random_encoded_image
+from tokenprune.testing.tiny_models import batch, tiny_model
+
+WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune]
+"""Strategies whose numbers of kept tokens follow from the budget."""
+OPERATORS = {1: 150, 8: 220}
+"""Operators beyond the plain model, for one image and for eight images of one layout."""
+WIDE = TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)
+
+
+@cache
+def load_model() -> Any:
+    return move_model(tiny_model("llava_next"))
+
+
+def run_plain(images: int) -> EmulatedDevice:
+    inputs = to_device(dict(batch("llava_next", *[[(112, 112)]] * images)))
+    with torch.no_grad(), EmulatedDevice() as device:
+        load_model()(**inputs)
+    return device
+
+
+def run_reduced(reducer: TokenReducer, images: int) -> tuple[EmulatedDevice, Any]:
+    """Return the counts of a call after the first ones, which copy tables and keep pixels for drawing, and the run."""
+    inputs = to_device(dict(batch("llava_next", *[[(112, 112)]] * images)))
+    with torch.no_grad(), EmulatedDevice(), reducer(load_model()) as run:
+        for _ in range(1 + DRAWABLE // images):
+            load_model()(**inputs)
+        with EmulatedDevice() as device:
+            load_model()(**inputs)
+    return device, run
+
+
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("strategy", WITHOUT_READS)
+@pytest.mark.parametrize("newlines", ["keep_rows", "drop", "keep"])
+def test_operators_and_reads_beyond_the_plain_model(strategy: Any, images: int, newlines: Any) -> None:
+    plain, (reduced, _) = run_plain(images), run_reduced(strategy(0.2, newlines=newlines), images)
+    assert sum(reduced.operators.values()) - sum(plain.operators.values()) <= OPERATORS[images]
+    assert sum(reduced.reads.values()) - sum(plain.reads.values()) <= (newlines == "keep_rows")
+    assert sum(reduced.copies.values()) <= sum(plain.copies.values())
+
+
+@pytest.mark.parametrize("strategy", WITHOUT_READS)
+def test_reads_do_not_grow_with_the_images(strategy: Any) -> None:
+    counts = [sum(run_reduced(strategy(0.2), images)[0].reads.values()) for images in (2, 8)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("strategy", WITHOUT_READS)
+def test_the_emulated_device_keeps_the_tokens_of_the_cpu(strategy: Any) -> None:
+    _, run = run_reduced(strategy(0.2), 2)
+    model, inputs = tiny_model("llava_next"), batch("llava_next", *[[(112, 112)]] * 2)
+    with torch.no_grad(), strategy(0.2)(model) as expected:
+        model(**inputs)
+    with EmulatedDevice():
+        for selection, reference in zip(run.selections[:2], expected.selections, strict=True):
+            assert torch.equal(to_cpu(selection.kept), reference.kept)
+            assert selection.kept_per_tile == reference.kept_per_tile
+            assert (selection.kept_tokens, selection.kept_newlines) == (
+                reference.kept_tokens,
+                reference.kept_newlines,
+            )
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_images_reduced_together_keep_the_tokens_of_each_image(name: str) -> None:
+    reducer = strategies()[name](0.3)
+    images = [random_encoded_image(WIDE, seed) for seed in range(3)]
+    images += [random_encoded_image(TileGeometry.single((4, 4)), seed) for seed in range(2)]
+    together = BatchReducer(reducer).reduce([*images, images[0]]).selections
+    assert together[0] is together[-1]
+    for image, selection in zip(images, together[:-1], strict=True):
+        alone = reducer.reduce(image)
+        assert torch.equal(selection.kept, alone.kept)
+        assert selection.kept_tokens == alone.kept_tokens == int(alone.kept.sum())
+        assert selection.kept_newlines == alone.kept_newlines
+        assert selection.kept_per_tile == alone.kept_per_tile
+        assert selection.granted_per_tile == alone.granted_per_tile
+        for part in ("mixing", "order", "newline_mask"):
+            value, expected = getattr(selection, part), getattr(alone, part)
+            assert (value is None) == (expected is None)
+            assert value is None or torch.allclose(value.float(), expected.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", WITHOUT_READS)
+def test_strategies_without_reads_run_once_for_a_group(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    select = strategy.select
+    monkeypatch.setattr(strategy, "select", lambda self, image: calls.append(image) or select(self, image))
+    reducer = BatchReducer(strategy(0.3))
+    reducer.reduce([random_encoded_image(WIDE, seed) for seed in range(4)])
+    calls.clear()
+    reducer.reduce([random_encoded_image(WIDE, seed) for seed in range(4)])
+    assert len(calls) == 1
+
+
+@dataclass
+class ReadsValues(ScoreReducer):
+    """A strategy for one image that reads values, so that images cannot be reduced together."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        norms = image.features.norm(dim=-1)
+        return norms / float(norms.max())
+
+
+@dataclass
+class NaNScores(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1) * torch.nan
+
+
+@dataclass
+class KeepsPadding(TokenReducer):
+    """A strategy with its own `select`, which keeps all tokens, also those that are not valid."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        kept = torch.ones(image.geometry.tiles, image.geometry.tokens, dtype=torch.bool, device=image.device)
+        return Selection(image.geometry, kept, asked=kept.numel())
+
+
+def test_a_strategy_that_reads_values_is_applied_to_each_image() -> None:
+    images = [random_encoded_image(WIDE, seed) for seed in range(3)]
+    reducer = ReadsValues(7)
+    together = BatchReducer(reducer).reduce(images).selections
+    for image, selection in zip(images, together, strict=True):
+        assert torch.equal(selection.kept, reducer.reduce(image).kept)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("reducer", "message"), [(NaNScores(5), "returned NaN"), (KeepsPadding(5), "own unpadding removes")]
+)
+def test_faults_are_collected_and_raised_when_they_are_read(reducer: Any, message: str, count: int) -> None:
+    images = [random_encoded_image(WIDE, seed) for seed in range(count)]
+    with pytest.raises(ValueError, match=message):
+        reducer.reduce(images[0])
+    faults = BatchReducer(reducer).reduce(images).faults
+    with pytest.raises(ValueError, match=message):
+        raise_first(faults, stack_flags(faults, torch.device("cpu")).tolist())
+
+
+def test_a_fault_on_an_accelerator_raises_at_the_end_of_the_block() -> None:
+    inputs = to_device(dict(batch("llava_next", [(112, 112)])))
+    with torch.no_grad(), EmulatedDevice():
+        with pytest.raises(ValueError, match="returned NaN"), NaNScores(5, newlines="drop")(load_model()):
+            load_model()(**inputs)
+        # With kept rows, newline tokens are counted, so the call itself reads the checks.
+        with NaNScores(5)(load_model()), pytest.raises(ValueError, match="returned NaN"):
+            load_model()(**inputs)
+        handle = NaNScores(5, newlines="drop").attach(load_model())
+        load_model()(**inputs)
+        with pytest.raises(ValueError, match="returned NaN"):
+            handle.detach()
+        load_model()(**inputs)  # the model is as before
+
+
+def test_checks_of_an_inner_block_are_not_lost() -> None:
+    with collect_faults() as outer:
+        faults = BatchReducer(NaNScores(5)).reduce([random_encoded_image(WIDE)]).faults
+    assert faults
+    assert not outer
+
+
+def test_a_count_holds_for_its_mask_only() -> None:
+    kept = torch.tensor([[True, False, True, True]])
+    selection = Selection(TileGeometry.single((2, 2)), kept, asked=3, counts=(MaskCount.of(kept, 3),))
+    assert selection.token_count == selection.kept_tokens == 3
+    other = replace(selection, kept=torch.tensor([[True, False, False, False]]))
+    assert (other.token_count, other.kept_tokens) == (None, 1)
+    kept[0, 0] = False
+    assert (selection.token_count, selection.kept_tokens) == (None, 2)
+
+
+def test_groups_have_one_layout_and_one_shape_of_signals() -> None:
+    images = [random_encoded_image(WIDE), random_encoded_image(WIDE, dim=7), random_encoded_image(WIDE, seed=1)]
+    images.append(random_encoded_image(replace(WIDE)))
+    assert [len(group) for group in group_images(images)] == [2, 1, 1]
+
+
+def test_copies_of_a_layout() -> None:
+    with EmulatedDevice() as device:
+        moved = WIDE.to("emulated:0")
+        assert moved is WIDE.to(torch.device("emulated:0")) is moved.to("emulated:0")
+        assert moved.host is WIDE is moved.to("cpu")
+        for table in ("valid", "token_order", "packed_source", "token_newline", "ends_row"):
+            assert torch.equal(to_cpu(getattr(moved, table)), getattr(WIDE, table))
+        assert moved.valid_per_tile == WIDE.valid_per_tile
+        changed = replace(moved, packed=moved.packed[:-1])
+        assert changed.host is changed  # another layout: the tables of the original do not apply
+    assert not device.reads
+
+
+def test_true_indices() -> None:
+    mask = torch.tensor([False, True, True, False, True])
+    assert true_indices(mask, 3).tolist() == [1, 2, 4]
+    assert true_indices(mask, 0).tolist() == []
