@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 from tests.helpers.families import FAMILIES, REPRESENTATIVES
+from tokenprune.testing.families.base import Family
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the processes that tests start
     torch.set_num_threads(1)
@@ -33,3 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             names = {value for value in callspec.params.values() if isinstance(value, str)} if callspec else set()
             if names & FAMILIES.keys() and not names & REPRESENTATIVES:
                 item.add_marker("slow")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Return each family of the test matrix."""
+    family = FAMILIES[request.param]
+    if not family.adapter.supports_transformers():
+        pytest.skip("the unmodified model raises in the installed transformers")
+    return family

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TextIteratorStreamer, TextStreamer, pipeline
+from transformers import TextIteratorStreamer, TextStreamer
 
-from tests.helpers.llava_oracle import kept_mask, oracle_inputs
+from tests.helpers.oracle import build_answer, collect_state, generate, kept_mask, oracle_inputs_1d, real_positions
 from tokenprune import Budget, EncodedImage, ScoreReducer, Selection, Signal, TokenReducer
 from tokenprune.adapter import find_adapter
 from tokenprune.strategies import FasterVLM, HiRED
@@ -33,25 +33,6 @@ GENERATION = {
     "no cache": {"use_cache": False},
     "chunked prefill": {"prefill_chunk_size": 7},
 }
-
-
-def generate(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
-    """Generate six tokens. Image placeholders are suppressed, because a random model would generate them."""
-    torch.manual_seed(0)
-    suppress = [model.config.image_token_id]
-    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, suppress_tokens=suppress, **options)
-
-
-def unpad(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the logits of all positions without padding, row after row, `[positions, vocabulary]`."""
-    return logits[mask.bool()]
-
-
-def short_mask(model: Any, inputs: Any, run: Any, side: str) -> torch.Tensor:
-    """Return the attention mask of the reduced prompts, bool `[rows, positions]`."""
-    lengths = kept_mask(model, inputs, run).sum(1)
-    column = torch.arange(int(lengths.max()))
-    return (column < lengths[:, None]) if side == "right" else (column >= column.numel() - lengths[:, None])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -125,9 +106,9 @@ def test_logits_equal_the_mask_oracle(family: str, positions: str, side: str, ne
     model, inputs = tiny_model(family, attn), batch(family, *ROWS, side=side)
     with HiRED(0.2, positions=positions, newlines=newlines)(model, outputs="reduced") as run:
         short = model(**inputs).logits
-    full = model(**oracle_inputs(model, inputs, run, positions)).logits
+    full = model(**oracle_inputs_1d(model, inputs, run, positions)).logits
     assert short.shape[1] < full.shape[1]
-    difference = unpad(short, short_mask(model, inputs, run, side)) - unpad(full, kept_mask(model, inputs, run))
+    difference = short[real_positions(model, inputs, run, side)] - full[kept_mask(model, inputs, run)]
     assert difference.abs().max() < 1e-5
 
 
@@ -139,7 +120,7 @@ def test_generation_equals_the_mask_oracle(model: Any, family: str, positions: s
     inputs = batch(family, *(ROWS if padded else ([WIDE],)))
     with HiRED(0.2, positions=positions)(model) as run:
         short = generate(model, inputs, **GENERATION[mode])
-    oracle = oracle_inputs(model, inputs, run, positions)
+    oracle = oracle_inputs_1d(model, inputs, run, positions)
     if positions == "reindex":
         oracle.pop("position_ids")
     else:  # generate counts positions from the attention mask of the full prompt
@@ -194,7 +175,7 @@ def test_loss_and_gradients_equal_the_mask_oracle(family: str, side: str) -> Non
     gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert any("vision_tower" in name and g.abs().sum() > 0 for name, g in gradient.items())
     model.zero_grad()
-    expected = model(**oracle_inputs(model, inputs, run, "reindex"), labels=labels).loss
+    expected = model(**oracle_inputs_1d(model, inputs, run, "reindex"), labels=labels).loss
     expected.backward()
     assert torch.allclose(loss, expected, atol=1e-6)
     for name, parameter in model.named_parameters():
@@ -331,7 +312,7 @@ def test_one_image_of_two_keeps_no_tokens(model: Any, family: str) -> None:
     kept = [selection.kept_tokens for selection in run.selections]
     assert 0 in kept
     assert max(kept) > 0
-    oracle = oracle_inputs(model, inputs, run, "reindex")
+    oracle = oracle_inputs_1d(model, inputs, run, "reindex")
     oracle.pop("position_ids")
     assert torch.equal(out, generate(model, oracle, num_beams=3))
 
@@ -340,18 +321,14 @@ def test_one_image_of_two_keeps_no_tokens(model: Any, family: str) -> None:
 
 
 def test_pipeline(model: Any, family: str) -> None:
-    pipe = pipeline("image-text-to-text", model=model, processor=tiny_processor(family))
-    arguments = {
-        "images": [random_image(*WIDE)],
-        "text": "USER: <image> how many shapes ASSISTANT:",
-        "generate_kwargs": {"max_new_tokens": 5, "suppress_tokens": [model.config.image_token_id]},
-        "return_full_text": False,
-    }
-    before = pipe(**arguments)[0]["generated_text"]
+    answer = build_answer(
+        model, tiny_processor(family), random_image(*WIDE), "USER: <image> how many shapes ASSISTANT:"
+    )
+    before = answer()
     with HiRED(1.0)(model):
-        assert pipe(**arguments)[0]["generated_text"] == before
+        assert answer() == before
     with HiRED(2)(model) as run:
-        short = pipe(**arguments)[0]["generated_text"]
+        short = answer()
     assert run.account.kept == 2
     assert "USER" not in short
 
@@ -401,16 +378,6 @@ def test_dictionary_output_has_the_full_prompt(model: Any, inputs: Any) -> None:
 # --- leaving the block ------------------------------------------------------------------------------------------------
 
 
-def attachment_state(model: Any) -> list[Any]:
-    """Return the hooks, configs and attributes that an attached reducer could change."""
-    hooks = [
-        (name, list(m._forward_pre_hooks), list(m._forward_hooks), list(m._backward_hooks))
-        for name, m in model.named_modules()
-    ]
-    configs = [id(getattr(module, "config", None)) for module in model.modules()]
-    return [hooks, configs, sorted(model.__dict__), model.config.to_dict(), model.generation_config.to_dict()]
-
-
 class InjectedError(Exception):
     pass
 
@@ -427,7 +394,7 @@ class FailingReducer(ScoreReducer):
 @pytest.mark.parametrize("failure", ["none", "strategy", "model", "interrupt", "caller"])
 def test_leaving_restores_the_model(family: str, failure: str, call: str) -> None:
     model, inputs = tiny_model(family), batch(family, *ROWS)
-    logits, before = model(**inputs).logits, attachment_state(model)
+    logits, before = model(**inputs).logits, collect_state(model)
     run_model = model if call == "forward" else lambda **kw: generate(model, kw)
     reducer: TokenReducer = FailingReducer() if failure == "strategy" else HiRED(0.2)
     call_inputs = dict(inputs)
@@ -451,19 +418,19 @@ def test_leaving_restores_the_model(family: str, failure: str, call: str) -> Non
             run_model(**call_inputs)
             raise InjectedError("in the caller")
         assert failure != "model" or "Image features and image tokens do not match" in str(caught.value)
-    assert attachment_state(model) == before
+    assert collect_state(model) == before
     assert torch.equal(model(**inputs).logits, logits)
 
 
 def test_an_error_inside_the_vision_tower_restores_the_model(family: str) -> None:
     model, inputs = tiny_model(family), batch(family, [SQUARE])
     model(**inputs)  # transformers installs capturing hooks at the first call
-    before = attachment_state(model)
+    before = collect_state(model)
     hook = model.base_model.vision_tower.encoder.layers[-2].register_forward_pre_hook(lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError), HiRED(0.2)(model):
         model(**inputs)
     hook.remove()
-    assert attachment_state(model) == before
+    assert collect_state(model) == before
 
 
 def test_an_instance_attribute_generate_is_restored(family: str) -> None:
@@ -579,8 +546,8 @@ def test_towers_without_cls_provide_received_attention(family: str) -> None:
     inputs = batch(family, [SQUARE], [WIDE], tower="siglip")
     with ReceivedAttention(0.2)(model, outputs="reduced") as run:
         short = model(**inputs).logits
-    full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
-    difference = unpad(short, short_mask(model, inputs, run, "left")) - unpad(full, kept_mask(model, inputs, run))
+    full = model(**oracle_inputs_1d(model, inputs, run, "reindex")).logits
+    difference = short[real_positions(model, inputs, run, "left")] - full[kept_mask(model, inputs, run)]
     assert difference.abs().max() < 1e-5
 
 
@@ -723,7 +690,7 @@ def test_mixing_replaces_the_features_of_kept_tokens(model: Any, family: str) ->
     inputs = batch(family, [WIDE])
     with MixingReducer()(model, outputs="reduced") as run:
         one_hot = model(**inputs).logits
-    full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
+    full = model(**oracle_inputs_1d(model, inputs, run, "reindex")).logits
     assert (one_hot - full[kept_mask(model, inputs, run)][None]).abs().max() < 1e-5
     captured: list[Any] = []
     hook = model.base_model.register_forward_pre_hook(lambda m, a, k: captured.append(k), with_kwargs=True)

@@ -34,7 +34,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from tests.helpers.llava_oracle import oracle_inputs
+from tests.helpers.oracle import oracle_inputs_1d
 from tokenprune.strategies import HiRED
 from tokenprune.testing.tiny_models import batch, tiny_model, tokenizer
 
@@ -209,7 +209,7 @@ def generate(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> Tensor:
 
 def masked_full_inputs(model: Any, inputs: Any, run: Any) -> dict[str, Any]:
     """Return the full prompt with masked dropped positions. `generate` computes the positions."""
-    masked = oracle_inputs(model, inputs, run, "reindex")
+    masked = oracle_inputs_1d(model, inputs, run, "reindex")
     masked.pop("position_ids")
     return masked
 

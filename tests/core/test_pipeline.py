@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from tests.helpers.families import FAMILIES
-from tests.helpers.oracle import kept_mask
+from tests.helpers.oracle import collect_state, kept_mask
 from tokenprune import Budget, EncodedImage, Run, TileGeometry, align
 from tokenprune.account import HISTORY
 from tokenprune.adapter import adapters, find_adapter
@@ -611,19 +611,13 @@ def test_more_logits_than_positions_and_tuples_by_config(model: Any, inputs: Any
         assert torch.equal(model(**inputs)[0], logits)
 
 
-def list_hooks(model: Any) -> list[Any]:
-    """Return all hooks and replaced methods of a model."""
-    replaced = [set(vars(module)) & {"forward", "generate"} for module in model.modules()]
-    return [[(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()], replaced]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mllama", "phi4_multimodal"])
 def test_an_interrupt_that_leaves_the_block(family: str) -> None:
     """A family that holds contexts during a call has its original outputs after the block, also in other threads."""
     model = tiny_model(family)
     inputs = batch(family, [(112, 112)])
-    plain, before = model(**inputs).logits, list_hooks(model)
+    plain, before = model(**inputs).logits, collect_state(model)
 
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -637,14 +631,14 @@ def test_an_interrupt_that_leaves_the_block(family: str) -> None:
     thread.start()
     thread.join(timeout=60)
     assert torch.equal(results[0], plain)
-    assert list_hooks(model) == before
+    assert collect_state(model) == before
 
 
 @torch.no_grad()
 def test_detach_during_a_call_of_another_thread(model: Any, inputs: Any) -> None:
     """The call in progress stays reduced, and its hooks are removed when it ends."""
     plain, entered, resume = model(**inputs).logits, threading.Event(), threading.Event()
-    before = list_hooks(model)
+    before = collect_state(model)
 
     def block_call(*args: Any) -> None:
         entered.set()
@@ -663,7 +657,7 @@ def test_detach_during_a_call_of_another_thread(model: Any, inputs: Any) -> None
     resume.set()
     thread.join()
     assert torch.equal(results[0], expected)
-    assert list_hooks(model) == before
+    assert collect_state(model) == before
 
 
 @torch.no_grad()
@@ -751,7 +745,7 @@ def test_hooks_are_removed_after_an_interrupted_start(monkeypatch: pytest.Monkey
     model = FAMILIES["phi4_multimodal"].model()
     inputs = FAMILIES["phi4_multimodal"].batch([(112, 112)])
     model(**inputs)
-    state = list_hooks(model)
+    state = collect_state(model)
 
     @contextmanager
     def fail(self: Any) -> Iterator[None]:
@@ -769,4 +763,4 @@ def test_hooks_are_removed_after_an_interrupted_start(monkeypatch: pytest.Monkey
         thread.start()
         thread.join()
     handle.detach()
-    assert list_hooks(model) == state
+    assert collect_state(model) == state
