@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
-PRODUCTS = ("test_families", "test_whole_output", "test_truncated_tower", "test_inputs", "test_text_separators")
+PRODUCTS = (
+    "test_families",
+    "test_whole_output",
+    "test_truncated_tower",
+    "test_truncated_families",
+    "test_inputs",
+    "test_text_separators",
+)
 """Modules that run all checks on all families."""
 
 
@@ -43,3 +51,10 @@ def family(request: pytest.FixtureRequest) -> Family:
     if not family.adapter.supports_transformers():
         pytest.skip("the unmodified model raises in the installed transformers")
     return family
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter an empty folder and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,6 +1,6 @@
 """Checks on all families: generation, loss, pipelines and batches work as in the unmodified model on a shorter prompt.
 
-`tests/core/test_attach.py` tests behavior that all families share in more detail, on LLaVA.
+`tests/core/attach/` tests behavior that all families share in more detail, on LLaVA.
 """
 
 from __future__ import annotations
