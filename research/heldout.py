@@ -197,6 +197,23 @@ class BoardResults:
         return [np.array([r for r, k in zip(row, ks, strict=True) if kind in (None, k)]) for row, ks in rows]
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of a study of deviations on held-out boards.
+
+    Args:
+        number: number of held-out boards.
+        first: index of the first board.
+        budgets: budgets as ratios.
+        methods: names of methods; by default all methods.
+    """
+
+    number: int = 125
+    first: int = 1000
+    budgets: tuple[float, ...] = (0.05, 0.1, 0.2)
+    methods: tuple[str, ...] | None = None
+
+
 def measure_strategies(
     first: int, number: int, budgets: Sequence[float], reducers: Mapping[str, TokenReducer] | None = None
 ) -> BoardResults:
