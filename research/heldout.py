@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.catalog import strategies
-from tokenprune.experiments.analysis import stats
+from tokenprune.experiments.analysis.intervals import bootstrap_interval
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.pipeline import Pipeline
@@ -139,7 +139,7 @@ def board_interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -
         draws: number of bootstrap samples.
     """
     groups = [f"{number:09}" for number, board in enumerate(right) for _ in board]
-    interval = stats.bootstrap_interval(np.concatenate(right), groups, seed, draws)
+    interval = bootstrap_interval(np.concatenate(right), groups, seed, draws)
     return interval.mean, interval.low, interval.high
 
 

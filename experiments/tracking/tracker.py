@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from tokenprune.experiments.analysis.stats import pareto_front
+from tokenprune.experiments.analysis.pareto import pareto_front
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

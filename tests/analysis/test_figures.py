@@ -14,7 +14,7 @@ from tests.helpers.records import board_records, setting, write_setting
 from tests.helpers.reports import make_scores
 from tokenprune.experiments.analysis.report.figures import draw_figures
 from tokenprune.experiments.analysis.report.style import PALETTE, assign_styles
-from tokenprune.experiments.analysis.stats import read_results
+from tokenprune.experiments.analysis.results import read_results
 
 
 def test_a_method_has_one_color_in_all_figures_and_tables(report_folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.records import board_records, failed, record, setting, write_setting
 from tests.helpers.reports import make_scores, parse_table, write_run_directory
+from tokenprune.experiments.analysis.intervals import Interval
 from tokenprune.experiments.analysis.report import main, write_report
 from tokenprune.experiments.analysis.report.contents import build_report
 from tokenprune.experiments.analysis.report.figures import draw_figures
@@ -25,7 +26,7 @@ from tokenprune.experiments.analysis.report.formatting import (
 )
 from tokenprune.experiments.analysis.report.latex import render_latex
 from tokenprune.experiments.analysis.report.rows import method_rows
-from tokenprune.experiments.analysis.stats import Interval, Results, read_results
+from tokenprune.experiments.analysis.results import Results, read_results
 
 
 def test_the_main_table_shows_the_means_of_the_records(report_folder: Path) -> None:

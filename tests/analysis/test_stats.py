@@ -13,18 +13,14 @@ import pytest
 from scipy.stats import binomtest
 
 from tests.helpers.records import board_records, failed, record, setting, write_setting
-from tokenprune.experiments.analysis.stats import (
+from tokenprune.experiments.analysis.differences import compare, correct_differences, correct_p_values, mcnemar
+from tokenprune.experiments.analysis.factors import compare_factors, compare_levels
+from tokenprune.experiments.analysis.intervals import bootstrap_interval
+from tokenprune.experiments.analysis.pareto import pareto_front
+from tokenprune.experiments.analysis.results import (
     Setting,
-    bootstrap_interval,
-    compare,
-    compare_factors,
-    compare_levels,
-    correct_differences,
-    correct_p_values,
     find_full_setting,
     find_random_settings,
-    mcnemar,
-    pareto_front,
     read_records,
     read_results,
     scores_by_field,
@@ -199,7 +195,7 @@ def test_an_interval_does_not_depend_on_the_order_of_samples(monkeypatch: pytest
     assert (interval.mean, interval.low, interval.high) == pytest.approx((permuted.mean, permuted.low, permuted.high))
     assert bootstrap_interval(values, groups) == interval
     assert bootstrap_interval(values, groups, seed=1) != interval
-    monkeypatch.setattr("tokenprune.experiments.analysis.stats.CHUNK", 50)  # changes the draws only
+    monkeypatch.setattr("tokenprune.experiments.analysis.intervals.CHUNK", 50)  # changes the draws only
     chunked = bootstrap_interval(values, groups)
     assert (chunked.low, chunked.high) == pytest.approx((interval.low, interval.high), abs=0.03)
 
