@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.helpers.small_grid import records, remove_times
 from tokenprune.cli.main import main
+from tokenprune.experiments.evaluation import environment
 from tokenprune.experiments.evaluation import experiment as running
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.grid import parse_experiment
@@ -132,7 +133,7 @@ def test_duplicate_sample_ids_are_refused_before_a_run() -> None:
 
 def test_a_missing_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert running._read_commit() is None
+    assert environment._read_commit() is None
 
 
 def test_an_unsupported_strategy_is_reported_before_a_run() -> None:
