@@ -1,4 +1,4 @@
-"""Experiments and ablations: resuming from records, one encoding per image, and validation of grids before a run."""
+"""Experiments: one encoding per image, resuming from records, errors of samples, and checks before a run."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ LENGTH = "length of the full prompt plus"
 
 @cache
 def image_token() -> int:
+    """Return the id of the image token of the tiny LLaVA-NeXT."""
     return int(tiny_model("llava_next").config.image_token_id)
 
 
@@ -37,6 +38,7 @@ def resolve(arguments: Mapping[str, Any], model: Any, length: int) -> dict[str, 
 
 
 def generate(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the ids that a call of `generate` with resolved arguments gives, `[rows, length]`."""
     torch.manual_seed(0)
     defaults = {"max_new_tokens": NEW, "suppress_tokens": [image_token()]}
     arguments = {**defaults, **resolve(arguments, model, inputs["input_ids"].shape[1])}
@@ -59,6 +61,8 @@ class Recorder:
 
 
 class RecordingProcessor(Recorder, LogitsProcessor):
+    """A logits processor that stores the ids and changes no score."""
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.ids.append(input_ids.clone())
         return scores

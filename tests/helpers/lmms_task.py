@@ -62,5 +62,6 @@ Evaluate = Callable[..., SimpleNamespace]
 
 
 def score(run: SimpleNamespace) -> float:
+    """Return the accuracy of a run of lmms-eval."""
     assert run.results is not None, run.text[-3000:]
     return float(run.results["results"]["boards_local"]["exact_match,none"])
