@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research.heldout import BoardResults, format_difference, make_text_guided, measure_strategies
+from research.heldout import BoardResults, StudyOptions, format_difference, make_text_guided, measure_strategies
 from tokenprune.adapter import find_adapter
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
@@ -286,26 +286,19 @@ def format_report(
     return "\n".join(lines)
 
 
-def main(
-    number: int = 125, first: int = 1000, budgets: list[float] | None = None, methods: list[str] | None = None
-) -> None:
-    """Measure all deviations and print the tables.
-
-    Args:
-        number: number of held-out boards.
-        first: index of the first board.
-        budgets: budgets as ratios; by default 5, 10 and 20 %.
-        methods: names of methods; by default all methods.
-    """
-    deviations = [deviation for deviation in list_deviations() if methods is None or deviation.method in methods]
-    for budget in budgets or [0.05, 0.1, 0.2]:
-        results = measure_strategies(first, number, [budget], list_strategies(deviations, budget))
-        print(f"{number} boards, {sum(map(len, results.kinds))} questions\n")
-        moved = count_moved(deviations, first, number, budget)
+def main(options: StudyOptions) -> None:
+    """Measure the deviations and print one table per budget."""
+    deviations = [
+        deviation for deviation in list_deviations() if options.methods is None or deviation.method in options.methods
+    ]
+    for budget in options.budgets:
+        results = measure_strategies(options.first, options.number, [budget], list_strategies(deviations, budget))
+        print(f"{options.number} boards, {sum(map(len, results.kinds))} questions\n")
+        moved = count_moved(deviations, options.first, options.number, budget)
         print(format_report(deviations, results, moved, budget) + "\n", flush=True)
 
 
 if __name__ == "__main__":
     import jsonargparse
 
-    jsonargparse.auto_cli(main, as_positional=False)
+    main(jsonargparse.auto_cli(StudyOptions, as_positional=False))

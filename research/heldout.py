@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.catalog import strategies
-from tokenprune.experiments.analysis import stats
+from tokenprune.experiments.analysis.intervals import bootstrap_interval
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.pipeline import Pipeline
@@ -139,7 +139,7 @@ def board_interval(right: Sequence[Answers], seed: int = 0, draws: int = 2000) -
         draws: number of bootstrap samples.
     """
     groups = [f"{number:09}" for number, board in enumerate(right) for _ in board]
-    interval = stats.bootstrap_interval(np.concatenate(right), groups, seed, draws)
+    interval = bootstrap_interval(np.concatenate(right), groups, seed, draws)
     return interval.mean, interval.low, interval.high
 
 
@@ -195,6 +195,23 @@ class BoardResults:
         """Return 1 (correct) or 0 per question of each board for a setting, for one kind of question or for all."""
         rows = zip(self.right[key], self.kinds, strict=True)
         return [np.array([r for r, k in zip(row, ks, strict=True) if kind in (None, k)]) for row, ks in rows]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of a study of deviations on held-out boards.
+
+    Args:
+        number: number of held-out boards.
+        first: index of the first board.
+        budgets: budgets as ratios.
+        methods: names of methods; by default all methods.
+    """
+
+    number: int = 125
+    first: int = 1000
+    budgets: tuple[float, ...] = (0.05, 0.1, 0.2)
+    methods: tuple[str, ...] | None = None
 
 
 def measure_strategies(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.helpers.families import FAMILIES, REPRESENTATIVES
+from tokenprune.testing.families.base import Family
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the processes that tests start
     torch.set_num_threads(1)
@@ -20,7 +22,14 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
-PRODUCTS = ("test_families", "test_whole_output", "test_truncated_tower", "test_inputs", "test_text_separators")
+PRODUCTS = (
+    "test_families",
+    "test_whole_output",
+    "test_truncated_tower",
+    "test_truncated_families",
+    "test_inputs",
+    "test_text_separators",
+)
 """Modules that run all checks on all families."""
 
 
@@ -33,3 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             names = {value for value in callspec.params.values() if isinstance(value, str)} if callspec else set()
             if names & FAMILIES.keys() and not names & REPRESENTATIVES:
                 item.add_marker("slow")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Return each family of the test matrix."""
+    family = FAMILIES[request.param]
+    if not family.adapter.supports_transformers():
+        pytest.skip("the unmodified model raises in the installed transformers")
+    return family
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter an empty folder and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
-import platform
-import subprocess
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,16 +16,17 @@ from typing import Any
 import torch
 import yaml
 
-from tokenprune.adapter import Adapter, Encoding, find_adapter
+from tokenprune.adapter import find_adapter
 from tokenprune.configuration import as_config
+from tokenprune.experiments.evaluation.answers import answer_group
+from tokenprune.experiments.evaluation.environment import environment
 from tokenprune.experiments.evaluation.identity import (
-    LIBRARIES,
     SampleDigests,
     check_identities,
     find_model_folders,
     has_records,
 )
-from tokenprune.experiments.evaluation.loading import load, model_inputs
+from tokenprune.experiments.evaluation.loading import load
 from tokenprune.experiments.evaluation.records import (
     NAME,
     RecordFile,
@@ -43,14 +39,10 @@ from tokenprune.experiments.evaluation.records import (
 )
 from tokenprune.experiments.evaluation.stored_images import (
     IMAGES,
-    add_pixels,
-    image_name,
     is_stored,
-    selection_to_record,
-    store_image,
 )
-from tokenprune.experiments.evaluation.tasks import Boards, Sample, Task
-from tokenprune.pipeline import Pipeline, count_encodes, describe_attention, list_missing_signals
+from tokenprune.experiments.evaluation.tasks import Boards, Task
+from tokenprune.pipeline import count_encodes, describe_attention, list_missing_signals
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
@@ -248,7 +240,7 @@ def run_settings(
                 ]
                 directory = out if is_stored(number, len(groups), images) else None
                 with_pixels = on_record is not None and progress.images < IMAGES_WITH_PIXELS
-                for setting, file, record, selection in _run_group(
+                for setting, file, record, selection in answer_group(
                     adapter, processor, group, pending, progress, directory, with_pixels, passes
                 ):
                     record["sample_digest"] = digests[record["sample"]]
@@ -357,198 +349,3 @@ def list_unsupported(model: Any, settings: Sequence[Setting]) -> list[str]:
         elif reducer.reads_question and reducer.text_model is None:
             problems.append(f"{setting.name}: reads the question; set reducer.text_model")
     return problems
-
-
-def environment(model: Any) -> dict[str, Any]:
-    """Return versions, device and commit, the content of ``environment.json``."""
-
-    def installed_version(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    device = str(model.device)
-    return {
-        **{package: installed_version(package) for package in LIBRARIES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(model.device) if device.startswith("cuda") else device,
-        "threads": torch.get_num_threads(),
-        "commit": _read_commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _read_commit() -> str | None:
-    """Return the commit of this code, with `-dirty` if files were changed since; None outside a checkout of it."""
-    folder = Path(__file__).resolve().parent
-    try:
-        # An installed copy may lie in a checkout of another project, whose commit would be wrong here.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-PendingSetting = tuple[Setting, RecordFile, list[Sample]]
-
-
-def _run_group(
-    adapter: Adapter,
-    processor: Any,
-    group: Sequence[Sample],
-    pending: Sequence[PendingSetting],
-    progress: Progress,
-    out: Path | None,
-    with_pixels: bool,
-    passes: Sequence[int],
-) -> Iterator[tuple[Setting, RecordFile, dict[str, Any], Selection | None]]:
-    """Yield the missing records of all settings for one image, which is encoded once, and stored if `out` is set."""
-    if not any(missing for _, _, missing in pending):
-        return
-    reducers = [setting.experiment.reducer for setting, _, _ in pending]
-    text_model = next((reducer.text_model for reducer in reducers if reducer.text_model), None)
-    model = adapter.model
-    needs = [signal for setting, _, _ in pending for signal in Pipeline(setting.experiment.reducer, adapter).needs]
-    try:
-        image = group[0].image()
-        before = passes[0]
-        began = time.perf_counter()
-        with torch.no_grad():
-            inputs = model_inputs(model, processor, image, [group[0].question], group[0].group)
-            encoding = adapter.encode(inputs, needs, 0, text_model)
-        encode_ms = (time.perf_counter() - began) * 1000
-        if out is not None or with_pixels:  # after the timing
-            encoding = add_pixels(encoding, adapter, inputs)
-    except Exception as error:  # one unreadable image must not stop the run
-        for setting, file, missing in pending:
-            for sample in missing:
-                yield setting, file, _error_record(sample, error), None
-        return
-    progress.images += 1
-    progress.encodes += passes[0] - before
-    name, pixels = None, encoding.images[0].pixels
-    if out is not None and pixels is not None:
-        shared = pending[0][0].experiment
-        name = store_image(out, image_name(shared.model, as_config(shared.task), group[0].group), pixels)
-    prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
-
-    def prepare_text(questions: Sequence[str]) -> Mapping[str, Any]:
-        """Return the text inputs of a batch, shared by all settings, since the processor also processes the pixels."""
-        key = tuple(questions)
-        if key not in prompts:
-            prompts[key] = model_inputs(model, processor, image, questions, group[0].group)
-        return prompts[key]
-
-    for setting, file, missing in pending:
-        for batch in _batches(group, setting.experiment.batch_size):
-            missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
-            if not missing_ids:
-                continue
-            selections: Sequence[Selection | None]
-            try:
-                before = passes[0]
-                text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
-                records, selections = _answer(adapter, processor, setting.experiment, text, batch, encoding, encode_ms)
-            except Exception as error:
-                records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
-            progress.more_encodes += passes[0] - before
-            for record, selection in zip(records, selections, strict=True):
-                record["stored_image"] = name
-                record["selection"] = (
-                    selection_to_record(selection) if name is not None and selection is not None else None
-                )
-                if record["sample"] in missing_ids:
-                    yield setting, file, record, selection
-
-
-def _batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Split the samples of an image into batches; finished samples do not change the split."""
-    return [group[start : start + size] for start in range(0, len(group), size)]
-
-
-def _answer(
-    adapter: Adapter,
-    processor: Any,
-    experiment: Experiment,
-    text: Mapping[str, Any],
-    batch: Sequence[Sample],
-    encoding: Encoding,
-    encode_ms: float,
-) -> tuple[list[dict[str, Any]], list[Selection]]:
-    """Return the records and the selections of a batch of questions about an encoded image."""
-    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor)
-    torch.manual_seed(experiment.seed)
-    with torch.no_grad():
-        began = time.perf_counter()
-        call = pipeline.prepare(text, generating=True, encoding=encoding.repeat(len(batch)))
-        selected = time.perf_counter()
-        sequences = pipeline.generate_prepared(call, text["input_ids"], **_generation_options(experiment))
-        answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
-        ended = time.perf_counter()
-    records, run = [], pipeline.run
-    for index, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
-        image, (full, short) = run.account.images[index], run.account.prompt_lengths[index]
-        numbers = {
-            "asked": image.asked,
-            "kept": image.kept,
-            "valid": image.valid,
-            "kept_per_tile": list(image.kept_per_tile),
-            "newlines": image.newlines,
-            "prompt_length": short,
-            "prompt_length_full": full,
-            "encode_ms": round(encode_ms, 3),
-            "select_ms": round((selected - began) * 1000 / len(batch), 3),
-            "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
-        }
-        score = experiment.task.score(sample, answer.strip())
-        records.append(_make_record(sample, answer.strip(), score, numbers))
-    return records, run.selections
-
-
-def _generation_options(experiment: Experiment) -> dict[str, Any]:
-    """Return the arguments of `generate`. If the task sets generation options, they replace the experiment's."""
-    if options := experiment.task.generation():
-        return dict(options)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if experiment.temperature > 0:
-        sampling = {"do_sample": True, "temperature": experiment.temperature}
-    return {"max_new_tokens": experiment.max_new_tokens, **sampling}
-
-
-EMPTY_NUMBERS: Mapping[str, Any] = {
-    **dict.fromkeys(("asked", "kept", "valid"), 0),
-    "kept_per_tile": [],
-    **dict.fromkeys(("newlines", "prompt_length", "prompt_length_full"), 0),
-    **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
-}
-"""The numbers of a sample that failed."""
-
-
-def _error_record(sample: Sample, error: Exception) -> dict[str, Any]:
-    """Return the record of a sample that failed."""
-    return _make_record(sample, "", 0.0, EMPTY_NUMBERS, f"{type(error).__name__}: {' '.join(str(error).split())}")
-
-
-def _make_record(
-    sample: Sample, prediction: str, score: float, numbers: Mapping[str, Any], error: str | None = None
-) -> dict[str, Any]:
-    """Return the record of a sample: question, answers, prediction, score and the numbers of the run."""
-    return {
-        "sample": sample.id,
-        "group": sample.group,
-        "question": sample.question,
-        "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
-        "prediction": prediction,
-        "score": score,
-        "correct": score >= 0.5,
-        "type": sample.type,
-        "split": sample.split,
-        **numbers,
-        "image": sample.group,
-        "error": error,
-        "stored_image": None,
-        "selection": None,
-    }

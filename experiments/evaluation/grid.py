@@ -5,15 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import queue
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +24,12 @@ from tokenprune.experiments.evaluation.experiment import (
     discard_records,
     list_unsupported,
     rank_and_world,
-    run_settings,
 )
 from tokenprune.experiments.evaluation.loading import build_without_weights
 from tokenprune.experiments.evaluation.records import remove_failed, write_atomically
 from tokenprune.experiments.evaluation.stored_images import IMAGES
 from tokenprune.experiments.evaluation.tasks import Task, tasks
+from tokenprune.experiments.evaluation.workers import run_groups, run_workers
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import suggest_name
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
@@ -284,6 +278,16 @@ def select_shard(settings: Sequence[Setting], shard: str | None) -> list[Setting
     return list(settings)[int(number) :: int(total)]
 
 
+def load_groups(path: str, shard: str | None) -> list[list[Setting]]:
+    """Return the settings of a shard of an ablation file, grouped by model and task.
+
+    Args:
+        path: the YAML file; its plug-ins are loaded.
+        shard: ``i/n`` takes every n-th setting from the i-th on.
+    """
+    return group_by_model(select_shard(expand(load_config(path)), shard))
+
+
 def ablate(
     path: str,
     out: Path,
@@ -334,120 +338,5 @@ def ablate(
     for group in groups:  # all groups before the first one runs
         check_records(group, out)
     if workers > 1 and world == 1:
-        return _run_workers(path, shard, out, workers, on_progress, images)
-    return _run_groups(groups, out, rank, world, on_progress, images)
-
-
-def _run_groups(
-    groups: Sequence[Sequence[Setting]],
-    out: Path,
-    rank: int,
-    world: int,
-    on_progress: Callable[[Progress], None],
-    images: int,
-) -> Progress:
-    """Run the groups of settings in order, and report their total progress."""
-    total = Progress(0)
-    for group in groups:
-        before = total
-
-        def report_total(current: Progress, before: Progress = before) -> None:
-            on_progress(_add_progress(before, current))
-
-        total = _add_progress(before, run_settings(group, out, rank, world, report_total, images=images))
-    return total
-
-
-def _add_progress(first: Progress, second: Progress) -> Progress:
-    counts = ("total", "done", "errors", "images", "encodes", "more_encodes")
-    return Progress(
-        **{name: getattr(first, name) + getattr(second, name) for name in counts},
-        setting=second.setting or first.setting,
-        scores={**first.scores, **second.scores},
-    )
-
-
-def _combine_workers(parts: Sequence[Progress], setting: str) -> Progress:
-    """Return the total progress of processes that share the samples of the same settings."""
-    total = Progress(0)
-    for part in parts:
-        total = _add_progress(total, part)
-    names = {name for part in parts for name in part.scores}
-    pairs = {name: [part.scores.get(name, (0.0, 0)) for part in parts] for name in names}
-    scores = {
-        name: (sum(score for score, _ in entries), sum(number for _, number in entries))
-        for name, entries in pairs.items()
-    }
-    return replace(total, setting=setting, scores=scores)
-
-
-PROGRESS_INTERVAL = 0.2
-"""Shortest time between two messages of a worker, in seconds."""
-
-
-def _run_worker(path: str, shard: str | None, out: Path, rank: int, world: int, messages: Any, images: int) -> None:
-    """Run one worker: send progress to the parent process, and end when the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    last = 0.0
-
-    def send_progress(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last > PROGRESS_INTERVAL:
-            messages.put((rank, replace(progress, scores=dict(progress.scores))))
-            last = time.monotonic()
-
-    try:
-        # Read from the file again, which also loads plug-ins: their classes cannot be sent between processes.
-        groups = group_by_model(select_shard(expand(load_config(path)), shard))
-        messages.put((rank, _run_groups(groups, out, rank, world, send_progress, images)))
-    except Exception as error:
-        print(f"tokenprune: worker {rank}: {format_error(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _run_workers(
-    path: str, shard: str | None, out: Path, workers: int, on_progress: Callable[[Progress], None], images: int
-) -> Progress:
-    """Run several workers; the last worker merges their records."""
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    processes = [
-        context.Process(target=_run_worker, args=(path, shard, out, rank, workers, messages, images), daemon=True)
-        for rank in range(workers)
-    ]
-    progress_by_rank: dict[int, Progress] = {}
-
-    def receive(seconds: float) -> bool:
-        """Receive one message; return whether there was one within the time."""
-        try:
-            rank, progress_by_rank[rank] = messages.get(timeout=seconds)
-        except queue.Empty:
-            return False
-        parts = [progress_by_rank[key] for key in sorted(progress_by_rank)]
-        on_progress(_combine_workers(parts, progress_by_rank[rank].setting))
-        return True
-
-    try:
-        for process in processes:
-            process.start()
-        while any(process.is_alive() for process in processes):
-            receive(PROGRESS_INTERVAL)
-        while receive(PROGRESS_INTERVAL):
-            pass
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-    codes = [process.exitcode for process in processes]
-    if any(codes):
-        raise RuntimeError(f"workers ended with {codes}; their messages are above. Run the same command to continue")
-    return _combine_workers([progress_by_rank[rank] for rank in sorted(progress_by_rank)], "")
+        return run_workers(partial(load_groups, path, shard), out, workers, on_progress, images)
+    return run_groups(groups, out, rank, world, on_progress, images)

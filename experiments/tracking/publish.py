@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tokenprune.experiments.analysis.stats import shorten_value
+from tokenprune.experiments.analysis.results import shorten_value
 from tokenprune.experiments.evaluation.experiment import Progress, Setting, run_settings
 from tokenprune.experiments.evaluation.records import list_record_files, read_lines
 from tokenprune.experiments.evaluation.stored_images import IMAGES, selection_from_record

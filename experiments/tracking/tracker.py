@@ -14,41 +14,38 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from tokenprune.experiments.analysis.stats import pareto_front
+from tokenprune.experiments.analysis.pareto import pareto_front
+from tokenprune.experiments.tracking.values import (
+    CLASSES,
+    STEP,
+    TIMES,
+    flatten_summary,
+    image_and_mask,
+    is_number,
+    summarize_records,
+    to_cell,
+    to_path_name,
+)
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from tokenprune.selection import Selection
 
+
 P = ParamSpec("P")
-
 log = logging.getLogger(__name__)
-
-STEP = "eval/tokens_kept"
-"""The x-axis of all results: the number of kept tokens determines the cost of a method."""
 COLUMNS = (
     *("sample", "group", "question", "answer", "prediction", "score", "correct", "type", "split"),
     *("asked", "kept", "valid", "prompt_length", "prompt_length_full", "image", "error"),
 )
 """Columns of the table of answers, equal to the names of record fields."""
-TIMES = ("encode_ms", "select_ms", "generate_ms")
-CLASSES = {1: "kept", 2: "dropped", 3: "padding"}
-"""Classes of the mask of an image; class 0 is the space between tiles."""
-GAP = 8
-"""Space between tiles, in pixels."""
 MAX_IMAGES = 50
 """Maximum number of overlays of one run; with more, wandb's pages become slow."""
 MAX_ROWS = 10_000
@@ -226,7 +223,7 @@ class Tracker:
         pixels, mask = image_and_mask(selection)
         caption = f"{name}: {selection.kept_tokens} kept of {selection.asked} asked {selection.kept_per_tile}"
         masks = {"tokens": {"mask_data": mask, "class_labels": CLASSES}}
-        self._run.log({f"vis/selection/{_to_path_name(name)}": wandb.Image(pixels, caption=caption, masks=masks)})
+        self._run.log({f"vis/selection/{to_path_name(name)}": wandb.Image(pixels, caption=caption, masks=masks)})
 
     @_harmless
     def log_pareto(self, points: Sequence[Mapping[str, Any]], name: str = "pareto") -> None:
@@ -242,12 +239,10 @@ class Tracker:
 
         columns = list(dict.fromkeys(key for point in points for key in point))
         front = set(pareto_front([(point["kept"], point["score"]) for point in points]))
-        rows = [
-            [*(_to_cell(point.get(key)) for key in columns), number in front] for number, point in enumerate(points)
-        ]
+        rows = [[*(to_cell(point.get(key)) for key in columns), number in front] for number, point in enumerate(points)]
         table = wandb.Table(columns=[*columns, "front"], data=rows, allow_mixed_types=True)
         title = "Score over kept visual tokens"
-        self._run.log({f"vis/{_to_path_name(name)}": wandb.plot.scatter(table, x="kept", y="score", title=title)})
+        self._run.log({f"vis/{to_path_name(name)}": wandb.plot.scatter(table, x="kept", y="score", title=title)})
 
     def finish(self, summary: Mapping[str, Any] | None = None, files: Sequence[str | Path] = ()) -> None:
         """Log the results and end the run.
@@ -269,14 +264,14 @@ class Tracker:
         import wandb
 
         results = summarize_records(self._records) | flatten_summary(summary)
-        numbers = {key: value for key, value in results.items() if _is_number(value)}
+        numbers = {key: value for key, value in results.items() if is_number(value)}
         if numbers:
             self._run.log(numbers)
-        self._run.summary.update({key: _to_cell(value) for key, value in results.items() if key not in numbers})
+        self._run.summary.update({key: to_cell(value) for key, value in results.items() if key not in numbers})
         if self._records:
             if len(self._records) > MAX_ROWS:
                 log.warning("The W&B table shows the first %d of %d answers", MAX_ROWS, len(self._records))
-            rows = [[_to_cell(record.get(key)) for key in COLUMNS] for record in self._records[:MAX_ROWS]]
+            rows = [[to_cell(record.get(key)) for key in COLUMNS] for record in self._records[:MAX_ROWS]]
             table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
             self._run.log({"samples/predictions": table})
         existing = [Path(file) for file in files if Path(file).is_file()]
@@ -327,104 +322,6 @@ def track_run(project: str | None, **options: Any) -> Iterator[Tracker]:
         tracker.close(failed=True)
         raise
     tracker.close()
-
-
-def flatten_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a summary by their names in wandb, `eval/...` and `perf/...`.
-
-    Args:
-        summary: results. Nested mappings become paths; names that start with `eval/` or `perf/` do not change.
-    """
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}/", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk("", summary)
-    return {_wandb_key(key): value for key, value in flat.items()}
-
-
-def summarize_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean score, number of errors, mean kept tokens and median times in milliseconds of records.
-
-    Args:
-        records: the records; a record with an error is counted only as an error.
-    """
-    valid = [record for record in records if not record.get("error")]
-
-    def column(key: str) -> list[float]:
-        return [record[key] for record in valid if _is_number(record.get(key))]
-
-    results: dict[str, Any] = (
-        {"eval/samples": len(records), "eval/errors": len(records) - len(valid)} if records else {}
-    )
-    means = {"eval/score": "score", STEP: "kept"}
-    results |= {name: fmean(values) for name, key in means.items() if (values := column(key))}
-    return results | {f"perf/{key}": median(values) for key in TIMES if (values := column(key))}
-
-
-def image_and_mask(selection: Selection) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return one image of all tiles, with the base tile on the left and the sub-images in their grid, and its mask.
-
-    Args:
-        selection: the selection, with pixels.
-
-    Returns:
-        Pixels `[height, width, 3]` and the class of each pixel `[height, width]`, see `CLASSES`.
-
-    Raises:
-        ValueError: if the selection has no pixels.
-    """
-    if selection.pixels is None:
-        raise ValueError("this selection has no pixels")
-    tiles = selection.pixels.cpu().numpy()
-    height, width = tiles.shape[1:3]
-    rows, cols = selection.geometry.tile_grid
-    token_rows, token_cols = selection.geometry.token_grid
-    total_width = width + (2 * GAP + cols * (width + GAP) if rows else 0)
-    total_height = max(rows, 1) * (height + GAP) - GAP
-    pixels = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
-    mask = np.zeros((total_height, total_width), dtype=np.uint8)
-    kept, valid = selection.kept.cpu().numpy(), selection.geometry.valid.cpu().numpy()
-    token_row, token_col = np.arange(height) * token_rows // height, np.arange(width) * token_cols // width
-    for number, tile in enumerate(tiles):
-        row, col = divmod(number - 1, cols) if number else (0, 0)
-        top = row * (height + GAP)
-        left = width + 3 * GAP + col * (width + GAP) if number else 0
-        classes = np.where(valid[number], np.where(kept[number], 1, 2), 3).reshape(token_rows, token_cols)
-        pixels[top : top + height, left : left + width] = tile
-        mask[top : top + height, left : left + width] = classes[token_row][:, token_col]
-    return pixels, mask
-
-
-def _wandb_key(key: str) -> str:
-    """Return the name in wandb of a key of a summary."""
-    if key.startswith(("eval/", "perf/")):
-        return key
-    if key in ("kept", "tokens_kept", "mean_kept"):
-        return STEP
-    cost = re.search(r"(_ms|_s|_mb|_gb|_bytes|_flops|_per_second|throughput|memory|speedup)$", key)
-    return f"{'perf' if cost else 'eval'}/{key}"
-
-
-def _to_cell(value: Any) -> Any:
-    """Return a value that a wandb table can hold; lists become text."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
-def _to_path_name(name: str) -> str:
-    """Return a name as one component of a path."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "selection"
 
 
 def _one_line(error: BaseException) -> str:

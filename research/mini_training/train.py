@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 
-from research.mini_training.build import export, make_config, make_tokenizer
+from research.mini_training.build import export, make_config
 from research.mini_training.lessons import (
     DENSE,
     IGNORE,
     PLACES,
     PRESENCE,
-    TOKENS,
-    Integers,
     Lesson,
-    draw_subset,
-    is_answerable,
     make_lesson,
     make_tiles,
-    pack_positions,
 )
-from tokenprune.models.mini.boards import GRIDS, Board, Question, make_board
+from research.mini_training.prompts import QUESTIONS, START, TOKENIZER, Prompt, make_cached_tokenizer, make_prompt
+from tokenprune.models.mini.boards import GRIDS, make_board
 
 IMAGES = 16
 """Number of images per step."""
-QUESTIONS = 10
-"""Number of questions about each image in a step of stage 2."""
 TOWER_STEPS = 1100
 READER_STEPS = 2320
 CROWDED_UNTIL = 500
@@ -148,105 +141,8 @@ def tower_output(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
     return hidden
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One training sequence: the image, then questions that attend only to the image and to themselves.
-
-    Attributes:
-        token_indices: Flat index of the tile token at each visual position, -1 for a newline token, `[visual]`.
-        positions: Position ids of the visual tokens, `[visual]`.
-        ids: Token ids of all questions with their answers, `[text]`.
-        text_positions: Position ids of the text, `[text]`.
-        block: Index of the question of each text token, `[text]`.
-        labels: Next token at positions with a loss, and `IGNORE` elsewhere, `[text]`.
-    """
-
-    token_indices: Integers
-    positions: Integers
-    ids: Integers
-    text_positions: Integers
-    block: Integers
-    labels: Integers
-
-
-def make_prompt(
-    board: Board,
-    truth: Lesson,
-    rng: np.random.Generator,
-    tokenize: Callable[[str], list[int]],
-    *,
-    gaps: bool,
-    weights: dict[str, float],
-) -> Prompt:
-    """Return a training sequence with random visual tokens of a board and random questions that they can answer.
-
-    Args:
-        board: The board.
-        truth: Ground truth of the board.
-        rng: The random generator.
-        tokenize: Returns the token ids of a text.
-        gaps: Whether tokens are removed.
-        weights: Factors of the probability of question types; 1 by default.
-
-    Returns:
-        The training sequence.
-    """
-    kept = draw_subset(rng, truth) if gaps else np.ones((len(truth.dense["paper"]), TOKENS), dtype=bool)
-    order, grid_rows = pack_positions(board)
-    stays = (order >= 0) & kept.reshape(-1)[order]
-    newlines = rng.choice(["kept rows", "all", "none"], p=[0.7, 0.2, 0.1]) if gaps else "all"
-    if newlines == "all":
-        stays |= order < 0
-    elif newlines == "kept rows":
-        stays |= (order < 0) & np.isin(grid_rows, grid_rows[stays & (grid_rows >= 0)])
-    # The prompt requires at least one visual token; the first token of the base tile always exists.
-    stays[0] |= not stays.any()
-    prefix = _PREFIX_LENGTH
-    preserve = gaps and rng.random() < 0.3
-    positions = prefix + (np.flatnonzero(stays) if preserve else np.arange(int(stays.sum())))
-    text_start = prefix + (len(order) if preserve else len(positions))
-    candidates = [question for question in board.questions if is_answerable(question, truth, kept)]
-    chances = np.array([_base_weight(question) * weights.get(question.type, 1.0) for question in candidates])
-    size = min(QUESTIONS, len(candidates))
-    drawn = rng.choice(len(candidates), size=size, replace=False, p=chances / chances.sum())
-    ids: list[int] = []
-    text_positions: list[int] = []
-    block: list[int] = []
-    labels: list[int] = []
-    for number, index in enumerate(drawn):
-        question_ids = tokenize(f"{candidates[index].text} ASSISTANT:")
-        answer_ids = [*tokenize(candidates[index].answer), _END]
-        length = len(question_ids) + len(answer_ids) - 1
-        ids += [*question_ids, *answer_ids[:-1]]
-        labels += [*[IGNORE] * (len(question_ids) - 1), *answer_ids]
-        text_positions += range(text_start, text_start + length)
-        block += [number] * length
-    return Prompt(order[stays], positions, np.array(ids), np.array(text_positions), np.array(block), np.array(labels))
-
-
-def _base_weight(question: Question) -> float:
-    """Return 1 for a question about a single item, which exists once per item, and 2 for every other question."""
-    return 1.0 if len(question.about) == 1 and question.type != "count" else 2.0
-
-
 _PLACES = {"side": 6.0, "height": 6.0}
 _HARD = {"color": 0.4, "shape": 0.4, "paper": 0.4, "number_color": 2.0, "side": 2.5, "height": 2.5, "order": 2.5}
-_TOKENIZER = make_tokenizer()
-_END = int(_TOKENIZER.eos_token_id)
-_START: list[int] = _TOKENIZER("USER: <image>")["input_ids"][:-1]
-_PREFIX_LENGTH = len(_START)
-
-
-def make_cached_tokenizer() -> Callable[[str], list[int]]:
-    """Return a function from text to token ids that caches its results."""
-    cache: dict[str, list[int]] = {}
-
-    def tokenize(text: str) -> list[int]:
-        if text not in cache:
-            cache[text] = _TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        return cache[text]
-
-    return tokenize
 
 
 def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt]) -> tuple[Tensor, float]:
@@ -260,16 +156,16 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
     Returns:
         The loss and the share of correct answers.
     """
-    width = max(len(_START) + len(prompt.token_indices) + len(prompt.ids) for prompt in prompts)
+    width = max(len(START) + len(prompt.token_indices) + len(prompt.ids) for prompt in prompts)
     shape = len(prompts), width
     positions, groups = np.zeros(shape, dtype=np.int64), np.full(shape, -2)
     labels, ids, table_rows = np.full(shape, IGNORE), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     visual = np.zeros(shape, dtype=bool)
     first = 1
     for row, (feature, prompt) in enumerate(zip(features, prompts, strict=True)):
-        begin = len(_START)
+        begin = len(START)
         middle, end = begin + len(prompt.token_indices), begin + len(prompt.token_indices) + len(prompt.ids)
-        ids[row, :begin], ids[row, middle:end] = _START, prompt.ids
+        ids[row, :begin], ids[row, middle:end] = START, prompt.ids
         positions[row, :begin] = np.arange(begin)
         positions[row, begin:middle], positions[row, middle:end] = prompt.positions, prompt.text_positions
         groups[row, :middle], groups[row, middle:end] = -1, prompt.block
@@ -409,7 +305,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model: Any = LlavaNextForConditionalGeneration(make_config(_TOKENIZER))
+    model: Any = LlavaNextForConditionalGeneration(make_config(TOKENIZER))
     vision = model.config.vision_config
     heads = Heads(vision.hidden_size, vision.num_hidden_layers)
     tokenize = make_cached_tokenizer()

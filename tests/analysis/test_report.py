@@ -1,27 +1,21 @@
-"""Reports of run directories: tables, figures and files."""
+"""Reports of run directories: tables and files."""
 
 from __future__ import annotations
 
 import csv
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
-from matplotlib.container import ErrorbarContainer
-from PIL import Image
 
 from tests.helpers.records import board_records, failed, record, setting, write_setting
-from tokenprune import Selection, TileGeometry
+from tests.helpers.reports import make_scores, parse_table, write_run_directory
+from tokenprune.experiments.analysis.intervals import Interval
 from tokenprune.experiments.analysis.report import main, write_report
 from tokenprune.experiments.analysis.report.contents import build_report
-from tokenprune.experiments.analysis.report.failures import choose_pair
 from tokenprune.experiments.analysis.report.figures import draw_figures
 from tokenprune.experiments.analysis.report.files import setting_rows, write_parquet
 from tokenprune.experiments.analysis.report.formatting import (
@@ -32,59 +26,7 @@ from tokenprune.experiments.analysis.report.formatting import (
 )
 from tokenprune.experiments.analysis.report.latex import render_latex
 from tokenprune.experiments.analysis.report.rows import method_rows
-from tokenprune.experiments.analysis.report.style import PALETTE, assign_styles
-from tokenprune.experiments.analysis.stats import Interval, Results, read_results
-from tokenprune.experiments.evaluation.stored_images import selection_to_record, store_image
-
-BUDGETS = (0.1, 0.2)
-
-
-def make_scores(share: float, seed: int = 0) -> list[list[float]]:
-    """Return scores of 24 boards with 6 questions; right answers at a share are also right at any larger share."""
-    ease = np.random.default_rng(seed).random((24, 6))
-    return (ease < share).astype(float).tolist()
-
-
-def write_run_directory(directory: Path, full: bool = True, random: bool = True) -> Path:
-    """Write a small ablation with a known result."""
-    if full:
-        write_setting(directory, board_records(make_scores(0.9), asked=400, kept=400), "HiRED", 1.0, "full")
-    for allocation, gain in (("UniformAllocation", 0.0), ("VisualContentAllocation", 0.0), ("GuidedAllocation", 0.2)):
-        for budget in BUDGETS:
-            factors = {"reducer.allocation": allocation, "reducer.budget": budget}
-            kept = int(400 * budget)
-            write_setting(
-                directory,
-                board_records(make_scores(0.5 + gain + budget), asked=kept, kept=kept),
-                factors=factors,
-                budget=budget,
-            )
-    for budget in BUDGETS:
-        write_setting(
-            directory, board_records(make_scores(0.3 + budget)), "UniformStride", budget, "baseline", factors={}
-        )
-        for seed in range(3 if random else 0):
-            answers = board_records(make_scores(0.3 + budget, seed), generate_ms=5.0 + seed)
-            write_setting(directory, answers, "Random", budget, "baseline", seed, factors={})
-    return directory
-
-
-@pytest.fixture(scope="module")
-def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_run_directory(tmp_path_factory.mktemp("report") / "grid")
-    paths = write_report(directory)
-    names = ["report.md", "report.tex", "report.html", "settings.csv", "records.csv"]
-    assert [path.name for path in paths] == [*names, "accuracy_vs_tokens.png", "accuracy_vs_time.png"]
-    assert all(path.stat().st_size > 100 for path in paths)
-    return directory
-
-
-def parse_table(text: str, heading: str) -> list[list[str]]:
-    """Return the rows of the first table below a heading of a Markdown text, including its head."""
-    match = re.search(r"(^\|.*\n)+", text.split(f" {heading}\n", 1)[1], re.MULTILINE)
-    assert match
-    lines = [line for line in match.group().splitlines() if "---" not in line]
-    return [[entry.strip() for entry in line.strip("| ").split(" | ")] for line in lines]
+from tokenprune.experiments.analysis.results import Results, read_results
 
 
 def test_the_main_table_shows_the_means_of_the_records(report_folder: Path) -> None:
@@ -242,148 +184,6 @@ def test_a_wrong_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a folder with settings/"):
         write_report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
-
-
-# --- failures ---------------------------------------------------------------------------------------------------------
-
-
-def make_record_with_image(
-    board: int, question: int, score: float, tokens: Sequence[int], **fields: Any
-) -> dict[str, Any]:
-    """Return a record with the kept tokens of two tiles of 2 x 2 tokens."""
-    kept = torch.zeros(2, 4, dtype=torch.bool)
-    kept.view(-1)[list(tokens)] = True
-    geometry = TileGeometry.anyres((40, 40), (1, 1), (2, 2), 40)
-    selection = selection_to_record(Selection(geometry, kept, len(tokens)))
-    return record(board, question, score, **fields) | {"stored_image": f"images/{board}.png", "selection": selection}
-
-
-def write_failing_pair(directory: Path) -> Path:
-    """Write an ablation with images in which HiRED and SCOPE each fail on a sample that the other strategy answers."""
-    outcomes = {"HiRED": [1, 1, 0, 1, 0], "SCOPE": [0, 1, 1, 1, 0], "UniformStride": [1, 0, 0, 0, 0]}
-    write_setting(
-        directory, [record(board, 0, score) for board, score in enumerate([1, 1, 1, 1, 0])], role="full", budget=1.0
-    )
-    for number, (name, scores) in enumerate(outcomes.items()):
-        role = "baseline" if name == "UniformStride" else "grid"
-        for budget in (0.2, 0.05):
-            rows = [make_record_with_image(board, 0, score, [number, 4 + number]) for board, score in enumerate(scores)]
-            write_setting(directory, rows, name, budget, role)
-    for board in range(5):
-        pixels = torch.arange(2 * 40 * 40 * 3).view(2, 40, 40, 3).remainder(251).to(torch.uint8)
-        assert store_image(directory, f"images/{board}", pixels) == f"images/{board}.png"
-    return directory
-
-
-def test_failures_are_shown_side_by_side_with_kept_tokens(tmp_path: Path) -> None:
-    paths = write_report(write_failing_pair(tmp_path))
-    text = (tmp_path / "report.md").read_text()
-    part = text.split("## Failures side by side")[1]
-    assert "**HiRED at 5%** and **SCOPE at 5%**, the best two at the smallest budget: of 5 samples" in part
-    assert "only the first has 1 right, only the second 1" in part
-    assert part.count("### What number is on the red star?") == 2
-    head, images, captions = parse_table(text, "Failures side by side")
-    assert head == ["the image", "HiRED", "SCOPE"]
-    assert captions[1:] == ["right: `36`; 40 tokens kept", "**wrong**: `17`; 40 tokens kept"]
-    files = [path for path in paths if path.name.startswith("failure-")]
-    assert [f"![{name}](figures/{file.name})" for name, file in zip(head, files[:3], strict=True)] == images
-    kept_masks = [(np.asarray(Image.open(file)) == [0xD5, 0x5E, 0x00]).all(axis=-1) for file in files[1:3]]
-    assert all(mask.any() for mask in kept_masks)
-    assert (kept_masks[0] != kept_masks[1]).any()  # the settings keep different tokens
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + 3 * 2
-
-
-def test_any_two_settings_can_be_compared(tmp_path: Path) -> None:
-    write_failing_pair(tmp_path)
-    write_report(tmp_path, compare=["HiRED, budget=0.2", "000000000005"])
-    text = (tmp_path / "report.md").read_text()
-    assert "**HiRED at 20%** and **UniformStride at 20%**, as requested" in text
-    write_report(tmp_path, compare=["HiRED, budget=0.2", "SCOPE, budget=0.05"])
-    assert len(list((tmp_path / "figures").glob("failure-*.png"))) == 6  # older figures are deleted
-    with pytest.raises(ValueError, match=r"no setting is called 'SCOPE, budget=0.5'. Did you mean 'SCOPE, budget=0."):
-        write_report(tmp_path, compare=["HiRED, budget=0.2", "SCOPE, budget=0.5"])
-    with pytest.raises(ValueError, match="are the same setting"):
-        write_report(tmp_path, compare=["HiRED, budget=0.2", "HiRED, budget=0.2"])
-
-
-def test_failures_without_images_are_shown_as_text(tmp_path: Path, report_folder: Path) -> None:
-    part = (report_folder / "report.md").read_text().split("## Failures side by side")[1]
-    assert "Their records hold no kept tokens, so only texts are shown." in part
-    assert "Expected: `36`. Full tokens: `36`." in part
-    assert "**wrong**: `17`" in part
-    assert "failure-" not in part
-    write_failing_pair(tmp_path)
-    for file in (tmp_path / "images").iterdir():
-        file.unlink()
-    write_report(tmp_path)
-    assert "not in the folder `images`" in (tmp_path / "report.md").read_text()
-
-
-def test_a_pair_skips_settings_with_equal_answers() -> None:
-    equal_settings = [setting(board_records([[1], [1], [0]]), hash=str(number), role="grid") for number in range(2)]
-    different_setting = setting(board_records([[0], [1], [1]]), hash="2", role="grid")
-    pair = choose_pair([*equal_settings, different_setting])
-    assert pair is not None
-    assert [candidate.hash for candidate in pair[:2]] == ["0", "2"]
-    assert pair[2].endswith("(1 between them answers like the best)")
-    assert choose_pair([different_setting]) is None
-
-
-# --- style ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_method_has_one_color_in_all_figures_and_tables(report_folder: Path) -> None:
-    settings = read_results(report_folder).settings
-    styles = assign_styles(settings)
-    assert len({(style.color, style.marker) for style in styles.values()}) == len(
-        {style.color for style in styles.values()}
-    )
-    marker_colors = {style.marker: style.color for style in styles.values()}
-    for figure in draw_figures(settings).values():
-        containers = [
-            container
-            for axes in figure.axes
-            for container in axes.containers
-            if isinstance(container, ErrorbarContainer)
-        ]
-        assert len(containers) == 8  # full tokens, three grid settings, uniform stride, three seeds
-        for container in containers:
-            assert to_hex(container[0].get_color()).upper() == marker_colors[str(container[0].get_marker())]
-        handles = {
-            str(handle.get_marker()): to_hex(handle.get_color()).upper() for handle in figure.legends[0].legend_handles
-        }  # type: ignore[union-attr]
-        assert {marker: color for marker, color in handles.items() if marker in marker_colors} == marker_colors
-    page = (report_folder / "report.html").read_text()
-    dots = re.findall(r'background:(#\w{6})"></span>([^<]+)<', page)
-    assert {color for color, name in dots if name.startswith("Random")} == {styles["Random"].color}
-    for method, style in styles.items():
-        assert {color for color, name in dots if name == method} <= {style.color}
-
-
-def test_many_methods_have_different_colors() -> None:
-    settings = [setting([], strategy=f"S{n}") for n in range(2 * len(PALETTE))]
-    assert len({style.color for style in assign_styles(settings).values()}) == len(settings)
-
-
-def test_the_legend_of_many_methods_is_outside_and_complete(tmp_path: Path) -> None:
-    for number in range(14):
-        factors = {"reducer.allocation": f"AllocationWithAnExceedinglyLongName{number}", "reducer.selection": "S" * 60}
-        write_setting(tmp_path, board_records(make_scores(number / 20)), factors=factors)
-    for figure in draw_figures(read_results(tmp_path).settings).values():
-        FigureCanvasAgg(figure).draw()
-        legend, canvas = figure.legends[0].get_window_extent(), figure.bbox
-        assert legend.x0 >= figure.axes[0].get_window_extent().x1
-        assert 0 <= legend.y0 < legend.y1 <= canvas.height
-        assert legend.x1 <= canvas.width
-        boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
-        assert not any(box.overlaps(previous) for index, box in enumerate(boxes) for previous in boxes[:index])
-
-
-def test_figures_are_images(report_folder: Path) -> None:
-    for name in ("accuracy_vs_tokens", "accuracy_vs_time"):
-        with Image.open(report_folder / "figures" / f"{name}.png") as image:
-            assert image.width > 1000
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
 from tokenprune.strategies import HiRED
 from tokenprune.testing.families.base import Family
 
 NO_OPTIONS = {"phi4_multimodal": "the unmodified model raises when its vision side records hidden states"}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
-    family = FAMILIES[request.param]
-    if not family.adapter.supports_transformers():
-        pytest.skip("the unmodified model raises in the installed transformers")
-    return family
 
 
 @pytest.fixture(scope="module")

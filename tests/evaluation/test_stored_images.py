@@ -28,10 +28,7 @@ from tokenprune.experiments.evaluation.stored_images import (
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, ImageDownsample, SpatialPooling, UniformStride
 
-
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.mark.parametrize(("total", "limit"), [(10, 3), (7, 7), (3, 200), (1000, 1), (5, 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import pipeline
 
 from tokenprune.adapter import find_adapter
 from tokenprune.geometry import TileGeometry
@@ -20,10 +22,10 @@ from tokenprune.testing.families.base import Size
 
 
 def generate(model: Any, inputs: Any, **options: Any) -> Tensor:
-    """Generate four tokens. Image placeholders are suppressed, because a random model can generate them."""
+    """Generate six tokens. Image placeholders are suppressed, because a random model can generate them."""
     torch.manual_seed(0)
     suppress = [find_adapter(model).image_token_id]
-    return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, suppress_tokens=suppress, **options)
+    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, suppress_tokens=suppress, **options)
 
 
 def kept_mask(model: Any, inputs: Any, run: Run) -> Tensor:
@@ -43,20 +45,43 @@ def oracle_inputs(model: Any, inputs: Any, run: Run, positions: str) -> dict[str
     return {**inputs, "attention_mask": kept.long(), "position_ids": ids}
 
 
-def real_positions(model: Any, inputs: Any, run: Run) -> Tensor:
-    """Return the mask of non-padding positions of the shortened, left-padded prompt, bool `[rows, width]`."""
+def oracle_inputs_1d(model: Any, inputs: Any, run: Run, positions: str) -> dict[str, Any]:
+    """Return the inputs of `oracle_inputs` with position ids counted without the adapter; for 1-D positions only."""
+    kept = kept_mask(model, inputs, run)
+    ids = kept.long().cumsum(-1) - 1 if positions == "reindex" else torch.arange(kept.shape[1]).expand(kept.shape)
+    return {**inputs, "attention_mask": kept.long(), "position_ids": ids.clamp(min=0)}
+
+
+def real_positions(model: Any, inputs: Any, run: Run, side: str = "left") -> Tensor:
+    """Return the mask of non-padding positions of the shortened prompt, padded on a side, bool `[rows, width]`."""
     lengths = kept_mask(model, inputs, run).sum(1)
-    width = int(lengths.max())
-    return torch.arange(width) >= width - lengths[:, None]
+    columns = torch.arange(int(lengths.max()))
+    return columns < lengths[:, None] if side == "right" else columns >= len(columns) - lengths[:, None]
+
+
+def build_answer(model: Any, processor: Any, image: Image.Image, text: str) -> Callable[[], Any]:
+    """Return a function that generates five tokens for an image and a text with a transformers pipeline."""
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": 5, "suppress_tokens": [find_adapter(model).image_token_id]}
+
+    def answer() -> Any:
+        return pipe(images=[image], text=text, generate_kwargs=options, return_full_text=False)[0]["generated_text"]
+
+    return answer
 
 
 def collect_state(model: Any) -> list[Any]:
-    """Return the hooks, configs and attributes of a model that an attached reducer changes."""
-    hooks = [
-        (name, list(module._forward_pre_hooks), list(module._forward_hooks), id(vars(module).get("config")))
+    """Return the hooks, configs and attributes of a model that an attached reducer can change."""
+    modules = [
+        (
+            name,
+            [list(hooks) for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)],
+            id(getattr(module, "config", None)),
+            sorted(vars(module)),
+        )
         for name, module in model.named_modules()
     ]
-    return [*hooks, sorted(model.__dict__), model.__dict__.get("generate")]
+    return [modules, vars(model).get("generate"), model.config.to_dict(), model.generation_config.to_dict()]
 
 
 SPOTS = [(0.2, 0.85), (0.85, 0.2), (0.7, 0.6)]
@@ -81,10 +106,10 @@ class OutlierReducer(ScoreReducer):
         return (values - median).norm(dim=-1) * image.geometry.valid
 
 
-def draw_spot(size: Size, spot: tuple[float, float]) -> Image.Image:
-    """Return a dark image with a bright square around the spot."""
+def draw_spot(size: Size, spot: tuple[float, float], half: int = 3) -> Image.Image:
+    """Return a dark image with a bright square around the spot; `half` is half of its side in pixels."""
     pixels = np.zeros((*size, 3), dtype=np.uint8)
-    y, x, half = int(spot[0] * size[0]), int(spot[1] * size[1]), 3
+    y, x = int(spot[0] * size[0]), int(spot[1] * size[1])
     pixels[max(0, y - half) : y + half, max(0, x - half) : x + half] = 255
     return Image.fromarray(pixels)
 

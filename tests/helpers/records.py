@@ -9,10 +9,7 @@ from typing import Any
 
 import yaml
 
-from tokenprune.experiments.analysis.stats import (
-    Setting,
-    shorten_value,
-)
+from tokenprune.experiments.analysis.results import Setting, shorten_value
 
 MODEL, TASK = "mini", {"class_path": "tokenprune.tasks.Boards", "init_args": {"number": 2}}
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tokenprune.experiments.evaluation.records import read_lines
 
 SMALL: dict[str, Any] = {
@@ -24,6 +26,12 @@ SMALL: dict[str, Any] = {
         ],
     },
 }
+
+
+def write_config(config: dict[str, Any], name: str = "small.yaml") -> str:
+    """Write a config to the working directory and return its path."""
+    Path(name).write_text(yaml.safe_dump(config))
+    return name
 
 
 def records(out: str | Path) -> dict[str, list[dict[str, Any]]]:

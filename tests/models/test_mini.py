@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
 from research.heldout import board_interval, measure_strategies
 from research.mini_training import train as training
+from research.mini_training.build import make_config, make_tokenizer
 from research.mini_training.evaluate import answer_questions, held_out_samples
 from research.mini_training.lessons import (
     PLACES,
@@ -25,6 +26,7 @@ from research.mini_training.lessons import (
     make_tiles,
     pack_positions,
 )
+from research.mini_training.prompts import make_cached_tokenizer
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import (
     COLORS,
@@ -235,9 +237,9 @@ def test_questions_are_answerable_if_their_tokens_are_kept() -> None:
 def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "IMAGES", 2)
     torch.manual_seed(0)
-    student: Any = training.LlavaNextForConditionalGeneration(training.make_config(training.make_tokenizer()))
+    student: Any = LlavaNextForConditionalGeneration(make_config(make_tokenizer()))
     heads = training.Heads(96, 5)
-    loss, scores = training.reader_step(student, heads, training.make_cached_tokenizer(), 0, step)
+    loss, scores = training.reader_step(student, heads, make_cached_tokenizer(), 0, step)
     loss.backward()
     assert loss.isfinite()
     assert student.model.language_model.layers[0].mlp.up_proj.weight.grad is not None

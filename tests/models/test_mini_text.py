@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel
 
-from research.mini_training import train_text as training
+from research.mini_training.captions import ANY, ILLEGIBLE, NOTHING, Caption, draw_caption, match_captions
+from research.mini_training.evaluate_text import measure_auc, patch_scores
+from research.mini_training.text_model import make_text_model
+from research.mini_training.train_text import read_boards, train_text
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import make_board
 
@@ -75,19 +78,19 @@ def test_words_have_the_token_ids_of_the_model(tokenizer: Any) -> None:
 
 def test_patches_and_tiles_match_their_questions(clip: Any, tokenizer: Any, tower: Any) -> None:
     """The limits are far below the AUC on 100 held-out boards; an untrained text tower does not reach them."""
-    auc = training.measure_auc(clip, tokenizer, start=2000, count=12)
+    auc = measure_auc(clip, tokenizer, start=2000, count=12)
     assert auc["others"][0] > 0.9
     assert auc["items"][0] > 0.85
     assert auc["tile"][0] > auc["tile by chance"][0] + 0.3
     torch.manual_seed(0)
-    untrained_auc = training.measure_auc(training.make_text_model(tower).eval(), tokenizer, start=2000, count=12)
+    untrained_auc = measure_auc(make_text_model(tower).eval(), tokenizer, start=2000, count=12)
     assert untrained_auc["items"][0] < 0.7
 
 
 def test_unknown_words_at_the_start_change_little(clip: Any, tokenizer: Any) -> None:
     board = make_board(2000)
     question = next(question.text for question in board.questions if question.type == "number_pair")
-    plain, polite = training.patch_scores(clip, tokenizer, board, [question, f"Could you tell me: {question}"])
+    plain, polite = patch_scores(clip, tokenizer, board, [question, f"Could you tell me: {question}"])
     assert np.corrcoef(plain.flatten(), polite.flatten())[0, 1] > 0.9
 
 
@@ -95,37 +98,37 @@ def test_unknown_words_at_the_start_change_little(clip: Any, tokenizer: Any) -> 
 
 
 def test_captions_match_the_tiles_that_they_describe() -> None:
-    nothing = training.NOTHING
+    nothing = NOTHING
     paper = [0, nothing, nothing, nothing, nothing, 2]
     star = [1, 4, 0, 4, 2, 2]
-    coarse = [1, 4, 0, training.ILLEGIBLE, training.ILLEGIBLE, 2]
+    coarse = [1, 4, 0, ILLEGIBLE, ILLEGIBLE, 2]
     shows = np.array([[paper, coarse], [paper, star], [paper, paper]])
-    any_ = training.ANY
+    any_ = ANY
     captions = [
-        training.Caption("red star", (1, 4, 0, any_, any_, any_)),
-        training.Caption("number 42", (1, any_, any_, 4, 2, any_)),
-        training.Caption("dotted paper", (any_, any_, any_, any_, any_, 2)),
-        training.Caption("the cross", (1, 5, any_, any_, any_, any_)),
+        Caption("red star", (1, 4, 0, any_, any_, any_)),
+        Caption("number 42", (1, any_, any_, 4, 2, any_)),
+        Caption("dotted paper", (any_, any_, any_, any_, any_, 2)),
+        Caption("the cross", (1, 5, any_, any_, any_, any_)),
     ]
-    match, is_legible = training.match_captions(captions, shows)
+    match, is_legible = match_captions(captions, shows)
     assert match.tolist() == [[True, True, False], [False, True, False], [True] * 3, [False] * 3]
     assert is_legible.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
 
 
 def test_a_caption_matches_its_own_tile(tower: Any) -> None:
-    cache = training.read_boards(training.make_text_model(tower), 6)
+    cache = read_boards(make_text_model(tower), 6)
     rng = np.random.default_rng(0)
     for _ in range(10):
-        captions = [training.draw_caption(rng, shows) for shows in cache.contents]
-        match, is_legible = training.match_captions(captions, cache.contents)
+        captions = [draw_caption(rng, shows) for shows in cache.contents]
+        match, is_legible = match_captions(captions, cache.contents)
         assert match.diagonal().all()
         assert is_legible.diagonal().all()
         assert not match.all()
 
 
 def test_the_recipe_runs(tmp_path: Path, tower: Any) -> None:
-    trained: Any = training.train_text(tmp_path, steps=2, boards=4)
-    fresh: Any = training.make_text_model(tower)
+    trained: Any = train_text(tmp_path, steps=2, boards=4)
+    fresh: Any = make_text_model(tower)
     weight = "encoder.layers.0.mlp.fc1.weight"
     assert torch.equal(trained.vision_model.state_dict()[weight], tower.state_dict()[weight])
     assert trained.text_model.state_dict()[weight].shape == fresh.text_model.state_dict()[weight].shape

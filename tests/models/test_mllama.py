@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import pipeline
 
 from tests.helpers.oracle import (
     OutlierReducer,
+    build_answer,
     collect_state,
     draw_spot,
     keeps_spot,
@@ -169,18 +169,12 @@ def test_bfloat16() -> None:
 
 
 def test_pipeline(model: Any) -> None:
-    pipe = pipeline("image-text-to-text", model=model, processor=processor())
-    arguments = {
-        "images": [random_image(60, 112)],
-        "text": FAMILY.text(1),
-        "generate_kwargs": {"max_new_tokens": 4, "suppress_tokens": [FAMILY.tokenizer.image_token_id]},
-        "return_full_text": False,
-    }
-    before = pipe(**arguments)[0]["generated_text"]
+    answer = build_answer(model, processor(), random_image(60, 112), FAMILY.text(1))
+    before = answer()
     with HiRED(1.0)(model):
-        assert pipe(**arguments)[0]["generated_text"] == before
+        assert answer() == before
     with HiRED(2)(model) as run:
-        assert isinstance(pipe(**arguments)[0]["generated_text"], str)
+        assert isinstance(answer(), str)
     assert run.account.kept == 2
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.families import FAMILIES
+from tests.helpers.truncation import prepare_both
 from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.models._base.placeholder import PlaceholderAdapter
@@ -23,14 +24,12 @@ from tokenprune.models._capture.truncated_tower import ProjectedTokens
 from tokenprune.models.idefics3 import Idefics3Adapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
-from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.pipeline import Pipeline, PreparedCall, list_missing_signals
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
+from tokenprune.strategies import DivPrune, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRestMerging
 from tokenprune.strategies.components.selection import TopAttentionSelection
-from tokenprune.testing.tiny_models import batch, tiny_model
 
 TRUNCATED = {
     name: kind
@@ -61,16 +60,6 @@ def input_features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
     return torch.cat([tokens.flatten(0, -2) for tokens in packed])
 
 
-def prepare_both(
-    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], generating: bool = True
-) -> tuple[PreparedCall, PreparedCall]:
-    """Prepare a call with a complete encoding and with a truncated encoding."""
-    first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
-    with torch.no_grad():
-        complete = first.prepare(inputs, generating=generating, encoding=first.encode(inputs))
-        return complete, second.prepare(inputs, generating=generating)
-
-
 @contextmanager
 def record_sizes(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
     """Record the number of input vectors of each module call."""
@@ -87,32 +76,10 @@ def record_sizes(modules: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
             hook.remove()
 
 
-@contextmanager
-def count_calls(modules: Mapping[str, Any]) -> Iterator[dict[str, int]]:
-    """Count the calls of each module."""
-    runs = dict.fromkeys(modules, 0)
-
-    def count(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            runs[name] += 1
-
-        return hook
-
-    hooks = [module.register_forward_hook(count(name)) for name, module in modules.items()]
-    try:
-        yield runs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def token_kind(adapter: PlaceholderAdapter, inputs: Any, reducer: TokenReducer | None = None) -> type:
     """Return the class of the tokens of a truncated encoding: projected on demand, or immediately."""
     needs = Pipeline(reducer or HiRED(0.3), adapter).needs
     return type(adapter.encode(inputs, needs, truncated=True).tokens)
-
-
-# --- results do not change --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
@@ -238,9 +205,6 @@ def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
         assert float((expected - actual).norm()) <= 1e-4 * float(expected.norm()) + slack, name
 
 
-# --- less is computed -------------------------------------------------------------------------------------------------
-
-
 def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
     adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
     inputs = build_inputs(adapter, [[(112, 112)]])
@@ -279,100 +243,6 @@ def test_a_signal_of_a_later_layer_runs_that_layer(adapter: PlaceholderAdapter) 
     with torch.no_grad(), record_sizes({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as sizes:
         Pipeline(reducer, adapter).prepare(inputs, generating=True)
     assert all(len(calls) == 1 for calls in sizes.values())
-
-
-RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.supports_transformers()]
-"""Rows of the test matrix whose models run in the installed transformers."""
-BY_ARGUMENT = {
-    "aya_vision",
-    "internvl",
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "mistral3",
-    "pixtral",
-    "vipllava",
-}
-"""Families whose `forward` takes `vision_feature_layer`."""
-
-
-def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
-    """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
-    if name == "mllama":  # not in the matrix, because its images are not in the prompt
-        adapter = MllamaAdapter(MllamaAdapter.example().eval())
-        return adapter, adapter.example_inputs([[(112, 112)]])
-    adapter = find_adapter(FAMILIES[name].model())
-    assert isinstance(adapter, PlaceholderAdapter)
-    return adapter, dict(FAMILIES[name].batch([FAMILIES[name].sizes[0]]))
-
-
-def use_inner_layer(adapter: PlaceholderAdapter) -> bool:
-    """Set an inner layer as the feature layer of a model; return False if its family supports only the last layer."""
-    config = adapter.model.config
-    if hasattr(config, "deepstack_layer_map"):  # Granite 4 Vision
-        config.deepstack_layer_map, config.spatial_vision_layer = [(0, 0), (1, 1)], 2
-    elif hasattr(config, "vision_feature_layer"):
-        layers = config.vision_feature_layer
-        config.vision_feature_layer = 2 if isinstance(layers, int) else ([1, 2] * len(layers))[-len(layers) :]
-    elif adapter.family == "phi4_multimodal":
-        adapter.embedder.layer_idx = 2
-    else:
-        return False
-    return True
-
-
-def test_all_families_are_tested() -> None:
-    tested = {type(family_call(name)[0]) for name in [*RUNNABLE, "mllama"]}
-    assert tested == {kind for kind in adapters().values() if kind.supports_transformers()}
-
-
-@pytest.mark.parametrize(
-    ("name", "by_argument"),
-    [*((name, False) for name in [*RUNNABLE, "mllama"]), *((name, True) for name in sorted(BY_ARGUMENT))],
-)
-def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool) -> None:
-    """In all families, also if the code of the model projects tokens; the logits do not change."""
-    adapter, inputs = family_call(name)
-    model, depth = adapter.model, len(adapter.tower_layers)
-    if by_argument:
-        default = model.config.vision_feature_layer
-        inputs["vision_feature_layer"] = 2 if isinstance(default, int) else [1, 2]
-    is_inner = by_argument or use_inner_layer(adapter)
-    last = adapter.feature_layer(inputs)
-    assert last == (1 if is_inner else depth - 1)
-    modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
-    reducer = FasterVLM(0.3)
-    needed = max([last, *adapter.required_signals(Pipeline(reducer, adapter).needs, last)])
-    assert needed == last
-    with torch.no_grad(), count_calls(modules) as runs, reducer(model):
-        model(**inputs)
-    assert [runs[str(index)] > 0 for index in range(depth)] == [index <= last for index in range(depth)]
-    logits = []
-    complete, truncated = prepare_both(adapter, reducer, inputs, generating=False)
-    for call in (complete, truncated):
-        assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
-        with torch.no_grad(), call.enter_contexts():
-            logits.append(model(**call.inputs).logits)
-    assert float((logits[0] - logits[1]).abs().max()) < 1e-5 * max(1.0, float(logits[0].abs().max()))
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with HiRED(1.0)(model):
-            assert torch.equal(model(**inputs).logits, plain)
-
-
-@pytest.mark.parametrize("family", ["llava_next", "phi4_multimodal"])
-def test_a_pooling_head_runs_only_if_it_is_read(family: str) -> None:
-    """In a family whose projector runs on kept tokens only, and in a family whose model projects all tokens."""
-    if family == "llava_next":
-        adapter: PlaceholderAdapter = LlavaNextAdapter(tiny_model(family, tower="siglip"))
-        inputs = dict(batch(family, [(112, 112)], tower="siglip"))
-    else:
-        adapter, inputs = family_call(family)
-    for attention, times in (("auto", 0), ("pooling", 1)):
-        with torch.no_grad(), count_calls({"head": adapter.tower.head.mlp}) as runs:
-            Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
-        assert runs["head"] == times
 
 
 class SyncCounter(TorchDispatchMode):
@@ -440,9 +310,6 @@ def test_only_features_are_passed_to_the_llm(adapter: PlaceholderAdapter) -> Non
     with torch.no_grad():
         call = Pipeline(HiRED(0.3), adapter).prepare(build_inputs(adapter), generating=True)
     assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_field]
-
-
-# --- calls that cannot be truncated -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from research import emulated
-from research.emulated import EncodedBoard
+from research import emulated, emulators
+from research.emulators import EncodedBoard
 from research.mini_training.evaluate import build_inputs
 from tests.helpers.build import best_grid
 from tokenprune.geometry import NEWLINE, TileGeometry
@@ -32,14 +32,14 @@ def model() -> Any:
 def encoded(model: Any) -> EncodedBoard:
     processor = AutoProcessor.from_pretrained(mini.path())
     first, second = (make_board(index, "heldout", grid=(1, 2)) for index in (1000, 1001))
-    encodings = [emulated.encode_board(model, processor, board) for board in (first, second)]
+    encodings = [emulators.encode_board(model, processor, board) for board in (first, second)]
     return EncodedBoard(model, processor, second, encodings[1], encodings[:1])
 
 
 def test_misplaced_tokens_fill_their_tile_from_its_first_row() -> None:
     """With three valid columns per tile, the fourth token of a tile moves from its second row to its first row."""
     assert NARROW.packed[16:23].tolist() == [17, 18, 19, 32, 33, 34, NEWLINE]
-    packed = emulated.pack_at_valid_index(NARROW, (8, 12))
+    packed = emulators.pack_at_valid_index(NARROW, (8, 12))
     assert packed[:16].tolist() == list(range(16))
     assert packed[16:25].tolist() == [17, 18, 19, 21, 32, 33, 34, 36, NEWLINE]
     assert sorted(packed.tolist()) == sorted(NARROW.packed.tolist())
@@ -47,30 +47,30 @@ def test_misplaced_tokens_fill_their_tile_from_its_first_row() -> None:
 
 def test_misplaced_tokens_without_padding_columns_are_in_place() -> None:
     full = TileGeometry.anyres((16, 16), (2, 2), (4, 4), 8)
-    assert torch.equal(emulated.pack_at_valid_index(full, (16, 16)), full.packed)
+    assert torch.equal(emulators.pack_at_valid_index(full, (16, 16)), full.packed)
     padded_rows = TileGeometry.anyres((12, 16), (2, 2), (4, 4), 8)
-    packed = emulated.pack_at_valid_index(padded_rows, (12, 16))
+    packed = emulators.pack_at_valid_index(padded_rows, (12, 16))
     assert int((packed == NEWLINE).sum()) == 8
     assert padded_rows.newlines == 6
 
 
 def test_swapped_rows_and_columns_remove_valid_tokens() -> None:
     square = TileGeometry.anyres((160, 160), (2, 2), (4, 4), TILE)
-    assert torch.equal(emulated.pack_with_swapped_grid(square, (160, 160)), square.packed)
+    assert torch.equal(emulators.pack_with_swapped_grid(square, (160, 160)), square.packed)
     wide = TileGeometry.anyres((80, 160), (1, 2), (4, 4), TILE)
-    packed = emulated.pack_with_swapped_grid(wide, (80, 160))
+    packed = emulators.pack_with_swapped_grid(wide, (80, 160))
     assert packed[packed != NEWLINE].tolist() == [*range(16), *range(28, 36)]  # two rows of a canvas of 8 x 4 tokens
 
 
 def test_images_of_a_batch_are_pruned_by_common_outliers() -> None:
     layout = TileGeometry.anyres((8, 12), (1, 2), (12, 12), 8)
     images = [random_encoded_image(layout, seed=seed) for seed in range(3)]
-    batch = emulated.merge_images(images)
+    batch = emulators.merge_images(images)
     assert batch.geometry.tiles == 9
     valid = torch.cat([image.geometry.valid for image in images])
     assert torch.equal(batch.geometry.valid, valid)
     separate = [PruMerge.release().reduce(image).kept for image in images]
-    assert torch.equal(PruMerge.release().reduce(emulated.merge_images(images[:1])).kept, separate[0])
+    assert torch.equal(PruMerge.release().reduce(emulators.merge_images(images[:1])).kept, separate[0])
     assert not torch.equal(PruMerge.release().reduce(batch).kept, torch.cat(separate))
 
 
@@ -78,37 +78,37 @@ def test_the_share_of_outliers_includes_the_images_of_the_batch() -> None:
     image, values = random_encoded_image(NARROW), torch.zeros(3, 16)
     values[:, 0] = 9.0  # one outlier in every tile
     assert OutlierAllocation(extra=0).allocate(image, 0, [16] * 3, values) == [1, 1, 1]
-    many_outliers = emulated.BatchOutlierAllocation(extra=0, batch_scores=[0.5] * 12 + [1e-4] * 68)
+    many_outliers = emulators.BatchOutlierAllocation(extra=0, batch_scores=[0.5] * 12 + [1e-4] * 68)
     assert many_outliers.allocate(image, 0, [16] * 3, values) == [1, 1, 1]  # 15 of 128
-    few_outliers = emulated.BatchOutlierAllocation(extra=0, batch_scores=[1e-4] * 80)
+    few_outliers = emulators.BatchOutlierAllocation(extra=0, batch_scores=[1e-4] * 80)
     assert few_outliers.allocate(image, 0, [16] * 3, values) == [0, 0, 0]  # 3 of 128
 
 
 def test_the_second_image_reads_the_attention_of_the_first() -> None:
     first, second = random_encoded_image(NARROW, seed=0), random_encoded_image(NARROW, seed=1)
-    shifted = emulated.shift_attention(first, second)
+    shifted = emulators.shift_attention(first, second)
     batch_logits = torch.cat([first.cls_logits(-1), second.cls_logits(-1)])
     assert torch.equal(shifted.cls_logits(-1), batch_logits[1:4])
     assert torch.equal(shifted.features, second.features)
-    shared = emulated.share_attention(first, second)
+    shared = emulators.share_attention(first, second)
     assert torch.equal(HiRED(5).reduce(shared).kept, HiRED(5).reduce(first).kept)
 
 
 @pytest.mark.parametrize("size", [(80, 160), (160, 130), (80, 222), (236, 80)])
 def test_most_boards_get_the_same_grid_by_the_largest_used_share(size: tuple[int, int]) -> None:
-    assert emulated.grid_by_used_share(size) == best_grid(size, TILE, list(GRIDS))
+    assert emulators.grid_by_used_share(size) == best_grid(size, TILE, list(GRIDS))
 
 
 def test_the_largest_used_share_gives_a_long_strip_fewer_tiles() -> None:
     assert best_grid((80, 192), TILE, list(GRIDS)) == (1, 3)
-    assert emulated.grid_by_used_share((80, 192)) == (1, 2)
+    assert emulators.grid_by_used_share((80, 192)) == (1, 2)
 
 
 def test_a_forced_grid_is_encoded_and_the_model_is_restored(encoded: EncodedBoard) -> None:
     before = encoded.model.config.image_grid_pinpoints
-    forced = emulated.change_grid(HiRED, emulated.two_by_two_grid)(encoded, 0.1)
+    forced = emulators.change_grid(HiRED, emulators.two_by_two_grid)(encoded, 0.1)
     assert forced.encoding.images[0].geometry.tile_grid == (2, 2)
-    default = emulated.apply_strategy(HiRED)(encoded, 0.1)
+    default = emulators.apply_strategy(HiRED)(encoded, 0.1)
     assert len(default.tokens) == len(forced.tokens)
     assert default.tokens & forced.tokens  # tokens of the base tile, which does not depend on the grid
     assert all(token[0] is None for token in default.tokens & forced.tokens)  # type: ignore[index]
@@ -128,7 +128,7 @@ def test_zero_vectors_replace_tokens_that_stripes_lose(encoded: EncodedBoard) ->
     budget = 0.9
     selection = HoloV.release(budget).reduce(encoded.encoding.images[0])
     assert selection.kept_tokens < selection.asked
-    features = emulated.fill_with_zeros(encoded, budget).encoding.packed[0]
+    features = emulators.fill_with_zeros(encoded, budget).encoding.packed[0]
     zero = (features == 0).all(dim=1)
     assert len(features) == selection.asked
     assert not bool(zero[: selection.kept_tokens].any())
@@ -138,7 +138,7 @@ def test_zero_vectors_replace_tokens_that_stripes_lose(encoded: EncodedBoard) ->
 def test_a_batch_of_one_has_the_features_of_the_attached_strategy(encoded: EncodedBoard) -> None:
     """In a batch of one image, the emulation gives the merged features of the attached PruMerge."""
     single = EncodedBoard(encoded.model, encoded.processor, encoded.board, encoded.encoding, [])
-    features = emulated.prune_by_batch_outliers(single, 1.0).encoding.packed[0]
+    features = emulators.prune_by_batch_outliers(single, 1.0).encoding.packed[0]
     inputs = build_inputs(encoded.processor, encoded.board.image, [encoded.board.questions[0].text])
     captured: list[Any] = []
     with PruMerge.release()(encoded.model), torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_batch_of_one_has_the_features_of_the_attached_strategy(encoded: Encod
 
 
 def test_every_emulation_is_measured_on_a_board() -> None:
-    emulations = [emulation for emulation in emulated.list_emulations() if emulation.source is emulated.all_boards]
+    emulations = [emulation for emulation in emulated.list_emulations() if emulation.source is emulators.all_boards]
     measured = emulated.measure_emulations(emulations, 1001, 1, [0.1])
     assert len(measured) == len(emulations)
     for (index, _), pairs in measured.items():

@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from tests.helpers.build import token_boxes
+from tests.helpers.oracle import draw_spot, transpose_tokens
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models.llava import LlavaAdapter
@@ -75,16 +74,10 @@ def build_bright_model(family: str) -> Any:
     return model
 
 
-def make_image(size: tuple[int, int], spot: tuple[float, float]) -> Image.Image:
-    """Make a dark image with a bright square around the spot; its side is about 1/16 of the longer image side."""
-    pixels = np.zeros((*size, 3), dtype=np.uint8)
-    (y, x), half = (spot[0] * size[0], spot[1] * size[1]), max(2, max(size) // 32)
-    pixels[max(0, int(y) - half) : int(y) + half, max(0, int(x) - half) : int(x) + half] = 255
-    return Image.fromarray(pixels)
-
-
 def make_inputs(family: str, size: tuple[int, int], spot: tuple[float, float]) -> Any:
-    return tiny.tiny_processor(family)(images=make_image(size, spot), text="USER: <image> what?", return_tensors="pt")
+    """Return the inputs of an image whose bright square has about 1/16 of the longer image side."""
+    image = draw_spot(size, spot, half=max(2, max(size) // 32))
+    return tiny.tiny_processor(family)(images=image, text="USER: <image> what?", return_tensors="pt")
 
 
 def covers_spot(
@@ -134,15 +127,6 @@ def test_kept_tokens_show_the_spot_in_llava(spot, reducer) -> None:
         image = LlavaAdapter(model).encode(make_inputs("llava", size, spot), reducer.needs).images[0]
     selection = reducer.reduce(image)
     assert covers_spot(selection.geometry, selection.kept, size, spot)[0]
-
-
-def transpose_tokens(geometry: TileGeometry) -> TileGeometry:
-    """Swap the rows and columns of the tokens of every tile."""
-    rows, cols = geometry.token_grid
-    token_order, packed = torch.arange(geometry.tokens).view(rows, cols).t().flatten(), geometry.packed
-    index = packed.clamp(min=0)
-    transposed = index // geometry.tokens * geometry.tokens + token_order[index % geometry.tokens]
-    return replace(geometry, packed=torch.where(packed < 0, packed, transposed))
 
 
 def transpose_tiles(geometry: TileGeometry) -> TileGeometry:

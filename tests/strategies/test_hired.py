@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from research.emulated import pack_with_swapped_grid
+from research.emulators import pack_with_swapped_grid
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.selection import Selection

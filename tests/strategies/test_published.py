@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.helpers.published import CASES, Case
 from tokenprune.budget import Budget
@@ -396,8 +393,6 @@ RECORDED = {
     "PruMerge": "prumerge",
     "PruMergePlus": "prumerge_plus",
 }
-
-
 TRANSCRIBED = {"HERO"}
 """Methods recorded from a transcription of the official functions, not from the official files."""
 
@@ -433,48 +428,3 @@ def test_vispruner_accepts_budgets_that_fail_in_the_release(budget: int) -> None
     signals = {("cls_attention", 22): case["attention"], ("vision_features", 22): case["features"]}
     image = make_image(len(case["attention"]), signals)
     assert VisPruner(Budget(budget, per="tile")).reduce(image).kept_per_tile == [budget] * image.geometry.tiles
-
-
-# --- properties of every strategy of the library ----------------------------------------------------------------------
-
-STRATEGIES = sorted(strategies())
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    size=st.tuples(st.integers(10, 300), st.integers(10, 300)),
-    grid=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    budget=st.one_of(st.integers(0, 200), st.floats(0, 1)),
-    newlines=st.sampled_from(["keep_rows", "drop", "keep"]),
-    seed=st.integers(0, 50),
-)
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_the_budget_is_spent_exactly(name, size, grid, budget, newlines, seed) -> None:
-    layout = TileGeometry.single((4, 4)) if not all(grid) else TileGeometry.anyres(size, grid, (4, 4), 56)
-    reducer: Any = strategies()[name]
-    selection = reducer(budget, newlines=newlines).reduce(random_encoded_image(layout, seed))
-    expected = min(selection.asked, int(layout.valid.sum()))
-    assert selection.kept_tokens == expected if reducer.exact else selection.kept_tokens <= expected
-    assert selection.granted_per_tile == selection.kept_per_tile
-    if selection.mixing is not None:
-        weights = selection.mixing.to_dense()
-        assert torch.allclose(
-            weights.sum(dim=1), torch.ones(len(weights)), atol=1e-5
-        )  # the repaired methods merge by means
-        assert bool((weights >= 0).all())
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_constant_images_have_exact_and_deterministic_masks(name: str, value: float) -> None:
-    """Masks are exact and deterministic if all attention and features are equal, or are zero vectors."""
-    layout = TileGeometry.anyres((60, 160), (1, 3), (4, 4), 56)
-    image = random_encoded_image(layout)
-    constant_signals = {key: torch.full_like(signal, value) for key, signal in image.signals.items()}
-    constant_image = EncodedImage(
-        layout, torch.full_like(image.features, value), constant_signals, image.layers, image.feature_layer
-    )
-    reducer: Any = strategies()[name]
-    selection = reducer(17).reduce(constant_image)
-    assert selection.kept_tokens == 17 if reducer.exact else selection.kept_tokens <= 17
-    assert torch.equal(selection.kept, reducer(17).reduce(constant_image).kept)

@@ -23,6 +23,8 @@ from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import Experiment
 from tokenprune.experiments.evaluation.grid import parse_experiment
 from tokenprune.experiments.tracking import sweep
+from tokenprune.experiments.tracking.sweep_file import read_sweep, validate_sweep
+from tokenprune.experiments.tracking.sweep_runs import count_runs, generate_runs
 from tokenprune.strategies import HiRED
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "configs" / "sweeps"
@@ -47,7 +49,7 @@ def write_sweep(tmp_path: Path, **config: Any) -> Path:
 def draw_values(spec: dict[str, Any], number: int = 400, seed: int = 0) -> list[Any]:
     """Draw values of a parameter."""
     config = {"method": "random", "parameters": {"x": spec}}
-    return [run["x"] for run in sweep.generate_runs(config, number, seed)]
+    return [run["x"] for run in generate_runs(config, number, seed)]
 
 
 def test_all_files_are_found() -> None:
@@ -63,9 +65,9 @@ def test_the_header_of_a_file_has_its_commands_and_number_of_runs(file: Path, ca
     assert f"tokenprune sweep {path} --local" in header
     stated_count = re.search(r"^# (\d+) runs", header, re.MULTILINE)
     assert stated_count
-    config = sweep.read_sweep(file)
-    runs = list(sweep.generate_runs(config))
-    assert len(runs) == int(stated_count[1]) == sweep.count_runs(config)
+    config = read_sweep(file)
+    runs = list(generate_runs(config))
+    assert len(runs) == int(stated_count[1]) == count_runs(config)
     assert len({str(run) for run in runs}) == len(runs)
     assert not caplog.records  # no warning about a whole number written as 1.0
     assert config["command"] == ["${env}", "tokenprune", "evaluate", "${args}"]
@@ -73,9 +75,9 @@ def test_the_header_of_a_file_has_its_commands_and_number_of_runs(file: Path, ca
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_command_line_gives_the_parameters_of_the_file(file: Path) -> None:
-    config = sweep.read_sweep(file)
+    config = read_sweep(file)
     reducers = []
-    for parameters in sweep.generate_runs(config):
+    for parameters in generate_runs(config):
         line = sweep.build_command(config, parameters)
         assert line[:3] == ["/usr/bin/env", "tokenprune", "evaluate"]
         experiment = parse_command(line)
@@ -110,7 +112,7 @@ def test_arguments_equal_the_arguments_of_the_wandb_agent(file: Path) -> None:
         "x": -2,
         "w": 1e-05,
     }
-    for parameters in [*sweep.generate_runs(sweep.read_sweep(file)), unusual_values]:
+    for parameters in [*generate_runs(read_sweep(file)), unusual_values]:
         command_args = {"args": {name: {"value": parameters[name]} for name in sorted(parameters)}}
         assert sweep.format_arguments(parameters) == agent.create_sweep_command_args(command_args)["args"]
 
@@ -131,29 +133,29 @@ def test_a_parameter_precedes_its_nested_parameters() -> None:
 
 
 def test_a_grid_is_complete_and_in_the_order_of_wandb() -> None:
-    runs = list(sweep.generate_runs(GRID))
+    runs = list(generate_runs(GRID))
     assert [(run["a"], run["b"]) for run in runs] == list(itertools.product("xyz", [1, 2]))
     assert all(run["c"] == 0 for run in runs)
-    assert list(sweep.generate_runs(GRID, 4)) == runs[:4]
-    assert list(sweep.generate_runs({**GRID, "run_cap": 3}, 4)) == runs[:3]
+    assert list(generate_runs(GRID, 4)) == runs[:4]
+    assert list(generate_runs({**GRID, "run_cap": 3}, 4)) == runs[:3]
     integers = {"method": "grid", "parameters": {"n": {"min": 2, "max": 4}}}
-    assert [run["n"] for run in sweep.generate_runs(integers)] == [2, 3, 4]
+    assert [run["n"] for run in generate_runs(integers)] == [2, 3, 4]
     steps = {"method": "grid", "parameters": {"n": {"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1}}}
-    assert [run["n"] for run in sweep.generate_runs(steps)] == [0.1, 0.2, 0.3, 0.4]
+    assert [run["n"] for run in generate_runs(steps)] == [0.1, 0.2, 0.3, 0.4]
 
 
 def test_nested_parameters_become_dictionaries() -> None:
     inner = {"parameters": {"layer": {"values": [1, 2]}, "heads": {"value": "max"}}}
-    runs = list(sweep.generate_runs({"method": "grid", "parameters": {"selection": inner, "a": {"value": 1}}}))
+    runs = list(generate_runs({"method": "grid", "parameters": {"selection": inner, "a": {"value": 1}}}))
     assert runs == [{"a": 1, "selection": {"heads": "max", "layer": layer}} for layer in (1, 2)]
     assert sweep.format_arguments(runs[0]) == ["--a=1", "--selection={'heads': 'max', 'layer': 1}"]
 
 
 def test_random_draws_depend_only_on_the_seed() -> None:
     config = {"method": "random", "parameters": {"a": {"min": 0.0, "max": 1.0}, "b": {"values": [1, 2, 3]}}}
-    runs = list(sweep.generate_runs(config, 10, seed=3))
-    assert list(sweep.generate_runs(config, 4, seed=3)) == runs[:4]
-    assert list(sweep.generate_runs(config, 10, seed=4)) != runs
+    runs = list(generate_runs(config, 10, seed=3))
+    assert list(generate_runs(config, 4, seed=3)) == runs[:4]
+    assert list(generate_runs(config, 10, seed=4)) != runs
     assert len({run["a"] for run in runs}) == 10
 
 
@@ -206,21 +208,21 @@ def test_distributions_have_their_range_and_median() -> None:
 )
 def test_an_invalid_sweep_is_refused(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        sweep.generate_runs(config)
+        generate_runs(config)
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"odd\.yaml is no YAML"):
-        sweep.read_sweep(tmp_path / "odd.yaml")
+        read_sweep(tmp_path / "odd.yaml")
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read"):
-        sweep.read_sweep(tmp_path / "none.yaml")
+        read_sweep(tmp_path / "none.yaml")
 
 
 def test_values_that_the_server_changes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     component = {"class_path": "GuidedAllocation", "init_args": {"temperature": 10.0, "retention": None}}
     parameters = {"reducer.budget": {"values": [0.5, 1.0]}, "reducer.allocation": {"value": component}}
-    sweep.validate_sweep({"method": "grid", "parameters": parameters})
+    validate_sweep({"method": "grid", "parameters": parameters})
     hint = "a budget of 1 is one token, write 100% for all tokens"
     assert [record.getMessage() for record in caplog.records] == [
         f"reducer.allocation: W&B's server may pass 10.0 as 10; {hint}",
@@ -232,7 +234,7 @@ def test_values_that_the_server_changes_are_warned_of(caplog: pytest.LogCaptureF
 def test_percentages_are_not_changed_by_the_server(caplog: pytest.LogCaptureFixture) -> None:
     config = {"method": "grid", "parameters": {"reducer.budget": {"values": ["20%", "100%"]}}}
     experiments = [
-        parse_command(["evaluate", *sweep.format_arguments(parameters)]) for parameters in sweep.generate_runs(config)
+        parse_command(["evaluate", *sweep.format_arguments(parameters)]) for parameters in generate_runs(config)
     ]
     assert not caplog.records
     assert [experiment.reducer.budget for experiment in experiments] == [0.2, 1.0]
@@ -300,7 +302,7 @@ def test_bayes_requires_the_sweeps_package_and_the_score(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sweeps", None)
     with pytest.raises(ValueError, match="wandb sweep FILE"):
-        sweep.generate_runs(BAYES)
+        generate_runs(BAYES)
     loss_sweep = {**BAYES, "metric": {"name": "loss", "goal": "minimize"}}
     assert main(["sweep", str(write_sweep(tmp_path, **loss_sweep)), "--local"]) == 2
     assert "eval/score" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from PIL import Image
 from tests.helpers.wandb_runs import hide_account, media, read_records, values
 from tokenprune import Selection, TileGeometry
 from tokenprune.experiments.tracking import tracker as tracking
-from tokenprune.experiments.tracking.tracker import GAP, Tracker, flatten_summary, image_and_mask, track_run
+from tokenprune.experiments.tracking.tracker import Tracker, track_run
+from tokenprune.experiments.tracking.values import GAP, flatten_summary, image_and_mask
 
 CONFIG = {"reducer": {"class_path": "HiRED", "init_args": {"budget": 0.1}}, "seed": 0}
 RECORD = {"sample": "boards/1", "answer": ["3", "three"], "prediction": "3", "score": 1.0, "correct": True, "kept": 10}

@@ -14,7 +14,8 @@ from tokenprune.cli.evaluate import evaluate_parser
 from tokenprune.experiments.evaluation.experiment import Setting
 from tokenprune.experiments.evaluation.grid import parse_experiment
 from tokenprune.experiments.evaluation.records import NAME, read_lines
-from tokenprune.experiments.tracking.sweep import command_line, read_sweep, run_local
+from tokenprune.experiments.tracking.sweep import command_line, run_local
+from tokenprune.experiments.tracking.sweep_file import read_sweep
 
 
 def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:

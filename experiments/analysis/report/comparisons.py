@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenprune.experiments.analysis.stats import (
-    Difference,
-    Setting,
-    compare,
-    correct_differences,
-    find_full_setting,
-    find_random_settings,
-)
+from tokenprune.experiments.analysis.differences import Difference, compare, correct_differences
+from tokenprune.experiments.analysis.results import Setting, find_full_setting, find_random_settings
 
 
 def compare_with_full(settings: Sequence[Setting]) -> list[tuple[Setting, Difference]]:

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
+from tokenprune.experiments.analysis.factors import compare_factors
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.effects import factor_blocks
 from tokenprune.experiments.analysis.report.failures import Comparison, failure_blocks
@@ -26,7 +27,7 @@ from tokenprune.experiments.analysis.report.tables import (
     random_blocks,
     token_blocks,
 )
-from tokenprune.experiments.analysis.stats import Results, Setting, compare_factors, shorten_value
+from tokenprune.experiments.analysis.results import Results, Setting, shorten_value
 
 FEW_GROUPS = 20
 """Number of groups below which bootstrap intervals are too narrow."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tokenprune.experiments.analysis.factors import Factor
+from tokenprune.experiments.analysis.intervals import Interval
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
 from tokenprune.experiments.analysis.report.formatting import DASH, format_interval
-from tokenprune.experiments.analysis.stats import Factor, Interval
 
 
 def factor_blocks(factors: Sequence[Factor]) -> list[Block]:

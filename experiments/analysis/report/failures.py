@@ -15,7 +15,7 @@ from PIL import Image
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, ImageRow, Text
 from tokenprune.experiments.analysis.report.formatting import format_budget
 from tokenprune.experiments.analysis.report.rows import group_by_context, list_budgets, method_rows
-from tokenprune.experiments.analysis.stats import Record, Results, Setting, find_full_setting
+from tokenprune.experiments.analysis.results import Record, Results, Setting, find_full_setting
 from tokenprune.experiments.evaluation.stored_images import selection_from_record
 from tokenprune.selection import Selection
 

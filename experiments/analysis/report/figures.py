@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from tokenprune.experiments.analysis.pareto import pareto_front
 from tokenprune.experiments.analysis.report.rows import format_context, format_metric, group_by_context, method_rows
 from tokenprune.experiments.analysis.report.style import FULL, INK, Style, assign_styles
-from tokenprune.experiments.analysis.stats import Setting, pareto_front
+from tokenprune.experiments.analysis.results import Setting
 
 
 def draw_figures(settings: Sequence[Setting]) -> dict[str, Figure]:

@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tokenprune.experiments.analysis.differences import Difference
 from tokenprune.experiments.analysis.report.comparisons import compare_with_full, compare_with_random
 from tokenprune.experiments.analysis.report.rows import group_by_context
-from tokenprune.experiments.analysis.stats import Difference, Setting, shorten_value
+from tokenprune.experiments.analysis.results import Setting, shorten_value
 
 
 def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:

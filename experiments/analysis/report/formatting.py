@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from tokenprune.experiments.analysis.stats import Budget, Interval
+from tokenprune.experiments.analysis.intervals import Interval
+from tokenprune.experiments.analysis.results import Budget
 
 SAME = "≈"
 """Marks an entry without a significant difference from the best entry of its column."""

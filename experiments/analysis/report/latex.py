@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tokenprune.experiments.analysis.report.formatting import DASH, SAME, format_interval
 from tokenprune.experiments.analysis.report.rows import format_context, format_metric, full_rows, group_by_context
 from tokenprune.experiments.analysis.report.tables import accuracy_table
-from tokenprune.experiments.analysis.stats import Setting
+from tokenprune.experiments.analysis.results import Setting
 
 
 def render_latex(settings: Sequence[Setting]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from tokenprune.experiments.analysis.stats import Budget, Setting, budget_sort_key, shorten_value
+from tokenprune.experiments.analysis.results import Budget, Setting, budget_sort_key, shorten_value
 
 Row: TypeAlias = tuple[str, dict[Budget, Setting]]
 """Name of a table row and its settings by budget."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.colors import to_hex, to_rgb
 
 from tokenprune.experiments.analysis.report.rows import full_rows, group_by_context, method_rows
-from tokenprune.experiments.analysis.stats import Setting
+from tokenprune.experiments.analysis.results import Setting
 
 PALETTE = (
     "#0072B2",

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from tokenprune.experiments.analysis.differences import Difference, compare
+from tokenprune.experiments.analysis.intervals import Interval
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
 from tokenprune.experiments.analysis.report.comparisons import compare_with_full, compare_with_random
 from tokenprune.experiments.analysis.report.formatting import (
@@ -18,7 +20,7 @@ from tokenprune.experiments.analysis.report.formatting import (
     format_percent,
 )
 from tokenprune.experiments.analysis.report.rows import full_rows, list_budgets, method_rows
-from tokenprune.experiments.analysis.stats import Budget, Difference, Interval, Setting, compare, scores_by_field
+from tokenprune.experiments.analysis.results import Budget, Setting, scores_by_field
 
 
 def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:

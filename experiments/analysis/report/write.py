@@ -21,7 +21,7 @@ from tokenprune.experiments.analysis.report.html import render_html
 from tokenprune.experiments.analysis.report.latex import render_latex
 from tokenprune.experiments.analysis.report.markdown import render_markdown
 from tokenprune.experiments.analysis.report.style import row_colors
-from tokenprune.experiments.analysis.stats import read_results
+from tokenprune.experiments.analysis.results import read_results
 
 
 def write_report(

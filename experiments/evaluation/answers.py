@@ -1,0 +1,202 @@
+"""Answers the questions about one image with the strategy of each setting, and makes the records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from tokenprune.adapter import Adapter, Encoding
+from tokenprune.configuration import as_config
+from tokenprune.experiments.evaluation.loading import model_inputs
+from tokenprune.experiments.evaluation.records import RecordFile
+from tokenprune.experiments.evaluation.stored_images import (
+    add_pixels,
+    image_name,
+    selection_to_record,
+    store_image,
+)
+from tokenprune.experiments.evaluation.tasks import Sample
+from tokenprune.pipeline import Pipeline
+from tokenprune.selection import Selection
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.evaluation.experiment import Experiment, Progress, Setting
+
+PendingSetting: TypeAlias = "tuple[Setting, RecordFile, list[Sample]]"
+"""A setting, the file of its records, and its samples without a record."""
+
+
+def answer_group(
+    adapter: Adapter,
+    processor: Any,
+    group: Sequence[Sample],
+    pending: Sequence[PendingSetting],
+    progress: Progress,
+    out: Path | None,
+    with_pixels: bool,
+    passes: Sequence[int],
+) -> Iterator[tuple[Setting, RecordFile, dict[str, Any], Selection | None]]:
+    """Yield the missing records of all settings for one image, which is encoded once, and stored if `out` is set.
+
+    Args:
+        adapter: the adapter of the model.
+        processor: the processor of the model.
+        group: the samples about the image.
+        pending: the settings, with their files and samples without a record.
+        progress: counts of the run; images and passes through the tower are added.
+        out: run directory in which the image is stored; None if it is not stored.
+        with_pixels: whether the selections carry pixels.
+        passes: number of passes through the vision tower so far, as a list of one entry that the tower updates.
+    """
+    if not any(missing for _, _, missing in pending):
+        return
+    reducers = [setting.experiment.reducer for setting, _, _ in pending]
+    text_model = next((reducer.text_model for reducer in reducers if reducer.text_model), None)
+    model = adapter.model
+    needs = [signal for setting, _, _ in pending for signal in Pipeline(setting.experiment.reducer, adapter).needs]
+    try:
+        image = group[0].image()
+        before = passes[0]
+        began = time.perf_counter()
+        with torch.no_grad():
+            inputs = model_inputs(model, processor, image, [group[0].question], group[0].group)
+            encoding = adapter.encode(inputs, needs, 0, text_model)
+        encode_ms = (time.perf_counter() - began) * 1000
+        if out is not None or with_pixels:  # after the timing
+            encoding = add_pixels(encoding, adapter, inputs)
+    except Exception as error:  # one unreadable image must not stop the run
+        for setting, file, missing in pending:
+            for sample in missing:
+                yield setting, file, _error_record(sample, error), None
+        return
+    progress.images += 1
+    progress.encodes += passes[0] - before
+    name, pixels = None, encoding.images[0].pixels
+    if out is not None and pixels is not None:
+        shared = pending[0][0].experiment
+        name = store_image(out, image_name(shared.model, as_config(shared.task), group[0].group), pixels)
+    prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+
+    def prepare_text(questions: Sequence[str]) -> Mapping[str, Any]:
+        """Return the text inputs of a batch, shared by all settings, since the processor also processes the pixels."""
+        key = tuple(questions)
+        if key not in prompts:
+            prompts[key] = model_inputs(model, processor, image, questions, group[0].group)
+        return prompts[key]
+
+    for setting, file, missing in pending:
+        for batch in _split_batches(group, setting.experiment.batch_size):
+            missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
+            if not missing_ids:
+                continue
+            selections: Sequence[Selection | None]
+            try:
+                before = passes[0]
+                text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
+                records, selections = _answer_batch(
+                    adapter, processor, setting.experiment, text, batch, encoding, encode_ms
+                )
+            except Exception as error:
+                records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
+            progress.more_encodes += passes[0] - before
+            for record, selection in zip(records, selections, strict=True):
+                record["stored_image"] = name
+                record["selection"] = (
+                    selection_to_record(selection) if name is not None and selection is not None else None
+                )
+                if record["sample"] in missing_ids:
+                    yield setting, file, record, selection
+
+
+def _split_batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Split the samples of an image into batches; finished samples do not change the split."""
+    return [group[start : start + size] for start in range(0, len(group), size)]
+
+
+def _answer_batch(
+    adapter: Adapter,
+    processor: Any,
+    experiment: Experiment,
+    text: Mapping[str, Any],
+    batch: Sequence[Sample],
+    encoding: Encoding,
+    encode_ms: float,
+) -> tuple[list[dict[str, Any]], list[Selection]]:
+    """Return the records and the selections of a batch of questions about an encoded image."""
+    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor)
+    torch.manual_seed(experiment.seed)
+    with torch.no_grad():
+        began = time.perf_counter()
+        call = pipeline.prepare(text, generating=True, encoding=encoding.repeat(len(batch)))
+        selected = time.perf_counter()
+        sequences = pipeline.generate_prepared(call, text["input_ids"], **_generation_options(experiment))
+        answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
+        ended = time.perf_counter()
+    records, run = [], pipeline.run
+    for index, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
+        image, (full, short) = run.account.images[index], run.account.prompt_lengths[index]
+        numbers = {
+            "asked": image.asked,
+            "kept": image.kept,
+            "valid": image.valid,
+            "kept_per_tile": list(image.kept_per_tile),
+            "newlines": image.newlines,
+            "prompt_length": short,
+            "prompt_length_full": full,
+            "encode_ms": round(encode_ms, 3),
+            "select_ms": round((selected - began) * 1000 / len(batch), 3),
+            "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
+        }
+        score = experiment.task.score(sample, answer.strip())
+        records.append(_make_record(sample, answer.strip(), score, numbers))
+    return records, run.selections
+
+
+def _generation_options(experiment: Experiment) -> dict[str, Any]:
+    """Return the arguments of `generate`. If the task sets generation options, they replace the experiment's."""
+    if options := experiment.task.generation():
+        return dict(options)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if experiment.temperature > 0:
+        sampling = {"do_sample": True, "temperature": experiment.temperature}
+    return {"max_new_tokens": experiment.max_new_tokens, **sampling}
+
+
+EMPTY_NUMBERS: Mapping[str, Any] = {
+    **dict.fromkeys(("asked", "kept", "valid"), 0),
+    "kept_per_tile": [],
+    **dict.fromkeys(("newlines", "prompt_length", "prompt_length_full"), 0),
+    **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
+}
+"""The numbers of a sample that failed."""
+
+
+def _error_record(sample: Sample, error: Exception) -> dict[str, Any]:
+    """Return the record of a sample that failed."""
+    return _make_record(sample, "", 0.0, EMPTY_NUMBERS, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _make_record(
+    sample: Sample, prediction: str, score: float, numbers: Mapping[str, Any], error: str | None = None
+) -> dict[str, Any]:
+    """Return the record of a sample: question, answers, prediction, score and the numbers of the run."""
+    return {
+        "sample": sample.id,
+        "group": sample.group,
+        "question": sample.question,
+        "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
+        "prediction": prediction,
+        "score": score,
+        "correct": score >= 0.5,
+        "type": sample.type,
+        "split": sample.split,
+        **numbers,
+        "image": sample.group,
+        "error": error,
+        "stored_image": None,
+        "selection": None,
+    }

@@ -1,0 +1,230 @@
+"""The command `bench run`, its models and its configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from research import truncation_steps as steps
+from tokenprune.account import kv_bytes
+from tokenprune.adapter import Adapter
+from tokenprune.cli.main import main
+from tokenprune.experiments.bench.architectures import list_architectures
+from tokenprune.experiments.bench.bench_model import (
+    build_image_processor,
+    find_random_config,
+    list_ordinary_ids,
+    load_bench_model,
+    random_image,
+)
+from tokenprune.experiments.bench.command import build_bench_parser
+from tokenprune.experiments.bench.measure import (
+    PLAIN,
+    Measurement,
+    Variant,
+    count_work,
+)
+from tokenprune.experiments.bench.phase_timer import PHASES
+from tokenprune.experiments.bench.report import as_markdown, draw_phases, print_tables
+from tokenprune.models.internvl import InternVLAdapter
+from tokenprune.models.llava import LlavaAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
+from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
+from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
+from tokenprune.models.qwen2_vl import Qwen2VLAdapter
+from tokenprune.strategies import Random
+
+
+def test_steps_from_the_command_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--model mini --size 80x160 --repeats 1 --device cpu --out steps.json"
+    assert steps.main(arguments.split()) == 0
+    out = capsys.readouterr().out
+    assert "mini, HiRED at 20 %, 80x160 pixels, 1 rounds in turns" in out
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 2 + len(steps.STEPS)
+    assert set(json.loads(Path("steps.json").read_text())["steps"]) == set(steps.STEPS)
+    with pytest.raises(SystemExit):
+        steps.main(["--model", "mini", "--size", "80"])
+    assert "--size 80: give height x width in pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, InternVLAdapter, Qwen2VLAdapter, Qwen25VLAdapter],
+)
+def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Path) -> None:
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(adapter.example().config.to_dict()))
+    bench_model = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
+    metadata = bench_model.as_data()
+    assert (metadata["weights"], metadata["cut"]) == ("random", True)
+    assert (metadata["llm_layers"], metadata["llm_layers_full"]) == (1, 2)
+    inputs = bench_model.prepare([random_image((112, 56), seed) for seed in range(2)])
+    assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
+    measurement = Measurement(Variant("half", Random(0.5)))
+    count_work(bench_model, inputs, measurement)
+    assert min(measurement.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
+    full = int(bench_model.adapter.placeholders(inputs)[0].sum())
+    assert measurement.visual // 2 < full
+    assert measurement.prompt == inputs["input_ids"].shape[1] - full + measurement.visual // 2
+    assert measurement.kv_bytes == 2 * kv_bytes(bench_model.adapter.llm, measurement.prompt)
+
+
+def test_checkpoints_can_be_cut() -> None:
+    full, cut = load_bench_model("mini", "cpu"), load_bench_model("mini", "cpu", attn="eager", llm_layers=1)
+    assert (cut.layers, cut.full_layers) == (1, 3)
+    assert cut.as_data()["attention"] == {"llm": "eager", "vision": "eager"}
+    outcomes = [Measurement(Variant(PLAIN)), Measurement(Variant(PLAIN))]
+    for bench_model, outcome in zip((full, cut), outcomes, strict=True):
+        count_work(bench_model, bench_model.prepare([random_image((80, 160), 0)]), outcome)
+    assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
+    assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
+
+
+def test_shipped_architectures_process_images() -> None:
+    assert "llava-v1.6-vicuna-7b" in list_architectures()
+    for name in list_architectures():
+        config = find_random_config(name)
+        pixels = build_image_processor(config)(images=[random_image((672, 672), 0)], return_tensors="pt")[
+            "pixel_values"
+        ]
+        assert pixels.shape[-1] in (336, 384, 448, 3 * 2 * 14**2), name
+        assert config.image_token_id not in list_ordinary_ids(config)
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from torch import Tensor
+from tokenprune import EncodedImage, ScoreReducer
+
+
+@dataclass
+class LoudestTokens(ScoreReducer):
+    """Keep the tokens with the largest feature norm."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        print("scoring")
+        return image.features.float().norm(dim=-1)
+'''
+
+
+def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loud.py").write_text(PLUGIN)
+    options = "--reducers hired loud.py:LoudestTokens --budgets 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
+    more_options = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
+    assert main(["bench", "run", *options.split(), *more_options.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err.replace("scoring\n", "") == ""
+    result = json.loads(out)
+    assert result == json.loads(Path("found/bench.json").read_text())
+    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "settings", "traces"}
+    assert {"device", "device_name", "threads", "torch", "transformers", "tokenprune"} <= set(result["environment"])
+    assert result["environment"]["threads"] == 1
+    assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
+    assert (result["model"]["dtype"], result["model"]["cut"]) == ("float32", True)
+    assert [(row["batch"], row["height"], row["width"]) for row in result["settings"]] == [(1, 80, 160), (2, 80, 160)]
+    names = [PLAIN, "hired 20 %", "LoudestTokens 20 %"]
+    for setting in result["settings"]:
+        assert [row["name"] for row in setting["variants"]] == names
+        plain = setting["variants"][0]
+        for row in setting["variants"]:
+            assert set(row["phases_ms"]) == set(PHASES)
+            summaries = [*row["phases_ms"].values(), *row["measures"].values()]
+            assert all(set(samples) == {"median", "quartiles", "values"} for samples in summaries)
+            assert all(len(samples["values"]) == 2 for samples in summaries)
+            assert row["flops"]["to_first_token"] > 0
+            assert row["kv_bytes"] > 0
+        for row in setting["variants"][1:]:
+            assert set(row["ratios"]) >= {
+                "encode",
+                "encode_prefill",
+                "ttft",
+                "own_share_of_vision_encode",
+                "flops_to_first_token",
+                "attained",
+            }
+            assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
+            assert row["reducer"]["init_args"]["budget"] == 0.2
+            assert 0 < row["flops"]["phases"]["vision encode"] < plain["flops"]["phases"]["vision encode"]
+        reduced = setting["variants"][1]
+        assert reduced["ratios"]["kv_bytes"] == plain["prompt_length"] / reduced["prompt_length"]
+    assert result["traces"] == []
+    assert Path("found/phases.png").read_bytes().startswith(b"\x89PNG")
+    page = Path("found/bench.md").read_text()
+    assert page == as_markdown(result)
+    assert "CUT: 1 LLM layers are missing" in page
+    assert "2 of 3 LLM layers" in page
+    assert page.count("\n| hired 20 % |") == 4 * 2
+    figure = draw_phases(result)
+    assert len(figure.axes) == 4
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_tables(result, console)
+    tables = console.export_text()
+    assert "medians and [quartiles]" in tables
+    assert "batch 2, 80 x 160 pixels: encode and prefill" in tables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sizes 672", "--sizes 672: give height x width in pixels"),
+        ("--sizes 0x672", "--sizes 0x672: give height x width"),
+        ("--budgets 1.5", "--budgets 1.5: give ratios above 0 and up to 1"),
+        ("--budgets 0", "--budgets 0: give ratios"),
+        ("--batches 0", "--batches 0: give at least 1"),
+        ("--tokens 1", "--tokens 1: give at least 2"),
+        ("--repeats 0", "--repeats 0: give at least 1"),
+        ("--warmup -1", "--warmup -1: give at least 0"),
+        ("--threads 0", "--threads 0: give at least 1"),
+        ("--prompt-tokens 0", "--prompt-tokens 0: give at least 1"),
+        ("--llm-layers 0", "--llm-layers 0: give at least 1"),
+        ("--llm-layers 4", "--llm-layers 4: the LLM has only 3"),
+        ("--reducers hird", "Did you mean HiRED"),
+        ("--attn fast", "--attn fast cannot be used"),
+        ("--dtype float33", "--dtype float33 is no torch dtype"),
+        ("--model nowhere", "--model nowhere: no such folder or architecture; give"),
+        ("--model llava-v1.6-vicuna-7", "(did you mean llava-v1.6-vicuna-7b?)"),
+        ("--model ./nowhere", "--model ./nowhere: no such folder"),
+        ("--model nowhere.json", "--model nowhere.json cannot be read as a config"),
+        ("--model list.json", "--model list.json cannot be read as a config"),
+        ("--model bert.json", "cannot be prepared without its processor"),
+        ("--repeat 3", "no option --repeat (did you mean --repeats?)"),
+        ("--batches two", "--batches"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("list.json").write_text("[]")
+    Path("bert.json").write_text(json.dumps({"model_type": "paligemma"}))
+    assert main(["bench", "run", "--device", "cpu", "--quiet", *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("tokenprune-bench").exists()
+
+
+def test_unsupported_strategies_raise_before_the_benchmark(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Qwen2VLAdapter.example().config.to_dict()
+    Path("qwen.json").write_text(json.dumps(config))
+    assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
+    assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err
+
+
+def test_the_command_run_precedes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--repeats", "1", "run"]) == 2
+    assert "write `run` before its options" in capsys.readouterr().err
+
+
+def test_shipped_configs_are_valid(in_empty_folder: Path) -> None:
+    files = sorted((Path(__file__).parents[2] / "experiments/configs/bench").glob("*.yaml"))
+    assert files
+    for file in files:
+        first = file.read_text().splitlines()[0]
+        assert first.startswith(f"# tokenprune bench run --config experiments/configs/bench/{file.name}")
+        config = build_bench_parser().parse_args(["--config", str(file)])
+        assert config.budgets

@@ -1,0 +1,90 @@
+"""The commands `list`, `bench` and `check`, and the help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import SOME_FAMILIES, STRATEGY_SOURCE, run_refused
+from tokenprune import __version__
+from tokenprune.cli.main import main
+from tokenprune.experiments.bench import selection_cost
+from tokenprune.experiments.bench.selection_cost import ModelSize
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for kind in ("strategies", "components", "models"):
+        assert main(["list", kind]) == 0
+        assert capsys.readouterr().out.strip()
+        assert main(["list", kind, "--json"]) == 0
+        rows[kind] = json.loads(capsys.readouterr().out)
+    hired = next(row for row in rows["strategies"] if row["name"] == "HiRED")
+    assert hired["presets"] == "HiRED.paper, HiRED.release"
+    assert hired["needs"] == "cls_attention(feature), cls_attention(first)"
+    kinds = {row["name"]: row["kind"] for row in rows["components"]}
+    assert kinds["TopAttentionSelection"] == "selection"
+    assert kinds["VisualContentAllocation"] == "allocation"
+    assert {"internvl", "llava", "llava_next", "qwen2_vl"} <= {row["family"] for row in rows["models"]}
+
+
+def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
+    assert main(["list", "strategies", "--plugin", "loud.py", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["LoudestTokens"]["needs"] == "features"
+    assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
+    assert rows["VisionZip"]["dropped tokens"] == "merged"
+    assert rows["ImageDownsample"]["stage"] == "image"
+    assert main(["list", "strategies", "--markdown"]) == 0
+    assert "| `HiRED` |" in capsys.readouterr().out
+    Path("twice.py").write_text(STRATEGY_SOURCE.replace("LoudestTokens", "HiRED"))
+    message = run_refused(capsys, "list", "strategies", "--plugin", "twice.py")
+    assert "two classes are called HiRED" in message
+    assert "two classes are called HiRED" in run_refused(capsys, "run", "--reducer", "twice.py:HiRED")
+    assert "nowhere.py is no Python file" in run_refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ModelSize(side=3, patch=4, layers=4, heads=2, width=8, intermediate=8, shared=4, dim=8)
+    monkeypatch.setattr(selection_cost, "ModelSize", lambda: tiny)
+    arguments = ["--names", "hired", "LoudestTokens", "--plugin", "loud.py", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", "strategies", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Vision encode:")
+    assert "| HiRED |" in out
+    assert "| LoudestTokens |" in out
+    assert "Did you mean HiRED" in run_refused(capsys, "bench", "strategies", "--names", "hird")
+    assert "no option --repeat (did you mean --repeats?)" in run_refused(capsys, "bench", "strategies", "--repeat", "1")
+
+
+def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
+    assert main(["check", "hired", *SOME_FAMILIES, "--reducer.budget", "0.1"]) == 0
+    assert "HiRED keeps all promises" in capsys.readouterr().out
+    assert main(["check", "loud.py:LoudestTokens", *SOME_FAMILIES, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    Path("bad.py").write_text(STRATEGY_SOURCE.replace("image.features.float()", "image.features.mul_(2).float()"))
+    assert main(["check", "bad.py:LoudestTokens", *SOME_FAMILIES]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
+    assert "LoudestTokens breaks a promise" in out
+    assert "name the strategy" in run_refused(capsys, "check")
+    assert "no strategy is called 'Hird'. Did you mean HiRED?" in run_refused(capsys, "check", "Hird")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tokenprune {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "run" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["run", "--help"]) == 0
+    assert "--reducer" in capsys.readouterr().out
+
+
+def test_check_on_some_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "HiRED", "--families", "llava_next"]) == 0
+    assert "HiRED" in capsys.readouterr().out
+    assert main(["check", "HiRED", "--families", "lava"]) == 2
+    assert "no family is called lava" in capsys.readouterr().err

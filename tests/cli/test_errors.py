@@ -1,0 +1,157 @@
+"""Errors of the command line are one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
+from tokenprune.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, evaluate, ablate, report, sweep"),
+        (["list", "things"], "'strategies', 'components', 'models'"),
+        (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
+        (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),
+        (["run", "--reducer", "HiRED.papr"], "HiRED has no preset 'papr'; it has: paper, release"),
+        (["run", "--reducer.budgt", "3"], "no parameter 'budgt' of HiRED (did you mean budget?)"),
+        (
+            ["run", "--reducer.selection.layr", "3"],
+            "--reducer.selection: there is no parameter 'layr' of TopAttentionSelection",
+        ),
+        (["run", "--reducer.selection", "RandomSelecton"], "Did you mean RandomSelection"),
+        (
+            ["run", "--reducer.allocation", "TopAttentionSelection"],
+            "does not correspond to a subclass of AllocationPolicy",
+        ),
+        (["run", "--reducer.budget", "1.5"], "neither a ratio nor a count"),
+        (["run", "--reducer.budget", "-3"], "neither a ratio nor a count"),
+        (["run", "--reducer.positions", "x"], "--reducer.positions: 'x' is not valid; give 'reindex' or 'preserve'"),
+        (
+            ["run", "--reducer.budget", "abc"],
+            "budget 'abc' is neither a ratio nor a count; write a float from 0.0 to 1.0 or a percentage",
+        ),
+        (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
+        (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
+        (["run", "--question", " "], "--question ' ': give a text"),
+        (["run", "--question", "<image> what?"], "the placeholder is added automatically"),
+        (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
+        (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
+        (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
+        (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
+        (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
+        (["run", "--config", "none.yaml"], "File does not exist"),
+        (["run", "--reducer.attention", "pooled"], "attention takes auto, cls, pooling, received or a component; no"),
+        (
+            ["run", "--reducer.attention", "TimmSaliency", "--reducer.attention.model", "x"],
+            "there is no parameter 'model' of TimmSaliency (did you mean model_name?)",
+        ),
+        (["run", "--image", "none.png"], "none.png: no such file"),
+        (["run", "--image", "loud.py"], "loud.py: not an image"),
+        (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),
+        (["run", "--model", "."], "--model . cannot be loaded"),
+        (["run", "--out", "loud.py"], "--out loud.py cannot be created as a folder"),
+        (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
+        (["run", "--dtype", "int9"], "--dtype int9 is no torch dtype"),
+        (["run", "--max-new-tokens", "0"], "must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_error_is_one_line(
+    capsys: pytest.CaptureFixture[str], strategy_file: Path, arguments: list[str], message: str
+) -> None:
+    Path("broken.py").write_text("import nothing_like_this")
+    assert message in run_refused(capsys, *arguments)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match=r"none\.png"):
+        main(["run", "--debug", "--image", "none.png"])
+
+
+def test_an_error_of_a_strategy_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.py").write_text(
+        STRATEGY_SOURCE.replace("return image.features.float().norm(dim=-1) ** self.power", "return 1 / 0")
+    )
+    assert "division by zero (ZeroDivisionError; --debug shows where)" in run_refused(
+        capsys, "run", *FAST, "--reducer", "bad.py:LoudestTokens"
+    )
+
+
+def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenprune import adapter
+
+    monkeypatch.setattr(adapter, "adapters", dict)
+    monkeypatch.setattr(adapter, "_subclasses", lambda base: [])
+    assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
+
+
+def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    def fail(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
+    assert list(Path("tokenprune-out").iterdir()) == []
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """The signal is sent during generation."""
+    command = [sys.executable, "-m", "tokenprune", "run", "--repeats", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    # If a shell runs the tests in the background, it ignores SIGINT, and child processes inherit this setting.
+    restore_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process: Any = subprocess.Popen(command, preexec_fn=restore_sigint, **pipes)  # type: ignore[call-overload]
+    while not (tmp_path / "tokenprune-out").exists():  # is created after the images are read
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "tokenprune: stopped"
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.png", "HTTP://example.com/a.png"])
+def test_urls_are_not_downloaded(capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str) -> None:
+    assert main(["run", "--image", address, "--question", "x", "--out", str(tmp_path)]) == 2
+    assert f"{address} is a URL, and URLs are not downloaded; download the image" in capsys.readouterr().err
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"image": address, "question": "x", "answer": "y"}) + "\n")
+    arguments = [
+        "evaluate",
+        "--task",
+        "folder",
+        "--task.path",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+        "true",
+    ]
+    assert main(arguments) == 2
+    assert f"line 1: {address} is a URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["ftp://example.com/a.png", "s3://bucket/a.png"])
+def test_urls_of_data_sets_and_other_schemes_are_not_downloaded(
+    capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    assert f"{address} is a URL" in run_refused(capsys, "run", "--image", address)
+    message = run_refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
+    assert f"{address} is a URL, and URLs are not downloaded; download the data set" in message
