@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -22,6 +22,7 @@ from tokenprune.experiments.bench.architectures import list_architectures, load_
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.registry import suggest_name
 
 QUESTION = "What is in the image?"
 """Question of the prompts for checkpoints. Models with random weights receive random token ids."""
@@ -133,8 +134,7 @@ def find_random_config(name: str) -> Any:
         return load_architecture(name)
     if not name.endswith(".json"):
         if "/" not in name and name != "mini" and not Path(name).is_dir():
-            matches = difflib.get_close_matches(name, list_architectures(), n=1, cutoff=0.5)
-            hint = f" (did you mean {matches[0]}?)" if matches else ""
+            hint = suggest_name(name, list_architectures(), 0.5)
             raise ValueError(
                 f"--model {name}: no such folder or architecture{hint}; give `mini`, a checkpoint folder, a hub id "
                 f"(owner/name), a config.json, or one of {', '.join(list_architectures())}"
@@ -290,6 +290,22 @@ def build_random_prompts(
     if adapter.has_vision_positions:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token_id).int()
     return {name: _move_to_model(value, model) for name, value in inputs.items()}
+
+
+def parse_image_size(text: str, option: str) -> Size:
+    """Return height and width in pixels from a text such as `672x672`.
+
+    Args:
+        text: the text.
+        option: the option that it is the value of, for the error.
+
+    Raises:
+        ValueError: if the text is not a size.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if match is None or not all(int(side) for side in match.groups()):
+        raise ValueError(f"{option} {text}: give height x width in pixels, such as 672x672")
+    return int(match[1]), int(match[2])
 
 
 def _move_to_model(value: Any, model: Any) -> Any:

@@ -1,6 +1,6 @@
 """Measures the time of token selection relative to image encoding: every strategy on one image of LLaVA-NeXT's size.
 
-Run it: ``python -m tokenprune.experiments.bench.selection_cost``
+Run it: ``tokenprune bench strategies``
 
 The image has five tiles of 576 tokens. Its signals have the sizes of CLIP ViT-L/14-336 and a 7B model. Their values are
 random, but smooth over the tile and heavy-tailed. The vision tower has random weights. Every repeat times the tower
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -23,11 +23,11 @@ from einops import rearrange
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokenprune.catalog import strategies
+from tokenprune.budget import parse_ratio
+from tokenprune.cli.parsing import load_classes
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal
 from tokenprune.layers import resolve_layers
-from tokenprune.reducer import TokenReducer
 from tokenprune.registry import find_class
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
@@ -36,6 +36,25 @@ ATTENTION_LIMIT = 2.0
 """Limit for strategies in `BY_ATTENTION`, in milliseconds."""
 SHARE_LIMIT = 10.0
 """Limit for the remaining strategies, in percent of the time of the vision encode."""
+
+
+@dataclass(frozen=True)
+class SelectionCostConfig:
+    """Options of `tokenprune bench strategies`.
+
+    Args:
+        names: names of strategies; by default all.
+        plugin: Python files with further strategies.
+        budget: budget as a ratio: 0.2 or 20%.
+        repeats: timed rounds of each strategy, after an untimed round.
+        threads: CPU threads of torch.
+    """
+
+    names: list[str] | None = None
+    plugin: list[str] = field(default_factory=list)
+    budget: float | str = 0.2
+    repeats: int = 5
+    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -189,31 +208,21 @@ def time_call(call: Callable[[], object]) -> float:
     return 1000 * (perf_counter() - start)
 
 
-def measure_strategies(
-    names: Sequence[str] | None = None,
-    budget: float = 0.2,
-    repeats: int = 5,
-    threads: int = 2,
-    size: ModelSize | None = None,
-    catalog: Mapping[str, Any] | None = None,
-) -> list[Cost]:
+def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = None) -> list[Cost]:
     """Time strategies and the vision encode of the same image in turns.
 
     Args:
-        names: strategies to measure; None measures all.
-        budget: budget as a ratio.
-        repeats: number of timed repeats, after one untimed repeat.
-        threads: CPU threads of torch.
+        config: the options.
         size: the size of the image and of the models; None uses the size of LLaVA-NeXT-7B.
-        catalog: strategies by class name; None uses the shipped and installed ones.
 
     Raises:
-        LookupError: if a name is not in the catalog.
-        ValueError: if a strategy reads a signal that is not in `SIGNAL_BUILDERS`.
+        LookupError: if there is no strategy of a name.
+        ValueError: if the budget is not a ratio, or a strategy reads a signal that is not in `SIGNAL_BUILDERS`.
     """
-    catalog = strategies() if catalog is None else catalog
-    classes = [find_class(name, catalog, "strategy") for name in names or catalog]
-    reducers: dict[str, TokenReducer] = {strategy.__name__: strategy(budget) for strategy in classes}
+    catalog, _ = load_classes(config.plugin)
+    classes = [find_class(name, catalog, "strategy") for name in config.names or catalog]
+    budget = parse_ratio(config.budget)
+    reducers = {strategy.__name__: strategy(budget) for strategy in classes}
     size = size or ModelSize()
     image = build_random_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])
     signals = {
@@ -224,8 +233,8 @@ def measure_strategies(
     pixels = torch.randn(image.geometry.tiles, 3, size.side * size.patch, size.side * size.patch)
     encodes: list[float] = []
     selects: dict[str, list[float]] = {name: [] for name in reducers}
-    with torch_threads(threads), torch.inference_mode():
-        for _ in range(1 + repeats):
+    with torch_threads(config.threads), torch.inference_mode():
+        for _ in range(1 + config.repeats):
             encodes.append(time_call(lambda: tower(pixels)))
             for name, reducer in reducers.items():
                 # A new layout for each call, because a layout caches computed properties.
@@ -248,21 +257,3 @@ def format_costs(costs: Sequence[Cost]) -> str:
         times, is_met = format_times(cost.select_ms, 2), "yes" if cost.is_met else "no"
         lines.append(f"| {cost.name} | {times} | {cost.share:.2f} | < {cost.target} | {is_met} |")
     return "\n".join(lines)
-
-
-def main(names: list[str] | None = None, budget: float = 0.2, repeats: int = 5, threads: int = 2) -> None:
-    """Measure strategies and print the table.
-
-    Args:
-        names: strategies to measure; all by default.
-        budget: budget as a ratio.
-        repeats: number of timed repeats.
-        threads: CPU threads of torch.
-    """
-    print(format_costs(measure_strategies(names, budget, repeats, threads)))
-
-
-if __name__ == "__main__":
-    import jsonargparse
-
-    jsonargparse.auto_cli(main, as_positional=False)

@@ -19,7 +19,7 @@ from PIL import Image
 from tokenprune import __version__
 from tokenprune.budget import OneTokenWarning
 from tokenprune.catalog import strategies
-from tokenprune.cli.main import main
+from tokenprune.cli.main import COMMANDS, main
 from tokenprune.configuration import as_config
 from tokenprune.experiments.bench import selection_cost
 from tokenprune.experiments.bench.selection_cost import ModelSize
@@ -421,14 +421,14 @@ def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypa
 
 def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
     assert main(["check", "hired", *SOME_FAMILIES, "--reducer.budget", "0.1"]) == 0
-    assert "HiRED keeps all promises" in capsys.readouterr().out
+    assert "HiRED meets the contract" in capsys.readouterr().out
     assert main(["check", "loud.py:LoudestTokens", *SOME_FAMILIES, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
     Path("bad.py").write_text(STRATEGY_SOURCE.replace("image.features.float()", "image.features.mul_(2).float()"))
     assert main(["check", "bad.py:LoudestTokens", *SOME_FAMILIES]) == 1
     out = capsys.readouterr().out
     assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
-    assert "LoudestTokens breaks a promise" in out
+    assert "LoudestTokens breaks the contract" in out
     assert "name the strategy" in run_refused(capsys, "check")
     assert "no strategy is called 'Hird'. Did you mean HiRED?" in run_refused(capsys, "check", "Hird")
 
@@ -441,6 +441,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["run", "--help"]) == 0
     assert "--reducer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench run", "bench strategies"])
+def test_the_help_prints_percent_signs_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: tokenprune")
+    assert "%%" not in out
+    assert ("20%" in out) == (command.split()[0] in ("run", "bench", "cost"))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
