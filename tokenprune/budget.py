@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
+from tokenprune.literals import check_literal_fields
 
 PERCENT = re.compile(r"\s*(\d{1,3}\.?\d*|\.\d+)\s*%\s*")
 """A ratio as text: ``"20%"``, ``"12.5 %"``."""
@@ -50,13 +51,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Raise a `ValueError` if the amount is neither a ratio nor a count, or if an option is not known."""
         parse_amount(self.amount)
-        for name, value, allowed in (
-            ("per", self.per, ("image", "tile")),
-            ("of", self.of, ("encoded", "unpadded")),
-            ("newlines", self.newlines, ("free", "counted")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"budget {name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+        check_literal_fields(self, "budget ")
 
     @property
     def number(self) -> int | float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.literals import check_literal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,10 +165,9 @@ def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> T
     Raises:
         ValueError: if the option is not known.
     """
-    if newlines in ("keep", "drop"):
-        return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
+    check_literal("newlines", newlines, Newlines)
     if newlines != "keep_rows":
-        raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
+        return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
     row, packed = geometry.newline_of.to(kept.device), geometry.packed.to(kept.device)
     in_row = (packed != NEWLINE) & (row >= 0)
     is_kept = torch.full((geometry.newlines,), bool(kept.any()), device=kept.device)

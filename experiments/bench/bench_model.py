@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.experiments.bench.architectures import list_architectures, load_architecture
+from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
@@ -204,38 +205,6 @@ def _use_kernel(model: Any, attn: str | None) -> None:
         model.set_attn_implementation(attn)
     except (ValueError, ImportError, KeyError) as error:
         raise ValueError(f"--attn {attn} cannot be used: {' '.join(str(error).split())[:300]}") from error
-
-
-def build_image_processor(config: Any) -> Any:
-    """Return the image processor of a model family, built from the model config without a checkpoint.
-
-    Raises:
-        ValueError: if the family is not supported.
-    """
-    vision, family = config.vision_config, config.model_type
-    side = getattr(vision, "image_size", None)
-    side = side[0] if isinstance(side, (list, tuple)) else side
-    square, shortest = {"height": side, "width": side}, {"shortest_edge": side}
-    if family == "llava" and vision.model_type in ("clip_vision_model", "siglip_vision_model"):
-        return transformers.CLIPImageProcessor(size=shortest, crop_size=square)
-    if family == "llava_next":
-        return transformers.LlavaNextImageProcessor(
-            size=shortest, crop_size=square, image_grid_pinpoints=config.image_grid_pinpoints
-        )
-    if family == "llava_onevision":
-        return transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=config.image_grid_pinpoints)
-    if family == "internvl":
-        return transformers.GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=12)
-    if family in ("qwen2_vl", "qwen2_5_vl"):
-        return transformers.Qwen2VLImageProcessor(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
-    raise ValueError(
-        f"images for a {family} ({vision.model_type}) with random weights cannot be prepared without its processor; "
-        "give a checkpoint folder, or one of llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl"
-    )
 
 
 def list_ordinary_ids(config: Any) -> list[int]:

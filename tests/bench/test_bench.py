@@ -25,7 +25,6 @@ from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.bench.architectures import list_architectures
 from tokenprune.experiments.bench.bench_model import (
     BenchModel,
-    build_image_processor,
     find_random_config,
     list_ordinary_ids,
     load_bench_model,
@@ -34,6 +33,7 @@ from tokenprune.experiments.bench.bench_model import (
 from tokenprune.experiments.bench.command import BenchConfig
 from tokenprune.experiments.bench.environment import peak_memory
 from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
+from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
     FUSED_ATTENTION,
     PLAIN,
