@@ -9,26 +9,36 @@ first and then each strategy, so that both run under the same load of the machin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tokenprune.budget import parse_ratio
 from tokenprune.cli.parsing import load_classes
 from tokenprune.geometry import TileGeometry
-from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal
+from tokenprune.image import (
+    ALIGNED_SIGNALS,
+    APPLICATION_SIGNALS,
+    CLS_SIGNALS,
+    ROW_SIGNALS,
+    TEXT_SIGNALS,
+    EncodedImage,
+    Signal,
+    token_dim,
+)
 from tokenprune.layers import resolve_layers
 from tokenprune.registry import find_class
+from tokenprune.testing.encoded_images import TOKEN_SIGNALS, random_encoded_image
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
 """Strategies that rank tokens only by attention."""
@@ -84,6 +94,11 @@ class ModelSize:
     dim: int = 4096
 
     @property
+    def head_dim(self) -> int:
+        """Width of an attention head of the vision tower."""
+        return self.width // self.heads
+
+    @property
     def geometry(self) -> TileGeometry:
         """A new layout of the image, without padding."""
         tile = self.side * self.patch
@@ -104,26 +119,8 @@ class ModelSize:
         return CLIPVisionModel(config).eval()
 
 
-Field = Callable[[int], Tensor]
-"""Returns random numbers `[tiles, channels, tokens]` for a number of channels."""
-
-SIGNAL_BUILDERS: Mapping[str, Callable[[ModelSize, Field], Tensor]] = {
-    "cls_attention": lambda size, field: field(size.heads).softmax(dim=-1),
-    "cls_logits": lambda size, field: field(size.heads),
-    "received_attention": lambda size, field: field(size.heads).softmax(dim=-1),
-    "joint_attention": lambda size, field: field(1).softmax(dim=-1),
-    "keys": lambda size, field: rearrange(
-        field(size.width), "tiles (heads dim) tokens -> tiles heads tokens dim", heads=size.heads
-    ),
-    "vision_features": lambda size, field: field(size.width).mT.contiguous(),
-    "cls_features": lambda size, field: field(size.width)[..., :1].mT.contiguous(),
-    "aligned_features": lambda size, field: field(size.shared).mT.contiguous(),
-    "aligned_cls": lambda size, field: field(size.shared)[..., :1].mT.contiguous(),
-    "question": lambda size, field: field(size.shared)[0, :, :1].mT.contiguous(),
-    "question_tokens": lambda size, field: field(size.shared)[0, :, :12].mT.contiguous(),
-    "question_positions": lambda size, field: field(size.shared)[:1, :, :77].mT.contiguous(),
-}
-"""Builds a random signal, by kind of signal."""
+TEXT_SHAPES = {"question": (1,), "question_tokens": (12,), "question_positions": (1, 77)}
+"""Shape of each text signal without the width, for a short question."""
 
 
 def list_signal_keys(needs: Sequence[Signal], size: ModelSize) -> list[tuple[str, int]]:
@@ -133,31 +130,46 @@ def list_signal_keys(needs: Sequence[Signal], size: ModelSize) -> list[tuple[str
     return list(dict.fromkeys((kind, layer) for kind, layers in resolved for layer in layers))
 
 
-def build_random_image(size: ModelSize, needs: Sequence[Signal], seed: int = 0) -> EncodedImage:
+def build_random_image(size: ModelSize, needs: Sequence[Signal]) -> EncodedImage:
     """Return an encoded image with random features and signals, which are smooth over the tile and heavy-tailed.
 
     Args:
         size: the size of the image and of the models.
         needs: the signals to build.
-        seed: seed of the random numbers.
 
     Raises:
-        ValueError: if a kind of signal is not in `SIGNAL_BUILDERS`.
+        ValueError: if the shape of a kind of signal is unknown.
     """
     keys = list_signal_keys(needs, size)
-    unknown = sorted({kind for kind, _ in keys} - set(SIGNAL_BUILDERS))
+    unknown = sorted({kind for kind, _ in keys} - ROW_SIGNALS - CLS_SIGNALS - TEXT_SIGNALS - TOKEN_SIGNALS)
     if unknown:
-        raise ValueError(f"cannot build the signal {', '.join(map(repr, unknown))}; add it to SIGNAL_BUILDERS")
-    generator = torch.Generator().manual_seed(seed)
+        raise ValueError(f"cannot build the signal {', '.join(map(repr, unknown))}: its shape is unknown")
     geometry = size.geometry
 
-    def field(channels: int) -> Tensor:
-        coarse = torch.randn(geometry.tiles, channels, 6, 6, generator=generator)
-        smooth = F.interpolate(coarse, geometry.token_grid, mode="bicubic", align_corners=False).flatten(2)
-        return 2 * smooth + torch.empty_like(smooth).exponential_(generator=generator)
+    def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        axis = token_dim(kind)
+        if kind in CLS_SIGNALS | TEXT_SIGNALS:
+            values = torch.randn(shape, generator=generator)
+        else:
+            channels = (*shape[1:axis], *shape[axis + 1 :])
+            coarse = torch.randn(geometry.tiles, prod(channels), 6, 6, generator=generator)
+            smooth = F.interpolate(coarse, geometry.token_grid, mode="bicubic", align_corners=False).flatten(2)
+            values = smooth.unflatten(1, channels).movedim(-1, axis).contiguous()
+        values = 2 * values + torch.empty_like(values).exponential_(generator=generator)
+        return values.softmax(dim=-1) if kind in ROW_SIGNALS - {"cls_logits"} else values
 
-    signals = {key: SIGNAL_BUILDERS[key[0]](size, field) for key in keys}
-    return EncodedImage(geometry, field(size.dim).mT.contiguous(), signals, size.layers, size.layers - 2)
+    text = dict.fromkeys(ALIGNED_SIGNALS | TEXT_SIGNALS, size.shared)
+    return random_encoded_image(
+        geometry,
+        heads=size.heads,
+        dim=size.dim,
+        keys=keys,
+        draw=draw,
+        widths={**text, **dict.fromkeys(("vision_features", "cls_features"), size.width), "keys": size.head_dim},
+        text_shapes=TEXT_SHAPES,
+        layers=size.layers,
+        feature_layer=size.layers - 2,
+    )
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,7 @@ def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = Non
 
     Raises:
         LookupError: if there is no strategy of a name.
-        ValueError: if the budget is not a ratio, or a strategy reads a signal that is not in `SIGNAL_BUILDERS`.
+        ValueError: if the budget is not a ratio, or a strategy reads a signal of an unknown kind.
     """
     catalog, _ = load_classes(config.plugin)
     classes = [find_class(name, catalog, "strategy") for name in config.names or catalog]
