@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from packaging.version import Version
@@ -65,7 +65,7 @@ class Attachment:
         strict: bool = False,
         keep_pixels: bool = True,
     ) -> None:
-        check_literal("outputs", outputs, Outputs)
+        check_literal("outputs", outputs, get_args(Outputs))
         self._model, self._reducer, self._strict = model, reducer, strict
         self._options: dict[str, Any] = {"question": question, "tokenizer": tokenizer, "keep_pixels": keep_pixels}
         self._outputs = outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> T
     Raises:
         ValueError: if the option is not known.
     """
-    check_literal("newlines", newlines, Newlines)
+    check_literal("newlines", newlines, get_args(Newlines))
     if newlines != "keep_rows":
         return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
     row, packed = geometry.newline_of.to(kept.device), geometry.packed.to(kept.device)
