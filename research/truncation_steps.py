@@ -21,7 +21,8 @@ from jsonargparse import ArgumentParser
 from tokenprune.budget import parse_ratio
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size, random_image
 from tokenprune.experiments.bench.environment import describe_environment, wait_for
-from tokenprune.experiments.bench.measure import create_flop_counter, round_order
+from tokenprune.experiments.bench.flop_counter import create_flop_counter
+from tokenprune.experiments.bench.measure import round_order
 from tokenprune.experiments.bench.phase_timer import ENCODE_PHASES, PhaseTimer, instrument
 from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.experiments.bench.selection_cost import torch_threads

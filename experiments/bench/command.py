@@ -18,11 +18,11 @@ from tokenprune.experiments.bench.measure import (
     BenchProtocol,
     Variant,
     Workload,
-    as_data,
     measure_variants,
     with_plain_variant,
 )
 from tokenprune.experiments.bench.report import describe_run
+from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import interval_rank
 from tokenprune.experiments.bench.selection_cost import torch_threads
 from tokenprune.pipeline import list_missing_signals

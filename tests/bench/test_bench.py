@@ -33,24 +33,22 @@ from tokenprune.experiments.bench.bench_model import (
 from tokenprune.experiments.bench.command import BenchConfig
 from tokenprune.experiments.bench.environment import peak_memory
 from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
+from tokenprune.experiments.bench.flop_counter import FUSED_ATTENTION, SDPA_ON_CPU, create_flop_counter
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
-    FUSED_ATTENTION,
     PLAIN,
-    SDPA_ON_CPU,
     BenchProtocol,
     Measurement,
     Variant,
     Workload,
-    as_data,
     count_work,
-    create_flop_counter,
     generate_once,
     measure_variants,
     round_order,
 )
 from tokenprune.experiments.bench.phase_timer import DECODE, FIRST_TOKEN_PHASES, PHASES, PhaseTimer, instrument
 from tokenprune.experiments.bench.report import as_markdown, draw_phases, print_tables
+from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import CAPTURE_CONTEXT, CAPTURE_KERNEL
