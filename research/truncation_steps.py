@@ -19,10 +19,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tokenprune.budget import parse_ratio
-from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, random_image
-from tokenprune.experiments.bench.command import parse_image_size
+from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size, random_image
 from tokenprune.experiments.bench.environment import describe_environment, wait_for
-from tokenprune.experiments.bench.measure import create_flop_counter, round_order
+from tokenprune.experiments.bench.flop_counter import create_flop_counter
+from tokenprune.experiments.bench.measure import round_order
 from tokenprune.experiments.bench.phase_timer import ENCODE_PHASES, PhaseTimer, instrument
 from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.experiments.bench.selection_cost import torch_threads
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m research.truncation_steps", description=__doc__)
     add = parser.add_argument
     add("--model", default="llava-v1.6-vicuna-7b", help="as in `tokenprune bench run`; its LLM is cut to one layer")
-    add("--budget", type=float | str, default=0.2, help="budget of HiRED as a ratio: 0.2 or 20%%")
+    add("--budget", type=float | str, default=0.2, help="budget of HiRED as a ratio: 0.2 or 20%")
     add("--size", type=str, default="672x672", help="height x width of the image in pixels")
     add("--repeats", type=int, default=7, help="number of timed rounds")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -187,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=str, help="path of the JSON file")
     config = parser.parse_args(argv)
     try:
-        size, budget = parse_image_size(config.size), parse_ratio(config.budget)
+        size, budget = parse_image_size(config.size, "--size"), parse_ratio(config.budget)
     except ValueError as error:
-        parser.error(str(error).replace("--sizes", "--size"))
+        parser.error(str(error))
     with torch_threads(config.threads or torch.get_num_threads()):
         model = load_bench_model(config.model, config.device, config.dtype, None, 1)
         if not isinstance(model.adapter, PlaceholderAdapter) or not model.adapter.projects_per_token:

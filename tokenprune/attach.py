@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from packaging.version import Version
@@ -21,12 +21,15 @@ from transformers import GenerationMixin
 from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
+from tokenprune.literals import check_literal
 from tokenprune.pipeline import Pipeline, PreparedCall, mark_caches
 from tokenprune.run import Run
 
 if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
 
+Outputs: TypeAlias = Literal["full", "reduced"]
+"""Length of the logits and hidden states of a plain call: of the full prompt, or of the reduced prompt."""
 MINIMUM_TRANSFORMERS = "5.23"
 """With older versions, a budget of 100 % changes the output of the model."""
 EXPANDED = ("logits", "hidden_states", "last_hidden_state")
@@ -58,12 +61,11 @@ class Attachment:
         reducer: TokenReducer,
         question: str | Sequence[str] | None = None,
         tokenizer: Any = None,
-        outputs: Literal["full", "reduced"] = "full",
+        outputs: Outputs = "full",
         strict: bool = False,
         keep_pixels: bool = True,
     ) -> None:
-        if outputs not in ("full", "reduced"):
-            raise ValueError(f"outputs={outputs!r} is not known; use 'full' or 'reduced'")
+        check_literal("outputs", outputs, get_args(Outputs))
         self._model, self._reducer, self._strict = model, reducer, strict
         self._options: dict[str, Any] = {"question": question, "tokenizer": tokenizer, "keep_pixels": keep_pixels}
         self._outputs = outputs
@@ -243,7 +245,7 @@ class _ForwardHooks:
         outputs: the length of the output of a call.
     """
 
-    def __init__(self, module: nn.Module, model: Any, pipeline: Pipeline, outputs: Literal["full", "reduced"]) -> None:
+    def __init__(self, module: nn.Module, model: Any, pipeline: Pipeline, outputs: Outputs) -> None:
         self._module, self._model, self._pipeline, self._expands = module, model, pipeline, outputs == "full"
         self._names = _positional_names(module) or _positional_names(model)
         self._calls: dict[int, _CallInProgress | None] = {}

@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
+from tokenprune.literals import check_literal
+
+BudgetUnit: TypeAlias = Literal["image", "tile"]
+BudgetReference: TypeAlias = Literal["encoded", "unpadded"]
+NewlineCost: TypeAlias = Literal["free", "counted"]
+OPTIONS = {"per": get_args(BudgetUnit), "of": get_args(BudgetReference), "newlines": get_args(NewlineCost)}
+"""Values of the options of a `Budget`. A compiled graph creates budgets, but cannot read them from annotations."""
 
 PERCENT = re.compile(r"\s*(\d{1,3}\.?\d*|\.\d+)\s*%\s*")
 """A ratio as text: ``"20%"``, ``"12.5 %"``."""
@@ -44,20 +51,15 @@ class Budget:
     """
 
     amount: int | float | str
-    per: Literal["image", "tile"] = "image"
-    of: Literal["encoded", "unpadded"] = "encoded"
-    newlines: Literal["free", "counted"] = "free"
+    per: BudgetUnit = "image"
+    of: BudgetReference = "encoded"
+    newlines: NewlineCost = "free"
 
     def __post_init__(self) -> None:
         """Raise a `ValueError` if the amount is neither a ratio nor a count, or if an option is not known."""
         parse_amount(self.amount)
-        for name, value, allowed in (
-            ("per", self.per, ("image", "tile")),
-            ("of", self.of, ("encoded", "unpadded")),
-            ("newlines", self.newlines, ("free", "counted")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"budget {name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+        for name, allowed in OPTIONS.items():
+            check_literal(f"budget {name}", getattr(self, name), allowed)
 
     @property
     def number(self) -> int | float:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.literals import check_literal_fields
 from tokenprune.selection import top_ranked
 
 
@@ -28,25 +27,7 @@ class Configurable:
         Raises:
             ValueError: if the value of a `Literal` field is not one of its values.
         """
-        for name, allowed in _literal_fields(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
-
-
-@cache
-def _literal_fields(cls: type) -> dict[str, tuple[Any, ...]]:
-    """Return the allowed values of the `Literal` fields of a class by name."""
-    allowed = {}
-    for base in reversed(cls.__mro__):
-        for name, annotation in vars(base).get("__annotations__", {}).items():
-            if isinstance(annotation, str):
-                try:
-                    annotation = eval(annotation, vars(sys.modules[base.__module__]))
-                except Exception:  # a name that exists for type checkers only; it is no `Literal`
-                    annotation = None
-            allowed[name] = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return {name: values for name, values in allowed.items() if values}
+        check_literal_fields(self)
 
 
 @dataclass

@@ -90,10 +90,23 @@ def find_class(name: str, classes: Mapping[str, type[T]], label: str) -> type[T]
     for class_name, member in classes.items():
         if name in _list_aliases(class_name):
             return member
-    by_lowercase = {class_name.lower(): class_name for class_name in classes}
-    matches = difflib.get_close_matches(name.lower(), by_lowercase, n=2, cutoff=0.6)
+    raise unknown_name_error(name, sorted(classes), label)
+
+
+def unknown_name_error(name: str, names: Iterable[str], label: str, cutoff: float = 0.6) -> LookupError:
+    """Return the error for an unknown name, with the two most similar names and all names.
+
+    Args:
+        name: the unknown name.
+        names: the valid names.
+        label: the kind of object, such as ``"strategy"``.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    valid_names = list(names)
+    by_lowercase = {valid_name.lower(): valid_name for valid_name in valid_names}
+    matches = difflib.get_close_matches(name.lower(), by_lowercase, n=2, cutoff=cutoff)
     hint = f" Did you mean {' or '.join(by_lowercase[match] for match in matches)}?" if matches else ""
-    raise LookupError(f"no {label} is called {name!r}.{hint} Known: {', '.join(sorted(classes))}")
+    return LookupError(f"no {label} is called {name!r}.{hint} Known: {', '.join(valid_names)}")
 
 
 def suggest_name(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:

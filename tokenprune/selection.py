@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
+from tokenprune.literals import check_literal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -224,10 +225,9 @@ def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> T
     Raises:
         ValueError: if the option is not known.
     """
-    if newlines in ("keep", "drop"):
-        return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
+    check_literal("newlines", newlines, get_args(Newlines))
     if newlines != "keep_rows":
-        raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
+        return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
     if not geometry.newlines:
         return kept.new_zeros(0)
     layout = geometry.to(kept.device)

@@ -6,7 +6,6 @@ The cost of a model depends only on its shape. `docs/explanation/benchmark-metho
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tokenprune.registry import unknown_name_error
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
 
@@ -36,9 +37,7 @@ def load_architecture(name: str, llm_layers: int | None = None) -> Any:
     """
     names = list_architectures()
     if name not in names:
-        matches = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(matches)}?" if matches else ""
-        raise LookupError(f"no architecture is called {name!r}.{hint} Known: {', '.join(names)}")
+        raise unknown_name_error(name, names, "architecture", 0.5)
     values = json.loads((FOLDER / f"{name}.json").read_text())
     if llm_layers is not None:
         layers = values["text_config"]["num_hidden_layers"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.experiments.bench.architectures import list_architectures, load_architecture
+from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.registry import suggest_name
 
 QUESTION = "What is in the image?"
 """Question of the prompts for checkpoints. Models with random weights receive random token ids."""
@@ -133,8 +135,7 @@ def find_random_config(name: str) -> Any:
         return load_architecture(name)
     if not name.endswith(".json"):
         if "/" not in name and name != "mini" and not Path(name).is_dir():
-            matches = difflib.get_close_matches(name, list_architectures(), n=1, cutoff=0.5)
-            hint = f" (did you mean {matches[0]}?)" if matches else ""
+            hint = suggest_name(name, list_architectures(), 0.5)
             raise ValueError(
                 f"--model {name}: no such folder or architecture{hint}; give `mini`, a checkpoint folder, a hub id "
                 f"(owner/name), a config.json, or one of {', '.join(list_architectures())}"
@@ -206,38 +207,6 @@ def _use_kernel(model: Any, attn: str | None) -> None:
         raise ValueError(f"--attn {attn} cannot be used: {' '.join(str(error).split())[:300]}") from error
 
 
-def build_image_processor(config: Any) -> Any:
-    """Return the image processor of a model family, built from the model config without a checkpoint.
-
-    Raises:
-        ValueError: if the family is not supported.
-    """
-    vision, family = config.vision_config, config.model_type
-    side = getattr(vision, "image_size", None)
-    side = side[0] if isinstance(side, (list, tuple)) else side
-    square, shortest = {"height": side, "width": side}, {"shortest_edge": side}
-    if family == "llava" and vision.model_type in ("clip_vision_model", "siglip_vision_model"):
-        return transformers.CLIPImageProcessor(size=shortest, crop_size=square)
-    if family == "llava_next":
-        return transformers.LlavaNextImageProcessor(
-            size=shortest, crop_size=square, image_grid_pinpoints=config.image_grid_pinpoints
-        )
-    if family == "llava_onevision":
-        return transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=config.image_grid_pinpoints)
-    if family == "internvl":
-        return transformers.GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=12)
-    if family in ("qwen2_vl", "qwen2_5_vl"):
-        return transformers.Qwen2VLImageProcessor(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
-    raise ValueError(
-        f"images for a {family} ({vision.model_type}) with random weights cannot be prepared without its processor; "
-        "give a checkpoint folder, or one of llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl"
-    )
-
-
 def list_ordinary_ids(config: Any) -> list[int]:
     """Return token ids without a special meaning, for random text."""
     special = set[int]()
@@ -290,6 +259,22 @@ def build_random_prompts(
     if adapter.has_vision_positions:
         inputs["mm_token_type_ids"] = (ids == adapter.image_token_id).int()
     return {name: _move_to_model(value, model) for name, value in inputs.items()}
+
+
+def parse_image_size(text: str, option: str) -> Size:
+    """Return height and width in pixels from a text such as `672x672`.
+
+    Args:
+        text: the text.
+        option: the option that it is the value of, for the error.
+
+    Raises:
+        ValueError: if the text is not a size.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if match is None or not all(int(side) for side in match.groups()):
+        raise ValueError(f"{option} {text}: give height x width in pixels, such as 672x672")
+    return int(match[1]), int(match[2])
 
 
 def _move_to_model(value: Any, model: Any) -> Any:

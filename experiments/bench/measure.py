@@ -10,30 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Attachment
-from tokenprune.configuration import as_config
 from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
+from tokenprune.experiments.bench.flop_counter import create_flop_counter
 from tokenprune.experiments.bench.phase_timer import (
     DECODE,
     ENCODE_PHASES,
     FIRST_TOKEN_PHASES,
     PREPROCESS,
-    REDUCER_PHASES,
     PhaseTimer,
     instrument,
 )
-from tokenprune.experiments.bench.samples import Ratio, Samples
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
@@ -237,47 +233,6 @@ def generate_once(
     return end - start, streamer.times[0] - start, timer, run
 
 
-ATEN = torch.ops.aten
-SDPA_ON_CPU = ATEN._scaled_dot_product_flash_attention_for_cpu
-FUSED_ATTENTION = {
-    SDPA_ON_CPU: 4,
-    ATEN._scaled_dot_product_flash_attention: 4,
-    ATEN._scaled_dot_product_efficient_attention: 6,
-    ATEN._scaled_dot_product_cudnn_attention: 6,
-}
-"""Torch's kernels of scaled dot product attention, with the position of ``is_causal`` among their arguments."""
-
-
-def attention_flops(
-    causal_position: int, *args: Any, is_causal: bool = False, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Return the FLOPs of a fused attention kernel, without the blocks that a causal flag masks.
-
-    With the causal flag these kernels skip the blocks above the diagonal. A mask that is passed as a tensor skips
-    nothing. Torch's own counter always counts the full square, and has no entry for the CPU kernel.
-
-    Args:
-        causal_position: position of ``is_causal`` among the arguments.
-        args: arguments of the kernel, with tensors replaced by their shapes; queries, keys and values come first.
-        is_causal: the flag, if it was passed by name.
-        out_shape: shapes of the results; not used.
-        kwargs: remaining keyword arguments of the kernel; not used.
-    """
-    square = int(sdpa_flop_count(*args[:3]))
-    if not (is_causal or (len(args) > causal_position and args[causal_position])):
-        return square
-    queries, keys = args[0][-2], args[1][-2]
-    side = min(queries, keys)
-    visible_pairs = side * (side + 1) // 2 + (queries - side) * keys
-    return int(square * visible_pairs // (queries * keys))
-
-
-def create_flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter with corrected counts for fused attention (`attention_flops`)."""
-    counts = {kernel: partial(attention_flops, position) for kernel, position in FUSED_ATTENTION.items()}
-    return FlopCounterMode(display=False, custom_mapping=counts)
-
-
 def count_work(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement) -> None:
     """Store the quantities that need no clock: FLOPs of each phase, bytes of the cache and tensors, and token counts.
 
@@ -426,87 +381,6 @@ def time_variant(
     for phase in (*FIRST_TOKEN_PHASES, DECODE):
         measurement.phases.setdefault(phase, []).append(timer.spent.get(phase, 0.0))
     measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
-
-
-def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: BenchProtocol) -> dict[str, Any]:
-    """Return the measurements of a workload as plain data, with ratios to the plain model.
-
-    Args:
-        measurements: one per variant.
-        workload: the inputs.
-        protocol: length and number of the calls.
-    """
-    plain = next((m for m in measurements if m.variant.reducer is None and m.error is None), None)
-    rows = []
-    for measurement in measurements:
-        reducer = measurement.variant.reducer
-        row: dict[str, Any] = {
-            "name": measurement.variant.name,
-            "reducer": None if reducer is None else as_config(reducer),
-            "error": measurement.error,
-        }
-        if measurement.error is None:
-            series = measurement.series(workload, protocol.tokens)
-            per_second = [1e3 / value for value in series["ms_per_new_token"]]
-            row |= {
-                "prompt_length": measurement.prompt,
-                "visual_tokens": measurement.visual,
-                "kv_bytes": measurement.kv_bytes,
-                "memory": measurement.memory,
-                "flops": {
-                    "phases": measurement.flops,
-                    "operators": measurement.operators,
-                    "encode": measurement.sum_flops(ENCODE_PHASES),
-                    "to_first_token": measurement.sum_flops(FIRST_TOKEN_PHASES),
-                    "decode_per_step": measurement.sum_flops([DECODE]),
-                },
-                "phases_ms": {
-                    phase: to_milliseconds(seconds).as_data() for phase, seconds in measurement.phases.items()
-                },
-                "measures": {name: Samples(tuple(values)).as_data() for name, values in series.items()}
-                | {"new_tokens_per_s": Samples(tuple(per_second)).as_data()},
-            }
-            if plain is not None and measurement is not plain:
-                row["ratios"] = compare_with_plain(measurement, plain, workload, protocol)
-        rows.append(row)
-    return {"batch": workload.batch, "height": workload.size[0], "width": workload.size[1], "variants": rows}
-
-
-def to_milliseconds(seconds: Sequence[float]) -> Samples:
-    """Return times in seconds as samples in milliseconds."""
-    return Samples(tuple(1e3 * value for value in seconds))
-
-
-def compare_with_plain(
-    measurement: Measurement, plain: Measurement, workload: Workload, protocol: BenchProtocol
-) -> dict[str, Any]:
-    """Return the ratios plain / variant by quantity: times with intervals, FLOPs and bytes as exact numbers.
-
-    Args:
-        measurement: the measurement of a variant.
-        plain: the measurement of the plain model.
-        workload: the inputs of both.
-        protocol: length and number of the calls.
-    """
-    variant_series = measurement.series(workload, protocol.tokens)
-    plain_series = plain.series(workload, protocol.tokens)
-    ratios: dict[str, Any] = {
-        name.removesuffix("_ms"): Ratio.of(plain_series[name], variant_series[name]).as_data()
-        for name in variant_series
-        if min(variant_series[name], default=0) > 0
-    }
-    # This ratio is inverted: time of the reducer as a share of the plain model's time.
-    reducer_seconds, vision_seconds = measurement.sum_seconds(REDUCER_PHASES), plain.sum_seconds(["vision encode"])
-    ratios["own_share_of_vision_encode"] = Ratio.of(reducer_seconds, vision_seconds).as_data()
-    ratios["flops_encode"] = plain.sum_flops(ENCODE_PHASES) / max(1, measurement.sum_flops(ENCODE_PHASES))
-    ratios["flops_to_first_token"] = plain.sum_flops(FIRST_TOKEN_PHASES) / measurement.sum_flops(FIRST_TOKEN_PHASES)
-    ratios["kv_bytes"] = plain.kv_bytes / measurement.kv_bytes if measurement.kv_bytes else None
-    ratios["attained"] = ratios["encode_prefill"]["median"] / ratios["flops_to_first_token"]
-    peak = "allocated" if "allocated" in measurement.memory else "resident"
-    if measurement.memory.get(peak) and plain.memory.get(peak):
-        ratios["memory"] = plain.memory[peak] / measurement.memory[peak]
-    ratios["tensors"] = plain.memory["tensors"] / measurement.memory["tensors"]
-    return ratios
 
 
 def with_plain_variant(reducers: Sequence[tuple[str, TokenReducer]]) -> list[Variant]:

@@ -1,6 +1,6 @@
 """Measures the time of token selection relative to image encoding: every strategy on one image of LLaVA-NeXT's size.
 
-Run it: ``python -m tokenprune.experiments.bench.selection_cost``
+Run it: ``tokenprune bench strategies``
 
 The image has five tiles of 576 tokens. Its signals have the sizes of CLIP ViT-L/14-336 and a 7B model. Their values are
 random, but smooth over the tile and heavy-tailed. The vision tower has random weights. Every repeat times the tower
@@ -9,26 +9,36 @@ first and then each strategy, so that both run under the same load of the machin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokenprune.catalog import strategies
+from tokenprune.budget import parse_ratio
+from tokenprune.cli.parsing import load_classes
 from tokenprune.geometry import TileGeometry
-from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal
+from tokenprune.image import (
+    ALIGNED_SIGNALS,
+    APPLICATION_SIGNALS,
+    CLS_SIGNALS,
+    ROW_SIGNALS,
+    TEXT_SIGNALS,
+    EncodedImage,
+    Signal,
+    token_dim,
+)
 from tokenprune.layers import resolve_layers
-from tokenprune.reducer import TokenReducer
 from tokenprune.registry import find_class
+from tokenprune.testing.encoded_images import TOKEN_SIGNALS, random_encoded_image
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
 """Strategies that rank tokens only by attention."""
@@ -36,6 +46,25 @@ ATTENTION_LIMIT = 2.0
 """Limit for strategies in `BY_ATTENTION`, in milliseconds."""
 SHARE_LIMIT = 10.0
 """Limit for the remaining strategies, in percent of the time of the vision encode."""
+
+
+@dataclass(frozen=True)
+class SelectionCostConfig:
+    """Options of `tokenprune bench strategies`.
+
+    Args:
+        names: names of strategies; by default all.
+        plugin: Python files with further strategies.
+        budget: budget as a ratio: 0.2 or 20%.
+        repeats: timed rounds of each strategy, after an untimed round.
+        threads: CPU threads of torch.
+    """
+
+    names: list[str] | None = None
+    plugin: list[str] = field(default_factory=list)
+    budget: float | str = 0.2
+    repeats: int = 5
+    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,11 @@ class ModelSize:
     dim: int = 4096
 
     @property
+    def head_dim(self) -> int:
+        """Width of an attention head of the vision tower."""
+        return self.width // self.heads
+
+    @property
     def geometry(self) -> TileGeometry:
         """A new layout of the image, without padding."""
         tile = self.side * self.patch
@@ -85,26 +119,8 @@ class ModelSize:
         return CLIPVisionModel(config).eval()
 
 
-Field = Callable[[int], Tensor]
-"""Returns random numbers `[tiles, channels, tokens]` for a number of channels."""
-
-SIGNAL_BUILDERS: Mapping[str, Callable[[ModelSize, Field], Tensor]] = {
-    "cls_attention": lambda size, field: field(size.heads).softmax(dim=-1),
-    "cls_logits": lambda size, field: field(size.heads),
-    "received_attention": lambda size, field: field(size.heads).softmax(dim=-1),
-    "joint_attention": lambda size, field: field(1).softmax(dim=-1),
-    "keys": lambda size, field: rearrange(
-        field(size.width), "tiles (heads dim) tokens -> tiles heads tokens dim", heads=size.heads
-    ),
-    "vision_features": lambda size, field: field(size.width).mT.contiguous(),
-    "cls_features": lambda size, field: field(size.width)[..., :1].mT.contiguous(),
-    "aligned_features": lambda size, field: field(size.shared).mT.contiguous(),
-    "aligned_cls": lambda size, field: field(size.shared)[..., :1].mT.contiguous(),
-    "question": lambda size, field: field(size.shared)[0, :, :1].mT.contiguous(),
-    "question_tokens": lambda size, field: field(size.shared)[0, :, :12].mT.contiguous(),
-    "question_positions": lambda size, field: field(size.shared)[:1, :, :77].mT.contiguous(),
-}
-"""Builds a random signal, by kind of signal."""
+TEXT_SHAPES = {"question": (1,), "question_tokens": (12,), "question_positions": (1, 77)}
+"""Shape of each text signal without the width, for a short question."""
 
 
 def list_signal_keys(needs: Sequence[Signal], size: ModelSize) -> list[tuple[str, int]]:
@@ -114,31 +130,46 @@ def list_signal_keys(needs: Sequence[Signal], size: ModelSize) -> list[tuple[str
     return list(dict.fromkeys((kind, layer) for kind, layers in resolved for layer in layers))
 
 
-def build_random_image(size: ModelSize, needs: Sequence[Signal], seed: int = 0) -> EncodedImage:
+def build_random_image(size: ModelSize, needs: Sequence[Signal]) -> EncodedImage:
     """Return an encoded image with random features and signals, which are smooth over the tile and heavy-tailed.
 
     Args:
         size: the size of the image and of the models.
         needs: the signals to build.
-        seed: seed of the random numbers.
 
     Raises:
-        ValueError: if a kind of signal is not in `SIGNAL_BUILDERS`.
+        ValueError: if the shape of a kind of signal is unknown.
     """
     keys = list_signal_keys(needs, size)
-    unknown = sorted({kind for kind, _ in keys} - set(SIGNAL_BUILDERS))
+    unknown = sorted({kind for kind, _ in keys} - ROW_SIGNALS - CLS_SIGNALS - TEXT_SIGNALS - TOKEN_SIGNALS)
     if unknown:
-        raise ValueError(f"cannot build the signal {', '.join(map(repr, unknown))}; add it to SIGNAL_BUILDERS")
-    generator = torch.Generator().manual_seed(seed)
+        raise ValueError(f"cannot build the signal {', '.join(map(repr, unknown))}: its shape is unknown")
     geometry = size.geometry
 
-    def field(channels: int) -> Tensor:
-        coarse = torch.randn(geometry.tiles, channels, 6, 6, generator=generator)
-        smooth = F.interpolate(coarse, geometry.token_grid, mode="bicubic", align_corners=False).flatten(2)
-        return 2 * smooth + torch.empty_like(smooth).exponential_(generator=generator)
+    def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        axis = token_dim(kind)
+        if kind in CLS_SIGNALS | TEXT_SIGNALS:
+            values = torch.randn(shape, generator=generator)
+        else:
+            channels = (*shape[1:axis], *shape[axis + 1 :])
+            coarse = torch.randn(geometry.tiles, prod(channels), 6, 6, generator=generator)
+            smooth = F.interpolate(coarse, geometry.token_grid, mode="bicubic", align_corners=False).flatten(2)
+            values = smooth.unflatten(1, channels).movedim(-1, axis).contiguous()
+        values = 2 * values + torch.empty_like(values).exponential_(generator=generator)
+        return values.softmax(dim=-1) if kind in ROW_SIGNALS - {"cls_logits"} else values
 
-    signals = {key: SIGNAL_BUILDERS[key[0]](size, field) for key in keys}
-    return EncodedImage(geometry, field(size.dim).mT.contiguous(), signals, size.layers, size.layers - 2)
+    text = dict.fromkeys(ALIGNED_SIGNALS | TEXT_SIGNALS, size.shared)
+    return random_encoded_image(
+        geometry,
+        heads=size.heads,
+        dim=size.dim,
+        keys=keys,
+        draw=draw,
+        widths={**text, **dict.fromkeys(("vision_features", "cls_features"), size.width), "keys": size.head_dim},
+        text_shapes=TEXT_SHAPES,
+        layers=size.layers,
+        feature_layer=size.layers - 2,
+    )
 
 
 @dataclass(frozen=True)
@@ -189,31 +220,21 @@ def time_call(call: Callable[[], object]) -> float:
     return 1000 * (perf_counter() - start)
 
 
-def measure_strategies(
-    names: Sequence[str] | None = None,
-    budget: float = 0.2,
-    repeats: int = 5,
-    threads: int = 2,
-    size: ModelSize | None = None,
-    catalog: Mapping[str, Any] | None = None,
-) -> list[Cost]:
+def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = None) -> list[Cost]:
     """Time strategies and the vision encode of the same image in turns.
 
     Args:
-        names: strategies to measure; None measures all.
-        budget: budget as a ratio.
-        repeats: number of timed repeats, after one untimed repeat.
-        threads: CPU threads of torch.
+        config: the options.
         size: the size of the image and of the models; None uses the size of LLaVA-NeXT-7B.
-        catalog: strategies by class name; None uses the shipped and installed ones.
 
     Raises:
-        LookupError: if a name is not in the catalog.
-        ValueError: if a strategy reads a signal that is not in `SIGNAL_BUILDERS`.
+        LookupError: if there is no strategy of a name.
+        ValueError: if the budget is not a ratio, or a strategy reads a signal of an unknown kind.
     """
-    catalog = strategies() if catalog is None else catalog
-    classes = [find_class(name, catalog, "strategy") for name in names or catalog]
-    reducers: dict[str, TokenReducer] = {strategy.__name__: strategy(budget) for strategy in classes}
+    catalog, _ = load_classes(config.plugin)
+    classes = [find_class(name, catalog, "strategy") for name in config.names or catalog]
+    budget = parse_ratio(config.budget)
+    reducers = {strategy.__name__: strategy(budget) for strategy in classes}
     size = size or ModelSize()
     image = build_random_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])
     signals = {
@@ -224,8 +245,8 @@ def measure_strategies(
     pixels = torch.randn(image.geometry.tiles, 3, size.side * size.patch, size.side * size.patch)
     encodes: list[float] = []
     selects: dict[str, list[float]] = {name: [] for name in reducers}
-    with torch_threads(threads), torch.inference_mode():
-        for _ in range(1 + repeats):
+    with torch_threads(config.threads), torch.inference_mode():
+        for _ in range(1 + config.repeats):
             encodes.append(time_call(lambda: tower(pixels)))
             for name, reducer in reducers.items():
                 # A new layout for each call, because a layout caches computed properties.
@@ -248,21 +269,3 @@ def format_costs(costs: Sequence[Cost]) -> str:
         times, is_met = format_times(cost.select_ms, 2), "yes" if cost.is_met else "no"
         lines.append(f"| {cost.name} | {times} | {cost.share:.2f} | < {cost.target} | {is_met} |")
     return "\n".join(lines)
-
-
-def main(names: list[str] | None = None, budget: float = 0.2, repeats: int = 5, threads: int = 2) -> None:
-    """Measure strategies and print the table.
-
-    Args:
-        names: strategies to measure; all by default.
-        budget: budget as a ratio.
-        repeats: number of timed repeats.
-        threads: CPU threads of torch.
-    """
-    print(format_costs(measure_strategies(names, budget, repeats, threads)))
-
-
-if __name__ == "__main__":
-    import jsonargparse
-
-    jsonargparse.auto_cli(main, as_positional=False)

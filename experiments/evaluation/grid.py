@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
+from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.cli.parsing import format_error, prepare, read_yaml
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import (
@@ -40,50 +41,24 @@ ABLATION_KEYS = ("grid", "baselines", "random_seeds")
 """Keys of an ablation, in addition to the keys of an experiment."""
 
 
-def experiment_parser(prog: str, description: str) -> ArgumentParser:
-    """Return a parser with one option for each field of an experiment."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--plugin", type=list[str], default=[], help="Python files whose classes are available by name")
-    parser.add_argument("--model", default="mini", help="mini (embedded), a checkpoint folder, or a hub id")
-    for name, kind, default in (("reducer", TokenReducer, "HiRED"), ("task", Task, "Boards")):
-        parser.add_argument(f"--{name}", type=kind, help=f"class name; set parameters as --{name}.NAME")
-        parser.set_defaults({name: json.loads(resolve_args(name, default)[1])})
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="temperature of sampling; 0 answers greedily")
-    parser.add_argument("--batch-size", type=int, default=1, help="questions about one image answered together")
-    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    return parser
-
-
 def resolve_args(name: str, value: Any) -> list[str]:
     """Return the arguments of an option, with class names resolved."""
     text = value if isinstance(value, str) else json.dumps(value)
     return prepare([f"--{name}", text], {"task": (Task, tasks())})
 
 
-def parse_experiment(
-    argv: Sequence[str], parser: ArgumentParser | None = None, namespace: Namespace | None = None
-) -> Experiment:
+def parse_experiment(argv: Sequence[str], parser: ArgumentParser | None = None) -> Experiment:
     """Return the experiment of a command line.
 
     Args:
         argv: the arguments after the command.
-        parser: the parser of the command; by default `experiment_parser`.
-        namespace: receives all parsed options, also the options that are no fields of an experiment.
+        parser: a parser with the options of an experiment; None builds one.
 
     Raises:
-        LookupError: if there is no class of a name.
-        ValueError: if a value is not valid.
-        argparse.ArgumentError: if there is no such option.
+        UserError: if an option is not valid.
     """
-    parser = parser or experiment_parser("tokenprune evaluate", "")
-    options = parser.instantiate(parser.parse_args(prepare(argv, {"task": (Task, tasks())})))
-    if namespace is not None:
-        namespace.update(options)
-    return Experiment(**{name: getattr(options, name) for name in EXPERIMENT_KEYS})
+    parser = parser or build_parser("tokenprune evaluate", "", Experiment, file=True)
+    return select_fields(Experiment, parse_options(parser, argv, {"task": (Task, tasks())}))
 
 
 def format_value(value: Any) -> str:
@@ -122,7 +97,7 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
     plugins = [word for plugin in config.get("plugin") or [] for word in ("--plugin", plugin)]
     options = {name: value for name, value in config.items() if name in EXPERIMENT_KEYS and name != "plugin"}
     base = [word for name, value in options.items() for word in to_cli_args(name, value)]
-    parser = experiment_parser("tokenprune evaluate", "")
+    parser = build_parser("tokenprune evaluate", "", Experiment, file=True)
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for values in itertools.product(*grid.values()):

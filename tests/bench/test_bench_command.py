@@ -13,15 +13,16 @@ from research import truncation_steps as steps
 from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter
 from tokenprune.cli.main import main
+from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.bench.architectures import list_architectures
 from tokenprune.experiments.bench.bench_model import (
-    build_image_processor,
     find_random_config,
     list_ordinary_ids,
     load_bench_model,
     random_image,
 )
-from tokenprune.experiments.bench.command import build_bench_parser
+from tokenprune.experiments.bench.command import BenchConfig
+from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
     PLAIN,
     Measurement,
@@ -226,5 +227,6 @@ def test_shipped_configs_are_valid(in_empty_folder: Path) -> None:
     for file in files:
         first = file.read_text().splitlines()[0]
         assert first.startswith(f"# tokenprune bench run --config experiments/configs/bench/{file.name}")
-        config = build_bench_parser().parse_args(["--config", str(file)])
+        parser = build_parser("tokenprune bench run", "", BenchConfig, file=True)
+        config = select_fields(BenchConfig, parse_options(parser, ["--config", str(file)]))
         assert config.budgets

@@ -17,6 +17,7 @@ from tokenprune.account import kv_bytes, prefill_flops
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
+from tokenprune.experiments.bench.bench_model import parse_image_size
 from tokenprune.experiments.bench.cost.count import (
     BatchCost,
     Tokens,
@@ -27,7 +28,6 @@ from tokenprune.experiments.bench.cost.count import (
 )
 from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED, Meter, Work
-from tokenprune.experiments.bench.cost.report import parse_size
 from tokenprune.experiments.bench.cost.roofline import predict, predict_seconds
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
@@ -211,10 +211,10 @@ def test_invalid_numbers_raise(options: dict[str, Any], message: str) -> None:
 
 
 def test_sizes_are_height_x_width() -> None:
-    assert parse_size("336x672") == (336, 672)
+    assert parse_image_size("336x672", "--image-size") == (336, 672)
     for text in ("336", "0x5", "axb", "3x4x5"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_size(text)
+        with pytest.raises(ValueError, match=r"--image-size .*: give height x width in pixels"):
+            parse_image_size(text, "--image-size")
 
 
 # --- the table of the paper -------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--model", "llava-7b"), "no architecture is called 'llava-7b'. Did you mean"),
         (("--device", "h20"), "no device is called 'h20'. Did you mean"),
-        (("--image-size", "5"), "is no size"),
+        (("--image-size", "5"), "--image-size 5: give height x width in pixels"),
         (("--batch", "0"), "--batch 0: give at least 1"),
         (("--llm-layers", "1", "--budget", "1.5"), "neither a ratio nor a count"),
         (("--dtype", "int8"), "int8"),

@@ -16,20 +16,18 @@ from tests.helpers.bench import SETTING, SIZES
 from tokenprune.account import kv_bytes
 from tokenprune.experiments.bench.bench_model import BenchModel
 from tokenprune.experiments.bench.environment import peak_memory
+from tokenprune.experiments.bench.flop_counter import FUSED_ATTENTION, SDPA_ON_CPU, create_flop_counter
 from tokenprune.experiments.bench.measure import (
-    FUSED_ATTENTION,
     PLAIN,
-    SDPA_ON_CPU,
     BenchProtocol,
     Measurement,
     Variant,
-    as_data,
     count_work,
-    create_flop_counter,
     measure_variants,
     round_order,
 )
 from tokenprune.experiments.bench.phase_timer import DECODE, FIRST_TOKEN_PHASES, PHASES
+from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
 from tokenprune.selection import Selection

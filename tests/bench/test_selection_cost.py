@@ -19,6 +19,7 @@ from tokenprune.experiments.bench.selection_cost import (
     BY_ATTENTION,
     Cost,
     ModelSize,
+    SelectionCostConfig,
     build_random_image,
     format_costs,
     measure_strategies,
@@ -229,7 +230,7 @@ TINY = ModelSize(side=4, patch=2, layers=4, heads=2, width=8, intermediate=8, sh
 
 def test_all_strategies_can_be_measured() -> None:
     threads = torch.get_num_threads()
-    costs = measure_strategies(repeats=2, threads=1, size=TINY)
+    costs = measure_strategies(SelectionCostConfig(repeats=2, threads=1), TINY)
     assert [cost.name for cost in costs] == list(strategies())
     assert all(len(cost.select_ms) == len(cost.encode_ms) == 2 for cost in costs)
     assert all(value > 0 for cost in costs for value in (*cost.select_ms, *cost.encode_ms))
@@ -249,6 +250,6 @@ def test_targets() -> None:
 
 def test_errors_name_unknown_strategies_and_signals() -> None:
     with pytest.raises(LookupError, match=r"no strategy is called 'HiRAD'. Did you mean HiRED"):
-        measure_strategies(["HiRAD"], size=TINY)
+        measure_strategies(SelectionCostConfig(["HiRAD"]), TINY)
     with pytest.raises(ValueError, match="cannot build the signal 'echo'"):
         build_random_image(TINY, [Signal("echo", "feature")])

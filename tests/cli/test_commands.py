@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.cli import SOME_FAMILIES, STRATEGY_SOURCE, run_refused
 from tokenprune import __version__
-from tokenprune.cli.main import main
+from tokenprune.cli.main import COMMANDS, main
 from tokenprune.experiments.bench import selection_cost
 from tokenprune.experiments.bench.selection_cost import ModelSize
 
@@ -61,14 +61,14 @@ def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypa
 
 def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
     assert main(["check", "hired", *SOME_FAMILIES, "--reducer.budget", "0.1"]) == 0
-    assert "HiRED keeps all promises" in capsys.readouterr().out
+    assert "HiRED meets the contract" in capsys.readouterr().out
     assert main(["check", "loud.py:LoudestTokens", *SOME_FAMILIES, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
     Path("bad.py").write_text(STRATEGY_SOURCE.replace("image.features.float()", "image.features.mul_(2).float()"))
     assert main(["check", "bad.py:LoudestTokens", *SOME_FAMILIES]) == 1
     out = capsys.readouterr().out
     assert "FAIL inputs unchanged: reduced one tile: expected an unchanged image, got changed features" in out
-    assert "LoudestTokens breaks a promise" in out
+    assert "LoudestTokens breaks the contract" in out
     assert "name the strategy" in run_refused(capsys, "check")
     assert "no strategy is called 'Hird'. Did you mean HiRED?" in run_refused(capsys, "check", "Hird")
 
@@ -88,3 +88,12 @@ def test_check_on_some_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert "HiRED" in capsys.readouterr().out
     assert main(["check", "HiRED", "--families", "lava"]) == 2
     assert "no family is called lava" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench run", "bench strategies"])
+def test_the_help_prints_percent_signs_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: tokenprune")
+    assert "%%" not in out
+    assert ("20%" in out) == (command.split()[0] in ("run", "bench", "cost"))

@@ -199,7 +199,7 @@ def test_the_strategy_of_the_guide_passes_the_check(tmp_path: Path) -> None:
     command += ["--families", "llava_next", "qwen2_5_vl"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Edges keeps all promises" in result.stdout
+    assert "Edges meets the contract" in result.stdout
 
 
 def test_readme_has_the_current_catalog() -> None:

@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
+import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from rich.console import Console
 
-from tokenprune.budget import parse_ratio
-from tokenprune.cli.errors import INPUT_ERRORS, UserError, user_error
-from tokenprune.cli.parsing import load_classes
-from tokenprune.experiments.bench import command
-from tokenprune.experiments.bench.selection_cost import format_costs, measure_strategies
+from tokenprune.cli.errors import UserError
+from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.experiments.bench.command import BenchConfig, run_benchmark
+from tokenprune.experiments.bench.report import print_tables, write_report
+from tokenprune.experiments.bench.selection_cost import SelectionCostConfig, format_costs, measure_strategies
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command `bench`, and return the exit code: 1 if no measurement fitted into memory, otherwise 0."""
     if argv[:1] == ["run"]:
         return run_models(argv[1:])
-
-    parser = ArgumentParser(
-        prog="tokenprune bench",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Measure the time of selecting tokens, compared with encoding the image, in alternating rounds. "
-        "To measure complete models, see `tokenprune bench run --help`.",
+    description = (
+        "Measure the time of selecting tokens, compared with encoding the image, in alternating rounds. "
+        "To measure complete models, see `tokenprune bench run --help`."
     )
-    parser.add_argument("what", choices=["strategies", "run"], help="strategies: token selection; run: complete models")
-    parser.add_argument("--names", type=str, nargs="+", help="names of strategies; by default all")
-    parser.add_argument("--plugin", type=str, nargs="+", default=[], help="Python files with further strategies")
-    parser.add_argument("--budget", type=float | str, default=0.2, help="budget as a ratio: 0.2 or 20%%")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each strategy")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    try:
-        config = parser.parse_args(list(argv))
-        catalog, _ = load_classes(config.plugin)
-    except (LookupError, ArgumentError) as error:
-        raise user_error(error, parser) from error
-
-    if config.what == "run":
+    parser = build_parser("tokenprune bench", description, SelectionCostConfig)
+    text = "strategies: token selection; run: complete models"
+    parser.add_argument("what", choices=["strategies", "run"], help=text)
+    options = parse_options(parser, argv)
+    if options.what == "run":
         raise UserError("write `run` before its options: tokenprune bench run --model mini")
-    print(
-        format_costs(
-            measure_strategies(
-                config.names, parse_ratio(config.budget), config.repeats, config.threads, catalog=catalog
-            )
-        )
-    )
+    print(format_costs(measure_strategies(select_fields(SelectionCostConfig, options))))
     return 0
 
 
 def run_models(argv: Sequence[str]) -> int:
-    """Run the command `bench run`."""
-    parser = command.build_bench_parser()
-    try:
-        config = parser.parse_args(list(argv))
-    except INPUT_ERRORS as error:
-        raise user_error(error, parser) from error
-    return command.run_command(config)
+    """Run the command `bench run`, and return the exit code: 1 if no variant fitted into memory, otherwise 0."""
+    description = "Measure a model phase by phase: plain transformers, and reducers at several budgets, in turns."
+    parser = build_parser("tokenprune bench run", description, BenchConfig, file=True)
+    config = select_fields(BenchConfig, parse_options(parser, argv))
+    on_progress = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    # A user's strategy may print; with --json, stdout must hold only the JSON object.
+    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+        result = run_benchmark(config, on_progress)
+        files = write_report(result, Path(config.out))
+    if config.json:
+        print(json.dumps(result))
+    else:
+        print_tables(result, Console())
+        for file in [*files, *result["traces"]]:
+            print(file)
+    return int(not any(row["error"] is None for workload in result["settings"] for row in workload["variants"]))

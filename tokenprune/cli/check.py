@@ -5,44 +5,43 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-
-from jsonargparse import ArgumentParser
+from dataclasses import asdict, dataclass
 
 from tokenprune.budget import OneTokenWarning
-from tokenprune.cli.errors import INPUT_ERRORS, UserError, add_flag, user_error
+from tokenprune.cli.errors import UserError
 from tokenprune.cli.listing import print_report
-from tokenprune.cli.parsing import prepare
-from tokenprune.reducer import TokenReducer
+from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, select_fields
 from tokenprune.testing.conformance import check_reducer
+
+
+@dataclass(frozen=True)
+class CheckConfig(ReducerConfig):
+    """Options of `tokenprune check`.
+
+    Args:
+        families: model families whose example models run; by default all of them.
+        json: print JSON.
+    """
+
+    families: list[str] | None = None
+    json: bool = False
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command `check`, and return the exit code: 1 if the strategy fails a check, otherwise 0."""
-    parser = ArgumentParser(
-        prog="tokenprune check",
-        usage="tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--families NAME ...] [--json]",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Check a strategy against the contract of the library: exact budgets, batch invariance, ...",
+    description = "Check a strategy against the contract of the library: exact budgets, batch invariance, ..."
+    parser = build_parser("tokenprune check", description, CheckConfig)
+    parser.usage = (
+        "tokenprune check NAME | file.py:Class [--reducer.PARAMETER VALUE ...] [--families NAME ...] [--json]"
     )
-    parser.add_argument("--plugin", type=list[str], default=[], help="Python files with further strategies")
-    parser.add_argument("--reducer", type=TokenReducer, help="strategy, if it is not given as NAME")
-    parser.add_argument(
-        "--families", type=str, nargs="+", help="model families whose example models run; by default all of them"
-    )
-    add_flag(parser, "--json", "print JSON")
     arguments = ["--reducer", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    try:
-        options = parser.instantiate(parser.parse_args(prepare(arguments)))
-    except INPUT_ERRORS as error:
-        raise user_error(error, parser) from error
-    if options.reducer is None:
+    config = select_fields(CheckConfig, parse_options(parser, arguments, {}))
+    if config.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OneTokenWarning)  # the checks themselves use a budget of one token
-        report = check_reducer(options.reducer, options.families)
-    if options.json:
+        report = check_reducer(config.reducer, config.families)
+    if config.json:
         print(json.dumps({"passed": report.passed, **asdict(report)}))
     else:
         print_report(report)

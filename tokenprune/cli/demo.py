@@ -6,19 +6,21 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.image_files import load_image, save_image
 from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
+from tokenprune.strategies import HiRED
 from tokenprune.viz import draw_report
 
 DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
@@ -26,18 +28,36 @@ DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", 
 
 
 @dataclass(frozen=True)
-class Request:
-    """The options of `tokenprune run`; see `tokenprune run --help`."""
+class RunConfig:
+    """Options of `tokenprune run`.
 
-    model: str
-    images: Sequence[str] | None
-    questions: Sequence[str] | None
-    reducer: TokenReducer
-    max_new_tokens: int
-    repeats: int
-    out: str
-    device: str
-    dtype: str
+    Args:
+        plugin: Python files with further strategies.
+        model: mini (embedded), a checkpoint folder, or a hub id.
+        image: image files; by default the bundled board.
+        question: questions; each is asked about each image.
+        reducer: strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class, e.g. with
+            --reducer.budget 0.2 or 20% (ratio), --reducer.budget 160 (tokens), --reducer.selection RandomSelection
+            --reducer.selection.seed 3.
+        max_new_tokens: longest answer in tokens.
+        repeats: timed runs for the time to first token.
+        out: folder for the overlay.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: auto (float32 on a CPU), float32, bfloat16, float16.
+        json: print one JSON object: the fields of the first answer, and all answers under `results`.
+    """
+
+    plugin: list[str] = field(default_factory=list)
+    model: str = "mini"
+    image: list[str] | None = None
+    question: list[str] | None = None
+    reducer: TokenReducer = field(default_factory=HiRED)
+    max_new_tokens: int = 32
+    repeats: int = 3
+    out: str = "tokenprune-out"
+    device: str = "auto"
+    dtype: str = "auto"
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,20 +94,20 @@ class Answer:
     overlay: str
 
 
-def answer_all(request: Request) -> list[Answer]:
+def answer_all(config: RunConfig) -> list[Answer]:
     """Load images and model, then answer each question about each image.
 
     Raises:
         ValueError: if an image, the model or an option cannot be used; the error states the fault and the action.
         OSError: if the overlay cannot be written.
     """
-    if request.max_new_tokens < 1 or request.repeats < 1:
+    if config.max_new_tokens < 1 or config.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
-    files = list(request.images) if request.images else [str(mini.image_path())]
+    files = list(config.image) if config.image else [str(mini.image_path())]
     images = [load_image(file) for file in files]
-    if request.questions:
-        questions: list[tuple[str, str | None]] = [(question, None) for question in request.questions]
-    elif request.images:
+    if config.question:
+        questions: list[tuple[str, str | None]] = [(question, None) for question in config.question]
+    elif config.image:
         questions = [("What is in the image?", None)]
     else:
         bundled = mini.demo_questions()
@@ -98,18 +118,18 @@ def answer_all(request: Request) -> list[Answer]:
             raise ValueError(
                 f"--question {question!r}: give a text without <image>; the placeholder is added automatically"
             )
-    out = Path(request.out)
+    out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be created as a folder ({error.strerror}); give another path") from error
-    model, processor = load(request.model, request.device, request.dtype)
+    model, processor = load(config.model, config.device, config.dtype)
     answers = []
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
         for position, (question, expected) in enumerate(questions):
             inputs = model_inputs(model, processor, image, [question], file)
-            answers.append(answer_question(model, processor, inputs, request, file, question, expected, overlay))
+            answers.append(answer_question(model, processor, inputs, config, file, question, expected, overlay))
             run = answers[-1][1]
             if position == 0:
                 try:
@@ -123,7 +143,7 @@ def answer_question(
     model: Any,
     processor: Any,
     inputs: Any,
-    request: Request,
+    config: RunConfig,
     file: str,
     question: str,
     expected: str | None,
@@ -142,13 +162,13 @@ def answer_question(
         generate(1)  # decoding reads the tokens, which synchronizes a GPU
         return (time.perf_counter() - began) * 1000
 
-    full = generate(request.max_new_tokens)
-    with request.reducer(model, tokenizer=processor) as run:
-        reduced = generate(request.max_new_tokens)
+    full = generate(config.max_new_tokens)
+    with config.reducer(model, tokenizer=processor) as run:
+        reduced = generate(config.max_new_tokens)
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(request.repeats):
+    for _ in range(config.repeats):
         times[0].append(first_token())
-        with request.reducer(model, tokenizer=processor):
+        with config.reducer(model, tokenizer=processor):
             times[1].append(first_token())
     image, (before, after) = run.account.images[0], run.account.prompt_lengths[0]
     result = Answer(
@@ -180,21 +200,15 @@ def answer_question(
     return result, run
 
 
-def format_json(request: Request, reducer: Any, answers: Sequence[Answer]) -> str:
-    """Return the answers as one JSON object: the fields of the first answer, and all answers under `results`.
-
-    Args:
-        request: the options.
-        reducer: the strategy as plain data.
-        answers: the answers.
-    """
+def format_json(config: RunConfig, answers: Sequence[Answer]) -> str:
+    """Return the answers as one JSON object: the fields of the first answer, and all answers under `results`."""
     rows = [asdict(entry) for entry in answers]
-    return json.dumps({"model": request.model, "reducer": reducer, **rows[0], "results": rows})
+    return json.dumps({"model": config.model, "reducer": as_config(config.reducer), **rows[0], "results": rows})
 
 
-def print_table(request: Request, answers: Sequence[Answer]) -> None:
+def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
     """Print the answers side by side, and the cost of both."""
-    console, name = Console(), type(request.reducer).__name__
+    console, name = Console(), type(config.reducer).__name__
     for file in dict.fromkeys(entry.image for entry in answers):
         entries = [entry for entry in answers if entry.image == file]
         table = Table(title=file, title_justify="left")

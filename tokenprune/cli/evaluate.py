@@ -3,69 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from tokenprune.cli.errors import INPUT_ERRORS, add_flag, user_error
+from tokenprune.cli.errors import UserError
+from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.cli.progress import run_with_progress
-from tokenprune.experiments.evaluation.experiment import Setting, check_records, discard_records, rank_and_world
-from tokenprune.experiments.evaluation.grid import experiment_parser, parse_experiment
+from tokenprune.experiments.evaluation.experiment import (
+    Experiment,
+    Setting,
+    check_records,
+    discard_records,
+    rank_and_world,
+)
 from tokenprune.experiments.evaluation.records import remove_failed
 from tokenprune.experiments.evaluation.stored_images import IMAGES
+from tokenprune.experiments.evaluation.tasks import Task, tasks
 from tokenprune.experiments.tracking.publish import run_tracked
 
 
-def evaluate_parser() -> ArgumentParser:
-    """Return the parser of `tokenprune evaluate`."""
-    parser = experiment_parser("tokenprune evaluate", "Run or continue one experiment; write one record per sample.")
-    parser.add_argument("--out", default="tokenprune-runs", help="run directory")
-    parser.add_argument("--wandb", type=str, help="W&B project; without an API key the run is only stored locally")
-    add_flag(parser, "--retry-errors", "run samples again that failed before")
-    add_flag(parser, "--fresh", "delete existing records and run all samples again")
-    add_stored_images(parser)
-    add_flag(parser, "--quiet", "show no progress")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """Options of the commands that write records.
+
+    Args:
+        retry_errors: run samples again that failed before.
+        fresh: delete existing records and run all samples again.
+        images: number of images to store in the run directory, evenly spread, with the kept tokens in their records; a
+            report needs them to show failures; 0 stores none.
+        quiet: show no progress.
+    """
+
+    retry_errors: bool = False
+    fresh: bool = False
+    images: NonNegativeInt = IMAGES
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RecordConfig):
+    """Options of `tokenprune evaluate`, in addition to the fields of an `Experiment`.
+
+    Args:
+        out: run directory.
+        wandb: W&B project; without an API key the run is only stored locally.
+    """
+
+    out: str = "tokenprune-runs"
+    wandb: str | None = None
+
+
+def parse_evaluate(argv: Sequence[str]) -> tuple[Experiment, EvaluateConfig]:
+    """Return the experiment and the further options of a command line.
+
+    Args:
+        argv: the arguments after `tokenprune evaluate`.
+
+    Raises:
+        UserError: if an option is not valid.
+    """
+    description = "Run or continue one experiment; write one record per sample."
+    parser = build_parser("tokenprune evaluate", description, Experiment, EvaluateConfig, file=True)
+    options = parse_options(parser, argv, {"task": (Task, tasks())})
+    return select_fields(Experiment, options), select_fields(EvaluateConfig, options)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command `evaluate`, and return the exit code: 1 if samples failed, otherwise 0."""
-    parser = evaluate_parser()
-    options = Namespace()  # type: ignore[no-untyped-call]
-    try:
-        experiment = parse_experiment(list(argv), parser, options)
-    except INPUT_ERRORS as error:
-        raise user_error(error, parser) from error
+    experiment, config = parse_evaluate(argv)
     setting = Setting(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
-    out = Path(options.out)
-    if options.fresh and rank_and_world()[1] > 1:
-        raise user_error(
-            ValueError("--fresh cannot be used under torchrun; run the command once without torchrun"), parser
-        )
-    if options.fresh:
+    out = Path(config.out)
+    if config.fresh and rank_and_world()[1] > 1:
+        raise UserError("--fresh cannot be used under torchrun; run the command once without torchrun")
+    if config.fresh:
         discard_records([setting], out)
-    if options.retry_errors:
+    if config.retry_errors:
         remove_failed(setting.folder(out))
     check_records([setting], out)  # before W&B receives records of another state
     rank, world = rank_and_world()
     return run_with_progress(
-        lambda on_progress: run_tracked(setting, out, options.wandb, rank, world, on_progress, options.images),
+        lambda on_progress: run_tracked(setting, out, config.wandb, rank, world, on_progress, config.images),
         out,
-        options.quiet,
-    )
-
-
-def add_stored_images(parser: ArgumentParser) -> None:
-    """Add the option `--images` of commands that store images.
-
-    Args:
-        parser: the parser of the command.
-    """
-    parser.add_argument(
-        "--images",
-        type=NonNegativeInt,
-        default=IMAGES,
-        help="number of images to store in the run directory, evenly spread, with the kept tokens in their records; "
-        "a report needs them to show failures; 0 stores none",
+        config.quiet,
     )

@@ -181,7 +181,7 @@ def print_report(report: Report) -> None:
     for result in report.results:
         detail = f": {escape(result.detail)}" if result.detail else ""
         console.print(f"{marks[result.passed]} {result.name}{detail}", soft_wrap=True, highlight=False)
-    verdict = "[green]keeps all promises[/green]" if report.passed else "[red]breaks a promise[/red]"
+    verdict = "[green]meets the contract[/green]" if report.passed else "[red]breaks the contract[/red]"
     console.print(f"{report.strategy} {verdict}")
 
 

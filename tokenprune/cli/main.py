@@ -15,7 +15,7 @@ commands:
   report    write tables and figures of a run directory
   sweep     run a W&B sweep file here, without an account
   list      list strategies, components or models
-  check     check that a strategy keeps the promises of the library
+  check     check a strategy against the contract of the library
   bench     measure speed, memory and FLOPs of each phase (run), or the cost of strategies (strategies)
   cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 

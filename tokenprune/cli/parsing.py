@@ -251,7 +251,7 @@ def prepare(argv: Sequence[str], options: Mapping[str, ClassOption] | None = Non
         groups = [group for group in groups if group[0] != option] + ([[option, *values]] if values else [])
     groups.sort(key=lambda group: -1 if group[0] == "--config" else group[0].startswith("--") * group[0].count("."))
     if plugins:
-        groups.append(["--plugin", json.dumps(list(dict.fromkeys(plugins)))])
+        groups.append(["--plugin", *dict.fromkeys(plugins)])
     return [word for group in groups for word in group]
 
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-
-from tokenprune.cli.errors import UserError, add_flag, parse_options
-from tokenprune.cli.evaluate import evaluate_parser
+from tokenprune.cli.errors import UserError
+from tokenprune.cli.evaluate import parse_evaluate
+from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.evaluation.experiment import Setting
-from tokenprune.experiments.evaluation.grid import parse_experiment
 from tokenprune.experiments.evaluation.records import NAME, read_lines
 from tokenprune.experiments.tracking.sweep import command_line, run_local
 from tokenprune.experiments.tracking.sweep_file import read_sweep
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Options of `tokenprune sweep`.
+
+    Args:
+        file: sweep file in W&B's format.
+        local: run the sweep on this machine; required.
+        count: largest number of runs.
+        seed: seed of a random search.
+    """
+
+    file: str
+    local: bool = False
+    count: int | None = None
+    seed: int = 0
 
 
 def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:
@@ -25,17 +41,8 @@ def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:
         argv: the arguments after the command.
         command: function that runs a command of `tokenprune` from its arguments and returns the exit code.
     """
-    parser = ArgumentParser(
-        prog="tokenprune sweep",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Run a W&B sweep file on this machine, without an account. Repeat the command to continue.",
-    )
-    parser.add_argument("file", type=str, help="sweep file in W&B's format")
-    add_flag(parser, "--local", "run the sweep on this machine; required")
-    parser.add_argument("--count", type=int, help="largest number of runs")
-    parser.add_argument("--seed", type=int, default=0, help="seed of a random search")
-    config = parse_options(parser, argv)
+    description = "Run a W&B sweep file on this machine, without an account. Repeat the command to continue."
+    config = select_fields(SweepConfig, parse_options(build_parser("tokenprune sweep", description, SweepConfig), argv))
     if not config.local:
         raise UserError(f"add --local to run {config.file} here; with an account, use `wandb sweep` and `wandb agent`")
 
@@ -63,9 +70,9 @@ def mean_score(line: Sequence[str]) -> float:
     """
     if line[:1] != ["evaluate"]:
         raise ValueError(f"method: bayes reads the records of `tokenprune evaluate`, not of {' '.join(line[:1])!r}")
-    options = Namespace()  # type: ignore[no-untyped-call]
-    setting = Setting(parse_experiment(line[1:], evaluate_parser(), options), "")
-    scores = [row["score"] for row in read_lines(setting.folder(Path(options.out)) / NAME) if row["error"] is None]
+    experiment, config = parse_evaluate(line[1:])
+    folder = Setting(experiment, "").folder(Path(config.out))
+    scores = [row["score"] for row in read_lines(folder / NAME) if row["error"] is None]
     if not scores:
-        raise ValueError(f"{setting.folder(Path(options.out))} has no answered sample")
+        raise ValueError(f"{folder} has no answered sample")
     return float(sum(scores) / len(scores))

@@ -21,9 +21,7 @@ from tokenprune.adapter import Adapter, adapters
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
-    CLS_SIGNALS,
     ROW_SIGNALS,
-    TEXT_SIGNALS,
     EncodedImage,
     MissingSignalError,
 )
@@ -32,6 +30,7 @@ from tokenprune.pipeline import call_generate, list_missing_signals
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
+from tokenprune.testing.encoded_images import random_encoded_image
 
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
 """The vision tower of synthetic images; it is as deep as CLIP-L, so that the layer numbers of strategies are valid."""
@@ -112,28 +111,23 @@ def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> E
     Values are exactly representable in bfloat16, and attention values of a row all differ. The selection therefore does
     not depend on the precision.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tiles, tokens = layout.tiles, layout.tokens
 
-    def draw_attention(heads: int) -> Tensor:
-        ranks = torch.rand(tiles, heads, tokens, generator=generator).argsort(dim=-1)
-        return (ranks + 1) / 1024
-
-    def signal_shape(kind: str) -> tuple[int, ...]:
-        if kind == "keys":
-            return tiles, HEADS, tokens, DIM
-        if kind in TEXT_SIGNALS:
-            return {"question": (1, DIM), "question_tokens": (5, DIM), "question_positions": (1, 12, DIM)}[kind]
-        return tiles, 1 if kind in CLS_SIGNALS else tokens, DIM
-
-    signals: dict[tuple[str, int], Tensor] = {}
-    for kind, layer in sorted(resolve_signals(reducer)):
+    def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if kind in ROW_SIGNALS:
-            signals[kind, layer] = draw_attention(1 if kind == "joint_attention" else HEADS)
-        elif kind != "resolution":
-            signals[kind, layer] = torch.randn(signal_shape(kind), generator=generator).bfloat16().float()
-    features = torch.randn(tiles, tokens, DIM, generator=generator).bfloat16().float() * layout.valid[..., None]
-    return EncodedImage(layout, features, signals, layers=LAYERS, feature_layer=FEATURE_LAYER)
+            return (torch.rand(shape, generator=generator).argsort(dim=-1) + 1) / 1024
+        return torch.randn(shape, generator=generator).bfloat16().float()
+
+    return random_encoded_image(
+        layout,
+        seed,
+        HEADS,
+        DIM,
+        keys=[(kind, layer) for kind, layer in sorted(resolve_signals(reducer)) if kind != "resolution"],
+        draw=draw,
+        text_shapes={"question": (1,), "question_tokens": (5,), "question_positions": (1, 12)},
+        layers=LAYERS,
+        feature_layer=FEATURE_LAYER,
+    )
 
 
 def iterate_images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:

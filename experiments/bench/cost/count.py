@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessor,
-    GotOcr2ImageProcessor,
-    LlavaNextImageProcessor,
-    LlavaOnevisionImageProcessor,
-    Qwen2VLImageProcessor,
-)
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
 from tokenprune.entries import KeptEntries
 from tokenprune.experiments.bench.cost.meter import Meter, Work
+from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.models._base.placeholder import PlaceholderAdapter
@@ -96,31 +90,6 @@ class BatchCost:
         return self.weight_bytes + max(phases)
 
 
-def _side(config: Any) -> int:
-    size = config.vision_config.image_size
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
-
-
-PROCESSORS: Mapping[str, Callable[[Any], Any]] = {
-    "llava": lambda config: CLIPImageProcessor(
-        size={"shortest_edge": _side(config)}, crop_size={"height": _side(config), "width": _side(config)}
-    ),
-    "llava_next": lambda config: LlavaNextImageProcessor(
-        size={"shortest_edge": _side(config)},
-        crop_size={"height": _side(config), "width": _side(config)},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    ),
-    "llava_onevision": lambda config: LlavaOnevisionImageProcessor(
-        size={"height": _side(config), "width": _side(config)}, image_grid_pinpoints=config.image_grid_pinpoints
-    ),
-    "internvl": lambda config: GotOcr2ImageProcessor(
-        size={"height": _side(config), "width": _side(config)}, crop_to_patches=True, min_patches=1, max_patches=12
-    ),
-    "qwen2_5_vl": lambda config: Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}),
-}
-"""Builds the image processor of a family, with the settings of its published checkpoints, from a model config."""
-
-
 def process_image(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> tuple[dict[str, Tensor], TileGeometry]:
     """Return the vision inputs of one image, from the image processor of the family, and the layout of its tiles.
 
@@ -129,17 +98,12 @@ def process_image(adapter: PlaceholderAdapter, image_size: tuple[int, int]) -> t
         image_size: height x width of the image in pixels.
 
     Raises:
-        LookupError: if the family is not in `PROCESSORS`.
+        ValueError: if `build_image_processor` does not support the family.
     """
-    if adapter.family not in PROCESSORS:
-        raise LookupError(
-            f"the cost of {adapter.family} cannot be counted: it has no image processor here; supported families: "
-            f"{', '.join(sorted(PROCESSORS))}"
-        )
     # Not uniform, because adapters may infer the grid of an image from its pixel values.
     small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
     image = Image.fromarray(small).resize((image_size[1], image_size[0]))
-    processed = PROCESSORS[adapter.family](adapter.model.config)(images=[image], return_tensors="pt")
+    processed = build_image_processor(adapter.model.config)(images=[image], return_tensors="pt")
     inputs = {name: value for name, value in processed.items() if name in adapter.image_inputs}
     prompt = dict(inputs)
     if isinstance(adapter, TiledAdapter):  # this adapter assigns tiles to images by reading the prompt
@@ -227,7 +191,7 @@ def count_batch(
 
     Raises:
         TypeError: if no adapter supports the model, or if its adapter has no image layouts.
-        LookupError: if the family is not in `PROCESSORS`.
+        ValueError: if `build_image_processor` does not support the family.
     """
     adapter = find_adapter(model)
     if not isinstance(adapter, PlaceholderAdapter):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from tokenprune.registry import unknown_name_error
 
 GIB = 2**30
 
@@ -130,7 +131,5 @@ def find_device(name: str) -> Device:
     """
     key = name.lower().replace(" ", "").replace("-", "")
     if key not in DEVICES:
-        matches = difflib.get_close_matches(key, DEVICES, n=2, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(matches)}?" if matches else ""
-        raise LookupError(f"no device is called {name!r}.{hint} Known: {', '.join(DEVICES)}, or all")
+        raise unknown_name_error(name, [*DEVICES, "all"], "device", 0.5)
     return DEVICES[key]

@@ -1,21 +1,20 @@
-"""Implements the command `tokenprune cost`: options, tables and JSON."""
+"""Implements the command `tokenprune cost`: its configuration, tables and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from tokenprune.budget import as_budget
-from tokenprune.cli.errors import add_flag
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
+from tokenprune.experiments.bench.bench_model import parse_image_size
 from tokenprune.experiments.bench.cost.count import BatchCost, count_batch
 from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED
@@ -25,56 +24,55 @@ ATTENTION = {"fused": FUSED, "eager": "eager"}
 """Names of attention functions in transformers, by the value of ``--attention``."""
 
 
-def build_cost_parser() -> ArgumentParser:
-    """Return the parser of `tokenprune cost`."""
-    parser = ArgumentParser(
-        prog="tokenprune cost",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Count what a model costs without running or downloading it, and predict time and memory for a "
-        "table of devices from their datasheets (roofline).",
-    )
-    parser.add_argument("--model", default="llava-v1.6-vicuna-7b", help="name of a shipped architecture")
-    parser.add_argument("--image-size", default="672x672", help="height x width of the images in pixels")
-    parser.add_argument(
-        "--budget",
-        type=int | float | str,
-        default=[0.2],
-        nargs="+",
-        help="budgets, in addition to the full prompt: 0.2 or 20%% (ratios), 160 (tokens)",
-    )
-    parser.add_argument("--device", type=str, nargs="+", default=["all"], help=f"{', '.join(DEVICES)}, or all")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts per batch, with one image each")
-    parser.add_argument("--text-tokens", type=int, default=60, help="text tokens of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=32, help="new tokens of each prompt")
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="data type of weights"
-    )
-    parser.add_argument(
-        "--attention",
-        choices=list(ATTENTION),
-        default="fused",
-        help="fused: one kernel that writes no scores, like SDPA and flash attention; or eager",
-    )
-    parser.add_argument(
-        "--efficiency", type=float, default=1.0, help="reached share of peak arithmetic and peak bandwidth"
-    )
-    parser.add_argument("--llm-layers", type=int, help="LLM layers to keep; all by default")
-    add_flag(parser, "--json", "print JSON")
-    return parser
+@dataclass(frozen=True)
+class CostConfig:
+    """Options of `tokenprune cost`.
+
+    Args:
+        model: name of a shipped architecture.
+        image_size: height x width of the images in pixels.
+        budget: budgets, in addition to the full prompt: 0.2 or 20% (ratios), 160 (tokens).
+        device: names of devices, or all.
+        batch: prompts per batch, with one image each.
+        text_tokens: text tokens of each prompt.
+        new_tokens: new tokens of each prompt.
+        dtype: data type of weights.
+        attention: fused: one kernel that writes no scores, like SDPA and flash attention; or eager.
+        efficiency: reached share of peak arithmetic and peak bandwidth.
+        llm_layers: LLM layers to keep; all by default.
+        json: print JSON.
+    """
+
+    model: str = "llava-v1.6-vicuna-7b"
+    image_size: str = "672x672"
+    budget: list[int | float | str] = field(default_factory=lambda: [0.2])
+    device: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"{', '.join(DEVICES)}, or all"})
+    batch: list[int] = field(default_factory=lambda: [1])
+    text_tokens: int = 60
+    new_tokens: int = 32
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    attention: Literal["fused", "eager"] = "fused"
+    efficiency: float = 1.0
+    llm_layers: int | None = None
+    json: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return parse_image_size(self.image_size, "--image-size")
 
 
-def run(config: Any) -> None:
+def run(config: CostConfig) -> None:
     """Run the command.
 
     Args:
-        config: the parsed options.
+        config: the options.
 
     Raises:
         LookupError: if there is no such architecture or device.
         ValueError: if a size, budget or number is not valid.
     """
-    size, budgets = parse_size(config.image_size), [None, *map(as_budget, config.budget)]
+    size, budgets = config.size, [None, *map(as_budget, config.budget)]
     for name in ("batch", "text_tokens", "new_tokens"):
         values = getattr(config, name)
         smallest = min(values if isinstance(values, list) else [values])
@@ -95,28 +93,16 @@ def run(config: Any) -> None:
         print_tables(config, rows)
 
 
-def predict_with_options(cost: BatchCost, device: Device, config: Any) -> Prediction:
+def predict_with_options(cost: BatchCost, device: Device, config: CostConfig) -> Prediction:
     """Return the prediction for a batch on a device, with the options of the command."""
     return predict(cost, device, config.new_tokens, config.dtype, config.efficiency)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Return height and width in pixels from a text such as `672x672`.
-
-    Raises:
-        ValueError: if the text is not a size.
-    """
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
-    if match is None or min(int(match[1]), int(match[2])) < 1:
-        raise ValueError(f"--image-size {text!r} is no size; write height x width in pixels, such as 672x672")
-    return int(match[1]), int(match[2])
 
 
 Rows = Sequence[tuple[BatchCost, Sequence[Prediction]]]
 """Costs of batches, each with its prediction for each device."""
 
 
-def as_json(config: Any, rows: Rows) -> dict[str, Any]:
+def as_json(config: CostConfig, rows: Rows) -> dict[str, Any]:
     """Return the options, costs and predictions as plain data: FLOPs, bytes and seconds."""
 
     def bounds_as_json(bounds: Bounds) -> dict[str, float]:
@@ -125,7 +111,7 @@ def as_json(config: Any, rows: Rows) -> dict[str, Any]:
     return {
         "model": config.model,
         "llm_layers": config.llm_layers,
-        "image_size": list(parse_size(config.image_size)),
+        "image_size": list(config.size),
         "dtype": config.dtype,
         "attention": config.attention,
         "new_tokens": config.new_tokens,
@@ -172,7 +158,7 @@ def as_json(config: Any, rows: Rows) -> dict[str, Any]:
     }
 
 
-def print_tables(config: Any, rows: Rows) -> None:
+def print_tables(config: CostConfig, rows: Rows) -> None:
     """Print a table of counted costs and a table of predictions."""
     console = Console(width=max(Console().width, 132))
     cut = "" if config.llm_layers is None else f", LLM cut to {config.llm_layers} layers"

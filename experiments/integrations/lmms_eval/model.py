@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import inspect
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
 from lmms_eval.models import get_model  # type: ignore[import-not-found]
 from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore[import-not-found]
@@ -24,7 +22,7 @@ from loguru import logger  # type: ignore[import-not-found]
 
 import tokenprune
 from tokenprune.adapter import find_adapter
-from tokenprune.cli.parsing import format_error, prepare
+from tokenprune.cli import options
 from tokenprune.configuration import as_config
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
@@ -60,15 +58,11 @@ def parse_reducer(arguments: Mapping[str, Any]) -> TokenReducer:
     Raises:
         ValueError: if a name, a parameter or a value is not valid; the error is one line that names the argument.
     """
-    parser = ArgumentParser(prog="--model_args", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--plugin", type=list[str], default=[])
-    parser.add_argument("--reducer", type=TokenReducer)
     words = [word for name, value in arguments.items() for word in (f"--{name}", to_cli_value(value))]
     try:
-        reducer: TokenReducer = parser.instantiate(parser.parse_args(prepare(words))).reducer
-    except (LookupError, ValueError, TypeError, argparse.ArgumentError) as error:
-        raise ValueError(f"--model_args: {format_error(error)}") from error
-    return reducer
+        return options.parse_reducer(words)
+    except ValueError as error:
+        raise ValueError(f"--model_args: {error}") from error
 
 
 def _iterate_parts(reducer: Any) -> Iterator[Any]:
