@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import token_dim
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
 from tokenprune.models._base.placeholder import pool
 from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs
 from tokenprune.rewrite import TextSeparatorSide
@@ -131,46 +128,6 @@ class Lfm2VlAdapter(TiledAdapter):
                 parts.append(padded.movedim(-1, dim))
             out.append(torch.cat(parts).roll(1, 0))
         return out
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the patches of each tile, and their number."""
-        tiles = torch.cat([self.example_tiles(size) for size in sizes])
-        patch = self.tower.config.patch_size
-        patches = rearrange(tiles, "n c (h y) (w x) -> n (h w) (y x c)", y=patch, x=patch)
-        shapes = torch.tensor([[EXAMPLE_TILE // patch] * 2] * len(tiles))
-        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
-        return {self.pixels: patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-
-    @cached_property
-    def token_grid(self) -> tuple[int, int]:
-        """Height x width of the visual tokens of a tile of example images; real images have it in `spatial_shapes`."""
-        side = EXAMPLE_TILE // self.tower.config.patch_size // self.pooling
-        return side, side
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches; a convolution and an attention layer."""
-        torch.manual_seed(0)
-        vision = Siglip2VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_patches=16,
-            patch_size=14,
-            vision_use_head=False,
-        )
-        text = Lfm2Config(
-            **example_decoder(num_key_value_heads=2, tie_word_embeddings=False), layer_types=["conv", "full_attention"]
-        )
-        config = Lfm2VlConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=EXAMPLE_IMAGE,
-            projector_hidden_size=64,
-            tie_word_embeddings=False,
-        )
-        return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
 
 
 def pad_grid(value: Tensor, grid: tuple[int, int]) -> Tensor:

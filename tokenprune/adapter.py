@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
-from tokenprune.registry import collect_classes
+from tokenprune.registry import collect_classes, list_subclasses
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
 ADAPTERS = "tokenprune.models"
@@ -215,26 +214,6 @@ class Adapter(ABC):
     @abstractmethod
     def llm(self) -> LLMShape:
         """The shape of the language model."""
-
-    @classmethod
-    @abstractmethod
-    def example(cls) -> Any:
-        """Return a tiny model of the family with random, reproducible weights, for checks without a hub."""
-
-    def example_text_model(self) -> str:
-        """Return the folder of a tiny CLIP checkpoint with random weights that fits `example`.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it has no text model")
-
-    @abstractmethod
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs of `forward` and `generate` with random pixels, left-padded.
-
-        Args:
-            rows: for each prompt, height x width of its images in pixels.
-        """
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -487,17 +466,13 @@ def find_adapter(model: Any) -> Adapter:
     """
     candidates = adapters().values()
     match = next((kind for kind in candidates if kind.matches(model)), None)
-    match = match or next((kind for kind in _subclasses(Adapter) if kind.matches(model)), None)  # type: ignore[type-abstract]
+    if match is None:
+        families = [kind for kind in list_subclasses(Adapter) if hasattr(kind, "family")]  # type: ignore[type-abstract]
+        match = next((kind for kind in families if kind.matches(model)), None)
     if match is not None:
         return match(model)
-    families = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
+    names = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
     raise TypeError(
-        f"no adapter supports {type(model).__name__}. Supported: {families}. For another family, subclass "
+        f"no adapter supports {type(model).__name__}. Supported: {names}. For another family, subclass "
         "tokenprune.Adapter, about 40 lines: docs/how-to/write-an-adapter.md"
     )
-
-
-def _subclasses(base: type[Adapter]) -> list[type[Adapter]]:
-    """Return all concrete subclasses of a base class that are imported so far."""
-    descendants = [kind for child in base.__subclasses__() for kind in (child, *_subclasses(child))]
-    return [kind for kind in dict.fromkeys(descendants) if not inspect.isabstract(kind)]

@@ -36,8 +36,7 @@ from tokenprune.image import (
     SignalKey,
     token_dim,
 )
-from tokenprune.models._base.clip_text import example_text_model, extract_question, load_text_tower
-from tokenprune.models._base.example import EXAMPLE_PAD, EXAMPLE_TEXT
+from tokenprune.models._base.clip_text import extract_question, load_text_tower
 from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models._capture.hooks import Tower, capture_signals, resolve_signals
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, run_until, skipped_layers
@@ -86,36 +85,10 @@ class PlaceholderAdapter(Adapter):
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image of a call."""
 
-    @abstractmethod
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the vision inputs of images with random pixels; equal sizes have equal pixels."""
-
     @classmethod
     def matches(cls, model: Any) -> bool:
         """Return whether the model or one of its base classes has the class name of this family."""
         return any(base.__name__ == cls.model_class for base in type(model).__mro__)
-
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels and the number of placeholders that the layouts require."""
-        sizes = list(dict.fromkeys(size for row in rows for size in row))
-        layouts = zip(sizes, self.layouts(self.example_pixels(sizes)), strict=True)
-        placeholders = {size: [self.image_token_id] * len(layout.packed) for size, layout in layouts}
-        return self.example_prompts(rows, placeholders)
-
-    def example_prompts(
-        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
-    ) -> dict[str, Any]:
-        """Return inputs with random pixels, left-padded.
-
-        Args:
-            rows: for each prompt, height x width of its images in pixels.
-            images: the token ids of an image of each size.
-        """
-        prompts = [[1, *(token for size in row for token in [*images[size], *EXAMPLE_TEXT])] for row in rows]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
-        vision = self.example_pixels([size for row in rows for size in row])
-        return {"input_ids": ids, "attention_mask": (ids != EXAMPLE_PAD).long(), **vision}
 
     @cached_property
     def tower(self) -> Any:
@@ -252,10 +225,6 @@ class PlaceholderAdapter(Adapter):
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
         """Return the embeddings of a question by kind, in the space shared by the text model and the vision tower."""
         return load_text_tower(text_model).embed(text, self.model.device)
-
-    def example_text_model(self) -> str:
-        """Return the folder of a tiny CLIP checkpoint whose vision tower has the width of the model's vision tower."""
-        return example_text_model(self.tower.config.hidden_size)
 
     def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
         """Return the question of the user in each prompt row.

@@ -61,6 +61,7 @@ from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, Random
+from tokenprune.testing.examples import find_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 SIZES = [[(112, 56)], [(112, 56)]]
@@ -465,7 +466,7 @@ def test_the_coverage_of_an_interval_is_its_frequency() -> None:
 )
 def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Path) -> None:
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(adapter.example().config.to_dict()))
+    config.write_text(json.dumps(find_example(adapter).build_model().config.to_dict()))
     bench_model = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
     metadata = bench_model.as_data()
     assert (metadata["weights"], metadata["cut"]) == ("random", True)
@@ -623,7 +624,7 @@ def test_bad_arguments(arguments: str, message: str, in_folder: Path, capsys: py
 
 
 def test_unsupported_strategies_raise_before_the_benchmark(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = Qwen2VLAdapter.example().config.to_dict()
+    config = find_example(Qwen2VLAdapter).build_model().config.to_dict()
     Path("qwen.json").write_text(json.dumps(config))
     assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
     assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err

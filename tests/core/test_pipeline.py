@@ -31,6 +31,7 @@ from tokenprune.rewrite import Rows
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import Selection
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, SpatialPooling, VisionZip
+from tokenprune.testing.examples import build_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 ROWS = [[(112, 112)], [(60, 160), (150, 50)]]
@@ -110,9 +111,10 @@ def test_copies_on_several_devices_are_refused(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["LlavaNextAdapter", "Qwen2VLAdapter", "MllamaAdapter", "Phi4MultimodalAdapter"])
 def test_threads_share_one_attached_model(name: str) -> None:
-    model = adapters()[name].example().eval()
-    calls = [find_adapter(model).example_inputs([[size]]) for size in [(112, 112), (56, 112), (112, 56), (56, 56)]]
-    suppressed = [find_adapter(model).image_token_id]
+    example = build_example(adapters()[name])
+    model = example.adapter.model
+    calls = [example.build_inputs([[size]]) for size in [(112, 112), (56, 112), (112, 56), (56, 56)]]
+    suppressed = [example.adapter.image_token_id]
 
     def compute_logits(index: int) -> Tensor:
         options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
@@ -499,8 +501,8 @@ def test_layouts_need_no_encoding(name: str) -> None:
     adapter_class = adapters()[name]
     if not adapter_class.supports_transformers():
         pytest.skip("the unmodified model raises in the installed transformers")
-    adapter = adapter_class(adapter_class.example())
-    inputs = adapter.example_inputs([[(112, 112)], [(60, 112)]])
+    example = build_example(adapter_class)
+    adapter, inputs = example.adapter, example.build_inputs([[(112, 112)], [(60, 112)]])
     raising_hook = getattr(adapter, "tower", adapter.model).register_forward_pre_hook(lambda *_: 1 / 0)
     layouts = adapter.layouts(inputs)
     raising_hook.remove()

@@ -30,6 +30,7 @@ from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRestMerging
 from tokenprune.strategies.components.selection import TopAttentionSelection
+from tokenprune.testing.examples import build_example, find_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 TRUNCATED = {
@@ -43,14 +44,14 @@ SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
 @pytest.fixture(params=sorted(TRUNCATED))
 def adapter(request: Any) -> PlaceholderAdapter:
     kind = TRUNCATED[request.param]
-    model = kind.example().eval()
+    model = find_example(kind).build_model()
     if hasattr(model.config, "vision_aspect_ratio"):
         model.config.vision_aspect_ratio = "anyres_max_9"  # the limit of the example shrinks canvases
     return kind(model)
 
 
 def build_inputs(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
-    return adapter.example_inputs(sizes)
+    return find_example(type(adapter))(adapter).build_inputs(sizes)
 
 
 def input_features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
@@ -121,7 +122,7 @@ def test_tokens_and_features_equal_the_complete_encoding(adapter: PlaceholderAda
     if list_missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
         pytest.skip("the family does not provide the signals")
     if reducer.reads_question:
-        reducer = replace(reducer, text_model=adapter.example_text_model())
+        reducer = replace(reducer, text_model=find_example(type(adapter))(adapter).build_text_model())
     complete, truncated = prepare_both(adapter, reducer, build_inputs(adapter))
     for expected, actual in zip(complete.selections, truncated.selections, strict=True):
         assert torch.equal(expected.kept, actual.kept)
@@ -242,7 +243,7 @@ def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
 
 
 def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)]])
     layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
     modules = {
@@ -265,7 +266,7 @@ def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
 
 
 def test_reading_features_projects_all_tokens_once() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)]])
     for reducer, projected in ((VisPruner(10), 10), (DivPrune(10), 5 * 16)):
         with torch.no_grad(), record_sizes({"projector": adapter.projector.linear_1}) as sizes:
@@ -300,8 +301,8 @@ BY_ARGUMENT = {
 def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
     """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
     if name == "mllama":  # not in the matrix, because its images are not in the prompt
-        adapter = MllamaAdapter(MllamaAdapter.example().eval())
-        return adapter, adapter.example_inputs([[(112, 112)]])
+        example = build_example(MllamaAdapter)
+        return example.adapter, example.build_inputs([[(112, 112)]])
     adapter = find_adapter(FAMILIES[name].model())
     assert isinstance(adapter, PlaceholderAdapter)
     return adapter, dict(FAMILIES[name].batch([FAMILIES[name].sizes[0]]))
@@ -390,7 +391,7 @@ class SyncCounter(TorchDispatchMode):
 def test_the_number_of_host_waits_does_not_depend_on_the_budget() -> None:
     waits = []
     for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
-        adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+        adapter = build_example(LlavaNextAdapter).adapter
         inputs = build_inputs(adapter, [[(112, 112)]] * size)
         pipeline = Pipeline(HiRED(budget, allocation=UniformAllocation()), adapter, keep_pixels=False)
         with torch.no_grad(), SyncCounter() as counter:
@@ -447,14 +448,14 @@ def test_only_features_are_passed_to_the_llm(adapter: PlaceholderAdapter) -> Non
 
 @torch.no_grad()
 def test_a_shrunk_canvas_is_encoded_completely() -> None:
-    adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
+    adapter = build_example(LlavaOnevisionAdapter).adapter
     kinds = [token_kind(adapter, build_inputs(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
     assert kinds == [PackedTokens, ProjectedTokens]
 
 
 @torch.no_grad()
 def test_tiles_with_masked_patches_are_encoded_completely() -> None:
-    adapter = Idefics3Adapter(Idefics3Adapter.example().eval())
+    adapter = build_example(Idefics3Adapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)], [(56, 56)]])  # the second row has one tile and padding tiles
     pixels = inputs[adapter.pixels]
     full_mask = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
@@ -523,7 +524,7 @@ def test_too_few_images_raise(adapter: PlaceholderAdapter) -> None:
 
 
 def test_too_few_tiles_raise() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)], [(112, 112)]])
     with pytest.raises(
         ValueError, match=r"pixel_values hold 2 images of \[4, 4\] tiles, but their layouts have \[5, 5\]"
