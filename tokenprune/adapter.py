@@ -146,6 +146,8 @@ class FeatureInputs:
 class Adapter(ABC):
     """One supported model family, bound to one live model. It is independent of all strategies.
 
+    An adapter also inherits from the classes of `tokenprune.capabilities` whose methods it implements.
+
     Args:
         model: a model for which `matches` returns True.
     """
@@ -237,7 +239,7 @@ class Adapter(ABC):
     ) -> Encoding:
         """Return the encoded images of a call with the required signals, from one run of the vision side.
 
-        Signals of the question come from `embed_question`.
+        Signals of the question come from `ReadsQuestion.embed_question`.
 
         Args:
             inputs: the model inputs of the call; only `image_inputs` are read.
@@ -376,84 +378,11 @@ class Adapter(ABC):
         """
         return counted_positions(mask)
 
-    def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
-        """Return the visual tokens of each image encoded at a lower resolution, `[length, dim]` each.
-
-        An adapter that provides the signal ``"resolution"`` implements this method.
-
-        Args:
-            inputs: the vision inputs of a call.
-            grids: for each image, height x width of the tokens of a tile; None skips the image.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
-
-    def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
-        """Return an encoding with layouts but without features, before the vision tower runs.
-
-        An adapter that provides the signal ``"resolution"`` implements this method.
-
-        Args:
-            inputs: the model inputs of the call.
-            keep_pixels: number of images that keep their pixels for drawing.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
-
-    def read_tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
-        """Return the pixels of each image as the model receives them, base tile first.
-
-        An adapter whose images a saliency model can read (`SaliencyModel`) implements this method.
-
-        Args:
-            inputs: the vision inputs of a call.
-            layouts: the layouts of its images.
-
-        Returns:
-            `[tiles, 3, height, width]` for each image.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no tiles, so a saliency model cannot read them")
-
-    def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return the mean and standard deviation per color channel that the processor normalizes images with.
-
-        An adapter that implements `read_tiles` implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no pixel mean and standard deviation")
-
-    def project(self, features: Tensor) -> Tensor:
-        """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.
-
-        An adapter that provides the signal ``"projector_inputs"`` implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no projector_inputs, so it cannot project them")
-
-    def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
-        """Return the signals of a question by kind.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-
-        Args:
-            text: the question.
-            text_model: the CLIP checkpoint with the text tower.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot embed a question")
-
-    def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
-        """Return the question of each prompt row: the text of the last user turn, without template and images.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-
-        Args:
-            input_ids: prompts, `[rows, length]`.
-            attention_mask: real positions, `[rows, length]`.
-            tokenizer: decodes the ids; by default the tokenizer of the model's own folder or hub id.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot read questions")
-
 
 @cache
 def adapters() -> Mapping[str, type[Adapter]]:
     """Return all adapters by class name: shipped ones and plug-ins."""
-    return collect_classes(ADAPTERS, Adapter)  # type: ignore[type-abstract]
+    return collect_classes(ADAPTERS, Adapter)
 
 
 def find_adapter(model: Any) -> Adapter:
@@ -467,7 +396,7 @@ def find_adapter(model: Any) -> Adapter:
     candidates = adapters().values()
     match = next((kind for kind in candidates if kind.matches(model)), None)
     if match is None:
-        families = [kind for kind in list_subclasses(Adapter) if hasattr(kind, "family")]  # type: ignore[type-abstract]
+        families = [kind for kind in list_subclasses(Adapter) if hasattr(kind, "family")]
         match = next((kind for kind in families if kind.matches(model)), None)
     if match is not None:
         return match(model)

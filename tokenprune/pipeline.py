@@ -19,6 +19,7 @@ from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.budget import as_budget
+from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
 from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
@@ -385,9 +386,10 @@ class Pipeline:
         unique = encoding.images[:count]
         if not isinstance(source, SaliencyModel) or not list_attention_layers(needs):
             return [with_cls_substitute(image, needs, self.signal) for image in unique] * encoding.repeats, 0
-        tiles = self.adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
+        adapter = require_capability(self.adapter, ShowsTiles)
+        tiles = adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
         is_set = source.image_mean is not None and source.image_std is not None
-        mean, std = (source.image_mean, source.image_std) if is_set else self.adapter.pixel_mean_std()
+        mean, std = (source.image_mean, source.image_std) if is_set else adapter.pixel_mean_std()
         images, total = [], 0
         for image, pixels in zip(unique, tiles, strict=True):
             shift, scale = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
@@ -411,9 +413,8 @@ class Pipeline:
         row_of = placeholders.nonzero()[:, 0].cpu()
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(dim=0)
         questions = self._read_questions(inputs, len(placeholders))
-        vectors = {
-            text: self.adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)
-        }
+        adapter = require_capability(self.adapter, ReadsQuestion)
+        vectors = {text: adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)}
         images_with_question: dict[tuple[EncodedImage, str], EncodedImage] = {}
         for image, row in zip(images, row_of[starts].tolist(), strict=True):
             text = questions[row]
@@ -440,7 +441,8 @@ class Pipeline:
                 "attach with reducer(model, question=...)"
             )
         else:
-            questions = self.adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
+            adapter = require_capability(self.adapter, ReadsQuestion)
+            questions = adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
         for row, text in enumerate(questions):
             if not text.strip():
                 raise ValueError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.capabilities import ProjectsMixtures, Resizable, require_capability
 from tokenprune.geometry import NEWLINE
 from tokenprune.image import EncodedImage, Signal
 
@@ -112,7 +113,8 @@ class ProjectorStage(Stage):
                 mixing = selection.mixing.to(features.device)
                 if packed is None or selection.before_projector:
                     sources = gather_mixing_sources(image, mixing.shape[1])
-                    tokens = adapter.project(mix(mixing, sources)).to(features.dtype)
+                    projector = require_capability(adapter, ProjectsMixtures)
+                    tokens = projector.project(mix(mixing, sources)).to(features.dtype)
                 else:
                     tokens = mix(mixing, selection.geometry.unpack(packed[number]).flatten(0, 1))
             if selection.order is not None:
@@ -138,7 +140,7 @@ class ImageStage(Stage):
         truncated: bool,
     ) -> Encoding:
         """Return an encoding with the layouts of the images and without features."""
-        return adapter.build_unencoded(inputs, keep_pixels)
+        return require_capability(adapter, Resizable).build_unencoded(inputs, keep_pixels)
 
     def gather_features(
         self,
@@ -150,7 +152,7 @@ class ImageStage(Stage):
         """Return features encoded at the resolution of the selection, without newline tokens if none is kept."""
         count = len(encoding.images) // encoding.repeats
         grids = [selection.resized_grid for selection in selections[:count]]
-        encoded = adapter.encode_resized(encoding.inputs, grids)
+        encoded = require_capability(adapter, Resizable).encode_resized(encoding.inputs, grids)
         out = []
         for number, selection in enumerate(selections):
             grid, features = grids[number % count], encoded[number % count]

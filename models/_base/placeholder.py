@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs, LLMShape, PackedTokens, VisualTokens
+from tokenprune.capabilities import ProjectsMixtures, ReadsQuestion, Resizable, ShowsTiles
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     ALIGNED_FROM,
@@ -42,7 +43,7 @@ from tokenprune.models._capture.hooks import Tower, capture_signals, resolve_sig
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, run_until, skipped_layers
 
 
-class PlaceholderAdapter(Adapter):
+class PlaceholderAdapter(Adapter, ReadsQuestion, Resizable, ShowsTiles, ProjectsMixtures):
     """An adapter of a model whose image features fill placeholders in the prompt.
 
     A family sets the class attributes with the paths of its modules, and implements `layouts`. Encoding, capturing and

@@ -22,7 +22,7 @@ EXAMPLES = "tokenprune.testing.families"
 @cache
 def _registered_examples() -> Mapping[type[Adapter], type[Example]]:
     """Return the shipped examples and the examples of plug-ins by adapter class."""
-    classes = collect_classes(EXAMPLES, Example).values()  # type: ignore[type-abstract]
+    classes = collect_classes(EXAMPLES, Example).values()
     return {example.adapter_class: example for example in classes}
 
 
@@ -34,7 +34,7 @@ def find_example(adapter_class: type[Adapter]) -> type[Example]:
     Raises:
         LookupError: if the adapter has no example.
     """
-    session = {kind.adapter_class: kind for kind in list_subclasses(Example)}  # type: ignore[type-abstract]
+    session = {kind.adapter_class: kind for kind in list_subclasses(Example)}
     example = _registered_examples().get(adapter_class) or session.get(adapter_class)
     if example is None:
         raise LookupError(
