@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import token_dim
-from tokenprune.models._base.placeholder import pool
 from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs
+from tokenprune.models._capture.signals import pool_patches
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -123,7 +123,7 @@ class Lfm2VlAdapter(TiledAdapter):
             for value, size in zip(tiles.split(1), image_sizes, strict=True):
                 dim = token_dim(kind)
                 real = value.narrow(dim, 0, size[0] * size[1] * self.pooling**2)
-                pooled = pool(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
+                pooled = pool_patches(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
                 padded = pad_grid(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
                 parts.append(padded.movedim(-1, dim))
             out.append(torch.cat(parts).roll(1, 0))

@@ -19,10 +19,10 @@ class PaliGemmaAdapter(SingleTileAdapter):
     post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
 
-    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+    def compute_forward_position_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids that `forward` would compute. They start at 1; `generate` adds the 1 itself."""
-        return super().forward_positions(inputs) + 1
+        return super().compute_forward_position_ids(inputs) + 1
 
-    def counted_positions(self, mask: Tensor) -> Tensor:
+    def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return position ids of the real positions, starting at 1."""
-        return super().counted_positions(mask) + 1
+        return super().count_position_ids(mask) + 1

@@ -353,24 +353,24 @@ class Adapter(ABC):
         embedding = self.model.get_input_embeddings()(torch.tensor(self.image_token_id, device=embeds.device))
         return torch.as_tensor((embeds == embedding).all(dim=-1))
 
-    def positions(self, inputs: Mapping[str, Any], generating: bool) -> Tensor:
+    def compute_position_ids(self, inputs: Mapping[str, Any], for_generate: bool) -> Tensor:
         """Return the position ids that the model computes for the full prompt, `[..., rows or 1, length]`.
 
         Args:
             inputs: the model inputs of the call, vision inputs included.
-            generating: whether the inputs are for `generate`, which derives positions from the attention mask.
+            for_generate: whether the inputs are for `generate`, which derives positions from the attention mask.
         """
         arguments = {name: value for name, value in inputs.items() if value is not None}
-        if not generating:
-            return self.forward_positions(arguments)
+        if not for_generate:
+            return self.compute_forward_position_ids(arguments)
         return torch.as_tensor(self.model._prepare_position_ids_for_generation(self.placeholders(inputs), arguments))
 
-    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+    def compute_forward_position_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids that `forward` computes by default, `[..., rows or 1, length]`."""
         placeholders = self.placeholders(inputs)
         return torch.arange(placeholders.shape[1], device=placeholders.device)[None]
 
-    def counted_positions(self, mask: Tensor) -> Tensor:
+    def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return position ids that count the real positions of a prompt, `[..., rows, length]`.
 
         Args:

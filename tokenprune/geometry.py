@@ -69,7 +69,7 @@ class TileGeometry:
         return int((self.packed == NEWLINE).sum())
 
     @cached_property
-    def newline_of(self) -> Tensor:
+    def newline_index(self) -> Tensor:
         """Index of the newline token that ends the row of each packed position, `[length]`; -1 without a row.
 
         A row is the sequence of tokens between two newline tokens, either of the base tile or of the sub-images. Base

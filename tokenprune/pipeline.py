@@ -313,7 +313,7 @@ class Pipeline:
         if not (encoding.is_complete or is_shared):
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
-            text["position_ids"] = self.adapter.positions({**encoding.inputs, **inputs}, generating)
+            text["position_ids"] = self.adapter.compute_position_ids({**encoding.inputs, **inputs}, generating)
         if encoding.is_complete:
             features = self.adapter.complete_inputs(encoding)
         else:
@@ -374,9 +374,10 @@ class Pipeline:
     def _compute_position_ids(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
         """Return the position ids of the reduced prompt, `[..., rows, width]`; None if `generate` computes them."""
         if self.reducer.positions == "reindex":
-            return None if generating else self.adapter.counted_positions(rows.mask)
+            return None if generating else self.adapter.count_position_ids(rows.mask)
         position_ids = inputs.get("position_ids")
-        full = self.adapter.positions(inputs, generating) if position_ids is None else torch.as_tensor(position_ids)
+        computed = self.adapter.compute_position_ids(inputs, generating) if position_ids is None else position_ids
+        full = torch.as_tensor(computed)
         return gather_position_ids(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
 
     def _add_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:

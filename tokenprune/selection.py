@@ -168,7 +168,7 @@ def kept_newlines(geometry: TileGeometry, kept: Tensor, newlines: Newlines) -> T
         return torch.full((geometry.newlines,), newlines == "keep", device=kept.device)
     if newlines != "keep_rows":
         raise ValueError(f"newlines={newlines!r} is not known; use 'keep_rows', 'drop' or 'keep'")
-    row, packed = geometry.newline_of.to(kept.device), geometry.packed.to(kept.device)
+    row, packed = geometry.newline_index.to(kept.device), geometry.packed.to(kept.device)
     in_row = (packed != NEWLINE) & (row >= 0)
     is_kept = torch.full((geometry.newlines,), bool(kept.any()), device=kept.device)
     is_kept[row[in_row]] = False

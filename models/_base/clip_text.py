@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,35 +13,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tokenprune.models import mini
-
-USER = r"\[INST\]|<\|im_start\|>\s*user|<\|start_header_id\|>\s*user\s*<\|end_header_id\|>|\b(?:user|human)\s*:"
-ASSISTANT = (
-    r"\[/INST\]|<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>"
-    r"|\b(?:assistant|gpt)\s*:"
-)
-TURN = re.compile(f"(?P<user>{USER})|(?P<assistant>{ASSISTANT})", re.IGNORECASE)
-"""Turn marks of chat templates: LLaVA (Vicuna, Mistral), ChatML (Qwen) and Llama 3."""
-
-
-def extract_question(prompt: str, special: Sequence[str]) -> str:
-    """Return the question of the user: the last user turn with text, or all text if the prompt has no turns.
-
-    Args:
-        prompt: a decoded prompt.
-        special: special tokens to remove, including the image placeholder.
-    """
-    marks = [*TURN.finditer(prompt)]
-    turns = [prompt] if not marks else []
-    for number, mark in enumerate(marks):
-        end = marks[number + 1].start() if number + 1 < len(marks) else len(prompt)
-        if mark["user"]:
-            turns.append(prompt[mark.end() : end])
-    texts = []
-    for turn in turns:
-        for token in sorted(special, key=len, reverse=True):
-            turn = turn.replace(token, " ")
-        texts.append(" ".join(turn.split()))
-    return next((text for text in reversed(texts) if text), "")
 
 
 @contextmanager

@@ -69,15 +69,15 @@ class MergedPatchesAdapter(PlaceholderAdapter):
             images.append(pixels[:1])
         return images
 
-    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+    def compute_forward_position_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the positions of text, height and width that `forward` would compute, `[3, rows, length]`."""
         compute = self.model.base_model.compute_3d_position_ids
         ids = compute(**{name: inputs.get(name) for name in inspect.signature(compute).parameters})
-        return super().forward_positions(inputs).expand(3, -1, -1) if ids is None else torch.as_tensor(ids)
+        return super().compute_forward_position_ids(inputs).expand(3, -1, -1) if ids is None else torch.as_tensor(ids)
 
-    def counted_positions(self, mask: Tensor) -> Tensor:
+    def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return equal positions for text, height and width, `[3, rows, length]`: kept tokens are counted like text."""
-        return super().counted_positions(mask).expand(3, -1, -1)
+        return super().count_position_ids(mask).expand(3, -1, -1)
 
 
 class PixtralTowerAdapter(PlaceholderAdapter):

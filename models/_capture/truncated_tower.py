@@ -96,7 +96,7 @@ class ProjectedTokens(VisualTokens):
     def _packed(self) -> list[Tensor]:
         flat = self.adapter.project_tiles(self.hidden, self._patches)
         masks = [torch.ones(len(layout.packed), dtype=torch.bool, device=self.device) for layout in self.layouts]
-        return [self.adapter.insert_newlines(flat, places) for places in self._places(masks)]
+        return [insert_newlines(flat, places, self.adapter.newline) for places in self._places(masks)]
 
     def gather(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each; only these pass the projector."""
@@ -111,7 +111,8 @@ class ProjectedTokens(VisualTokens):
         rank = kept[:-1].long().cumsum(dim=0) - 1
         tile, patches = index // tokens, self._patches.to(index.device)[index % tokens]
         flat = self.adapter.project_patches(self.hidden[tile[:, None], patches])
-        return [self.adapter.insert_newlines(flat, torch.where(p == NEWLINE, p, rank[p])) for p in places]
+        newline = self.adapter.newline
+        return [insert_newlines(flat, torch.where(p == NEWLINE, p, rank[p]), newline) for p in places]
 
     @cached_property
     def _patches(self) -> Tensor:
@@ -130,3 +131,17 @@ class ProjectedTokens(VisualTokens):
             out.append(torch.where(places == NEWLINE, places, in_model_order + start))
             start += total
         return out
+
+
+def insert_newlines(tokens: Tensor, places: Tensor, newline: Tensor | None) -> Tensor:
+    """Return visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
+
+    Args:
+        tokens: the visual tokens, `[n, dim]`.
+        places: index of the visual token at each position, or `NEWLINE` for a newline token, `[length]`.
+        newline: the newline token, `[dim]`; None if the model has no newline token.
+    """
+    packed = tokens[places.clamp(min=0)]
+    if newline is None:
+        return packed
+    return torch.where(places[:, None] == NEWLINE, newline.to(packed.dtype), packed)

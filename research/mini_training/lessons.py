@@ -177,7 +177,7 @@ def pack_positions(board: Board) -> tuple[Integers, Integers]:
     """
     height, width = board.pixels.shape[:2]
     layout = TileGeometry.anyres((height, width), board.grid, (SIDE, SIDE), TILE)
-    return layout.packed.numpy(), layout.newline_of.numpy()
+    return layout.packed.numpy(), layout.newline_index.numpy()
 
 
 def draw_subset(rng: np.random.Generator, truth: Lesson) -> Flags:

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from research import truncation_steps as steps
 from tokenprune.account import kv_bytes
 from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.capabilities import Resizable
 from tokenprune.cli.main import main
 from tokenprune.experiments.bench.architectures import list_architectures
 from tokenprune.experiments.bench.bench_model import (
@@ -48,7 +49,14 @@ from tokenprune.experiments.bench.measure import (
     measure_variants,
     round_order,
 )
-from tokenprune.experiments.bench.phase_timer import DECODE, FIRST_TOKEN_PHASES, PHASES, PhaseTimer, instrument
+from tokenprune.experiments.bench.phase_timer import (
+    ADAPTER_PHASES,
+    DECODE,
+    FIRST_TOKEN_PHASES,
+    PHASES,
+    PhaseTimer,
+    instrument,
+)
 from tokenprune.experiments.bench.report import as_markdown, draw_phases, print_tables
 from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
@@ -59,6 +67,7 @@ from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
+from tokenprune.pipeline import Pipeline
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED, Random
 from tokenprune.testing.examples import find_example
@@ -209,6 +218,16 @@ def test_instruments_do_not_change_results_and_are_removed(tiny: BenchModel, inp
             assert timer._open == ["generate"]
         assert [sorted(vars(instance)) for instance in objects] == vars_before
     assert torch.equal(expected, answer)
+    assert model_state(tiny.model) == before
+
+
+def test_a_renamed_method_of_an_adapter_is_noticed(tiny: BenchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its phase would be empty."""
+    monkeypatch.setitem(ADAPTER_PHASES, Resizable, {"encode_smaller": "packing"})
+    before, pipeline = model_state(tiny.model), Pipeline(HiRED(0.3), tiny.adapter)
+    timer = PhaseTimer(ManualClock())
+    with pytest.raises(AttributeError, match="encode_smaller"), instrument(tiny.adapter, timer, pipeline):
+        pass
     assert model_state(tiny.model) == before
 
 

@@ -32,7 +32,7 @@ def test_centers_of_a_lower_resolution_are_valid_tokens_in_the_same_order(layout
     full = order[centers.flatten()[order]]
     reduced = small.packed[small.packed != NEWLINE]
     assert torch.equal(full // layout.tokens, reduced // small.tokens)  # the same tiles in the same order
-    rows = layout.newline_of[layout.packed != NEWLINE][centers.flatten()[order]]
+    rows = layout.newline_index[layout.packed != NEWLINE][centers.flatten()[order]]
     assert small.newlines == len(set(rows[rows >= 0].tolist()))
 
 

@@ -15,7 +15,8 @@ from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models import mini
-from tokenprune.models._base.clip_text import extract_question, load_text_tower
+from tokenprune.models._base.clip_text import load_text_tower
+from tokenprune.models._base.question import extract_question
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import ScoreReducer
 from tokenprune.strategies import EADP, HERO, TRIM, CDPruner

@@ -199,7 +199,7 @@ def test_training_packs_tokens_like_the_model(model: Any) -> None:
         order, line = pack_positions(board)
         layout = adapter.layout(board.pixels.shape[:2])
         assert order.tolist() == layout.packed.tolist()
-        rows = layout.newline_of.tolist()
+        rows = layout.newline_index.tolist()
         assert line.tolist() == rows
 
 

@@ -19,6 +19,7 @@ from tests.helpers.families import FAMILIES
 from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._capture.signals import list_captured_signals
 from tokenprune.models._capture.truncated_tower import ProjectedTokens
 from tokenprune.models.idefics3 import Idefics3Adapter
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -344,7 +345,7 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
     assert last == (1 if is_inner else depth - 1)
     modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
     reducer = FasterVLM(0.3)
-    needed = max([last, *adapter.required_signals(Pipeline(reducer, adapter).needs, last)])
+    needed = max([last, *list_captured_signals(Pipeline(reducer, adapter).needs, len(adapter.tower_layers), last)])
     assert needed == last
     with torch.no_grad(), count_calls(modules) as runs, reducer(model):
         model(**inputs)
@@ -412,9 +413,9 @@ def test_hidden_states_are_freed_before_the_llm_runs(
     run_tower = type(adapter).run_tower
 
     def run_and_track(*args: Any) -> Any:
-        tokens, outputs, captured = run_tower(*args)
-        references.extend(map(weakref.ref, (tokens, tokens.hidden)))
-        return tokens, outputs, captured
+        run = run_tower(*args)
+        references.extend(map(weakref.ref, (run.tokens, run.tokens.hidden)))
+        return run
 
     monkeypatch.setattr(type(adapter), "run_tower", run_and_track)
     layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
