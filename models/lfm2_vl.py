@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +30,15 @@ class Lfm2VlAdapter(TiledAdapter):
     pooling_config_key: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the tokens of a tile with one patch per position embedding.
+
+        The tiles of a call have their sizes in `spatial_shapes`.
+        """
+        side = math.isqrt(self.tower.config.num_patches) // self.pooling
+        return side, side
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Return height x width of the tokens of each tile."""

@@ -52,14 +52,6 @@ def processor() -> Any:
     return Lfm2VlProcessor(images, tok, chat_template=TEMPLATE)
 
 
-def without_convolutions() -> Any:
-    """Return a model with attention in every layer of its LLM, so that dropping a token equals masking it."""
-    config = Lfm2VlExample.build_model().config
-    config.text_config.layer_types = ["full_attention", "full_attention"]
-    torch.manual_seed(0)
-    return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
-
-
 class Lfm2VlExample(TiledExample):
     """The example of LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches."""
 
@@ -100,11 +92,13 @@ class Lfm2VlExample(TiledExample):
         mask = torch.ones(patches.shape[:2], dtype=torch.int32)
         return {self.adapter.pixels: patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
 
-    @property
-    def tile_ids(self) -> list[int]:
-        """Placeholder ids of one tile; the adapter reads the size of a tile from `spatial_shapes`."""
-        side = EXAMPLE_TILE // self.adapter.tower.config.patch_size // self.adapter.pooling
-        return [self.adapter.image_token_id] * side**2
+
+def without_convolutions() -> Any:
+    """Return a model with attention in every layer of its LLM, so that dropping a token equals masking it."""
+    config = Lfm2VlExample.build_model().config
+    config.text_config.layer_types = ["full_attention", "full_attention"]
+    torch.manual_seed(0)
+    return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
 
 
 FAMILIES = [
