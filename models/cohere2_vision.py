@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
-from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
 
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models._base.tiled import TiledAdapter
 from tokenprune.rewrite import TextSeparatorSide
 
@@ -28,15 +25,3 @@ class Cohere2VisionAdapter(TiledAdapter):
         """Return the visual tokens of the given patches, which the projector processes as one small image per token."""
         tokens: Tensor = self.model.base_model.multi_modal_projector(self.apply_post_norm(patches))
         return tokens.flatten(0, -2)
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Command A Vision: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        torch.manual_seed(0)
-        config = Cohere2VisionConfig(
-            vision_config=example_siglip(),
-            text_config=example_llm(),
-            image_token_id=EXAMPLE_IMAGE,
-            alignment_intermediate_size=64,
-        )
-        return with_sharp_attention(Cohere2VisionForConditionalGeneration(config))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
-
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_siglip, with_sharp_attention
 from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
@@ -21,12 +17,3 @@ class DeepseekVLAdapter(SingleTileAdapter):
     features_by_tile: ClassVar[bool] = True
     post_norm_path: ClassVar[str | None] = "post_layernorm"
     projects_per_token: ClassVar[bool] = True
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny DeepSeek-VL."""
-        torch.manual_seed(0)
-        config = DeepseekVLConfig(
-            vision_config=example_siglip(), text_config=example_llm(), image_token_id=EXAMPLE_IMAGE
-        )
-        return with_sharp_attention(DeepseekVLForConditionalGeneration(config), tower="vision_model")

@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_decoder, example_siglip, with_sharp_attention
 from tokenprune.models._base.tiled import TiledAdapter, grid_difference, thumbnail
 
 MAX_DIFFERENCE = 0.5
@@ -75,45 +73,6 @@ class Gemma3Adapter(TiledAdapter):
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Return rows x cols of the crops of each image: one row, or one column."""
         return [find_crop_grid(tiles) for tiles in parts]
-
-    def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the token ids of an image; 11 precedes the crops and 12 separates them."""
-        tile, number = [8, *self.example_tile, 9], max(grid)
-        return [*tile, 11, *([*tile, 12] * number)[:-1]] if 1 in grid and number > 1 else tile
-
-    def example_tiles(self, size: tuple[int, int]) -> Tensor:
-        """Return the tiles of an example image, `[tiles, 3, side, side]`; crops are one row or one column."""
-        tiles = super().example_tiles(size)
-        return tiles[:1] if len(tiles) > 3 else tiles
-
-    def example_prompts(
-        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
-    ) -> dict[str, Any]:
-        """Return inputs with random pixels, and the type id of each token."""
-        inputs = super().example_prompts(rows, images)
-        return {**inputs, "token_type_ids": (inputs["input_ids"] == self.image_token_id).long()}
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Gemma 3: 4 x 4 tokens a tile, of 8 x 8 patches; a full and a sliding layer."""
-        torch.manual_seed(0)
-        text = Gemma3TextConfig(
-            **example_decoder(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=False),
-            layer_types=["sliding_attention", "full_attention"],
-        )
-        config = Gemma3Config(
-            vision_config=example_siglip(patch_size=7),
-            text_config=text,
-            image_token_index=EXAMPLE_IMAGE,
-            boi_token_index=8,
-            eoi_token_index=9,
-            mm_tokens_per_image=16,
-            tie_word_embeddings=False,
-        )
-        model = Gemma3ForConditionalGeneration(config)
-        with torch.no_grad():
-            model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=0.02)
-        return with_sharp_attention(model)
 
 
 def count_possible_crops(gaps: Sequence[Hashable]) -> int:

@@ -10,12 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, example_siglip, with_sharp_attention
-from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
 
 
 class Granite4VisionAdapter(LlavaNextAdapter):
@@ -49,26 +47,6 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         config = self.model.config
         newline: Tensor = self.model.base_model.image_newline
         return newline.repeat(len(config.deepstack_layer_map) + len(config.spatial_target_layers))
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Granite 4 Vision: levels from two layers of the tower, and from four corners of one layer."""
-        torch.manual_seed(0)
-        vision = example_siglip()
-        vision.hidden_size = 64  # the projector has one head per 64 channels
-        text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-        config = Granite4VisionConfig(
-            vision_config=vision,
-            text_config={**text, "num_hidden_layers": 6, "pad_token_id": EXAMPLE_PAD},
-            image_token_index=EXAMPLE_IMAGE,
-            image_grid_pinpoints=EXAMPLE_GRIDS,
-            vision_feature_select_strategy="full",
-            downsample_rate="1/2",
-            deepstack_layer_map=[(-1, 0), (2, 1)],
-            spatial_target_layers=[2, 3, 4, 5],
-            qformer_config={"num_hidden_layers": 1, "intermediate_size": 64, "cross_attention_frequency": 1},
-        )
-        return with_sharp_attention(Granite4VisionForConditionalGeneration(config))
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
         """Return the index of the deepest layer whose output the model uses."""

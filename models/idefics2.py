@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, example_tower, with_sharp_attention
-from tokenprune.models.idefics3 import NestedTilesAdapter
+from tokenprune.models._base.tiled import NestedTilesAdapter
 
 
 class Idefics2Adapter(NestedTilesAdapter):
@@ -50,25 +47,3 @@ class Idefics2Adapter(NestedTilesAdapter):
             "a saliency model scores positions of an image, but the tokens of Idefics2 are latents of a resampler "
             "without positions; use attention='received' instead"
         )
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Idefics2: eight latents, and four resampler layers, because some methods read four layers."""
-        torch.manual_seed(0)
-        heads = {"resampler_depth": 4, "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2}
-        llm = example_llm()
-        llm.hidden_size = 16  # also the width of the resampler
-        config = Idefics2Config(
-            vision_config=example_tower(),
-            perceiver_config={"hidden_size": 16, "resampler_n_latents": 8, **heads},
-            text_config=llm,
-            image_token_id=EXAMPLE_IMAGE,
-        )
-        model = Idefics2ForConditionalGeneration(config)
-        with torch.no_grad():
-            model.model.connector.perceiver_resampler.latents.normal_()  # all latents are equal before training
-        return with_sharp_attention(model, tower="perceiver_resampler")
-
-    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the grid of one tile, because example images are not split."""
-        return 1, 1

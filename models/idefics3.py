@@ -6,48 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import Signal
-from tokenprune.models._base.example import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_TILE,
-    example_llm,
-    example_tower,
-    with_sharp_attention,
-)
-from tokenprune.models._base.tiled import TiledAdapter, placeholder_spans, tile_spans
+from tokenprune.models._base.tiled import NestedTilesAdapter, placeholder_spans, tile_spans
 from tokenprune.rewrite import TextSeparatorSide
-
-
-class NestedTilesAdapter(TiledAdapter):
-    """A family whose pixels are `[rows, tiles, 3, height, width]`; all-zero tiles are padding."""
-
-    tower_path: ClassVar[str] = "vision_model"
-    language_model_path: ClassVar[str] = "text_model"
-    features_by_tile: ClassVar[bool] = False
-
-    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the tiles that the tower encodes, `[tiles, 3, height, width]`; the model skips all-zero tiles."""
-        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
-        return tiles[(tiles != 0).flatten(1).any(dim=1)]
-
-    def example_prompts(
-        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
-    ) -> dict[str, Any]:
-        """Return inputs with random pixels, the tiles of each row padded to the largest number."""
-        no_tiles = torch.zeros(0, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        tiles = [torch.cat([no_tiles, *(self.example_tiles(size) for size in row)]) for row in rows]
-        return {**super().example_prompts(rows, images), self.pixels: pad_sequence(tiles, batch_first=True)}
 
 
 class Idefics3Adapter(NestedTilesAdapter):
@@ -88,22 +52,6 @@ class Idefics3Adapter(NestedTilesAdapter):
         tokens: Tensor = self.model.base_model.connector(self.apply_post_norm(patches))
         return tokens[:, 0]
 
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Idefics3: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        torch.manual_seed(0)
-        config = Idefics3Config(vision_config=example_tower(), **example_config_parts())
-        return with_sharp_attention(Idefics3ForConditionalGeneration(config), tower="vision_model")
-
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; the id 8 encloses images, 9 names a tile, 10 is a line break."""
-        tile = [8, 9, *[self.image_token_id] * (self.token_grid[0] * self.token_grid[1])]
-        images = {}
-        for size in dict.fromkeys(size for row in rows for size in row):
-            lines, cols = self.example_grid(size)
-            images[size] = [*([*tile * cols, 10] * lines if lines * cols > 1 else []), *tile, 8]
-        return self.example_prompts(rows, images)
-
 
 class SmolVLMAdapter(Idefics3Adapter):
     """`SmolVLMForConditionalGeneration`."""
@@ -115,18 +63,6 @@ class SmolVLMAdapter(Idefics3Adapter):
         """Return the tiles that the tower encodes; if all tiles are zero, the model encodes the first tile."""
         tiles = super().all_tiles(inputs)
         return tiles if len(tiles) else inputs[self.pixels].flatten(0, 1)[:1]
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny SmolVLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        torch.manual_seed(0)
-        config = SmolVLMConfig(vision_config=example_tower(), **example_config_parts())
-        return with_sharp_attention(SmolVLMForConditionalGeneration(config), tower="vision_model")
-
-
-def example_config_parts() -> dict[str, Any]:
-    """Return the configuration entries of a tiny model that do not concern the tower."""
-    return {"text_config": example_llm(), "image_token_id": EXAMPLE_IMAGE, "scale_factor": 2, "pad_token_id": 0}
 
 
 def tile_grids(ids: Tensor, placeholder: int, tokens: int | None = None) -> list[tuple[int, int]]:

@@ -6,19 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
 from tokenprune.image import Signal
-from tokenprune.models._base.example import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_TILE,
-    example_llm,
-    example_tower,
-    with_sharp_attention,
-)
 from tokenprune.models._base.tiled import TiledAdapter
 
 
@@ -49,13 +40,3 @@ class InternVLAdapter(TiledAdapter):
         shuffled = self.model.base_model.pixel_shuffle(small, scale_factor=self.model.config.downsample_ratio)
         tokens: Tensor = self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]
         return tokens
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny InternVL: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        torch.manual_seed(0)
-        vision = InternVLVisionConfig(**example_tower(image_size=[EXAMPLE_TILE] * 2, patch_size=[14, 14]))
-        config = InternVLConfig(
-            vision_config=vision, text_config=example_llm(), image_token_id=EXAMPLE_IMAGE, image_seq_length=4
-        )
-        return with_sharp_attention(InternVLForConditionalGeneration(config))

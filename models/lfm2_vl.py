@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import token_dim
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_decoder, with_sharp_attention
-from tokenprune.models._base.placeholder import pool
 from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs
+from tokenprune.models._capture.signals import pool_patches
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -31,6 +30,15 @@ class Lfm2VlAdapter(TiledAdapter):
     pooling_config_key: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)
+
+    @cached_property
+    def token_grid(self) -> tuple[int, int]:
+        """Height x width of the tokens of a tile with one patch per position embedding.
+
+        The tiles of a call have their sizes in `spatial_shapes`.
+        """
+        side = math.isqrt(self.tower.config.num_patches) // self.pooling
+        return side, side
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Return height x width of the tokens of each tile."""
@@ -126,51 +134,11 @@ class Lfm2VlAdapter(TiledAdapter):
             for value, size in zip(tiles.split(1), image_sizes, strict=True):
                 dim = token_dim(kind)
                 real = value.narrow(dim, 0, size[0] * size[1] * self.pooling**2)
-                pooled = pool(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
+                pooled = pool_patches(kind, real, size, self.pooling, self.patch_order).movedim(dim, -1)
                 padded = pad_grid(pooled.unflatten(-1, size), layout.token_grid).flatten(-2)
                 parts.append(padded.movedim(-1, dim))
             out.append(torch.cat(parts).roll(1, 0))
         return out
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the patches of each tile, and their number."""
-        tiles = torch.cat([self.example_tiles(size) for size in sizes])
-        patch = self.tower.config.patch_size
-        patches = rearrange(tiles, "n c (h y) (w x) -> n (h w) (y x c)", y=patch, x=patch)
-        shapes = torch.tensor([[EXAMPLE_TILE // patch] * 2] * len(tiles))
-        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
-        return {self.pixels: patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-
-    @cached_property
-    def token_grid(self) -> tuple[int, int]:
-        """Height x width of the visual tokens of a tile of example images; real images have it in `spatial_shapes`."""
-        side = EXAMPLE_TILE // self.tower.config.patch_size // self.pooling
-        return side, side
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LFM2-VL: 2 x 2 tokens a tile, of 4 x 4 patches; a convolution and an attention layer."""
-        torch.manual_seed(0)
-        vision = Siglip2VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_patches=16,
-            patch_size=14,
-            vision_use_head=False,
-        )
-        text = Lfm2Config(
-            **example_decoder(num_key_value_heads=2, tie_word_embeddings=False), layer_types=["conv", "full_attention"]
-        )
-        config = Lfm2VlConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=EXAMPLE_IMAGE,
-            projector_hidden_size=64,
-            tie_word_embeddings=False,
-        )
-        return with_sharp_attention(Lfm2VlForConditionalGeneration(config))
 
 
 def pad_grid(value: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,17 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
 
 from tokenprune.adapter import Encoding, LLMShape
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import Signal
-from tokenprune.models._base.example import (
-    EXAMPLE_IMAGE,
-    example_decoder,
-    example_tower,
-    with_sharp_attention,
-)
 from tokenprune.models._base.tiled import TiledAdapter
 
 
@@ -97,42 +90,6 @@ class Llama4Adapter(TiledAdapter):
         ]
         totals = (shared + routed for shared, routed in zip(shape.layer_parameters, active, strict=True))
         return replace(shape, layer_parameters=tuple(totals))
-
-    def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the token ids of an image: 11 separates columns, 12 ends a row, 13 opens the base tile."""
-        line = [*([*self.example_tile, 11] * grid[1])[:-1], 12]
-        return [8, *(line * grid[0] if grid != (1, 1) else ()), 13, *self.example_tile, 9]
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Llama 4: 2 x 2 tokens a tile, of 4 x 4 patches; two experts in each second layer."""
-        torch.manual_seed(0)
-        vision = Llama4VisionConfig(
-            **example_tower(intermediate_size=128),
-            vision_output_dim=32,
-            projector_input_dim=32,
-            projector_output_dim=32,
-        )
-        text = Llama4TextConfig(
-            **example_decoder(num_hidden_layers=4, num_key_value_heads=2, head_dim=8),
-            intermediate_size_mlp=64,
-            num_local_experts=2,
-            interleave_moe_layer_step=2,
-            no_rope_layer_interval=2,
-        )
-        config = Llama4Config(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=EXAMPLE_IMAGE,
-            boi_token_index=8,
-            eoi_token_index=9,
-        )
-        model = Llama4ForConditionalGeneration(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "experts" in name and parameter.dim() == 3:
-                    parameter.normal_(std=0.02)
-        return with_sharp_attention(model, tower="vision_model")
 
 
 def filled_fraction(mask: Tensor, dim: int) -> float:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-from tokenprune.models._base.example import example_parts, with_sharp_attention
 from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
@@ -24,9 +20,3 @@ class LlavaAdapter(SingleTileAdapter):
     def matches(cls, model: Any) -> bool:
         """Return whether the model is LLaVA-1.5; models with a Pixtral tower belong to another family."""
         return super().matches(model) and model.config.vision_config.model_type != "pixtral"
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LLaVA-1.5."""
-        torch.manual_seed(0)
-        return with_sharp_attention(LlavaForConditionalGeneration(LlavaConfig(**example_parts())))

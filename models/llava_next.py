@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tokenprune.geometry import NEWLINE, TileGeometry, anyres_regions
-from tokenprune.models._base.example import EXAMPLE_TILE, example_parts, pixel_generator, with_sharp_attention
 from tokenprune.models._base.placeholder import PlaceholderAdapter
-
-EXAMPLE_GRIDS = [[rows * EXAMPLE_TILE, cols * EXAMPLE_TILE] for rows, cols in [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]]
-"""Canvas sizes of example models in pixels: up to three tiles a side."""
 
 
 class LlavaNextAdapter(PlaceholderAdapter):
@@ -27,21 +22,6 @@ class LlavaNextAdapter(PlaceholderAdapter):
     resizable: ClassVar[bool] = True
     required_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
     projects_per_token: ClassVar[bool] = True
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LLaVA-NeXT."""
-        torch.manual_seed(0)
-        config = LlavaNextConfig(**example_parts(), image_grid_pinpoints=EXAMPLE_GRIDS)
-        return with_sharp_attention(LlavaNextForConditionalGeneration(config))
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the pixels of all images, each padded to the largest number of tiles."""
-        numbers = [self.layout(size).tiles for size in sizes]
-        pixels = torch.zeros(len(sizes), max(numbers), 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        for image, size, number in zip(pixels, sizes, numbers, strict=True):
-            image[:number] = torch.randn(number, *image.shape[1:], generator=pixel_generator(size))
-        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
     @property
     def newline(self) -> Tensor | None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
-
-from tokenprune.models._base.example import example_parts, with_sharp_attention
-from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):
@@ -16,10 +12,3 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
     family: ClassVar[str] = "llava_next_video"
     model_class: ClassVar[str] = "LlavaNextVideoForConditionalGeneration"
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LLaVA-NeXT-Video."""
-        torch.manual_seed(0)
-        config = LlavaNextVideoConfig(**example_parts(), image_grid_pinpoints=EXAMPLE_GRIDS, video_token_index=4)
-        return with_sharp_attention(LlavaNextVideoForConditionalGeneration(config))

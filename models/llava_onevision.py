@@ -10,12 +10,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import ROW_SIGNALS, Signal
-from tokenprune.models._base.example import example_parts, example_siglip, with_sharp_attention
-from tokenprune.models.llava_next import EXAMPLE_GRIDS, LlavaNextAdapter
+from tokenprune.models.llava_next import LlavaNextAdapter
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
@@ -29,16 +27,6 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     family: ClassVar[str] = "llava_onevision"
     model_class: ClassVar[str] = "LlavaOnevisionForConditionalGeneration"
     resizable: ClassVar[bool] = False
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny LLaVA-OneVision that shrinks a canvas of four tiles to the tokens of two."""
-        torch.manual_seed(0)
-        parts = {**example_parts(), "vision_config": example_siglip()}
-        config = LlavaOnevisionConfig(
-            **parts, image_grid_pinpoints=EXAMPLE_GRIDS, vision_aspect_ratio="anyres_max_2", video_token_index=4
-        )
-        return with_sharp_attention(LlavaOnevisionForConditionalGeneration(config))
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image, shrunk if the model shrinks it."""

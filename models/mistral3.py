@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration
-
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
-from tokenprune.models._base.native_resolution import PixtralTowerAdapter, example_pixtral
+from tokenprune.models._base.native_resolution import PixtralTowerAdapter
 
 
 class Mistral3Adapter(PixtralTowerAdapter):
@@ -23,12 +19,3 @@ class Mistral3Adapter(PixtralTowerAdapter):
     def pooling(self) -> int:
         """Number of patches along a side of one visual token."""
         return int(self.model.config.spatial_merge_size)
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Mistral 3."""
-        torch.manual_seed(0)
-        config = Mistral3Config(
-            vision_config=example_pixtral(patch_size=14), text_config=example_llm(), image_token_index=EXAMPLE_IMAGE
-        )
-        return with_sharp_attention(Mistral3ForConditionalGeneration(config))

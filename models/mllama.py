@@ -15,20 +15,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import token_dim
-from tokenprune.models._base.example import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_PAD,
-    EXAMPLE_TEXT,
-    EXAMPLE_TILE,
-    pixel_generator,
-    with_sharp_attention,
-)
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.hooks import replaced_forward
 
@@ -214,71 +205,3 @@ class MllamaAdapter(PlaceholderAdapter):
             rows = states.reshape(len(mask), -1, states.shape[-1])
             padded["cross_attention_states"] = F.pad(rows, (0, 0, 0, missing))
         return {**padded, "cross_attention_mask": F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)}
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of all images as one prompt row."""
-        return self._build_pixels([sizes])
-
-    def _build_pixels(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        max_tiles, images = self.tower.config.max_num_tiles, max(1, *map(len, rows))
-        pixels = torch.zeros(len(rows), images, max_tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        ids, mask = torch.zeros(len(rows), images, dtype=torch.long), torch.zeros(len(rows), images, max_tiles).long()
-        mask[..., 0] = 1
-        for row, sizes in enumerate(rows):
-            for number, size in enumerate(sizes):
-                grid = [min(2, max(1, round(side / EXAMPLE_TILE))) for side in size]
-                tiles = grid[0] * grid[1]
-                ids[row, number] = 1 + self.tower.config.supported_aspect_ratios.index(grid)
-                mask[row, number, :tiles] = 1
-                shape = (tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-                pixels[row, number, :tiles] = torch.randn(shape, generator=pixel_generator(size))
-        return {self.pixels: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
-
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; text attends to all images whose marks precede it."""
-        prompts = [[1, *(token for _ in row for token in [EXAMPLE_IMAGE, *EXAMPLE_TEXT]), 6] for row in rows]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[EXAMPLE_PAD] * (width - len(prompt)) + prompt for prompt in prompts])
-        vision = self._build_pixels(rows)
-        attended = torch.zeros(len(rows), width, *vision["aspect_ratio_mask"].shape[1:])
-        for row, position in (ids == EXAMPLE_IMAGE).nonzero().tolist():
-            number = int((ids[row, :position] == EXAMPLE_IMAGE).sum())
-            attended[row, position:, number] = vision["aspect_ratio_mask"][row, number].float()
-        mask = (ids != EXAMPLE_PAD).long()
-        return {"input_ids": ids, "attention_mask": mask, "cross_attention_mask": attended.long(), **vision}
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Llama 3.2 Vision: 4 x 4 tokens a tile, one layer of cross-attention."""
-        torch.manual_seed(0)
-        small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
-        config = MllamaConfig(
-            vision_config={
-                **small,
-                "num_hidden_layers": 4,
-                "num_global_layers": 1,
-                "attention_heads": 4,
-                "image_size": EXAMPLE_TILE,
-                "patch_size": 14,
-                "intermediate_layers_indices": [1, 3],
-                "vision_output_dim": 96,
-            },
-            text_config={
-                **small,
-                "vocab_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "cross_attention_layers": [1],
-                "pad_token_id": EXAMPLE_PAD,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-            image_token_index=EXAMPLE_IMAGE,
-        )
-        model = with_sharp_attention(MllamaForConditionalGeneration(config), tower="vision_model")
-        with torch.no_grad():  # gates are initialized with zero, so images would not affect the output
-            for name, parameter in model.named_parameters():
-                if "gate" in name:
-                    parameter.fill_(1.0)
-        return model

@@ -7,12 +7,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
-from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_TILE, example_llm, with_sharp_attention
 from tokenprune.models._base.tiled import TiledAdapter
 
 
@@ -59,30 +56,3 @@ class PerceptionLMAdapter(TiledAdapter):
     ) -> FeatureInputs:
         """Return `mm_encoder_outputs` in an output object that chunked prefill can slice, unlike the object of timm."""
         return super().features_to_inputs(replace(encoding, outputs=None), packed, places)
-
-    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return a grid of four tiles for every example image."""
-        return min([(2, 2), (1, 4), (4, 1)], key=lambda grid: abs(grid[0] / grid[1] - size[0] / size[1]))
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each image, in the model's order."""
-        return {self.pixels: torch.stack([self.example_tiles(size) for size in sizes])}
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny PerceptionLM: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        torch.manual_seed(0)
-        shape = {"embed_dim": 32, "depth": 4, "num_heads": 4, "img_size": [EXAMPLE_TILE] * 2, "ref_feat_shape": [4, 4]}
-        config = PerceptionLMConfig(
-            vision_config={
-                "model_type": "timm_wrapper",
-                "architecture": "vit_pe_lang_large_patch14_448",
-                "do_pooling": False,
-                "model_args": {**shape, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1},
-            },
-            text_config=example_llm(),
-            projector_pooling_ratio=2,
-            image_token_id=EXAMPLE_IMAGE,
-            video_token_id=4,
-        )
-        return with_sharp_attention(PerceptionLMForConditionalGeneration(config))

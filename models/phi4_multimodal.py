@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import NEWLINE, TileGeometry
-from tokenprune.models._base.example import EXAMPLE_IMAGE, EXAMPLE_PAD, EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.hooks import replaced_forward
 
@@ -147,48 +145,3 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
 
         with replaced_forward(module, forward):
             yield
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each image on a canvas of at most two tiles a side, without padding."""
-        grids = [[min(2, max(1, round(side / EXAMPLE_TILE))) for side in size] for size in sizes]
-        max_tiles = 1 + max(rows * cols for rows, cols in grids)
-        pixels = torch.zeros(len(sizes), max_tiles, 3, EXAMPLE_TILE, EXAMPLE_TILE)
-        for image, size, (rows, cols) in zip(pixels, sizes, grids, strict=True):
-            tiles = 1 + rows * cols
-            image[:tiles] = torch.randn(tiles, *image.shape[1:], generator=pixel_generator(size))
-        patches = EXAMPLE_TILE // self.tower.config.patch_size
-        return {
-            self.pixels: pixels,
-            "image_sizes": torch.tensor(grids) * EXAMPLE_TILE,
-            "image_attention_mask": torch.ones(len(sizes), max_tiles, patches, patches),
-        }
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Phi-4-multimodal: 2 x 2 tokens a tile, of 4 x 4 patches."""
-        small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-        config = Phi4MultimodalConfig(
-            **small,
-            num_hidden_layers=2,
-            num_key_value_heads=2,
-            vocab_size=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=EXAMPLE_PAD,
-            vision_config={
-                **small,
-                "num_hidden_layers": 4,
-                "image_size": EXAMPLE_TILE,
-                "crop_size": EXAMPLE_TILE,
-                "patch_size": 14,
-                "image_token_id": EXAMPLE_IMAGE,
-            },
-            audio_config={**small, "num_blocks": 1, "audio_token_id": 4, "nemo_conv_channels": 16},
-        )
-        return cls.example_of(config)
-
-    @classmethod
-    def example_of(cls, config: Phi4MultimodalConfig) -> Any:
-        """Return a model with random weights for a configuration."""
-        torch.manual_seed(0)
-        return Phi4MultimodalForCausalLM(config).eval()  # attention is far from uniform at initialization

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_llm, with_sharp_attention
-from tokenprune.models._base.native_resolution import EXAMPLE_TOKEN, PixtralTowerAdapter, example_pixtral
+from tokenprune.models._base.native_resolution import PixtralTowerAdapter
 
 
 class PixtralAdapter(PixtralTowerAdapter):
@@ -22,16 +18,3 @@ class PixtralAdapter(PixtralTowerAdapter):
     def matches(cls, model: Any) -> bool:
         """Return whether the model is LLaVA with a Pixtral tower; other towers encode square tiles."""
         return super().matches(model) and model.config.vision_config.model_type == "pixtral"
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Pixtral."""
-        torch.manual_seed(0)
-        config = LlavaConfig(
-            vision_config=example_pixtral(patch_size=EXAMPLE_TOKEN),
-            text_config=example_llm(),
-            image_token_index=EXAMPLE_IMAGE,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
-        return with_sharp_attention(LlavaForConditionalGeneration(config))

@@ -13,12 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import with_sharp_attention
-from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._capture.hooks import Tower
 
 
@@ -27,18 +25,6 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
 
     family: ClassVar[str] = "qwen2_5_vl"
     model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Qwen2.5-VL: windows of 2 x 2 tokens, and two of four layers that attend to the full image."""
-        torch.manual_seed(0)
-        vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-        config = Qwen2_5_VLConfig(
-            vision_config={**vision, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [0, 2]},
-            text_config=example_mrope_llm(),
-            **EXAMPLE_IDS,
-        )
-        return with_sharp_attention(Qwen2_5_VLForConditionalGeneration(config), tower="visual")
 
     def tower_parts(self, layouts: Sequence[TileGeometry]) -> Tower:
         """Return the modules for capture, with attention rows from the nearest layer without windows.

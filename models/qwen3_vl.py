@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tokenprune.adapter import Encoding, FeatureInputs
-from tokenprune.models._base.example import with_sharp_attention
-from tokenprune.models._base.native_resolution import EXAMPLE_IDS, MergedPatchesAdapter, example_mrope_llm
+from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 
 
 class Qwen3VLAdapter(MergedPatchesAdapter):
@@ -19,23 +17,6 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
 
     family: ClassVar[str] = "qwen3_vl"
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
-
-    @classmethod
-    def example(cls) -> Any:
-        """Return a tiny Qwen3-VL with features of two layers added in the LLM."""
-        torch.manual_seed(0)
-        vision = {"depth": 4, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-        config = Qwen3VLConfig(
-            vision_config={
-                **vision,
-                "patch_size": 14,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 2],
-            },
-            text_config={**example_mrope_llm(), "head_dim": 8},
-            **EXAMPLE_IDS,
-        )
-        return with_sharp_attention(Qwen3VLForConditionalGeneration(config), tower="visual")
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from research.heldout import make_text_guided
 from tokenprune.adapter import Encoding, PackedTokens, find_adapter
 from tokenprune.budget import as_budget
+from tokenprune.capabilities import ProjectsMixtures, ReadsQuestion, require_capability
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models.mini.boards import TILE, Board, make_board
@@ -67,7 +68,9 @@ class EncodedBoard:
 
     def with_question(self, image: EncodedImage) -> EncodedImage:
         """Return an image with the text signals of the first question of the board."""
-        question = find_adapter(self.model).embed_question(self.board.questions[0].text, "mini")
+        question = require_capability(find_adapter(self.model), ReadsQuestion).embed_question(
+            self.board.questions[0].text, "mini"
+        )
         text = {(kind, image.feature_layer): question[kind] for kind in TEXT_SIGNALS}
         return replace(image, signals={**image.signals, **text})
 
@@ -197,7 +200,9 @@ def prune_by_batch_outliers(encoded: EncodedBoard, budget: float) -> LlmInput:
     assert selection.mixing is not None
     assert selection.order is not None
     mixed = mix(selection.mixing, gather_mixing_sources(batch, selection))[selection.order]
-    features = find_adapter(encoded.model).project(mixed[int(selection.kept[:first].sum()) :])
+    features = require_capability(find_adapter(encoded.model), ProjectsMixtures).project(
+        mixed[int(selection.kept[:first].sum()) :]
+    )
     kept = selection.kept[first:].flatten()
     all_tokens = encoded.reduce(encoded.encoding, UniformStride(1.0)).tokens
     tokens = frozenset(token for token in all_tokens if bool(kept[token[1]]))  # type: ignore[index]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from research.heldout import BoardResults, StudyOptions, format_difference, make_text_guided, measure_strategies
 from tokenprune.adapter import find_adapter
+from tokenprune.capabilities import ReadsQuestion, require_capability
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
@@ -249,7 +250,7 @@ def count_moved(deviations: list[Deviation], first: int, number: int, budget: fl
         inputs = processor(images=[board.image], text=["<image>"], return_tensors="pt")
         with torch.no_grad():
             image = adapter.encode(inputs, needs, text_model="mini").images[0]
-        question = adapter.embed_question(board.questions[0].text, "mini")
+        question = require_capability(adapter, ReadsQuestion).embed_question(board.questions[0].text, "mini")
         text = {(kind, image.feature_layer): question[kind] for kind in TEXT_SIGNALS}
         image = replace(image, signals={**image.signals, **text})
         for deviation in deviations:

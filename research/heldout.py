@@ -104,7 +104,7 @@ def answer_from_encoding(
         reducer: the strategy.
     """
     pipeline, ids = Pipeline(reducer, find_adapter(model), tokenizer=processor), inputs["input_ids"]
-    call = pipeline.prepare(inputs, generating=True, encoding=encoding.repeat(len(ids)))
+    call = pipeline.prepare(inputs, for_generate=True, encoding=encoding.repeat(len(ids)))
     out = pipeline.generate_prepared(call, ids, max_new_tokens=4, do_sample=False)
     texts = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts], pipeline.run

@@ -40,19 +40,19 @@ def _plain(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
 
 def _select_afterwards(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
     """Encode images completely, then select tokens."""
-    pipeline.prepare(inputs, generating=True, encoding=pipeline.encode(inputs))
+    pipeline.prepare(inputs, for_generate=True, encoding=pipeline.encode(inputs))
 
 
 def _project_all(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
     """Stop the tower after the last required layer, and project every token."""
     encoding = pipeline.adapter.encode(inputs, pipeline.needs, truncated=True)
     encoding.tokens.all()
-    pipeline.prepare(inputs, generating=True, encoding=encoding)
+    pipeline.prepare(inputs, for_generate=True, encoding=encoding)
 
 
 def _all_savings(pipeline: Pipeline, inputs: Mapping[str, Any]) -> None:
     """Run the default path: the projector runs on kept tokens only."""
-    pipeline.prepare(inputs, generating=True)
+    pipeline.prepare(inputs, for_generate=True)
 
 
 STEPS: Mapping[str, Callable[[Pipeline, Mapping[str, Any]], None]] = {

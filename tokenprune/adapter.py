@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from torch import Tensor
 from tokenprune.entries import KeptEntries
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
-from tokenprune.registry import collect_classes
+from tokenprune.registry import collect_classes, list_subclasses
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
 ADAPTERS = "tokenprune.models"
@@ -149,6 +148,8 @@ class FeatureInputs:
 class Adapter(ABC):
     """One supported model family, bound to one live model. It is independent of all strategies.
 
+    An adapter also inherits from the classes of `tokenprune.capabilities` whose methods it implements.
+
     Args:
         model: a model for which `matches` returns True.
     """
@@ -218,26 +219,6 @@ class Adapter(ABC):
     def llm(self) -> LLMShape:
         """The shape of the language model."""
 
-    @classmethod
-    @abstractmethod
-    def example(cls) -> Any:
-        """Return a tiny model of the family with random, reproducible weights, for checks without a hub."""
-
-    def example_text_model(self) -> str:
-        """Return the folder of a tiny CLIP checkpoint with random weights that fits `example`.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it has no text model")
-
-    @abstractmethod
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs of `forward` and `generate` with random pixels, left-padded.
-
-        Args:
-            rows: for each prompt, height x width of its images in pixels.
-        """
-
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return the layout of each image of a call without encoding the images.
@@ -260,7 +241,7 @@ class Adapter(ABC):
     ) -> Encoding:
         """Return the encoded images of a call with the required signals, from one run of the vision side.
 
-        Signals of the question come from `embed_question`.
+        Signals of the question come from `ReadsQuestion.embed_question`.
 
         Args:
             inputs: the model inputs of the call; only `image_inputs` are read.
@@ -374,24 +355,24 @@ class Adapter(ABC):
         embedding = self.model.get_input_embeddings()(torch.tensor(self.image_token_id, device=embeds.device))
         return torch.as_tensor((embeds == embedding).all(dim=-1))
 
-    def positions(self, inputs: Mapping[str, Any], generating: bool) -> Tensor:
+    def compute_position_ids(self, inputs: Mapping[str, Any], for_generate: bool) -> Tensor:
         """Return the position ids that the model computes for the full prompt, `[..., rows or 1, length]`.
 
         Args:
             inputs: the model inputs of the call, vision inputs included.
-            generating: whether the inputs are for `generate`, which derives positions from the attention mask.
+            for_generate: whether the inputs are for `generate`, which derives positions from the attention mask.
         """
         arguments = {name: value for name, value in inputs.items() if value is not None}
-        if not generating:
-            return self.forward_positions(arguments)
+        if not for_generate:
+            return self.compute_forward_position_ids(arguments)
         return torch.as_tensor(self.model._prepare_position_ids_for_generation(self.placeholders(inputs), arguments))
 
-    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+    def compute_forward_position_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids that `forward` computes by default, `[..., rows or 1, length]`."""
         placeholders = self.placeholders(inputs)
         return torch.arange(placeholders.shape[1], device=placeholders.device)[None]
 
-    def counted_positions(self, mask: Tensor) -> Tensor:
+    def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return position ids that count the real positions of a prompt, `[..., rows, length]`.
 
         Args:
@@ -399,84 +380,11 @@ class Adapter(ABC):
         """
         return counted_positions(mask)
 
-    def encode_resized(self, inputs: Mapping[str, Any], grids: Sequence[tuple[int, int] | None]) -> list[Tensor]:
-        """Return the visual tokens of each image encoded at a lower resolution, `[length, dim]` each.
-
-        An adapter that provides the signal ``"resolution"`` implements this method.
-
-        Args:
-            inputs: the vision inputs of a call.
-            grids: for each image, height x width of the tokens of a tile; None skips the image.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
-
-    def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
-        """Return an encoding with layouts but without features, before the vision tower runs.
-
-        An adapter that provides the signal ``"resolution"`` implements this method.
-
-        Args:
-            inputs: the model inputs of the call.
-            keep_pixels: number of images that keep their pixels for drawing.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot encode images at another resolution")
-
-    def read_tiles(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> list[Tensor]:
-        """Return the pixels of each image as the model receives them, base tile first.
-
-        An adapter whose images a saliency model can read (`SaliencyModel`) implements this method.
-
-        Args:
-            inputs: the vision inputs of a call.
-            layouts: the layouts of its images.
-
-        Returns:
-            `[tiles, 3, height, width]` for each image.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no tiles, so a saliency model cannot read them")
-
-    def pixel_mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Return the mean and standard deviation per color channel that the processor normalizes images with.
-
-        An adapter that implements `read_tiles` implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no pixel mean and standard deviation")
-
-    def project(self, features: Tensor) -> Tensor:
-        """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`.
-
-        An adapter that provides the signal ``"projector_inputs"`` implements this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no projector_inputs, so it cannot project them")
-
-    def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
-        """Return the signals of a question by kind.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-
-        Args:
-            text: the question.
-            text_model: the CLIP checkpoint with the text tower.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot embed a question")
-
-    def read_questions(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any = None) -> list[str]:
-        """Return the question of each prompt row: the text of the last user turn, without template and images.
-
-        An adapter that provides the signals of the question (`TEXT_SIGNALS`) implements this method.
-
-        Args:
-            input_ids: prompts, `[rows, length]`.
-            attention_mask: real positions, `[rows, length]`.
-            tokenizer: decodes the ids; by default the tokenizer of the model's own folder or hub id.
-        """
-        raise NotImplementedError(f"{type(self).__name__} provides no text signals, so it cannot read questions")
-
 
 @cache
 def adapters() -> Mapping[str, type[Adapter]]:
     """Return all adapters by class name: shipped ones and plug-ins."""
-    return collect_classes(ADAPTERS, Adapter)  # type: ignore[type-abstract]
+    return collect_classes(ADAPTERS, Adapter)
 
 
 def find_adapter(model: Any) -> Adapter:
@@ -489,17 +397,13 @@ def find_adapter(model: Any) -> Adapter:
     """
     candidates = adapters().values()
     match = next((kind for kind in candidates if kind.matches(model)), None)
-    match = match or next((kind for kind in _subclasses(Adapter) if kind.matches(model)), None)  # type: ignore[type-abstract]
+    if match is None:
+        families = [kind for kind in list_subclasses(Adapter) if hasattr(kind, "family")]
+        match = next((kind for kind in families if kind.matches(model)), None)
     if match is not None:
         return match(model)
-    families = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
+    names = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
     raise TypeError(
-        f"no adapter supports {type(model).__name__}. Supported: {families}. For another family, subclass "
+        f"no adapter supports {type(model).__name__}. Supported: {names}. For another family, subclass "
         "tokenprune.Adapter, about 40 lines: docs/how-to/write-an-adapter.md"
     )
-
-
-def _subclasses(base: type[Adapter]) -> list[type[Adapter]]:
-    """Return all concrete subclasses of a base class that are imported so far."""
-    descendants = [kind for child in base.__subclasses__() for kind in (child, *_subclasses(child))]
-    return [kind for kind in dict.fromkeys(descendants) if not inspect.isabstract(kind)]

@@ -17,7 +17,7 @@ STRATEGIES = "tokenprune.strategies"
 @cache
 def strategies() -> Mapping[str, type[TokenReducer]]:
     """Return all strategies by class name: shipped ones and plug-ins."""
-    return collect_classes(STRATEGIES, TokenReducer)  # type: ignore[type-abstract]
+    return collect_classes(STRATEGIES, TokenReducer)
 
 
 @cache

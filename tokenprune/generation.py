@@ -85,12 +85,12 @@ def generate_reduced(
     return output  # a custom loop may return another type
 
 
-def check_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
+def check_arguments(inputs: Mapping[str, Any], for_generate: bool) -> None:
     """Raise an error for arguments whose meaning changes on a reduced prompt.
 
     Args:
         inputs: keyword inputs of `forward` or `generate`.
-        generating: whether the inputs are for `generate`.
+        for_generate: whether the inputs are for `generate`.
 
     Raises:
         ValueError: if there is such an argument; the error names it and the action to take.
@@ -117,7 +117,7 @@ def check_arguments(inputs: Mapping[str, Any], generating: bool) -> None:
             "images cannot be added to a filled cache while a reducer is attached, because the cached prompts are "
             "shorter than the ids; generate from the full conversation without past_key_values"
         )
-    if not generating:
+    if not for_generate:
         return
     for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
         if inputs.get(name) is not None:

@@ -21,6 +21,7 @@ from transformers import Cache
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchReducer
 from tokenprune.budget import as_budget
+from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
 from tokenprune.entries import KeptEntries, pack_masks, read_counts
 from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
@@ -171,7 +172,7 @@ class Pipeline:
     def prepare(
         self,
         inputs: Mapping[str, Any],
-        generating: bool = False,
+        for_generate: bool = False,
         encoding: Encoding | None = None,
         use_cache: bool = True,
     ) -> PreparedCall:
@@ -179,7 +180,7 @@ class Pipeline:
 
         Args:
             inputs: keyword inputs of `forward` or `generate`.
-            generating: whether `inputs` are passed to `generate`.
+            for_generate: whether `inputs` are passed to `generate`.
             encoding: the encoded images of the call (`encode`). An image that occurs several times is reduced once. By
                 default the pixels of `inputs` are encoded, and only as far as the kept tokens require.
             use_cache: whether `generate` will use a key-value cache.
@@ -188,7 +189,7 @@ class Pipeline:
             ValueError: if the placeholders do not match the images, or the call cannot be reduced.
         """
         with self._lock:
-            return self._prepare(dict(inputs), generating, encoding, use_cache)
+            return self._prepare(dict(inputs), for_generate, encoding, use_cache)
 
     def generate(
         self,
@@ -223,7 +224,7 @@ class Pipeline:
                 inputs["attention_mask"] = infer_attention_mask(
                     inputs["input_ids"], inputs, config, model.generation_config
                 )
-            call = self.prepare(inputs, generating=True, encoding=encoding, use_cache=use_cache)
+            call = self.prepare(inputs, for_generate=True, encoding=encoding, use_cache=use_cache)
         return self.generate_prepared(call, inputs.get("input_ids"), generation_config)
 
     def generate_prepared(
@@ -274,7 +275,7 @@ class Pipeline:
         return all(budget.asked(layout) >= len(layout.packed) for layout in self.adapter.layouts(inputs))
 
     def _prepare(
-        self, inputs: dict[str, Any], generating: bool, encoding: Encoding | None, use_cache: bool
+        self, inputs: dict[str, Any], for_generate: bool, encoding: Encoding | None, use_cache: bool
     ) -> PreparedCall:
         adapter, reducer = self.adapter, self.reducer
         adapter.check_inputs(inputs)
@@ -283,7 +284,7 @@ class Pipeline:
         # The device still has no work to wait for.
         prompts = summarize_prompts(placeholders, attention_mask if is_prompt_mask else None)
         if encoding is None:
-            vision = {k: v for k, v in inputs.items() if not (generating and k.startswith("output_"))}
+            vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
             encoding, is_shared = self._encode(vision, truncated=not self._grants_all_tokens(inputs)), False
         else:
             is_shared = True
@@ -309,8 +310,8 @@ class Pipeline:
         text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         record = _CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
         if all(selection.everything for selection in selections):
-            return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, generating)
-        check_arguments(inputs, generating)
+            return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, for_generate)
+        check_arguments(inputs, for_generate)
         if adapter.has_prompt_tokens and prompts.hides_images:
             raise ValueError(
                 "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
@@ -325,14 +326,14 @@ class Pipeline:
             return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
         preserves_positions = reducer.positions == "preserve"
         # Without a cache, transformers treats gaps in position ids as packed sequences unless a position is masked.
-        spare = int(generating and preserves_positions and not use_cache)
+        spare = int(for_generate and preserves_positions and not use_cache)
         padding = "left" if spare else prompts.padding_side(inputs.get("labels") is not None)
         rows = shorten_rows(
             placeholders, mask, entry_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
         )
         reduced = shorten_inputs(text, rows, self._pad_token_id())
         reduced.pop("position_ids", None)
-        if (positions := self._compute_position_ids(inputs, rows, generating)) is not None:
+        if (positions := self._compute_position_ids(inputs, rows, for_generate)) is not None:
             reduced["position_ids"] = positions
         self._record(record, rows, record.reduced_lengths)
         return PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
@@ -345,7 +346,7 @@ class Pipeline:
         is_shared: bool,
         record: _CallRecord,
         mask: Tensor,
-        generating: bool,
+        for_generate: bool,
     ) -> PreparedCall:
         """Return the unchanged call, so that its output equals the output of the unmodified model."""
         rows, selections = Rows.unchanged(mask), record.selections
@@ -353,7 +354,7 @@ class Pipeline:
         if not (encoding.is_complete or is_shared):
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
-            text["position_ids"] = self.adapter.positions({**encoding.inputs, **inputs}, generating)
+            text["position_ids"] = self.adapter.compute_position_ids({**encoding.inputs, **inputs}, for_generate)
         if encoding.is_complete:
             features = self.adapter.complete_inputs(encoding)
         else:
@@ -411,12 +412,13 @@ class Pipeline:
                 "tokenprune.align(attention_mask, run.rows), or use generate"
             )
 
-    def _compute_position_ids(self, inputs: Mapping[str, Any], rows: Rows, generating: bool) -> Tensor | None:
+    def _compute_position_ids(self, inputs: Mapping[str, Any], rows: Rows, for_generate: bool) -> Tensor | None:
         """Return the position ids of the reduced prompt, `[..., rows, width]`; None if `generate` computes them."""
         if self.reducer.positions == "reindex":
-            return None if generating else self.adapter.counted_positions(rows.mask)
+            return None if for_generate else self.adapter.count_position_ids(rows.mask)
         position_ids = inputs.get("position_ids")
-        full = self.adapter.positions(inputs, generating) if position_ids is None else torch.as_tensor(position_ids)
+        computed = self.adapter.compute_position_ids(inputs, for_generate) if position_ids is None else position_ids
+        full = torch.as_tensor(computed)
         return gather_position_ids(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
 
     def _add_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:
@@ -426,9 +428,10 @@ class Pipeline:
         unique = encoding.images[:count]
         if not isinstance(source, SaliencyModel) or not list_attention_layers(needs):
             return [with_cls_substitute(image, needs, self.signal) for image in unique] * encoding.repeats, 0
-        tiles = self.adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
+        adapter = require_capability(self.adapter, ShowsTiles)
+        tiles = adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
         is_set = source.image_mean is not None and source.image_std is not None
-        mean, std = (source.image_mean, source.image_std) if is_set else self.adapter.pixel_mean_std()
+        mean, std = (source.image_mean, source.image_std) if is_set else adapter.pixel_mean_std()
         images, total = [], 0
         for image, pixels in zip(unique, tiles, strict=True):
             shift, scale = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
@@ -450,9 +453,8 @@ class Pipeline:
         if not needs:
             return images
         questions = self._read_questions(inputs, rows)
-        vectors = {
-            text: self.adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)
-        }
+        adapter = require_capability(self.adapter, ReadsQuestion)
+        vectors = {text: adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)}
         images_with_question: dict[tuple[EncodedImage, str], EncodedImage] = {}
         for image, row in zip(images, row_of_image, strict=True):
             text = questions[row]
@@ -479,7 +481,8 @@ class Pipeline:
                 "attach with reducer(model, question=...)"
             )
         else:
-            questions = self.adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
+            adapter = require_capability(self.adapter, ReadsQuestion)
+            questions = adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
         for row, text in enumerate(questions):
             if not text.strip():
                 raise ValueError(

@@ -73,6 +73,12 @@ def collect_classes(package: str, base: type[T]) -> Mapping[str, type[T]]:
     return classes
 
 
+def list_subclasses(base: type[T]) -> list[type[T]]:
+    """Return all concrete subclasses of a base class that are imported so far."""
+    descendants = [kind for child in base.__subclasses__() for kind in (child, *list_subclasses(child))]
+    return [kind for kind in dict.fromkeys(descendants) if not inspect.isabstract(kind)]
+
+
 def find_class(name: str, classes: Mapping[str, type[T]], label: str) -> type[T]:
     """Return the class with a name.
 

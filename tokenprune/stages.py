@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.capabilities import ProjectsMixtures, Resizable, require_capability
 from tokenprune.entries import KeptEntries, group_selections
 from tokenprune.geometry import NEWLINE
 from tokenprune.image import EncodedImage, Signal
@@ -124,7 +125,7 @@ class ImageStage(Stage):
         truncated: bool,
     ) -> Encoding:
         """Return an encoding with the layouts of the images and without features."""
-        return adapter.build_unencoded(inputs, keep_pixels)
+        return require_capability(adapter, Resizable).build_unencoded(inputs, keep_pixels)
 
     def gather_features(
         self,
@@ -137,7 +138,7 @@ class ImageStage(Stage):
         """Return features encoded at the resolution of the selection, without newline tokens if none is kept."""
         count = len(encoding.images) // encoding.repeats
         grids = [selection.resized_grid for selection in selections[:count]]
-        encoded = adapter.encode_resized(encoding.inputs, grids)
+        encoded = require_capability(adapter, Resizable).encode_resized(encoding.inputs, grids)
         out = []
         for number, selection in enumerate(selections):
             grid, features = grids[number % count], encoded[number % count]
@@ -177,7 +178,8 @@ def mix_and_order(
             tokens = features[places]
         elif group[0].before_projector:
             mixed = mix_groups(group, [gather_mixing_sources(images[n], selections[n]) for n in numbers])
-            tokens = adapter.project(mixed.flatten(0, 1)).view(*places.shape, -1)
+            projector = require_capability(adapter, ProjectsMixtures)
+            tokens = projector.project(mixed.flatten(0, 1)).view(*places.shape, -1)
         else:
             sources = [group[0].geometry.unpack(packed[number]).flatten(0, 1) for number in numbers]
             tokens = mix_groups(group, sources)

@@ -7,7 +7,7 @@ phases: it wraps public methods of a model, its adapter and a pipeline, and remo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from operator import attrgetter
@@ -16,6 +16,9 @@ from typing import Any
 from torch.profiler import record_function
 
 from tokenprune.adapter import Adapter
+from tokenprune.capabilities import ReadsQuestion, Resizable
+from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.tower import TowerAdapter
 from tokenprune.models._capture.hooks import CAPTURE_CONTEXT
 from tokenprune.pipeline import Pipeline
 
@@ -52,6 +55,14 @@ MEANING = {
     DECODE: "all time after the first token",
 }
 """Description of each phase, for reports."""
+
+ADAPTER_PHASES: Mapping[type, Mapping[str, str]] = {
+    Adapter: {"encode": "signal capture"},
+    PlaceholderAdapter: {"split_by_image": "signal capture"},
+    ReadsQuestion: {"read_questions": "signal capture", "embed_question": "signal capture"},
+    Resizable: {"build_unencoded": "signal capture", "encode_resized": "packing"},
+}
+"""Phase of each timed method of an adapter, by the class that declares the method."""
 
 
 class PhaseTimer:
@@ -119,6 +130,9 @@ def instrument(
         timer: books the phases.
         pipeline: the pipeline of the attached strategy; None if the model runs without a strategy.
         on_forward: receives the output of each forward pass of the model.
+
+    Raises:
+        AttributeError: if `ADAPTER_PHASES` names a method that the adapter does not have.
     """
     model = adapter.model
     with ExitStack() as undo:
@@ -142,23 +156,23 @@ def instrument(
 
         wrap_phase(model, "forward", "prefill", on_forward)
         wrap_phase(model.base_model, "get_image_features", "packing")
-        tower: Any = getattr(adapter, "tower", None)
-        merger = getattr(tower, "merger", None)  # Qwen's projector is part of the tower
-        modules = [] if tower is None else [tower, *tower.children(), *getattr(adapter, "tower_layers", ())]
-        for module in modules:  # the parts as well, because a truncated tower never calls the tower itself
-            if module is not merger:
-                wrap_phase(module, "forward", "vision encode")
-        if merger is not None:
-            wrap_phase(merger, "forward", "projector")
-        if projector_path := getattr(adapter, "projector_path", None):
-            wrap_phase(attrgetter(projector_path)(model.base_model), "forward", "projector")
+        if isinstance(adapter, TowerAdapter):
+            merger = getattr(adapter.tower, "merger", None)  # Qwen's projector is part of the tower
+            # The parts as well, because a truncated tower never calls the tower itself.
+            for module in [adapter.tower, *adapter.tower.children(), *adapter.tower_layers]:
+                if module is not merger:
+                    wrap_phase(module, "forward", "vision encode")
+            if merger is not None:
+                wrap_phase(merger, "forward", "projector")
+            if adapter.projector_path is not None:
+                wrap_phase(attrgetter(adapter.projector_path)(model.base_model), "forward", "projector")
         if pipeline is not None:
             wrap_phase(pipeline, "prepare", "rewrite")
-            for name in ("encode", "build_unencoded", "split_by_image", "read_questions", "embed_question"):
-                if hasattr(adapter, name):
-                    wrap_phase(adapter, name, "signal capture")
             wrap_phase(pipeline.reducer, "reduce", "reducer")
-            wrap_phase(adapter, "encode_resized", "packing")
+            for kind, phases in ADAPTER_PHASES.items():
+                if isinstance(adapter, kind):
+                    for name, phase in phases.items():
+                        wrap_phase(adapter, name, phase)
             undo.enter_context(_time_capture(timer))
         yield
 

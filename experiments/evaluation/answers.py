@@ -131,7 +131,7 @@ def _answer_batch(
     torch.manual_seed(experiment.seed)
     with torch.no_grad():
         began = time.perf_counter()
-        call = pipeline.prepare(text, generating=True, encoding=encoding.repeat(len(batch)))
+        call = pipeline.prepare(text, for_generate=True, encoding=encoding.repeat(len(batch)))
         selected = time.perf_counter()
         sequences = pipeline.generate_prepared(call, text["input_ids"], **_generation_options(experiment))
         answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Encoding
+from tokenprune.capabilities import Resizable
 from tokenprune.experiments.evaluation.records import write_atomically
 from tokenprune.geometry import TileGeometry
 from tokenprune.selection import Selection
@@ -69,10 +70,9 @@ def add_pixels(encoding: Encoding, adapter: Adapter, inputs: Mapping[str, Any]) 
         adapter: the adapter that encoded them.
         inputs: the model inputs of the encoding.
     """
-    try:
-        bare = adapter.build_unencoded(inputs, len(encoding.images)).images
-    except NotImplementedError:
+    if not isinstance(adapter, Resizable):
         return encoding
+    bare = adapter.build_unencoded(inputs, len(encoding.images)).images
     images = [replace(image, pixels=source.pixels) for image, source in zip(encoding.images, bare, strict=True)]
     return replace(encoding, images=images)
 

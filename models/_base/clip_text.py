@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,35 +13,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tokenprune.models import mini
-
-USER = r"\[INST\]|<\|im_start\|>\s*user|<\|start_header_id\|>\s*user\s*<\|end_header_id\|>|\b(?:user|human)\s*:"
-ASSISTANT = (
-    r"\[/INST\]|<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>"
-    r"|\b(?:assistant|gpt)\s*:"
-)
-TURN = re.compile(f"(?P<user>{USER})|(?P<assistant>{ASSISTANT})", re.IGNORECASE)
-"""Turn marks of chat templates: LLaVA (Vicuna, Mistral), ChatML (Qwen) and Llama 3."""
-
-
-def extract_question(prompt: str, special: Sequence[str]) -> str:
-    """Return the question of the user: the last user turn with text, or all text if the prompt has no turns.
-
-    Args:
-        prompt: a decoded prompt.
-        special: special tokens to remove, including the image placeholder.
-    """
-    marks = [*TURN.finditer(prompt)]
-    turns = [prompt] if not marks else []
-    for number, mark in enumerate(marks):
-        end = marks[number + 1].start() if number + 1 < len(marks) else len(prompt)
-        if mark["user"]:
-            turns.append(prompt[mark.end() : end])
-    texts = []
-    for turn in turns:
-        for token in sorted(special, key=len, reverse=True):
-            turn = turn.replace(token, " ")
-        texts.append(" ".join(turn.split()))
-    return next((text for text in reversed(texts) if text), "")
 
 
 @contextmanager
@@ -139,36 +108,3 @@ def load_text_tower(name: str | None) -> TextTower:
     if name is None:
         raise ValueError("signals of the question require a text_model; name a CLIP checkpoint")
     return TextTower(name)
-
-
-def example_text_model(width: int) -> str:
-    """Return the folder of a tiny CLIP checkpoint with fixed random weights; it is deleted when the process ends.
-
-    Args:
-        width: width of its vision tower.
-    """
-    return _example_folder(width).name
-
-
-@cache
-def _example_folder(width: int) -> TemporaryDirectory[str]:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
-
-    folder = TemporaryDirectory(prefix="tokenprune-")
-    words = ["<unk>", "<s>", "what", "is", "in", "the", "image", "</s>"]
-    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    shared: Any = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
-    shared["num_attention_heads"] = 1
-    text = CLIPTextConfig(
-        vocab_size=len(words), bos_token_id=1, eos_token_id=len(words) - 1, max_position_embeddings=12, **shared
-    )
-    vision = CLIPVisionConfig(**shared)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    with torch.random.fork_rng(), without_progress_bars():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder.name)
-    tokenizer.save_pretrained(folder.name)
-    return folder

@@ -8,45 +8,12 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import PixtralVisionConfig
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_IMAGE, example_decoder, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.rewrite import TextSeparatorSide
-
-EXAMPLE_TOKEN = 28
-"""Side in pixels of the area of a visual token in example models."""
-
-
-EXAMPLE_IDS: Mapping[str, Any] = {
-    "image_token_id": EXAMPLE_IMAGE,
-    "video_token_id": 4,
-    "vision_start_token_id": 10,
-    "vision_end_token_id": 11,
-}
-"""Special token ids in the configurations of example models."""
-
-
-def example_mrope_llm() -> dict[str, Any]:
-    """Return the text configuration of a tiny model with M-RoPE, for example models."""
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return example_decoder(num_key_value_heads=2, rope_parameters=rope)
-
-
-def example_pixtral(patch_size: int) -> PixtralVisionConfig:
-    """Return the configuration of a tiny Pixtral tower, for example models."""
-    return PixtralVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=8 * EXAMPLE_TOKEN,
-        patch_size=patch_size,
-    )
 
 
 class MergedPatchesAdapter(PlaceholderAdapter):
@@ -102,33 +69,15 @@ class MergedPatchesAdapter(PlaceholderAdapter):
             images.append(pixels[:1])
         return images
 
-    def forward_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+    def compute_forward_position_ids(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the positions of text, height and width that `forward` would compute, `[3, rows, length]`."""
         compute = self.model.base_model.compute_3d_position_ids
         ids = compute(**{name: inputs.get(name) for name in inspect.signature(compute).parameters})
-        return super().forward_positions(inputs).expand(3, -1, -1) if ids is None else torch.as_tensor(ids)
+        return super().compute_forward_position_ids(inputs).expand(3, -1, -1) if ids is None else torch.as_tensor(ids)
 
-    def counted_positions(self, mask: Tensor) -> Tensor:
+    def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return equal positions for text, height and width, `[3, rows, length]`: kept tokens are counted like text."""
-        return super().counted_positions(mask).expand(3, -1, -1)
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the patches of each image, with sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
-        config = self.tower.config
-        grids = [[1, *(self.pooling * max(1, round(side / EXAMPLE_TOKEN)) for side in size)] for size in sizes]
-        width = 3 * config.temporal_patch_size * config.patch_size**2
-        patches = [
-            torch.randn(rows * cols, width, generator=pixel_generator(size))
-            for (_, rows, cols), size in zip(grids, sizes, strict=True)
-        ]
-        return {self.pixels: torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
-
-    def example_prompts(
-        self, rows: Sequence[Sequence[tuple[int, int]]], images: Mapping[tuple[int, int], Sequence[int]]
-    ) -> dict[str, Any]:
-        """Return inputs with random pixels, and the type id of each token."""
-        inputs = super().example_prompts(rows, images)
-        return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == self.image_token_id).int()}
+        return super().count_position_ids(mask).expand(3, -1, -1)
 
 
 class PixtralTowerAdapter(PlaceholderAdapter):
@@ -177,22 +126,3 @@ class PixtralTowerAdapter(PlaceholderAdapter):
         """Return the pixels of each image without padding, `[1, 3, height, width]` each."""
         images = zip(inputs[self.pixels], self.sizes(inputs), strict=True)
         return [pixels[None, :, :rows, :cols] for pixels, (rows, cols) in images]
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the images padded to the largest, with sides rounded to whole tokens of `EXAMPLE_TOKEN` pixels."""
-        rounded = [[EXAMPLE_TOKEN * max(1, round(side / EXAMPLE_TOKEN)) for side in size] for size in sizes]
-        height, width = (max(sides) for sides in zip(*rounded, strict=True))
-        images = [
-            F.pad(torch.randn(3, rows, cols, generator=pixel_generator(size)), (0, width - cols, 0, height - rows))
-            for size, (rows, cols) in zip(sizes, rounded, strict=True)
-        ]
-        return {self.pixels: torch.stack(images), "image_sizes": torch.tensor(rounded)}
-
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels; the id 8 ends a row of an image, 9 the last row."""
-        sizes = list(dict.fromkeys(size for row in rows for size in row))
-        grids = [layout.token_grid for layout in self.layouts(self.example_pixels(sizes))]
-        lines = {
-            size: ([self.image_token_id] * cols + [8]) * lines for size, (lines, cols) in zip(sizes, grids, strict=True)
-        }
-        return self.example_prompts(rows, {size: [*ids[:-1], 9] for size, ids in lines.items()})

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 
@@ -18,8 +15,3 @@ class SingleTileAdapter(PlaceholderAdapter):
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return one single-tile layout per image."""
         return [TileGeometry.single(self.token_grid)] * len(inputs[self.pixels])
-
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return one tile per image."""
-        tiles = [torch.randn(3, EXAMPLE_TILE, EXAMPLE_TILE, generator=pixel_generator(size)) for size in sizes]
-        return {self.pixels: torch.stack(tiles)}

@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.models._base.example import EXAMPLE_TILE, pixel_generator
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 
 THUMBNAIL_SIDE = 32
@@ -151,46 +150,18 @@ class TiledAdapter(PlaceholderAdapter):
         """Return the pixels of each image, `[tiles, 3, height, width]` each."""
         return torch.split(self.all_tiles(inputs), [layout.tiles for layout in layouts])
 
-    def example_pixels(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the tiles of each image, in the model's order."""
-        return {self.pixels: torch.cat([self.example_tiles(size) for size in sizes])}
 
-    def example_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows x cols of the sub-images of an example image: as many as fit, at most two a side."""
-        rows, cols = (min(2, max(1, round(side / EXAMPLE_TILE))) for side in size)
-        return rows, cols
+class NestedTilesAdapter(TiledAdapter):
+    """A family whose pixels are `[rows, tiles, 3, height, width]`; all-zero tiles are padding."""
 
-    def example_tiles(self, size: tuple[int, int]) -> Tensor:
-        """Return the tiles of an example image, `[tiles, 3, side, side]`."""
-        rows, cols = self.example_grid(size)
-        canvas = torch.randn(3, rows * EXAMPLE_TILE, cols * EXAMPLE_TILE, generator=pixel_generator(size))
-        base = F.interpolate(canvas[None], (EXAMPLE_TILE, EXAMPLE_TILE), mode="bilinear", antialias=True)
-        if rows * cols == 1:
-            return base
-        parts = rearrange(canvas, "c (rows h) (cols w) -> (rows cols) c h w", rows=rows, cols=cols)
-        return torch.cat([base, parts] if self.base_first else [parts, base])
+    tower_path: ClassVar[str] = "vision_model"
+    language_model_path: ClassVar[str] = "text_model"
+    features_by_tile: ClassVar[bool] = False
 
-    def example_inputs(self, rows: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        """Return inputs with random pixels."""
-        sizes = dict.fromkeys(size for row in rows for size in row)
-        return self.example_prompts(rows, {size: self.example_ids(self.example_grid(size)) for size in sizes})
-
-    def example_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Return the token ids of an image; 8 opens it, or precedes its base tile, and 9 closes it.
-
-        Args:
-            grid: rows x cols of its sub-images; (1, 1) for an image without sub-images.
-        """
-        sub_images = grid[0] * grid[1]
-        number = sub_images + int(sub_images > 1)
-        if self.grouped_by == "closing":
-            return [*[10, *self.example_tile] * (number - 1), 8, *self.example_tile, 9]
-        return [8, *self.example_tile * number, 9]
-
-    @property
-    def example_tile(self) -> list[int]:
-        """Placeholder ids of one tile."""
-        return [self.image_token_id] * (self.token_grid[0] * self.token_grid[1])
+    def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tiles that the tower encodes, `[tiles, 3, height, width]`; the model skips all-zero tiles."""
+        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
+        return tiles[(tiles != 0).flatten(1).any(dim=1)]
 
 
 class Span(NamedTuple):

@@ -97,7 +97,7 @@ class ProjectedTokens(VisualTokens):
     def _packed(self) -> list[Tensor]:
         flat = self.adapter.project_tiles(self.hidden, self._patches)
         lengths = [len(layout.packed) for layout in self.layouts]
-        return list(self.adapter.insert_newlines(flat, self._places).split(lengths))
+        return list(insert_newlines(flat, self._places, self.adapter.newline).split(lengths))
 
     def gather(self, entries: KeptEntries) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each; only these pass the projector."""
@@ -159,3 +159,17 @@ def place_table(layouts: tuple[TileGeometry, ...], base_first: bool, device: tor
             out.append(torch.where(places == NEWLINE, places, in_model_order + start))
             start += total
         return torch.cat(out).to(device)
+
+
+def insert_newlines(tokens: Tensor, places: Tensor, newline: Tensor | None) -> Tensor:
+    """Return visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
+
+    Args:
+        tokens: the visual tokens, `[n, dim]`.
+        places: index of the visual token at each position, or `NEWLINE` for a newline token, `[length]`.
+        newline: the newline token, `[dim]`; None if the model has no newline token.
+    """
+    packed = tokens[places.clamp(min=0)]
+    if newline is None:
+        return packed
+    return torch.where(places[:, None] == NEWLINE, newline.to(packed.dtype), packed)

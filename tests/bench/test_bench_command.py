@@ -38,6 +38,7 @@ from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
 from tokenprune.strategies import Random
+from tokenprune.testing.examples import find_example
 
 
 def test_steps_from_the_command_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +59,7 @@ def test_steps_from_the_command_line(in_empty_folder: Path, capsys: pytest.Captu
 )
 def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Path) -> None:
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(adapter.example().config.to_dict()))
+    config.write_text(json.dumps(find_example(adapter).build_model().config.to_dict()))
     bench_model = load_bench_model(str(config), "cpu", llm_layers=1, prompt_tokens=5)
     metadata = bench_model.as_data()
     assert (metadata["weights"], metadata["cut"]) == ("random", True)
@@ -210,7 +211,7 @@ def test_bad_arguments(arguments: str, message: str, in_empty_folder: Path, caps
 def test_unsupported_strategies_raise_before_the_benchmark(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = Qwen2VLAdapter.example().config.to_dict()
+    config = find_example(Qwen2VLAdapter).build_model().config.to_dict()
     Path("qwen.json").write_text(json.dumps(config))
     assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
     assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err

@@ -35,6 +35,7 @@ from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.strategies import UniformStride
+from tokenprune.testing.examples import find_example
 
 SIZE = (112, 112)
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -48,16 +49,16 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 def build_example(adapter: type[Adapter]) -> tuple[Any, dict[str, Any], int]:
     """Return a tiny model on the CPU, inputs with one image, and the number of text tokens."""
-    model = adapter.example()
+    model = find_example(adapter).build_model()
     model.set_attn_implementation("eager")  # FlopCounterMode does not count the flash kernel of CPUs
     bound = find_adapter(model)
-    inputs = bound.example_inputs([[SIZE]])
+    inputs = find_example(adapter)(bound).build_inputs([[SIZE]])
     return model, inputs, int((~bound.placeholders(inputs)).sum())
 
 
 def build_meta_example(adapter: type[Adapter]) -> Any:
     """Return the tiny model on the meta device."""
-    model = adapter.example().to("meta")
+    model = find_example(adapter).build_model().to("meta")
     model.tie_weights()
     return model
 

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers.bench import SETTING, ManualClock
+from tokenprune.capabilities import Resizable
 from tokenprune.experiments.bench.bench_model import BenchModel
 from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
 from tokenprune.experiments.bench.measure import (
@@ -23,9 +24,10 @@ from tokenprune.experiments.bench.measure import (
     count_work,
     generate_once,
 )
-from tokenprune.experiments.bench.phase_timer import FIRST_TOKEN_PHASES, PhaseTimer, instrument
+from tokenprune.experiments.bench.phase_timer import ADAPTER_PHASES, FIRST_TOKEN_PHASES, PhaseTimer, instrument
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import CAPTURE_CONTEXT, CAPTURE_KERNEL
+from tokenprune.pipeline import Pipeline
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 
@@ -203,3 +205,13 @@ def test_a_flame_graph_gives_time_to_the_innermost_phase() -> None:
 def test_an_empty_flame_graph_is_drawn() -> None:
     assert build_flame_graph([]) == Bar("")
     draw_flame_graphs({"a": Bar("", 1.0, {"prefill": Bar("prefill", 1.0)})}, "what ran")
+
+
+def test_a_renamed_method_of_an_adapter_is_noticed(tiny: BenchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its phase would be empty."""
+    monkeypatch.setitem(ADAPTER_PHASES, Resizable, {"encode_smaller": "packing"})
+    before, pipeline = model_state(tiny.model), Pipeline(HiRED(0.3), tiny.adapter)
+    timer = PhaseTimer(ManualClock())
+    with pytest.raises(AttributeError, match="encode_smaller"), instrument(tiny.adapter, timer, pipeline):
+        pass
+    assert model_state(tiny.model) == before

@@ -93,7 +93,7 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     from tokenprune import adapter
 
     monkeypatch.setattr(adapter, "adapters", dict)
-    monkeypatch.setattr(adapter, "_subclasses", lambda base: [])
+    monkeypatch.setattr(adapter, "list_subclasses", lambda base: [])
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 

@@ -131,7 +131,7 @@ def test_a_shared_encoding_is_resized_once() -> None:
     with torch.no_grad():
         encoding = adapter.encode(inputs, ()).repeat(3)
         text = {name: inputs[name].repeat(3, 1) for name in ("input_ids", "attention_mask")}
-        out = Pipeline(ImageDownsample(0.2), adapter).prepare(text, generating=True, encoding=encoding).inputs
+        out = Pipeline(ImageDownsample(0.2), adapter).prepare(text, for_generate=True, encoding=encoding).inputs
     hook.remove()
     assert len(calls) == 2
     first, *remaining = out["mm_encoder_outputs"]["image"].pooler_output

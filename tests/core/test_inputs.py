@@ -12,10 +12,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
-from tokenprune.models._base.native_resolution import EXAMPLE_IDS, example_mrope_llm
 from tokenprune.models._base.tiled import TiledAdapter, recover_ids
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.strategies import HiRED
+from tokenprune.testing.examples import find_example
+from tokenprune.testing.examples.configs import MROPE_IDS, build_mrope_config
 from tokenprune.testing.families.base import Family
 from tokenprune.testing.families.mllama import FAMILY as MLLAMA
 from tokenprune.testing.tiny_models import random_image
@@ -397,12 +398,12 @@ def test_full_attention_layers_beyond_the_tower(depth: int, full_layers: list[in
     vision = {"depth": depth, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     config = Qwen2_5_VLConfig(
         vision_config={**vision, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": full_layers},
-        text_config=example_mrope_llm(),
-        **EXAMPLE_IDS,
+        text_config=build_mrope_config(),
+        **MROPE_IDS,
     )
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     adapter = Qwen25VLAdapter(model)
-    inputs = adapter.example_inputs([[(112, 112)]])
+    inputs = find_example(Qwen25VLAdapter)(adapter).build_inputs([[(112, 112)]])
     assert adapter.tower_parts(adapter.layouts(inputs)).rows_from == dict(enumerate(source_layers))
     check_full_and_reduced_run(model, inputs)

@@ -29,6 +29,7 @@ from tokenprune.strategies import GlobalCom2, HiRED
 from tokenprune.strategies.components import GlobalTopAllocation, RandomSelection, TimmSaliency, TopAttentionSelection
 from tokenprune.strategies.components.saliency_model import cls_attention
 from tokenprune.testing import tiny_models as tiny
+from tokenprune.testing.examples import build_example
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 SALIENCY_MODEL = TimmSaliency("test_vit", pretrained=False, image_mean=MEAN, image_std=STD)
@@ -214,17 +215,17 @@ def test_layer_choices_refer_to_the_saliency_model() -> None:
 @torch.no_grad()
 def test_native_resolution_and_one_pool_of_tokens() -> None:
     """Images of native resolution are rebuilt from patches, and the kept tokens do not depend on the batch."""
-    model = Qwen2VLAdapter.example()
-    adapter = Qwen2VLAdapter(model)
+    example = build_example(Qwen2VLAdapter)
+    adapter, model = example.adapter, example.adapter.model
     reducer = HiRED(0.3, attention=SALIENCY_MODEL, allocation=GlobalTopAllocation())
     with reducer(model) as batch_run:
-        model(**adapter.example_inputs([[(60, 170)], [(112, 112)]]))
+        model(**example.build_inputs([[(60, 170)], [(112, 112)]]))
     for index, size in enumerate([(60, 170), (112, 112)]):
         with reducer(model) as single_run:
-            model(**adapter.example_inputs([[size]]))
+            model(**example.build_inputs([[size]]))
         assert torch.equal(single_run.selections[0].kept, batch_run.selections[index].kept)
         assert torch.equal(single_run.selections[0].scores, batch_run.selections[index].scores)
-    tiles = adapter.read_tiles(inputs := adapter.example_inputs([[(60, 170)]]), adapter.layouts(inputs))
+    tiles = adapter.read_tiles(inputs := example.build_inputs([[(60, 170)]]), adapter.layouts(inputs))
     assert [image.shape for image in tiles] == [(1, 3, 56, 168)]
     expected = compute_expected_attention(tiles[0], (2, 6), 5).sum(1)
     torch.testing.assert_close(batch_run.selections[0].scores, expected)

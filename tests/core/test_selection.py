@@ -96,12 +96,12 @@ def test_newline_index_by_hand() -> None:
 def test_kept_newlines_and_packed_mask_against_a_loop(name: str, data) -> None:
     layout = LAYOUTS[name]
     kept = torch.tensor(data.draw(hnp.arrays(bool, (layout.tiles, layout.tokens)))) & layout.valid
-    newline_of = find_newlines_by_loop(layout)
+    row_of = find_newlines_by_loop(layout)
     flat = kept.flatten().tolist()
     entries = layout.packed.tolist()
     for policy in ("keep", "drop", "keep_rows"):
         newline_mask = kept_newlines(layout, kept, policy)
-        rows = {newline_of[i] for i, entry in enumerate(entries) if entry != NEWLINE and flat[entry]} - {-1}
+        rows = {row_of[i] for i, entry in enumerate(entries) if entry != NEWLINE and flat[entry]} - {-1}
         expected = {"keep": set(range(layout.newlines)), "drop": set(), "keep_rows": rows}[policy]
         assert set(newline_mask.nonzero().flatten().tolist()) == expected
         assert newline_mask.dtype == torch.bool

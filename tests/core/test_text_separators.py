@@ -78,7 +78,10 @@ def test_logits_equal_the_oracle_that_masks_the_dropped_text(
             continue
         mask, dropped_count = find_remaining_positions(find_adapter(model), inputs, run)
         adapter = find_adapter(model)
-        ids = adapter.counted_positions(mask) if positions == "reindex" else adapter.positions(inputs, generating=False)
+        is_counted = positions == "reindex"
+        ids = (
+            adapter.count_position_ids(mask) if is_counted else adapter.compute_position_ids(inputs, for_generate=False)
+        )
         oracle = model(**full, attention_mask=mask.long(), position_ids=ids.expand(*ids.shape[:-2], *mask.shape)).logits
         width = int(mask.sum(1).max())
         assert short.shape[1] == width

@@ -40,7 +40,8 @@ def oracle_inputs(model: Any, inputs: Any, run: Run, positions: str) -> dict[str
     """Return the inputs of the full prompt with dropped positions masked and the position ids of the kept positions."""
     kept = kept_mask(model, inputs, run)
     adapter = find_adapter(model)
-    ids = adapter.counted_positions(kept) if positions == "reindex" else adapter.positions(inputs, generating=False)
+    is_counted = positions == "reindex"
+    ids = adapter.count_position_ids(kept) if is_counted else adapter.compute_position_ids(inputs, for_generate=False)
     ids = ids.expand(*ids.shape[:-2], *kept.shape)
     return {**inputs, "attention_mask": kept.long(), "position_ids": ids}
 

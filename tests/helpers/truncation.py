@@ -14,13 +14,13 @@ from tokenprune.reducer import TokenReducer
 
 
 def prepare_both(
-    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], generating: bool = True
+    adapter: PlaceholderAdapter, reducer: TokenReducer, inputs: dict[str, Any], for_generate: bool = True
 ) -> tuple[PreparedCall, PreparedCall]:
     """Prepare a call with a complete encoding and with a truncated encoding."""
     first, second = (Pipeline(reducer, adapter, question="what is it") for _ in range(2))
     with torch.no_grad():
-        complete = first.prepare(inputs, generating=generating, encoding=first.encode(inputs))
-        return complete, second.prepare(inputs, generating=generating)
+        complete = first.prepare(inputs, for_generate=for_generate, encoding=first.encode(inputs))
+        return complete, second.prepare(inputs, for_generate=for_generate)
 
 
 @contextmanager

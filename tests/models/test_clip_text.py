@@ -15,13 +15,15 @@ from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models import mini
-from tokenprune.models._base.clip_text import example_text_model, extract_question, load_text_tower
+from tokenprune.models._base.clip_text import load_text_tower
+from tokenprune.models._base.question import extract_question
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import ScoreReducer
 from tokenprune.strategies import EADP, HERO, TRIM, CDPruner
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import TextRelevance, TopRelevanceSelection
 from tokenprune.strategies.eadp import DenseTextRelevance, FacilityLocationSelection
+from tokenprune.testing.examples.text_model import build_text_model
 from tokenprune.testing.tiny_models import batch, tiny_model, tiny_processor
 
 
@@ -74,7 +76,7 @@ def test_questions_are_read_from_the_rows_of_a_batch() -> None:
 def question_scores(family: str, question: Any = None, tokenizer: Any = None) -> list[float]:
     """Return the score of each image under a strategy whose scores depend on the question only."""
     model = tiny_model(family)
-    reducer = QuestionScore(text_model=example_text_model(32))
+    reducer = QuestionScore(text_model=build_text_model(32))
     inputs = batch(family, [(112, 112)], [(60, 160), (150, 50)])
     with torch.no_grad(), reducer(model, question=question, tokenizer=tokenizer) as run:
         model(**inputs)
@@ -83,7 +85,7 @@ def question_scores(family: str, question: Any = None, tokenizer: Any = None) ->
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_each_image_has_the_question_of_its_row(family: str) -> None:
-    tower = load_text_tower(example_text_model(32))
+    tower = load_text_tower(build_text_model(32))
     first, second = "what is the image", "in the image"
     values = [float(tower.embed(text, torch.device("cpu"))["question"].sum()) for text in (first, second)]
     assert values[0] != values[1]
@@ -103,7 +105,7 @@ def test_errors_name_the_missing_input() -> None:
     model = tiny_model("llava_next")
     inputs = dict(batch("llava_next", [(112, 112)]))
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    reducer = QuestionScore(text_model=example_text_model(32))
+    reducer = QuestionScore(text_model=build_text_model(32))
     with pytest.raises(ValueError, match="inputs_embeds hold no text"), torch.no_grad(), reducer(model):
         model(**inputs)
 
@@ -111,7 +113,7 @@ def test_errors_name_the_missing_input() -> None:
 @pytest.mark.parametrize("kind", [TRIM, CDPruner, EADP, HERO])
 def test_a_text_tower_of_another_width_raises(kind: Any) -> None:
     model = tiny_model("llava_next")
-    reducer = kind(text_model=example_text_model(48))
+    reducer = kind(text_model=build_text_model(48))
     with pytest.raises(ValueError, match=r"belongs to a vision tower of width 48.*has width 32"), reducer(model):  # noqa: SIM117
         with torch.no_grad():
             model(**batch("llava_next", [(112, 112)]))
@@ -127,7 +129,7 @@ def test_siglip_towers_provide_no_text_signals() -> None:
 
 def test_signals_equal_those_of_the_clip_model() -> None:
     """The shared space is the space of CLIP: pooled text, and patches after its final norm and projection."""
-    folder = example_text_model(32)
+    folder = build_text_model(32)
     clip, tower = CLIPModel.from_pretrained(folder), load_text_tower(folder)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])  # <s> what is in the image </s>
     with torch.no_grad():
@@ -148,7 +150,7 @@ def test_signals_equal_those_of_the_clip_model() -> None:
 
 
 def test_long_texts_are_split_into_segments() -> None:
-    tower = load_text_tower(example_text_model(32))
+    tower = load_text_tower(build_text_model(32))
     embedding = tower.embed("what is in the image " * 5, torch.device("cpu"))  # 25 words, 10 per segment
     assert embedding["question"].shape == (3, 8)
     assert embedding["question_tokens"].shape == (25, 8)

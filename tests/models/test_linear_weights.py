@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tokenprune.adapter import find_adapter
 from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models.llama4 import Llama4Adapter
+from tokenprune.testing.examples import find_example
 from tokenprune.testing.tiny_models import tiny_model
 
 
@@ -95,7 +96,7 @@ def test_adapters_of_peft_are_added_to_their_base() -> None:
 
 
 def test_experts_are_counted_in_their_own_layer() -> None:
-    model = Llama4Adapter.example()
+    model = find_example(Llama4Adapter).build_model()
     adapter, config = Llama4Adapter(model), model.config.get_text_config()
     dense, routed, *_ = layers = adapter.decoder.layers
     experts = sum(weights.numel() for weights in routed.parameters() if weights.dim() == 3)

@@ -24,6 +24,7 @@ from tests.helpers.oracle import (
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
+from tokenprune.testing.examples import build_example
 from tokenprune.testing.families.base import TILE
 from tokenprune.testing.families.mllama import FAMILY, processor
 from tokenprune.testing.tiny_models import random_image
@@ -136,9 +137,8 @@ def test_rows_of_a_batch_equal_separate_calls(model: Any, inputs: Any) -> None:
 
 def test_a_text_only_row_equals_a_separate_call() -> None:
     """With a strategy, a text-only row attends to no image key; in the unmodified model, it attends to padding."""
-    model = MllamaAdapter.example()
-    adapter = MllamaAdapter(model)
-    inputs = adapter.example_inputs([[(112, 112)], []])
+    example = build_example(MllamaAdapter)
+    model, inputs = example.adapter.model, example.build_inputs([[(112, 112)], []])
     with HiRED(0.2)(model):
         batch_logits = model(**inputs).logits[1]
     real = inputs["attention_mask"][1].bool()
@@ -158,8 +158,9 @@ def test_loss_equals_the_loss_with_masked_keys(model: Any, inputs: Any) -> None:
 
 
 def test_bfloat16() -> None:
-    model = MllamaAdapter.example().to(torch.bfloat16)
-    inputs = MllamaAdapter(model).example_inputs([[(112, 112)], [(60, 112), (40, 40)]])
+    example = build_example(MllamaAdapter)
+    model = example.adapter.model.to(torch.bfloat16)
+    inputs = example.build_inputs([[(112, 112)], [(60, 112), (40, 40)]])
     cast = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     before = model(**cast).logits
     with HiRED(1.0)(model):
@@ -212,7 +213,7 @@ def test_kept_tokens_show_the_bright_spot(size: tuple[int, int], spot: tuple[flo
 
 
 def test_images_are_canvases() -> None:
-    adapter = MllamaAdapter(MllamaAdapter.example())
+    adapter = build_example(MllamaAdapter).adapter
     pixels = np.zeros((56, 112, 3), dtype=np.uint8)
     pixels[:, 56:] = 255
     inputs = FAMILY.inputs([[Image.fromarray(pixels)]], [FAMILY.text(1)])

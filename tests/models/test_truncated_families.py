@@ -11,10 +11,12 @@ from tests.helpers.families import FAMILIES
 from tests.helpers.truncation import count_calls, prepare_both
 from tokenprune.adapter import adapters, find_adapter
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._capture.signals import list_captured_signals
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.mllama import MllamaAdapter
 from tokenprune.pipeline import Pipeline
 from tokenprune.strategies import FasterVLM, HiRED
+from tokenprune.testing.examples import build_example, find_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 RUNNABLE = [name for name, family in FAMILIES.items() if family.adapter.supports_transformers()]
@@ -36,8 +38,8 @@ BY_ARGUMENT = {
 def family_call(name: str) -> tuple[PlaceholderAdapter, dict[str, Any]]:
     """Return a family's tiny model, bound to its adapter, and the inputs of a call with one image."""
     if name == "mllama":  # not in the matrix, because its images are not in the prompt
-        adapter = MllamaAdapter(MllamaAdapter.example().eval())
-        return adapter, adapter.example_inputs([[(112, 112)]])
+        adapter = build_example(MllamaAdapter).adapter
+        return adapter, find_example(type(adapter))(adapter).build_inputs([[(112, 112)]])
     adapter = find_adapter(FAMILIES[name].model())
     assert isinstance(adapter, PlaceholderAdapter)
     return adapter, dict(FAMILIES[name].batch([FAMILIES[name].sizes[0]]))
@@ -79,13 +81,13 @@ def test_layers_after_the_feature_layer_do_not_run(name: str, by_argument: bool)
     assert last == (1 if is_inner else depth - 1)
     modules = {f"{index}": next(layer.children()) for index, layer in enumerate(adapter.tower_layers)}
     reducer = FasterVLM(0.3)
-    needed = max([last, *adapter.required_signals(Pipeline(reducer, adapter).needs, last)])
+    needed = max([last, *list_captured_signals(Pipeline(reducer, adapter).needs, len(adapter.tower_layers), last)])
     assert needed == last
     with torch.no_grad(), count_calls(modules) as runs, reducer(model):
         model(**inputs)
     assert [runs[str(index)] > 0 for index in range(depth)] == [index <= last for index in range(depth)]
     logits = []
-    complete, truncated = prepare_both(adapter, reducer, inputs, generating=False)
+    complete, truncated = prepare_both(adapter, reducer, inputs, for_generate=False)
     for call in (complete, truncated):
         assert torch.equal(call.selections[0].kept, complete.selections[0].kept)
         with torch.no_grad(), call.enter_contexts():
@@ -107,5 +109,5 @@ def test_a_pooling_head_runs_only_if_it_is_read(family: str) -> None:
         adapter, inputs = family_call(family)
     for attention, times in (("auto", 0), ("pooling", 1)):
         with torch.no_grad(), count_calls({"head": adapter.tower.head.mlp}) as runs:
-            Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, generating=True)
+            Pipeline(HiRED(0.5, attention=attention), adapter).prepare(inputs, for_generate=True)
         assert runs["head"] == times

@@ -30,6 +30,7 @@ from tokenprune.strategies import DivPrune, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRestMerging
 from tokenprune.strategies.components.selection import TopAttentionSelection
+from tokenprune.testing.examples import build_example, find_example
 
 TRUNCATED = {
     name: kind
@@ -42,14 +43,14 @@ SIZES = [[(112, 112)], [(60, 160), (150, 50)], [], [(40, 170)]]
 @pytest.fixture(params=sorted(TRUNCATED))
 def adapter(request: Any) -> PlaceholderAdapter:
     kind = TRUNCATED[request.param]
-    model = kind.example().eval()
+    model = find_example(kind).build_model()
     if hasattr(model.config, "vision_aspect_ratio"):
         model.config.vision_aspect_ratio = "anyres_max_9"  # the limit of the example shrinks canvases
     return kind(model)
 
 
 def build_inputs(adapter: PlaceholderAdapter, sizes: Any = SIZES) -> dict[str, Any]:
-    return adapter.example_inputs(sizes)
+    return find_example(type(adapter))(adapter).build_inputs(sizes)
 
 
 def input_features(adapter: PlaceholderAdapter, call: PreparedCall) -> Tensor:
@@ -88,7 +89,7 @@ def test_tokens_and_features_equal_the_complete_encoding(adapter: PlaceholderAda
     if list_missing_signals(reducer, adapter) or isinstance(reducer, ImageReducer):
         pytest.skip("the family does not provide the signals")
     if reducer.reads_question:
-        reducer = replace(reducer, text_model=adapter.example_text_model())
+        reducer = replace(reducer, text_model=find_example(type(adapter))(adapter).build_text_model())
     complete, truncated = prepare_both(adapter, reducer, build_inputs(adapter))
     for expected, actual in zip(complete.selections, truncated.selections, strict=True):
         assert torch.equal(expected.kept, actual.kept)
@@ -155,7 +156,7 @@ def test_at_100_percent_the_encoding_is_complete(
     with torch.no_grad():
         plain = adapter.model.base_model.get_image_features(**adapter.vision_arguments(inputs), return_dict=True)
         with collect_encodings(monkeypatch, adapter) as encodings, record_sizes(layers) as sizes:
-            call = Pipeline(HiRED(budget), adapter).prepare(inputs, generating=True)
+            call = Pipeline(HiRED(budget), adapter).prepare(inputs, for_generate=True)
         assert [(encoding.is_complete, type(encoding.tokens)) for encoding in encodings] == [(True, PackedTokens)]
         assert all(len(calls) == 1 for calls in sizes.values())
         outputs = call.inputs["mm_encoder_outputs"]["image"]
@@ -163,7 +164,7 @@ def test_at_100_percent_the_encoding_is_complete(
         for actual, expected in zip(outputs[adapter.features_field], plain[adapter.features_field], strict=True):
             assert torch.equal(actual, expected)
         with collect_encodings(monkeypatch, adapter) as encodings:
-            Pipeline(HiRED(0.99), adapter).prepare(inputs, generating=True)
+            Pipeline(HiRED(0.99), adapter).prepare(inputs, for_generate=True)
         assert [(encoding.is_complete, type(encoding.tokens)) for encoding in encodings] == [(False, ProjectedTokens)]
 
 
@@ -206,7 +207,7 @@ def test_gradients_reach_the_tower(adapter: PlaceholderAdapter) -> None:
 
 
 def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)]])
     layers, last = adapter.tower_layers, adapter.feature_layer(inputs)
     modules = {
@@ -215,7 +216,7 @@ def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
         "norm after the tower": adapter.tower.post_layernorm,
     }
     with torch.no_grad(), record_sizes(modules) as sizes:
-        Pipeline(HiRED(40, allocation=UniformAllocation()), adapter).prepare(inputs, generating=True)
+        Pipeline(HiRED(40, allocation=UniformAllocation()), adapter).prepare(inputs, for_generate=True)
     all_tokens = 5 * (1 + 16)
     assert (len(layers), last) == (4, 2)
     assert sizes == {
@@ -229,11 +230,11 @@ def test_later_layers_do_not_run_and_dropped_tokens_are_not_projected() -> None:
 
 
 def test_reading_features_projects_all_tokens_once() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)]])
     for reducer, projected in ((VisPruner(10), 10), (DivPrune(10), 5 * 16)):
         with torch.no_grad(), record_sizes({"projector": adapter.projector.linear_1}) as sizes:
-            Pipeline(reducer, adapter).prepare(inputs, generating=True)
+            Pipeline(reducer, adapter).prepare(inputs, for_generate=True)
         assert sizes == {"projector": [projected]}
 
 
@@ -241,7 +242,7 @@ def test_a_signal_of_a_later_layer_runs_that_layer(adapter: PlaceholderAdapter) 
     inputs, layers = build_inputs(adapter, [[(112, 112)]]), adapter.tower_layers
     reducer = HiRED(0.3, selection=TopAttentionSelection(layer=-1))
     with torch.no_grad(), record_sizes({f"{index}": layer.mlp for index, layer in enumerate(layers)}) as sizes:
-        Pipeline(reducer, adapter).prepare(inputs, generating=True)
+        Pipeline(reducer, adapter).prepare(inputs, for_generate=True)
     assert all(len(calls) == 1 for calls in sizes.values())
 
 
@@ -260,11 +261,11 @@ class SyncCounter(TorchDispatchMode):
 def test_the_number_of_host_waits_does_not_depend_on_the_budget() -> None:
     waits = []
     for budget, size in ((20, 1), (60, 1), (20, 3), (60, 3)):
-        adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+        adapter = build_example(LlavaNextAdapter).adapter
         inputs = build_inputs(adapter, [[(112, 112)]] * size)
         pipeline = Pipeline(HiRED(budget, allocation=UniformAllocation()), adapter, keep_pixels=False)
         with torch.no_grad(), SyncCounter() as counter:
-            pipeline.prepare(inputs, generating=True)
+            pipeline.prepare(inputs, for_generate=True)
         waits.append(counter.count)
     assert waits[0] == waits[1]
     assert waits[2] == waits[3]
@@ -281,9 +282,9 @@ def test_hidden_states_are_freed_before_the_llm_runs(
     run_tower = type(adapter).run_tower
 
     def run_and_track(*args: Any) -> Any:
-        tokens, outputs, captured = run_tower(*args)
-        references.extend(map(weakref.ref, (tokens, tokens.hidden)))
-        return tokens, outputs, captured
+        run = run_tower(*args)
+        references.extend(map(weakref.ref, (run.tokens, run.tokens.hidden)))
+        return run
 
     monkeypatch.setattr(type(adapter), "run_tower", run_and_track)
     layer = adapter.tower_layers[adapter.feature_layer(inputs) - 1]
@@ -308,20 +309,20 @@ def test_hidden_states_are_freed_before_the_llm_runs(
 def test_only_features_are_passed_to_the_llm(adapter: PlaceholderAdapter) -> None:
     """Other fields of the model output would stay in memory until the end of the prefill."""
     with torch.no_grad():
-        call = Pipeline(HiRED(0.3), adapter).prepare(build_inputs(adapter), generating=True)
+        call = Pipeline(HiRED(0.3), adapter).prepare(build_inputs(adapter), for_generate=True)
     assert list(call.inputs["mm_encoder_outputs"]["image"]) == [adapter.features_field]
 
 
 @torch.no_grad()
 def test_a_shrunk_canvas_is_encoded_completely() -> None:
-    adapter = LlavaOnevisionAdapter(LlavaOnevisionAdapter.example().eval())
+    adapter = build_example(LlavaOnevisionAdapter).adapter
     kinds = [token_kind(adapter, build_inputs(adapter, [[size]])) for size in [(112, 112), (56, 112)]]
     assert kinds == [PackedTokens, ProjectedTokens]
 
 
 @torch.no_grad()
 def test_tiles_with_masked_patches_are_encoded_completely() -> None:
-    adapter = Idefics3Adapter(Idefics3Adapter.example().eval())
+    adapter = build_example(Idefics3Adapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)], [(56, 56)]])  # the second row has one tile and padding tiles
     pixels = inputs[adapter.pixels]
     full_mask = (pixels != 0).any(dim=2).flatten(2).any(dim=2)[:, :, None, None].expand(-1, -1, *pixels.shape[-2:])
@@ -375,26 +376,26 @@ def test_the_model_is_restored_after_an_exception(family: str, failure: type[Bas
 
     hook = module.register_forward_pre_hook(fail)
     with pytest.raises(failure), torch.no_grad():
-        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, for_generate=True)
     hook.remove()
     assert model_state() == before
     with torch.no_grad():
-        Pipeline(HiRED(0.3), adapter).prepare(inputs, generating=True)
+        Pipeline(HiRED(0.3), adapter).prepare(inputs, for_generate=True)
     assert model_state() == before
 
 
 def test_too_few_images_raise(adapter: PlaceholderAdapter) -> None:
     inputs = build_inputs(adapter, [[(112, 112)], [(60, 160)]])
     with pytest.raises(ValueError, match=r"Image features and image tokens do not match|as a tensor of shape \[1, 2\]"):
-        Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, generating=True)
+        Pipeline(HiRED(0.3), adapter).prepare(inputs | {adapter.pixels: inputs[adapter.pixels][:-1]}, for_generate=True)
 
 
 def test_too_few_tiles_raise() -> None:
-    adapter = LlavaNextAdapter(LlavaNextAdapter.example().eval())
+    adapter = build_example(LlavaNextAdapter).adapter
     inputs = build_inputs(adapter, [[(112, 112)], [(112, 112)]])
     with pytest.raises(
         ValueError, match=r"pixel_values hold 2 images of \[4, 4\] tiles, but their layouts have \[5, 5\]"
     ):
         Pipeline(HiRED(0.3), adapter).prepare(
-            inputs | {"pixel_values": inputs["pixel_values"][:, :-1]}, generating=True
+            inputs | {"pixel_values": inputs["pixel_values"][:, :-1]}, for_generate=True
         )

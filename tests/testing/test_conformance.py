@@ -17,6 +17,7 @@ from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
 from tokenprune.testing.conformance import CHECKS, LAYERS, check_reducer
+from tokenprune.testing.examples import build_example, find_example
 
 
 @pytest.mark.parametrize(
@@ -250,12 +251,13 @@ def test_checks_do_not_change_the_global_random_state() -> None:
 @pytest.mark.parametrize("name", sorted(adapters()))
 def test_example_models_are_small_and_deterministic(name: str) -> None:
     kind = adapters()[name]
-    model, second_model = kind.example(), kind.example()
+    example, second_model = build_example(kind), find_example(kind).build_model()
+    model = example.adapter.model
     assert kind.matches(model)
     assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
     pairs = zip(model.parameters(), second_model.parameters(), strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
-    inputs = kind(model).example_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
+    inputs = example.build_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
     assert not kind.supports_transformers() or model(**inputs).logits.isfinite().all()
     assert dataclasses.is_dataclass(kind(model).llm)
 

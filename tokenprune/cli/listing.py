@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.image import APPLICATION_SIGNALS, TEXT_SIGNALS, Signal
@@ -26,6 +27,7 @@ from tokenprune.policies import (
 from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
 from tokenprune.saliency import SaliencyModel, resolve_attention_source
 from tokenprune.testing.conformance import Report
+from tokenprune.testing.examples import build_example
 
 Row = Mapping[str, str]
 
@@ -106,23 +108,35 @@ def _kind_of(component: type[Component]) -> str:
 
 
 def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return a row for each model family; the signals are read from the example model of the adapter."""
+    """Return a row for each model family; the signals are read from the example model of the adapter.
+
+    If a plug-in adapter has no example, its row names no signals.
+    """
     rows: list[Row] = []
     for name, adapter_class in sorted(adapters().items(), key=lambda item: item[1].family):
-        provides = adapter_class(adapter_class.example()).provides
+        provides = _read_signals(adapter_class)
         rows.append(
             {
                 "family": adapter_class.family,
                 "what": first_line(adapter_class),
                 "class": adapter_class.model_class,
                 "adapter": name,
-                "attention": resolve_attention_source("auto", provides),
+                "attention": resolve_attention_source("auto", provides) if provides else "",
                 "stages": ", ".join(["image"] * ("resolution" in provides) + ["projector"]),
                 "signals": ", ".join(sorted(provides - {"resolution"})),
                 "verified": describe_verification(name),
             }
         )
     return rows
+
+
+def _read_signals(adapter_class: type[Adapter]) -> frozenset[str]:
+    """Return the signals of the example model of an adapter; empty if it has no example."""
+    try:
+        adapter: Adapter = build_example(adapter_class).adapter
+    except LookupError:
+        return frozenset()
+    return adapter.provides
 
 
 def describe_verification(adapter: str) -> str:

@@ -84,7 +84,7 @@ def resolve_strategy(name: str, classes: Mapping[str, type[TokenReducer]]) -> st
         LookupError: if there is no such strategy or preset.
     """
     if is_resolved(name):
-        cls = import_class(name, TokenReducer)  # type: ignore[type-abstract]
+        cls = import_class(name, TokenReducer)
         return format_class(cls) if cls else name
     class_name, _, preset = name.partition(".")
     strategy = find_class(class_name, classes, "strategy")
@@ -146,7 +146,7 @@ def load_classes(plugins: Iterable[str]) -> tuple[dict[str, type[TokenReducer]],
     """
     strategy_classes, component_classes = dict(strategies()), dict(components())
     for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
-        _add_classes(strategy_classes, module, TokenReducer)  # type: ignore[type-abstract]
+        _add_classes(strategy_classes, module, TokenReducer)
         _add_classes(component_classes, module, Component)
     return strategy_classes, component_classes
 

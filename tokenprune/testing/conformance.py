@@ -31,6 +31,7 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.testing.encoded_images import random_encoded_image
+from tokenprune.testing.examples import Example, build_example, find_example
 
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
 """The vision tower of synthetic images; it is as deep as CLIP-L, so that the layer numbers of strategies are valid."""
@@ -334,48 +335,69 @@ def _reload_from_config(reducer: TokenReducer) -> TokenReducer:
     return restored
 
 
-def _list_fitting_adapters(reducer: TokenReducer, families: Collection[str] | None) -> list[Adapter]:
-    """Return the adapters that provide the signals of a strategy, each bound to its example model.
+def _list_adapters(families: Collection[str] | None) -> list[type[Adapter]]:
+    """Return the adapters of the families that work with the installed transformers; None means all families."""
+    classes = [kind for kind in adapters().values() if families is None or kind.family in families]
+    return [kind for kind in classes if kind.supports_transformers()]
+
+
+def _find_examples(families: Collection[str] | None) -> tuple[list[type[Example]], dict[str, str]]:
+    """Return the examples of the adapters of the families, and the error of each adapter without an example by name."""
+    examples, errors = list[type[Example]](), dict[str, str]()
+    for adapter_class in _list_adapters(families):
+        try:
+            examples.append(find_example(adapter_class))
+        except LookupError as error:
+            errors[adapter_class.__name__] = str(error)
+    return examples, errors
+
+
+def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | None) -> list[Example]:
+    """Return the examples whose adapters provide the signals of a strategy, each bound to a new model.
+
+    `check_reducer` reports adapters without an example.
 
     Raises:
-        NotApplicableError: if no adapter provides the signals.
+        NotApplicableError: if no adapter with an example provides the signals.
     """
-    classes = [kind for kind in adapters().values() if families is None or kind.family in families]
-    bound = (kind(kind.example()) for kind in classes if kind.supports_transformers())
-    fitting = [adapter for adapter in bound if not list_missing_signals(reducer, adapter)]
+    examples = [build_example(example.adapter_class) for example in _find_examples(families)[0]]
+    fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
     if not fitting:
-        raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
+        kinds = ", ".join(sorted({signal.kind for signal in reducer.needs}))
+        raise NotApplicableError(f"no adapter with an example model provides {kinds}")
     return fitting
 
 
-def _attach(reducer: TokenReducer, adapter: Adapter) -> AbstractContextManager[Run]:
+def _attach(reducer: TokenReducer, example: Example) -> AbstractContextManager[Run]:
     """Attach a strategy to an example model, with a question and a text tower if the strategy reads the question."""
+    model = example.adapter.model
     if not reducer.reads_question:
-        return reducer(adapter.model)
-    return replace(reducer, text_model=adapter.example_text_model())(adapter.model, question=QUESTION)
+        return reducer(model)
+    return replace(reducer, text_model=example.build_text_model())(model, question=QUESTION)
 
 
 def check_batch_invariance(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
     """Check that an image keeps the same tokens in a batch and in a call of its own, on every fitting model."""
     sizes = [(112, 112), (60, 160), (150, 50)]
-    for adapter in _list_fitting_adapters(reducer, families):
-        with torch.no_grad(), _attach(reducer, adapter) as batch_run:
-            adapter.model(**adapter.example_inputs([[sizes[0]], [sizes[1], sizes[2]]]))
+    for example in _list_fitting_examples(reducer, families):
+        adapter = example.adapter
+        with torch.no_grad(), _attach(reducer, example) as batch_run:
+            adapter.model(**example.build_inputs([[sizes[0]], [sizes[1], sizes[2]]]))
         for number, size in enumerate(sizes):
-            with torch.no_grad(), _attach(reducer, adapter) as single_run:
-                adapter.model(**adapter.example_inputs([[size]]))
+            with torch.no_grad(), _attach(reducer, example) as single_run:
+                adapter.model(**example.build_inputs([[size]]))
             action = f"ran an image on {adapter.model_class} in a call of its own and in a batch"
             require_equal(action, single_run.selections[0], batch_run.selections[number])
 
 
 def check_model_unchanged(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
     """Check that generation runs on every fitting model, and that the logits after the block are bit-identical."""
-    for adapter in _list_fitting_adapters(reducer, families):
-        inputs = adapter.example_inputs([[(112, 112)], [(60, 160)]])
+    for example in _list_fitting_examples(reducer, families):
+        adapter, inputs = example.adapter, example.build_inputs([[(112, 112)], [(60, 160)]])
         with torch.no_grad():
             before = adapter.model(**inputs).logits
             try:
-                with _attach(reducer, adapter):
+                with _attach(reducer, example):
                     suppress = [adapter.image_token_id]
                     options = {
                         "max_new_tokens": 2,
@@ -423,7 +445,8 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
         families: model families (``"llava_next"``, ...) whose example models run; None runs all families.
 
     Returns:
-        The report; print it, or read `Report.passed`.
+        The report; print it, or read `Report.passed`. It names the adapters without an example model, which no check
+        runs.
 
     Raises:
         ValueError: if a family is not known.
@@ -444,4 +467,5 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
             except Exception as error:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 results.append(Result(name, False, f"expected a selection, got {message}"))
+    results += [Result(f"runs on {name}", None, error) for name, error in _find_examples(families)[1].items()]
     return Report(type(reducer).__name__, tuple(results))

@@ -162,7 +162,7 @@ def encode_images(
     """
     if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
-    tokens, _, _ = adapter.run_tower(inputs, [layout] * batch, {}, truncated=True)
+    tokens = adapter.run_tower(inputs, [layout] * batch, {}).tokens
     return tokens.gather(KeptEntries.from_selections([selection] * batch))
 
 

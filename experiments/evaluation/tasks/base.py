@@ -98,4 +98,4 @@ class Task(Configurable, ABC):
 @cache
 def tasks() -> Mapping[str, type[Task]]:
     """Return all tasks by class name, plug-ins included."""
-    return collect_classes(TASKS, Task)  # type: ignore[type-abstract]
+    return collect_classes(TASKS, Task)

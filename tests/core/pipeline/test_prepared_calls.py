@@ -15,6 +15,7 @@ from tokenprune import Budget, EncodedImage, TileGeometry, align
 from tokenprune.adapter import adapters, find_adapter
 from tokenprune.pipeline import Pipeline, infer_attention_mask
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, SpatialPooling, VisionZip
+from tokenprune.testing.examples import build_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 
@@ -107,8 +108,8 @@ def test_layouts_need_no_encoding(name: str) -> None:
     adapter_class = adapters()[name]
     if not adapter_class.supports_transformers():
         pytest.skip("the unmodified model raises in the installed transformers")
-    adapter = adapter_class(adapter_class.example())
-    inputs = adapter.example_inputs([[(112, 112)], [(60, 112)]])
+    example = build_example(adapter_class)
+    adapter, inputs = example.adapter, example.build_inputs([[(112, 112)], [(60, 112)]])
     raising_hook = getattr(adapter, "tower", adapter.model).register_forward_pre_hook(lambda *_: 1 / 0)
     layouts = adapter.layouts(inputs)
     raising_hook.remove()

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state
-from tokenprune.adapter import adapters, find_adapter
+from tokenprune.adapter import adapters
 from tokenprune.pipeline import PreparedCall
 from tokenprune.strategies import HiRED
+from tokenprune.testing.examples import build_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 
 @pytest.mark.parametrize("name", ["LlavaNextAdapter", "Qwen2VLAdapter", "MllamaAdapter", "Phi4MultimodalAdapter"])
 def test_threads_share_one_attached_model(name: str) -> None:
-    model = adapters()[name].example().eval()
-    calls = [find_adapter(model).example_inputs([[size]]) for size in [(112, 112), (56, 112), (112, 56), (56, 56)]]
-    suppressed = [find_adapter(model).image_token_id]
+    example = build_example(adapters()[name])
+    model = example.adapter.model
+    calls = [example.build_inputs([[size]]) for size in [(112, 112), (56, 112), (112, 56), (56, 56)]]
+    suppressed = [example.adapter.image_token_id]
 
     def compute_logits(index: int) -> Tensor:
         options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}

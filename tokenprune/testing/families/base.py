@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tokenprune.adapter import Adapter
+from tokenprune.testing.examples import find_example
 from tokenprune.testing.tiny_models import SENTENCES, random_image
 
 TILE, PATCH = 56, 14
@@ -27,7 +28,7 @@ class Family:
         processor: function that builds the real processor.
         tokens: special tokens of the config, by their name in the config (``"image_token_id"``, ...).
         image: placeholder of an image in a prompt.
-        example: function that builds the model whose config and weights are used; by default `Adapter.example`.
+        example: function that builds the model whose config and weights are used; by default the example of `adapter`.
         sizes: height x width in pixels of images for batches: a square image, and three images of other aspect ratios.
         spots: height x width in pixels of images that fill their tiles without a border, for the bright-spot checks.
         nested: whether the processor requires a list of images per prompt row.
@@ -69,7 +70,7 @@ class Family:
         Args:
             dtype: the dtype of the weights.
         """
-        example = (self.example or self.adapter.example)()
+        example = (self.example or find_example(self.adapter).build_model)()
         config, tokenizer = copy.deepcopy(example.config), self.tokenizer
         for level in (config, config.get_text_config()):
             if hasattr(level, "vocab_size"):  # some configs store it twice

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import AyaVisionProcessor, Cohere2VisionImageProcessor, Cohere2VisionProcessor, GotOcr2ImageProcessor
+import torch
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    AyaVisionProcessor,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
+    Cohere2VisionImageProcessor,
+    Cohere2VisionProcessor,
+    GotOcr2ImageProcessor,
+)
 
+from tokenprune.adapter import Adapter
 from tokenprune.models.aya_vision import AyaVisionAdapter
 from tokenprune.models.cohere2_vision import Cohere2VisionAdapter
+from tokenprune.testing.examples.configs import (
+    EXAMPLE_IMAGE,
+    build_llama_config,
+    build_siglip_config,
+    with_sharp_attention,
+)
+from tokenprune.testing.examples.tiled import TiledExample
 from tokenprune.testing.families.base import TILE, Family
 from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
@@ -40,6 +58,39 @@ def cohere2_vision() -> Any:
     """
     images = Cohere2VisionImageProcessor(**SIZES, patch_size=2)
     return Cohere2VisionProcessor(images, tokenizer(**SPECIAL), chat_template=TEMPLATE)
+
+
+class AyaVisionExample(TiledExample):
+    """The example of Aya Vision: 2 x 2 tokens a tile, of 4 x 4 patches."""
+
+    adapter_class: ClassVar[type[Adapter]] = AyaVisionAdapter
+
+    @classmethod
+    def build_model(cls) -> Any:
+        """Return a tiny Aya Vision."""
+        torch.manual_seed(0)
+        config = AyaVisionConfig(
+            vision_config=build_siglip_config(), text_config=build_llama_config(), image_token_index=EXAMPLE_IMAGE
+        )
+        return with_sharp_attention(AyaVisionForConditionalGeneration(config))
+
+
+class Cohere2VisionExample(TiledExample):
+    """The example of Command A Vision: 2 x 2 tokens a tile, of 4 x 4 patches."""
+
+    adapter_class: ClassVar[type[Adapter]] = Cohere2VisionAdapter
+
+    @classmethod
+    def build_model(cls) -> Any:
+        """Return a tiny Command A Vision."""
+        torch.manual_seed(0)
+        config = Cohere2VisionConfig(
+            vision_config=build_siglip_config(),
+            text_config=build_llama_config(),
+            image_token_id=EXAMPLE_IMAGE,
+            alignment_intermediate_size=64,
+        )
+        return with_sharp_attention(Cohere2VisionForConditionalGeneration(config))
 
 
 FAMILIES = [
