@@ -37,7 +37,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "tokenprune/pipeline.py": "counts the passes through a tower",
         "models/_capture/hooks.py": "captures signals while the tower runs",
         "models/_capture/truncated_tower.py": "ends the tower after the last required layer",
-        "models/_base/placeholder.py": "captures the inputs of the projector",
+        "models/_capture/vision_run.py": "captures the inputs of the projector",
         "models/mllama.py": "shortens the cross-attention mask during a call",
         "strategies/components/saliency_model.py": "places hooks on the saliency model",
     },

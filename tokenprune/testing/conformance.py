@@ -363,8 +363,7 @@ def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | No
     examples = [build_example(example.adapter_class) for example in _find_examples(families)[0]]
     fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
     if not fitting:
-        kinds = ", ".join(sorted({signal.kind for signal in reducer.needs}))
-        raise NotApplicableError(f"no adapter with an example model provides {kinds}")
+        raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
     return fitting
 
 
