@@ -152,7 +152,8 @@ class Pipeline:
         self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        self._batch = BatchReducer(reducer)
+        self.batch_reducer = BatchReducer(reducer)
+        """Applies the strategy to the images of a call."""
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -297,7 +298,7 @@ class Pipeline:
         row_of_image = prompts.find_rows(lengths)
         images, saliency_flops = self._add_attention(encoding)
         images = self._add_questions(images, inputs, row_of_image, len(placeholders))
-        reduction = self._batch.reduce(images)
+        reduction = self.batch_reducer.reduce(images)
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         entry_mask = pack_masks(reduction.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"

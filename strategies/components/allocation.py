@@ -97,7 +97,7 @@ class VisualContentAllocation(AllocationPolicy):
             candidates = torch.ones_like(attention, dtype=torch.bool)
             attention = top_of_image(attention[None], number, candidates[None])[0].double()
         coverage = base_tile_coverage(image.geometry.to(attention.device), self.region)
-        return coverage.double() @ attention
+        return (coverage * attention).sum(dim=1)
 
     @property
     def is_exact(self) -> bool:
