@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.models._base.tiled import TiledAdapter, grid_difference, thumbnail
+from tokenprune.models._base.tiled import TiledAdapter, grid_difference, thumbnails
 
 MAX_DIFFERENCE = 0.5
 """Largest difference, as a fraction of the variance of the base tile, at which crops belong to a base tile."""
@@ -104,5 +104,5 @@ def crop_difference(tiles: Tensor) -> float:
     Args:
         tiles: base tile and crops, `[tiles, 3, height, width]`.
     """
-    variance = float(thumbnail(tiles[0]).var(dim=(1, 2)).mean())
+    variance = float(thumbnails(tiles[:1])[0].var(dim=(1, 2)).mean())
     return grid_difference(tiles[1:], tiles[0], find_crop_grid(tiles)) / max(variance, 1e-6)

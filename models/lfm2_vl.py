@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import token_dim
-from tokenprune.models._base.tiled import TiledAdapter, find_grid, placeholder_spans, split_pairs
+from tokenprune.models._base.tiled import TiledAdapter, find_grids, placeholder_spans, split_pairs
+from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.signals import pool_patches
 from tokenprune.rewrite import TextSeparatorSide
 
@@ -51,7 +52,7 @@ class Lfm2VlAdapter(TiledAdapter):
             ValueError: if there is not one shape per tile.
         """
         shapes = self.input_tensor(inputs, "spatial_shapes", (len(inputs[self.pixels]), 2))
-        return [(int(height), int(width)) for height, width in shapes.tolist()]
+        return [(int(height), int(width)) for height, width in read_once(shapes).tolist()]
 
     def vision_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the vision inputs of a call; without padding the mask is None, because it is a required argument."""
@@ -111,7 +112,7 @@ class Lfm2VlAdapter(TiledAdapter):
             unpadded = [
                 tile[:, : rows * side, : cols * side] for tile, (rows, cols) in zip(tiles, image_sizes, strict=True)
             ]
-            tile_grid = find_grid(torch.stack(unpadded[:-1]), unpadded[-1]) if len(unpadded) > 1 else (0, 0)
+            tile_grid = find_grids([torch.stack(unpadded[:-1])], [unpadded[-1]])[0] if len(unpadded) > 1 else (0, 0)
             token_grid = (max(rows for rows, _ in image_sizes), max(cols for _, cols in image_sizes))
             layout = TileGeometry.tiled(tile_grid, token_grid, base_first=False)
             base_first = [image_sizes[-1], *image_sizes[:-1]]

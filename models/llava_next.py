@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from tokenprune.geometry import NEWLINE, TileGeometry, anyres_regions
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.vision_inputs import read_once
 
 
 class LlavaNextAdapter(PlaceholderAdapter):
@@ -43,7 +44,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
         pixels = inputs.get(self.pixels)
         images = len(pixels) if pixels is not None and pixels.dim() == 5 else None
         table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
-        sizes = [(int(height), int(width)) for height, width in table.tolist()]
+        sizes = [(int(height), int(width)) for height, width in read_once(table).tolist()]
         for size in set(sizes) - set(self._layouts_by_size):
             self._layouts_by_size[size] = self.layout(size)
         return [self._layouts_by_size[size] for size in sizes]

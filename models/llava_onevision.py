@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import ROW_SIGNALS, Signal
+from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models.llava_next import LlavaNextAdapter
 
 
@@ -45,7 +47,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         tiled, numbers = super().layouts(inputs), inputs.get("batch_num_images")
         if numbers is None:
             return tiled
-        is_tiled = [number == 1 for number in torch.as_tensor(numbers).tolist() for _ in range(number)]
+        is_tiled = [number == 1 for number in read_once(torch.as_tensor(numbers)).tolist() for _ in range(number)]
         single = TileGeometry.single(self.token_grid)
         single = replace(single, packed=torch.cat([single.packed, torch.tensor([NEWLINE])]))
         return [layout if has_tiles else single for layout, has_tiles in zip(tiled, is_tiled, strict=True)]
@@ -71,6 +73,7 @@ def canvas_tokens(layout: TileGeometry) -> Tensor:
     return layout.packed[layout.tokens :].view(layout.newlines, -1)[:, :-1]
 
 
+@lru_cache(maxsize=256)
 def shrink_layout(layout: TileGeometry, limit: int) -> TileGeometry:
     """Return the layout of an image after its canvas is shrunk to about the tokens of `limit` tiles.
 

@@ -21,6 +21,7 @@ from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import token_dim
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.hooks import replaced_forward
 
 
@@ -58,7 +59,7 @@ class MllamaAdapter(PlaceholderAdapter):
         """
         rows, images = inputs[self.pixels].shape[:2]
         ratios = self.tower.config.supported_aspect_ratios
-        ids = self.input_tensor(inputs, "aspect_ratio_ids", (rows, images))
+        ids = read_once(self.input_tensor(inputs, "aspect_ratio_ids", (rows, images)))
         if bool((ids > len(ratios)).any()):
             raise self.input_error(f"aspect_ratio_ids={ids.tolist()} exceed the {len(ratios)} known aspect ratios")
         return [(row, number, *ratios[int(ids[row, number]) - 1]) for row, number in ids.nonzero().tolist()]

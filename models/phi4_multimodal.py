@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.hooks import replaced_forward
 
 
@@ -71,8 +72,8 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         if patches % 2:
             raise ValueError(f"{patches} patches along a side are not a whole number of tokens of 2 x 2 patches")
         images, tiles = inputs[self.pixels].shape[:2]
-        masks = self.input_tensor(inputs, "image_attention_mask", (images, tiles, patches, patches)).bool().cpu()
-        sizes = self.input_tensor(inputs, "image_sizes", (images, 2)).tolist()
+        masks = read_once(self.input_tensor(inputs, "image_attention_mask", (images, tiles, patches, patches))).bool()
+        sizes = read_once(self.input_tensor(inputs, "image_sizes", (images, 2))).tolist()
         return [self.layout(size, mask) for size, mask in zip(sizes, masks, strict=True)]
 
     def layout(self, size: Sequence[int], mask: Tensor) -> TileGeometry:

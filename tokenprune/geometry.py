@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -86,6 +87,13 @@ class TileGeometry:
                 host._copies[packed.device] = copy
             host._copies[device] = host._copies[packed.device]
         return host._copies[device]
+
+    def share(self) -> TileGeometry:
+        """Return the same object for every equal layout, so that its index tables are computed and copied once."""
+        if self.host is not self or self.packed.device.type != "cpu":
+            return self
+        contents = (tensor.contiguous().numpy().tobytes() for tensor in (self.regions.float(), self.packed.long()))
+        return _shared_layout(self.tile_grid, self.token_grid, *contents)
 
     @cached_property
     def _copies(self) -> dict[torch.device, TileGeometry]:
@@ -263,6 +271,15 @@ class TileGeometry:
         newline = torch.full((index.shape[0], 1), NEWLINE)
         packed = torch.cat([torch.arange(math.prod(token_grid)), torch.cat([index, newline], dim=1).flatten()])
         return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
+
+
+@lru_cache(maxsize=256)
+def _shared_layout(
+    tile_grid: tuple[int, int], token_grid: tuple[int, int], regions: bytes, packed: bytes
+) -> TileGeometry:
+    """Return a layout from the contents of its tensors."""
+    tensors = torch.from_numpy(np.frombuffer(regions, dtype=np.float32).reshape(-1, 4).copy())
+    return TileGeometry(tile_grid, token_grid, tensors, torch.from_numpy(np.frombuffer(packed, dtype=np.int64).copy()))
 
 
 def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

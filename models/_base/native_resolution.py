@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -41,7 +42,7 @@ class MergedPatchesAdapter(PlaceholderAdapter):
             ValueError: if the grids are missing or do not fit the patches.
         """
         self.check_inputs(inputs)
-        grids = self.input_tensor(inputs, "image_grid_thw", (None, 3)).tolist()
+        grids = read_once(self.input_tensor(inputs, "image_grid_thw", (None, 3))).tolist()
         patches = sum(times * rows * cols for times, rows, cols in grids)
         if patches != len(inputs[self.pixels]):
             raise self.input_error(
@@ -117,7 +118,7 @@ class PixtralTowerAdapter(PlaceholderAdapter):
         if inputs.get("image_sizes") is None:
             return [(height, width)] * images
         table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
-        sizes = [(int(rows), int(cols)) for rows, cols in table.tolist()]
+        sizes = [(int(rows), int(cols)) for rows, cols in read_once(table).tolist()]
         if any(rows > height or cols > width for rows, cols in sizes):
             raise self.input_error(f"image_sizes={sizes} exceed the {height} x {width} pixels of {self.pixels}")
         return sizes

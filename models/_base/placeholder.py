@@ -40,6 +40,7 @@ from tokenprune.models._base.vision_inputs import (
 from tokenprune.models._capture.hooks import Tower
 from tokenprune.models._capture.signals import (
     align_signals,
+    base_first_order,
     is_captured,
     list_captured_signals,
     pool_patches,
@@ -97,7 +98,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     ) -> Encoding:
         """Run the vision side once and return the encoded images with the required signals."""
         self.check_select_strategy(inputs)
-        feature_layer, layouts = self.feature_layer(inputs), self.layouts(inputs)
+        feature_layer, layouts = self.feature_layer(inputs), [layout.share() for layout in self.layouts(inputs)]
         kinds_by_layer = list_captured_signals(needs, len(self.tower_layers), feature_layer)
 
         def align(features: Tensor) -> Tensor:
@@ -229,13 +230,16 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             return []
         if self.one_sequence:
             values = split_sequence(kind, captured, layouts, self.pooling, self.sequence_order(inputs))
-        else:
-            values = list(torch.cat(list(captured)).split([layout.tiles for layout in layouts]))
-        ordered = values if self.base_first else [value.roll(1, 0) for value in values]
-        return [
-            pool_patches(kind, value, layout.token_grid, self.pooling, self.patch_order)
-            for value, layout in zip(ordered, layouts, strict=True)
-        ]
+            return [self._pool(kind, value, layout) for value, layout in zip(values, layouts, strict=True)]
+        lengths = tuple(layout.tiles for layout in layouts)
+        tiles = captured[0] if len(captured) == 1 else torch.cat(list(captured))
+        tiles = tiles if self.base_first else tiles[base_first_order(lengths, tiles.device)]
+        if len({layout.token_grid for layout in layouts}) == 1:  # pool the tiles of all images together
+            return list(self._pool(kind, tiles, layouts[0]).split(lengths))
+        return [self._pool(kind, value, layout) for value, layout in zip(tiles.split(lengths), layouts, strict=True)]
+
+    def _pool(self, kind: str, value: Tensor, layout: TileGeometry) -> Tensor:
+        return pool_patches(kind, value, layout.token_grid, self.pooling, self.patch_order)
 
     def can_leave_early(self, inputs: Mapping[str, Any], needs: Sequence[Signal]) -> bool:
         """Return whether the tower can be left after the last required layer.
@@ -314,7 +318,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
-        layouts, device = self.layouts(inputs), inputs[self.pixels].device
+        layouts, device = [layout.share() for layout in self.layouts(inputs)], inputs[self.pixels].device
         tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
         images = build_images(
             layouts,

@@ -11,6 +11,7 @@ from the processor, each tile that its text does not group counts as one image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
+from tokenprune.models._base.vision_inputs import read_once
 
 THUMBNAIL_SIDE = 32
 """Side in pixels to which tiles and base tile are shrunk for comparison."""
@@ -48,10 +50,10 @@ class TiledAdapter(PlaceholderAdapter):
         """
         self.check_inputs(inputs)
         parts = self.all_tiles(inputs).split(self.tiles_per_image(inputs))
-        grids = [
-            grid if len(tiles) == 1 + grid[0] * grid[1] else self.find_grid(tiles)
-            for tiles, grid in zip(parts, self.grids(inputs, parts), strict=True)
-        ]
+        grids = self.grids(inputs, parts)
+        wrong = [n for n, (rows, cols) in enumerate(grids) if len(parts[n]) != 1 + rows * cols]
+        for number, grid in zip(wrong, self.find_grids([parts[number] for number in wrong]), strict=True):
+            grids[number] = grid
         return [self.layout(tiles, grid) for tiles, grid in zip(parts, grids, strict=True)]
 
     def layout(self, tiles: Tensor, grid: tuple[int, int]) -> TileGeometry:
@@ -70,16 +72,17 @@ class TiledAdapter(PlaceholderAdapter):
             inputs: the model inputs of the call.
             parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
         """
-        return [self.find_grid(tiles) for tiles in parts]
+        return self.find_grids(parts)
 
-    def find_grid(self, tiles: Tensor) -> tuple[int, int]:
-        """Return rows x cols of the sub-images of an image, from its pixels.
+    def find_grids(self, parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Return rows x cols of the sub-images of each image, from its pixels.
 
         Args:
-            tiles: its tiles in the model's order, `[tiles, 3, height, width]`.
+            parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
         """
-        ordered = tiles if self.base_first else tiles.roll(1, 0)
-        return find_grid(ordered[1:], ordered[0])
+        if self.base_first:
+            return find_grids([tiles[1:] for tiles in parts], [tiles[0] for tiles in parts])
+        return find_grids([tiles[:-1] for tiles in parts], [tiles[-1] for tiles in parts])
 
     def ids_after(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[list[int]]:
         """Return the token id after each tile of each image; the placeholder id if the next tile follows directly."""
@@ -140,7 +143,7 @@ class TiledAdapter(PlaceholderAdapter):
         """
         ids: Tensor | None = inputs.get("input_ids")
         if ids is not None:
-            return ids.cpu()
+            return read_once(ids)
         placeholders, embeds = self.placeholders(inputs), inputs["inputs_embeds"]
         ids = torch.full(placeholders.shape, self.image_token_id, device=embeds.device)
         ids[~placeholders] = recover_ids(embeds[~placeholders], self.model.get_input_embeddings())
@@ -274,25 +277,46 @@ def hash_rows(vectors: Tensor) -> Tensor:
     return (bits * factors * 0x1E3779B97F4A7C15).sum(dim=1)
 
 
-def find_grid(tiles: Tensor, base: Tensor) -> tuple[int, int]:
-    """Return rows x cols of the sub-images of an image: the grid that, shrunk, differs least from the base tile.
+def find_grids(sub_images: Sequence[Tensor], base_tiles: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return rows x cols of the sub-images of each image: the grid that, shrunk, differs least from the base tile.
+
+    Images with equally many sub-images are compared together, and the differences are read from the device at once.
 
     Args:
-        tiles: the sub-images in row-major order, `[sub_images, 3, height, width]`.
-        base: the base tile, `[3, height, width]`.
+        sub_images: the sub-images of each image in row-major order, `[sub_images, 3, height, width]` each.
+        base_tiles: the base tile of each image, `[3, height, width]`.
 
     Returns:
-        The grid. If several grids are equal (an image of one color), the most square grid; (0, 0) if there are no
+        The grids. If several grids are equal (an image of one color), the most square grid; (0, 0) if there are no
         sub-images.
     """
-    number = len(tiles)
-    if number == 0:
-        return 0, 0
+    candidates = [list_grids(len(tiles)) for tiles in sub_images]
+    result = [grids[0] for grids in candidates]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, tiles in enumerate(sub_images):
+        if len(candidates[number]) > 1:
+            groups.setdefault(tuple(tiles.shape), []).append(number)
+    differences = []
+    for numbers in groups.values():
+        tiles = torch.stack([sub_images[number] for number in numbers])
+        base = torch.stack([base_tiles[number] for number in numbers])
+        columns = [grid_differences(tiles, base, grid) for grid in candidates[numbers[0]]]
+        differences.append(torch.stack(columns, dim=1).flatten())
+    values = iter(torch.cat(differences).tolist() if differences else ())
+    for number in (number for numbers in groups.values() for number in numbers):
+        by_grid = list(islice(values, len(candidates[number])))
+        result[number] = candidates[number][by_grid.index(min(by_grid))]
+    return result
+
+
+def list_grids(number: int) -> list[tuple[int, int]]:
+    """Return all rows x cols with a number of cells, the most square grid first; (0, 0) for no cells.
+
+    Args:
+        number: number of cells.
+    """
     grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
-    if len(grids) == 1:
-        return grids[0]
-    by_squareness = sorted(grids, key=lambda grid: abs(grid[0] - grid[1]))
-    return min(by_squareness, key=lambda grid: grid_difference(tiles, base, grid))
+    return sorted(grids, key=lambda grid: abs(grid[0] - grid[1])) or [(0, 0)]
 
 
 def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float:
@@ -303,10 +327,25 @@ def grid_difference(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> float
         base: the base tile, `[3, height, width]`.
         grid: rows x cols of the sub-images.
     """
-    canvas = rearrange(tiles, "(rows cols) c h w -> c (rows h) (cols w)", rows=grid[0])
-    return float((thumbnail(canvas) - thumbnail(base)).square().mean())
+    return float(grid_differences(tiles[None], base[None], grid))
 
 
-def thumbnail(image: Tensor) -> Tensor:
-    """Return an image shrunk to `THUMBNAIL_SIDE` pixels a side, `[3, height, width]` to `[3, side, side]`."""
-    return F.interpolate(image[None].float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="bilinear", antialias=True)[0]
+def grid_differences(tiles: Tensor, base: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return `grid_difference` of several images, float32 `[images]`.
+
+    Args:
+        tiles: the sub-images of each image in row-major order, `[images, sub_images, 3, height, width]`.
+        base: the base tile of each image, `[images, 3, height, width]`.
+        grid: rows x cols of the sub-images.
+    """
+    canvas = rearrange(tiles, "images (rows cols) c h w -> images c (rows h) (cols w)", rows=grid[0])
+    return (thumbnails(canvas) - thumbnails(base)).square().mean(dim=(1, 2, 3))
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Return images shrunk to `THUMBNAIL_SIDE` pixels a side, `[images, 3, side, side]`.
+
+    Args:
+        images: `[images, 3, height, width]`.
+    """
+    return F.interpolate(images.float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="bilinear", antialias=True)

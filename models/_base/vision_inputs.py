@@ -9,9 +9,32 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils.generic import ModelOutput
 
 from tokenprune.adapter import FeatureInputs
+
+_VALUES = WeakTensorKeyDictionary()
+"""The values of model inputs that were read from a device, with the version of the tensor."""
+
+
+def read_once(tensor: Tensor) -> Tensor:
+    """Return a model input on the CPU; the values of a tensor are read from its device once.
+
+    Layouts are computed several times in a call, and each read would make the host wait for the device.
+
+    Args:
+        tensor: a model input.
+    """
+    if tensor.device.type == "cpu" or tensor.is_inference():  # inference tensors do not count modifications
+        return tensor.cpu()
+    version: int | None
+    values: Tensor
+    version, values = _VALUES.get(tensor, (None, tensor))
+    if version != tensor._version:
+        values = tensor.cpu()
+        _VALUES[tensor] = (tensor._version, values)
+    return values
 
 
 def list_feature_parameters(model: Any, modality: Literal["image", "video"]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from einops import rearrange, reduce
@@ -72,6 +73,19 @@ def split_sequence(
     if order is not None:
         sequence = sequence.index_select(dim, order.to(sequence.device))
     return list(sequence.split([layout.tokens * patches for layout in layouts], dim))
+
+
+@lru_cache(maxsize=256)
+def base_first_order(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the indices that move the last tile of each image, its base tile, before its other tiles, `[tiles]`.
+
+    Args:
+        lengths: number of tiles of each image.
+        device: the device of the table.
+    """
+    with torch.inference_mode(False):  # a later call may record gradients
+        tiles = torch.arange(sum(lengths)).split(lengths)
+        return torch.cat([part.roll(1) for part in tiles]).to(device)
 
 
 def pool_patches(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, order: str) -> Tensor:

@@ -44,12 +44,12 @@ def run_plain(images: int) -> EmulatedDevice:
 
 def run_reduced(reducer: TokenReducer, images: int) -> tuple[EmulatedDevice, Any]:
     """Return the counts of a call after the first ones, which copy tables and keep pixels for drawing, and the run."""
-    inputs = to_device(dict(batch("llava_next", *[[(112, 112)]] * images)))
+    inputs = dict(batch("llava_next", *[[(112, 112)]] * images))
     with torch.no_grad(), EmulatedDevice(), reducer(load_model()) as run:
         for _ in range(1 + DRAWABLE // images):
-            load_model()(**inputs)
+            load_model()(**to_device(inputs))
         with EmulatedDevice() as device:
-            load_model()(**inputs)
+            load_model()(**to_device(inputs))
     return device, run
 
 
