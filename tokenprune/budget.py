@@ -213,7 +213,7 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Te
     Part i gets ``min(capacity_i, level * weight_i)`` before rounding. If parts are filled in the order of ``capacity /
     weight`` and the first k are full, the others need the level ``(total - their capacities) / (remaining weights)``;
     the right level is the largest of these. The arithmetic is float64 instead of exact fractions. Remainders that
-    differ by less than 1e-9 count as equal, and weights below 1e-30 of the largest weight count as zero.
+    differ by less than 1e-9 count as equal, and weights below 1e-200 of the largest weight count as zero.
 
     Args:
         total: units to divide; units beyond the sum of the capacities are dropped.
@@ -224,9 +224,10 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Te
         Units per part, int64 `[parts]`.
     """
     total, limit = min(total, sum(capacity)), as_device_tensor(tuple(capacity), weights.device)
-    real_limit, weights = limit.double(), weights.double()
+    real_limit = limit.double()
+    weights = weights.double() * as_device_tensor(tuple(int(units > 0) for units in capacity), weights.device)
     weights = weights / weights.amax().clamp(min=torch.finfo(torch.float64).tiny)
-    weights = torch.add(weights, real_limit, alpha=1e-30) + 1e-60  # parts of weight zero share by capacity, at the end
+    weights = torch.add(weights, real_limit, alpha=1e-200) + 1e-260  # parts of weight zero share by capacity, at the end
     order = (real_limit / weights).argsort(stable=True)
     limit_in_order, weight_in_order = real_limit[order], weights[order]
     units_left = total - (limit_in_order.cumsum(dim=0) - limit_in_order)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,8 +59,10 @@ def make_image(geometry: TileGeometry, seed: int = 0, device: str = "cpu") -> En
 
 @given(
     total=st.integers(0, 300),
-    parts=st.lists(st.tuples(st.floats(0, 1, allow_subnormal=False), st.integers(0, 60)), min_size=1, max_size=12),
+    parts=st.lists(st.tuples(st.just(0.0) | st.floats(1e-150, 1), st.integers(0, 60)), min_size=1, max_size=12),
 )
+@example(total=2, parts=[(0.0, 6), (1.0, 0), (1e-140, 2)])
+@example(total=7, parts=[(0.0, 6), (1.0, 1), (1e-140, 2), (0.0, 3)])
 def test_apportion_tensor_equals_apportion_up_to_rounding(total: int, parts: list[tuple[float, int]]) -> None:
     weights, capacity = (list(column) for column in zip(*parts, strict=True))
     shares = apportion_tensor(total, torch.tensor(weights, dtype=torch.float64), capacity)
