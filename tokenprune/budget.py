@@ -227,7 +227,8 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Te
     real_limit = limit.double()
     weights = weights.double() * as_device_tensor(tuple(int(units > 0) for units in capacity), weights.device)
     weights = weights / weights.amax().clamp(min=torch.finfo(torch.float64).tiny)
-    weights = torch.add(weights, real_limit, alpha=1e-200) + 1e-260  # parts of weight zero share by capacity, at the end
+    # Parts of weight zero share by capacity, after all other parts are full.
+    weights = torch.add(weights, real_limit, alpha=1e-200) + 1e-260
     order = (real_limit / weights).argsort(stable=True)
     limit_in_order, weight_in_order = real_limit[order], weights[order]
     units_left = total - (limit_in_order.cumsum(dim=0) - limit_in_order)
