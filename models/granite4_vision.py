@@ -66,7 +66,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         return [torch.cat(image_levels, dim=-1) for image_levels in zip(*levels, strict=True)]
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the kept features of every level."""
         kept = [features for features in packed if len(features)]

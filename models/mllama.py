@@ -116,7 +116,7 @@ class MllamaAdapter(PlaceholderAdapter):
         ]
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return the padded kept keys in place of the pixels, `[rows, images, keys, dim]`, and the context of the call.
 
@@ -126,12 +126,12 @@ class MllamaAdapter(PlaceholderAdapter):
         grids, (rows, images) = self.grids(inputs), inputs["aspect_ratio_ids"].shape
         times = len(packed) // len(grids)
         shared = {name: inputs[name].repeat_interleave(times, dim=0) for name in self.image_inputs - {self.pixels}}
-        places = [torch.arange(len(keys), device=keys.device) for keys in packed] if places is None else places
+        positions = [torch.arange(len(keys), device=keys.device) for keys in packed] if positions is None else positions
         keys_by_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows * times)]
-        for number, (keys, positions) in enumerate(zip(packed, places, strict=True)):
+        for number, (keys, kept) in enumerate(zip(packed, positions, strict=True)):
             row, image, _, _ = grids[number % len(grids)]
             first = image * self.tower.config.max_num_tiles * self.keys_per_tile
-            tile, in_tile = positions // self.keys_per_tile, positions % self.keys_per_tile
+            tile, in_tile = kept // self.keys_per_tile, kept % self.keys_per_tile
             column = first + tile * self.keys_per_tile + (in_tile + 1) % self.keys_per_tile
             keys_by_row[row * times + number // len(grids)].append((keys, column))
         lengths = [sum(len(keys) for keys, _ in parts) for parts in keys_by_row]

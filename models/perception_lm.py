@@ -52,7 +52,7 @@ class PerceptionLMAdapter(TiledAdapter):
         return [tiles] * images
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return `mm_encoder_outputs` in an output object that chunked prefill can slice, unlike the object of timm."""
-        return super().features_to_inputs(replace(encoding, outputs=None), packed, places)
+        return super().features_to_inputs(replace(encoding, outputs=None), packed, positions)

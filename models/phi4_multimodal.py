@@ -113,7 +113,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter):
         return list(inputs[self.pixels])
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return kept features in place of the pixels, `[1, kept, dim]`, and the context in which they are accepted."""
         features = torch.cat(packed)

@@ -19,17 +19,17 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the kept features of every level."""
-        features = super().features_to_inputs(encoding, packed, places)
+        features = super().features_to_inputs(encoding, packed, positions)
         outputs = features.inputs.get("mm_encoder_outputs", {}).get("image")
         if outputs is not None:
-            places = [torch.arange(len(tokens)) for tokens in packed] if places is None else places
+            positions = [torch.arange(len(tokens)) for tokens in packed] if positions is None else positions
             levels = [
                 [
                     tokens[kept.to(tokens.device)]
-                    for tokens, kept in zip(list(level) * encoding.repeats, places, strict=True)
+                    for tokens, kept in zip(list(level) * encoding.repeats, positions, strict=True)
                     if len(kept)
                 ]
                 for level in outputs.deepstack_features

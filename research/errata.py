@@ -116,9 +116,9 @@ def list_deviations() -> list[Deviation]:
     order = VisionZip.release().order
     cosine = TextRelevance(sign="aligned")
     uniform = UniformAllocation(rounding="floor")
-    positions = DenseTextRelevance(words=0.2, text="positions", sign="aligned")
-    released = replace(positions, sharpness=0.01 + 1e-6, among="all")
-    few_words, squared = DenseTextRelevance(words=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
+    positions = DenseTextRelevance(word_share=0.2, text="positions", sign="aligned")
+    released = replace(positions, weight_temperature=0.01 + 1e-6, among="all")
+    few_words, squared = DenseTextRelevance(word_share=0.2, sign="aligned"), DenseTextRelevance(power=2, sign="aligned")
     return [
         *deviations_of(
             HiRED(),

@@ -64,9 +64,9 @@ class DenseTextRelevance(RelevancePolicy):
     Args:
         layer: layer of the vision tower whose tokens are compared.
         temperature: temperature of the softmax over visual tokens (tau).
-        sharpness: temperature of the weights of text tokens (gamma).
-        words: share of the text tokens that are used, in the order of entropy, lowest first (q).
-        whole: weight of the similarity to the full question (mu), against the similarity to its words.
+        weight_temperature: temperature of the weights of text tokens (gamma).
+        word_share: share of the text tokens that are used, lowest entropy first (q).
+        global_weight: weight of the similarity to the full question (mu), against the similarity to its words.
         sigma: standard deviation of the Gaussian in tokens.
         power: exponent of the result (beta).
         sign: ``"opposite"`` or ``"aligned"``, see `TextRelevance`.
@@ -78,9 +78,9 @@ class DenseTextRelevance(RelevancePolicy):
 
     layer: LayerChoice = "feature"
     temperature: float = 0.01
-    sharpness: float = 0.01
-    words: float = 0.5
-    whole: float = 0.5
+    weight_temperature: float = 0.01
+    word_share: float = 0.5
+    global_weight: float = 0.5
     sigma: float = 1.0
     power: float = 1.0
     sign: Literal["opposite", "aligned"] = "opposite"
@@ -102,7 +102,7 @@ class DenseTextRelevance(RelevancePolicy):
         global_similarity = sign * (tokens @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
         segments = image.question_tokens()[None] if self.text == "words" else image.question_positions()
         dense_similarity = torch.stack([self._dense_similarity(tokens, words, valid) for words in segments]).mean(dim=0)
-        similarity = self.whole * global_similarity + (1 - self.whole) * dense_similarity
+        similarity = self.global_weight * global_similarity + (1 - self.global_weight) * dense_similarity
         importance = rescale_to_unit(similarity, valid) * valid
         return smooth_maps(importance, image.geometry.token_grid, self.sigma) ** self.power
 
@@ -117,9 +117,9 @@ class DenseTextRelevance(RelevancePolicy):
         similarity = SIGNS[self.sign] * (tokens @ F.normalize(words, dim=-1).T)  # [tiles, tokens, words]
         log_p = (similarity / self.temperature).masked_fill(~valid[..., None], -torch.inf).log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p.masked_fill(~valid[..., None], 0.0)).sum(dim=1)  # [tiles, words]
-        number = max(1, int(entropy.shape[1] * self.words))
+        number = max(1, int(entropy.shape[1] * self.word_share))
         low_entropy = entropy.masked_fill(entropy > entropy.kthvalue(number, dim=1, keepdim=True)[0], torch.inf)
-        weights = (-low_entropy / self.sharpness).softmax(dim=1)
+        weights = (-low_entropy / self.weight_temperature).softmax(dim=1)
         return (similarity * weights[:, None]).sum(dim=-1)
 
 
@@ -179,7 +179,7 @@ class EADP(ComponentReducer):
             text_model: CLIP checkpoint of the vision tower.
         """
         # The release adds 1e-6 to the temperature of the weights.
-        relevance = DenseTextRelevance(sharpness=0.01 + 1e-6, words=0.2, text="positions", among="all")
+        relevance = DenseTextRelevance(weight_temperature=0.01 + 1e-6, word_share=0.2, text="positions", among="all")
         return cls(
             budget,
             newlines="drop",

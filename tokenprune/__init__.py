@@ -62,7 +62,7 @@ _MODULES = {
     "Selection": "selection",
     "SelectionPolicy": "policies",
     "Signal": "image",
-    "TileGeometry": "image",
+    "TileGeometry": "geometry",
     "TokenAccount": "account",
     "TokenReducer": "reducer",
     "align": "rewrite",

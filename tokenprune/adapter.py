@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.entries import KeptEntries
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.packing import KeptPositions
 from tokenprune.registry import collect_classes, list_subclasses
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
@@ -62,11 +62,11 @@ class VisualTokens(ABC):
         """Return all tokens of each image, newline tokens included, `[length, dim]` each."""
 
     @abstractmethod
-    def gather(self, entries: KeptEntries) -> list[Tensor]:
+    def gather(self, kept_positions: KeptPositions) -> list[Tensor]:
         """Return the kept tokens of each image, newline tokens included, `[kept, dim]` each.
 
         Args:
-            entries: the kept entries of the packed images.
+            kept_positions: the kept positions of all images.
         """
 
 
@@ -84,15 +84,15 @@ class PackedTokens(VisualTokens):
         """Return all tokens of each image, `[length, dim]` each."""
         return self.packed
 
-    def gather(self, entries: KeptEntries) -> list[Tensor]:
+    def gather(self, kept_positions: KeptPositions) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each."""
         packed = self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed)
-        return list(packed[entries.index.to(packed.device)].split(entries.lengths))
+        return list(packed[kept_positions.index.to(packed.device)].split(kept_positions.lengths))
 
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """The encoded images of one call, in the order of their places in the prompt.
+    """The encoded images of one call, in the order of the prompts.
 
     Args:
         images: the input of a strategy, one per image.
@@ -117,15 +117,15 @@ class Encoding:
         """All visual tokens of each image, newline tokens included, `[length, dim]` each."""
         return self.tokens.all() * self.repeats
 
-    def gather_kept(self, entries: KeptEntries) -> list[Tensor]:
+    def gather_kept(self, kept_positions: KeptPositions) -> list[Tensor]:
         """Return the kept tokens of each image, newline tokens included, `[kept, dim]` each.
 
         Args:
-            entries: the kept entries of the packed images.
+            kept_positions: the kept positions of all images.
         """
         if self.repeats == 1:
-            return self.tokens.gather(entries)
-        return PackedTokens(self.packed).gather(entries)
+            return self.tokens.gather(kept_positions)
+        return PackedTokens(self.packed).gather(kept_positions)
 
     def repeat(self, times: int) -> Encoding:
         """Return the encoding with its list of images repeated, for several questions about them."""
@@ -321,15 +321,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return model inputs with the given features in place of the vision inputs.
 
         Args:
             encoding: the result of `encode`.
             packed: the kept features of each image, `[kept, dim]` each.
-            places: the position of each kept feature in its packed image, `[kept]` each. It indexes further data that
-                the model stores per position. None means all positions in order.
+            positions: the position of each kept feature in its packed image, `[kept]` each. It indexes further data
+                that the model stores per position. None means all positions in order.
         """
 
     def complete_inputs(self, encoding: Encoding) -> FeatureInputs:

@@ -122,7 +122,7 @@ class Attachment:
         """
         self._remove()
         if self._run is not None:
-            self._run.raise_faults()
+            self._run.raise_failed_checks()
 
     def _remove(self) -> None:
         undo, self._undo, self.pipeline = self._undo, None, None
@@ -145,7 +145,7 @@ class Attachment:
         """Detach the strategy, and warn if no image was reduced."""
         self._remove()
         if kind is None:
-            self.run.raise_faults()
+            self.run.raise_failed_checks()
         if kind is None and self.run.account.image_count == 0:
             message = (
                 f"{type(self._reducer).__name__} was attached, but no image went through the model inside the block, "

@@ -1,4 +1,4 @@
-"""Reduces the images of a call: images of one layout together, so that the work on the host does not grow with them.
+"""Applies a strategy to all images of a call; images of one layout are reduced in one vectorized call.
 
 A strategy selects the tokens of one image. `torch.vmap` runs the same function on several images at once. If a strategy
 reads values from the device (`tolist`, `nonzero`, ...), its images are reduced one after another.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenprune.faults import Fault, collect_faults, report_fault
+from tokenprune.checks import DeferredCheck, defer_checks, raise_if
 from tokenprune.image import EncodedImage, SignalKey
 from tokenprune.selection import TENSOR_FIELDS, MaskCount, Selection
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 class _FeaturesReadError(Exception):
-    """A strategy read the features of an image, which were not computed."""
+    """A strategy read the features of an image inside a vectorized call without features."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reduction:
-    """The selections of the images of a call, and the checks that are not read so far.
+class BatchSelection:
+    """The selections of the images of a call, and the deferred checks of them.
 
     Args:
         selections: one selection per image.
-        faults: the checks of the selections.
+        checks: the checks of the selections, not read from the device.
     """
 
     selections: list[Selection]
-    faults: list[Fault]
+    checks: list[DeferredCheck]
 
 
-class BatchReducer:
-    """Applies a strategy to the images of a call.
+class BatchSelector:
+    """Selects the tokens of all images of a call with one strategy.
 
     Args:
         reducer: the strategy.
@@ -50,33 +50,33 @@ class BatchReducer:
         self._supports_vmap = True
         self._reads_features = False
 
-    def reduce(self, images: Sequence[EncodedImage]) -> Reduction:
-        """Return the selection of each image; an image that occurs several times is reduced once.
+    def select(self, images: Sequence[EncodedImage]) -> BatchSelection:
+        """Return the selections of all images; an image that occurs several times is reduced once.
 
         Args:
             images: the encoded images.
         """
         selections: dict[EncodedImage, Selection] = {}
-        with collect_faults() as faults:
+        with defer_checks() as checks:
             for group in group_images(dict.fromkeys(images)):
                 selections.update(zip(group, self._reduce_group(group), strict=True))
-        return Reduction([selections[image] for image in images], faults)
+        return BatchSelection([selections[image] for image in images], checks)
 
     def _reduce_group(self, images: list[EncodedImage]) -> list[Selection]:
         """Return the selections of images with one layout and signals of one shape."""
         if len(images) == 1 or not self._supports_vmap:
             return [self.reducer.reduce(image) for image in images]
         try:
-            selections, flags = self._reduce_together(images)
+            selections, checks = self._reduce_together(images)
         except Exception:  # an operator without a batching rule, a read, or an error of the strategy
-            selections = [self.reducer.reduce(image) for image in images]  # raises the error of a strategy
+            selections = [self.reducer.reduce(image) for image in images]  # raises an error of the strategy
             self._supports_vmap = False
             return selections
-        for fault in flags:
-            report_fault(fault.flag.any(), fault.message)
+        for check in checks:
+            raise_if(check.failed.any(), check.message)
         return selections
 
-    def _reduce_together(self, images: list[EncodedImage]) -> tuple[list[Selection], list[Fault]]:
+    def _reduce_together(self, images: list[EncodedImage]) -> tuple[list[Selection], list[DeferredCheck]]:
         """Return the selections of images of one layout from one vectorized call, and the checks."""
         try:
             return self._vectorize(images, self._reads_features)
@@ -84,34 +84,36 @@ class BatchReducer:
             self._reads_features = True
             return self._vectorize(images, True)
 
-    def _vectorize(self, images: list[EncodedImage], reads_features: bool) -> tuple[list[Selection], list[Fault]]:
+    def _vectorize(
+        self, images: list[EncodedImage], reads_features: bool
+    ) -> tuple[list[Selection], list[DeferredCheck]]:
         template: list[tuple[Selection, dict[str, int | None], list[str]]] = []
 
         def reduce_image(tensors: Mapping[SignalKey, Tensor], features: Tensor | None) -> tuple[Any, list[Tensor]]:
             compute = _refuse_features if features is None else (lambda: features)
             image = replace(images[0], signals=tensors, compute_features=compute, pixels=None)
-            with collect_faults() as faults:
+            with defer_checks() as checks:
                 selection = self.reducer.reduce(image)
             counts = {"kept": selection.token_count, "newline_mask": selection.newline_count}
-            template.append((selection, counts, [fault.message for fault in faults]))
+            template.append((selection, counts, [check.message for check in checks]))
             fields = {name: getattr(selection, name) for name in TENSOR_FIELDS}
-            return {n: v for n, v in fields.items() if v is not None}, [fault.flag for fault in faults]
+            return {n: v for n, v in fields.items() if v is not None}, [check.failed for check in checks]
 
         signals = {key: torch.stack([image.signals[key] for image in images]) for key in images[0].signals}
         features = torch.stack([image.features for image in images]) if reads_features else None
         if signals or reads_features:
             in_dims = (0, 0 if reads_features else None)
-            tensors, flags = torch.vmap(reduce_image, in_dims=in_dims, randomness="same")(signals, features)
+            tensors, failures = torch.vmap(reduce_image, in_dims=in_dims, randomness="same")(signals, features)
             values = {name: value.unbind() for name, value in tensors.items()}
         else:  # the selection depends on the layout only
-            tensors, flags = reduce_image({}, None)
+            tensors, failures = reduce_image({}, None)
             values = {name: (value,) * len(images) for name, value in tensors.items()}
         selection, counts, messages = template[0]
         rebuilt = [
             _rebuild(selection, {name: parts[number] for name, parts in values.items()}, counts, image)
             for number, image in enumerate(images)
         ]
-        return rebuilt, [Fault(flag, message) for flag, message in zip(flags, messages, strict=True)]
+        return rebuilt, [DeferredCheck(failed, message) for failed, message in zip(failures, messages, strict=True)]
 
 
 def _refuse_features() -> Tensor:
@@ -121,16 +123,16 @@ def _refuse_features() -> Tensor:
 def _rebuild(
     template: Selection, tensors: Mapping[str, Tensor], counts: Mapping[str, int | None], image: EncodedImage
 ) -> Selection:
-    """Return the selection of one image of a group.
+    """Return the selection of one image of a group from the results of the vectorized call.
 
     Args:
         template: the selection inside the vectorized call.
         tensors: the tensors of the image by field.
-        counts: number of true entries of the masks, None if it is not known.
+        counts: number of true entries of each mask by field; None if the mask must be counted.
         image: the image.
     """
-    known = tuple(MaskCount.of(tensors[name], number) for name, number in counts.items() if number is not None)
-    changes: dict[str, Any] = {**tensors, "counts": known, "pixels": image.pixels}
+    mask_counts = tuple(MaskCount.of(tensors[name], number) for name, number in counts.items() if number is not None)
+    changes: dict[str, Any] = {**tensors, "counts": mask_counts, "pixels": image.pixels}
     return replace(template, **changes)
 
 
@@ -144,5 +146,5 @@ def group_images(images: Iterable[EncodedImage]) -> list[list[EncodedImage]]:
     for image in images:
         shapes = tuple(sorted((key, tuple(value.shape), str(value.dtype)) for key, value in image.signals.items()))
         depths = tuple(sorted(image.depths.items()))
-        groups.setdefault((image.geometry.host, shapes, depths, image.device), []).append(image)
+        groups.setdefault((image.geometry.original, shapes, depths, image.device), []).append(image)
     return list(groups.values())

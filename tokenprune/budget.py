@@ -155,7 +155,7 @@ def normalize_budget(value: Budget | float | int | str) -> Budget | float | int:
 
 
 def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> list[int]:
-    """Return the units of each part: ``total`` in proportion to ``weights``, at most ``capacity`` each.
+    """Divide ``total`` units over parts in proportion to ``weights``, at most ``capacity`` each.
 
     Largest remainder method (Hamilton) with spill-over: units beyond the capacity of a part go to the parts with room,
     in proportion to their weights. Parts of weight zero receive units only if all parts with a weight are full. Ties
@@ -208,7 +208,7 @@ def apportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> 
 
 
 def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Tensor:
-    """Return the units of each part as `apportion` does, int64 `[parts]`, without reading a number from the device.
+    """Divide units over parts as `apportion` does, without reading from the device, int64 `[parts]`.
 
     Part i gets ``min(capacity_i, level * weight_i)`` before rounding. If parts are filled in the order of ``capacity /
     weight`` and the first k are full, the others need the level ``(total - their capacities) / (remaining weights)``;
@@ -242,7 +242,7 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Te
 
 @lru_cache(maxsize=1024)
 def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return whole numbers as a tensor, int64 `[values]`; later calls with equal arguments copy nothing to the device.
+    """Return whole numbers as a cached tensor, int64 `[values]`; equal arguments return the same tensor.
 
     Args:
         values: the numbers; `read_numbers` returns them without reading from the device.
@@ -255,7 +255,7 @@ def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def read_numbers(tensor: Tensor) -> list[int]:
-    """Return the whole numbers of a tensor; nothing is read from the device if `as_device_tensor` built the tensor.
+    """Return the whole numbers of a tensor, without a read from the device if `as_device_tensor` built the tensor.
 
     Args:
         tensor: whole numbers, `[values]`.

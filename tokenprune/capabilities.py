@@ -1,8 +1,7 @@
-"""Capabilities that some adapters have: an adapter inherits from the classes whose methods it implements.
+"""Optional methods of adapters, as classes from which an adapter inherits if its model supports them.
 
-`Adapter.provides` names the signals of one model. An adapter with these signals has the capability that the signals
-require; the class of a signal is named in the docstring of its capability. Callers get the methods of a capability with
-`require_capability`:
+`Adapter.provides` names the signals of one model. Each class names the signals that require it. Callers check for
+a capability with `require_capability`:
 
 >>> require_capability(adapter, ReadsQuestion).embed_question("what is in the image", "mini")
 """
@@ -25,7 +24,7 @@ C = TypeVar("C")
 
 
 class ReadsQuestion(ABC):
-    """Reads questions and embeds them; required by the signals of the question (`TEXT_SIGNALS`)."""
+    """Reads the questions of prompts and embeds them; required by the signals of the question (`TEXT_SIGNALS`)."""
 
     @abstractmethod
     def embed_question(self, text: str, text_model: str | None) -> Mapping[str, Tensor]:
@@ -61,7 +60,7 @@ class Resizable(ABC):
 
     @abstractmethod
     def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
-        """Return an encoding with layouts but without features, before the vision tower runs.
+        """Return an encoding with layouts and without features; the vision tower does not run.
 
         Args:
             inputs: the model inputs of the call.
@@ -87,15 +86,15 @@ class ShowsTiles(ABC):
 
 
 class ProjectsMixtures(ABC):
-    """Projects mixtures of features; required by the signal ``"projector_inputs"``."""
+    """Projects weighted sums of features; required by the signal ``"projector_inputs"``."""
 
     @abstractmethod
     def project(self, features: Tensor) -> Tensor:
-        """Return the projector's output for mixtures of its inputs, `[kept, width]` to `[kept, dim]`."""
+        """Return the projector's output for weighted sums of its inputs, `[kept, width]` to `[kept, dim]`."""
 
 
 def require_capability(adapter: Adapter, capability: type[C]) -> C:
-    """Return the adapter after a check that it has a capability.
+    """Return the adapter as an instance of a capability, or raise an error.
 
     Args:
         adapter: the adapter of a model.

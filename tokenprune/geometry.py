@@ -13,17 +13,17 @@ from einops import rearrange
 from torch import Tensor
 
 NEWLINE = -1
-"""The entry of a newline token in `TileGeometry.packed`."""
+"""The value of a newline token in `TileGeometry.packed`."""
 
 
-def _table(compute: Callable[[TileGeometry], Tensor]) -> cached_property[Tensor]:
-    """Return a property with an index table of a layout: computed once on the CPU, and copied once to each device."""
+def _index_table(compute: Callable[[TileGeometry], Tensor]) -> cached_property[Tensor]:
+    """Return a cached property with an index table: computed once per layout, and copied once to each device."""
 
     def read(geometry: TileGeometry) -> Tensor:
         with torch.inference_mode(False):  # a later call may record gradients
-            if geometry.host is geometry:
+            if geometry.original is geometry:
                 return compute(geometry)
-            table: Tensor = getattr(geometry.host, compute.__name__)
+            table: Tensor = getattr(geometry.original, compute.__name__)
             return table.to(geometry.packed.device)
 
     read.__doc__ = compute.__doc__
@@ -41,24 +41,24 @@ class TileGeometry:
         token_grid: height x width of the visual tokens of one tile.
         regions: the region of the base tile that each sub-image covers, as (top, left, bottom, right) in fractions of
             the base tile, `[sub_images, 4]`. The region of a sub-image that holds only padding is empty.
-        packed: the entry of each image position of the prompt, `[length]`: the flat index ``tile * tokens + token`` of
-            a visual token, or `NEWLINE` for a newline token. The model's own unpadding removed the tokens that are
-            missing here: they are not valid.
+        packed: the token at each position of the packed image, `[length]`: the flat index ``tile * tokens + token`` of
+            a visual token, or `NEWLINE`. Tokens that are missing here were removed by the model's own unpadding; they
+            are not valid.
     """
 
     tile_grid: tuple[int, int]
     token_grid: tuple[int, int]
     regions: Tensor
     packed: Tensor
-    _original: TileGeometry | None = field(default=None, repr=False)
-    """The layout that `to` copied; None if this is no copy."""
+    _copied_from: TileGeometry | None = field(default=None, repr=False)
+    """The layout that `to` copied; None if this layout is no copy."""
 
     @property
-    def host(self) -> TileGeometry:
-        """The same layout with its tensors where it was built, usually on the CPU."""
-        original = self._original  # `dataclasses.replace` of a copy returns another layout, which is not registered
-        is_copy = original is not None and original._copies.get(self.packed.device) is self
-        return original if original is not None and is_copy else self
+    def original(self) -> TileGeometry:
+        """The layout that `to` copied to this device, usually on the CPU; the layout itself if it is no copy."""
+        source = self._copied_from  # `dataclasses.replace` also copies this field, but the result is another layout
+        is_copy = source is not None and source._copies.get(self.packed.device) is self
+        return source if source is not None and is_copy else self
 
     @property
     def sub_images(self) -> int:
@@ -77,20 +77,20 @@ class TileGeometry:
 
     def to(self, device: torch.device | str) -> TileGeometry:
         """Return the same layout with its tensors on a device; later calls return the same object."""
-        host, device = self.host, torch.device(device)
-        if device == host.packed.device:
-            return host
-        if device not in host._copies:
-            packed = host.packed.to(device)  # its device has an index: "cuda:0" for "cuda"
-            if packed.device not in host._copies:
-                copy = replace(host, regions=host.regions.to(device), packed=packed, _original=host)
-                host._copies[packed.device] = copy
-            host._copies[device] = host._copies[packed.device]
-        return host._copies[device]
+        original, device = self.original, torch.device(device)
+        if device == original.packed.device:
+            return original
+        if device not in original._copies:
+            packed = original.packed.to(device)  # its device has an index: "cuda:0" for "cuda"
+            if packed.device not in original._copies:
+                copy = replace(original, regions=original.regions.to(device), packed=packed, _copied_from=original)
+                original._copies[packed.device] = copy
+            original._copies[device] = original._copies[packed.device]
+        return original._copies[device]
 
     def share(self) -> TileGeometry:
         """Return the same object for every equal layout, so that its index tables are computed and copied once."""
-        if self.host is not self or self.packed.device.type != "cpu":
+        if self.original is not self or self.packed.device.type != "cpu":
             return self
         contents = (tensor.contiguous().numpy().tobytes() for tensor in (self.regions.float(), self.packed.long()))
         return _shared_layout(self.tile_grid, self.token_grid, *contents)
@@ -99,7 +99,7 @@ class TileGeometry:
     def _copies(self) -> dict[torch.device, TileGeometry]:
         return {}
 
-    @_table
+    @_index_table
     def valid(self) -> Tensor:
         """Mask of the tokens that the model's own unpadding keeps, bool `[tiles, tokens]`."""
         total = self.tiles * self.tokens
@@ -111,7 +111,7 @@ class TileGeometry:
     @cached_property
     def valid_per_tile(self) -> tuple[int, ...]:
         """Number of valid tokens of each tile, base tile first."""
-        return tuple(self.host.valid.sum(dim=1).tolist()) if self.host is self else self.host.valid_per_tile
+        return tuple(self.original.valid.sum(dim=1).tolist()) if self.original is self else self.original.valid_per_tile
 
     @property
     def valid_tokens(self) -> int:
@@ -121,9 +121,9 @@ class TileGeometry:
     @cached_property
     def newlines(self) -> int:
         """Number of newline tokens."""
-        return int((self.packed == NEWLINE).sum()) if self.host is self else self.host.newlines
+        return int((self.packed == NEWLINE).sum()) if self.original is self else self.original.newlines
 
-    @_table
+    @_index_table
     def token_order(self) -> Tensor:
         """Flat index of each valid token in packed order, `[valid]`."""
         return self.packed[self.packed != NEWLINE]
@@ -133,13 +133,13 @@ class TileGeometry:
         """The layout of the valid tokens as one tile of a single row, in packed order, without newline tokens."""
         return TileGeometry.single((1, self.valid_tokens))
 
-    @_table
-    def packed_source(self) -> Tensor:
-        """Index of each packed position in the sequence of all tokens followed by all newline tokens, `[length]`."""
+    @_index_table
+    def pack_index(self) -> Tensor:
+        """Index that packs the sequence of all tokens followed by all newline tokens, `[length]`."""
         is_newline = self.packed == NEWLINE
         return torch.where(is_newline, self.tiles * self.tokens + is_newline.long().cumsum(dim=0) - 1, self.packed)
 
-    @_table
+    @_index_table
     def newline_index(self) -> Tensor:
         """Index of the newline token that ends the row of each packed position, `[length]`; -1 without a row.
 
@@ -154,7 +154,7 @@ class TileGeometry:
         outside |= ~is_newline & (is_base != is_base[last[row.clamp(max=max(0, len(last) - 1))]] if len(last) else True)
         return row.masked_fill(outside, -1)
 
-    @_table
+    @_index_table
     def token_newline(self) -> Tensor:
         """Index of the newline token that ends the row of each valid token in packed order, `[valid]`.
 
@@ -163,7 +163,7 @@ class TileGeometry:
         index = self.newline_index[self.packed != NEWLINE]
         return torch.where(index < 0, self.newlines, index)
 
-    @_table
+    @_index_table
     def ends_row(self) -> Tensor:
         """Mask of the newline tokens that end a row with a token, bool `[newlines]`."""
         mask = torch.zeros(self.newlines + 1, dtype=torch.bool, device=self.packed.device)
@@ -188,12 +188,12 @@ class TileGeometry:
             token_grid: height x width of the tokens of a tile, at most the current `token_grid`.
 
         Returns:
-            The new layout where this layout was built, and a mask of the current tokens at the centers of the new
+            The new layout on the device of `original`, and a mask of the current tokens at the centers of the new
             tokens, in the same order, bool `[tiles, tokens]`. A new token is valid if the current token at its center
             is valid.
         """
-        if self.host is not self:
-            return self.host.resized(token_grid)
+        if self.original is not self:
+            return self.original.resized(token_grid)
         if token_grid == self.token_grid:  # `valid` cannot represent rows that hold only newline tokens
             return self, self.valid
         (rows, cols), (height, width) = self.tile_grid, self.token_grid

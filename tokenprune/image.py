@@ -197,7 +197,7 @@ class EncodedImage:
 
         return replace(
             self,
-            geometry=layout.host.flat.to(self.device),
+            geometry=layout.original.flat.to(self.device),
             signals={key: flatten(key[0], value) for key, value in self.signals.items()},
             pixels=None,
             compute_features=DeferredTensor(lambda: flatten("features", self.features)),

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
-from tokenprune.batch import BatchReducer
+from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
 from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
-from tokenprune.entries import KeptEntries, pack_masks, read_counts
 from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
+from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.rewrite import (
     PromptSummary,
     Rows,
@@ -75,7 +75,7 @@ class PreparedCall:
     @property
     def is_reduced(self) -> bool:
         """Whether the tokens of an image were dropped, merged or reordered."""
-        return not all(selection.everything for selection in self.selections)
+        return not all(selection.is_identity for selection in self.selections)
 
     @contextmanager
     def enter_contexts(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class PreparedCall:
 
 @dataclass(frozen=True, eq=False)
 class _CallRecord:
-    """The numbers of one call that the host knows.
+    """The numbers of one call, all on the host.
 
     Args:
         selections: one selection per image, with counts.
@@ -152,7 +152,7 @@ class Pipeline:
         self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        self.batch_reducer = BatchReducer(reducer)
+        self.batch_selector = BatchSelector(reducer)
         """Applies the strategy to the images of a call."""
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -298,19 +298,17 @@ class Pipeline:
         row_of_image = prompts.find_rows(lengths)
         images, saliency_flops = self._add_attention(encoding)
         images = self._add_questions(images, inputs, row_of_image, len(placeholders))
-        reduction = self.batch_reducer.reduce(images)
+        batch = self.batch_selector.select(images)
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
-        entry_mask = pack_masks(reduction.selections)
+        packed_mask = pack_masks(batch.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
-        emptied = None if side == "none" else find_emptied_text(placeholders, entry_mask, lengths, side)
-        selections, emptied_counts, is_checked = read_counts(
-            reduction.selections, entry_mask, reduction.faults, emptied
-        )
+        emptied = None if side == "none" else find_emptied_text(placeholders, packed_mask, lengths, side)
+        selections, emptied_counts, is_checked = read_counts(batch.selections, packed_mask, batch.checks, emptied)
         if not is_checked:
-            self.run.defer_checks(reduction.faults)
+            self.run.store_checks(batch.checks)
         text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         record = _CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
-        if all(selection.everything for selection in selections):
+        if all(selection.is_identity for selection in selections):
             return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, for_generate)
         check_arguments(inputs, for_generate)
         if adapter.has_prompt_tokens and prompts.hides_images:
@@ -318,9 +316,9 @@ class Pipeline:
                 "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
                 "its tokens from the call, or set budget=1.0"
             )
-        entries = KeptEntries.from_counted(entry_mask, selections)
-        packed = reducer.stage.gather_features(adapter, encoding, images, selections, entries)
-        features = adapter.features_to_inputs(encoding, packed, order_positions(selections, entries))
+        kept_positions = KeptPositions.from_mask(packed_mask, selections)
+        packed = reducer.stage.gather_features(adapter, encoding, images, selections, kept_positions)
+        features = adapter.features_to_inputs(encoding, packed, order_positions(selections, kept_positions))
         if not adapter.has_prompt_tokens:
             rows = Rows.unchanged(mask)
             self._record(record, rows, prompts.tokens)
@@ -330,7 +328,7 @@ class Pipeline:
         spare = int(for_generate and preserves_positions and not use_cache)
         padding = "left" if spare else prompts.padding_side(inputs.get("labels") is not None)
         rows = shorten_rows(
-            placeholders, mask, entry_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
+            placeholders, mask, packed_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
         )
         reduced = shorten_inputs(text, rows, self._pad_token_id())
         reduced.pop("position_ids", None)
@@ -586,7 +584,7 @@ def call_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
 
 
 @contextmanager
-def count_encodes(adapter: Adapter) -> Iterator[list[int]]:
+def count_tower_passes(adapter: Adapter) -> Iterator[list[int]]:
     """Count the passes through the vision tower inside the block.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, as_budget, as_device_tensor, normalize_budget
-from tokenprune.faults import collect_faults, report_fault
+from tokenprune.checks import defer_checks, raise_if
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, Configurable, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
@@ -109,7 +109,7 @@ class TokenReducer(Configurable, ABC):
                 f"(tiles, tokens), not {kept.dtype} {list(kept.shape)}"
             )
         layout = geometry.to(kept.device)
-        report_fault(
+        raise_if(
             (kept & ~layout.valid).any(),
             f"{type(self).__name__}.select kept tokens that the model's own unpadding removes; "
             "choose among image.geometry.valid",
@@ -117,7 +117,7 @@ class TokenReducer(Configurable, ABC):
         counts, count = list(selection.counts), selection.token_count
         kept_number = kept.sum()
         if count is not None:
-            report_fault(
+            raise_if(
                 kept_number != count,
                 f"{type(self).__name__} declares that {count} tokens are kept, but the mask keeps another number; "
                 "a component whose property is_exact is true must spend the budget",
@@ -131,7 +131,7 @@ class TokenReducer(Configurable, ABC):
         return replace(selection, newline_mask=newline_mask, counts=tuple(counts), pixels=image.pixels)
 
     def _check_mixing(self, selection: Selection, kept_number: Tensor) -> None:
-        """Report a fault if the mixing matrix or the order does not fit the kept tokens."""
+        """Raise an error, or defer the check, if the mixing matrix or the order does not fit the kept tokens."""
         geometry, mixing, order = selection.geometry, selection.mixing, selection.order
         name, total = type(self).__name__, geometry.tiles * geometry.tokens
         widths = {total, total + geometry.tiles} if selection.before_projector else {total}
@@ -140,10 +140,10 @@ class TokenReducer(Configurable, ABC):
             message = f"{name}.select returned a mixing matrix of {list(mixing.shape)}; {expected}"
             if mixing.dim() != 2 or mixing.shape[1] not in widths:
                 raise ValueError(message)
-            report_fault(kept_number != len(mixing), f"{message}, with a row for each kept token")
+            raise_if(kept_number != len(mixing), f"{message}, with a row for each kept token")
         if order is not None:
             is_sorted = (order.sort()[0] == torch.arange(len(order), device=order.device)).all()
-            report_fault(
+            raise_if(
                 ~is_sorted | (kept_number != len(order)),
                 f"{name}.select returned an order that is no permutation of the kept tokens",
             )
@@ -265,7 +265,7 @@ def score_candidates(scorer: ScoreReducer | SelectionPolicy, image: EncodedImage
             f"{type(scorer).__name__}.score must return [tiles, tokens] = {list(candidates.shape)}, "
             f"not {list(scores.shape)}"
         )
-    report_fault(
+    raise_if(
         (scores.isnan() & candidates).any(),
         f"{type(scorer).__name__}.score returned NaN; a score must be a number for every valid token",
     )
@@ -362,7 +362,7 @@ class ComponentReducer(TokenReducer):
         ):
             component = getattr(self, name)
             if not isinstance(component, base) and not (is_optional and component is None):
-                raise ValueError(f"{name}={component!r} is no {base.__name__}; give an instance of one")
+                raise ValueError(f"{name}={component!r} is no {base.__name__}; pass an instance of a subclass")
         if self.order is not None and self.positions == "preserve":
             raise ValueError(
                 f"order={self.order!r} moves tokens, so their old position ids do not apply; "
@@ -413,10 +413,10 @@ class ComponentReducer(TokenReducer):
         if merged is None and self.order is None:
             return selection
         is_kept = selection.kept.flatten()[geometry.token_order]
-        places = is_kept.nonzero()[:, 0] if count is None else true_indices(is_kept, count)
-        kept_index = geometry.token_order[places]  # flat index of each kept token, in packed order
+        kept_order = is_kept.nonzero()[:, 0] if count is None else true_indices(is_kept, count)
+        kept_index = geometry.token_order[kept_order]  # flat index of each kept token, in packed order
         local = kept_index  # index of each kept token in the image that the components read
-        if image.geometry.host is not geometry.host:  # the tiles are pooled
+        if image.geometry.original is not geometry.original:  # the tiles are pooled
             local = torch.zeros(geometry.tiles * geometry.tokens, dtype=torch.long, device=device)
             local = local.scatter(0, flat_index.flatten(), torch.arange(flat_index.numel(), device=device))[kept_index]
         mixing, order = None, None
@@ -450,7 +450,7 @@ class ComponentReducer(TokenReducer):
             )
         if torch.compiler.is_compiling():
             return self.select(image).kept
-        with collect_faults():
+        with defer_checks():
             return self.select(image).kept
 
     def _count_kept(self, selection: Selection, layout: TileGeometry) -> int | None:

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 
 from tokenprune.account import HISTORY, TokenAccount
 from tokenprune.adapter import LLMShape
-from tokenprune.faults import Fault, raise_first, stack_flags
+from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
 from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
 
 DRAWABLE = 8
 """The number of first images of a run that keep their pixels, scores and mixing matrices."""
 
-
 MAX_DEFERRED = 256
-"""The number of checks that are stored before they are read from the device together."""
+"""The largest number of stored checks; if there are more, they are read from the device."""
 
 
 class Run:
@@ -40,7 +39,7 @@ class Run:
         """Tokens, cache bytes and FLOPs of all calls."""
         self._complete: list[Selection] = []
         self._compact: deque[Selection] = deque(maxlen=HISTORY)
-        self._faults: list[Fault] = []
+        self._checks: list[DeferredCheck] = []
         self._rows: Rows | None = None
 
     @property
@@ -50,7 +49,7 @@ class Run:
         Raises:
             ValueError: if the strategy returned an invalid selection that was not read so far.
         """
-        self.raise_faults()
+        self.raise_failed_checks()
         self._compact = deque((selection.cpu() for selection in self._compact), maxlen=HISTORY)
         return [*self._complete, *self._compact][-HISTORY:]
 
@@ -65,28 +64,28 @@ class Run:
         """Number of following images that keep their pixels."""
         return max(0, DRAWABLE - self.account.image_count)
 
-    def defer_checks(self, faults: Sequence[Fault]) -> None:
-        """Store checks of selections that were not read from the device; `raise_faults` reads them.
+    def store_checks(self, checks: Sequence[DeferredCheck]) -> None:
+        """Store checks of selections that were not read from the device; `raise_failed_checks` reads them.
 
         Args:
-            faults: the checks.
+            checks: the checks.
 
         Raises:
             ValueError: if more than `MAX_DEFERRED` checks are stored and one of them failed.
         """
-        self._faults.extend(faults)
-        if len(self._faults) > MAX_DEFERRED:
-            self.raise_faults()
+        self._checks.extend(checks)
+        if len(self._checks) > MAX_DEFERRED:
+            self.raise_failed_checks()
 
-    def raise_faults(self) -> None:
-        """Read the stored checks from the device.
+    def raise_failed_checks(self) -> None:
+        """Read the stored checks from the device, and raise the error of the first failed check.
 
         Raises:
             ValueError: if a check failed.
         """
-        faults, self._faults = self._faults, []
-        if faults:
-            raise_first(faults, stack_flags(faults, faults[0].flag.device).tolist())
+        checks, self._checks = self._checks, []
+        if checks:
+            raise_first_failure(checks, stack_failures(checks, checks[0].failed.device).tolist())
 
     def add(
         self,

@@ -22,14 +22,14 @@ TENSOR_FIELDS = ("kept", "budgets", "scores", "newline_mask", "mixing", "order")
 
 
 class MaskCount(NamedTuple):
-    """The number of true entries of a mask, known without reading the mask from the device.
+    """The number of true entries of a mask, stored so that the mask is not read from the device.
 
-    The number does not hold for another mask, nor for the mask after it is modified in place.
+    It is void for another mask, and for this mask after a modification in place.
 
     Args:
         mask: the mask.
         number: its number of true entries.
-        version: the number of modifications of the mask when it was counted.
+        version: how often the mask was modified in place before it was counted.
     """
 
     mask: Tensor
@@ -38,16 +38,16 @@ class MaskCount(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor, number: int) -> MaskCount:
-        """Return the count of a mask."""
+        """Return the count of the present state of a mask."""
         return cls(mask, number, _version(mask))
 
     def holds_for(self, mask: Tensor | None) -> bool:
-        """Return whether this is the counted mask, unmodified."""
+        """Return whether a mask is the counted mask, unmodified since."""
         return mask is self.mask and _version(mask) == self.version
 
 
 def _version(tensor: Tensor) -> int:
-    """Return the number of modifications of a tensor; 0 for inference tensors, which do not count them."""
+    """Return how often a tensor was modified in place; 0 for inference tensors, which do not count it."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
@@ -71,7 +71,8 @@ class Selection:
         pixels: the tiles as images for drawing, uint8 `[tiles, height, width, 3]`.
         resized_grid: height x width of the tokens of a tile, for strategies that encode the image at another
             resolution.
-        counts: numbers of kept tokens and newline tokens that are known without reading the masks from the device.
+        counts: the stored numbers of true entries of `kept` and `newline_mask`; they avoid reading the masks from the
+            device.
     """
 
     geometry: TileGeometry
@@ -106,12 +107,12 @@ class Selection:
 
     @property
     def token_count(self) -> int | None:
-        """Number of kept tokens if it is known without reading `kept`, else None."""
+        """Number of kept tokens if `counts` stores it, else None."""
         return next((count.number for count in self.counts if count.holds_for(self.kept)), None)
 
     @property
     def newline_count(self) -> int | None:
-        """Number of kept newline tokens if it is known without reading `newline_mask`, else None."""
+        """Number of kept newline tokens if `counts` stores it, else None."""
         return next((count.number for count in self.counts if count.holds_for(self.newline_mask)), None)
 
     @property
@@ -128,12 +129,12 @@ class Selection:
 
     @property
     def is_ordered(self) -> bool:
-        """Whether kept tokens enter the LLM in an order of their own."""
+        """Whether the order of the kept tokens differs from the packed order of the model."""
         return self.order is not None
 
     @property
-    def everything(self) -> bool:
-        """Whether nothing is dropped, mixed or moved."""
+    def is_identity(self) -> bool:
+        """Whether all tokens are kept, without mixing and in the packed order of the model."""
         total = self.geometry.valid_tokens + self.geometry.newlines
         return self.mixing is None and self.order is None and self.kept_tokens + self.kept_newlines == total
 
@@ -141,19 +142,19 @@ class Selection:
         """Return the mask of the kept positions of the packed image, bool `[length]`."""
         newlines = self.newline_mask
         newlines = self.kept.new_zeros(self.geometry.newlines) if newlines is None else newlines.to(self.kept.device)
-        return torch.cat([self.kept.flatten(), newlines])[self.geometry.to(self.kept.device).packed_source]
+        return torch.cat([self.kept.flatten(), newlines])[self.geometry.to(self.kept.device).pack_index]
 
     def compact(self) -> Selection:
         """Return a copy of the selection without scores and mixing matrix, for long runs."""
-        return replace(self, geometry=self.geometry.host, scores=None, mixing=None)
+        return replace(self, geometry=self.geometry.original, scores=None, mixing=None)
 
     def cpu(self) -> Selection:
         """Return the selection with its tensors on the CPU."""
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
         moved = {name: value.cpu() for name, value in tensors.items() if value is not None}
-        known = {"kept": self.token_count, "newline_mask": self.newline_count}
-        counts = tuple(MaskCount.of(moved[name], number) for name, number in known.items() if number is not None)
-        return replace(self, geometry=self.geometry.host, counts=counts, **moved)
+        numbers = {"kept": self.token_count, "newline_mask": self.newline_count}
+        counts = tuple(MaskCount.of(moved[name], number) for name, number in numbers.items() if number is not None)
+        return replace(self, geometry=self.geometry.original, counts=counts, **moved)
 
     def overlay(self, image: Image.Image | None = None) -> Image.Image:
         """Draw the kept tokens of every tile, base tile first.
@@ -180,20 +181,20 @@ def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         Kept tokens, bool `[tiles, tokens]`. Ties go to the lower index.
     """
-    finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # a candidate at -inf precedes non-candidates
+    finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # candidates with -inf precede non-candidates
     return top_ranked(finite.masked_fill(~candidates, -torch.inf), budgets) & candidates
 
 
 def top_ranked(scores: Tensor, budgets: Tensor) -> Tensor:
-    """Return the mask of the entries with the largest scores of each row, bool `[rows, entries]`; ties: lower index.
+    """Return the mask of the largest entries of each row, bool `[rows, entries]`; ties go to the lower index.
 
     Args:
         scores: scores, `[rows, entries]`.
         budgets: number of entries of each row, `[rows]`.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.zeros_like(order).scatter(1, order, places)
+    positions = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, positions)
     return rank < budgets.to(rank.device)[:, None]
 
 
@@ -241,7 +242,7 @@ def count_newlines(geometry: TileGeometry, tokens: int | None, newlines: Newline
 
     Args:
         geometry: the layout of the image.
-        tokens: number of kept tokens; None if it is not known.
+        tokens: number of kept tokens; None if it would have to be read from the device.
         newlines: as in `kept_newlines`.
     """
     if newlines == "drop" or not geometry.newlines:
@@ -252,10 +253,10 @@ def count_newlines(geometry: TileGeometry, tokens: int | None, newlines: Newline
 
 
 def true_indices(mask: Tensor, number: int) -> Tensor:
-    """Return the indices of the true entries in ascending order, `[number]`, without reading from the device.
+    """Return the indices of the true entries in ascending order, `[number]`, as `torch.nonzero_static`.
 
     Args:
         mask: bool `[entries]`.
-        number: number of true entries, known to the caller.
+        number: number of true entries; because it is passed, nothing is read from the device.
     """
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:number]

@@ -1,4 +1,4 @@
-"""Stages: the places in a model where a strategy acts.
+"""Stages: the points of a model at which a strategy acts.
 
 A stage encodes the images of a call and returns the features that enter the LLM. The pipeline calls the stage of its
 strategy. Stages are objects, so that a new stage adds one class and no comparison of names in other modules.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.capabilities import ProjectsMixtures, Resizable, require_capability
-from tokenprune.entries import KeptEntries, group_selections
 from tokenprune.geometry import NEWLINE
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.packing import KeptPositions, group_selections
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage(ABC):
-    """One place in a model where tokens are reduced."""
+    """One point of a model at which tokens are reduced."""
 
     name: ClassVar[str]
     """The name in tables and records."""
@@ -63,7 +63,7 @@ class Stage(ABC):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
-        entries: KeptEntries,
+        kept_positions: KeptPositions,
     ) -> list[Tensor]:
         """Return the features that enter the LLM, `[kept, dim]` per image.
 
@@ -72,7 +72,7 @@ class Stage(ABC):
             encoding: the encoding of the images.
             images: the images as the strategy reads them.
             selections: the selections of the strategy.
-            entries: the kept entries of the selections.
+            kept_positions: the kept positions of the selections.
         """
 
 
@@ -99,15 +99,15 @@ class ProjectorStage(Stage):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
-        entries: KeptEntries,
+        kept_positions: KeptPositions,
     ) -> list[Tensor]:
         """Return kept tokens or their mixtures in the order of the selection; newline tokens keep their positions."""
         if all(selection.is_mixed for selection in selections):
-            return mix_and_order(adapter, encoding, images, selections, entries, None)
-        kept = encoding.gather_kept(entries)
+            return mix_and_order(adapter, encoding, images, selections, kept_positions, None)
+        kept = encoding.gather_kept(kept_positions)
         if not any(selection.is_mixed or selection.is_ordered for selection in selections):
             return kept
-        return mix_and_order(adapter, encoding, images, selections, entries, torch.cat(kept))
+        return mix_and_order(adapter, encoding, images, selections, kept_positions, torch.cat(kept))
 
 
 class ImageStage(Stage):
@@ -133,7 +133,7 @@ class ImageStage(Stage):
         encoding: Encoding,
         images: Sequence[EncodedImage],
         selections: Sequence[Selection],
-        entries: KeptEntries,
+        kept_positions: KeptPositions,
     ) -> list[Tensor]:
         """Return features encoded at the resolution of the selection, without newline tokens if none is kept."""
         count = len(encoding.images) // encoding.repeats
@@ -154,7 +154,7 @@ def mix_and_order(
     encoding: Encoding,
     images: Sequence[EncodedImage],
     selections: Sequence[Selection],
-    entries: KeptEntries,
+    kept_positions: KeptPositions,
     features: Tensor | None,
 ) -> list[Tensor]:
     """Return kept features with mixtures in place of mixed tokens, and tokens in their order, `[kept, dim]` per image.
@@ -164,47 +164,48 @@ def mix_and_order(
         encoding: the encoding of the images.
         images: the images as the strategy reads them.
         selections: the selections of the strategy.
-        entries: the kept entries of the selections.
-        features: the kept entries of all images without mixing, `[entries, dim]`; None if all tokens are mixtures.
+        kept_positions: the kept positions of the selections.
+        features: the features at the kept positions of all images without mixing, `[positions, dim]`; None if all
+            tokens are mixtures.
     """
-    index_by_image = entries.token_index.split(list(entries.tokens))
+    index_by_image = kept_positions.token_index.split(list(kept_positions.tokens))
     packed = encoding.packed if any(s.is_mixed and not s.before_projector for s in selections) else []
     for numbers in group_selections(selections, "token_count", "before_projector", "is_mixed", "is_ordered"):
         group = [selections[number] for number in numbers]
         if not (group[0].is_mixed or group[0].is_ordered):
             continue
-        places = torch.stack([index_by_image[number] for number in numbers])
+        index = torch.stack([index_by_image[number] for number in numbers])
         if features is not None and not group[0].is_mixed:
-            tokens = features[places]
+            tokens = features[index]
         elif group[0].before_projector:
-            mixed = mix_groups(group, [gather_mixing_sources(images[n], selections[n]) for n in numbers])
+            mixed = mix_images(group, [gather_mixing_sources(images[n], selections[n]) for n in numbers])
             projector = require_capability(adapter, ProjectsMixtures)
-            tokens = projector.project(mixed.flatten(0, 1)).view(*places.shape, -1)
+            tokens = projector.project(mixed.flatten(0, 1)).view(*index.shape, -1)
         else:
             sources = [group[0].geometry.unpack(packed[number]).flatten(0, 1) for number in numbers]
-            tokens = mix_groups(group, sources)
+            tokens = mix_images(group, sources)
         if orders := [selection.order for selection in group if selection.order is not None]:
             order = torch.stack(orders).to(tokens.device)
             tokens = tokens.gather(1, order[..., None].expand_as(tokens))
-        lines = build_lines(images, entries, tokens) if features is None else features
-        features = lines.index_copy(0, places.flatten(), tokens.flatten(0, 1).to(lines.dtype))
-    return [] if features is None else list(features.split(entries.lengths))
+        base = expand_newline(images, kept_positions, tokens) if features is None else features
+        features = base.index_copy(0, index.flatten(), tokens.flatten(0, 1).to(base.dtype))
+    return [] if features is None else list(features.split(kept_positions.lengths))
 
 
-def build_lines(images: Sequence[EncodedImage], entries: KeptEntries, tokens: Tensor) -> Tensor:
-    """Return the newline token for every kept entry, `[entries, dim]`; visual tokens are written over it later.
+def expand_newline(images: Sequence[EncodedImage], kept_positions: KeptPositions, tokens: Tensor) -> Tensor:
+    """Return the newline token at every kept position, `[positions, dim]`, to be overwritten by the visual tokens.
 
     Args:
         images: the encoded images.
-        entries: the kept entries.
+        kept_positions: the kept positions.
         tokens: visual tokens, `[..., dim]`, which define dtype and device.
     """
     newline = images[0].newline
-    line = tokens.new_zeros(tokens.shape[-1]) if newline is None else newline.to(tokens.dtype)
-    return line.expand(sum(entries.lengths), -1)
+    row = tokens.new_zeros(tokens.shape[-1]) if newline is None else newline.to(tokens.dtype)
+    return row.expand(sum(kept_positions.lengths), -1)
 
 
-def mix_groups(selections: Sequence[Selection], sources: Sequence[Tensor]) -> Tensor:
+def mix_images(selections: Sequence[Selection], sources: Sequence[Tensor]) -> Tensor:
     """Return the mixtures of several images, `[images, kept, width]`.
 
     On a CPU the images are mixed one after another by sparse matrices, which is faster there.
@@ -245,17 +246,17 @@ def gather_mixing_sources(image: EncodedImage, selection: Selection) -> Tensor:
     return torch.cat([tokens, image.cls_features("feature")[:, 0]])
 
 
-def order_positions(selections: Sequence[Selection], entries: KeptEntries) -> list[Tensor]:
-    """Return the packed positions of the kept entries in the order in which they enter the LLM, `[kept]` per image.
+def order_positions(selections: Sequence[Selection], kept_positions: KeptPositions) -> list[Tensor]:
+    """Return the index of each kept position in its packed image, in the order of the LLM, `[kept]` per image.
 
     Args:
         selections: the selections of the strategy.
-        entries: the kept entries of the selections.
+        kept_positions: the kept positions of the selections.
     """
-    positions = entries.position
+    positions = kept_positions.image_index
     if any(selection.order is not None for selection in selections):
-        index_by_image = entries.token_index.split(list(entries.tokens))
+        index_by_image = kept_positions.token_index.split(list(kept_positions.tokens))
         pairs = zip(index_by_image, selections, strict=True)
         index = [i if s.order is None else i[s.order.to(i.device)] for i, s in pairs]
-        positions = positions.index_copy(0, entries.token_index, positions[torch.cat(index)])
-    return list(positions.split(entries.lengths))
+        positions = positions.index_copy(0, kept_positions.token_index, positions[torch.cat(index)])
+    return list(positions.split(kept_positions.lengths))

@@ -168,7 +168,7 @@ def instrument(
                 wrap_phase(attrgetter(adapter.projector_path)(model.base_model), "forward", "projector")
         if pipeline is not None:
             wrap_phase(pipeline, "prepare", "rewrite")
-            wrap_phase(pipeline.batch_reducer, "reduce", "reducer")
+            wrap_phase(pipeline.batch_selector, "select", "reducer")
             for kind, phases in ADAPTER_PHASES.items():
                 if isinstance(adapter, kind):
                     for name, phase in phases.items():

@@ -1,4 +1,4 @@
-"""Versions, device and commit of a run."""
+"""Reads the versions, the device and the commit of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tokenprune.experiments.evaluation.identity import LIBRARIES
 
 
-def environment(model: Any) -> dict[str, Any]:
+def describe_environment(model: Any) -> dict[str, Any]:
     """Return versions, device and commit, the content of ``environment.json``."""
 
     def installed_version(package: str) -> str | None:

@@ -19,7 +19,7 @@ import yaml
 from tokenprune.adapter import find_adapter
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.answers import answer_group
-from tokenprune.experiments.evaluation.environment import environment
+from tokenprune.experiments.evaluation.environment import describe_environment
 from tokenprune.experiments.evaluation.identity import (
     SampleDigests,
     check_identities,
@@ -32,8 +32,8 @@ from tokenprune.experiments.evaluation.records import (
     RecordFile,
     delete_records,
     list_record_files,
-    merge,
     merge_if_complete,
+    merge_records,
     read_lines,
     write_atomically,
 )
@@ -42,7 +42,7 @@ from tokenprune.experiments.evaluation.stored_images import (
     is_stored,
 )
 from tokenprune.experiments.evaluation.tasks import Boards, Task
-from tokenprune.pipeline import count_encodes, describe_attention, list_missing_signals
+from tokenprune.pipeline import count_tower_passes, describe_attention, list_missing_signals
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
 from tokenprune.selection import Selection
@@ -227,12 +227,12 @@ def run_settings(
             model, processor = load(shared.model, device, shared.dtype)
             if problems := list_unsupported(model, settings):
                 raise ValueError("these settings cannot run:\n  " + "\n  ".join(problems))
-            adapter, versions = find_adapter(model), environment(model)
+            adapter, versions = find_adapter(model), describe_environment(model)
             for setting in settings:
                 attention = describe_attention(setting.experiment.reducer, adapter)
                 source = {} if attention is None else {"attention": attention}
                 write_atomically(setting.folder(out) / "environment.json", json.dumps({**versions, **source}, indent=1))
-            passes = stack.enter_context(count_encodes(adapter))
+            passes = stack.enter_context(count_tower_passes(adapter))
             for number, group in list(enumerate(groups))[rank::world]:
                 pending = [
                     (setting, file, [sample for sample in group if sample.id not in file.done])
@@ -251,7 +251,7 @@ def run_settings(
                     on_progress(progress)
         if world == 1:
             for setting in settings:
-                merge(setting.folder(out), [sample.id for sample in samples])
+                merge_records(setting.folder(out), [sample.id for sample in samples])
     if world > 1:
         for setting in settings:
             merge_if_complete(setting.folder(out), [sample.id for sample in samples])

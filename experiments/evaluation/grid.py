@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from tokenprune.cli.options import build_parser, parse_options, select_fields
-from tokenprune.cli.parsing import format_error, prepare, read_yaml
+from tokenprune.cli.parsing import format_error, prepare_arguments, read_yaml
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import (
     Experiment,
@@ -44,7 +44,7 @@ ABLATION_KEYS = ("grid", "baselines", "random_seeds")
 def resolve_args(name: str, value: Any) -> list[str]:
     """Return the arguments of an option, with class names resolved."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return prepare([f"--{name}", text], {"task": (Task, tasks())})
+    return prepare_arguments([f"--{name}", text], {"task": (Task, tasks())})
 
 
 def parse_experiment(argv: Sequence[str], parser: ArgumentParser | None = None) -> Experiment:

@@ -1,7 +1,7 @@
 """Reads and writes the records of an experiment: one JSON line per sample, flushed at once, so that a crash loses none.
 
 The folder of a setting (one experiment) holds ``records.jsonl``. If processes share its samples, each process appends
-to a part, ``records.part-<rank>.jsonl``, and `merge` joins the parts in the order of the samples.
+to a part, ``records.part-<rank>.jsonl``, and `merge_records` joins the parts in the order of the samples.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def list_recorded_samples(setting: Path) -> set[str]:
     return {record["sample"] for file in list_record_files(setting) for record in read_lines(file)}
 
 
-def merge(setting: Path, order: Sequence[str]) -> None:
+def merge_records(setting: Path, order: Sequence[str]) -> None:
     """Merge the parts of a setting into one file, in the order of the samples, each sample once.
 
     Args:
@@ -145,7 +145,7 @@ def merge_if_complete(setting: Path, order: Sequence[str]) -> None:
     if lock is not None:
         with lock:
             if set(order) <= list_recorded_samples(setting):
-                merge(setting, order)
+                merge_records(setting, order)
 
 
 def delete_records(setting: Path) -> None:

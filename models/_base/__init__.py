@@ -1,1 +1,1 @@
-"""Base classes of the adapters, one module per layout of visual tokens."""
+"""Base classes of the adapters, one per kind of layout, and the functions that they share."""

@@ -271,7 +271,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         return [to_uint8_images(tiles) for tiles in self.read_tiles(inputs, layouts)[:number]] if number else []
 
     def features_to_inputs(
-        self, encoding: Encoding, packed: list[Tensor], places: Sequence[Tensor] | None = None
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:
         """Return `mm_encoder_outputs` with the kept features; images without kept tokens are omitted."""
         packed = [features for features in packed if len(features)]
@@ -342,6 +342,6 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
                 packed.append(torch.zeros(0, width, device=tiles.device))
                 continue
             hidden = encode_tiles_at_grid(self.tower, tiles[: layout.tiles], grid, setting, int(self.has_cls))
-            features, places = self.projector(hidden).flatten(0, 1), layout.resized(grid)[0].packed
-            packed.append(insert_newlines(features, places.to(features.device), self.newline))
+            features, index = self.projector(hidden).flatten(0, 1), layout.resized(grid)[0].packed
+            packed.append(insert_newlines(features, index.to(features.device), self.newline))
         return packed

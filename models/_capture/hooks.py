@@ -29,7 +29,7 @@ from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
 from tokenprune.models._capture.attention import cls_logits, cls_rows, joint_row, received_attention
 
-CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL = "tokenprune_probe", "tokenprune_flash_probe"
+CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL = "tokenprune_capture", "tokenprune_flash_capture"
 """Private names in transformers' attention interface. If the name of its kernel contains "flash", a module passes all
 images in one call."""
 ATTENTION = (ROW_SIGNALS | {"keys"}) - {"pooling_attention"}

@@ -18,9 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import PackedTokens, VisualTokens
-from tokenprune.entries import KeptEntries
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._capture.hooks import replaced_forward
+from tokenprune.packing import KeptPositions
 
 if TYPE_CHECKING:
     from tokenprune.models._base.placeholder import PlaceholderAdapter
@@ -97,23 +97,23 @@ class ProjectedTokens(VisualTokens):
     def _packed(self) -> list[Tensor]:
         flat = self.adapter.project_tiles(self.hidden, self._patches)
         lengths = [len(layout.packed) for layout in self.layouts]
-        return list(insert_newlines(flat, self._places, self.adapter.newline).split(lengths))
+        return list(insert_newlines(flat, self._tower_index, self.adapter.newline).split(lengths))
 
-    def gather(self, entries: KeptEntries) -> list[Tensor]:
+    def gather(self, kept_positions: KeptPositions) -> list[Tensor]:
         """Return the kept tokens of each image, `[kept, dim]` each; only these pass the projector."""
-        number = sum(entries.tokens)
+        number = sum(kept_positions.tokens)
         if "_packed" in vars(self) or not number:  # projected already, or no token
-            return PackedTokens(self._packed).gather(entries)
-        tokens, has_newlines = self.layouts[0].tokens, bool(sum(entries.newlines))
-        index = self._places[entries.index.to(self.device)]
-        token_index = entries.token_index.to(self.device) if has_newlines else None
+            return PackedTokens(self._packed).gather(kept_positions)
+        tokens, has_newlines = self.layouts[0].tokens, bool(sum(kept_positions.newlines))
+        index = self._tower_index[kept_positions.index.to(self.device)]
+        token_index = kept_positions.token_index.to(self.device) if has_newlines else None
         index = index if token_index is None else index[token_index]
         flat = self.adapter.project_patches(self.hidden[(index // tokens)[:, None], self._patches[index % tokens]])
         newline = self.adapter.newline
         if token_index is not None and newline is not None:
-            lines = newline.to(flat.dtype).expand(sum(entries.lengths), -1)
-            flat = lines.index_copy(0, token_index, flat)
-        return list(flat.split(entries.lengths))
+            newlines = newline.to(flat.dtype).expand(sum(kept_positions.lengths), -1)
+            flat = newlines.index_copy(0, token_index, flat)
+        return list(flat.split(kept_positions.lengths))
 
     @cached_property
     def _patches(self) -> Tensor:
@@ -121,9 +121,9 @@ class ProjectedTokens(VisualTokens):
         return patch_table(self.layouts[0].token_grid, self.adapter.pooling, self.adapter.patch_order, self.device)
 
     @cached_property
-    def _places(self) -> Tensor:
-        """Flat index of each entry over all tiles in the model's order; -1 for a newline token, `[entries]`."""
-        return place_table(tuple(self.layouts), self.adapter.base_first, self.device)
+    def _tower_index(self) -> Tensor:
+        """Index of the token at each packed position in the tower output, `[positions]`; -1 for a newline token."""
+        return tower_index_table(tuple(self.layouts), self.adapter.base_first, self.device)
 
 
 @lru_cache(maxsize=256)
@@ -143,8 +143,8 @@ def patch_table(token_grid: tuple[int, int], pooling: int, order: str, device: t
 
 
 @lru_cache(maxsize=256)
-def place_table(layouts: tuple[TileGeometry, ...], base_first: bool, device: torch.device) -> Tensor:
-    """Return the flat index of each packed entry over all tiles in the model's order, -1 for newlines, `[entries]`.
+def tower_index_table(layouts: tuple[TileGeometry, ...], base_first: bool, device: torch.device) -> Tensor:
+    """Return the index of the token at each packed position in the tower output, `[positions]`; -1 for newline tokens.
 
     Args:
         layouts: the layout of each image.
@@ -153,23 +153,23 @@ def place_table(layouts: tuple[TileGeometry, ...], base_first: bool, device: tor
     """
     out, start = [], 0
     with torch.inference_mode(False):  # a later call may record gradients
-        for layout in (layout.host for layout in layouts):
-            places, total = layout.packed, layout.tiles * layout.tokens
-            in_model_order = places if base_first else (places - layout.tokens) % total
-            out.append(torch.where(places == NEWLINE, places, in_model_order + start))
+        for layout in (layout.original for layout in layouts):
+            packed, total = layout.packed, layout.tiles * layout.tokens
+            in_tower_order = packed if base_first else (packed - layout.tokens) % total
+            out.append(torch.where(packed == NEWLINE, packed, in_tower_order + start))
             start += total
         return torch.cat(out).to(device)
 
 
-def insert_newlines(tokens: Tensor, places: Tensor, newline: Tensor | None) -> Tensor:
+def insert_newlines(tokens: Tensor, index: Tensor, newline: Tensor | None) -> Tensor:
     """Return visual tokens and newline tokens as they enter the LLM, `[length, dim]`.
 
     Args:
         tokens: the visual tokens, `[n, dim]`.
-        places: index of the visual token at each position, or `NEWLINE` for a newline token, `[length]`.
+        index: index of the visual token at each position, or `NEWLINE` for a newline token, `[length]`.
         newline: the newline token, `[dim]`; None if the model has no newline token.
     """
-    packed = tokens[places.clamp(min=0)]
+    packed = tokens[index.clamp(min=0)]
     if newline is None:
         return packed
-    return torch.where(places[:, None] == NEWLINE, newline.to(packed.dtype), packed)
+    return torch.where(index[:, None] == NEWLINE, newline.to(packed.dtype), packed)

@@ -34,9 +34,9 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     Raises:
         ValueError: if the region is not known, or if there are more stripes than tokens.
     """
-    if geometry.host is not geometry:
+    if geometry.original is not geometry:
         with torch.inference_mode(False):  # a later call may record gradients
-            return base_tile_coverage(geometry.host, region).to(geometry.regions.device)
+            return base_tile_coverage(geometry.original, region).to(geometry.regions.device)
     (rows, cols), device = geometry.tile_grid, geometry.regions.device
     if region == "exact":
         return region_coverage(geometry.regions, geometry.token_grid)

@@ -171,7 +171,7 @@ class ContextualMerging(MergingPolicy):
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
         dropped = candidates & ~picked & (reserved > 0)[:, None]
         number = (reserved - int(self.cls)).clamp(min=0)[:, None]
-        is_target = dropped & sample_ranks(dropped, number, self.spacing)
+        is_target = dropped & sample_mask(dropped, number, self.spacing)
         is_source = dropped & ~is_target
         similarity = (keys @ keys.transpose(1, 2)).masked_fill(~is_target[:, None], -torch.inf)
         target_of = F.one_hot(similarity.argmax(dim=2), picked.shape[1]).transpose(1, 2)
@@ -196,7 +196,7 @@ class ContextualMerging(MergingPolicy):
         return Merged(kind + 2 * is_cls, weights)
 
 
-def sample_ranks(mask: Tensor, number: Tensor, spacing: str) -> Tensor:
+def sample_mask(mask: Tensor, number: Tensor, spacing: str) -> Tensor:
     """Return samples of the true entries of each row, bool `[rows, entries]`; entries outside the mask are undefined.
 
     Args:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.emulated_device import EmulatedDevice, move_model, to_cpu, to_device
-from tokenprune.batch import BatchReducer, group_images
+from tokenprune.batch import BatchSelector, group_images
 from tokenprune.catalog import strategies
-from tokenprune.faults import collect_faults, raise_first, stack_flags
+from tokenprune.checks import defer_checks, raise_first_failure, stack_failures
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.reducer import ScoreReducer, TokenReducer
@@ -90,7 +90,7 @@ def test_images_reduced_together_keep_the_tokens_of_each_image(name: str) -> Non
     reducer = strategies()[name](0.3)
     images = [random_encoded_image(WIDE, seed) for seed in range(3)]
     images += [random_encoded_image(TileGeometry.single((4, 4)), seed) for seed in range(2)]
-    together = BatchReducer(reducer).reduce([*images, images[0]]).selections
+    together = BatchSelector(reducer).select([*images, images[0]]).selections
     assert together[0] is together[-1]
     for image, selection in zip(images, together[:-1], strict=True):
         alone = reducer.reduce(image)
@@ -110,10 +110,10 @@ def test_strategies_without_reads_run_once_for_a_group(strategy: Any, monkeypatc
     calls = []
     select = strategy.select
     monkeypatch.setattr(strategy, "select", lambda self, image: calls.append(image) or select(self, image))
-    reducer = BatchReducer(strategy(0.3))
-    reducer.reduce([random_encoded_image(WIDE, seed) for seed in range(4)])
+    selector = BatchSelector(strategy(0.3))
+    selector.select([random_encoded_image(WIDE, seed) for seed in range(4)])
     calls.clear()
-    reducer.reduce([random_encoded_image(WIDE, seed) for seed in range(4)])
+    selector.select([random_encoded_image(WIDE, seed) for seed in range(4)])
     assert len(calls) == 1
 
 
@@ -144,7 +144,7 @@ class KeepsPadding(TokenReducer):
 def test_a_strategy_that_reads_values_is_applied_to_each_image() -> None:
     images = [random_encoded_image(WIDE, seed) for seed in range(3)]
     reducer = ReadsValues(7)
-    together = BatchReducer(reducer).reduce(images).selections
+    together = BatchSelector(reducer).select(images).selections
     for image, selection in zip(images, together, strict=True):
         assert torch.equal(selection.kept, reducer.reduce(image).kept)
 
@@ -153,16 +153,16 @@ def test_a_strategy_that_reads_values_is_applied_to_each_image() -> None:
 @pytest.mark.parametrize(
     ("reducer", "message"), [(NaNScores(5), "returned NaN"), (KeepsPadding(5), "own unpadding removes")]
 )
-def test_faults_are_collected_and_raised_when_they_are_read(reducer: Any, message: str, count: int) -> None:
+def test_checks_are_deferred_and_raise_when_they_are_read(reducer: Any, message: str, count: int) -> None:
     images = [random_encoded_image(WIDE, seed) for seed in range(count)]
     with pytest.raises(ValueError, match=message):
         reducer.reduce(images[0])
-    faults = BatchReducer(reducer).reduce(images).faults
+    checks = BatchSelector(reducer).select(images).checks
     with pytest.raises(ValueError, match=message):
-        raise_first(faults, stack_flags(faults, torch.device("cpu")).tolist())
+        raise_first_failure(checks, stack_failures(checks, torch.device("cpu")).tolist())
 
 
-def test_a_fault_on_an_accelerator_raises_at_the_end_of_the_block() -> None:
+def test_a_failed_check_on_an_accelerator_raises_at_the_end_of_the_block() -> None:
     inputs = to_device(dict(batch("llava_next", [(112, 112)])))
     with torch.no_grad(), EmulatedDevice():
         with pytest.raises(ValueError, match="returned NaN"), NaNScores(5, newlines="drop")(load_model()):
@@ -178,9 +178,9 @@ def test_a_fault_on_an_accelerator_raises_at_the_end_of_the_block() -> None:
 
 
 def test_checks_of_an_inner_block_are_not_lost() -> None:
-    with collect_faults() as outer:
-        faults = BatchReducer(NaNScores(5)).reduce([random_encoded_image(WIDE)]).faults
-    assert faults
+    with defer_checks() as outer:
+        checks = BatchSelector(NaNScores(5)).select([random_encoded_image(WIDE)]).checks
+    assert checks
     assert not outer
 
 
@@ -204,12 +204,12 @@ def test_copies_of_a_layout() -> None:
     with EmulatedDevice() as device:
         moved = WIDE.to("emulated:0")
         assert moved is WIDE.to(torch.device("emulated:0")) is moved.to("emulated:0")
-        assert moved.host is WIDE is moved.to("cpu")
-        for table in ("valid", "token_order", "packed_source", "token_newline", "ends_row"):
+        assert moved.original is WIDE is moved.to("cpu")
+        for table in ("valid", "token_order", "pack_index", "token_newline", "ends_row"):
             assert torch.equal(to_cpu(getattr(moved, table)), getattr(WIDE, table))
         assert moved.valid_per_tile == WIDE.valid_per_tile
         changed = replace(moved, packed=moved.packed[:-1])
-        assert changed.host is changed  # another layout: the tables of the original do not apply
+        assert changed.original is changed  # another layout: the tables of the original do not apply
     assert not device.reads
 
 

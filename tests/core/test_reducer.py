@@ -109,7 +109,7 @@ def test_the_budget_is_spent_exactly_on_valid_tokens(reducer, layout, budget, pe
     assert torch.equal(repeated.kept, selection.kept)
     assert torch.equal(repeated.newline_mask, selection.newline_mask)
     if budget == 1.0 and type(budget) is float and of == "encoded" and newlines != "drop":
-        assert selection.everything
+        assert selection.is_identity
 
 
 @PROPERTY_SETTINGS

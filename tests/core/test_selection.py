@@ -113,7 +113,7 @@ def test_kept_newlines_and_packed_mask_against_a_loop(name: str, data) -> None:
             newline_index += entry == NEWLINE
         assert selection.packed_mask().tolist() == expected_mask
         assert selection.kept_tokens + selection.kept_newlines == sum(expected_mask)
-        assert selection.everything == all(expected_mask)
+        assert selection.is_identity == all(expected_mask)
 
 
 def test_selection_counts() -> None:
@@ -126,15 +126,15 @@ def test_selection_counts() -> None:
     assert Selection(layout, kept, 9, budgets=torch.tensor([4, 0, 0, 0, 5])).granted_per_tile == [4, 0, 0, 0, 5]
     assert selection.kept_newlines == 0
     assert int(selection.packed_mask().sum()) == 4
-    assert not selection.everything
-    assert Selection(layout, layout.valid, 80, newline_mask=torch.ones(8, dtype=torch.bool)).everything
-    assert not Selection(layout, layout.valid, 80).everything  # the newline tokens are dropped
+    assert not selection.is_identity
+    assert Selection(layout, layout.valid, 80, newline_mask=torch.ones(8, dtype=torch.bool)).is_identity
+    assert not Selection(layout, layout.valid, 80).is_identity  # the newline tokens are dropped
 
 
 def test_a_selection_with_mixing_is_not_everything() -> None:
     layout = TileGeometry.single((2, 2))
-    assert Selection(layout, layout.valid, 4).everything
-    assert not Selection(layout, layout.valid, 4, mixing=torch.eye(4)).everything
+    assert Selection(layout, layout.valid, 4).is_identity
+    assert not Selection(layout, layout.valid, 4, mixing=torch.eye(4)).is_identity
 
 
 def test_unknown_newline_policy() -> None:

@@ -10,8 +10,8 @@ from tokenprune.experiments.evaluation.records import (
     InUseError,
     RecordFile,
     list_recorded_samples,
-    merge,
     merge_if_complete,
+    merge_records,
     read_lines,
 )
 
@@ -63,6 +63,6 @@ def test_parts_are_merged_in_sample_order(tmp_path: Path) -> None:
             for name in names:
                 file.add({"sample": name})
     assert list_recorded_samples(tmp_path) == {"a", "b", "c"}
-    merge(tmp_path, ["a", "b", "c"])
+    merge_records(tmp_path, ["a", "b", "c"])
     assert [row["sample"] for row in read_lines(tmp_path / "records.jsonl")] == ["a", "b", "c"]
     assert not list(tmp_path.glob("records.part*"))

@@ -141,7 +141,7 @@ def test_merging_works_in_one_pool() -> None:
 
 def test_no_token_is_merged_at_a_full_budget() -> None:
     for strategy in (VisionZip, PruMerge, SpatialPooling):
-        assert strategy(1.0).reduce(random_encoded_image(WIDE_LAYOUT)).everything
+        assert strategy(1.0).reduce(random_encoded_image(WIDE_LAYOUT)).is_identity
 
 
 # --- features of the model --------------------------------------------------------------------------------------------

@@ -334,7 +334,13 @@ def test_each_option_of_these_releases_changes_the_mask() -> None:
     """A changed option gives another mask, so the recorded cases detect a change of the presets."""
     case, image, reducer = load_eadp_case(1)
     relevance = reducer.selection.relevance  # type: ignore[attr-defined]
-    for change in ({"words": 0.5}, {"sharpness": 0.1}, {"whole": 0.0}, {"sigma": 0.1}, {"power": 2.0}):
+    for change in (
+        {"word_share": 0.5},
+        {"weight_temperature": 0.1},
+        {"global_weight": 0.0},
+        {"sigma": 0.1},
+        {"power": 2.0},
+    ):
         variant = replace(reducer, selection=FacilityLocationSelection(replace(relevance, **change)))
         assert not torch.equal(variant.reduce(image).kept, case["kept"]), change
     assert not torch.equal(replace(reducer, allocation=ScoreMassAllocation()).reduce(image).kept, case["kept"])

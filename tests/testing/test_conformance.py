@@ -263,5 +263,5 @@ def test_example_models_are_small_and_deterministic(name: str) -> None:
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no family is called lava; known: .*llava_next"):
+    with pytest.raises(ValueError, match=r"no family is called lava; the families are .*llava_next"):
         check_reducer(NormScore(), ["lava"])

@@ -55,11 +55,11 @@ def strategy_rows(plugins: Sequence[str] = ()) -> list[Row]:
     return [
         {
             "name": name,
-            "what": first_line(member),
+            "description": first_line(member),
             "stage": str(member.stage),
             "needs": ", ".join(sorted({_format_signal(signal) for signal in member().needs})) or "features",
             "dropped tokens": _describe_dropped(member()),
-            "budget": "exact" if member.exact else "a ceiling",
+            "budget": "exact" if member.exact else "upper limit",
             "paper": member.published,
             "presets": ", ".join(f"{name}.{preset}" for preset in presets(member)),
             "parity": member.parity,
@@ -75,7 +75,7 @@ def _format_signal(signal: Signal) -> str:
 
 def _describe_dropped(reducer: TokenReducer) -> str:
     if isinstance(reducer, ImageReducer):
-        return "never made"
+        return "not encoded"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
 
 
@@ -85,11 +85,11 @@ def component_rows(plugins: Sequence[str] = ()) -> list[Row]:
     return [
         {
             "name": name,
-            "what": first_line(member),
-            "kind": _kind_of(member),
+            "description": first_line(member),
+            "kind": _find_kind(member),
             "parameters": parameters(member),
         }
-        for name, member in sorted(classes.items(), key=lambda item: (_kind_of(item[1]), item[0]))
+        for name, member in sorted(classes.items(), key=lambda item: (_find_kind(item[1]), item[0]))
     ]
 
 
@@ -103,7 +103,7 @@ COMPONENT_KINDS: Mapping[str, type[Component]] = {
 }
 
 
-def _kind_of(component: type[Component]) -> str:
+def _find_kind(component: type[Component]) -> str:
     return next((kind for kind, base in COMPONENT_KINDS.items() if issubclass(component, base)), "other")
 
 
@@ -118,7 +118,7 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
         rows.append(
             {
                 "family": adapter_class.family,
-                "what": first_line(adapter_class),
+                "description": first_line(adapter_class),
                 "class": adapter_class.model_class,
                 "adapter": name,
                 "attention": resolve_attention_source("auto", provides) if provides else "",

@@ -15,7 +15,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from tokenprune.cli.errors import INPUT_ERRORS, user_error
-from tokenprune.cli.parsing import ClassOption, prepare
+from tokenprune.cli.parsing import ClassOption, prepare_arguments
 from tokenprune.configuration import as_config
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
@@ -98,13 +98,13 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str], classes: Mapping[
         parser: the parser of the command.
         argv: the arguments after the command.
         classes: if the command has options with class names as values, these options except ``--reducer``, as in
-            `prepare`; None if it has none.
+            `prepare_arguments`; None if it has none.
 
     Raises:
         UserError: if an option is not valid.
     """
     try:
-        arguments = list(argv) if classes is None else prepare(argv, classes)
+        arguments = list(argv) if classes is None else prepare_arguments(argv, classes)
         return parser.instantiate(parser.parse_args(arguments))
     except INPUT_ERRORS as error:
         raise user_error(error, parser) from error

@@ -176,7 +176,7 @@ def group_options(argv: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def prepare(argv: Sequence[str], options: Mapping[str, ClassOption] | None = None) -> list[str]:
+def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | None = None) -> list[str]:
     """Return the arguments in the form and order that jsonargparse requires.
 
     User files are loaded and added as `--plugin`, so that a printed config can be read again. Names are resolved.

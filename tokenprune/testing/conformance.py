@@ -448,11 +448,13 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
         runs.
 
     Raises:
-        ValueError: if a family is not known.
+        ValueError: if there is no family of a name.
     """
-    known = {adapter.family for adapter in adapters().values()}
-    if unknown := set(families or ()) - known:
-        raise ValueError(f"no family is called {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    names = {adapter.family for adapter in adapters().values()}
+    if unknown := set(families or ()) - names:
+        raise ValueError(
+            f"no family is called {', '.join(sorted(unknown))}; the families are {', '.join(sorted(names))}"
+        )
     results = []
     with torch.random.fork_rng():
         for name, check in CHECKS.items():

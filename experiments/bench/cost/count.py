@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
-from tokenprune.entries import KeptEntries
 from tokenprune.experiments.bench.cost.meter import Meter, Work
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.packing import KeptPositions
 from tokenprune.selection import Selection
 from tokenprune.strategies import UniformStride
 
@@ -160,10 +160,10 @@ def encode_images(
         batch: number of images.
         selection: the kept tokens of each image; None keeps all.
     """
-    if selection is None or selection.everything or not adapter.can_leave_early(inputs, ()):
+    if selection is None or selection.is_identity or not adapter.can_leave_early(inputs, ()):
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
     tokens = adapter.run_tower(inputs, [layout] * batch, {}).tokens
-    return tokens.gather(KeptEntries.from_selections([selection] * batch))
+    return tokens.gather(KeptPositions.from_selections([selection] * batch))
 
 
 def count_batch(

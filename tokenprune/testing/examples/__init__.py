@@ -21,13 +21,13 @@ EXAMPLES = "tokenprune.testing.families"
 
 @cache
 def _registered_examples() -> Mapping[type[Adapter], type[Example]]:
-    """Return the shipped examples and the examples of plug-ins by adapter class."""
+    """Return the example classes of the package and of plug-ins by adapter class."""
     classes = collect_classes(EXAMPLES, Example).values()
     return {example.adapter_class: example for example in classes}
 
 
 def find_example(adapter_class: type[Adapter]) -> type[Example]:
-    """Return the example of an adapter class.
+    """Return the class of the example model of an adapter class.
 
     Shipped examples and plug-ins come first, then examples that were defined in this session.
 
@@ -45,7 +45,7 @@ def find_example(adapter_class: type[Adapter]) -> type[Example]:
 
 
 def build_example(adapter_class: type[Adapter]) -> Example:
-    """Return the example of an adapter class, bound to an adapter of a new example model.
+    """Return an example with a new tiny model, bound to an adapter of the class.
 
     Raises:
         LookupError: if the adapter has no example.

@@ -1,7 +1,7 @@
-"""The entries of the packed images of a call that enter the LLM, for all images at once.
+"""The positions of the packed images of a call that enter the LLM, for all images at once.
 
-An entry is a visual token or a newline token. Images are concatenated in the order of the prompts. Index tensors have a
-length that the host knows, so features and prompts are gathered without reading from the device.
+A position holds a visual token or a newline token. Images are concatenated in the order of the prompts. The lengths of
+index tensors are known on the host, so that features and prompts are gathered without reading from the device.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from tokenprune.faults import Fault, raise_first, stack_flags
+from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.selection import MaskCount, Selection, true_indices
 
 
 @dataclass(frozen=True, eq=False)
-class KeptEntries:
-    """The kept entries of the images of a call.
+class KeptPositions:
+    """The kept positions of all images of a call, in packed order.
 
     Args:
-        mask: the kept entries of all packed images, bool `[entries]`.
+        mask: the kept positions of all packed images, bool `[positions]`.
         layouts: the layout of each image.
         tokens: number of kept visual tokens of each image.
         newlines: number of kept newline tokens of each image.
@@ -36,13 +36,13 @@ class KeptEntries:
     newlines: tuple[int, ...]
 
     @classmethod
-    def from_selections(cls, selections: Sequence[Selection]) -> KeptEntries:
-        """Return the kept entries of images; numbers that a selection does not store are read from the device."""
-        return cls.from_counted(pack_masks(selections), selections)
+    def from_selections(cls, selections: Sequence[Selection]) -> KeptPositions:
+        """Return the kept positions of images; counts that a selection does not store are read from the device."""
+        return cls.from_mask(pack_masks(selections), selections)
 
     @classmethod
-    def from_counted(cls, mask: Tensor, selections: Sequence[Selection]) -> KeptEntries:
-        """Return the kept entries of images whose packed masks are known.
+    def from_mask(cls, mask: Tensor, selections: Sequence[Selection]) -> KeptPositions:
+        """Return the kept positions of images from their packed masks.
 
         Args:
             mask: the result of `pack_masks`.
@@ -57,46 +57,49 @@ class KeptEntries:
 
     @property
     def lengths(self) -> list[int]:
-        """Number of kept entries of each image."""
+        """Number of kept positions of each image."""
         return [tokens + newlines for tokens, newlines in zip(self.tokens, self.newlines, strict=True)]
 
     @cached_property
     def index(self) -> Tensor:
-        """Position of each kept entry in the concatenated packed images, ascending, `[kept]`."""
+        """Index of each kept position in the concatenated packed images, ascending, `[kept]`."""
         return true_indices(self.mask, sum(self.lengths))
 
     @cached_property
-    def position(self) -> Tensor:
-        """Position of each kept entry in the packed order of its image, `[kept]`."""
-        positions, _ = entry_tables(self.layouts, self.mask.device)
+    def image_index(self) -> Tensor:
+        """Index of each kept position in its packed image, `[kept]`."""
+        positions, _ = position_tables(self.layouts, self.mask.device)
         return positions[self.index]
 
     @cached_property
     def token_index(self) -> Tensor:
-        """Position of each kept visual token among the kept entries, `[tokens]`."""
+        """Index of each kept visual token among the kept positions, `[tokens]`."""
         if not sum(self.newlines):
             return torch.arange(sum(self.tokens), device=self.mask.device)
-        _, is_token = entry_tables(self.layouts, self.mask.device)
+        _, is_token = position_tables(self.layouts, self.mask.device)
         return true_indices(is_token[self.index], sum(self.tokens))
 
 
 @lru_cache(maxsize=256)
-def entry_tables(layouts: tuple[TileGeometry, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the position of each entry in its image, int64 `[entries]`, and whether it is a visual token, bool.
+def position_tables(layouts: tuple[TileGeometry, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index of each position in its packed image, int64, and whether it holds a visual token, bool.
 
     Args:
         layouts: the layout of each image.
         device: the device of the tables.
+
+    Returns:
+        Two tensors for the concatenated packed images, `[positions]` each.
     """
     with torch.inference_mode(False):  # a later call may record gradients
-        hosts = [layout.host for layout in layouts]
-        positions = torch.cat([torch.arange(len(layout.packed), device=layout.packed.device) for layout in hosts])
-        is_token = torch.cat([layout.packed != NEWLINE for layout in hosts])
+        originals = [layout.original for layout in layouts]
+        positions = torch.cat([torch.arange(len(layout.packed), device=layout.packed.device) for layout in originals])
+        is_token = torch.cat([layout.packed != NEWLINE for layout in originals])
         return positions.to(device), is_token.to(device)
 
 
 def group_selections(selections: Sequence[Selection], *attributes: str) -> list[list[int]]:
-    """Return the numbers of the selections in groups of one layout and equal attributes.
+    """Return the indices of the selections in groups of one layout and equal attributes.
 
     Args:
         selections: the selections.
@@ -105,12 +108,12 @@ def group_selections(selections: Sequence[Selection], *attributes: str) -> list[
     groups: dict[Hashable, list[int]] = {}
     for number, selection in enumerate(selections):
         values = tuple(getattr(selection, name) for name in attributes)
-        groups.setdefault((selection.geometry.host, selection.kept.device, values), []).append(number)
+        groups.setdefault((selection.geometry.original, selection.kept.device, values), []).append(number)
     return list(groups.values())
 
 
 def pack_masks(selections: Sequence[Selection]) -> Tensor:
-    """Return the kept entries of the packed images, concatenated, bool `[entries]`.
+    """Return the mask of the kept positions of all packed images, concatenated, bool `[positions]`.
 
     Args:
         selections: the selections, with masks of newline tokens.
@@ -123,7 +126,7 @@ def pack_masks(selections: Sequence[Selection]) -> Tensor:
         flat = torch.stack([selections[number].kept for number in numbers]).flatten(1)
         if layout.newlines:
             flat = torch.cat([flat, torch.stack([_newline_mask(selections[n], layout) for n in numbers])], dim=1)
-        packed = flat[:, layout.packed_source]
+        packed = flat[:, layout.pack_index]
         if len(numbers) == len(selections):
             return packed.flatten()
         masks.update(zip(numbers, packed.unbind(), strict=True))
@@ -137,17 +140,18 @@ def _newline_mask(selection: Selection, layout: TileGeometry) -> Tensor:
 
 
 def read_counts(
-    selections: Sequence[Selection], mask: Tensor, faults: Sequence[Fault], dropped_text: Tensor | None = None
+    selections: Sequence[Selection], mask: Tensor, checks: Sequence[DeferredCheck], dropped_text: Tensor | None = None
 ) -> tuple[list[Selection], list[int], bool]:
-    """Return selections whose counts are known, after at most one read from the device.
+    """Return the selections with their counts, after at most one read from the device, which also reads the checks.
 
-    Nothing is read from an accelerator if all counts follow from the budgets. On a CPU the checks are always read.
+    If all counts follow from the budgets, nothing is read from an accelerator. On a CPU the checks are always
+    read.
 
     Args:
         selections: the selections of a call.
-        mask: their kept entries (`pack_masks`), bool `[entries]`.
-        faults: the checks of the selections.
-        dropped_text: text positions of the prompts that are dropped, bool `[rows, length]`; None drops none.
+        mask: the mask of their kept positions (`pack_masks`), bool `[positions]`.
+        checks: the checks of the selections.
+        dropped_text: text positions of the prompts that are dropped, bool `[rows, length]`; None drops no text.
 
     Returns:
         The selections, the number of dropped text positions of each row, and whether the checks were read.
@@ -160,19 +164,19 @@ def read_counts(
     tokens, newlines = [s.token_count for s in selections], [s.newline_count for s in selections]
     if None not in tokens and None not in newlines and dropped_text is None and mask.device.type != "cpu":
         return list(selections), [], False
-    parts = [] if None not in newlines else [count_entries(mask, [s.geometry for s in selections])]
+    parts = [] if None not in newlines else [count_kept(mask, [s.geometry for s in selections])]
     uncounted = [number for number, count in enumerate(tokens) if count is None]
     for numbers in group_selections([selections[number] for number in uncounted]):
         kept = torch.stack([selections[uncounted[number]].kept for number in numbers])
         parts.append(kept.flatten(1).sum(dim=1).to(mask.device))
-    parts += [stack_flags(faults, mask.device)] if faults else []
+    parts += [stack_failures(checks, mask.device)] if checks else []
     parts += [] if dropped_text is None else [dropped_text.sum(dim=1)]
     values = iter(torch.cat(parts).tolist() if parts else ())
     totals = list(islice(values, len(selections))) if None in newlines else None
     for numbers in group_selections([selections[number] for number in uncounted]):
         for number in numbers:
             tokens[uncounted[number]] = next(values)
-    raise_first(faults, list(islice(values, len(faults))))
+    raise_first_failure(checks, list(islice(values, len(checks))))
     counted = []
     for number, selection in enumerate(selections):
         count, newline_count = tokens[number], newlines[number]
@@ -182,20 +186,20 @@ def read_counts(
     return counted, list(values), True
 
 
-def count_entries(mask: Tensor, layouts: Sequence[TileGeometry]) -> Tensor:
-    """Return the number of kept entries of each image, `[images]`.
+def count_kept(mask: Tensor, layouts: Sequence[TileGeometry]) -> Tensor:
+    """Return the number of kept positions of each image, `[images]`.
 
     Args:
-        mask: the kept entries of all images, bool `[entries]`.
+        mask: the kept positions of all images, bool `[positions]`.
         layouts: the layout of each image.
     """
-    if len({layout.host for layout in layouts}) == 1:
+    if len({layout.original for layout in layouts}) == 1:
         return mask.view(len(layouts), -1).sum(dim=1)
     return torch.stack([part.sum() for part in mask.split([len(layout.packed) for layout in layouts])])
 
 
 def with_counts(selection: Selection, tokens: int, newlines: int) -> Selection:
-    """Return a selection whose numbers of kept tokens and newline tokens are known.
+    """Return a selection that stores its numbers of kept tokens and newline tokens.
 
     Args:
         selection: the selection.
