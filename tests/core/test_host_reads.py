@@ -217,3 +217,20 @@ def test_true_indices() -> None:
     mask = torch.tensor([False, True, True, False, True])
     assert true_indices(mask, 3).tolist() == [1, 2, 4]
     assert true_indices(mask, 0).tolist() == []
+
+
+@pytest.mark.parametrize("strategy", WITHOUT_READS)
+def test_generate_reads_as_often_as_a_plain_call(strategy: Any) -> None:
+    inputs, options = dict(batch("llava_next", *[[(112, 112)]] * 2)), {"max_new_tokens": 2, "do_sample": False}
+
+    def count_reads() -> int:
+        with EmulatedDevice() as device:
+            load_model().generate(**to_device(inputs), **options)
+        return sum(device.reads.values())
+
+    with torch.no_grad(), EmulatedDevice():
+        plain = count_reads()
+        with strategy(0.2)(load_model()):
+            for _ in range(1 + DRAWABLE // 2):  # the first images keep pixels for drawing
+                reduced = count_reads()
+    assert reduced <= plain + 1
