@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,10 +17,13 @@ from tokenprune.catalog import strategies
 from tokenprune.faults import collect_faults, raise_first, stack_flags
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
-from tokenprune.reducer import ScoreReducer, TokenReducer
+from tokenprune.policies import AllocationPolicy
+from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, true_indices
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisionZip
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, VisionZip
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
@@ -147,6 +151,123 @@ def test_a_strategy_that_reads_values_is_applied_to_each_image() -> None:
     together = BatchReducer(reducer).reduce(images).selections
     for image, selection in zip(images, together, strict=True):
         assert torch.equal(selection.kept, reducer.reduce(image).kept)
+
+
+@dataclass
+class EditsInPlace(HiRED):
+    """A strategy that changes the mask of its base class in place."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        selection = super().select(image)
+        selection.kept[:, :3] = False
+        return selection
+
+
+@dataclass
+class EditsScoresInPlace(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1)
+
+    def select(self, image: EncodedImage) -> Selection:
+        selection = super().select(image)
+        selection.kept[:, :3] = False
+        return selection
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("strategy", [EditsInPlace, EditsScoresInPlace])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_mask_can_be_changed_in_place(strategy: Any, mode: Any, images: int) -> None:
+    model, inputs = tiny_model("llava_next"), batch("llava_next", *[[(112, 112)]] * images)
+    with mode(), strategy(0.3)(model) as run:
+        model(**inputs)
+    for selection in run.selections:
+        assert selection.kept_tokens == int(selection.kept.sum()) != selection.asked
+
+
+@dataclass
+class RandomScores(ScoreReducer):
+    """A strategy that draws random numbers for each image."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return torch.rand(image.geometry.tiles, image.geometry.tokens)
+
+
+@dataclass
+class RandomFeatureScores(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return torch.rand_like(image.features[..., 0])
+
+
+@pytest.mark.parametrize("strategy", [RandomScores, RandomFeatureScores])
+def test_each_image_draws_its_own_random_numbers(strategy: Any) -> None:
+    images, reducer = [random_encoded_image(WIDE, seed) for seed in range(3)], strategy(0.3)
+    torch.manual_seed(0)
+    together = BatchReducer(reducer).reduce(images).selections
+    torch.manual_seed(0)
+    for image, selection in zip(images, together, strict=True):
+        assert torch.equal(selection.kept, reducer.reduce(image).kept)
+
+
+@dataclass
+class AsksForTensors(TokenReducer):
+    """A strategy whose number of asked tokens is a tensor."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        norms = image.features.norm(dim=-1)
+        kept = (norms > norms.mean()) & image.geometry.valid
+        return Selection(image.geometry, kept, asked=kept.sum())  # type: ignore[arg-type]
+
+
+def test_numbers_of_a_selection_are_numbers_of_its_image() -> None:
+    images, reducer = [random_encoded_image(WIDE, seed) for seed in range(3)], AsksForTensors()
+    for selection in BatchReducer(reducer).reduce(images).selections:
+        assert int(selection.asked) == selection.kept_tokens
+
+
+@dataclass
+class SpendsOneLess(MaxMinDiversitySelection):
+    """A selection that changes the budgets in place."""
+
+    def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+        budgets -= 1
+        return super().pick(image, scores, budgets, candidates)
+
+    @property
+    def is_exact(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_budgets_that_a_selection_changes_hold_for_one_image(mode: Any) -> None:
+    image = random_encoded_image(WIDE)
+    with mode():
+        reducer = ComponentReducer(18, allocation=UniformAllocation(), selection=SpendsOneLess())
+        selections = [reducer.reduce(image) for _ in range(2)]
+    assert [selection.kept_tokens for selection in selections] == [15, 15]
+    assert [selection.granted_per_tile for selection in selections] == [[6, 6, 6]] * 2
+
+
+@dataclass
+class FractionalAllocation(AllocationPolicy):
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> Any:
+        return [2.5] * len(capacity)
+
+
+def test_an_allocation_can_return_fractions() -> None:
+    reducer = ComponentReducer(9, allocation=FractionalAllocation(), selection=MaxMinDiversitySelection())
+    assert reducer.reduce(random_encoded_image(WIDE)).granted_per_tile == [2.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("strategy", [PruMerge, VisionZip])
+@pytest.mark.parametrize("newlines", ["keep", "drop"])
+def test_merging_strategies_can_keep_no_token(strategy: Any, newlines: Any) -> None:
+    model, inputs = tiny_model("llava_next"), batch("llava_next", [(112, 112)], [(112, 112), (56, 112)])
+    with torch.no_grad(), strategy(0, newlines=newlines)(model) as run:
+        logits = model(**inputs).logits
+    with torch.no_grad(), FasterVLM(0, newlines=newlines)(model):
+        assert torch.equal(logits, model(**inputs).logits)
+    assert [selection.kept_tokens for selection in run.selections] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [1, 3])
