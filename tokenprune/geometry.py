@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from einops import rearrange
@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEWLINE = -1
 """The entry of a newline token in `TileGeometry.packed`."""
+RECENT_LAYOUTS = 128
+"""Number of layouts whose index tables are stored for later calls."""
 
 
 def _table(compute: Callable[[TileGeometry], Tensor]) -> cached_property[Tensor]:
@@ -162,6 +164,11 @@ class TileGeometry:
         mask[self.token_newline] = True
         return mask[: self.newlines]
 
+    @cached_property
+    def content(self) -> tuple[Hashable, ...]:
+        """A key that equal layouts on the CPU share."""
+        return self.tile_grid, self.token_grid, *(table.numpy().tobytes() for table in (self.regions, self.packed))
+
     def unpack(self, packed: Tensor) -> Tensor:
         """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
 
@@ -263,6 +270,34 @@ class TileGeometry:
         newline = torch.full((index.shape[0], 1), NEWLINE)
         packed = torch.cat([torch.arange(math.prod(token_grid)), torch.cat([index, newline], dim=1).flatten()])
         return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
+
+
+@dataclass(frozen=True)
+class _LayoutContent:
+    """A layout that equals another one if their tables are equal."""
+
+    key: tuple[Hashable, ...]
+    layout: TileGeometry = field(compare=False)
+
+
+@lru_cache(maxsize=RECENT_LAYOUTS)
+def _copy_layout(content: _LayoutContent) -> TileGeometry:
+    layout = content.layout
+    with torch.inference_mode(False):  # a later call may record gradients
+        return replace(layout, regions=layout.regions.clone(), packed=layout.packed.clone())
+
+
+def share_layouts(layouts: Sequence[TileGeometry]) -> list[TileGeometry]:
+    """Return the layouts with one object for equal layouts, also those of recent calls.
+
+    Images of one object are reduced together, and its index tables are computed and copied to a device once.
+
+    Args:
+        layouts: the layout of each image.
+    """
+    if any(layout.packed.device.type != "cpu" for layout in layouts):  # comparing them would read from the device
+        return list(layouts)
+    return [_copy_layout(_LayoutContent(layout.content, layout)) for layout in layouts]
 
 
 def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

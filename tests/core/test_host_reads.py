@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.helpers.emulated_device import EmulatedDevice, move_model, to_cpu, to_device
+from tests.helpers.families import FAMILIES
+from tokenprune.adapter import find_adapter
 from tokenprune.batch import BatchReducer, group_images
 from tokenprune.catalog import strategies
 from tokenprune.faults import collect_faults, raise_first, stack_flags
-from tokenprune.geometry import TileGeometry
+from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy
 from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
@@ -321,6 +323,48 @@ def test_groups_have_one_layout_and_one_shape_of_signals() -> None:
     assert [len(group) for group in group_images(images)] == [2, 1, 1]
 
 
+READING: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "item": lambda values, index: values[0].item(),
+    "bool": lambda values, index: bool(values[0] > 0),
+    "in": lambda values, index: 1 in index,
+    "index": lambda values, index: [0, 1, 2][index[0]],
+    "slice": lambda values, index: values[: index[0]],
+    "arange": lambda values, index: torch.arange(index[0], device=values.device),
+    "mask": lambda values, index: values[values > 0],
+    "where": lambda values, index: torch.where(values > 0),
+    "allclose": lambda values, index: torch.allclose(values, values),
+    "repeat_interleave": lambda values, index: values.repeat_interleave(index),
+    "split": lambda values, index: values.split(index.tolist()),
+    "unique": lambda values, index: values.unique(),
+    "unique rows": lambda values, index: values[:, None].unique(dim=0),
+    "bincount": lambda values, index: index.bincount(),
+    "one_hot": lambda values, index: torch.nn.functional.one_hot(index),
+    "to_sparse": lambda values, index: values.to_sparse(),
+    "inverse": lambda values, index: torch.linalg.inv(values.outer(values) + values.diag()),
+}
+WITHOUT_READING: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "iteration": lambda values, index: [2 * value for value in values],
+    "repeat_interleave": lambda values, index: values.repeat_interleave(index, output_size=3),
+    "one_hot": lambda values, index: torch.nn.functional.one_hot(index, 3),
+    "masked_scatter": lambda values, index: values.masked_scatter(values > 1, values),
+    "gather": lambda values, index: values[index],
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "is_read"),
+    [
+        *(pytest.param(operation, True, id=name) for name, operation in READING.items()),
+        *(pytest.param(operation, False, id=f"{name}, no read") for name, operation in WITHOUT_READING.items()),
+    ],
+)
+def test_the_emulated_device_counts_reads(operation: Any, is_read: bool) -> None:
+    values, index = to_device([torch.tensor([1.0, 2.0, 1.5]), torch.tensor([0, 1, 2])])
+    with EmulatedDevice() as device:
+        operation(values, index)
+    assert bool(device.reads) == is_read
+
+
 def test_copies_of_a_layout() -> None:
     with EmulatedDevice() as device:
         moved = WIDE.to("emulated:0")
@@ -332,6 +376,34 @@ def test_copies_of_a_layout() -> None:
         changed = replace(moved, packed=moved.packed[:-1])
         assert changed.host is changed  # another layout: the tables of the original do not apply
     assert not device.reads
+
+
+def test_equal_layouts_of_several_calls_are_one_object() -> None:
+    with torch.inference_mode():
+        first, second = share_layouts([TileGeometry.single((3, 5)), TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)])
+    assert not first.packed.is_inference()
+    assert share_layouts([replace(WIDE), TileGeometry.single((3, 5))]) == [second, first]
+    others = share_layouts([TileGeometry.single((5, 3)), replace(WIDE, packed=WIDE.packed.flip(0))])
+    assert not {first, second} & set(others)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl", "phi4_multimodal", "llava_onevision"])
+def test_images_of_one_layout_are_one_group_in_each_family(family: str) -> None:
+    example = FAMILIES[family]
+    inputs, adapter = dict(example.batch(*[[example.sizes[0]]] * 3)), find_adapter(example.model())
+    for _ in range(2):
+        with torch.no_grad():
+            images = adapter.encode(inputs, ()).images
+        assert [len(group) for group in group_images(images)] == [3]
+
+
+def test_a_model_stores_few_layouts() -> None:
+    adapter = find_adapter(tiny_model("llava_next"))
+    for height in range(40, 40 + 2 * RECENT_LAYOUTS):
+        pixels, sizes = torch.zeros(1, 5, 3, 56, 56), torch.tensor([[height, 50]])
+        (layout,) = adapter.layouts({"pixel_values": pixels, "image_sizes": sizes})
+        assert adapter.layouts({"pixel_values": pixels, "image_sizes": sizes}) == [layout]
+    assert len(adapter._layouts_by_size) == RECENT_LAYOUTS  # type: ignore[attr-defined]
 
 
 def test_true_indices() -> None:
