@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.geometry import NEWLINE, TileGeometry, anyres_regions
+from tokenprune.geometry import NEWLINE, RECENT_LAYOUTS, TileGeometry, anyres_regions
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
 
@@ -45,9 +45,13 @@ class LlavaNextAdapter(PlaceholderAdapter):
         images = len(pixels) if pixels is not None and pixels.dim() == 5 else None
         table = self.input_tensor(inputs, "image_sizes", (images, 2), convert=True)
         sizes = [(int(height), int(width)) for height, width in read_once(table).tolist()]
-        for size in set(sizes) - set(self._layouts_by_size):
-            self._layouts_by_size[size] = self.layout(size)
-        return [self._layouts_by_size[size] for size in sizes]
+        recent = self._layouts_by_size  # the last used size is the last entry
+        for size in dict.fromkeys(sizes):
+            recent[size] = recent.pop(size) if size in recent else self.layout(size)
+        layouts = [recent[size] for size in sizes]
+        for size in list(recent)[:-RECENT_LAYOUTS]:
+            del recent[size]
+        return layouts
 
     def layout(self, image_size: tuple[int, int]) -> TileGeometry:
         """Return the layout of an image, computed by passing token numbers through the model's own packing.

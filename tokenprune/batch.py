@@ -7,7 +7,7 @@ reads values from the device (`tolist`, `nonzero`, ...), its images are reduced 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,10 @@ from tokenprune.selection import TENSOR_FIELDS, MaskCount, Selection
 
 if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
+
+
+VALUE_FIELDS = frozenset(field.name for field in fields(Selection)) - {*TENSOR_FIELDS, "pixels"}
+"""Fields of a selection that are equal for all images that are reduced together."""
 
 
 class _FeaturesReadError(Exception):
@@ -89,25 +93,27 @@ class BatchSelector:
     ) -> tuple[list[Selection], list[DeferredCheck]]:
         template: list[tuple[Selection, dict[str, int | None], list[str]]] = []
 
-        def reduce_image(tensors: Mapping[SignalKey, Tensor], features: Tensor | None) -> tuple[Any, list[Tensor]]:
+        def reduce_image(
+            tensors: Mapping[SignalKey, Tensor], features: Tensor | None, number: Tensor
+        ) -> tuple[Any, list[Tensor]]:
             compute = _refuse_features if features is None else (lambda: features)
             image = replace(images[0], signals=tensors, compute_features=compute, pixels=None)
             with defer_checks() as checks:
                 selection = self.reducer.reduce(image)
+            if any(isinstance(getattr(selection, name), Tensor) for name in VALUE_FIELDS):
+                raise TypeError("a tensor in place of a number has another value for each image")
             counts = {"kept": selection.token_count, "newline_mask": selection.newline_count}
             template.append((selection, counts, [check.message for check in checks]))
-            fields = {name: getattr(selection, name) for name in TENSOR_FIELDS}
-            return {n: v for n, v in fields.items() if v is not None}, [check.failed for check in checks]
+            values = {name: getattr(selection, name) for name in TENSOR_FIELDS}
+            return {n: v for n, v in values.items() if v is not None}, [check.failed for check in checks]
 
         signals = {key: torch.stack([image.signals[key] for image in images]) for key in images[0].signals}
         features = torch.stack([image.features for image in images]) if reads_features else None
-        if signals or reads_features:
-            in_dims = (0, 0 if reads_features else None)
-            tensors, failures = torch.vmap(reduce_image, in_dims=in_dims, randomness="same")(signals, features)
-            values = {name: value.unbind() for name, value in tensors.items()}
-        else:  # the selection depends on the layout only
-            tensors, failures = reduce_image({}, None)
-            values = {name: (value,) * len(images) for name, value in tensors.items()}
+        numbers = torch.arange(len(images))  # defines the number of images if the strategy reads the layout only
+        in_dims = (0, 0 if reads_features else None, 0)
+        # An error for random numbers: each image gets its own, so the images are reduced one after another.
+        tensors, failures = torch.vmap(reduce_image, in_dims=in_dims, randomness="error")(signals, features, numbers)
+        values = {name: value.unbind() for name, value in tensors.items()}
         selection, counts, messages = template[0]
         rebuilt = [
             _rebuild(selection, {name: parts[number] for name, parts in values.items()}, counts, image)

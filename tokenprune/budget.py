@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.literals import check_literal
+from tokenprune.selection import count_modifications
 
 BudgetUnit: TypeAlias = Literal["image", "tile"]
 BudgetReference: TypeAlias = Literal["encoded", "unpadded"]
@@ -240,25 +241,41 @@ def apportion_tensor(total: int, weights: Tensor, capacity: Sequence[int]) -> Te
     return (floor + (rank < total - floor.sum())).long().minimum(limit)
 
 
+def copy_to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return numbers as a new tensor, `[values]`; whole numbers that occurred before are not copied from the host.
+
+    Args:
+        values: the numbers; `read_numbers` returns whole numbers without reading from the device.
+        device: the device of the tensor.
+    """
+    if not all(isinstance(value, int) for value in values):
+        return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # an inference tensor does not count its modifications
+        tensor = as_device_tensor(tuple(values), device).clone()
+    tensor.host_values, tensor.host_version = tuple(values), count_modifications(tensor)  # type: ignore[attr-defined]
+    return tensor
+
+
 @lru_cache(maxsize=1024)
 def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Return whole numbers as a cached tensor, int64 `[values]`; equal arguments return the same tensor.
 
+    These calls return the same tensor; do not modify it.
+
     Args:
-        values: the numbers; `read_numbers` returns them without reading from the device.
+        values: the numbers.
         device: the device of the tensor.
     """
     with torch.inference_mode(False):  # a later call may record gradients
-        tensor = torch.tensor(values, dtype=torch.long, device=device)
-    tensor.host_values = values  # type: ignore[attr-defined]
-    return tensor
+        return torch.tensor(values, dtype=torch.long, device=device)
 
 
 def read_numbers(tensor: Tensor) -> list[int]:
-    """Return the whole numbers of a tensor, without a read from the device if `as_device_tensor` built the tensor.
+    """Return the numbers of a tensor; nothing is read from the device if `copy_to_device` built it.
 
     Args:
         tensor: whole numbers, `[values]`.
     """
     values = getattr(tensor, "host_values", None)
-    return tensor.tolist() if values is None else list(values)
+    is_modified = values is not None and tensor.host_version != count_modifications(tensor)  # type: ignore[attr-defined]
+    return tensor.tolist() if values is None or is_modified else list(values)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 NEWLINE = -1
 """The value of a newline token in `TileGeometry.packed`."""
+RECENT_LAYOUTS = 128
+"""Number of layouts whose index tables are stored for later calls."""
 
 
 def _index_table(compute: Callable[[TileGeometry], Tensor]) -> cached_property[Tensor]:
@@ -87,13 +88,6 @@ class TileGeometry:
                 original._copies[packed.device] = copy
             original._copies[device] = original._copies[packed.device]
         return original._copies[device]
-
-    def share(self) -> TileGeometry:
-        """Return the same object for every equal layout, so that its index tables are computed and copied once."""
-        if self.original is not self or self.packed.device.type != "cpu":
-            return self
-        contents = (tensor.contiguous().numpy().tobytes() for tensor in (self.regions.float(), self.packed.long()))
-        return _shared_layout(self.tile_grid, self.token_grid, *contents)
 
     @cached_property
     def _copies(self) -> dict[torch.device, TileGeometry]:
@@ -169,6 +163,11 @@ class TileGeometry:
         mask = torch.zeros(self.newlines + 1, dtype=torch.bool, device=self.packed.device)
         mask[self.token_newline] = True
         return mask[: self.newlines]
+
+    @cached_property
+    def content(self) -> tuple[Hashable, ...]:
+        """A key that equal layouts on the CPU share."""
+        return self.tile_grid, self.token_grid, *(table.numpy().tobytes() for table in (self.regions, self.packed))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.
@@ -273,13 +272,32 @@ class TileGeometry:
         return cls(tile_grid, token_grid, anyres_regions(image_size, tile_grid, tile_size), packed)
 
 
-@lru_cache(maxsize=256)
-def _shared_layout(
-    tile_grid: tuple[int, int], token_grid: tuple[int, int], regions: bytes, packed: bytes
-) -> TileGeometry:
-    """Return a layout from the contents of its tensors."""
-    tensors = torch.from_numpy(np.frombuffer(regions, dtype=np.float32).reshape(-1, 4).copy())
-    return TileGeometry(tile_grid, token_grid, tensors, torch.from_numpy(np.frombuffer(packed, dtype=np.int64).copy()))
+@dataclass(frozen=True)
+class _LayoutContent:
+    """A layout that equals another one if their tables are equal."""
+
+    key: tuple[Hashable, ...]
+    layout: TileGeometry = field(compare=False)
+
+
+@lru_cache(maxsize=RECENT_LAYOUTS)
+def _copy_layout(content: _LayoutContent) -> TileGeometry:
+    layout = content.layout
+    with torch.inference_mode(False):  # a later call may record gradients
+        return replace(layout, regions=layout.regions.clone(), packed=layout.packed.clone())
+
+
+def share_layouts(layouts: Sequence[TileGeometry]) -> list[TileGeometry]:
+    """Return the layouts with one object for equal layouts, also those of recent calls.
+
+    Images of one object are reduced together, and its index tables are computed and copied to a device once.
+
+    Args:
+        layouts: the layout of each image.
+    """
+    if any(layout.packed.device.type != "cpu" for layout in layouts):  # comparing them would read from the device
+        return list(layouts)
+    return [_copy_layout(_LayoutContent(layout.content, layout)) for layout in layouts]
 
 
 def _unpadding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

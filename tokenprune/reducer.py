@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, as_budget, as_device_tensor, normalize_budget
+from tokenprune.budget import Budget, as_budget, copy_to_device, normalize_budget
 from tokenprune.checks import defer_checks, raise_if
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
@@ -247,7 +247,7 @@ class TokenReducer(Configurable, ABC):
             geometry,
             kept,
             asked,
-            budgets=granted if isinstance(granted, Tensor) else as_device_tensor(tuple(granted), kept.device),
+            budgets=granted if isinstance(granted, Tensor) else copy_to_device(granted, kept.device),
             scores=scores,
             newline_mask=newline_mask,
         )
@@ -293,8 +293,7 @@ class ScoreReducer(TokenReducer):
         selection = self.select_within_budget(image, select_tokens, scores)
         if selection.newline_mask is not None:  # counted newline tokens: the number of tokens depends on the scores
             return selection
-        count = MaskCount.of(selection.kept, min(selection.asked, geometry.valid_tokens))
-        return replace(selection, counts=(count,))
+        return selection.with_token_count(min(selection.asked, geometry.valid_tokens))
 
 
 @dataclass
@@ -397,7 +396,7 @@ class ComponentReducer(TokenReducer):
 
         def select_tokens(number: int) -> tuple[Tensor, Sequence[int] | Tensor]:
             granted = self.allocation.allocate(image, number, capacity, scores)
-            budgets = granted if isinstance(granted, Tensor) else as_device_tensor(tuple(granted), device)
+            budgets = granted if isinstance(granted, Tensor) else copy_to_device(granted, device)
             kept, merged = self._pick(image, scores, budgets, candidates, number >= sum(capacity))
             kept = kept & layout.valid
             mask = scatter_to_tiles(kept, False)
@@ -409,7 +408,7 @@ class ComponentReducer(TokenReducer):
         kept, merged = next((kept, merged) for mask, kept, merged in attempts if mask is selection.kept)
         count = self._count_kept(selection, layout)
         if count is not None:
-            selection = replace(selection, counts=(MaskCount.of(selection.kept, count),))
+            selection = selection.with_token_count(count)
         if merged is None and self.order is None:
             return selection
         is_kept = selection.kept.flatten()[geometry.token_order]

@@ -38,17 +38,27 @@ class MaskCount(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor, number: int) -> MaskCount:
-        """Return the count of the present state of a mask."""
-        return cls(mask, number, _version(mask))
+        """Return the count of a mask."""
+        return cls(mask, number, count_modifications(mask))
 
     def holds_for(self, mask: Tensor | None) -> bool:
-        """Return whether a mask is the counted mask, unmodified since."""
-        return mask is self.mask and _version(mask) == self.version
+        """Return whether this is the counted mask, unmodified."""
+        return mask is self.mask and count_modifications(mask) == self.version
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was modified in place; 0 for inference tensors, which do not count it."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+def _stored_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers of `torch.vmap`; it counts modifications, the wrappers do not."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def count_modifications(tensor: Tensor) -> int:
+    """Return the number of modifications of a tensor; 0 for inference tensors, which do not count them."""
+    if torch.compiler.is_compiling():
+        return 0
+    stored = _stored_tensor(tensor)
+    return 0 if stored.is_inference() else stored._version
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +119,18 @@ class Selection:
     def token_count(self) -> int | None:
         """Number of kept tokens if `counts` stores it, else None."""
         return next((count.number for count in self.counts if count.holds_for(self.kept)), None)
+
+    def with_token_count(self, number: int) -> Selection:
+        """Return the selection with a known number of kept tokens; the number is lost if `kept` is modified.
+
+        Args:
+            number: number of kept tokens.
+        """
+        kept = self.kept
+        if not torch.compiler.is_compiling() and _stored_tensor(kept).is_inference():
+            with torch.inference_mode(False):  # an inference tensor does not count its modifications
+                kept = kept.clone()
+        return replace(self, kept=kept, counts=(MaskCount.of(kept, number),))
 
     @property
     def newline_count(self) -> int | None:

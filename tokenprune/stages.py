@@ -179,8 +179,8 @@ def mix_and_order(
             tokens = features[index]
         elif group[0].before_projector:
             mixed = mix_images(group, [gather_mixing_sources(images[n], selections[n]) for n in numbers])
-            projector = require_capability(adapter, ProjectsMixtures)
-            tokens = projector.project(mixed.flatten(0, 1)).view(*index.shape, -1)
+            projected = require_capability(adapter, ProjectsMixtures).project(mixed.flatten(0, 1))
+            tokens = projected.view(*index.shape, projected.shape[-1])  # without kept tokens, -1 is ambiguous
         else:
             sources = [group[0].geometry.unpack(packed[number]).flatten(0, 1) for number in numbers]
             tokens = mix_images(group, sources)

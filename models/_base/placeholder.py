@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs, PackedTokens
 from tokenprune.capabilities import ReadsQuestion, Resizable, ShowsTiles
-from tokenprune.geometry import TileGeometry
+from tokenprune.geometry import TileGeometry, share_layouts
 from tokenprune.image import ALIGNED_SIGNALS, Signal
 from tokenprune.models._base.build_images import build_images
 from tokenprune.models._base.clip_text import load_text_tower
@@ -98,7 +98,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     ) -> Encoding:
         """Run the vision side once and return the encoded images with the required signals."""
         self.check_select_strategy(inputs)
-        feature_layer, layouts = self.feature_layer(inputs), [layout.share() for layout in self.layouts(inputs)]
+        feature_layer, layouts = self.feature_layer(inputs), share_layouts(self.layouts(inputs))
         kinds_by_layer = list_captured_signals(needs, len(self.tower_layers), feature_layer)
 
         def align(features: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     def build_unencoded(self, inputs: Mapping[str, Any], keep_pixels: int = 0) -> Encoding:
         """Return an encoding with layouts and no features."""
         self.check_select_strategy(inputs)
-        layouts, device = [layout.share() for layout in self.layouts(inputs)], inputs[self.pixels].device
+        layouts, device = share_layouts(self.layouts(inputs)), inputs[self.pixels].device
         tokens = PackedTokens([torch.zeros(len(layout.packed), 0, device=device) for layout in layouts])
         images = build_images(
             layouts,

@@ -12,14 +12,14 @@ from einops import reduce
 from torch import Tensor
 
 from tokenprune.budget import apportion, apportion_tensor, as_device_tensor
-from tokenprune.geometry import TileGeometry, region_coverage
+from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, region_coverage
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy
 from tokenprune.selection import top_of_image
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=RECENT_LAYOUTS)
 def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     """Return the share of each base-tile token that lies in each sub-image, float32 `[sub_images, tokens]`.
 

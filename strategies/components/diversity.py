@@ -88,7 +88,7 @@ def lazy_coverage(
     covered = similarity.new_zeros(len(similarity))
 
     def chunk_gain(rows: Tensor) -> Tensor:
-        added = similarity.index_select(0, rows).sub_(covered).clamp_(min=0)  # faster than indexing for few rows
+        added = similarity.index_select(0, rows).sub_(covered).relu_()  # faster than indexing for few rows
         total = (added if weights is None else added.mul_(weights)).sum(dim=1)
         return total if saliency is None else saliency[rows] * total
 

@@ -162,7 +162,8 @@ class ContextualMerging(MergingPolicy):
         """Return the number of targets, plus one if the CLS token is kept, `[tiles]`."""
         share, number = (budgets * self.share).round().long(), self.number
         targets = share if number is None else torch.full_like(budgets, number)
-        return (targets + self.cls).minimum(budgets) * (budgets < capacity)
+        reserved = targets + 1 if self.cls else targets
+        return reserved.minimum(budgets) * (budgets < capacity)
 
     def merge(
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
@@ -170,7 +171,7 @@ class ContextualMerging(MergingPolicy):
         """Sample the targets, and merge the remaining dropped tokens into them."""
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
         dropped = candidates & ~picked & (reserved > 0)[:, None]
-        number = (reserved - int(self.cls)).clamp(min=0)[:, None]
+        number = ((reserved - 1).clamp(min=0) if self.cls else reserved)[:, None]
         is_target = dropped & sample_mask(dropped, number, self.spacing)
         is_source = dropped & ~is_target
         similarity = (keys @ keys.transpose(1, 2)).masked_fill(~is_target[:, None], -torch.inf)

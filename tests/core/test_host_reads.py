@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -11,15 +12,20 @@ import torch
 from torch import Tensor
 
 from tests.helpers.emulated_device import EmulatedDevice, move_model, to_cpu, to_device
+from tests.helpers.families import FAMILIES
+from tokenprune.adapter import find_adapter
 from tokenprune.batch import BatchSelector, group_images
 from tokenprune.catalog import strategies
 from tokenprune.checks import defer_checks, raise_first_failure, stack_failures
-from tokenprune.geometry import TileGeometry
+from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
-from tokenprune.reducer import ScoreReducer, TokenReducer
+from tokenprune.policies import AllocationPolicy
+from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, true_indices
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, VisionZip
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, VisionZip
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
@@ -149,6 +155,123 @@ def test_a_strategy_that_reads_values_is_applied_to_each_image() -> None:
         assert torch.equal(selection.kept, reducer.reduce(image).kept)
 
 
+@dataclass
+class EditsInPlace(HiRED):
+    """A strategy that changes the mask of its base class in place."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        selection = super().select(image)
+        selection.kept[:, :3] = False
+        return selection
+
+
+@dataclass
+class EditsScoresInPlace(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1)
+
+    def select(self, image: EncodedImage) -> Selection:
+        selection = super().select(image)
+        selection.kept[:, :3] = False
+        return selection
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("strategy", [EditsInPlace, EditsScoresInPlace])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_mask_can_be_changed_in_place(strategy: Any, mode: Any, images: int) -> None:
+    model, inputs = tiny_model("llava_next"), batch("llava_next", *[[(112, 112)]] * images)
+    with mode(), strategy(0.3)(model) as run:
+        model(**inputs)
+    for selection in run.selections:
+        assert selection.kept_tokens == int(selection.kept.sum()) != selection.asked
+
+
+@dataclass
+class RandomScores(ScoreReducer):
+    """A strategy that draws random numbers for each image."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return torch.rand(image.geometry.tiles, image.geometry.tokens)
+
+
+@dataclass
+class RandomFeatureScores(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return torch.rand_like(image.features[..., 0])
+
+
+@pytest.mark.parametrize("strategy", [RandomScores, RandomFeatureScores])
+def test_each_image_draws_its_own_random_numbers(strategy: Any) -> None:
+    images, reducer = [random_encoded_image(WIDE, seed) for seed in range(3)], strategy(0.3)
+    torch.manual_seed(0)
+    together = BatchSelector(reducer).select(images).selections
+    torch.manual_seed(0)
+    for image, selection in zip(images, together, strict=True):
+        assert torch.equal(selection.kept, reducer.reduce(image).kept)
+
+
+@dataclass
+class AsksForTensors(TokenReducer):
+    """A strategy whose number of asked tokens is a tensor."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        norms = image.features.norm(dim=-1)
+        kept = (norms > norms.mean()) & image.geometry.valid
+        return Selection(image.geometry, kept, asked=kept.sum())  # type: ignore[arg-type]
+
+
+def test_numbers_of_a_selection_are_numbers_of_its_image() -> None:
+    images, reducer = [random_encoded_image(WIDE, seed) for seed in range(3)], AsksForTensors()
+    for selection in BatchSelector(reducer).select(images).selections:
+        assert int(selection.asked) == selection.kept_tokens
+
+
+@dataclass
+class SpendsOneLess(MaxMinDiversitySelection):
+    """A selection that changes the budgets in place."""
+
+    def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+        budgets -= 1
+        return super().pick(image, scores, budgets, candidates)
+
+    @property
+    def is_exact(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_budgets_that_a_selection_changes_hold_for_one_image(mode: Any) -> None:
+    image = random_encoded_image(WIDE)
+    with mode():
+        reducer = ComponentReducer(18, allocation=UniformAllocation(), selection=SpendsOneLess())
+        selections = [reducer.reduce(image) for _ in range(2)]
+    assert [selection.kept_tokens for selection in selections] == [15, 15]
+    assert [selection.granted_per_tile for selection in selections] == [[6, 6, 6]] * 2
+
+
+@dataclass
+class FractionalAllocation(AllocationPolicy):
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> Any:
+        return [2.5] * len(capacity)
+
+
+def test_an_allocation_can_return_fractions() -> None:
+    reducer = ComponentReducer(9, allocation=FractionalAllocation(), selection=MaxMinDiversitySelection())
+    assert reducer.reduce(random_encoded_image(WIDE)).granted_per_tile == [2.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("strategy", [PruMerge, VisionZip])
+@pytest.mark.parametrize("newlines", ["keep", "drop"])
+def test_merging_strategies_can_keep_no_token(strategy: Any, newlines: Any) -> None:
+    model, inputs = tiny_model("llava_next"), batch("llava_next", [(112, 112)], [(112, 112), (56, 112)])
+    with torch.no_grad(), strategy(0, newlines=newlines)(model) as run:
+        logits = model(**inputs).logits
+    with torch.no_grad(), FasterVLM(0, newlines=newlines)(model):
+        assert torch.equal(logits, model(**inputs).logits)
+    assert [selection.kept_tokens for selection in run.selections] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
     ("reducer", "message"), [(NaNScores(5), "returned NaN"), (KeepsPadding(5), "own unpadding removes")]
@@ -200,6 +323,48 @@ def test_groups_have_one_layout_and_one_shape_of_signals() -> None:
     assert [len(group) for group in group_images(images)] == [2, 1, 1]
 
 
+READING: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "item": lambda values, index: values[0].item(),
+    "bool": lambda values, index: bool(values[0] > 0),
+    "in": lambda values, index: 1 in index,
+    "index": lambda values, index: [0, 1, 2][index[0]],
+    "slice": lambda values, index: values[: index[0]],
+    "arange": lambda values, index: torch.arange(index[0], device=values.device),
+    "mask": lambda values, index: values[values > 0],
+    "where": lambda values, index: torch.where(values > 0),
+    "allclose": lambda values, index: torch.allclose(values, values),
+    "repeat_interleave": lambda values, index: values.repeat_interleave(index),
+    "split": lambda values, index: values.split(index.tolist()),
+    "unique": lambda values, index: values.unique(),
+    "unique rows": lambda values, index: values[:, None].unique(dim=0),
+    "bincount": lambda values, index: index.bincount(),
+    "one_hot": lambda values, index: torch.nn.functional.one_hot(index),
+    "to_sparse": lambda values, index: values.to_sparse(),
+    "inverse": lambda values, index: torch.linalg.inv(values.outer(values) + values.diag()),
+}
+WITHOUT_READING: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "iteration": lambda values, index: [2 * value for value in values],
+    "repeat_interleave": lambda values, index: values.repeat_interleave(index, output_size=3),
+    "one_hot": lambda values, index: torch.nn.functional.one_hot(index, 3),
+    "masked_scatter": lambda values, index: values.masked_scatter(values > 1, values),
+    "gather": lambda values, index: values[index],
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "is_read"),
+    [
+        *(pytest.param(operation, True, id=name) for name, operation in READING.items()),
+        *(pytest.param(operation, False, id=f"{name}, no read") for name, operation in WITHOUT_READING.items()),
+    ],
+)
+def test_the_emulated_device_counts_reads(operation: Any, is_read: bool) -> None:
+    values, index = to_device([torch.tensor([1.0, 2.0, 1.5]), torch.tensor([0, 1, 2])])
+    with EmulatedDevice() as device:
+        operation(values, index)
+    assert bool(device.reads) == is_read
+
+
 def test_copies_of_a_layout() -> None:
     with EmulatedDevice() as device:
         moved = WIDE.to("emulated:0")
@@ -211,6 +376,34 @@ def test_copies_of_a_layout() -> None:
         changed = replace(moved, packed=moved.packed[:-1])
         assert changed.original is changed  # another layout: the tables of the original do not apply
     assert not device.reads
+
+
+def test_equal_layouts_of_several_calls_are_one_object() -> None:
+    with torch.inference_mode():
+        first, second = share_layouts([TileGeometry.single((3, 5)), TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)])
+    assert not first.packed.is_inference()
+    assert share_layouts([replace(WIDE), TileGeometry.single((3, 5))]) == [second, first]
+    others = share_layouts([TileGeometry.single((5, 3)), replace(WIDE, packed=WIDE.packed.flip(0))])
+    assert not {first, second} & set(others)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl", "phi4_multimodal", "llava_onevision"])
+def test_images_of_one_layout_are_one_group_in_each_family(family: str) -> None:
+    example = FAMILIES[family]
+    inputs, adapter = dict(example.batch(*[[example.sizes[0]]] * 3)), find_adapter(example.model())
+    for _ in range(2):
+        with torch.no_grad():
+            images = adapter.encode(inputs, ()).images
+        assert [len(group) for group in group_images(images)] == [3]
+
+
+def test_a_model_stores_few_layouts() -> None:
+    adapter = find_adapter(tiny_model("llava_next"))
+    for height in range(40, 40 + 2 * RECENT_LAYOUTS):
+        pixels, sizes = torch.zeros(1, 5, 3, 56, 56), torch.tensor([[height, 50]])
+        (layout,) = adapter.layouts({"pixel_values": pixels, "image_sizes": sizes})
+        assert adapter.layouts({"pixel_values": pixels, "image_sizes": sizes}) == [layout]
+    assert len(adapter._layouts_by_size) == RECENT_LAYOUTS  # type: ignore[attr-defined]
 
 
 def test_true_indices() -> None:

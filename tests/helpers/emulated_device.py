@@ -18,7 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "emulated"
 DEVICE = f"{NAME}:0"
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_consecutive"}
+READS = {
+    *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "_linalg_check_errors"),
+    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+    *("bincount", "_to_sparse"),
+}
 """Operators whose result the host reads, or whose shape depends on values; on a GPU the host waits for each of them."""
 COPIES = {"_to_copy", "copy_"}
 """Operators that accept an input on another device."""
@@ -141,7 +145,8 @@ class EmulatedDevice(TorchDispatchMode):
             self.reads["copy to the CPU"] += 1
             return func(*values, **value_options)
         indices = [index for index in args[1] if isinstance(index, Tensor)] if name in INDEXING else []
-        if name in READS or any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+        has_read_shape = name == "repeat_interleave" and options.get("output_size") is None
+        if name in READS or has_read_shape or any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             self.reads[name] += 1
         on_cpu = [tensor for tensor in indices or inputs if not isinstance(tensor, DeviceTensor) and tensor.dim()]
         if on_cpu and not indices and name not in COPIES:
