@@ -46,7 +46,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
         sizes = [(int(height), int(width)) for height, width in table.tolist()]
         recent = self._layouts_by_size  # the last used size is the last entry
         for size in dict.fromkeys(sizes):
-            recent[size] = recent.pop(size, None) or self.layout(size)
+            recent[size] = recent.pop(size) if size in recent else self.layout(size)
         layouts = [recent[size] for size in sizes]
         for size in list(recent)[:-RECENT_LAYOUTS]:
             del recent[size]

@@ -49,7 +49,7 @@ class AllocationPolicy(Component, ABC):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the tokens of all tiles sum to the total, up to the capacities; a list is counted in any case."""
+        """Whether the tokens of all tiles sum to the total, up to the capacities; if not, kept tokens are counted."""
         return False
 
     @abstractmethod
