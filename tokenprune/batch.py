@@ -1,7 +1,8 @@
 """Applies a strategy to all images of a call; images of one layout are reduced in one vectorized call.
 
 A strategy selects the tokens of one image. `torch.vmap` runs the same function on several images at once. If a strategy
-reads values from the device (`tolist`, `nonzero`, ...), its images are reduced one after another.
+reads values from the device (`tolist`, `nonzero`, ...) or draws random numbers, its images are reduced one after
+another.
 """
 
 from __future__ import annotations

@@ -93,7 +93,10 @@ class TokenReducer(Configurable, ABC):
 
     @abstractmethod
     def select(self, image: EncodedImage) -> Selection:
-        """Select the tokens of one image. The result depends only on the image and the fields of this instance."""
+        """Select the tokens of one image. The result depends only on the image and the fields of this instance.
+
+        `torch.vmap` can run this method once for several images of one layout: store no tensors and count no calls.
+        """
 
     def reduce(self, image: EncodedImage) -> Selection:
         """Return the checked result of `select` for one image, completed by newline tokens and pixels.

@@ -175,9 +175,12 @@ class ContextualMerging(MergingPolicy):
         is_target = dropped & sample_mask(dropped, number, self.spacing)
         is_source = dropped & ~is_target
         similarity = (keys @ keys.transpose(1, 2)).masked_fill(~is_target[:, None], -torch.inf)
-        target_of = F.one_hot(similarity.argmax(dim=2), picked.shape[1]).transpose(1, 2)
-        members = (target_of * (is_target[:, :, None] & is_source[:, None])).to(similarity.dtype)
-        counts = members.sum(dim=2, keepdim=True)
+        target = similarity.argmax(dim=2)
+        is_member = (is_source & is_target.gather(1, target)).to(similarity.dtype)
+        members = torch.zeros_like(similarity).scatter(
+            1, target[:, None], is_member[:, None]
+        )  # [tiles, targets, sources]
+        counts = torch.zeros_like(is_member).scatter_add(1, target, is_member)[..., None]
         if self.combine == "sum":
             weights = identity_weights(picked) + members / counts.clamp(min=1)
         else:
