@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.catalog import strategies
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.experiments.analysis.intervals import bootstrap_interval
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.pipeline import Pipeline
-from tokenprune.reducer import ComponentReducer, TokenReducer
+from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.strategies import EADP, TRIM, CDPruner, HiRED, Random
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection

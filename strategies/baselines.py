@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import BaseTileAllocation, UniformAllocation
 from tokenprune.strategies.components.merging import PooledGridMerging
 from tokenprune.strategies.components.selection import RandomSelection, StrideSelection

@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import greedy_dpp, select_per_tile
 from tokenprune.strategies.components.relevance import TextRelevance, rescale_to_unit

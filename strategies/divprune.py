@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 
 from tokenprune.budget import as_budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import NEWLINE
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import Selection
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
 from tokenprune.strategies.components.diversity import MaxMinDiversitySelection, max_min_diverse

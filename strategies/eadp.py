@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import ScoreMassAllocation
 from tokenprune.strategies.components.diversity import facility_location, select_per_tile
 from tokenprune.strategies.components.relevance import SIGNS, rescale_to_unit

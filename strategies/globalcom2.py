@@ -22,11 +22,11 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion, parse_ratio
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import base_tile_coverage
 from tokenprune.strategies.components.order import ScoreOrder
 

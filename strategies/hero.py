@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.budget import apportion, parse_ratio
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 
 
 @dataclass

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import AnchorBufferRegisterSelection
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, apportion
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, OrderPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
 
 

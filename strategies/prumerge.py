@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, MergingPolicy, OrderPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import NeighborMerging

@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import ROW_CHUNK, pairwise_cosine, select_per_tile
 from tokenprune.strategies.components.relevance import AttentionRelevance

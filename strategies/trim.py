@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, MergingPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import MeanOfRestMerging
 from tokenprune.strategies.components.order import MergedLastOrder

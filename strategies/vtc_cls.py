@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.policies import AllocationPolicy, SelectionPolicy
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.selection import TopAttentionSelection
 

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
+    from tokenprune.component_reducer import ComponentReducer as ComponentReducer
     from tokenprune.geometry import TileGeometry as TileGeometry
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.pipeline import Pipeline as Pipeline
-    from tokenprune.pipeline import PreparedCall as PreparedCall
     from tokenprune.policies import AllocationPolicy as AllocationPolicy
     from tokenprune.policies import Merged as Merged
     from tokenprune.policies import MergingPolicy as MergingPolicy
     from tokenprune.policies import OrderPolicy as OrderPolicy
     from tokenprune.policies import RelevancePolicy as RelevancePolicy
     from tokenprune.policies import SelectionPolicy as SelectionPolicy
-    from tokenprune.reducer import ComponentReducer as ComponentReducer
+    from tokenprune.prepared_call import PreparedCall as PreparedCall
     from tokenprune.reducer import ImageReducer as ImageReducer
     from tokenprune.reducer import ScoreReducer as ScoreReducer
     from tokenprune.reducer import TokenReducer as TokenReducer

@@ -21,8 +21,10 @@ from transformers import GenerationMixin
 from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
+from tokenprune.caches import mark_caches
 from tokenprune.literals import check_literal
-from tokenprune.pipeline import Pipeline, PreparedCall, mark_caches
+from tokenprune.pipeline import Pipeline
+from tokenprune.prepared_call import PreparedCall
 from tokenprune.run import Run
 
 if TYPE_CHECKING:

@@ -6,31 +6,31 @@ prepare their calls here.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
+from tokenprune.caches import find_reduced_cache, mark_caches
 from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
 from tokenprune.generation import check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
+from tokenprune.prepared_call import CallRecord, PreparedCall
+from tokenprune.requirements import describe_attention, describe_missing_signals
 from tokenprune.rewrite import (
-    PromptSummary,
     Rows,
     find_emptied_text,
     gather_position_ids,
+    infer_attention_mask,
     shorten_inputs,
     shorten_rows,
     summarize_prompts,
@@ -44,7 +44,6 @@ from tokenprune.saliency import (
     with_cls_substitute,
     with_saliency,
 )
-from tokenprune.selection import Selection
 from tokenprune.stages import order_positions
 
 if TYPE_CHECKING:
@@ -52,67 +51,6 @@ if TYPE_CHECKING:
 
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
 """Whether this thread is inside `generate` of any attached model; the prompts of assistant models are then reduced."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedCall:
-    """One call of a model with its images reduced.
-
-    Args:
-        inputs: keyword inputs of `forward` or `generate`.
-        rows: the positions of the full prompt that remain.
-        selections: one selection per image.
-        is_shortened: whether the prompt differs from the prompt of the caller.
-        contexts: the contexts to hold while the model runs.
-    """
-
-    inputs: dict[str, Any]
-    rows: Rows
-    selections: list[Selection]
-    is_shortened: bool = False
-    contexts: tuple[AbstractContextManager[Any], ...] = ()
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether the tokens of an image were dropped, merged or reordered."""
-        return not all(selection.is_identity for selection in self.selections)
-
-    @contextmanager
-    def enter_contexts(self) -> Iterator[None]:
-        """Hold the contexts of the call inside the block."""
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context)
-            yield
-
-
-@dataclass(frozen=True, eq=False)
-class _CallRecord:
-    """The numbers of one call, all on the host.
-
-    Args:
-        selections: one selection per image, with counts.
-        prompts: numbers about the full prompts.
-        row_of_image: the prompt row of each image.
-        emptied: number of dropped text positions of each row; empty if none are dropped.
-        saliency_flops: FLOPs of the saliency model.
-    """
-
-    selections: list[Selection]
-    prompts: PromptSummary
-    row_of_image: Sequence[int]
-    emptied: Sequence[int]
-    saliency_flops: int
-
-    @property
-    def reduced_lengths(self) -> list[int]:
-        """Number of tokens of each row of the reduced prompt."""
-        lengths = list(map(operator.sub, self.prompts.tokens, self.prompts.placeholders))
-        for row, number in enumerate(self.emptied):
-            lengths[row] -= number
-        for row, selection in zip(self.row_of_image, self.selections, strict=True):
-            lengths[row] += selection.kept_tokens + selection.kept_newlines
-        return lengths
 
 
 class Pipeline:
@@ -307,7 +245,7 @@ class Pipeline:
         if not is_checked:
             self.run.store_checks(batch.checks)
         text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
-        record = _CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
+        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
         if all(selection.is_identity for selection in selections):
             return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, for_generate)
         check_arguments(inputs, for_generate)
@@ -343,7 +281,7 @@ class Pipeline:
         text: dict[str, Any],
         encoding: Encoding,
         is_shared: bool,
-        record: _CallRecord,
+        record: CallRecord,
         mask: Tensor,
         for_generate: bool,
     ) -> PreparedCall:
@@ -363,7 +301,7 @@ class Pipeline:
     def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
         return () if features.context is None else (self._lock, features.context)
 
-    def _record(self, record: _CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
+    def _record(self, record: CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
         lengths = list(zip(record.prompts.tokens, reduced, strict=True))
         self.run.add(record.selections, rows, lengths, record.saliency_flops)
 
@@ -500,78 +438,6 @@ class Pipeline:
         return 0 if self.adapter.image_token_id else 1
 
 
-def mark_caches(values: Any) -> None:
-    """Mark the key-value caches in the inputs or outputs of a call as caches of a reduced prompt.
-
-    The mark remains on the cache object and its copies after the block.
-
-    Args:
-        values: a mapping or a tuple; values of other types are ignored.
-    """
-    items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
-    for item in items:
-        if isinstance(item, Cache):
-            item.holds_reduced_prompt = True  # type: ignore[attr-defined]
-
-
-def find_reduced_cache(inputs: Mapping[str, Any]) -> Any:
-    """Return the key-value cache of a call if it holds a reduced prompt, else None.
-
-    Args:
-        inputs: keyword inputs of `forward` or `generate`.
-    """
-    cache: Any = inputs.get("past_key_values") or inputs.get("cache")  # renamed in transformers 5.24
-    is_reduced = getattr(cache, "holds_reduced_prompt", False) and cache.get_seq_length() > 0
-    return cache if is_reduced else None
-
-
-def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
-    """Return the sorted kinds of signals that a strategy needs and a model does not provide.
-
-    Args:
-        reducer: the strategy.
-        adapter: the adapter of the model.
-    """
-    needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
-    return sorted({signal.kind for signal in needs} - adapter.provides)
-
-
-def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | None:
-    """Return a message about the signals that a model does not provide for a strategy; None if it provides all.
-
-    Args:
-        reducer: the strategy.
-        adapter: the adapter of the model.
-    """
-    name = type(reducer).__name__
-    if missing := list_missing_signals(reducer, adapter):
-        needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
-        return (
-            f"{name} needs {', '.join(sorted({signal.kind for signal in needs}))}, but {type(adapter.model).__name__} "
-            f"with this vision tower provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
-        )
-    if reducer.text_model is None and reducer.reads_question:
-        return (
-            f"{name} reads the question, which requires the text tower that belongs to the vision "
-            "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
-            "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
-        )
-    return None
-
-
-def describe_attention(reducer: TokenReducer, adapter: Adapter) -> str | None:
-    """Return the name of the source that a strategy reads as CLS attention; None if it reads no CLS attention.
-
-    Args:
-        reducer: the strategy.
-        adapter: the adapter of the model.
-    """
-    if not list_attention_layers(reducer.needs):
-        return None
-    source = reducer.attention
-    return source.name if isinstance(source, SaliencyModel) else resolve_attention_source(source, adapter.provides)
-
-
 def call_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
     """Return ``model.generate(**inputs, **options)``, with the strategy that is attached to the model, if any.
 
@@ -605,24 +471,3 @@ def count_tower_passes(adapter: Adapter) -> Iterator[list[int]]:
     finally:
         if hook is not None:
             hook.remove()
-
-
-def infer_attention_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, default: Any) -> Tensor | None:
-    """Return the attention mask that `generate` infers from padding, `[rows, length]`; None if it infers no mask.
-
-    As in transformers, positions with the pad token are masked if the pad token differs from every end token.
-
-    Args:
-        ids: prompts, `[rows, length]`.
-        inputs: keyword arguments of `generate`; ``pad_token_id`` and ``eos_token_id`` have precedence.
-        config: the generation config of the call.
-        default: the generation config of the model.
-    """
-    pad, eos = (
-        next((v for v in (inputs.get(n), getattr(config, n, None), getattr(default, n, None)) if v is not None), None)
-        for n in ("pad_token_id", "eos_token_id")
-    )
-    ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
-    if pad is None or int(pad) in ends or not bool((ids == int(pad)).any()):
-        return None
-    return (ids != int(pad)).long()

@@ -265,3 +265,24 @@ def gather_position_ids(position_ids: Tensor, rows: Rows) -> Tensor:
     """
     index = rows.index.expand(*position_ids.shape[:-2], *rows.index.shape)
     return position_ids.gather(-1, index).masked_fill(~rows.mask, 0)
+
+
+def infer_attention_mask(ids: Tensor, inputs: Mapping[str, Any], config: Any, default: Any) -> Tensor | None:
+    """Return the attention mask that `generate` infers from padding, `[rows, length]`; None if it infers no mask.
+
+    As in transformers, positions with the pad token are masked if the pad token differs from every end token.
+
+    Args:
+        ids: prompts, `[rows, length]`.
+        inputs: keyword arguments of `generate`; ``pad_token_id`` and ``eos_token_id`` have precedence.
+        config: the generation config of the call.
+        default: the generation config of the model.
+    """
+    pad, eos = (
+        next((v for v in (inputs.get(n), getattr(config, n, None), getattr(default, n, None)) if v is not None), None)
+        for n in ("pad_token_id", "eos_token_id")
+    )
+    ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
+    if pad is None or int(pad) in ends or not bool((ids == int(pad)).any()):
+        return None
+    return (ids != int(pad)).long()

@@ -25,8 +25,8 @@ from tokenprune.experiments.bench.report import describe_run
 from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import interval_rank
 from tokenprune.experiments.bench.selection_cost import torch_threads
-from tokenprune.pipeline import list_missing_signals
 from tokenprune.reducer import TokenReducer
+from tokenprune.requirements import list_missing_signals
 
 SCHEMA = 1
 """Version of the JSON format."""

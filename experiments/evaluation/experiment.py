@@ -42,9 +42,10 @@ from tokenprune.experiments.evaluation.stored_images import (
     is_stored,
 )
 from tokenprune.experiments.evaluation.tasks import Boards, Task
-from tokenprune.pipeline import count_tower_passes, describe_attention, list_missing_signals
+from tokenprune.pipeline import count_tower_passes
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
+from tokenprune.requirements import describe_attention, list_missing_signals
 from tokenprune.selection import Selection
 from tokenprune.strategies import HiRED
 

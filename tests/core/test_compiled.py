@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests.helpers.emulated_device import DEVICE, EmulatedDevice, to_cpu, to_device
 from tokenprune.budget import Budget, apportion, apportion_tensor
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
-from tokenprune.reducer import ComponentReducer
 from tokenprune.strategies import VTCCLS, BaseTileOnly, FasterVLM, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import (
     GlobalTopAllocation,

@@ -17,10 +17,11 @@ from tokenprune.adapter import find_adapter
 from tokenprune.batch import BatchSelector, group_images
 from tokenprune.catalog import strategies
 from tokenprune.checks import defer_checks, raise_first_failure, stack_failures
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy
-from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
+from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, true_indices
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, VisionZip

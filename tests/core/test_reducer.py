@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.policies import SelectionPolicy
-from tokenprune.reducer import ComponentReducer, ScoreReducer, TokenReducer
+from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.selection import Selection, kept_newlines
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import (

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tokenprune.models._base.placeholder import PlaceholderAdapter
-from tokenprune.pipeline import Pipeline, PreparedCall
+from tokenprune.pipeline import Pipeline
+from tokenprune.prepared_call import PreparedCall
 from tokenprune.reducer import TokenReducer
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import APPLICATION_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.policies import (
     AllocationPolicy,
@@ -24,7 +25,7 @@ from tokenprune.policies import (
     RelevancePolicy,
     SelectionPolicy,
 )
-from tokenprune.reducer import ComponentReducer, ImageReducer, TokenReducer
+from tokenprune.reducer import ImageReducer, TokenReducer
 from tokenprune.saliency import SaliencyModel, resolve_attention_source
 from tokenprune.testing.conformance import Report
 from tokenprune.testing.examples import build_example

@@ -26,8 +26,9 @@ from tokenprune.image import (
     MissingSignalError,
 )
 from tokenprune.layers import resolve_layers
-from tokenprune.pipeline import call_generate, list_missing_signals
+from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
+from tokenprune.requirements import list_missing_signals
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.testing.encoded_images import random_encoded_image

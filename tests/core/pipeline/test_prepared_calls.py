@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 
 from tokenprune import Budget, EncodedImage, TileGeometry, align
 from tokenprune.adapter import adapters, find_adapter
-from tokenprune.pipeline import Pipeline, infer_attention_mask
+from tokenprune.pipeline import Pipeline
+from tokenprune.rewrite import infer_attention_mask
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, SpatialPooling, VisionZip
 from tokenprune.testing.examples import build_example
 from tokenprune.testing.tiny_models import batch, tiny_model

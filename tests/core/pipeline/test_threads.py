@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state
 from tokenprune.adapter import adapters
-from tokenprune.pipeline import PreparedCall
+from tokenprune.prepared_call import PreparedCall
 from tokenprune.strategies import HiRED
 from tokenprune.testing.examples import build_example
 from tokenprune.testing.tiny_models import batch, tiny_model

@@ -1,0 +1,58 @@
+"""Compares the signals that a strategy needs with the signals that a model provides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_attention_source, resolve_needs
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Adapter
+    from tokenprune.reducer import TokenReducer
+
+
+def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
+    """Return the sorted kinds of signals that a strategy needs and a model does not provide.
+
+    Args:
+        reducer: the strategy.
+        adapter: the adapter of the model.
+    """
+    needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
+    return sorted({signal.kind for signal in needs} - adapter.provides)
+
+
+def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return a message about the signals that a model does not provide for a strategy; None if it provides all.
+
+    Args:
+        reducer: the strategy.
+        adapter: the adapter of the model.
+    """
+    name = type(reducer).__name__
+    if missing := list_missing_signals(reducer, adapter):
+        needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
+        return (
+            f"{name} needs {', '.join(sorted({signal.kind for signal in needs}))}, but {type(adapter.model).__name__} "
+            f"with this vision tower provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
+        )
+    if reducer.text_model is None and reducer.reads_question:
+        return (
+            f"{name} reads the question, which requires the text tower that belongs to the vision "
+            "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
+            "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
+        )
+    return None
+
+
+def describe_attention(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return the name of the source that a strategy reads as CLS attention; None if it reads no CLS attention.
+
+    Args:
+        reducer: the strategy.
+        adapter: the adapter of the model.
+    """
+    if not list_attention_layers(reducer.needs):
+        return None
+    source = reducer.attention
+    return source.name if isinstance(source, SaliencyModel) else resolve_attention_source(source, adapter.provides)
