@@ -5,7 +5,7 @@ A GPU that waits for its host shows neither in FLOPs nor in a ratio measured on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,13 +58,19 @@ def count_events(events: Iterable[tuple[str, int]]) -> dict[str, int]:
     return counts
 
 
-def count_launches(call: Callable[[], object]) -> dict[str, int]:
-    """Run a call under the profiler, and return its kernel launches and waits on CUDA.
+class LaunchRecorder(profile):
+    """Profiles a CUDA device inside the block, and counts kernel launches and waits at its end.
 
-    Args:
-        call: the call; run it once before, so that nothing is initialized inside.
+    Attributes:
+        counts: the counts of `CUDA_EVENTS`; empty inside the block.
     """
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
+
+    def __init__(self) -> None:
+        super().__init__(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        self.counts: dict[str, int] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        """Wait for the device, stop the profiler, and count the events."""
         torch.cuda.synchronize()
-    return count_events((event.key, event.count) for event in profiler.key_averages())
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.counts = count_events((event.key, event.count) for event in self.key_averages())

@@ -7,8 +7,8 @@ all variants alike. Ratios compare variants within the same round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_im
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
 from tokenprune.experiments.bench.flop_counter import create_flop_counter
-from tokenprune.experiments.bench.launches import OPERATORS, OperatorCounter, count_launches
+from tokenprune.experiments.bench.launches import OPERATORS, LaunchRecorder, OperatorCounter
 from tokenprune.experiments.bench.phase_timer import (
     DECODE,
     ENCODE_PHASES,
@@ -208,6 +208,7 @@ def generate_once(
     create_timer: Callable[[], PhaseTimer] | None = None,
     context: AbstractContextManager[Any] | None = None,
     on_forward: Callable[[Any], None] | None = None,
+    builds_tables: bool = False,
 ) -> tuple[float, float, PhaseTimer | None, Run | None]:
     """Generate with a variant once, and return the time of the call and the time to its first token.
 
@@ -221,6 +222,8 @@ def generate_once(
             phases.
         context: entered directly around `generate`.
         on_forward: receives the output of each forward pass; requires ``create_timer``.
+        builds_tables: whether to reduce the images once before the call. The call then has the index tables of its
+            layout on the device, as in a long run.
 
     Returns:
         Time of the call, time to the first token, the phase timer (None without ``create_timer``), and the run of the
@@ -232,6 +235,8 @@ def generate_once(
         if reducer is not None:
             attachment = Attachment(bench_model.model, reducer, tokenizer=bench_model.processor, keep_pixels=False)
             run, pipeline = stack.enter_context(attachment), attachment.pipeline
+            if builds_tables and pipeline is not None:
+                pipeline.prepare(inputs, for_generate=True)
         adapter = bench_model.adapter if pipeline is None else pipeline.adapter
         if budget is not None:
             stack.enter_context(eager_attention(as_supported(adapter).tower))
@@ -288,13 +293,14 @@ def count_tokens(
         create_timer=create_timer,
         context=context,
         on_forward=store_cache_size,
+        builds_tables=True,
     )
     assert timer is not None
     rows, length = inputs["input_ids"].shape
     measurement.visual = int(bench_model.adapter.placeholders(inputs).sum()) - rows * (length - measurement.prompt)
     if run is not None:
         measurement.prompt = max(reduced for _, reduced in run.account.prompt_lengths)
-        measurement.visual = sum(image.kept + image.newlines for image in run.account.images)
+        measurement.visual = sum(image.kept + image.newlines for image in run.account.images[-rows:])
     return timer
 
 
@@ -308,22 +314,29 @@ def count_work(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: 
     """
     device, counter, dispatched = bench_model.model.device, create_flop_counter(), OperatorCounter()
 
+    meter = Meter(device.type)
+
+    @contextmanager
+    def count() -> Iterator[None]:
+        # CUDA reports bytes alive at once, the resident memory of a CPU process does not; the meter counts them. The
+        # outermost mode sees the operators that the FLOP counter has divided into kernels.
+        with dispatched, meter.phase() as work, counter:
+            yield
+        measurement.memory["tensors"] = work.peak_bytes
+
     def create_timer() -> PhaseTimer:
         return PhaseTimer(counter.get_total_flops)
 
     def store_operators() -> None:
         measurement.launches = {OPERATORS: dispatched.number}
 
-    meter = Meter(device.type)
-    # The meter counts bytes alive at once; CUDA reports them, the resident memory of a CPU process does not. The
-    # outermost mode sees the operators that the FLOP counter has divided into kernels.
-    with dispatched, meter.phase() as work:
-        timer = count_tokens(bench_model, inputs, measurement, create_timer, counter, store_operators)
-    measurement.memory["tensors"] = work.peak_bytes
+    timer = count_tokens(bench_model, inputs, measurement, create_timer, count(), store_operators)
     measurement.flops = {phase: int(flops) for phase, flops in timer.spent.items()}
     measurement.operators = {str(name): int(flops) for name, flops in counter.get_flop_counts()["Global"].items()}
     if device.type == "cuda":
-        measurement.launches = count_launches(lambda: generate_once(bench_model, inputs, measurement.variant, 1))
+        recorder = LaunchRecorder()
+        generate_once(bench_model, inputs, measurement.variant, 1, context=recorder, builds_tables=True)
+        measurement.launches = recorder.counts
 
 
 def measure_memory(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement, tokens: int) -> None:
@@ -393,6 +406,40 @@ def measure_variants(
     return list(measurements.values())
 
 
+def time_phases(
+    bench_model: BenchModel, inputs: Mapping[str, Any], variant: Variant, tokens: int, times_apart: bool
+) -> tuple[float, float, dict[str, float]]:
+    """Return the time of a call, the time to its first token, and the time of each phase, in seconds.
+
+    On a CPU, reading the clock at phase borders costs almost nothing. On other devices each reading waits for the
+    device, which an ordinary call does not do. There, a second call of two new tokens measures the phases up to the
+    first token, and decoding is the remaining time of the first call.
+
+    Args:
+        bench_model: the model.
+        inputs: its inputs.
+        variant: the way to run the model.
+        tokens: number of new tokens.
+        times_apart: whether a second call measures the phases. Both calls then find the tables of the layout.
+    """
+
+    def read_clock() -> float:
+        wait_for(bench_model.model.device)
+        return perf_counter()
+
+    def create_timer() -> PhaseTimer:
+        return PhaseTimer(read_clock)
+
+    if times_apart:
+        total, first_token, _, _ = generate_once(bench_model, inputs, variant, tokens, builds_tables=True)
+        _, _, timer, _ = generate_once(bench_model, inputs, variant, 2, create_timer=create_timer, builds_tables=True)
+        assert timer is not None
+        return total, first_token, timer.spent | {DECODE: total - first_token}
+    total, first_token, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
+    assert timer is not None
+    return total, first_token, timer.spent
+
+
 def time_variant(
     bench_model: BenchModel,
     inputs: Mapping[str, Any],
@@ -403,10 +450,6 @@ def time_variant(
 ) -> None:
     """Time a variant once, and append the times to its measurement.
 
-    On a CPU, reading the clock at phase borders costs almost nothing. On other devices each reading waits for the
-    device, which an ordinary call does not do. There, a second call of two new tokens measures the phases up to the
-    first token, and decoding is the remaining time of the first call.
-
     Args:
         bench_model: the model.
         inputs: its inputs.
@@ -415,29 +458,14 @@ def time_variant(
         preprocess_seconds: time spent on preparing the inputs.
         is_timed: whether to store the times; False in untimed rounds.
     """
-    device = bench_model.model.device
-
-    def read_clock() -> float:
-        wait_for(device)
-        return perf_counter()
-
-    def create_timer() -> PhaseTimer:
-        return PhaseTimer(read_clock)
-
-    variant = measurement.variant
-    if device.type == "cpu":
-        total, first_token, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
-    else:
-        total, first_token, _, _ = generate_once(bench_model, inputs, variant, tokens)
-        _, _, timer, _ = generate_once(bench_model, inputs, variant, 2, create_timer=create_timer)
-        if timer is not None:
-            timer.spent[DECODE] = total - first_token
-    if not is_timed or timer is None:
+    times_apart = bench_model.model.device.type != "cpu"
+    total, first_token, phases = time_phases(bench_model, inputs, measurement.variant, tokens, times_apart)
+    if not is_timed:
         return
     measurement.call_seconds.append(total)
     measurement.first_token_seconds.append(first_token)
     for phase in (*FIRST_TOKEN_PHASES, DECODE):
-        measurement.phases.setdefault(phase, []).append(timer.spent.get(phase, 0.0))
+        measurement.phases.setdefault(phase, []).append(phases.get(phase, 0.0))
     measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
 
 

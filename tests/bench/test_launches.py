@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenprune.experiments.bench.bench_model import BenchModel
-from tokenprune.experiments.bench.launches import OPERATORS, OperatorCounter, count_events, count_launches
+from tokenprune.experiments.bench.launches import CUDA_EVENTS, OPERATORS, LaunchRecorder, OperatorCounter, count_events
 from tokenprune.experiments.bench.measure import PLAIN, Measurement, Variant, count_work
 from tokenprune.strategies import HiRED
 
@@ -32,6 +32,15 @@ def test_profiler_events_are_counted_by_kind() -> None:
         "copies to the host": 4,
         "blocking waits": 8,
     }
+
+
+def test_the_recorder_counts_at_the_end_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, nothing is launched."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with LaunchRecorder() as recorder:
+        torch.ones(3).sum()
+        assert recorder.counts == {}
+    assert recorder.counts == dict.fromkeys(CUDA_EVENTS, 0)
 
 
 def test_operators_are_counted_inside_the_block() -> None:
@@ -60,12 +69,9 @@ def test_operators_up_to_the_end_of_prefill(tiny: BenchModel, inputs: Any) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_reads_and_launches_on_cuda() -> None:
     tensor = torch.ones(3, device="cuda")
-
-    def call() -> None:
+    (tensor + 1).sum().item()
+    with LaunchRecorder() as recorder:
         for _ in range(5):
             (tensor + 1).sum().item()
-
-    call()
-    counts = count_launches(call)
-    assert counts["kernel launches"] >= 10
-    assert counts["copies to the host"] == counts["blocking waits"] == 5
+    assert recorder.counts["kernel launches"] >= 10
+    assert recorder.counts["copies to the host"] == recorder.counts["blocking waits"] == 5
