@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from tokenprune.adapter import Adapter
 from tokenprune.budget import parse_ratio
 from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size
@@ -18,9 +19,10 @@ from tokenprune.experiments.bench.measure import (
     BenchProtocol,
     Variant,
     Workload,
+    list_variants,
     measure_variants,
-    with_plain_variant,
 )
+from tokenprune.experiments.bench.release_like import as_supported
 from tokenprune.experiments.bench.report import describe_run
 from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import interval_rank
@@ -28,7 +30,7 @@ from tokenprune.experiments.bench.selection_cost import torch_threads
 from tokenprune.reducer import TokenReducer
 from tokenprune.requirements import list_missing_signals
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON format."""
 
 
@@ -41,6 +43,8 @@ class BenchConfig:
     Args:
         model: mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture such as
             llava-v1.6-vicuna-7b.
+        baseline: release also measures HiRED as in its published code at each budget below 100 %; auto does so on CUDA
+            if the model supports it; none.
         reducers: strategies or presets by name, or file.py:Class.
         budgets: budgets as ratios: 0.2 or 20%.
         batches: prompts per batch, with one image each.
@@ -55,6 +59,7 @@ class BenchConfig:
         llm_layers: number of LLM layers to keep; the output marks the model as cut.
         prompt_tokens: text tokens of a prompt for models with random weights.
         plugin: Python files with strategies, which are then available by name.
+        count: also count FLOPs, live tensors and kernel launches (CUDA) or operators, in calls of their own.
         trace: also profile a call of each variant.
         out: folder for bench.json, bench.md and phases.png.
         json: print the JSON instead of tables.
@@ -62,6 +67,7 @@ class BenchConfig:
     """
 
     model: str = "mini"
+    baseline: Literal["auto", "release", "none"] = "auto"
     reducers: list[str] = field(default_factory=lambda: ["HiRED"])
     budgets: list[float | str] = field(default_factory=lambda: [1.0, 0.4, 0.2, 0.1, 0.05])
     batches: list[int] = field(default_factory=lambda: [1])
@@ -76,6 +82,7 @@ class BenchConfig:
     llm_layers: int | None = None
     prompt_tokens: int = 32
     plugin: list[str] = field(default_factory=list)
+    count: bool = True
     trace: bool = False
     out: str = "tokenprune-bench"
     json: bool = False
@@ -148,20 +155,24 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
         raise ValueError(f"--threads {config.threads}: give at least 1")
     if config.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens {config.prompt_tokens}: give at least 1")
-    variants = with_plain_variant(build_reducers(config.reducers, config.budgets, config.plugin))
+    reducers = build_reducers(config.reducers, config.budgets, config.plugin)
     with torch_threads(config.threads or torch.get_num_threads()):
         on_progress(f"making {config.model}")
         bench_model = load_bench_model(
             config.model, config.device, config.dtype, config.attn, config.llm_layers, config.prompt_tokens
         )
+        device = bench_model.model.device
+        release_budgets, omitted = list_release_budgets(config, bench_model.adapter, device)
+        variants = list_variants(reducers, release_budgets)
         check_signals(bench_model, variants)
         settings, traces = [], list[Path]()
-        device = bench_model.model.device
         metadata = {"model": bench_model.as_data(), "environment": describe_environment(device)}
         for size in sizes:
             for batch in config.batches:
                 workload = Workload(batch, size)
-                measurements = measure_variants(bench_model, workload, variants, protocol, on_progress)
+                measurements = measure_variants(
+                    bench_model, workload, variants, protocol, on_progress, count=config.count
+                )
                 settings.append(as_data(measurements, workload, protocol))
                 if config.trace:
                     on_progress(f"{workload}: profiling")
@@ -173,9 +184,33 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
             **metadata,
             "protocol": asdict(protocol) | {"phases_in_calls_of_their_own": device.type != "cpu"},
             "coverage": interval_rank(protocol.repeats)[1],
+            "omitted": omitted,
             "settings": settings,
             "traces": [str(file) for file in traces],
         }
+
+
+def list_release_budgets(config: BenchConfig, adapter: Adapter, device: torch.device) -> tuple[list[float], str | None]:
+    """Return the budgets of the release-like baseline, and the reason if the model cannot run it.
+
+    Args:
+        config: the options; ``baseline="auto"`` includes the baseline on CUDA only.
+        adapter: the adapter of the model.
+        device: the device of the model.
+
+    Raises:
+        ValueError: if the options request the baseline and the model cannot run it.
+    """
+    if config.baseline == "none" or (config.baseline == "auto" and device.type != "cuda"):
+        return [], None
+    try:
+        as_supported(adapter)
+    except ValueError as error:
+        if config.baseline == "release":
+            raise ValueError(f"--baseline release: {error}") from error
+        return [], str(error)
+    ratios = dict.fromkeys(parse_positive_ratio(budget) for budget in config.budgets)
+    return [ratio for ratio in ratios if ratio < 1], None
 
 
 def check_signals(bench_model: BenchModel, variants: Sequence[Variant]) -> None:

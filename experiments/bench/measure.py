@@ -1,14 +1,14 @@
-"""Measures variants of a `generate` call in turns: the plain transformers model, and reducers at several budgets.
+"""Measures variants of a `generate` call in turns: the plain transformers model, a baseline, and reducers.
 
-Each variant runs once for its FLOPs and once for its memory, then in untimed rounds, then in timed rounds. A round runs
-every variant once, and the order changes from round to round, so that a temporary slowdown of the machine affects all
-variants alike. Ratios compare variants within the same round.
+Each variant runs once for its counts and once for its memory, then in untimed rounds, then in timed rounds. A round
+runs every variant once, and the order changes from round to round, so that a temporary slowdown of the machine affects
+all variants alike. Ratios compare variants within the same round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeVar
@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.attach import Attachment
+from tokenprune.budget import as_budget
 from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
 from tokenprune.experiments.bench.flop_counter import create_flop_counter
+from tokenprune.experiments.bench.launches import OPERATORS, LaunchRecorder, OperatorCounter
 from tokenprune.experiments.bench.phase_timer import (
     DECODE,
     ENCODE_PHASES,
@@ -30,13 +32,16 @@ from tokenprune.experiments.bench.phase_timer import (
     PhaseTimer,
     instrument,
 )
+from tokenprune.experiments.bench.release_like import as_supported, build_inputs_embeds, eager_attention
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 
 T = TypeVar("T")
 PLAIN = "plain"
-"""Name of the variant without a reducer."""
+"""Name of the variant of the unmodified model."""
+RELEASE_LIKE = "release-like"
+"""Start of the names of the variants of the baseline."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,20 @@ class Variant:
 
     Args:
         name: name in tables.
-        reducer: the attached strategy; None for the unmodified model.
+        reducer: the attached strategy; None for the unmodified model and the baseline.
+        release_budget: share of tokens that the release-like baseline keeps (`release_like.py`); None otherwise.
+        reference: name of the release-like variant with the same budget, to which this variant is compared.
     """
 
     name: str
     reducer: TokenReducer | None = None
+    release_budget: float | None = None
+    reference: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the unmodified model runs."""
+        return self.reducer is None and self.release_budget is None
 
 
 @dataclass(frozen=True)
@@ -103,12 +117,14 @@ class Measurement:
         call_seconds: time of the complete call, per round.
         first_token_seconds: time to the first token, per round.
         phases: time of each phase, per round.
-        flops: FLOPs of each phase.
-        operators: FLOPs of each torch operator.
+        flops: FLOPs of each phase; None if not counted.
+        operators: FLOPs of each torch operator; None if not counted.
+        launches: kernel launches and waits, or dispatched operators, of the call up to its first token; None if not
+            counted.
         kv_bytes: bytes of the key-value cache after prefill.
-        memory: bytes at the peak; see `peak_memory`.
+        memory: bytes at the peak; see `peak_memory`. If counted, ``"tensors"`` are the bytes alive at once.
         prompt: length in tokens of the longest prompt that enters the LLM.
-        visual: visual tokens in all prompts; for the plain model, newline tokens are included.
+        visual: visual tokens in all prompts, including newline tokens.
         error: the reason for missing measurements; None if they are present.
     """
 
@@ -116,8 +132,9 @@ class Measurement:
     call_seconds: list[float] = field(default_factory=list)
     first_token_seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
-    flops: dict[str, int] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] | None = None
+    operators: dict[str, int] | None = None
+    launches: dict[str, int] | None = None
     kv_bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     prompt: int = 0
@@ -142,9 +159,9 @@ class Measurement:
         """Return the total time of some phases, per round."""
         return [sum(self.phases[phase][index] for phase in phases) for index in range(len(self.call_seconds))]
 
-    def sum_flops(self, phases: Sequence[str]) -> int:
-        """Return the total FLOPs of some phases."""
-        return sum(self.flops.get(phase, 0) for phase in phases)
+    def sum_flops(self, phases: Sequence[str]) -> int | None:
+        """Return the total FLOPs of some phases, or None if they were not counted."""
+        return None if self.flops is None else sum(self.flops.get(phase, 0) for phase in phases)
 
 
 def round_order(variants: Sequence[T], round_number: int) -> list[T]:
@@ -191,6 +208,7 @@ def generate_once(
     create_timer: Callable[[], PhaseTimer] | None = None,
     context: AbstractContextManager[Any] | None = None,
     on_forward: Callable[[Any], None] | None = None,
+    builds_tables: bool = False,
 ) -> tuple[float, float, PhaseTimer | None, Run | None]:
     """Generate with a variant once, and return the time of the call and the time to its first token.
 
@@ -204,27 +222,36 @@ def generate_once(
             phases.
         context: entered directly around `generate`.
         on_forward: receives the output of each forward pass; requires ``create_timer``.
+        builds_tables: whether to reduce the images once before the call. The call then has the index tables of its
+            layout on the device, as in a long run.
 
     Returns:
         Time of the call, time to the first token, the phase timer (None without ``create_timer``), and the run of the
         reducer (None for the unmodified model).
     """
     device, timer = bench_model.model.device, None
-    reducer, pipeline, run = variant.reducer, None, None
+    reducer, budget, pipeline, run = variant.reducer, variant.release_budget, None, None
     with torch.inference_mode(), ExitStack() as stack:
         if reducer is not None:
             attachment = Attachment(bench_model.model, reducer, tokenizer=bench_model.processor, keep_pixels=False)
             run, pipeline = stack.enter_context(attachment), attachment.pipeline
+            if builds_tables and pipeline is not None:
+                pipeline.prepare(inputs, for_generate=True)
+        adapter = bench_model.adapter if pipeline is None else pipeline.adapter
+        if budget is not None:
+            stack.enter_context(eager_attention(as_supported(adapter).tower))
         stack.enter_context(context or nullcontext())
         wait_for(device)
         timer = create_timer() if create_timer is not None else None
-        adapter = bench_model.adapter if pipeline is None else pipeline.adapter
         with instrument(adapter, timer, pipeline, on_forward) if timer is not None else nullcontext():
             if timer is not None:
                 timer.start()
             start = clock()
             streamer = _TokenTimes(clock, timer)
             lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            if budget is not None:
+                phase = None if timer is None else timer.phase
+                inputs = build_inputs_embeds(as_supported(adapter), inputs, budget, phase)
             call_generate(bench_model.model, inputs, **lengths, do_sample=False, streamer=streamer)
             wait_for(device)
             end = clock()
@@ -233,44 +260,83 @@ def generate_once(
     return end - start, streamer.times[0] - start, timer, run
 
 
+def count_tokens(
+    bench_model: BenchModel,
+    inputs: Mapping[str, Any],
+    measurement: Measurement,
+    create_timer: Callable[[], PhaseTimer] = lambda: PhaseTimer(perf_counter),
+    context: AbstractContextManager[Any] | None = None,
+    on_prefill: Callable[[], None] = lambda: None,
+) -> PhaseTimer:
+    """Store the lengths of the prompts and the bytes of the cache, and return the phase timer of the call.
+
+    Args:
+        bench_model: the model.
+        inputs: its inputs; all prompts have equal lengths.
+        measurement: names the variant and receives the results.
+        create_timer: creates the phase timer of the call.
+        context: entered directly around `generate`.
+        on_prefill: called after the first forward pass.
+    """
+
+    def store_cache_size(out: Any) -> None:
+        if not measurement.kv_bytes:
+            measurement.kv_bytes = cache_bytes(out.past_key_values)
+            measurement.prompt = int(out.past_key_values.get_seq_length())
+            on_prefill()
+
+    _, _, timer, run = generate_once(
+        bench_model,
+        inputs,
+        measurement.variant,
+        2,  # all decoding steps do the same work
+        create_timer=create_timer,
+        context=context,
+        on_forward=store_cache_size,
+        builds_tables=True,
+    )
+    assert timer is not None
+    rows, length = inputs["input_ids"].shape
+    measurement.visual = int(bench_model.adapter.placeholders(inputs).sum()) - rows * (length - measurement.prompt)
+    if run is not None:
+        measurement.prompt = max(reduced for _, reduced in run.account.prompt_lengths)
+        measurement.visual = sum(image.kept + image.newlines for image in run.account.images[-rows:])
+    return timer
+
+
 def count_work(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement) -> None:
-    """Store the quantities that need no clock: FLOPs of each phase, bytes of the cache and tensors, and token counts.
+    """Store the quantities that need no clock: FLOPs of each phase, live bytes, launches, and token counts.
 
     Args:
         bench_model: the model.
         inputs: its inputs.
         measurement: names the variant and receives the results.
     """
-    tokens, counter = 2, create_flop_counter()  # all decoding steps do the same work
+    device, counter, dispatched = bench_model.model.device, create_flop_counter(), OperatorCounter()
 
-    def store_cache_size(out: Any) -> None:
-        if not measurement.kv_bytes:
-            measurement.kv_bytes = cache_bytes(out.past_key_values)
+    meter = Meter(device.type)
+
+    @contextmanager
+    def count() -> Iterator[None]:
+        # CUDA reports bytes alive at once, the resident memory of a CPU process does not; the meter counts them. The
+        # outermost mode sees the operators that the FLOP counter has divided into kernels.
+        with dispatched, meter.phase() as work, counter:
+            yield
+        measurement.memory["tensors"] = work.peak_bytes
 
     def create_timer() -> PhaseTimer:
         return PhaseTimer(counter.get_total_flops)
 
-    meter = Meter(bench_model.model.device.type)
-    with meter.phase() as work:  # bytes alive at once; CUDA reports them, the resident memory of a CPU process does not
-        _, _, timer, run = generate_once(
-            bench_model,
-            inputs,
-            measurement.variant,
-            tokens,
-            create_timer=create_timer,
-            context=counter,
-            on_forward=store_cache_size,
-        )
-    assert timer is not None
-    measurement.memory["tensors"] = work.peak_bytes
+    def store_operators() -> None:
+        measurement.launches = {OPERATORS: dispatched.number}
+
+    timer = count_tokens(bench_model, inputs, measurement, create_timer, count(), store_operators)
     measurement.flops = {phase: int(flops) for phase, flops in timer.spent.items()}
     measurement.operators = {str(name): int(flops) for name, flops in counter.get_flop_counts()["Global"].items()}
-    if run is None:
-        measurement.prompt = inputs["input_ids"].shape[1]
-        measurement.visual = int(bench_model.adapter.placeholders(inputs).sum())
-    else:
-        measurement.prompt = max(reduced for _, reduced in run.account.prompt_lengths)
-        measurement.visual = sum(image.kept + image.newlines for image in run.account.images)
+    if device.type == "cuda":
+        recorder = LaunchRecorder()
+        generate_once(bench_model, inputs, measurement.variant, 1, context=recorder, builds_tables=True)
+        measurement.launches = recorder.counts
 
 
 def measure_memory(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement, tokens: int) -> None:
@@ -292,6 +358,7 @@ def measure_variants(
     variants: Sequence[Variant],
     protocol: BenchProtocol,
     on_progress: Callable[[str], None] = lambda text: None,
+    count: bool = True,
 ) -> list[Measurement]:
     """Measure variants in turns on the same inputs.
 
@@ -301,6 +368,7 @@ def measure_variants(
         variants: the ways to run the model.
         protocol: length and number of the calls.
         on_progress: receives a text at the start of each step.
+        count: whether to count FLOPs, live tensors and launches (`count_work`), or only tokens.
 
     Returns:
         One measurement per variant. If memory does not suffice for a variant, its measurement has an error, and the
@@ -311,7 +379,7 @@ def measure_variants(
     measurements = {variant.name: Measurement(variant) for variant in variants}
     device = bench_model.model.device
 
-    def attempt(step: Callable[..., None], measurement: Measurement, *args: Any) -> None:
+    def attempt(step: Callable[..., object], measurement: Measurement, *args: Any) -> None:
         if measurement.error is not None:
             return
         try:
@@ -321,8 +389,8 @@ def measure_variants(
             measurement.call_seconds, measurement.first_token_seconds, measurement.phases = [], [], {}
 
     for measurement in measurements.values():
-        on_progress(f"{workload}: FLOPs and memory of {measurement.variant.name}")
-        attempt(count_work, measurement)
+        on_progress(f"{workload}: {'counts' if count else 'tokens'} and memory of {measurement.variant.name}")
+        attempt(count_work if count else count_tokens, measurement)
         attempt(measure_memory, measurement, protocol.tokens)
 
     for number in range(-protocol.warmup, protocol.repeats):
@@ -338,6 +406,40 @@ def measure_variants(
     return list(measurements.values())
 
 
+def time_phases(
+    bench_model: BenchModel, inputs: Mapping[str, Any], variant: Variant, tokens: int, times_apart: bool
+) -> tuple[float, float, dict[str, float]]:
+    """Return the time of a call, the time to its first token, and the time of each phase, in seconds.
+
+    On a CPU, reading the clock at phase borders costs almost nothing. On other devices each reading waits for the
+    device, which an ordinary call does not do. There, a second call of two new tokens measures the phases up to the
+    first token, and decoding is the remaining time of the first call.
+
+    Args:
+        bench_model: the model.
+        inputs: its inputs.
+        variant: the way to run the model.
+        tokens: number of new tokens.
+        times_apart: whether a second call measures the phases. Both calls then find the tables of the layout.
+    """
+
+    def read_clock() -> float:
+        wait_for(bench_model.model.device)
+        return perf_counter()
+
+    def create_timer() -> PhaseTimer:
+        return PhaseTimer(read_clock)
+
+    if times_apart:
+        total, first_token, _, _ = generate_once(bench_model, inputs, variant, tokens, builds_tables=True)
+        _, _, timer, _ = generate_once(bench_model, inputs, variant, 2, create_timer=create_timer, builds_tables=True)
+        assert timer is not None
+        return total, first_token, timer.spent | {DECODE: total - first_token}
+    total, first_token, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
+    assert timer is not None
+    return total, first_token, timer.spent
+
+
 def time_variant(
     bench_model: BenchModel,
     inputs: Mapping[str, Any],
@@ -348,9 +450,6 @@ def time_variant(
 ) -> None:
     """Time a variant once, and append the times to its measurement.
 
-    On a CPU, reading the clock at phase borders costs almost nothing. On other devices each reading waits for the
-    device, which an ordinary call does not do. There, a second call measures the phases.
-
     Args:
         bench_model: the model.
         inputs: its inputs.
@@ -359,30 +458,29 @@ def time_variant(
         preprocess_seconds: time spent on preparing the inputs.
         is_timed: whether to store the times; False in untimed rounds.
     """
-    device = bench_model.model.device
-
-    def read_clock() -> float:
-        wait_for(device)
-        return perf_counter()
-
-    def create_timer() -> PhaseTimer:
-        return PhaseTimer(read_clock)
-
-    variant = measurement.variant
-    if device.type == "cpu":
-        total, first_token, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
-    else:
-        total, first_token, _, _ = generate_once(bench_model, inputs, variant, tokens)
-        _, _, timer, _ = generate_once(bench_model, inputs, variant, tokens, create_timer=create_timer)
-    if not is_timed or timer is None:
+    times_apart = bench_model.model.device.type != "cpu"
+    total, first_token, phases = time_phases(bench_model, inputs, measurement.variant, tokens, times_apart)
+    if not is_timed:
         return
     measurement.call_seconds.append(total)
     measurement.first_token_seconds.append(first_token)
     for phase in (*FIRST_TOKEN_PHASES, DECODE):
-        measurement.phases.setdefault(phase, []).append(timer.spent.get(phase, 0.0))
+        measurement.phases.setdefault(phase, []).append(phases.get(phase, 0.0))
     measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
 
 
-def with_plain_variant(reducers: Sequence[tuple[str, TokenReducer]]) -> list[Variant]:
-    """Return the variants of named reducers, after the plain model."""
-    return [Variant(PLAIN), *(Variant(name, reducer) for name, reducer in reducers)]
+def list_variants(reducers: Sequence[tuple[str, TokenReducer]], release_budgets: Sequence[float] = ()) -> list[Variant]:
+    """Return the plain model, the release-like baseline at some budgets, and named reducers.
+
+    Args:
+        reducers: names and strategies.
+        release_budgets: budgets of the baseline; a reducer with an equal budget is compared to it.
+    """
+    baselines = {
+        budget: Variant(f"{RELEASE_LIKE} {100 * budget:g} %", release_budget=budget) for budget in release_budgets
+    }
+    variants = [Variant(PLAIN), *baselines.values()]
+    for name, reducer in reducers:
+        baseline = baselines.get(as_budget(reducer.budget).number)
+        variants.append(Variant(name, reducer, reference=None if baseline is None else baseline.name))
+    return variants

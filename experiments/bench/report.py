@@ -79,7 +79,8 @@ def describe_conditions(result: Result) -> list[str]:
     lines = [
         *describe_run(result),
         f"{protocol['tokens']} new tokens a prompt, {protocol['repeats']} rounds in turns after {protocol['warmup']} "
-        "to warm up; medians and [quartiles]; ratios are plain / variant in the same round, with an interval that "
+        "to warm up; medians and [quartiles]; ratios are plain / variant (release-like / variant, where stated) in the "
+        "same round, with an interval that "
         f"covers the true median with {100 * result['coverage']:.0f} %",
     ]
     if model["cut"]:
@@ -87,6 +88,8 @@ def describe_conditions(result: Result) -> list[str]:
             f"CUT: {model['llm_layers_full'] - model['llm_layers']} LLM layers are missing, so prefill, decoding, the "
             "cache and every total are smaller than those of the real model"
         )
+    if result["omitted"]:
+        lines.append(f"omitted: {result['omitted']}")
     if any("flash_attention" in str(name) for name in model["attention"].values()):
         lines.append("FLOPs: torch does not see those inside kernels of the package flash-attn")
     return lines
@@ -99,53 +102,87 @@ Tables = dict[str, list[list[str]]]
 def build_overview_tables(workload: Result) -> Tables:
     """Return the tables of a workload that have one row per variant.
 
+    Columns of counts are empty if nothing was counted. Columns of the release-like baseline exist if it was measured.
+
     Args:
         workload: an element of the result's ``"settings"``.
     """
+    has_baseline = any(variant.get("release_ratios") for variant in workload["variants"])
+    over_baseline = ["speed-up over release-like"] if has_baseline else []
+    launches: Result = next((variant["launches"] for variant in workload["variants"] if variant.get("launches")), {})
     heads = {
-        "encode": ["encode, ms", "speed-up", "FLOP ratio", "capture + reducer + rewrite, % of plain vision encode"],
-        "encode and prefill": ["visual tokens", "encode + prefill, ms", "speed-up", "FLOP ratio", "attained"],
-        "generation": ["TTFT, ms", "speed-up", "ms per decode step", "new tokens/s"],
+        "encode": [
+            "encode, ms",
+            "speed-up",
+            *over_baseline,
+            "FLOP ratio",
+            "capture + reducer + rewrite, % of plain vision encode",
+        ],
+        "encode and prefill": [
+            "visual tokens",
+            "encode + prefill, ms",
+            "speed-up",
+            *over_baseline,
+            "FLOP ratio",
+            "attained",
+        ],
+        "generation": ["TTFT, ms", "speed-up", *over_baseline, "ms per decode step", "new tokens/s"],
         "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "tensors alive, MB", "peak memory, MB"],
     }
+    if launches:
+        heads["work of the host up to the 1st token"] = list(launches)
     tables = {name: [["variant", *head]] for name, head in heads.items()}
     for variant in workload["variants"]:
         if variant["error"] is not None:
             for name, head in heads.items():
                 tables[name].append([variant["name"], variant["error"], *[""] * (len(head) - 1)])
             continue
-        measures, ratios = variant["measures"], variant.get("ratios")
+        measures, ratios, release_ratios = variant["measures"], variant.get("ratios"), variant.get("release_ratios")
+
+        def compare_to_baseline(name: str, ratios: Result | None = release_ratios) -> list[str]:
+            return [format_ratio(ratios[name]) if ratios else ""] if has_baseline else []
+
         cells = {
             "encode": [
                 format_quartiles(measures["encode_ms"]),
                 format_ratio(ratios["encode"]) if ratios else "",
-                f"{ratios['flops_encode']:.2f}" if ratios else "",
+                *compare_to_baseline("encode"),
+                format_optional(ratios and ratios["flops_encode"]),
                 format_percent(ratios["own_share_of_vision_encode"]) if ratios else "",
             ],
             "encode and prefill": [
                 f"{variant['visual_tokens']:,}",
                 format_quartiles(measures["encode_prefill_ms"]),
                 format_ratio(ratios["encode_prefill"]) if ratios else "",
-                f"{ratios['flops_to_first_token']:.2f}" if ratios else "",
-                f"{ratios['attained']:.2f}" if ratios else "",
+                *compare_to_baseline("encode_prefill"),
+                format_optional(ratios and ratios["flops_to_first_token"]),
+                format_optional(ratios and ratios["attained"]),
             ],
             "generation": [
                 format_quartiles(measures["ttft_ms"]),
                 format_ratio(ratios["ttft"]) if ratios else "",
+                *compare_to_baseline("ttft"),
                 format_quartiles(measures["decode_ms_per_token"]),
                 format_quartiles(measures["new_tokens_per_s"]),
             ],
             "work and memory": [
                 f"{variant['prompt_length']:,}",
-                f"{variant['flops']['to_first_token'] / 1e12:.4g}",
+                f"{variant['flops']['to_first_token'] / 1e12:.4g}" if variant["flops"] else "",
                 format_number(variant["kv_bytes"] / 1e6),
-                format_number(variant["memory"]["tensors"] / 1e6),
+                format_number(variant["memory"]["tensors"] / 1e6) if "tensors" in variant["memory"] else "",
                 format_memory(variant["memory"]),
             ],
         }
+        if launches:
+            cells["work of the host up to the 1st token"] = [f"{variant['launches'][name]:,}" for name in launches]
         for name, row in cells.items():
             tables[name].append([variant["name"], *row])
     return tables
+
+
+def format_optional(ratio: float | None) -> str:
+    """Return a ratio with two decimals, or an empty text if it is missing."""
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def format_memory(memory: Result) -> str:
@@ -159,7 +196,7 @@ def format_memory(memory: Result) -> str:
 
 
 def build_phase_tables(workload: Result, quartiles: bool) -> Tables:
-    """Return the milliseconds and FLOPs of a workload, with a row for each phase and a column for each variant.
+    """Return the milliseconds and counted FLOPs of a workload, with a row per phase and a column per variant.
 
     Args:
         workload: an element of the result's ``"settings"``.
@@ -172,8 +209,10 @@ def build_phase_tables(workload: Result, quartiles: bool) -> Tables:
         samples = [variant["phases_ms"][phase] for variant in variants]
         cells = [format_quartiles(entry) if quartiles else format_number(entry["median"]) for entry in samples]
         times.append([phase, *cells])
-        flops.append([phase, *(f"{variant['flops']['phases'].get(phase, 0) / 1e9:.4g}" for variant in variants)])
-    return {"phases, ms": times, "phases, GFLOP (decode: one step)": flops}
+        if all(variant["flops"] for variant in variants):
+            flops.append([phase, *(f"{variant['flops']['phases'].get(phase, 0) / 1e9:.4g}" for variant in variants)])
+    tables = {"phases, ms": times}
+    return tables if len(flops) == 1 else tables | {"phases, GFLOP (decode: one step)": flops}
 
 
 def format_title(workload: Result) -> str:

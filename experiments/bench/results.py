@@ -1,4 +1,4 @@
-"""Converts the measurements of a workload to plain data, with ratios to the plain model."""
+"""Converts the measurements of a workload to plain data, with ratios to the plain model and the baseline."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from tokenprune.experiments.bench.samples import Ratio, Samples
 
 
 def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: BenchProtocol) -> dict[str, Any]:
-    """Return the measurements of a workload as plain data, with ratios to the plain model.
+    """Return the measurements of a workload as plain data, with ratios to the plain model and the baseline.
 
     Args:
         measurements: one per variant.
         workload: the inputs.
         protocol: length and number of the calls.
     """
-    plain = next((m for m in measurements if m.variant.reducer is None and m.error is None), None)
+    complete = {entry.variant.name: entry for entry in measurements if entry.error is None}
+    plain = next((entry for entry in complete.values() if entry.variant.is_plain), None)
     rows = []
     for measurement in measurements:
         reducer = measurement.variant.reducer
@@ -36,13 +37,16 @@ def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: B
                 "visual_tokens": measurement.visual,
                 "kv_bytes": measurement.kv_bytes,
                 "memory": measurement.memory,
-                "flops": {
+                "flops": None
+                if measurement.flops is None
+                else {
                     "phases": measurement.flops,
                     "operators": measurement.operators,
                     "encode": measurement.sum_flops(ENCODE_PHASES),
                     "to_first_token": measurement.sum_flops(FIRST_TOKEN_PHASES),
                     "decode_per_step": measurement.sum_flops([DECODE]),
                 },
+                "launches": measurement.launches,
                 "phases_ms": {
                     phase: to_milliseconds(seconds).as_data() for phase, seconds in measurement.phases.items()
                 },
@@ -51,6 +55,13 @@ def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: B
             }
             if plain is not None and measurement is not plain:
                 row["ratios"] = compare_with_plain(measurement, plain, workload, protocol)
+            baseline = complete.get(measurement.variant.reference or "")
+            if baseline is not None:
+                row["release_ratios"] = {
+                    "reference": baseline.variant.name,
+                    **compare_times(measurement, baseline, workload, protocol),
+                    **compare_memory(measurement, baseline),
+                }
         rows.append(row)
     return {"batch": workload.batch, "height": workload.size[0], "width": workload.size[1], "variants": rows}
 
@@ -71,22 +82,52 @@ def compare_with_plain(
         workload: the inputs of both.
         protocol: length and number of the calls.
     """
-    variant_series = measurement.series(workload, protocol.tokens)
-    plain_series = plain.series(workload, protocol.tokens)
-    ratios: dict[str, Any] = {
-        name.removesuffix("_ms"): Ratio.of(plain_series[name], variant_series[name]).as_data()
-        for name in variant_series
-        if min(variant_series[name], default=0) > 0
-    }
+    ratios = compare_times(measurement, plain, workload, protocol)
     # This ratio is inverted: time of the reducer as a share of the plain model's time.
     reducer_seconds, vision_seconds = measurement.sum_seconds(REDUCER_PHASES), plain.sum_seconds(["vision encode"])
     ratios["own_share_of_vision_encode"] = Ratio.of(reducer_seconds, vision_seconds).as_data()
-    ratios["flops_encode"] = plain.sum_flops(ENCODE_PHASES) / max(1, measurement.sum_flops(ENCODE_PHASES))
-    ratios["flops_to_first_token"] = plain.sum_flops(FIRST_TOKEN_PHASES) / measurement.sum_flops(FIRST_TOKEN_PHASES)
+    flops = {
+        name: (plain.sum_flops(phases), measurement.sum_flops(phases))
+        for name, phases in (("flops_encode", ENCODE_PHASES), ("flops_to_first_token", FIRST_TOKEN_PHASES))
+    }
+    for name, (plain_flops, variant_flops) in flops.items():
+        ratios[name] = None if plain_flops is None or variant_flops is None else plain_flops / max(1, variant_flops)
     ratios["kv_bytes"] = plain.kv_bytes / measurement.kv_bytes if measurement.kv_bytes else None
-    ratios["attained"] = ratios["encode_prefill"]["median"] / ratios["flops_to_first_token"]
+    flop_ratio = ratios["flops_to_first_token"]
+    ratios["attained"] = None if flop_ratio is None else ratios["encode_prefill"]["median"] / flop_ratio
+    return ratios | compare_memory(measurement, plain)
+
+
+def compare_times(
+    measurement: Measurement, reference: Measurement, workload: Workload, protocol: BenchProtocol
+) -> dict[str, Any]:
+    """Return the ratios reference / variant of times by quantity, with intervals.
+
+    Args:
+        measurement: the measurement of a variant.
+        reference: the measurement of the plain model or of the baseline.
+        workload: the inputs of both.
+        protocol: length and number of the calls.
+    """
+    series = measurement.series(workload, protocol.tokens)
+    reference_series = reference.series(workload, protocol.tokens)
+    return {
+        name.removesuffix("_ms"): Ratio.of(reference_series[name], values).as_data()
+        for name, values in series.items()
+        if min(values, default=0) > 0
+    }
+
+
+def compare_memory(measurement: Measurement, reference: Measurement) -> dict[str, float]:
+    """Return the ratios reference / variant of the peak memory and of the live tensors, as far as both were measured.
+
+    Args:
+        measurement: the measurement of a variant.
+        reference: the measurement of the plain model or of the baseline.
+    """
     peak = "allocated" if "allocated" in measurement.memory else "resident"
-    if measurement.memory.get(peak) and plain.memory.get(peak):
-        ratios["memory"] = plain.memory[peak] / measurement.memory[peak]
-    ratios["tensors"] = plain.memory["tensors"] / measurement.memory["tensors"]
-    return ratios
+    return {
+        name: reference.memory[key] / measurement.memory[key]
+        for name, key in (("memory", peak), ("tensors", "tensors"))
+        if measurement.memory.get(key) and reference.memory.get(key)
+    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from research import truncation_steps as steps
 from tokenprune.account import kv_bytes
-from tokenprune.adapter import Adapter
+from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.bench.architectures import list_architectures
@@ -21,7 +23,7 @@ from tokenprune.experiments.bench.bench_model import (
     load_bench_model,
     random_image,
 )
-from tokenprune.experiments.bench.command import BenchConfig
+from tokenprune.experiments.bench.command import BenchConfig, list_release_budgets
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
     PLAIN,
@@ -68,6 +70,7 @@ def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Pat
     assert not torch.equal(*(part.float() for part in inputs["pixel_values"].chunk(2)))
     measurement = Measurement(Variant("half", Random(0.5)))
     count_work(bench_model, inputs, measurement)
+    assert measurement.flops is not None
     assert min(measurement.flops[name] for name in ("vision encode", "projector", "prefill", "decode")) > 0
     full = int(bench_model.adapter.placeholders(inputs)[0].sum())
     assert measurement.visual // 2 < full
@@ -83,6 +86,7 @@ def test_checkpoints_can_be_cut() -> None:
     for bench_model, outcome in zip((full, cut), outcomes, strict=True):
         count_work(bench_model, bench_model.prepare([random_image((80, 160), 0)]), outcome)
     assert outcomes[0].kv_bytes == 3 * outcomes[1].kv_bytes
+    assert outcomes[0].flops is not None and outcomes[1].flops is not None  # noqa: PT018
     assert outcomes[0].flops["vision encode"] == outcomes[1].flops["vision encode"]
 
 
@@ -122,7 +126,7 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     assert err.replace("scoring\n", "") == ""
     result = json.loads(out)
     assert result == json.loads(Path("found/bench.json").read_text())
-    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "settings", "traces"}
+    assert set(result) == {"schema", "model", "environment", "protocol", "coverage", "omitted", "settings", "traces"}
     assert {"device", "device_name", "threads", "torch", "transformers", "tokenprune"} <= set(result["environment"])
     assert result["environment"]["threads"] == 1
     assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
@@ -159,7 +163,9 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     assert page == as_markdown(result)
     assert "CUT: 1 LLM layers are missing" in page
     assert "2 of 3 LLM layers" in page
-    assert page.count("\n| hired 20 % |") == 4 * 2
+    assert page.count("\n| hired 20 % |") == 5 * 2
+    assert "| variant | dispatched operators |" in page
+    assert "release-like" not in page.partition("## ")[2]
     figure = draw_phases(result)
     assert len(figure.axes) == 4
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -185,6 +191,7 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
         ("--llm-layers 0", "--llm-layers 0: give at least 1"),
         ("--llm-layers 4", "--llm-layers 4: the LLM has only 3"),
         ("--reducers hird", "Did you mean HiRED"),
+        ("--baseline published", "--baseline"),
         ("--attn fast", "--attn fast cannot be used"),
         ("--dtype float33", "--dtype float33 is no torch dtype"),
         ("--model nowhere", "--model nowhere: no such folder or architecture; give"),
@@ -215,6 +222,62 @@ def test_unsupported_strategies_raise_before_the_benchmark(
     Path("qwen.json").write_text(json.dumps(config))
     assert main(["bench", "run", "--model", "qwen.json", "--device", "cpu", "--reducers", "ImageDownsample"]) == 2
     assert "ImageDownsample 100 % needs resolution" in capsys.readouterr().err
+
+
+def test_the_baseline_is_compared_at_each_budget(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--baseline release --budgets 100% 0.2 5% --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
+    assert main(["bench", "run", *options.split(), "--device", "cpu", "--count", "false", "--json", "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    variants = {row["name"]: row for row in result["settings"][0]["variants"]}
+    assert list(variants) == [PLAIN, *(f"{name} {budget}" for name, budget in NAMES_AND_BUDGETS)]
+    references = {name: row["release_ratios"]["reference"] for name, row in variants.items() if "release_ratios" in row}
+    assert references == {f"HiRED {budget}": f"release-like {budget}" for budget in ("20 %", "5 %")}
+    baseline, reduced = variants["release-like 20 %"], variants["HiRED 20 %"]
+    times = [row["measures"]["encode_prefill_ms"]["values"] for row in (baseline, reduced)]
+    ratios = sorted(reference / value for reference, value in zip(*times, strict=True))
+    assert reduced["release_ratios"]["encode_prefill"]["interval"] == pytest.approx([ratios[0], ratios[-1]])
+    assert baseline["phases_ms"]["reducer"]["median"] > 0 < baseline["phases_ms"]["rewrite"]["median"]
+    assert baseline["phases_ms"]["packing"]["median"] == baseline["phases_ms"]["signal capture"]["median"] == 0
+    # Nothing was counted, so nothing is shown.
+    assert all((row["flops"], row["launches"]) == (None, None) for row in variants.values())
+    assert all("tensors" not in row["memory"] and row["kv_bytes"] > 0 for row in variants.values())
+    assert variants["HiRED 20 %"]["ratios"]["attained"] is None
+    page = Path("tokenprune-bench/bench.md").read_text()
+    assert page.count("speed-up over release-like") == 3
+    assert "GFLOP" not in page
+    assert "dispatched operators" not in page
+
+
+NAMES_AND_BUDGETS = [
+    ("release-like", "20 %"),
+    ("release-like", "5 %"),
+    ("HiRED", "100 %"),
+    ("HiRED", "20 %"),
+    ("HiRED", "5 %"),
+]
+
+
+def test_a_model_without_the_baseline_is_named(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = find_example(Qwen2VLAdapter).build_model().config.to_dict()
+    Path("qwen.json").write_text(json.dumps(config))
+    options = ["--model", "qwen.json", "--device", "cpu", "--reducers", "Random", "--quiet"]
+    assert main(["bench", "run", "--baseline", "release", *options]) == 2
+    message = "the release-like baseline cannot run qwen2_vl with this vision tower: it requires a CLS token"
+    assert f"--baseline release: {message}" in capsys.readouterr().err
+    adapter = find_adapter(find_example(Qwen2VLAdapter).build_model())
+    budgets, omitted = list_release_budgets(BenchConfig(), adapter, torch.device("cuda"))
+    assert budgets == []
+    assert omitted is not None
+    assert omitted.startswith(message)
+    # By default, the CPU measures no baseline, so nothing is omitted.
+    assert list_release_budgets(BenchConfig(), adapter, torch.device("cpu")) == ([], None)
+
+
+def test_the_baseline_is_a_default_on_cuda(model: Any) -> None:
+    adapter, config = find_adapter(model), BenchConfig(budgets=[1.0, "20%", 0.2, 0.05])
+    assert list_release_budgets(config, adapter, torch.device("cuda")) == ([0.2, 0.05], None)
+    assert list_release_budgets(config, adapter, torch.device("cpu")) == ([], None)
+    assert list_release_budgets(replace(config, baseline="none"), adapter, torch.device("cuda")) == ([], None)
 
 
 def test_the_command_run_precedes_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,14 +17,16 @@ from tests.helpers.bench import SETTING, ManualClock
 from tokenprune.capabilities import Resizable
 from tokenprune.experiments.bench.bench_model import BenchModel
 from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
+from tokenprune.experiments.bench.launches import OperatorCounter
 from tokenprune.experiments.bench.measure import (
     PLAIN,
     Measurement,
     Variant,
     count_work,
     generate_once,
+    time_phases,
 )
-from tokenprune.experiments.bench.phase_timer import ADAPTER_PHASES, FIRST_TOKEN_PHASES, PhaseTimer, instrument
+from tokenprune.experiments.bench.phase_timer import ADAPTER_PHASES, DECODE, FIRST_TOKEN_PHASES, PhaseTimer, instrument
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import CAPTURE_CONTEXT, CAPTURE_KERNEL
 from tokenprune.pipeline import Pipeline
@@ -86,6 +88,32 @@ def test_phases_cover_the_call(tiny: BenchModel, inputs: Any, reduced: bool) -> 
     assert spent == (expected | {"reducer": 1000} if reduced else expected)  # two images, selected together
     assert total == sum(spent.values())
     assert first == total - 21
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant(PLAIN), Variant("HiRED", HiRED(0.3)), Variant("release-like", release_budget=0.3)]
+)
+def test_phases_of_a_second_call(tiny: BenchModel, inputs: Any, variant: Variant) -> None:
+    """The second call generates two tokens. Decoding is measured by the first call, which has no phase borders."""
+    calls: list[Any] = []
+    hook = tiny.model.base_model.language_model.register_forward_hook(lambda *event: calls.append(event[0]))
+    try:
+        total, first_token, phases = time_phases(tiny, inputs, variant, 6, times_apart=True)
+    finally:
+        hook.remove()
+    assert len(calls) == 6 + 2
+    assert phases[DECODE] == total - first_token
+    assert min(phases[name] for name in ("vision encode", "projector", "prefill")) > 0
+    assert bool(phases.get("reducer")) == bool(phases.get("rewrite")) == (not variant.is_plain)
+
+
+def test_the_call_finds_the_tables_of_its_layout(tiny: BenchModel, inputs: Any) -> None:
+    operators = []
+    for builds_tables in (False, True):
+        counter = OperatorCounter()
+        generate_once(tiny, inputs, Variant("HiRED", HiRED(0.3)), 1, context=counter, builds_tables=builds_tables)
+        operators.append(counter.number)
+    assert operators[1] < operators[0] - 50
 
 
 def test_capture_is_counted_separately_from_the_kernel(tiny: BenchModel, inputs: Any) -> None:
