@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.models._base.vision_inputs import wrap_outputs
 
 
 class Ovis2Adapter(TiledAdapter):
@@ -36,3 +39,13 @@ class Ovis2Adapter(TiledAdapter):
         """Return rows x cols of the sub-images, from the indicator ids after them."""
         rows = [1 + after.count(self.indicator_ids[3]) for after in self.ids_after(inputs, parts)]
         return [(r, (len(tiles) - 1) // r) if len(tiles) > 1 else (0, 0) for r, tiles in zip(rows, parts, strict=True)]
+
+    def features_to_inputs(
+        self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
+    ) -> FeatureInputs:
+        """Return `mm_encoder_outputs` also if no token is kept: the output object embeds the text around the tiles."""
+        if any(len(features) for features in packed):
+            return super().features_to_inputs(encoding, packed, positions)
+        outputs = copy.copy(encoding.outputs)
+        outputs[self.features_field] = packed[0][:, None]
+        return wrap_outputs(outputs, encoding.videos)

@@ -109,6 +109,18 @@ def test_logits_equal_the_mask_oracle(family: Family, model: Any, inputs: Any, p
         assert float(difference.abs().max()) < family.oracle
 
 
+@torch.no_grad()
+def test_logits_without_kept_tokens_equal_the_mask_oracle(family: Family, model: Any, inputs: Any) -> None:
+    with HiRED(0)(model, outputs="reduced") as run:
+        reduced = model(**inputs).logits
+    assert not any(selection.kept_tokens for selection in run.selections)
+    full = model(**oracle_inputs(model, inputs, run, "reindex")).logits
+    difference = reduced[real_positions(model, inputs, run)] - full[kept_mask(model, inputs, run)]
+    assert bool(difference.isfinite().all())
+    if family.oracle is not None:
+        assert float(difference.abs().max()) < family.oracle
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
 def test_each_row_equals_itself_alone(family: Family, model: Any, inputs: Any, positions: str) -> None:
