@@ -37,8 +37,8 @@ from tokenprune.strategies.components.allocation import VisualContentAllocation
 from tokenprune.testing.examples import find_example
 from tokenprune.testing.tiny_models import batch, tiny_model
 
-PADDED = [[(40, 160)], [(40, 160)]]
-"""Images whose layout has invalid tokens."""
+PADDED = [[(60, 112)], [(60, 112)]]
+"""Images of which half of the tokens of each sub-image are not valid."""
 
 
 def run_baseline(family: str, sizes: Any, budget: float) -> tuple[Any, Mapping[str, Any], dict[str, Tensor]]:
