@@ -45,7 +45,7 @@ def load_model() -> Any:
 def run_plain(images: int) -> EmulatedDevice:
     """Return the counts of a call after the first one, which has more operators."""
     inputs = dict(batch("llava_next", *[[(112, 112)]] * images))
-    with torch.no_grad():
+    with torch.no_grad(), EmulatedDevice():
         load_model()(**to_device(inputs))
         with EmulatedDevice() as device:
             load_model()(**to_device(inputs))
