@@ -31,7 +31,7 @@ from tokenprune.experiments.bench.results import as_data
 from tokenprune.experiments.bench.samples import Ratio, Samples, interval_rank
 from tokenprune.image import EncodedImage
 from tokenprune.selection import Selection
-from tokenprune.strategies import HiRED, Random
+from tokenprune.strategies import FasterVLM, HiRED
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 
@@ -125,8 +125,8 @@ CALLS: list[str] = []
 
 
 @dataclass
-class LoggedRandom(Random):
-    """Random that appends its label to `CALLS`, or raises an out-of-memory error if the label is "greedy"."""
+class LoggedFasterVLM(FasterVLM):
+    """FasterVLM that appends its label to `CALLS`, or raises an out-of-memory error if the label is "greedy"."""
 
     label: str = "noted"
 
@@ -140,7 +140,7 @@ class LoggedRandom(Random):
 def test_variants_alternate_and_out_of_memory_is_recorded(tiny: BenchModel) -> None:
     CALLS.clear()
     labels = ("one", "two", "greedy")
-    variants = [Variant(PLAIN), *(Variant(label, LoggedRandom(0.3, label=label)) for label in labels)]
+    variants = [Variant(PLAIN), *(Variant(label, LoggedFasterVLM(0.3, label=label)) for label in labels)]
     outcomes = measure_variants(tiny, SETTING, variants, BenchProtocol(tokens=2, repeats=3, warmup=1))
     timed = CALLS[6:]  # both images are selected together; each variant: tables, counts, memory
     orders = [
