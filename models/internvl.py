@@ -38,5 +38,4 @@ class InternVLAdapter(TiledAdapter):
         patches = self.apply_post_norm(patches) if is_last_layer else patches
         small = rearrange(patches, "tokens (p q) width -> tokens p q width", p=self.pooling)
         shuffled = self.model.base_model.pixel_shuffle(small, scale_factor=self.model.config.downsample_ratio)
-        tokens: Tensor = self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]
-        return tokens
+        return self.projector(rearrange(shuffled, "tokens 1 1 width -> 1 tokens width"))[0]

@@ -27,8 +27,7 @@ class LlavaNextAdapter(PlaceholderAdapter):
     @property
     def newline(self) -> Tensor | None:
         """The learned newline token, `[dim]`."""
-        newline: Tensor = self.model.base_model.image_newline
-        return newline
+        return self.model.base_model.image_newline
 
     @cached_property
     def _layouts_by_size(self) -> dict[tuple[int, int], TileGeometry]:

@@ -32,8 +32,7 @@ class Ovis2Adapter(TiledAdapter):
     @property
     def indicator_ids(self) -> Sequence[int]:
         """Token ids of the text around tiles: start, after the base tile, between columns, between rows, end."""
-        ids: Sequence[int] = self.model.config.visual_indicator_token_ids
-        return ids
+        return self.model.config.visual_indicator_token_ids
 
     def grids(self, inputs: Mapping[str, Any], parts: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Return rows x cols of the sub-images, from the indicator ids after them."""

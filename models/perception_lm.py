@@ -43,8 +43,7 @@ class PerceptionLMAdapter(TiledAdapter):
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower encodes, `[tiles, 3, height, width]`."""
-        tiles: Tensor = inputs[self.pixels].flatten(0, 1)
-        return tiles
+        return inputs[self.pixels].flatten(0, 1)
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
         """Return the number of tiles of each image: the pixels are `[images, tiles, 3, height, width]`."""

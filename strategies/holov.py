@@ -41,8 +41,7 @@ def published_stripe_budgets(attention: Sequence[float], total: int) -> list[int
     order = scores.argsort(descending=True, stable=True)
     for index in range(total - int(budgets.sum())):
         budgets[order[index % len(order)]] += 1
-    counts: list[int] = budgets.tolist()
-    return counts
+    return budgets.tolist()
 
 
 def stripe_indices(length: int, stripes: int) -> Tensor:

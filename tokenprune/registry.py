@@ -91,8 +91,7 @@ def find_class(name: str, classes: Mapping[str, type[T]], label: str) -> type[T]
         LookupError: if there is no such class; the message lists the most similar names.
     """
     if ".py:" in name:
-        member: type[T] = load_from_file(name)
-        return member
+        return load_from_file(name)
     for class_name, member in classes.items():
         if name in _list_aliases(class_name):
             return member

@@ -101,14 +101,12 @@ class Selection:
     @property
     def kept_per_tile(self) -> list[int]:
         """Number of kept tokens of each tile, base tile first."""
-        counts: list[int] = self.kept.sum(dim=1).tolist()
-        return counts
+        return self.kept.sum(dim=1).tolist()
 
     @property
     def granted_per_tile(self) -> list[int]:
         """Number of tokens granted to each tile, base tile first; without budgets, the number of kept tokens."""
-        granted: list[int] = self.kept_per_tile if self.budgets is None else self.budgets.tolist()
-        return granted
+        return self.kept_per_tile if self.budgets is None else self.budgets.tolist()
 
     @property
     def kept_tokens(self) -> int:

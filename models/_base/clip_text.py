@@ -94,8 +94,7 @@ class TextTower:
                 f"width {features.shape[-1]}; name the CLIP checkpoint that contains the model's tower"
             )
         self.norm.to(features.device), self.projection.to(features.device)
-        aligned: Tensor = self.projection(self.norm(features.float()))
-        return aligned
+        return self.projection(self.norm(features.float()))
 
 
 @cache

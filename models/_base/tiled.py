@@ -99,8 +99,7 @@ class TiledAdapter(PlaceholderAdapter):
 
     def all_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles that the tower encodes, `[tiles, 3, height, width]`."""
-        pixels: Tensor = inputs[self.pixels]
-        return pixels
+        return inputs[self.pixels]
 
     def tiles_per_image(self, inputs: Mapping[str, Any]) -> list[int]:
         """Return the number of tiles of each image, in the order of the prompt.

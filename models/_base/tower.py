@@ -51,8 +51,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     @cached_property
     def tower_layers(self) -> Sequence[nn.Module]:
         """The encoder layers of the vision tower."""
-        layers: Sequence[nn.Module] = attrgetter(self.layers_path)(self.tower)
-        return layers
+        return attrgetter(self.layers_path)(self.tower)
 
     @cached_property
     def projector(self) -> Any:
@@ -114,8 +113,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     @property
     def image_token_id(self) -> int:
         """Token id of the image placeholder."""
-        token: int = self.model.config.image_token_id
-        return token
+        return self.model.config.image_token_id
 
     @cached_property
     def llm(self) -> LLMShape:
@@ -158,8 +156,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
 
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output, `[kept, width]` to `[kept, dim]`."""
-        projected: Tensor = self.projector(to_floating_dtype(features, self.projector)[None])[0]
-        return projected
+        return self.projector(to_floating_dtype(features, self.projector)[None])[0]
 
     def project_patches(self, patches: Tensor) -> Tensor:
         """Return the visual tokens of the given patches, `[tokens, dim]`.
@@ -168,8 +165,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
             patches: outputs of the feature layers for the patches of each token, row by row,
                 `[tokens, patches, width]`.
         """
-        tokens: Tensor = self.projector(self.apply_post_norm(patches).transpose(0, 1))[0]
-        return tokens
+        return self.projector(self.apply_post_norm(patches).transpose(0, 1))[0]
 
     def project_tiles(self, hidden: Tensor, patches: Tensor) -> Tensor:
         """Return all visual tokens of the given tiles, `[tiles * tokens, dim]`.

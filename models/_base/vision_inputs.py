@@ -28,8 +28,6 @@ def read_once(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type == "cpu" or tensor.is_inference():  # inference tensors do not count modifications
         return tensor.cpu()
-    version: int | None
-    values: Tensor
     version, values = _VALUES.get(tensor, (None, tensor))
     if version != tensor._version:
         values = tensor.cpu()

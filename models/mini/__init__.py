@@ -37,5 +37,4 @@ def demo_questions() -> list[dict[str, str]]:
     Returns:
         One dictionary per question with the keys ``question``, ``answer``, ``type`` and ``needs``.
     """
-    questions: list[dict[str, str]] = json.loads((_HERE / "images" / "board.json").read_text())
-    return questions
+    return json.loads((_HERE / "images" / "board.json").read_text())

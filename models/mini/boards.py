@@ -302,8 +302,7 @@ def stencil(shape: int, side: int) -> NDArray[np.float32]:
         pen.rectangle((arm, 0, last - arm, last), fill=255)
         pen.rectangle((0, arm, last, last - arm), fill=255)
     coarse = canvas.resize((side, side), Image.Resampling.BOX)
-    share: NDArray[np.float32] = np.asarray(coarse, np.float32) / np.float32(255)
-    return share
+    return np.asarray(coarse, np.float32) / np.float32(255)
 
 
 def _render(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -76,8 +76,7 @@ def _overlap(edges: Floats, low: int, high: int) -> Floats:
     """Return the share of each pixel low..high-1 between consecutive edges, `[edges - 1, pixels]`."""
     pixel = np.arange(low, high, dtype=np.float32)
     share = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    overlap: Floats = np.maximum(share, np.float32(0))
-    return overlap
+    return np.maximum(share, np.float32(0))
 
 
 def make_lesson(board: Board) -> Lesson:

@@ -83,8 +83,7 @@ def make_text_model(tower: Any) -> CLIPModel:
     model.vision_model.load_state_dict(tower.state_dict())
     model.vision_model.requires_grad_(False)
     model.vision_model.post_layernorm.requires_grad_(True)
-    clip: CLIPModel = model
-    return clip
+    return model
 
 
 def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:

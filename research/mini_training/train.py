@@ -137,8 +137,7 @@ class Heads(nn.Module):
 
 def tower_output(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
     """Return CLS and patch tokens after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each."""
-    hidden: tuple[Tensor, ...] = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    return hidden
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
 
 
 _PLACES = {"side": 6.0, "height": 6.0}

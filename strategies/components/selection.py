@@ -107,5 +107,4 @@ class TopNormSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the Euclidean norm of the features, `[tiles, tokens]`."""
-        norms: Tensor = torch.linalg.vector_norm(image.features.float(), dim=-1)
-        return norms
+        return torch.linalg.vector_norm(image.features.float(), dim=-1)

@@ -134,5 +134,4 @@ def parse_reducer(argv: Sequence[str]) -> TokenReducer:
     Raises:
         UserError: if a name, a parameter or a value is not valid.
     """
-    reducer: TokenReducer = parse_options(build_parser("tokenprune", "", ReducerConfig), argv, {}).reducer
-    return reducer
+    return parse_options(build_parser("tokenprune", "", ReducerConfig), argv, {}).reducer

@@ -332,8 +332,7 @@ def _reload_from_config(reducer: TokenReducer) -> TokenReducer:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--reducer", type=TokenReducer)
     text = parser.dump(parser.parse_object({"reducer": as_config(reducer)}))
-    restored: TokenReducer = parser.instantiate(parser.parse_string(text)).reducer
-    return restored
+    return parser.instantiate(parser.parse_string(text)).reducer
 
 
 def _list_adapters(families: Collection[str] | None) -> list[type[Adapter]]:

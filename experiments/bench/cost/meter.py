@@ -124,8 +124,7 @@ def _iterate_tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _storage_key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return tensor.untyped_storage()._cdata
 
 
 def _storage_bytes(tensor: Tensor) -> int:
