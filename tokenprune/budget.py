@@ -19,7 +19,7 @@ from tokenprune.literals import check_literal
 from tokenprune.selection import count_modifications
 
 BudgetUnit: TypeAlias = Literal["image", "tile"]
-BudgetReference: TypeAlias = Literal["encoded", "unpadded"]
+BudgetReference: TypeAlias = Literal["encoded", "unpadded", "entered"]
 NewlineCost: TypeAlias = Literal["free", "counted"]
 OPTIONS = {"per": get_args(BudgetUnit), "of": get_args(BudgetReference), "newlines": get_args(NewlineCost)}
 """Values of the options of a `Budget`. A compiled graph creates budgets, but cannot read them from annotations."""
@@ -47,7 +47,8 @@ class Budget:
         amount: a float from 0.0 to 1.0 or a text such as ``"20%"`` is a ratio, an int is a number of tokens. Numpy
             numbers and fractions are accepted.
         per: ``"image"``, or ``"tile"`` to grant the amount once for each tile; the allocation still divides the sum.
-        of: the reference of a ratio: all ``"encoded"`` tokens, or the tokens of the model's ``"unpadded"`` layout.
+        of: the reference of a ratio: all ``"encoded"`` tokens, the tokens of the model's ``"unpadded"`` layout, or the
+            tokens that ``"entered"`` the LLM, which is the default of strategies that act inside the LLM.
         newlines: newline tokens are ``"free"``, or ``"counted"`` as tokens (also in the reference of a ratio).
     """
 
@@ -80,6 +81,7 @@ class Budget:
         if isinstance(number, int):
             return number * (geometry.tiles if self.per == "tile" else 1)
         ratio = Fraction(number).limit_denominator(MAX_DENOMINATOR)
+        geometry = geometry.entered_layout if self.of == "entered" else geometry
         per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid_per_tile
         newlines = geometry.newlines if self.newlines == "counted" else 0
         if self.per == "tile":

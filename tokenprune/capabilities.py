@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.geometry import TileGeometry
 
@@ -91,6 +93,53 @@ class ProjectsMixtures(ABC):
     @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output for weighted sums of its inputs, `[kept, width]` to `[kept, dim]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderModules:
+    """The modules of an LLM, for reduction inside it.
+
+    Args:
+        decoder: the module whose `forward` runs the decoder layers.
+        layers: the decoder layers.
+        attention: name of the attention module in a layer; layers without attention lack it.
+        rotary: the module that computes position embeddings; None if there is none.
+        norm: the norm after the last layer; None if there is none.
+        adds_features_until: number of first layers before which the model adds features by prompt position; hidden
+            states keep the width of the prompt there.
+    """
+
+    decoder: nn.Module
+    layers: Sequence[nn.Module]
+    attention: str = "self_attn"
+    rotary: nn.Module | None = None
+    norm: nn.Module | None = None
+    adds_features_until: int = 0
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with attention."""
+        return tuple(i for i, layer in enumerate(self.layers) if getattr(layer, self.attention, None) is not None)
+
+    def layer_before(self, cut: int) -> int:
+        """Return the index of the deepest layer with attention before a cut.
+
+        Raises:
+            ValueError: if no layer before the cut has attention.
+        """
+        before = [index for index in self.attention_layers if index < cut]
+        if not before:
+            raise ValueError(f"no layer before layer {cut} of the LLM has attention; set a later cut")
+        return before[-1]
+
+
+class HasDecoder(ABC):
+    """Gives access to the layers of the LLM; required by strategies that act inside the LLM."""
+
+    @property
+    @abstractmethod
+    def decoder_modules(self) -> DecoderModules:
+        """The modules of the LLM."""
 
 
 def require_capability(adapter: Adapter, capability: type[C]) -> C:

@@ -21,7 +21,7 @@ def as_config(value: Any) -> Any:
     """
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    fields = {field.name: as_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = {field.name: as_config(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
     if isinstance(value, Configurable):
         return {"class_path": import_path(type(value)), "init_args": fields}
     return fields

@@ -51,6 +51,8 @@ class TileGeometry:
     token_grid: tuple[int, int]
     regions: Tensor
     packed: Tensor
+    entered: TileGeometry | None = field(default=None, repr=False)
+    """The layout of the tokens that entered the LLM, for the layout at a later cut; None if nothing was dropped."""
     _copied_from: TileGeometry | None = field(default=None, repr=False)
     """The layout that `to` copied; None if this layout is no copy."""
 
@@ -167,7 +169,23 @@ class TileGeometry:
     @cached_property
     def content(self) -> tuple[Hashable, ...]:
         """A key that equal layouts on the CPU share."""
-        return self.tile_grid, self.token_grid, *(table.numpy().tobytes() for table in (self.regions, self.packed))
+        tables = (table.numpy().tobytes() for table in (self.regions, self.packed))
+        return self.tile_grid, self.token_grid, *tables, None if self.entered is None else self.entered.content
+
+    @property
+    def entered_layout(self) -> TileGeometry:
+        """The layout of the tokens that entered the LLM; the layout itself if no cut of the LLM dropped tokens."""
+        return self if self.entered is None else self.entered
+
+    def restrict(self, kept: Tensor) -> TileGeometry:
+        """Return the layout of the kept positions, for a later cut of the LLM, on the device of `original`.
+
+        Args:
+            kept: the kept positions of the packed image, bool `[length]`.
+        """
+        original = self.original
+        packed = original.packed[kept.to(original.packed.device)]
+        return replace(original, packed=packed, entered=original.entered_layout)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.

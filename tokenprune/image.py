@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
@@ -15,8 +14,29 @@ from tokenprune.layers import LayerChoice, resolve_layers
 
 SignalKey: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
-ROW_SIGNALS = frozenset({"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"})
+ASKED_SIGNALS = frozenset(
+    {"asked_last_attention", "asked_text_attention", "asked_visual_attention", "asked_keys", "unrotated_attention"}
+)
+"""Kinds of signals that the layer of a cut would compute on all tokens. They cost the query and key maps of a layer."""
+LLM_TEXT_SIGNALS = frozenset({"text_hidden", "text_keys"})
+"""Kinds of signals of the LLM at the text after the image, `[..., text, width]`."""
+TEXT_ROW_SIGNALS = frozenset({"text_attention", "asked_text_attention"})
+"""Kinds of signals of the LLM with a row for each text token after the image, `[tiles, heads, text, tokens]`."""
+LLM_SIGNALS = (
+    frozenset({"last_text_attention", "visual_attention", "llm_keys", "llm_hidden", "token_transition"})
+    | ASKED_SIGNALS
+    | LLM_TEXT_SIGNALS
+    | TEXT_ROW_SIGNALS
+)
+"""Kinds of signals that come from the LLM at a cut."""
+ROW_SIGNALS = frozenset(
+    {"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"}
+    | {"last_text_attention", "visual_attention"}
+    | {"asked_last_attention", "asked_visual_attention", "unrotated_attention"}
+)
 """Kinds of signals with one number per head and token, `[tiles, heads, tokens]`."""
+KEY_SIGNALS = frozenset({"keys", "llm_keys", "asked_keys"})
+"""Kinds of signals with one vector per head and token, `[tiles, heads, tokens, head_dim]`."""
 CLS_SIGNALS = frozenset({"cls_features", "aligned_cls"})
 """Kinds of signals with one vector per tile, `[tiles, 1, width]`."""
 ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "aligned_cls": "cls_features"}
@@ -33,12 +53,14 @@ TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 
 
 def token_dim(kind: str) -> int:
-    """Return the dimension of a signal that indexes tokens: 2 if there is a dimension of heads, else 1.
+    """Return the dimension of a signal that indexes tokens: 1, or more if dimensions of heads and text precede it.
 
     Args:
         kind: the kind of the signal.
     """
-    return 2 if kind in ROW_SIGNALS or kind == "keys" else 1
+    if kind in TEXT_ROW_SIGNALS:
+        return 3
+    return 2 if kind in ROW_SIGNALS | KEY_SIGNALS else 1
 
 
 class DeferredTensor:
@@ -183,17 +205,13 @@ class EncodedImage:
         layout = self.geometry.to(self.device)
 
         def flatten(kind: str, value: Tensor) -> Tensor:
-            if kind in ROW_SIGNALS:
-                flat = rearrange(value, "tiles heads tokens -> heads (tiles tokens)")[None]
-                return flat[..., layout.token_order]
-            if kind == "keys":
-                flat = rearrange(value, "tiles heads tokens dim -> heads (tiles tokens) dim")[None]
-                return flat[:, :, layout.token_order]
-            if kind in TEXT_SIGNALS:
+            if kind in TEXT_SIGNALS | LLM_TEXT_SIGNALS:
                 return value
             if kind in CLS_SIGNALS:
                 return value[:1]
-            return rearrange(value, "tiles tokens dim -> (tiles tokens) dim")[None, layout.token_order]
+            dim = token_dim(kind)
+            flat = value.movedim(0, dim - 1).flatten(dim - 1, dim)[None]
+            return flat.index_select(dim, layout.token_order)
 
         return replace(
             self,
@@ -297,3 +315,79 @@ class EncodedImage:
         They include the begin token, the end token and the padding; `question_tokens` returns only the text tokens.
         """
         return self.read(Signal("question_positions"))
+
+    # --- Signals of the LLM, for strategies of the decoder stage ----------------------------------------------------
+
+    def last_text_attention(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the attention of the last prompt token to each visual token, `[tiles, heads, tokens]`.
+
+        The softmax covers all keys that the last token reads, so that rows sum to less than 1.
+
+        Args:
+            layer: the layer of the LLM to read, or several layers to average; it precedes the cut.
+        """
+        return self.read(Signal("last_text_attention", layer))
+
+    def text_attention(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the attention of each text token after the image to each visual token, `[tiles, heads, text, tokens]`.
+
+        The softmax covers all keys that the text token reads.
+        """
+        return self.read(Signal("text_attention", layer))
+
+    def visual_attention(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the attention of the visual tokens of the image to each of them, `[tiles, heads, tokens]`.
+
+        It is the mean over the visual tokens as queries. The softmax covers all keys that a query reads.
+        """
+        return self.read(Signal("visual_attention", layer))
+
+    def llm_keys(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the attention keys of the visual tokens in a layer of the LLM, `[tiles, kv_heads, tokens, head_dim]`.
+
+        Keys are rotated: position embeddings are applied.
+        """
+        return self.read(Signal("llm_keys", layer))
+
+    def text_keys(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the attention keys of the text tokens after the image, `[kv_heads, text, head_dim]`."""
+        return self.read(Signal("text_keys", layer))
+
+    def llm_hidden(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the input of a layer of the LLM at the visual tokens, `[tiles, tokens, dim]`.
+
+        The input of layer 0 are the embeddings. The input of the layer of the cut is `features`.
+        """
+        return self.read(Signal("llm_hidden", layer))
+
+    def text_hidden(self, layer: LayerChoice = "before") -> Tensor:
+        """Return the input of a layer of the LLM at the text tokens after the image, `[text, dim]`."""
+        return self.read(Signal("text_hidden", layer))
+
+    def token_transition(self, layer: LayerChoice = "before") -> Tensor:
+        """Return how much a layer of the LLM changes each visual token, `[tiles, tokens, 1]` (TransPrune, CVPR 2026).
+
+        It is the sum over attention and MLP of ``|out| / |in| * softmax(1 - cos(in, out))``. ``in`` and ``out`` are
+        input and output of the module without the residual; the softmax covers the tokens of the prompt.
+        """
+        return self.read(Signal("token_transition", layer))
+
+    def asked_last_attention(self) -> Tensor:
+        """Return `last_text_attention` of the layer of the cut, computed on all tokens, `[tiles, heads, tokens]`."""
+        return self.read(Signal("asked_last_attention"))
+
+    def asked_text_attention(self) -> Tensor:
+        """Return `text_attention` of the layer of the cut, computed on all tokens, `[tiles, heads, text, tokens]`."""
+        return self.read(Signal("asked_text_attention"))
+
+    def asked_visual_attention(self) -> Tensor:
+        """Return `visual_attention` of the layer of the cut, computed on all tokens, `[tiles, heads, tokens]`."""
+        return self.read(Signal("asked_visual_attention"))
+
+    def asked_keys(self) -> Tensor:
+        """Return the keys of the visual tokens in the layer of the cut, `[tiles, kv_heads, tokens, head_dim]`."""
+        return self.read(Signal("asked_keys"))
+
+    def unrotated_attention(self) -> Tensor:
+        """Return `asked_last_attention` without position embeddings (FEATHER, ICCV 2025), `[tiles, heads, tokens]`."""
+        return self.read(Signal("unrotated_attention"))

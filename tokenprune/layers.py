@@ -1,14 +1,15 @@
-"""Layer choices: the layers of the vision tower from which a strategy reads a signal."""
+"""Layer choices: the layers of the vision tower or of the LLM from which a strategy reads a signal."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-LayerChoice: TypeAlias = Literal["first", "feature"] | int | float | list[int | float | str]
-"""A layer of the vision tower, in one of five forms.
+LayerChoice: TypeAlias = Literal["first", "feature", "before"] | int | float | list[int | float | str]
+"""A layer of the vision tower or of the LLM, in one of six forms.
 
 * ``"first"``: the first layer;
 * ``"feature"``: the layer whose output the model uses as visual features;
+* ``"before"``: for signals of the LLM, the deepest layer with attention before the cut;
 * an int: a layer index; a negative index counts from the end, as in timm;
 * a float between 0 and 1: a relative depth (0.0 is the first layer, 1.0 the last layer);
 * a list of these: the mean over several layers.
@@ -21,7 +22,7 @@ def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tupl
     Args:
         choice: the layer choice.
         layers: number of layers of the tower.
-        feature_layer: index of the layer whose output the model uses.
+        feature_layer: index of the layer whose output the model uses; in the LLM, of the layer before the cut.
 
     Returns:
         Layer indices in ``range(layers)``; several indices mean an average over these layers.
@@ -35,13 +36,14 @@ def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tupl
         return tuple(index for part in choice for index in resolve_layers(part, layers, feature_layer))  # type: ignore[arg-type]
     if choice == "first":
         return (0,)
-    if choice == "feature":
+    if choice in ("feature", "before"):
         return (feature_layer,)
     if isinstance(choice, float) and 0.0 <= choice <= 1.0:
         return (round(choice * (layers - 1)),)
     if isinstance(choice, int) and not isinstance(choice, bool) and -layers <= choice < layers:
         return (choice % layers,)
     raise ValueError(
-        f"layer {choice!r} is no layer of a vision tower with {layers} layers; use 'first', 'feature', an index from "
-        f"{-layers} to {layers - 1}, a relative depth from 0.0 to 1.0, or a list of these"
+        f"layer {choice!r} is no layer of a vision tower or LLM with {layers} layers; use 'first', 'feature' (of a "
+        f"tower), 'before' (of an LLM: the layer before the cut), an index from {-layers} to {layers - 1}, a relative "
+        "depth from 0.0 to 1.0, or a list of these"
     )

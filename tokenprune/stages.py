@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stage(ABC):
+class Stage:
     """One point of a model at which tokens are reduced."""
 
     name: ClassVar[str]
@@ -34,6 +34,10 @@ class Stage(ABC):
     def __str__(self) -> str:
         """Return the name."""
         return self.name
+
+
+class EntryStage(Stage, ABC):
+    """A stage that determines which features enter the LLM."""
 
     @abstractmethod
     def encode(
@@ -76,7 +80,7 @@ class Stage(ABC):
         """
 
 
-class ProjectorStage(Stage):
+class ProjectorStage(EntryStage):
     """Between the vision tower and the LLM: only kept, merged and ordered visual tokens enter the LLM."""
 
     name: ClassVar[str] = "projector"
@@ -110,7 +114,7 @@ class ProjectorStage(Stage):
         return mix_and_order(adapter, encoding, images, selections, kept_positions, torch.cat(kept))
 
 
-class ImageStage(Stage):
+class ImageStage(EntryStage):
     """Before the vision tower: images are encoded at a lower resolution."""
 
     name: ClassVar[str] = "image"
@@ -147,6 +151,12 @@ class ImageStage(Stage):
                 features = features[packed != NEWLINE]
             out.append(features)
         return out
+
+
+class DecoderStage(Stage):
+    """Inside the LLM: layers from a cut on run on the tokens that remain (`tokenprune.decoder`)."""
+
+    name: ClassVar[str] = "decoder"
 
 
 def mix_and_order(

@@ -1,0 +1,167 @@
+"""Base classes of strategies that drop visual tokens inside the LLM, at one or several cuts."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, NamedTuple
+
+from tokenprune.budget import Budget
+from tokenprune.image import EncodedImage, Signal
+from tokenprune.reducer import TokenReducer
+from tokenprune.saliency import Attention, SaliencyModel
+from tokenprune.selection import Newlines, Selection
+from tokenprune.stages import DecoderStage, Stage
+
+
+class Cut(NamedTuple):
+    """A layer of the LLM from which on dropped tokens are missing, and the number of tokens that remain.
+
+    Args:
+        layer: the first layer without the dropped tokens: an index, or a relative depth from 0.0 to 1.0.
+        budget: the tokens of an image that remain; a ratio refers to the tokens that entered the LLM.
+    """
+
+    layer: int | float
+    budget: int | float | str | Budget
+
+
+def resolve_cut(layer: int | float, layers: int) -> int:
+    """Return the index of the first layer without the dropped tokens.
+
+    A relative depth is ``round(depth * layers)``: PyramidDrop's 0.75 of 32 layers is layer 24.
+
+    Args:
+        layer: an index, or a relative depth from 0.0 to 1.0.
+        layers: number of layers of the LLM.
+
+    Raises:
+        ValueError: if the cut lies before the second layer or after the last layer.
+    """
+    index = round(layer * layers) if isinstance(layer, float) else layer
+    if not 1 <= index < layers:
+        raise ValueError(
+            f"a cut at layer {layer!r} is not inside an LLM with {layers} layers; use a layer from 1 to {layers - 1}, "
+            "or a relative depth. To drop tokens before the first layer, use a strategy of the projector stage"
+        )
+    return index
+
+
+@dataclass
+class DecoderReducer(TokenReducer, ABC):
+    """A strategy that drops visual tokens inside the LLM: layers from a cut on run on the tokens that remain.
+
+    `select` receives the image as it enters the layer of the cut: `features` are hidden states, `geometry.valid` marks
+    the tokens that are left, and signals of the LLM are declared in `needs`. What an earlier cut dropped stays dropped.
+
+    Args:
+        budget: visual tokens that remain after the cut. A ratio refers to the tokens that entered the LLM.
+        positions: position ids after a cut: ``"preserve"`` (as in the prompt), or ``"reindex"`` (counted anew).
+        newlines: as in `TokenReducer`.
+        text_model: as in `TokenReducer`.
+        attention: as in `TokenReducer`.
+        text_separators: text is never dropped inside the LLM; only ``"keep"`` is accepted.
+        layer: the first layer without the dropped tokens: an index from 1, or a relative depth from 0.0 to 1.0.
+    """
+
+    stage: ClassVar[Stage] = DecoderStage()
+
+    budget: int | float | str | Budget = 0.5
+    positions: Literal["reindex", "preserve"] = "preserve"
+    layer: int | float = 2
+
+    def __post_init__(self) -> None:
+        """Check the options; a number as budget refers to the tokens that entered the LLM.
+
+        Raises:
+            ValueError: if an option is not valid, or cuts do not ascend.
+        """
+        super().__post_init__()
+        if self.text_separators != "keep":
+            raise ValueError(
+                f"text_separators={self.text_separators!r} drops text of the prompt, and a cut inside the LLM drops "
+                'visual tokens only; set text_separators="keep"'
+            )
+        cuts = self.cuts
+        for earlier, later in zip(cuts, cuts[1:], strict=False):
+            if type(earlier.layer) is type(later.layer) and not earlier.layer < later.layer:
+                raise ValueError(f"the cuts of a schedule ascend by layer, but {later.layer} follows {earlier.layer}")
+        for cut in cuts:
+            if cut.layer == 0 or (isinstance(cut.layer, float) and not 0 < cut.layer < 1):
+                resolve_cut(cut.layer, 32)
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The cuts in ascending order; strategies with several cuts override it."""
+        return (Cut(self.layer, self.budget),)
+
+    def at_cut(self, cut: Cut) -> DecoderReducer:
+        """Return the strategy with the budget of a cut; a number refers to the tokens that entered the LLM.
+
+        Args:
+            cut: one of `cuts`.
+        """
+        return replace(self, budget=as_entered_budget(cut.budget))
+
+
+def as_entered_budget(value: int | float | str | Budget) -> Budget:
+    """Return a budget; an amount becomes a budget of the tokens that entered the LLM.
+
+    Args:
+        value: a budget or an amount.
+    """
+    return value if isinstance(value, Budget) else Budget(value, of="entered")
+
+
+@dataclass
+class AtLayer(DecoderReducer):
+    """Any strategy of the projector stage at a cut inside the LLM: ``AtLayer(2, DivPrune(0.5))``.
+
+    Features are the hidden states that enter the layer. Signals of the vision tower are captured as without a cut.
+
+    Args:
+        layer: the first layer without the dropped tokens: an index from 1, or a relative depth from 0.0 to 1.0.
+        reducer: the strategy, with its budget; a number as budget refers to the tokens that entered the LLM.
+        positions: position ids after the cut: ``"preserve"`` (as in the prompt), or ``"reindex"`` (counted anew).
+    """
+
+    budget: int | float | str | Budget = field(init=False, default=0.5)
+    positions: Literal["reindex", "preserve"] = field(default="preserve", kw_only=True)
+    newlines: Newlines = field(init=False, default="keep_rows")
+    text_model: str | None = field(init=False, default=None)
+    attention: Attention | SaliencyModel = field(init=False, default="auto")
+    text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
+    layer: int | float = 2
+    reducer: TokenReducer = field(default_factory=lambda: _missing_reducer())
+
+    def __post_init__(self) -> None:
+        """Read budget and options of the strategy.
+
+        Raises:
+            TypeError: if the strategy does not act between the vision tower and the LLM.
+        """
+        if not isinstance(self.reducer, TokenReducer) or self.reducer.stage.name != "projector":
+            raise TypeError(
+                f"AtLayer needs a strategy of the projector stage, such as DivPrune(0.5), not {self.reducer!r:.200}"
+            )
+        for name in ("budget", "newlines", "text_model", "attention", "text_separators"):
+            setattr(self, name, getattr(self.reducer, name))
+        super().__post_init__()
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """The signals that the strategy reads."""
+        return self.reducer.needs
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Return the selection of the strategy for the image at the cut."""
+        return self.reducer.select(image)
+
+    def at_cut(self, cut: Cut) -> DecoderReducer:
+        """Return the strategy with the budget of a cut."""
+        return replace(self, reducer=replace(self.reducer, budget=as_entered_budget(cut.budget)))
+
+
+def _missing_reducer() -> TokenReducer:
+    raise TypeError("AtLayer needs a strategy: AtLayer(2, DivPrune(0.5))")
