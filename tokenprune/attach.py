@@ -108,6 +108,7 @@ class Attachment:
                     "reducer. Leave the first block (or call detach) before the next block; threads share one block"
                 )
             pipeline = Pipeline(self._reducer, adapter, **self._options)
+            undo.enter_context(pipeline.hold_hooks())
             for module in (*wrappers, model):
                 undo.callback(_ForwardHooks(module, model, pipeline, self._outputs).remove)
             if hasattr(model, "generate"):

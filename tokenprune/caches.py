@@ -22,12 +22,32 @@ def mark_caches(values: Any) -> None:
             item.holds_reduced_prompt = True  # type: ignore[attr-defined]
 
 
+def find_cache(inputs: Mapping[str, Any]) -> Any:
+    """Return the key-value cache in the keyword inputs of a model or of one of its layers; None without a cache.
+
+    Args:
+        inputs: keyword inputs of `forward` or `generate`.
+    """
+    cache = inputs.get("cache")  # the name since transformers 5.24
+    return inputs.get("past_key_values") if cache is None else cache
+
+
+def count_cached(inputs: Mapping[str, Any]) -> int:
+    """Return the length of the sequence in the key-value cache of a call; 0 without a cache.
+
+    Args:
+        inputs: keyword inputs of `forward` or `generate`.
+    """
+    cache = find_cache(inputs)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def find_reduced_cache(inputs: Mapping[str, Any]) -> Any:
     """Return the key-value cache of a call if it holds a reduced prompt, else None.
 
     Args:
         inputs: keyword inputs of `forward` or `generate`.
     """
-    cache: Any = inputs.get("past_key_values") or inputs.get("cache")  # renamed in transformers 5.24
+    cache = find_cache(inputs)
     is_reduced = getattr(cache, "holds_reduced_prompt", False) and cache.get_seq_length() > 0
     return cache if is_reduced else None

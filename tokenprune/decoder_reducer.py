@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 from tokenprune.budget import Budget
@@ -84,7 +85,7 @@ class DecoderReducer(TokenReducer, ABC):
                 'visual tokens only; set text_separators="keep"'
             )
         cuts = self.cuts
-        for earlier, later in zip(cuts, cuts[1:], strict=False):
+        for earlier, later in pairwise(cuts):
             if type(earlier.layer) is type(later.layer) and not earlier.layer < later.layer:
                 raise ValueError(f"the cuts of a schedule ascend by layer, but {later.layer} follows {earlier.layer}")
         for cut in cuts:

@@ -85,12 +85,13 @@ def generate_reduced(
     return output  # a custom loop may return another type
 
 
-def check_arguments(inputs: Mapping[str, Any], for_generate: bool) -> None:
-    """Raise an error for arguments whose meaning changes on a reduced prompt.
+def check_arguments(inputs: Mapping[str, Any], for_generate: bool, shortens: bool = True) -> None:
+    """Raise an error for arguments whose meaning changes if tokens are dropped.
 
     Args:
         inputs: keyword inputs of `forward` or `generate`.
         for_generate: whether the inputs are for `generate`.
+        shortens: whether the prompt is shortened; inside the LLM, tokens are dropped and the prompt is not shortened.
 
     Raises:
         ValueError: if there is such an argument; the error names it and the action to take.
@@ -112,7 +113,7 @@ def check_arguments(inputs: Mapping[str, Any], for_generate: bool) -> None:
             "pass one sequence per row with an attention_mask"
         )
     cache = inputs.get("past_key_values") or inputs.get("cache")  # transformers 5.24 renamed it
-    if cache is not None and cache.get_seq_length() > 0:
+    if shortens and cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             "images cannot be added to a filled cache while a reducer is attached, because the cached prompts are "
             "shorter than the ids; generate from the full conversation without past_key_values"

@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.account import RowLengths
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
-from tokenprune.caches import find_reduced_cache, mark_caches
-from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
+from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
+from tokenprune.capabilities import HasDecoder, ReadsQuestion, Resizable, ShowsTiles, require_capability
+from tokenprune.decoder.plan import CutContext, DecoderPlan, PromptLayout
+from tokenprune.decoder.strategy import BoundDecoderReducer
+from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.generation import check_arguments, generate_reduced
-from tokenprune.image import TEXT_SIGNALS, EncodedImage
+from tokenprune.geometry import share_layouts
+from tokenprune.image import LLM_SIGNALS, TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.prepared_call import CallRecord, PreparedCall
 from tokenprune.requirements import describe_attention, describe_missing_signals
 from tokenprune.rewrite import (
+    PromptSummary,
     Rows,
     find_emptied_text,
     gather_position_ids,
@@ -35,7 +44,7 @@ from tokenprune.rewrite import (
     shorten_rows,
     summarize_prompts,
 )
-from tokenprune.run import Run
+from tokenprune.run import Run, RunCut
 from tokenprune.saliency import (
     SaliencyModel,
     list_attention_layers,
@@ -44,7 +53,8 @@ from tokenprune.saliency import (
     with_cls_substitute,
     with_saliency,
 )
-from tokenprune.stages import order_positions
+from tokenprune.selection import Selection
+from tokenprune.stages import EntryStage, order_positions
 
 if TYPE_CHECKING:
     from tokenprune.reducer import TokenReducer
@@ -83,15 +93,23 @@ class Pipeline:
         self.keep_pixels = keep_pixels
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
-        self.needs = resolve_needs(reducer.needs, self.signal)
-        """The signals to capture for the strategy."""
+        tower_needs = [signal for signal in reducer.needs if signal.kind not in LLM_SIGNALS]
+        self.needs = resolve_needs(tower_needs, self.signal)
+        """The signals to capture in the vision tower for the strategy."""
         if problem := describe_missing_signals(reducer, adapter):
             raise ValueError(problem)
         self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        self.batch_selector = BatchSelector(reducer)
-        """Applies the strategy to the images of a call."""
+        entries = [(part, part.stage) for part in reducer.parts if isinstance(part.stage, EntryStage)]
+        self.entry: TokenReducer | None = entries[0][0] if entries else None
+        """The strategy before the LLM; None without one."""
+        self._stage: EntryStage | None = entries[0][1] if entries else None
+        self.batch_selector = None if self.entry is None else BatchSelector(self.entry)
+        """Applies the strategy before the LLM to the images of a call; None without one."""
+        decoder = next((part for part in reducer.parts if isinstance(part, DecoderReducer)), None)
+        self.decoder = None if decoder is None else BoundDecoderReducer(decoder, adapter)
+        """The strategy inside the LLM, bound to the layers; None without one."""
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -99,6 +117,14 @@ class Pipeline:
     def is_generating(self) -> bool:
         """Whether this thread is inside the model's own `generate`; its prompt is already reduced."""
         return getattr(self._local, "depth", 0) > 0
+
+    def hold_hooks(self) -> AbstractContextManager[None]:
+        """Return a context that keeps the hooks of the strategy inside the LLM on its layers.
+
+        Calls place the hooks by themselves. Hold them for calls that continue from a cache or train with gradient
+        checkpointing.
+        """
+        return nullcontext() if self.decoder is None else self.decoder.hold()
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Return the complete encoding of the images of a call, to share between strategies and budgets.
@@ -197,18 +223,25 @@ class Pipeline:
         self._local.depth = getattr(self._local, "depth", 0) + 1
         token = _GENERATING.set(True)
         try:
-            yield
+            with self.hold_hooks():  # also for calls that continue from a cache with dropped tokens
+                yield
         finally:
             _GENERATING.reset(token)
             self._local.depth -= 1
 
     def _encode(self, inputs: Mapping[str, Any], truncated: bool) -> Encoding:
         keep_pixels, text_model = self.run.drawable if self.keep_pixels else 0, self.reducer.text_model
-        return self.reducer.stage.encode(self.adapter, inputs, self.needs, keep_pixels, text_model, truncated)
+        if self._stage is not None:
+            return self._stage.encode(self.adapter, inputs, self.needs, keep_pixels, text_model, truncated)
+        if self.needs:
+            return self.adapter.encode(inputs, self.needs, keep_pixels, text_model)
+        return require_capability(self.adapter, Resizable).build_unencoded(inputs, keep_pixels)
 
     def _grants_all_tokens(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether the budget grants all tokens; the images must then be encoded completely."""
-        budget = as_budget(self.reducer.budget)
+        """Return whether all tokens enter the LLM; the images must then be encoded completely."""
+        if self.entry is None:
+            return True
+        budget = as_budget(self.entry.budget)
         if isinstance(budget.amount, float):
             return budget.amount >= 1.0
         return all(budget.asked(layout) >= len(layout.packed) for layout in self.adapter.layouts(inputs))
@@ -216,12 +249,16 @@ class Pipeline:
     def _prepare(
         self, inputs: dict[str, Any], for_generate: bool, encoding: Encoding | None, use_cache: bool
     ) -> PreparedCall:
-        adapter, reducer = self.adapter, self.reducer
+        adapter, reducer = self.adapter, self.entry
         adapter.check_inputs(inputs)
         placeholders, attention_mask = adapter.placeholders(inputs), inputs.get("attention_mask")
-        is_prompt_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2  # others: `check_arguments`
+        past = count_cached(inputs) if reducer is None else 0
+        new_placeholders = placeholders[:, past:] if for_generate else placeholders
+        new_mask = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # others: `check_arguments`
+            new_mask = attention_mask[:, -new_placeholders.shape[1] :]
         # The device still has no work to wait for.
-        prompts = summarize_prompts(placeholders, attention_mask if is_prompt_mask else None)
+        prompts = summarize_prompts(new_placeholders, new_mask)
         if encoding is None:
             vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
             encoding, is_shared = self._encode(vision, truncated=not self._grants_all_tokens(inputs)), False
@@ -236,27 +273,30 @@ class Pipeline:
         row_of_image = prompts.find_rows(lengths)
         images, saliency_flops = self._add_attention(encoding)
         images = self._add_questions(images, inputs, row_of_image, len(placeholders))
-        batch = self.batch_selector.select(images)
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
+        if self.batch_selector is None or reducer is None or self._stage is None:
+            selections = [Selection.all_tokens(image.geometry, image.pixels) for image in images]
+            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops)
+            entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
+            return self._add_cuts(entering, record, images, inputs, for_generate, past)
+        batch = self.batch_selector.select(images)
         packed_mask = pack_masks(batch.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
         emptied = None if side == "none" else find_emptied_text(placeholders, packed_mask, lengths, side)
         selections, emptied_counts, is_checked = read_counts(batch.selections, packed_mask, batch.checks, emptied)
         if not is_checked:
             self.run.store_checks(batch.checks)
-        text = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
         record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
         if all(selection.is_identity for selection in selections):
-            return self._prepare_unchanged(inputs, text, encoding, is_shared, record, mask, for_generate)
+            entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
+            return self._add_cuts(entering, record, images, inputs, for_generate)
         check_arguments(inputs, for_generate)
-        if adapter.has_prompt_tokens and prompts.hides_images:
-            raise ValueError(
-                "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
-                "its tokens from the call, or set budget=1.0"
-            )
+        self._check_hidden_images(prompts)
+        text = self._select_text(inputs)
         kept_positions = KeptPositions.from_mask(packed_mask, selections)
-        packed = reducer.stage.gather_features(adapter, encoding, images, selections, kept_positions)
-        features = adapter.features_to_inputs(encoding, packed, order_positions(selections, kept_positions))
+        packed = self._stage.gather_features(adapter, encoding, images, selections, kept_positions)
+        kept = order_positions(selections, kept_positions)
+        features = adapter.features_to_inputs(encoding, packed, kept)
         if not adapter.has_prompt_tokens:
             rows = Rows.unchanged(mask)
             self._record(record, rows, prompts.tokens)
@@ -272,13 +312,12 @@ class Pipeline:
         reduced.pop("position_ids", None)
         if (positions := self._compute_position_ids(inputs, rows, for_generate)) is not None:
             reduced["position_ids"] = positions
-        self._record(record, rows, record.reduced_lengths)
-        return PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
+        entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
+        return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
 
     def _prepare_unchanged(
         self,
         inputs: dict[str, Any],
-        text: dict[str, Any],
         encoding: Encoding,
         is_shared: bool,
         record: CallRecord,
@@ -286,8 +325,7 @@ class Pipeline:
         for_generate: bool,
     ) -> PreparedCall:
         """Return the unchanged call, so that its output equals the output of the unmodified model."""
-        rows, selections = Rows.unchanged(mask), record.selections
-        self._record(record, rows, record.prompts.tokens)
+        rows, selections, text = Rows.unchanged(mask), record.selections, self._select_text(inputs)
         if not (encoding.is_complete or is_shared):
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
@@ -297,6 +335,87 @@ class Pipeline:
         else:
             features = self.adapter.features_to_inputs(encoding, encoding.packed)
         return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
+
+    def _select_text(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call that do not belong to the vision side."""
+        return {name: value for name, value in inputs.items() if name not in self.adapter.image_inputs}
+
+    def _check_hidden_images(self, prompts: PromptSummary) -> None:
+        """Raise an error if the attention mask hides tokens of an image."""
+        if self.adapter.has_prompt_tokens and prompts.hides_images:
+            raise ValueError(
+                "the attention_mask hides image tokens, but a reduced prompt cannot omit them; remove the image and "
+                "its tokens from the call, or set budget=1.0"
+            )
+
+    def _add_cuts(
+        self,
+        call: PreparedCall,
+        record: CallRecord,
+        images: Sequence[EncodedImage],
+        inputs: Mapping[str, Any],
+        for_generate: bool,
+        past: int = 0,
+        kept: Sequence[Tensor] | None = None,
+    ) -> PreparedCall:
+        """Return the call with the cuts inside the LLM, or record the call if there are none.
+
+        Args:
+            call: the call with the tokens that enter the LLM.
+            record: the numbers of the call.
+            images: the encoded images.
+            inputs: the inputs of the caller.
+            for_generate: whether the inputs are for `generate`.
+            past: length of the sequence in the cache.
+            kept: the position of each token that enters the LLM in its packed image; None if all enter.
+        """
+        lengths = record.reduced_lengths if call.is_shortened else list(record.prompts.tokens)
+        if self.decoder is None:
+            self._record(record, call.rows, lengths)
+            return call
+        layouts = [image.geometry.original for image in images]
+        if not self.decoder.keeps_all(layouts):
+            check_arguments(inputs, for_generate, shortens=call.is_shortened)
+            self._check_hidden_images(record.prompts)
+        if kept is not None:
+            order = torch.cat(list(kept)).cpu().split([len(positions) for positions in kept])
+            layouts = share_layouts([replace(g, packed=g.packed[i]) for g, i in zip(layouts, order, strict=True)])
+        placeholders = self.adapter.placeholders(call.inputs)[:, past if for_generate else 0 :]
+        width, labels = placeholders.shape[1], call.inputs.get("labels")
+        if labels is not None:
+            labels = labels.clone()
+            call = replace(call, inputs={**call.inputs, "labels": labels})
+        mask = call.rows.mask if call.rows.mask.dim() == 2 else torch.ones_like(placeholders)
+        is_real = mask[:, -width:].to(placeholders.device)
+        prompt = PromptLayout(placeholders, is_real, lengths, layouts, record.row_of_image, labels, past)
+        context = CutContext(
+            self.decoder.layers,
+            partial(DecoderPlan, prompt, self.decoder, images, self._count_wide_layers(inputs)),
+            partial(self._record_cuts, record, call.rows),
+        )
+        return replace(call, contexts=(*call.contexts, context))
+
+    def _count_wide_layers(self, inputs: Mapping[str, Any]) -> int:
+        """Return the number of first LLM layers whose inputs have the width of the prompt."""
+        model, modules = self.adapter.model, require_capability(self.adapter, HasDecoder).decoder_modules
+        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+        sources = (*configs, inputs.get("generation_config"))
+        options = (inputs.get("output_hidden_states"), *(getattr(s, "output_hidden_states", None) for s in sources))
+        return len(modules.layers) if any(options) else modules.adds_features_until
+
+    def _record_cuts(self, record: CallRecord, rows: Rows, plan: DecoderPlan) -> None:
+        """Record a call after its cuts."""
+        assert self.decoder is not None
+        layers = self.adapter.llm.layers
+        ends = [*self.decoder.cuts, layers]
+        entered = [plan.prompt.tokens, *plan.lengths]
+        spans = [ends[0], *(stop - start for start, stop in pairwise(ends))]
+        lengths = [
+            RowLengths(full, tuple(n for n, span in zip(counts, spans, strict=True) for _ in range(span)))
+            for full, counts in zip(record.prompts.tokens, zip(*entered, strict=True), strict=True)
+        ]
+        cuts = [RunCut(layer, part) for layer, part in zip(self.decoder.cuts, plan.selections, strict=True)]
+        self.run.add(record.selections, rows, lengths, record.saliency_flops, cuts)
 
     def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
         return () if features.context is None else (self._lock, features.context)
@@ -351,7 +470,7 @@ class Pipeline:
 
     def _compute_position_ids(self, inputs: Mapping[str, Any], rows: Rows, for_generate: bool) -> Tensor | None:
         """Return the position ids of the reduced prompt, `[..., rows, width]`; None if `generate` computes them."""
-        if self.reducer.positions == "reindex":
+        if self.entry is not None and self.entry.positions == "reindex":
             return None if for_generate else self.adapter.count_position_ids(rows.mask)
         position_ids = inputs.get("position_ids")
         computed = self.adapter.compute_position_ids(inputs, for_generate) if position_ids is None else position_ids

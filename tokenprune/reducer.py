@@ -86,6 +86,11 @@ class TokenReducer(Configurable, ABC):
         return ()
 
     @property
+    def parts(self) -> Sequence[TokenReducer]:
+        """The strategies that act one after another; one strategy is its only part."""
+        return (self,)
+
+    @property
     def reads_question(self) -> bool:
         """Whether a needed signal is computed from the question or lies in the space that image and text share."""
         return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in self.needs)

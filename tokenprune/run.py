@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tokenprune.account import HISTORY, TokenAccount
+from tokenprune.account import HISTORY, RowLengths, TokenAccount
 from tokenprune.adapter import LLMShape
 from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
 from tokenprune.rewrite import Rows
@@ -16,6 +17,43 @@ DRAWABLE = 8
 
 MAX_DEFERRED = 256
 """The largest number of stored checks; if there are more, they are read from the device."""
+
+
+class SelectionHistory:
+    """Selections in the order of the calls: the first are complete, later ones are compact and limited in number."""
+
+    def __init__(self) -> None:
+        self._complete: list[Selection] = []
+        self._compact: deque[Selection] = deque(maxlen=HISTORY)
+
+    def add(self, complete: Sequence[Selection], compact: Sequence[Selection]) -> None:
+        """Add the selections of one call.
+
+        Args:
+            complete: selections that keep scores and mixing matrices.
+            compact: selections without them.
+        """
+        self._complete += complete
+        self._compact += compact
+
+    def read(self) -> list[Selection]:
+        """Return the last `HISTORY` selections, compact ones on the CPU."""
+        self._compact = deque((selection.cpu() for selection in self._compact), maxlen=HISTORY)
+        return [*self._complete, *self._compact][-HISTORY:]
+
+
+@dataclass(frozen=True, eq=False)
+class RunCut:
+    """What the cut at one layer of the LLM kept.
+
+    Args:
+        layer: the first layer without the dropped tokens.
+        selections: one selection per image, in the order of the calls. Its layout has the tokens that were left
+            before the cut.
+    """
+
+    layer: int
+    selections: list[Selection]
 
 
 class Run:
@@ -37,21 +75,30 @@ class Run:
         """The source that the strategy reads as CLS attention; None if it reads no CLS attention."""
         self.account = TokenAccount(llm, attention=attention)
         """Tokens, cache bytes and FLOPs of all calls."""
-        self._complete: list[Selection] = []
-        self._compact: deque[Selection] = deque(maxlen=HISTORY)
+        self._history = SelectionHistory()
+        self._cuts: dict[int, SelectionHistory] = {}
         self._checks: list[DeferredCheck] = []
         self._rows: Rows | None = None
 
     @property
     def selections(self) -> list[Selection]:
-        """One selection per image, in the order of the calls; the last `HISTORY` of them.
+        """The tokens that entered the LLM: one selection per image, in the order of the calls; the last `HISTORY`.
 
         Raises:
             ValueError: if the strategy returned an invalid selection that was not read so far.
         """
         self.raise_failed_checks()
-        self._compact = deque((selection.cpu() for selection in self._compact), maxlen=HISTORY)
-        return [*self._complete, *self._compact][-HISTORY:]
+        return self._history.read()
+
+    @property
+    def cuts(self) -> list[RunCut]:
+        """The cuts inside the LLM with their selections, in ascending order of layers; empty without such a strategy.
+
+        Raises:
+            ValueError: if the strategy returned an invalid selection that was not read so far.
+        """
+        self.raise_failed_checks()
+        return [RunCut(layer, self._cuts[layer].read()) for layer in sorted(self._cuts)]
 
     @property
     def rows(self) -> Rows | None:
@@ -91,23 +138,29 @@ class Run:
         self,
         selections: Sequence[Selection],
         rows: Rows,
-        lengths: Sequence[tuple[int, int]],
+        lengths: Sequence[RowLengths | tuple[int, int]],
         saliency_flops: int = 0,
+        cuts: Sequence[RunCut] = (),
     ) -> None:
         """Record one call.
 
         Args:
             selections: one selection per image.
             rows: the positions of the full prompt that remain.
-            lengths: number of tokens of each prompt row without padding, as (full, reduced).
+            lengths: number of tokens of each prompt row without padding; a pair (full, reduced) means the reduced
+                length in all layers.
             saliency_flops: FLOPs of the saliency model.
+            cuts: the selections at each cut inside the LLM.
         """
-        complete, compact = selections[: self.drawable], [s.compact() for s in selections[self.drawable :]]
+        drawable = self.drawable
+        complete, compact = selections[:drawable], [s.compact() for s in selections[drawable:]]
+        for cut in cuts:
+            history = self._cuts.setdefault(cut.layer, SelectionHistory())
+            history.add(cut.selections[:drawable], [s.compact() for s in cut.selections[drawable:]])
         self.account.add([*complete, *compact], lengths)
         self.account.saliency_flops += saliency_flops
         self._rows = rows
-        self._complete += complete
-        self._compact += compact
+        self._history.add(complete, compact)
 
     def __repr__(self) -> str:
         """Return the strategy and its account in one line."""

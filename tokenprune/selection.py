@@ -98,6 +98,19 @@ class Selection:
     resized_grid: tuple[int, int] | None = None
     counts: tuple[MaskCount, ...] = ()
 
+    @classmethod
+    def all_tokens(cls, geometry: TileGeometry, pixels: Tensor | None = None) -> Selection:
+        """Return the selection that keeps every token of an image.
+
+        Args:
+            geometry: the layout of the image.
+            pixels: the tiles as images for drawing.
+        """
+        newline_mask = torch.ones(geometry.newlines, dtype=torch.bool)
+        kept, total = geometry.original.valid, geometry.valid_tokens
+        counts = (MaskCount.of(kept, total), MaskCount.of(newline_mask, geometry.newlines))
+        return cls(geometry, kept, total, newline_mask=newline_mask, pixels=pixels, counts=counts)
+
     @property
     def kept_per_tile(self) -> list[int]:
         """Number of kept tokens of each tile, base tile first."""

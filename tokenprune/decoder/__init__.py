@@ -1,0 +1,1 @@
+"""Execution of strategies inside the LLM: layers behind a cut run on the tokens that remain."""

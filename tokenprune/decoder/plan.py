@@ -1,0 +1,344 @@
+"""The plan of one call: which visual tokens remain behind each cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.batch import BatchSelection
+from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
+from tokenprune.decoder.placement import Entries
+from tokenprune.geometry import NEWLINE, TileGeometry, share_layouts
+from tokenprune.image import EncodedImage
+from tokenprune.packing import pack_masks, read_counts
+from tokenprune.selection import Selection, true_indices
+from tokenprune.stages import mix
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayout:
+    """The positions of a prompt as it enters the LLM.
+
+    Args:
+        placeholders: positions of the tokens of images, bool `[rows, length]`.
+        is_real: positions that are not padding, bool `[rows, length]`.
+        tokens: number of real positions of each row.
+        layouts: the layout of each image, restricted to the tokens that enter the LLM.
+        row_of_image: the prompt row of each image.
+        labels: labels of a loss, `[rows, length]`; None without a loss.
+        past: length of the sequence in the cache.
+    """
+
+    placeholders: Tensor
+    is_real: Tensor
+    tokens: Sequence[int]
+    layouts: Sequence[TileGeometry]
+    row_of_image: Sequence[int]
+    labels: Tensor | None = None
+    past: int = 0
+
+    @property
+    def image_positions(self) -> int:
+        """Number of positions of all images."""
+        return sum(len(layout.packed) for layout in self.layouts)
+
+    @property
+    def last(self) -> Tensor:
+        """Position of the last token of the prompt of each row, before the first label, `[rows]`."""
+        positions = torch.arange(self.is_real.shape[1], device=self.is_real.device)
+        real = self.is_real
+        if self.labels is not None:
+            has_label = (self.labels != -100).long().cumsum(dim=1) > 0
+            before = real & ~has_label
+            real = torch.where(before.any(dim=1, keepdim=True), before, real)
+        return positions.expand_as(real).masked_fill(~real, -1).amax(dim=1)
+
+
+class CutStrategy(Protocol):
+    """The strategy of a plan, bound to the layers of an LLM."""
+
+    cuts: tuple[int, ...]
+    """The first layer of each cut."""
+
+    def select(self, cut: int, view: CutView) -> BatchSelection:
+        """Return the selections of all images at a cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class CutView:
+    """What the tokens of the images are at a cut, before the strategy reads it.
+
+    Args:
+        images: the encoded images, with signals of the vision tower.
+        layouts: the layout of each image, restricted to the tokens that are left.
+        row_of_image: the prompt row of each image.
+        positions: the prompt position of each position of the packed images, `[positions]`.
+        hidden: hidden states that enter the layer of the cut, `[rows, length, dim]`.
+        prompt: the positions of the prompt.
+        previous: the entries of the layers before this cut; None if they run on all positions.
+        repeats: how often each prompt row is repeated in the inputs of the layer.
+        args: positional inputs of the layer.
+        kwargs: keyword inputs of the layer.
+    """
+
+    images: Sequence[EncodedImage]
+    layouts: Sequence[TileGeometry]
+    row_of_image: Sequence[int]
+    positions: Tensor
+    hidden: Tensor
+    prompt: PromptLayout
+    previous: Entries | None
+    repeats: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of packed positions of each image."""
+        return [len(layout.packed) for layout in self.layouts]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The prompt row of each packed position, `[positions]`."""
+        return expand_rows(tuple(self.row_of_image), tuple(self.lengths), self.positions.device)
+
+
+@lru_cache(maxsize=256)
+def expand_rows(row_of_image: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the prompt row of each packed position, `[positions]`.
+
+    Args:
+        row_of_image: the prompt row of each image.
+        lengths: number of packed positions of each image.
+        device: the device of the result.
+    """
+    with torch.inference_mode(False):  # a later call may record gradients
+        numbers = [row for row, length in zip(row_of_image, lengths, strict=True) for _ in range(length)]
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The mixed tokens of one image at a cut.
+
+    Args:
+        row: the prompt row.
+        layout: the layout of the tokens before the cut.
+        positions: the prompt position of each packed position, `[length]`.
+        targets: the prompt positions of the kept tokens, `[kept]`.
+        mixing: weights, `[kept, tiles * tokens]`.
+    """
+
+    row: int
+    layout: TileGeometry
+    positions: Tensor
+    targets: Tensor
+    mixing: Tensor
+
+    def write(self, hidden: Tensor) -> Tensor:
+        """Return hidden states with mixtures in place of the kept tokens, `[rows, repeats, length, dim]`.
+
+        Args:
+            hidden: hidden states, `[rows, repeats, length, dim]`.
+        """
+        sources = self.layout.unpack(hidden[self.row, 0, self.positions]).flatten(0, 1)
+        mixed = mix(self.mixing.to(hidden.device), sources)
+        row = torch.tensor(self.row, device=hidden.device)
+        repeat = torch.arange(hidden.shape[1], device=hidden.device)[:, None]
+        return hidden.index_put((row, repeat, self.targets), mixed)
+
+
+class DecoderPlan:
+    """The plan of one call; the choice of its first forward pass holds for the whole call.
+
+    Args:
+        prompt: the positions of the prompt.
+        strategy: the strategy at the cuts.
+        images: the encoded images, with signals of the vision tower.
+        wide_until: number of first layers whose inputs have the width of the prompt.
+    """
+
+    def __init__(
+        self, prompt: PromptLayout, strategy: CutStrategy, images: Sequence[EncodedImage], wide_until: int = 0
+    ) -> None:
+        self.prompt, self.strategy, self.images, self.wide_until = prompt, strategy, images, wide_until
+        self.rows = len(prompt.placeholders)
+        self.selections: list[list[Selection]] = []
+        """The selection of each image at each cut, after the first forward pass."""
+        self.lengths: list[list[int]] = []
+        """Number of tokens of each prompt row behind each cut."""
+        self._remains: list[Tensor | None] = []
+        self._mixtures: list[list[Mixture]] = []
+        length = prompt.placeholders.shape[1]
+        self._positions = true_indices(prompt.placeholders.flatten(), prompt.image_positions) % length
+        self._layouts = list(prompt.layouts)
+        self._entries: Entries | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every cut has chosen."""
+        return len(self.selections) == len(self.strategy.cuts)
+
+    def is_wide(self, layer: int) -> bool:
+        """Return whether the output of a layer has the width of the prompt."""
+        return layer + 1 < self.wide_until
+
+    def find_step(
+        self, cut: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], has_cache: bool
+    ) -> CutStep | None:
+        """Return the step of a forward pass at the first layer of a cut; None if nothing is dropped.
+
+        Args:
+            cut: number of the cut.
+            hidden: hidden states that enter the layer, `[rows * repeats, length, dim]`.
+            args: positional inputs of the layer.
+            kwargs: keyword inputs of the layer.
+            has_cache: whether keys and values of earlier passes are stored.
+
+        Raises:
+            NotImplementedError: if the first forward pass does not hold the whole prompt.
+        """
+        length = self.prompt.is_real.shape[1]
+        if len(self.selections) > cut and has_cache:
+            return None  # new tokens behind the cache: all remain
+        if hidden.shape[1] < length:
+            raise NotImplementedError(
+                f"the first forward pass holds {hidden.shape[1]} of {length} prompt tokens, but a cut inside the LLM "
+                "ranks visual tokens by the end of the prompt; call generate without prefill_chunk_size, or reduce "
+                "before the LLM (a strategy of the projector stage)"
+            )
+        if len(self.selections) == cut:
+            self._choose(cut, hidden, args, kwargs)
+        return self._build_step(cut, hidden)
+
+    def _choose(self, cut: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Select the tokens that remain behind a cut, from the first repetition of each prompt row."""
+        repeats = len(hidden) // self.rows
+        view = CutView(
+            self.images,
+            self._layouts,
+            self.prompt.row_of_image,
+            self._positions,
+            hidden[::repeats],
+            self.prompt,
+            self._entries,
+            repeats,
+            args,
+            kwargs,
+        )
+        with torch.no_grad():
+            batch = self.strategy.select(cut, view)
+            kept = pack_masks(batch.selections)
+            selections, _, _ = read_counts(batch.selections, kept, batch.checks)
+        raise_unsupported(selections)
+        tokens = list(self.lengths[-1] if self.lengths else self.prompt.tokens)
+        for row, layout, selection in zip(self.prompt.row_of_image, self._layouts, selections, strict=True):
+            tokens[row] -= len(layout.packed) - selection.kept_tokens - selection.kept_newlines
+        previous = self._remains[-1] if self._remains else None
+        if all(selection.is_identity for selection in selections):
+            self._remains.append(previous)
+        else:
+            before = self.prompt.is_real if previous is None else previous
+            remains = before.index_put((view.rows, self._positions), kept.to(before.device))
+            self._remains.append(remains)
+            if self.prompt.labels is not None:
+                self.prompt.labels.masked_fill_(self.prompt.is_real & ~remains, -100)
+        self._mixtures.append(self._list_mixtures(view, selections, kept))
+        self.selections.append(selections)
+        self.lengths.append(tokens)
+        if cut + 1 < len(self.strategy.cuts) and self._remains[-1] is not previous:
+            self._restrict(view, selections, kept)
+
+    def _list_mixtures(self, view: CutView, selections: Sequence[Selection], kept: Tensor) -> list[Mixture]:
+        mixtures = []
+        if any(selection.is_mixed for selection in selections):
+            parts = zip(self._positions.split(view.lengths), kept.split(view.lengths), strict=True)
+            for number, (positions, mask) in enumerate(parts):
+                layout, selection = view.layouts[number], selections[number]
+                if selection.mixing is not None:
+                    is_token = layout.to(positions.device).packed != NEWLINE
+                    targets = positions[true_indices(mask & is_token, selection.kept_tokens)]
+                    row = view.row_of_image[number]
+                    mixtures.append(Mixture(row, layout, positions, targets, selection.mixing))
+        return mixtures
+
+    def _restrict(self, view: CutView, selections: Sequence[Selection], kept: Tensor) -> None:
+        """Restrict layouts and positions to the tokens that are left; the mask is read from the device."""
+        number = sum(selection.kept_tokens + selection.kept_newlines for selection in selections)
+        self._positions = self._positions[true_indices(kept, number)]
+        masks = kept.cpu().split(view.lengths)
+        restricted = [layout.restrict(mask) for layout, mask in zip(view.layouts, masks, strict=True)]
+        self._layouts = share_layouts(restricted)
+
+    def _build_step(self, cut: int, hidden: Tensor) -> CutStep | None:
+        """Return the step of a forward pass with the prompt and possibly later tokens, all of which remain."""
+        remains, mixtures = self._remains[cut], self._mixtures[cut]
+        if remains is None:
+            self._entries = None
+            return None
+        repeats, later = len(hidden) // self.rows, hidden.shape[1] - remains.shape[1]
+        is_real = self.prompt.is_real
+        if later:
+            remains, is_real = (F.pad(mask, (0, later), value=True) for mask in (remains, is_real))
+        counts = [count + later for count in self.lengths[cut]]
+        width = max(*counts, 2)  # a width of 1 means a decode step
+        has_fillers = any(count != width for count in counts)
+        self._entries = Entries.from_mask(remains, is_real, width, has_fillers)
+        edit = partial(self._write_mixtures, mixtures) if mixtures else None
+        return CutStep(self._entries.repeat(repeats), edit)
+
+    def _write_mixtures(self, mixtures: Sequence[Mixture], hidden: Tensor) -> Tensor:
+        parts = hidden.unflatten(0, (self.rows, -1))
+        for mixture in mixtures:
+            parts = mixture.write(parts)
+        return parts.flatten(0, 1)
+
+
+def raise_unsupported(selections: Sequence[Selection]) -> None:
+    """Raise an error if a selection cannot be applied inside the LLM.
+
+    Raises:
+        ValueError: if tokens are reordered, mixed before the projector, or encoded at another resolution.
+    """
+    for selection in selections:
+        if selection.is_ordered or selection.before_projector or selection.resized_grid is not None:
+            raise ValueError(
+                "a cut inside the LLM cannot reorder tokens, mix them before the projector or resize the image; use "
+                "this strategy before the LLM, without AtLayer"
+            )
+
+
+class CutContext(AbstractContextManager[None]):
+    """The context of a call with cuts; every entry makes a new plan.
+
+    Args:
+        layers: the hooks of the layers.
+        build_plan: builds the plan of the call.
+        record: records a finished plan; it is not called after an error or without a forward pass.
+    """
+
+    def __init__(
+        self, layers: NarrowLayers, build_plan: Callable[[], DecoderPlan], record: Callable[[DecoderPlan], None]
+    ) -> None:
+        self._layers, self._build_plan, self._record = layers, build_plan, record
+        self._stack = ExitStack()
+        self._plan: DecoderPlan | None = None
+
+    def __enter__(self) -> None:
+        """Apply a new plan to the calls of this thread."""
+        self._plan = self._build_plan()
+        self._stack.enter_context(self._layers.run(self._plan))
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the plan, and record it if every cut has chosen."""
+        plan, self._plan = self._plan, None
+        self._stack.close()
+        if plan is not None and plan.is_finished:
+            self._record(plan)
