@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from tokenprune.budget import as_budget
 from tokenprune.geometry import NEWLINE, TileGeometry
-from tokenprune.reducer import ImageReducer
+from tokenprune.image_reducer import ImageReducer
 
 
 @dataclass

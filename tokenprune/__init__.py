@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
     from tokenprune.component_reducer import ComponentReducer as ComponentReducer
+    from tokenprune.decoder_reducer import AtLayer as AtLayer
+    from tokenprune.decoder_reducer import DecoderReducer as DecoderReducer
     from tokenprune.geometry import TileGeometry as TileGeometry
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
+    from tokenprune.image_reducer import ImageReducer as ImageReducer
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.pipeline import Pipeline as Pipeline
     from tokenprune.policies import AllocationPolicy as AllocationPolicy
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from tokenprune.policies import RelevancePolicy as RelevancePolicy
     from tokenprune.policies import SelectionPolicy as SelectionPolicy
     from tokenprune.prepared_call import PreparedCall as PreparedCall
-    from tokenprune.reducer import ImageReducer as ImageReducer
+    from tokenprune.reducer import Composed as Composed
     from tokenprune.reducer import ScoreReducer as ScoreReducer
     from tokenprune.reducer import TokenReducer as TokenReducer
     from tokenprune.rewrite import Rows as Rows
@@ -42,11 +45,14 @@ __version__ = "0.1.0"
 _MODULES = {
     "Adapter": "adapter",
     "AllocationPolicy": "policies",
+    "AtLayer": "decoder_reducer",
     "Attachment": "attach",
     "Budget": "budget",
     "ComponentReducer": "component_reducer",
+    "Composed": "reducer",
+    "DecoderReducer": "decoder_reducer",
     "EncodedImage": "image",
-    "ImageReducer": "reducer",
+    "ImageReducer": "image_reducer",
     "LayerChoice": "layers",
     "Merged": "policies",
     "MergingPolicy": "policies",

@@ -151,6 +151,11 @@ class AtLayer(DecoderReducer):
         super().__post_init__()
 
     @property
+    def label(self) -> str:
+        """The label of the strategy, and that it acts at a layer of the LLM."""
+        return f"AtLayer({self.reducer.label})"
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The signals that the strategy reads."""
         return self.reducer.needs

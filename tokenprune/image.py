@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -229,7 +229,8 @@ class EncodedImage:
         """
         values = []
         depth = self.depths.get(signal.kind, (self.layers, self.feature_layer))
-        for layer in resolve_layers(signal.layer, *depth):
+        model: Literal["vision tower", "LLM"] = "LLM" if signal.kind in LLM_SIGNALS else "vision tower"
+        for layer in resolve_layers(signal.layer, *depth, model):
             if (signal.kind, layer) not in self.signals:
                 captured = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
                 raise MissingSignalError(

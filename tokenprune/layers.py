@@ -16,34 +16,38 @@ LayerChoice: TypeAlias = Literal["first", "feature", "before"] | int | float | l
 """
 
 
-def resolve_layers(choice: LayerChoice, layers: int, feature_layer: int) -> tuple[int, ...]:
-    """Return the layer indices that a layer choice selects in a tower.
+def resolve_layers(
+    choice: LayerChoice, layers: int, feature_layer: int, model: Literal["vision tower", "LLM"] = "vision tower"
+) -> tuple[int, ...]:
+    """Return the layer indices that a layer choice selects.
 
     Args:
         choice: the layer choice.
-        layers: number of layers of the tower.
-        feature_layer: index of the layer whose output the model uses; in the LLM, of the layer before the cut.
+        layers: number of layers of the model.
+        feature_layer: index of the layer whose output the model uses; in an LLM, of the layer before the cut.
+        model: whether the layers belong to a vision tower or to an LLM.
 
     Returns:
         Layer indices in ``range(layers)``; several indices mean an average over these layers.
 
     Raises:
-        ValueError: if the choice does not select a layer of this tower.
+        ValueError: if the choice does not select a layer of this model.
     """
     if isinstance(choice, (list, tuple)):
         if not choice:
             raise ValueError("a layer choice that is a list needs at least one layer")
-        return tuple(index for part in choice for index in resolve_layers(part, layers, feature_layer))  # type: ignore[arg-type]
+        parts = (resolve_layers(part, layers, feature_layer, model) for part in choice)  # type: ignore[arg-type]
+        return tuple(index for part in parts for index in part)
     if choice == "first":
         return (0,)
-    if choice in ("feature", "before"):
+    default = "before" if model == "LLM" else "feature"
+    if choice in ("feature", default):
         return (feature_layer,)
     if isinstance(choice, float) and 0.0 <= choice <= 1.0:
         return (round(choice * (layers - 1)),)
     if isinstance(choice, int) and not isinstance(choice, bool) and -layers <= choice < layers:
         return (choice % layers,)
     raise ValueError(
-        f"layer {choice!r} is no layer of a vision tower or LLM with {layers} layers; use 'first', 'feature' (of a "
-        f"tower), 'before' (of an LLM: the layer before the cut), an index from {-layers} to {layers - 1}, a relative "
-        "depth from 0.0 to 1.0, or a list of these"
+        f"layer {choice!r} is no layer of a {model} with {layers} layers; use 'first', {default!r}, an index from "
+        f"{-layers} to {layers - 1}, a relative depth from 0.0 to 1.0, or a list of these"
     )

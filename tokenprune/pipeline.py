@@ -98,16 +98,16 @@ class Pipeline:
         """The signals to capture in the vision tower for the strategy."""
         if problem := describe_missing_signals(reducer, adapter):
             raise ValueError(problem)
-        self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
+        self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        entries = [(part, part.stage) for part in reducer.parts if isinstance(part.stage, EntryStage)]
+        entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)]
         self.entry: TokenReducer | None = entries[0][0] if entries else None
         """The strategy before the LLM; None without one."""
         self._stage: EntryStage | None = entries[0][1] if entries else None
         self.batch_selector = None if self.entry is None else BatchSelector(self.entry)
         """Applies the strategy before the LLM to the images of a call; None without one."""
-        decoder = next((part for part in reducer.parts if isinstance(part, DecoderReducer)), None)
+        decoder = next((part for part in reducer.list_parts() if isinstance(part, DecoderReducer)), None)
         self.decoder = None if decoder is None else BoundDecoderReducer(decoder, adapter)
         """The strategy inside the LLM, bound to the layers; None without one."""
         self._lock = threading.RLock()

@@ -1,10 +1,10 @@
-"""Strategies: the abstract `TokenReducer` and its base classes for scores, image resolution and components."""
+"""Strategies: the abstract `TokenReducer`, its composition, and the base class of strategies with a score."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from tokenprune.checks import raise_if
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.policies import Configurable, SelectionPolicy
-from tokenprune.saliency import SOURCES, Attention, SaliencyModel
+from tokenprune.saliency import SOURCES, Attention, SaliencyModel, list_attention_layers
 from tokenprune.selection import (
     MaskCount,
     Newlines,
@@ -24,7 +24,7 @@ from tokenprune.selection import (
     kept_newlines,
     top_of_image,
 )
-from tokenprune.stages import ImageStage, ProjectorStage, Stage
+from tokenprune.stages import STAGE_ORDER, ProjectorStage, Stage
 
 if TYPE_CHECKING:
     from tokenprune.attach import Attachment
@@ -86,9 +86,19 @@ class TokenReducer(Configurable, ABC):
         return ()
 
     @property
-    def parts(self) -> Sequence[TokenReducer]:
-        """The strategies that act one after another; one strategy is its only part."""
+    def label(self) -> str:
+        """The name of the strategy in records and tables."""
+        return type(self).__name__
+
+    def list_parts(self) -> Sequence[TokenReducer]:
+        """Return the strategies that act one after another; one strategy is its only part."""
         return (self,)
+
+    def __rshift__(self, later: TokenReducer) -> TokenReducer:
+        """Return the composition of this strategy and a strategy of a later stage: ``HiRED(0.4) >> FastV()``."""
+        if not isinstance(later, TokenReducer):
+            return NotImplemented
+        return Composed([*self.list_parts(), *later.list_parts()])
 
     @property
     def reads_question(self) -> bool:
@@ -260,6 +270,93 @@ class TokenReducer(Configurable, ABC):
         )
 
 
+@dataclass
+class Composed(TokenReducer):
+    """Strategies that act one after another: ``Composed([HiRED(0.4), FastV(layer=2, budget=0.5)])``.
+
+    Each part keeps its own budget and options. The budget of a part inside the LLM refers to the tokens that entered
+    the LLM: here, 40 % of the tokens enter, and half of them remain from layer 2 on. The same object is
+    ``HiRED(0.4) >> FastV(layer=2, budget=0.5)``.
+
+    Args:
+        parts: the strategies in the order of their stages (image, projector, decoder), at most one of each stage.
+    """
+
+    budget: int | float | str | Budget = field(init=False, default=1.0)
+    positions: Literal["reindex", "preserve"] = field(init=False, default="reindex")
+    newlines: Newlines = field(init=False, default="keep_rows")
+    text_model: str | None = field(init=False, default=None)
+    attention: Attention | SaliencyModel = field(init=False, default="auto")
+    text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
+    parts: Sequence[TokenReducer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the order of the parts, and read the options that they share.
+
+        Raises:
+            TypeError: if a part is no strategy.
+            ValueError: if there are fewer than two parts, if stages are repeated or not in order, or if two parts read
+                the vision tower with different options.
+        """
+        if wrong := [part for part in self.parts if not isinstance(part, TokenReducer) or isinstance(part, Composed)]:
+            raise TypeError(f"the parts of Composed are single strategies, but {wrong[0]!r:.200} is none")
+        names = [part.stage.name for part in self.parts]
+        if len(names) < 2:
+            raise ValueError(f"Composed needs at least two strategies, but it has {len(names)}; use one on its own")
+        order = [STAGE_ORDER.index(name) for name in names]
+        if sorted(set(order)) != order:
+            raise ValueError(
+                f"the parts act at the stages {', '.join(names)}, but a model runs the stages "
+                f"{', '.join(STAGE_ORDER)} in this order; pass at most one strategy of each stage, in this order"
+            )
+        if "image" in names and "projector" in names:
+            raise ValueError(
+                "a strategy of the image stage and a strategy of the projector stage cannot be composed, because "
+                "signals are captured at full resolution; compose one of them with a strategy of the decoder stage"
+            )
+        first = self.parts[0]
+        self.budget, self.positions, self.newlines = first.budget, first.positions, first.newlines
+        self.text_separators = first.text_separators
+        readers = [part for part in self.parts if list_attention_layers(part.needs)]
+        self.attention = _share_option("attention", readers) if readers else first.attention
+        question_readers = [part for part in self.parts if part.reads_question]
+        self.text_model = _share_option("text_model", question_readers) if question_readers else first.text_model
+        super().__post_init__()
+
+    @property
+    def label(self) -> str:
+        """The labels of the parts, joined by ``+``."""
+        return "+".join(part.label for part in self.parts)
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """The signals that the parts read."""
+        return tuple(dict.fromkeys(signal for part in self.parts for signal in part.needs))
+
+    def list_parts(self) -> Sequence[TokenReducer]:
+        """Return the strategies that act one after another."""
+        return list(self.parts)
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Return the selection of the first part."""
+        return self.parts[0].select(image)
+
+
+def _share_option(name: str, parts: Sequence[TokenReducer]) -> Any:
+    """Return an option that is equal in all parts.
+
+    Raises:
+        ValueError: if the parts differ in it.
+    """
+    values = [getattr(part, name) for part in parts]
+    if any(value != values[0] for value in values):
+        raise ValueError(
+            f"the parts {' and '.join(part.label for part in parts)} read the vision tower with different values of "
+            f"{name}: {', '.join(map(repr, values))}; set the same value"
+        )
+    return values[0]
+
+
 def score_candidates(scorer: ScoreReducer | SelectionPolicy, image: EncodedImage, candidates: Tensor) -> Tensor:
     """Return the checked scores of ``scorer``, float32 `[tiles, tokens]`, with `-inf` at tokens that are no candidates.
 
@@ -301,36 +398,3 @@ class ScoreReducer(TokenReducer):
         if selection.newline_mask is not None:  # counted newline tokens: the number of tokens depends on the scores
             return selection
         return selection.with_token_count(min(selection.asked, geometry.valid_tokens))
-
-
-@dataclass
-class ImageReducer(TokenReducer):
-    """A strategy that acts before the vision tower: the image is encoded at a lower resolution.
-
-    The budget is an upper limit, because the number of tokens is the product of a height and a width.
-    """
-
-    stage: ClassVar[Stage] = ImageStage()
-    exact: ClassVar[bool] = False
-
-    @property
-    def needs(self) -> Sequence[Signal]:
-        """The signal ``"resolution"``: requires a vision tower that accepts other resolutions."""
-        return (Signal("resolution"),)
-
-    @abstractmethod
-    def token_grid(self, geometry: TileGeometry) -> tuple[int, int] | None:
-        """Return the token grid (height, width) at which every tile is encoded; None if no grid fits the budget."""
-
-    def select(self, image: EncodedImage) -> Selection:
-        """Return the selection of the resized image: the positions of its tokens in the full-resolution layout."""
-        geometry, grid = image.geometry, self.token_grid(image.geometry)
-        kept = torch.zeros(geometry.tiles, geometry.tokens, dtype=torch.bool)
-        if grid is not None:
-            kept = kept | geometry.valid.cpu() if grid == geometry.token_grid else geometry.resized(grid)[1]
-        kept = kept.to(image.device)
-        newline_mask = torch.zeros(geometry.newlines, dtype=torch.bool, device=kept.device)
-        if self.newlines != "drop":
-            newline_mask = kept_newlines(geometry, kept, "keep_rows")
-        asked = as_budget(self.budget).asked(geometry)
-        return Selection(geometry, kept, asked, newline_mask=newline_mask, resized_grid=grid)

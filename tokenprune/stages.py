@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from tokenprune.selection import Selection
 
 
+STAGE_ORDER = ("image", "encoder", "projector", "decoder")
+"""Names of the stages in the order in which a model runs them."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One point of a model at which tokens are reduced."""

@@ -35,6 +35,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
     "places hooks": {
         "tokenprune/attach.py": "reduces plain calls",
         "tokenprune/pipeline.py": "counts the passes through a tower",
+        "tokenprune/decoder/narrow_layers.py": "runs layers of the LLM on the tokens that remain",
         "models/_capture/hooks.py": "captures signals while the tower runs",
         "models/_capture/truncated_tower.py": "ends the tower after the last required layer",
         "models/_capture/vision_run.py": "captures the inputs of the projector",

@@ -20,6 +20,7 @@ from tests.helpers.truncation import prepare_both
 from tokenprune.adapter import Encoding, PackedTokens, adapters, find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.component_reducer import ComponentReducer
+from tokenprune.image_reducer import ImageReducer
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._capture.truncated_tower import ProjectedTokens
 from tokenprune.models.idefics3 import Idefics3Adapter
@@ -27,7 +28,7 @@ from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.pipeline import Pipeline
 from tokenprune.prepared_call import PreparedCall
-from tokenprune.reducer import ImageReducer, TokenReducer
+from tokenprune.reducer import TokenReducer
 from tokenprune.requirements import list_missing_signals
 from tokenprune.strategies import DivPrune, HiRED, VisPruner
 from tokenprune.strategies.components.allocation import UniformAllocation

@@ -17,6 +17,7 @@ from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import APPLICATION_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image_reducer import ImageReducer
 from tokenprune.policies import (
     AllocationPolicy,
     Component,
@@ -25,7 +26,7 @@ from tokenprune.policies import (
     RelevancePolicy,
     SelectionPolicy,
 )
-from tokenprune.reducer import ImageReducer, TokenReducer
+from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import SaliencyModel, resolve_attention_source
 from tokenprune.testing.conformance import Report
 from tokenprune.testing.examples import build_example
