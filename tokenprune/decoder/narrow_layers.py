@@ -30,15 +30,14 @@ class CutStep:
 
     Args:
         entries: the entries of the forward pass.
+        past: length of the sequence before the forward pass.
         edit: writes mixtures into hidden states of the width of the prompt; None if nothing is mixed.
     """
 
-    def __init__(self, entries: Entries, edit: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.entries, self.edit = entries, edit
+    def __init__(self, entries: Entries, past: int = 0, edit: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.entries, self.past, self.edit = entries, past, edit
         self.placement: Placement | None = None
         """The places of all entries after the forward pass; None before the first layer with attention."""
-        self.past = 0
-        """Length of the sequence before the forward pass."""
         self._gathered: dict[Any, tuple[Any, Any]] = {}
 
     @property
@@ -46,14 +45,14 @@ class CutStep:
         """Number of positions of the forward pass."""
         return self.entries.source.shape[1]
 
-    def place(self, before: Placement | None, past: int) -> Placement:
-        """Return and store the places of all entries after the forward pass.
+    def place(self, before: Placement | None) -> Placement:
+        """Return the places of all entries after the forward pass; later calls return the same object.
 
         Args:
             before: the places of the entries in the cache; None if nothing was dropped before.
-            past: length of the sequence before the forward pass.
         """
-        self.past, self.placement = past, Placement.extended(before, self.entries, past, self.length)
+        if self.placement is None:
+            self.placement = Placement.extended(before, self.entries, self.past, self.length)
         return self.placement
 
     def gather(self, source: Any, compute: Callable[[], Any], *key: Any) -> Any:
@@ -223,19 +222,13 @@ class NarrowLayers:
                 taken = ~entries.is_filler if taken is None else taken.masked_fill(entries.is_filler, 0)
             changed["attention_mask"] = taken
         else:
-            place, offset, start, stop = step.placement, 0, 0, entries.width
-            if cache_layer is None:
-                place = step.place(None, 0) if place is None else place
-            else:
-                before = cache_layer.placement if is_narrow(cache_layer) else None
-                place = step.place(before, int(cache_layer.get_seq_length())) if place is None else place
+            place, offset, start, stop = step.place(getattr(cache_layer, "placement", None)), 0, 0, entries.width
+            if cache_layer is not None:
                 offset = cache_layer.get_mask_sizes(step.length)[1]
                 make_narrow(cache_layer, place)
                 start, stop = cache_layer.given_entries(entries.width)
             self._check_window(attention, step.past + step.length)
-            compute = partial(
-                self._mask, mask, entries.index, entries.index + step.past, place, start, stop, offset, cache_layer
-            )
+            compute = partial(self._mask, mask, step, None, place, start, stop, offset, cache_layer)
             changed["attention_mask"] = step.gather(mask, compute, start, stop, offset)
             if (rotary := kwargs.get("position_embeddings")) is not None:
                 taker = partial(self._count_rotary if self.reindexes else _take_rotary, rotary, entries, place)
@@ -256,8 +249,7 @@ class NarrowLayers:
         if mask is not None or place.is_filler is not None:
             start, stop = cache_layer.given_entries(new)
             offset = cache_layer.get_mask_sizes(new)[1]
-            total = stop if mask is None else 0  # the places of queries are read only to build a new mask
-            compute = partial(self._continued_mask, mask, place, start, stop, offset, total, new, cache_layer)
+            compute = partial(self._mask, mask, None, new, place, start, stop, offset, cache_layer)
             if torch.compiler.is_compiling():
                 changed["attention_mask"] = compute()
             else:
@@ -267,40 +259,31 @@ class NarrowLayers:
             changed["position_embeddings"] = self._shift_rotary(rotary, place.removed)
         return args, changed
 
-    def _continued_mask(
-        self,
-        mask: Any,
-        place: Placement,
-        start: int,
-        stop: int,
-        offset: int,
-        total: int,
-        new: int,
-        cache_layer: Any,
-    ) -> Tensor | None:
-        places = place.places(total - new, total) if mask is None else place.slots
-        return self._mask(mask, None, places, place, start, stop, offset, cache_layer)
-
     def _mask(
         self,
         mask: Any,
-        queries: Tensor | None,
-        query_places: Tensor,
+        step: CutStep | None,
+        new: int | None,
         place: Placement,
         start: int,
         stop: int,
         offset: int,
         cache_layer: Any,
     ) -> Tensor | None:
+        """Return the attention mask of a narrow layer for the entries of a step, or for new tokens."""
         if mask is not None and not isinstance(mask, Tensor):
             raise NotImplementedError(
                 f"a cut inside the LLM cannot gather an attention mask of type {type(mask).__name__}; load the model "
                 'with attn_implementation="sdpa"'
             )
         keys, fillers = place.places(start, stop), place.fillers(start, stop)
+        queries = None if step is None else step.entries.index
+        query_places = None
+        if mask is None:
+            query_places = keys[:, -(new or 0) :] if step is None else step.entries.index + step.past
         is_complete = cache_layer is None or not (cache_layer.is_sliding or cache_layer.is_compileable)
         return narrow_mask(
-            mask, queries, query_places, keys, fillers, self._kernel(), offset=offset, is_complete=is_complete
+            mask, queries, keys, fillers, self._kernel(), query_places, offset=offset, is_complete=is_complete
         )
 
     def _kernel(self) -> Kernel:

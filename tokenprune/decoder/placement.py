@@ -187,10 +187,10 @@ class Placement:
 def narrow_mask(
     mask: Tensor | None,
     queries: Tensor | None,
-    query_places: Tensor,
     key_places: Tensor,
     fillers: Tensor | None,
     kernel: Kernel,
+    query_places: Tensor | None = None,
     offset: int = 0,
     is_complete: bool = True,
 ) -> Tensor | None:
@@ -200,15 +200,15 @@ def narrow_mask(
         mask: the mask of the sequence: bool or float `[rows or 1, heads or 1, queries, keys]`, or `[rows, keys]`; None
             if every query sees the keys at or before it.
         queries: the row of the mask of each query, `[rows, queries]`; None if they are the same.
-        query_places: the place of each query in the sequence, `[rows, queries]`.
         key_places: the place of each key in the sequence, `[rows, keys]`.
         fillers: the keys that are fillers, bool `[rows, keys]`; None without fillers.
         kernel: the form of a new mask.
+        query_places: the place of each query in the sequence, `[rows, queries]`; read only without a mask.
         offset: the place of the first key of the mask.
         is_complete: whether every key has a column in the mask.
     """
     if mask is None:
-        if fillers is None:
+        if fillers is None or query_places is None:
             return None
         if kernel == "flash":
             return ~fillers

@@ -292,7 +292,7 @@ class DecoderPlan:
         has_fillers = any(count != width for count in counts)
         self._entries = Entries.from_mask(remains, is_real, width, has_fillers)
         edit = partial(self._write_mixtures, mixtures) if mixtures else None
-        return CutStep(self._entries.repeat(repeats), edit)
+        return CutStep(self._entries.repeat(repeats), self.prompt.past, edit)
 
     def _write_mixtures(self, mixtures: Sequence[Mixture], hidden: Tensor) -> Tensor:
         parts = hidden.unflatten(0, (self.rows, -1))
