@@ -19,6 +19,7 @@ from tokenprune.geometry import TileGeometry
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
+    from tokenprune.compiled import CompiledLLM, CompileOptions
 
 C = TypeVar("C")
 
@@ -91,6 +92,22 @@ class ProjectsMixtures(ABC):
     @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """Return the projector's output for weighted sums of its inputs, `[kept, width]` to `[kept, dim]`."""
+
+
+class Compilable(ABC):
+    """Runs the vision tower and the language model as compiled graphs; required by ``compile=True``."""
+
+    @abstractmethod
+    def compile_parts(self, options: CompileOptions, multiple: int) -> CompiledLLM:
+        """Return the compiled language model, and encode images with a compiled tower from now on.
+
+        Args:
+            options: the compiler.
+            multiple: number of which the width of a compiled prefill is a multiple.
+
+        Raises:
+            ValueError: if a part of the model cannot be compiled.
+        """
 
 
 def require_capability(adapter: Adapter, capability: type[C]) -> C:

@@ -20,7 +20,8 @@ from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
 from tokenprune.caches import find_reduced_cache, mark_caches
 from tokenprune.capabilities import ReadsQuestion, ShowsTiles, require_capability
-from tokenprune.generation import check_arguments, generate_reduced
+from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
+from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import TEXT_SIGNALS, EncodedImage
 from tokenprune.layers import resolve_layers
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
@@ -65,10 +66,12 @@ class Pipeline:
         question: the question of all prompts, or one per prompt row; None reads it from the prompt.
         tokenizer: decodes the prompt; None loads the tokenizer from the folder or hub id of the model.
         keep_pixels: whether the selections of the first images store their pixels for drawing.
+        pad_to_multiple_of: number of which the width of a reduced prompt is a multiple; 1 adds no padding.
+        compile_options: compiles tower, reducer and language model; None compiles nothing.
 
     Raises:
-        ValueError: if the adapter does not provide a needed signal, or the strategy reads the question without a text
-            model.
+        ValueError: if the adapter does not provide a needed signal, the strategy reads the question without a text
+            model, or a part of the model cannot be compiled.
     """
 
     def __init__(
@@ -78,9 +81,11 @@ class Pipeline:
         question: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         keep_pixels: bool = True,
+        pad_to_multiple_of: int = 1,
+        compile_options: CompileOptions | None = None,
     ) -> None:
         self.reducer, self.adapter, self.question, self.tokenizer = reducer, adapter, question, tokenizer
-        self.keep_pixels = keep_pixels
+        self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
         self.needs = resolve_needs(reducer.needs, self.signal)
@@ -90,8 +95,10 @@ class Pipeline:
         self.run = Run(type(reducer).__name__, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        self.batch_selector = BatchSelector(reducer)
+        self.batch_selector = BatchSelector(reducer, compile_options)
         """Applies the strategy to the images of a call."""
+        self.compiled = compile_llm(adapter, compile_options, pad_to_multiple_of)
+        """The compiled language model; None if nothing is compiled."""
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -181,6 +188,9 @@ class Pipeline:
             The result of `generate`; sequences begin with the full prompt.
         """
         inputs, default = {**call.inputs, **options}, self.adapter.model.generation_config
+        compiled = self.compiled if call.is_shortened else None
+        if compiled is not None:
+            inputs |= compiled.select_cache(GenerateOptions(inputs, generation_config, default))
         with call.enter_contexts(), self._inside_generate():
             if call.is_reduced:
                 mark_caches(inputs)
@@ -190,6 +200,8 @@ class Pipeline:
                 output = self._generate(generation_config=generation_config, **inputs)
             if call.is_reduced:
                 mark_caches(output)
+            if compiled is not None and not isinstance(output, Tensor):
+                compiled.release_caches()  # an output object can contain the cache
             return output
 
     @contextmanager
@@ -218,6 +230,8 @@ class Pipeline:
     ) -> PreparedCall:
         adapter, reducer = self.adapter, self.reducer
         adapter.check_inputs(inputs)
+        if self.compiled is not None:
+            check_gradients()
         placeholders, attention_mask = adapter.placeholders(inputs), inputs.get("attention_mask")
         is_prompt_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2  # others: `check_arguments`
         # The device still has no work to wait for.
@@ -268,12 +282,16 @@ class Pipeline:
         rows = shorten_rows(
             placeholders, mask, packed_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
         )
+        unpadded_width, rows = rows.index.shape[1], rows.pad_left(self.pad_to_multiple_of)
         reduced = shorten_inputs(text, rows, self._pad_token_id())
+        if (first := rows.index.shape[1] - unpadded_width) and reduced.get("labels") is not None:
+            reduced["labels"][:, first] = -100  # without padding, no position predicts the first token
         reduced.pop("position_ids", None)
         if (positions := self._compute_position_ids(inputs, rows, for_generate)) is not None:
             reduced["position_ids"] = positions
         self._record(record, rows, record.reduced_lengths)
-        return PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
+        contexts = self._list_contexts(features, self.compiled)
+        return PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts)
 
     def _prepare_unchanged(
         self,
@@ -298,8 +316,13 @@ class Pipeline:
             features = self.adapter.features_to_inputs(encoding, encoding.packed)
         return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
 
-    def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
-        return () if features.context is None else (self._lock, features.context)
+    def _list_contexts(
+        self, features: FeatureInputs, compiled: CompiledLLM | None = None
+    ) -> tuple[AbstractContextManager[Any], ...]:
+        """Return the contexts of a call; the first of them is the lock if a context changes the model."""
+        parts = (features.context, None if compiled is None else compiled.attached())
+        contexts = tuple(context for context in parts if context is not None)
+        return (self._lock, *contexts) if contexts else ()
 
     def _record(self, record: CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
         lengths = list(zip(record.prompts.tokens, reduced, strict=True))
