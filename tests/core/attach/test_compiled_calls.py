@@ -128,7 +128,7 @@ def test_compiled_families_equal_calls_without_compilation(name: str, reducer: A
     forward(model, inputs)
     # The tiny towers have large weights, which amplify rounding.
     first, last = compare_calls(model, inputs, reducer, True, 5e-3)
-    assert first == last > 3
+    assert first == last >= 3
 
 
 def test_the_required_families_compile() -> None:
@@ -383,3 +383,23 @@ def test_the_copy_of_the_tower_shares_its_weights(name: str) -> None:
     assert {id(weight) for weight in copied.parameters()} == {id(weight) for weight in tower.parameters()}
     assert {id(buffer) for buffer in copied.buffers()} == {id(buffer) for buffer in tower.buffers()}
     assert not {id(module) for module in copied.modules()} & {id(module) for module in tower.modules()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_cuda_graphs_replay_with_other_images(name: str) -> None:
+    """Outputs and caches of earlier calls keep their values when a CUDA graph runs again."""
+    family: Family = FAMILIES[name]
+    model = family.model().cuda()
+    batches = [family.batch([family.sizes[0]], first=number).to("cuda") for number in range(4)]
+    with HiRED(0.4)(model):
+        expected = [(forward(model, inputs), generate(model, inputs)) for inputs in batches]
+    with HiRED(0.4)(model, compile=True):
+        for _ in range(3):  # the first runs of a graph warm up and record
+            outputs = [(forward(model, inputs), generate(model, inputs)) for inputs in batches]
+    for (output, tokens), (reference, reference_tokens) in zip(outputs, expected, strict=True):
+        assert torch.allclose(output.logits, reference.logits, atol=5e-3)
+        assert torch.allclose(get_keys(output)[:, :, -10:], get_keys(reference)[:, :, -10:], atol=5e-3)
+        assert torch.equal(tokens, reference_tokens)
