@@ -59,6 +59,7 @@ class BenchConfig:
         llm_layers: number of LLM layers to keep; the output marks the model as cut.
         prompt_tokens: text tokens of a prompt for models with random weights.
         plugin: Python files with strategies, which are then available by name.
+        compile: also measure each strategy below 100 % with compiled graphs; the first calls compile them.
         count: also count FLOPs, live tensors and kernel launches (CUDA) or operators, in calls of their own.
         trace: also profile a call of each variant.
         out: folder for bench.json, bench.md and phases.png.
@@ -82,6 +83,7 @@ class BenchConfig:
     llm_layers: int | None = None
     prompt_tokens: int = 32
     plugin: list[str] = field(default_factory=list)
+    compile: bool = False
     count: bool = True
     trace: bool = False
     out: str = "tokenprune-bench"
@@ -163,7 +165,7 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
         )
         device = bench_model.model.device
         release_budgets, omitted = list_release_budgets(config, bench_model.adapter, device)
-        variants = list_variants(reducers, release_budgets)
+        variants = list_variants(reducers, release_budgets, config.compile)
         check_signals(bench_model, variants)
         settings, traces = [], list[Path]()
         metadata = {"model": bench_model.as_data(), "environment": describe_environment(device)}
