@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
+    from tokenprune.compiled import CompileOptions as CompileOptions
     from tokenprune.component_reducer import ComponentReducer as ComponentReducer
     from tokenprune.geometry import TileGeometry as TileGeometry
     from tokenprune.image import EncodedImage as EncodedImage
@@ -44,6 +45,7 @@ _MODULES = {
     "AllocationPolicy": "policies",
     "Attachment": "attach",
     "Budget": "budget",
+    "CompileOptions": "compiled",
     "ComponentReducer": "component_reducer",
     "EncodedImage": "image",
     "ImageReducer": "reducer",
