@@ -56,7 +56,7 @@ class CompiledLLM(ABC):
 
     @abstractmethod
     def select_cache(self, options: GenerateOptions) -> dict[str, Any]:
-        """Return the arguments of `generate` that select the static cache of the graphs; empty if it cannot be used.
+        """Return arguments of `generate`: the static cache of the graphs, if the call can use it.
 
         Args:
             options: the options of the call.

@@ -63,16 +63,19 @@ class CompiledDecoder(CompiledLLM):
                 self._new_cache = None
 
     def select_cache(self, options: GenerateOptions) -> dict[str, Any]:
-        """Return the arguments of `generate` that select a static cache; empty for beams and caches of the caller.
+        """Return the arguments of `generate` that select a static cache, except for beams and caches of the caller.
+
+        The compilation of transformers is disabled: it would include the hooks of the attached strategy.
 
         Args:
             options: the options of the call.
         """
-        is_set = any(options.get(name) is not None for name in (*CACHE_ARGUMENTS, "cache_implementation"))
+        is_passed = any(options.get(name) is not None for name in CACHE_ARGUMENTS)
+        is_other = options.get("cache_implementation") not in (None, "static") or options.get("use_cache") is False
         is_reordered = (options.get("num_beams") or 1) > 1 or any(options.get(name) for name in UNCOMPILED_DECODING)
-        if is_set or is_reordered or options.get("use_cache") is False:
-            return {}
-        return {"cache_implementation": "static", "disable_compile": True}  # the decoder is compiled already
+        if is_passed or is_other or is_reordered:
+            return {"disable_compile": True}
+        return {"cache_implementation": "static", "disable_compile": True}
 
     def provide_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
@@ -114,7 +117,7 @@ class CompiledDecoder(CompiledLLM):
         if args or embeds is None or has_options:
             return self._forward(*args, **kwargs)
         options = {key: value for key, value in kwargs.items() if key not in (name, "use_cache")}
-        is_empty = cache is None or cache is self._new_cache or not any(layer.is_initialized for layer in cache.layers)
+        is_empty = cache is None or self._is_empty(cache)
         if is_empty and embeds.shape[1] % self._multiple == 0:
             use_cache = kwargs.get("use_cache")
             use_cache = self._decoder.config.use_cache if use_cache is None else use_cache
@@ -140,7 +143,6 @@ class CompiledDecoder(CompiledLLM):
             ("prefill", rows, width), lambda: compile_function(prefill, self._options, self._describe("prefill"))
         )
         hidden, states = run(**{**options, "attention_mask": mask})
-        self._new_cache = None
         if cache is not None:
             # Normal tensors, because later calls can run outside of inference mode; `update` copies the states.
             with torch.inference_mode(False), torch.no_grad():
@@ -160,6 +162,13 @@ class CompiledDecoder(CompiledLLM):
         run = self._graphs.get(key, lambda: compile_function(decode, self._options, self._describe("decoding step")))
         hidden = run(cache, **options)
         return BaseModelOutputWithPast(last_hidden_state=copy_outputs(hidden), **{name: cache})
+
+    def _is_empty(self, cache: Any) -> bool:
+        """Return whether a cache holds no tokens before this pass, without reading its length from the device."""
+        is_new = cache is self._new_cache
+        if is_new:
+            self._new_cache = None
+        return is_new or not any(layer.is_initialized for layer in cache.layers)
 
     def _describe(self, part: str) -> str:
         return f"the {part} of {type(self._model).__name__}"

@@ -252,13 +252,32 @@ def test_calls_in_and_outside_of_inference_mode_share_a_static_cache(attached: A
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_implementation": "dynamic"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}, {"do_sample": True}],
-    ids=lambda options: next(iter(options)),
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+        {"do_sample": True},
+    ],
+    ids=str,
 )
 def test_options_of_generate_keep_their_meaning(attached: Attached, options: dict[str, Any]) -> None:
     with without_graphs(attached) as model:
         expected = generate(model, attached.inputs, **options)
     assert torch.equal(generate(attached.model, attached.inputs, **options), expected)
+
+
+def test_only_an_empty_cache_is_filled_by_the_graph_of_a_prefill(attached: Attached) -> None:
+    """A chunk of any width fills the cache; a second chunk with the width of a graph must read the first one."""
+    llm, states = attached.model.model.language_model, []
+    embeds = torch.randn(1, 48 + compiled.COMPILED_WIDTH, llm.config.hidden_size, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        expected = llm(inputs_embeds=embeds, cache=DynamicCache(config=llm.config)).last_hidden_state
+        with attached.attachment.pipeline.compiled.attached():
+            cache = attached.model._prepare_static_cache("static", 1, 200)
+            for chunk in embeds.split([48, compiled.COMPILED_WIDTH], dim=1):
+                states.append(llm(inputs_embeds=chunk, cache=cache).last_hidden_state)
+    assert torch.allclose(torch.cat(states, dim=1), expected, atol=1e-5)
 
 
 def test_gradients_are_refused(attached: Attached) -> None:
