@@ -103,6 +103,7 @@ class DecoderModules:
         decoder: the module whose `forward` runs the decoder layers.
         layers: the decoder layers.
         attention: name of the attention module in a layer; layers without attention lack it.
+        mlp: name of the MLP in a layer.
         rotary: the module that computes position embeddings; None if there is none.
         norm: the norm after the last layer; None if there is none.
         adds_features_until: number of first layers before which the model adds features by prompt position; hidden
@@ -112,6 +113,7 @@ class DecoderModules:
     decoder: nn.Module
     layers: Sequence[nn.Module]
     attention: str = "self_attn"
+    mlp: str = "mlp"
     rotary: nn.Module | None = None
     norm: nn.Module | None = None
     adds_features_until: int = 0
@@ -134,7 +136,10 @@ class DecoderModules:
 
 
 class HasDecoder(ABC):
-    """Gives access to the layers of the LLM; required by strategies that act inside the LLM."""
+    """Gives access to the layers of the LLM; required by strategies that act inside the LLM.
+
+    An adapter that inherits from `TowerAdapter` implements it with class attributes.
+    """
 
     @property
     @abstractmethod
