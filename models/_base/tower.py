@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import Adapter, LLMShape
 from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
+from tokenprune.decoder.trace import LayerTrace
 from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
 from tokenprune.models._base.llm_shape import read_llm_shape
 from tokenprune.models._base.vision_inputs import to_floating_dtype
+from tokenprune.models._capture.decoder import DecoderTracer, ask_layer
 
 
 class TowerAdapter(Adapter, ProjectsMixtures):
@@ -87,6 +89,27 @@ class TowerAdapter(Adapter, ProjectsMixtures):
             norm=norm,
             adds_features_until=self.adds_features_until,
         )
+
+    def trace_layers(self, kinds_by_layer: Mapping[int, frozenset[str]]) -> DecoderTracer:
+        """Return a tracer of layers of the LLM.
+
+        Args:
+            kinds_by_layer: kinds of signals by layer index.
+        """
+        return DecoderTracer(self.decoder_modules, kinds_by_layer)
+
+    def ask_layer(
+        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], rotated: bool = True
+    ) -> LayerTrace:
+        """Return the queries and keys that a layer of the LLM would compute on its inputs.
+
+        Args:
+            index: index of the layer.
+            args: positional inputs of the layer.
+            kwargs: keyword inputs of the layer.
+            rotated: whether position embeddings are applied.
+        """
+        return ask_layer(self.decoder_modules, index, args, kwargs, rotated)
 
     @property
     def adds_features_until(self) -> int:
