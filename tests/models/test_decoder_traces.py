@@ -128,7 +128,8 @@ def test_attention_equals_the_eager_map(family: Family, model: Any, inputs: Any,
                 torch.testing.assert_close(read["last"][number], columns[:, last[image.row]], **close)
                 torch.testing.assert_close(read["text"][number], columns[:, image.text], **all_close)
                 torch.testing.assert_close(read["visual"][number], columns[:, image.entries].mean(dim=1), **all_close)
-            assert full.max() > 0.1  # sharp enough that a wrong row or column fails
+                shifted = columns.roll(1, dims=-1)  # large enough that a wrong column fails
+                assert (columns - shifted).abs().max() > 10 * all_close["atol"]
         assert torch.equal(traces[index].query, asked[index].query)
         assert torch.equal(traces[index].key, asked[index].key)
     tiles = unpack_signals("last_text_attention", read["last"], layouts)
@@ -152,14 +153,20 @@ def test_hidden_states_keys_and_transitions_equal_hooks(family: Family, model: A
 
         return hook
 
+    caches: list[Any] = []
+
+    def note_cache(module: Any, args: Any, kwargs: Any) -> None:
+        caches.append(kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"])
+
     attention = getattr(layer, modules.attention)
     named = {"layer": layer, "attention": attention, "mlp": getattr(layer, modules.mlp)}
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in named.items()]
-    cache = model(**inputs, use_cache=True)
+    handles.append(attention.register_forward_pre_hook(note_cache, with_kwargs=True))
+    model(**inputs, use_cache=True)
     for handle in handles:
         handle.remove()
     traced = trace(model, inputs, {index: TRACED | {"llm_keys", "text_keys"}})[index]
-    keys = getattr(cache, "cache", getattr(cache, "past_key_values", None)).layers[attention.layer_idx].keys
+    keys = caches[0].layers[attention.layer_idx].keys
     total = torch.zeros(real.shape)
     for name in ("attention", "mlp"):
         before, after = seen[name]
