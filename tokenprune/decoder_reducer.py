@@ -6,47 +6,15 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from tokenprune.budget import Budget
+from tokenprune.cuts import Cut, as_entered_budget, resolve_cut
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import Attention, SaliencyModel
 from tokenprune.selection import Newlines, Selection
 from tokenprune.stages import DecoderStage, Stage
-
-
-class Cut(NamedTuple):
-    """A layer of the LLM from which on dropped tokens are missing, and the number of tokens that remain.
-
-    Args:
-        layer: the first layer without the dropped tokens: an index, or a relative depth from 0.0 to 1.0.
-        budget: the tokens of an image that remain; a ratio refers to the tokens that entered the LLM.
-    """
-
-    layer: int | float
-    budget: int | float | str | Budget
-
-
-def resolve_cut(layer: int | float, layers: int) -> int:
-    """Return the index of the first layer without the dropped tokens.
-
-    A relative depth is ``round(depth * layers)``: PyramidDrop's 0.75 of 32 layers is layer 24.
-
-    Args:
-        layer: an index, or a relative depth from 0.0 to 1.0.
-        layers: number of layers of the LLM.
-
-    Raises:
-        ValueError: if the cut lies before the second layer or after the last layer.
-    """
-    index = round(layer * layers) if isinstance(layer, float) else layer
-    if not 1 <= index < layers:
-        raise ValueError(
-            f"a cut at layer {layer!r} is not inside an LLM with {layers} layers; use a layer from 1 to {layers - 1}, "
-            "or a relative depth. To drop tokens before the first layer, use a strategy of the projector stage"
-        )
-    return index
 
 
 @dataclass
@@ -104,15 +72,6 @@ class DecoderReducer(TokenReducer, ABC):
             cut: one of `cuts`.
         """
         return replace(self, budget=as_entered_budget(cut.budget))
-
-
-def as_entered_budget(value: int | float | str | Budget) -> Budget:
-    """Return a budget; an amount becomes a budget of the tokens that entered the LLM.
-
-    Args:
-        value: a budget or an amount.
-    """
-    return value if isinstance(value, Budget) else Budget(value, of="entered")
 
 
 @dataclass
