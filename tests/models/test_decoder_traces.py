@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tests.helpers.oracle import collect_state, generate
 from tokenprune.adapter import find_adapter
@@ -153,20 +154,15 @@ def test_hidden_states_keys_and_transitions_equal_hooks(family: Family, model: A
 
         return hook
 
-    caches: list[Any] = []
-
-    def note_cache(module: Any, args: Any, kwargs: Any) -> None:
-        caches.append(kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"])
-
     attention = getattr(layer, modules.attention)
     named = {"layer": layer, "attention": attention, "mlp": getattr(layer, modules.mlp)}
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in named.items()]
-    handles.append(attention.register_forward_pre_hook(note_cache, with_kwargs=True))
-    model(**inputs, use_cache=True)
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**inputs, past_key_values=cache, use_cache=True)
     for handle in handles:
         handle.remove()
     traced = trace(model, inputs, {index: TRACED | {"llm_keys", "text_keys"}})[index]
-    keys = caches[0].layers[attention.layer_idx].keys
+    keys = cache.layers[attention.layer_idx].keys
     total = torch.zeros(real.shape)
     for name in ("attention", "mlp"):
         before, after = seen[name]
