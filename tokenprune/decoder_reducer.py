@@ -90,7 +90,10 @@ class DecoderReducer(TokenReducer, ABC):
                 raise ValueError(f"the cuts of a schedule ascend by layer, but {later.layer} follows {earlier.layer}")
         for cut in cuts:
             if cut.layer == 0 or (isinstance(cut.layer, float) and not 0 < cut.layer < 1):
-                resolve_cut(cut.layer, 32)
+                raise ValueError(
+                    f"a cut at layer {cut.layer!r} is not inside an LLM; use a layer from 1, or a relative depth "
+                    "between 0.0 and 1.0. To drop tokens before the first layer, use a strategy of the projector stage"
+                )
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -133,8 +136,8 @@ class AtLayer(DecoderReducer):
     text_model: str | None = field(init=False, default=None)
     attention: Attention | SaliencyModel = field(init=False, default="auto")
     text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
-    layer: int | float = 2
-    reducer: TokenReducer = field(default_factory=lambda: _missing_reducer())
+    layer: int | float = field()
+    reducer: TokenReducer
 
     def __post_init__(self) -> None:
         """Read budget and options of the strategy.
@@ -167,7 +170,3 @@ class AtLayer(DecoderReducer):
     def at_cut(self, cut: Cut) -> DecoderReducer:
         """Return the strategy with the budget of a cut."""
         return replace(self, reducer=replace(self.reducer, budget=as_entered_budget(cut.budget)))
-
-
-def _missing_reducer() -> TokenReducer:
-    raise TypeError("AtLayer needs a strategy: AtLayer(2, DivPrune(0.5))")

@@ -24,7 +24,7 @@ from tokenprune.selection import (
     kept_newlines,
     top_of_image,
 )
-from tokenprune.stages import STAGE_ORDER, ProjectorStage, Stage
+from tokenprune.stages import STAGE_ORDER, ProjectorStage, SeveralStages, Stage
 
 if TYPE_CHECKING:
     from tokenprune.attach import Attachment
@@ -282,13 +282,15 @@ class Composed(TokenReducer):
         parts: the strategies in the order of their stages (image, projector, decoder), at most one of each stage.
     """
 
+    stage: ClassVar[Stage] = SeveralStages()
+
     budget: int | float | str | Budget = field(init=False, default=1.0)
     positions: Literal["reindex", "preserve"] = field(init=False, default="reindex")
     newlines: Newlines = field(init=False, default="keep_rows")
     text_model: str | None = field(init=False, default=None)
     attention: Attention | SaliencyModel = field(init=False, default="auto")
     text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
-    parts: Sequence[TokenReducer] = field(default_factory=list)
+    parts: Sequence[TokenReducer]
 
     def __post_init__(self) -> None:
         """Check the order of the parts, and read the options that they share.

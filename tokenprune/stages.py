@@ -163,6 +163,12 @@ class DecoderStage(Stage):
     name: ClassVar[str] = "decoder"
 
 
+class SeveralStages(Stage):
+    """The stages of a composition, each with a strategy."""
+
+    name: ClassVar[str] = "several"
+
+
 def mix_and_order(
     adapter: Adapter,
     encoding: Encoding,
