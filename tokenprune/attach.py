@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -22,6 +22,7 @@ from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
 from tokenprune.caches import mark_caches
+from tokenprune.hooks import Hook
 from tokenprune.literals import check_literal
 from tokenprune.pipeline import Pipeline
 from tokenprune.prepared_call import PreparedCall
@@ -255,8 +256,8 @@ class _ForwardHooks:
         """Call in progress by thread id; None during the preparation of its inputs."""
         self._is_active, self._lock = True, threading.Lock()
         self._handles = [
-            module.register_forward_pre_hook(_Hook(self.prepare_call), with_kwargs=True),
-            module.register_forward_hook(_Hook(self.finish_call), with_kwargs=True, always_call=True),
+            module.register_forward_pre_hook(Hook(self.prepare_call), with_kwargs=True),
+            module.register_forward_hook(Hook(self.finish_call), with_kwargs=True, always_call=True),
         ]
 
     def prepare_call(
@@ -312,34 +313,6 @@ class _ForwardHooks:
                 for handle in self._handles:
                     handle.remove()
         return call
-
-
-class _Hook:
-    """A hook that has no effect in a copy of the model.
-
-    Args:
-        function: the function of the hook.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        return self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Return the parts of a deep copy or pickle: a hook without effect, without the strategy."""
-        return _inactive_hook, ()
-
-
-def _inactive_hook() -> Callable[..., None]:
-    """Return the hook of a copy of the model."""
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    """Leave a call of a copied model as it is."""
 
 
 def _positional_names(module: nn.Module) -> list[str]:

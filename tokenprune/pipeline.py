@@ -10,27 +10,21 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.account import RowLengths
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
-from tokenprune.capabilities import HasDecoder, ReadsQuestion, Resizable, ShowsTiles, require_capability
-from tokenprune.decoder.plan import CutContext, DecoderPlan, PromptLayout
+from tokenprune.capabilities import Resizable, require_capability
+from tokenprune.decoder.plan import DecoderPlan, PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.generation import check_arguments, generate_reduced
-from tokenprune.geometry import share_layouts
-from tokenprune.image import LLM_SIGNALS, TEXT_SIGNALS, EncodedImage
-from tokenprune.layers import resolve_layers
+from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.prepared_call import CallRecord, PreparedCall
 from tokenprune.requirements import describe_attention, describe_missing_signals
@@ -44,16 +38,13 @@ from tokenprune.rewrite import (
     shorten_rows,
     summarize_prompts,
 )
-from tokenprune.run import Run, RunCut
+from tokenprune.run import Run
 from tokenprune.saliency import (
-    SaliencyModel,
-    list_attention_layers,
     resolve_attention_source,
     resolve_needs,
-    with_cls_substitute,
-    with_saliency,
 )
 from tokenprune.selection import Selection
+from tokenprune.signal_reader import SignalReader
 from tokenprune.stages import EntryStage, order_positions
 
 if TYPE_CHECKING:
@@ -89,7 +80,7 @@ class Pipeline:
         tokenizer: Any = None,
         keep_pixels: bool = True,
     ) -> None:
-        self.reducer, self.adapter, self.question, self.tokenizer = reducer, adapter, question, tokenizer
+        self.reducer, self.adapter = reducer, adapter
         self.keep_pixels = keep_pixels
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
@@ -102,6 +93,8 @@ class Pipeline:
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
         entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)]
+        self.signal_reader = SignalReader(reducer, adapter, self.signal, question, tokenizer)
+        """Adds the signals that do not come from the vision tower of the model."""
         self.entry: TokenReducer | None = entries[0][0] if entries else None
         """The strategy before the LLM; None without one."""
         self._stage: EntryStage | None = entries[0][1] if entries else None
@@ -271,8 +264,8 @@ class Pipeline:
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
         row_of_image = prompts.find_rows(lengths)
-        images, saliency_flops = self._add_attention(encoding)
-        images = self._add_questions(images, inputs, row_of_image, len(placeholders))
+        images, saliency_flops = self.signal_reader.add_attention(encoding)
+        images = self.signal_reader.add_questions(images, inputs, row_of_image, len(placeholders))
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         if self.batch_selector is None or reducer is None or self._stage is None:
             selections = [Selection.all_tokens(image.geometry, image.pixels) for image in images]
@@ -373,49 +366,18 @@ class Pipeline:
         if self.decoder is None:
             self._record(record, call.rows, lengths)
             return call
-        layouts = [image.geometry.original for image in images]
+        layouts = restrict_layouts([image.geometry.original for image in images], kept)
         if not self.decoder.keeps_all(layouts):
             check_arguments(inputs, for_generate, shortens=call.is_shortened)
             self._check_hidden_images(record.prompts)
-        if kept is not None:
-            order = torch.cat(list(kept)).cpu().split([len(positions) for positions in kept])
-            layouts = share_layouts([replace(g, packed=g.packed[i]) for g, i in zip(layouts, order, strict=True)])
         placeholders = self.adapter.placeholders(call.inputs)[:, past if for_generate else 0 :]
-        width, labels = placeholders.shape[1], call.inputs.get("labels")
-        if labels is not None:
-            labels = labels.clone()
-            call = replace(call, inputs={**call.inputs, "labels": labels})
-        mask = call.rows.mask if call.rows.mask.dim() == 2 else torch.ones_like(placeholders)
-        is_real = mask[:, -width:].to(placeholders.device)
-        prompt = PromptLayout(placeholders, is_real, lengths, layouts, record.row_of_image, labels, past)
-        context = CutContext(
-            self.decoder.layers,
-            partial(DecoderPlan, prompt, self.decoder, images, self._count_wide_layers(inputs)),
-            partial(self._record_cuts, record, call.rows),
-        )
-        return replace(call, contexts=(*call.contexts, context))
+        prompt = PromptLayout(placeholders, call.rows.mask, lengths, layouts, record.row_of_image, past=past)
 
-    def _count_wide_layers(self, inputs: Mapping[str, Any]) -> int:
-        """Return the number of first LLM layers whose inputs have the width of the prompt."""
-        model, modules = self.adapter.model, require_capability(self.adapter, HasDecoder).decoder_modules
-        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-        sources = (*configs, inputs.get("generation_config"))
-        options = (inputs.get("output_hidden_states"), *(getattr(s, "output_hidden_states", None) for s in sources))
-        return len(modules.layers) if any(options) else modules.adds_features_until
+        def add_record(plan: DecoderPlan) -> None:
+            row_lengths = plan.row_lengths(record.prompts.tokens, self.adapter.llm.layers)
+            self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, plan.list_cuts())
 
-    def _record_cuts(self, record: CallRecord, rows: Rows, plan: DecoderPlan) -> None:
-        """Record a call after its cuts."""
-        assert self.decoder is not None
-        layers = self.adapter.llm.layers
-        ends = [*self.decoder.cuts, layers]
-        entered = [plan.prompt.tokens, *plan.lengths]
-        spans = [ends[0], *(stop - start for start, stop in pairwise(ends))]
-        lengths = [
-            RowLengths(full, tuple(n for n, span in zip(counts, spans, strict=True) for _ in range(span)))
-            for full, counts in zip(record.prompts.tokens, zip(*entered, strict=True), strict=True)
-        ]
-        cuts = [RunCut(layer, part) for layer, part in zip(self.decoder.cuts, plan.selections, strict=True)]
-        self.run.add(record.selections, rows, lengths, record.saliency_flops, cuts)
+        return self.decoder.add_to_call(call, prompt, images, inputs, add_record)
 
     def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
         return () if features.context is None else (self._lock, features.context)
@@ -476,76 +438,6 @@ class Pipeline:
         computed = self.adapter.compute_position_ids(inputs, for_generate) if position_ids is None else position_ids
         full = torch.as_tensor(computed)
         return gather_position_ids(full.expand(*full.shape[:-2], len(rows.index), -1), rows)
-
-    def _add_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:
-        """Return the images with the signal that replaces CLS attention, and the FLOPs of the saliency model."""
-        source, needs = self.reducer.attention, self.reducer.needs
-        count = len(encoding.images) // encoding.repeats
-        unique = encoding.images[:count]
-        if not isinstance(source, SaliencyModel) or not list_attention_layers(needs):
-            return [with_cls_substitute(image, needs, self.signal) for image in unique] * encoding.repeats, 0
-        adapter = require_capability(self.adapter, ShowsTiles)
-        tiles = adapter.read_tiles(encoding.inputs, [image.geometry for image in unique])
-        is_set = source.image_mean is not None and source.image_std is not None
-        mean, std = (source.image_mean, source.image_std) if is_set else adapter.pixel_mean_std()
-        images, total = [], 0
-        for image, pixels in zip(unique, tiles, strict=True):
-            shift, scale = (pixels.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
-            colors = (pixels.float() * scale + shift).clamp(0, 1)
-            salient, flops = with_saliency(image, source, colors, needs)
-            images.append(salient)
-            total += flops
-        return images * encoding.repeats, total
-
-    def _add_questions(
-        self, images: list[EncodedImage], inputs: Mapping[str, Any], row_of_image: Sequence[int], rows: int
-    ) -> list[EncodedImage]:
-        """Return the images with the question signals of their prompt row; unchanged if the strategy reads none.
-
-        Raises:
-            ValueError: if a prompt row has no question, or the number of questions differs from the number of rows.
-        """
-        needs = [signal for signal in self.reducer.needs if signal.kind in TEXT_SIGNALS]
-        if not needs:
-            return images
-        questions = self._read_questions(inputs, rows)
-        adapter = require_capability(self.adapter, ReadsQuestion)
-        vectors = {text: adapter.embed_question(text, self.reducer.text_model) for text in dict.fromkeys(questions)}
-        images_with_question: dict[tuple[EncodedImage, str], EncodedImage] = {}
-        for image, row in zip(images, row_of_image, strict=True):
-            text = questions[row]
-            if (image, text) not in images_with_question:
-                signals = {
-                    (signal.kind, layer): vectors[text][signal.kind]
-                    for signal in needs
-                    for layer in resolve_layers(signal.layer, image.layers, image.feature_layer)
-                }
-                images_with_question[image, text] = image.with_signals(signals)
-        return [images_with_question[i, questions[row]] for i, row in zip(images, row_of_image, strict=True)]
-
-    def _read_questions(self, inputs: Mapping[str, Any], rows: int) -> list[str]:
-        """Return the question of each prompt row."""
-        if self.question is not None:
-            questions = [self.question] * rows if isinstance(self.question, str) else list(self.question)
-            if len(questions) != rows:
-                raise ValueError(
-                    f"{len(questions)} questions were given for a batch of {rows} prompts; give one per row"
-                )
-        elif inputs.get("input_ids") is None:
-            raise ValueError(
-                f"{type(self.reducer).__name__} reads the question, but inputs_embeds hold no text; "
-                "attach with reducer(model, question=...)"
-            )
-        else:
-            adapter = require_capability(self.adapter, ReadsQuestion)
-            questions = adapter.read_questions(inputs["input_ids"], inputs.get("attention_mask"), self.tokenizer)
-        for row, text in enumerate(questions):
-            if not text.strip():
-                raise ValueError(
-                    f"prompt row {row} holds no question besides its images, but {type(self.reducer).__name__} reads "
-                    "the question; attach with reducer(model, question=...)"
-                )
-        return questions
 
     def _pad_token_id(self) -> int:
         """Return the id for padding: positions are masked, so any id except the image placeholder is valid."""

@@ -17,6 +17,7 @@ from tokenprune.caches import find_cache
 from tokenprune.capabilities import DecoderModules
 from tokenprune.decoder.narrow_cache import find_cache_layer, is_narrow, make_narrow
 from tokenprune.decoder.placement import Entries, Kernel, Placement, narrow_mask
+from tokenprune.hooks import Hook
 
 STEP_ATTRIBUTE = "tokenprune_step"
 """Attribute of the position embeddings of a call with gradient checkpointing: the steps of the call, for its
@@ -157,13 +158,13 @@ class NarrowLayers:
     def _place_hooks(self) -> None:
         for number, layer in enumerate(self.modules.layers):
             if number >= self.cuts[0]:
-                before = layer.register_forward_pre_hook(partial(self._enter_layer, number), with_kwargs=True)
+                before = layer.register_forward_pre_hook(Hook(partial(self._enter_layer, number)), with_kwargs=True)
                 self._undo.callback(before.remove)
                 # Before transformers' own hooks, which store hidden states for `output_hidden_states`.
-                after = layer.register_forward_hook(partial(self._leave_layer, number), prepend=True)
+                after = layer.register_forward_hook(Hook(partial(self._leave_layer, number)), prepend=True)
                 self._undo.callback(after.remove)
         if self.reindexes and self.modules.rotary is not None:
-            self._undo.callback(self.modules.rotary.register_forward_hook(_note_rotary, with_kwargs=True).remove)
+            self._undo.callback(self.modules.rotary.register_forward_hook(Hook(_note_rotary), with_kwargs=True).remove)
 
     def _enter_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

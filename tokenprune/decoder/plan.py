@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.account import RowLengths
 from tokenprune.batch import BatchSelection
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
 from tokenprune.decoder.placement import Entries
 from tokenprune.geometry import NEWLINE, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.packing import pack_masks, read_counts
+from tokenprune.run import RunCut
 from tokenprune.selection import Selection, true_indices
 from tokenprune.stages import mix
 
@@ -28,7 +31,7 @@ class PromptLayout:
 
     Args:
         placeholders: positions of the tokens of images, bool `[rows, length]`.
-        is_real: positions that are not padding, bool `[rows, length]`.
+        mask: attention mask of the prompt; its last columns belong to these positions.
         tokens: number of real positions of each row.
         layouts: the layout of each image, restricted to the tokens that enter the LLM.
         row_of_image: the prompt row of each image.
@@ -37,12 +40,19 @@ class PromptLayout:
     """
 
     placeholders: Tensor
-    is_real: Tensor
+    mask: Tensor
     tokens: Sequence[int]
     layouts: Sequence[TileGeometry]
     row_of_image: Sequence[int]
     labels: Tensor | None = None
     past: int = 0
+
+    @cached_property
+    def is_real(self) -> Tensor:
+        """Positions that are not padding, bool `[rows, length]`; all, if the mask is prepared for a kernel."""
+        if self.mask.dim() != 2:
+            return torch.ones_like(self.placeholders)
+        return self.mask[:, -self.placeholders.shape[1] :].to(self.placeholders.device).bool()
 
     @property
     def image_positions(self) -> int:
@@ -186,6 +196,23 @@ class DecoderPlan:
         """Whether every cut has chosen."""
         return len(self.selections) == len(self.strategy.cuts)
 
+    def row_lengths(self, full: Sequence[int], layers: int) -> list[RowLengths]:
+        """Return the number of tokens of each prompt row in each layer.
+
+        Args:
+            full: number of tokens of each row without reduction.
+            layers: number of layers of the LLM.
+        """
+        bounds = [0, *self.strategy.cuts, layers]
+        spans = [stop - start for start, stop in pairwise(bounds)]
+        by_row = zip(self.prompt.tokens, *self.lengths, strict=True)
+        repeated = (tuple(n for n, span in zip(row, spans, strict=True) for _ in range(span)) for row in by_row)
+        return [RowLengths(total, lengths) for total, lengths in zip(full, repeated, strict=True)]
+
+    def list_cuts(self) -> list[RunCut]:
+        """Return what each cut kept."""
+        return [RunCut(layer, part) for layer, part in zip(self.strategy.cuts, self.selections, strict=True)]
+
     def is_wide(self, layer: int) -> bool:
         """Return whether the output of a layer has the width of the prompt."""
         return layer + 1 < self.wide_until
@@ -299,6 +326,19 @@ class DecoderPlan:
         for mixture in mixtures:
             parts = mixture.write(parts)
         return parts.flatten(0, 1)
+
+
+def restrict_layouts(layouts: Sequence[TileGeometry], kept: Sequence[Tensor] | None) -> list[TileGeometry]:
+    """Return the layouts of the tokens that enter the LLM, in their order; the positions are read from the device.
+
+    Args:
+        layouts: the layout of each image.
+        kept: the position of each token that enters the LLM in its packed image; None if all enter.
+    """
+    if kept is None:
+        return list(layouts)
+    order = torch.cat(list(kept)).cpu().split([len(positions) for positions in kept])
+    return share_layouts([replace(g, packed=g.packed[index]) for g, index in zip(layouts, order, strict=True)])
 
 
 def raise_unsupported(selections: Sequence[Selection]) -> None:

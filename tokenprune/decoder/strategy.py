@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.capabilities import HasDecoder, require_capability
 from tokenprune.decoder.narrow_layers import NarrowLayers
-from tokenprune.decoder.plan import CutView
+from tokenprune.decoder.plan import CutContext, CutView, DecoderPlan, PromptLayout
 from tokenprune.decoder_reducer import DecoderReducer, as_entered_budget, resolve_cut
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import DeferredTensor, EncodedImage
+from tokenprune.prepared_call import PreparedCall
 
 
 class BoundDecoderReducer:
@@ -29,7 +31,8 @@ class BoundDecoderReducer:
     """
 
     def __init__(self, reducer: DecoderReducer, adapter: Adapter) -> None:
-        self.reducer, self.modules = reducer, require_capability(adapter, HasDecoder).decoder_modules
+        self.reducer, self.model = reducer, adapter.model
+        self.modules = require_capability(adapter, HasDecoder).decoder_modules
         count = len(self.modules.layers)
         self.cuts = tuple(resolve_cut(cut.layer, count) for cut in reducer.cuts)
         """The first layer of each cut."""
@@ -56,6 +59,42 @@ class BoundDecoderReducer:
         """
         budgets = [as_entered_budget(cut.budget) for cut in self.reducer.cuts]
         return all(budget.asked(layout) >= layout.valid_tokens for budget in budgets for layout in layouts)
+
+    def add_to_call(
+        self,
+        call: PreparedCall,
+        prompt: PromptLayout,
+        images: Sequence[EncodedImage],
+        inputs: Mapping[str, Any],
+        record: Callable[[DecoderPlan], None],
+    ) -> PreparedCall:
+        """Return a call that drops tokens at the cuts.
+
+        Args:
+            call: the call with the tokens that enter the LLM.
+            prompt: the positions of its prompt, without labels.
+            images: the encoded images.
+            inputs: the inputs of the caller.
+            record: records the plan after the call.
+        """
+        labels = call.inputs.get("labels")
+        if labels is not None:  # the plan masks the labels of dropped tokens
+            labels = labels.clone()
+            call = replace(call, inputs={**call.inputs, "labels": labels})
+            prompt = replace(prompt, labels=labels)
+        build_plan = partial(DecoderPlan, prompt, self, images, self._count_wide_layers(inputs))
+        return replace(call, contexts=(*call.contexts, CutContext(self.layers, build_plan, record)))
+
+    def _count_wide_layers(self, inputs: Mapping[str, Any]) -> int:
+        """Return the number of first layers whose inputs have the width of the prompt."""
+        configs = (
+            self.model.config,
+            self.model.config.get_text_config(),
+            getattr(self.model, "generation_config", None),
+        )
+        sources = (*configs, inputs.get("generation_config"))
+        options = (inputs.get("output_hidden_states"), *(getattr(s, "output_hidden_states", None) for s in sources))
+        return len(self.modules.layers) if any(options) else self.modules.adds_features_until
 
     def hold(self) -> AbstractContextManager[None]:
         """Return a context that keeps the hooks on the layers."""

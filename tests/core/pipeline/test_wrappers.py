@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from tokenprune.attach import _Hook, unwrap
+from tokenprune.attach import unwrap
+from tokenprune.hooks import Hook
 from tokenprune.strategies import HiRED
 from tokenprune.testing.tiny_models import tiny_model
 
@@ -124,7 +125,7 @@ def test_copies_and_pickles_made_inside_the_block(model: Any, inputs: Any) -> No
     for model_copy in copies:
         assert torch.equal(model_copy(**inputs).logits, plain)
         assert torch.equal(model_copy.generate(**inputs, max_new_tokens=3), expected)
-        assert not any(isinstance(hook, _Hook) for hook in model_copy._forward_hooks.values())
+        assert not any(isinstance(hook, Hook) for hook in model_copy._forward_hooks.values())
         with HiRED(0.2)(model_copy) as run:
             model_copy(**inputs)
         assert run.account.image_count == 3
