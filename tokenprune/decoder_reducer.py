@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
-from tokenprune.budget import Budget
+from tokenprune.budget import Budget, format_budget
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import Attention, SaliencyModel
@@ -99,6 +99,12 @@ class DecoderReducer(TokenReducer, ABC):
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts in ascending order; strategies with several cuts override it."""
         return (Cut(self.layer, self.budget),)
+
+    @property
+    def budget_label(self) -> str:
+        """The budget of each cut with its layer: ``"50% from depth 0.25, 25% from depth 0.5"``."""
+        kinds = [(cut, "depth" if isinstance(cut.layer, float) else "layer") for cut in self.cuts]
+        return ", ".join(f"{format_budget(cut.budget)} from {kind} {cut.layer}" for cut, kind in kinds)
 
     def at_cut(self, cut: Cut) -> DecoderReducer:
         """Return the strategy with the budget of a cut; a number refers to the tokens that entered the LLM.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, as_budget, copy_to_device, normalize_budget
+from tokenprune.budget import Budget, as_budget, copy_to_device, format_budget, normalize_budget
 from tokenprune.checks import raise_if
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
@@ -89,6 +89,11 @@ class TokenReducer(Configurable, ABC):
     def label(self) -> str:
         """The name of the strategy in records and tables."""
         return type(self).__name__
+
+    @property
+    def budget_label(self) -> int | float | str | Budget:
+        """The budget in records and tables: the budget of one stage, or a text with the budgets of several cuts."""
+        return self.budget
 
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another; one strategy is its only part."""
@@ -329,6 +334,11 @@ class Composed(TokenReducer):
     def label(self) -> str:
         """The labels of the parts, joined by ``+``."""
         return "+".join(part.label for part in self.parts)
+
+    @property
+    def budget_label(self) -> str:
+        """The budgets of the parts, joined by ``+``: ``"40% + 50% from layer 2"``."""
+        return " + ".join(format_budget(part.budget_label) for part in self.parts)
 
     @property
     def needs(self) -> Sequence[Signal]:
