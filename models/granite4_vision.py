@@ -48,6 +48,13 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         newline: Tensor = self.model.base_model.image_newline
         return newline.repeat(len(config.deepstack_layer_map) + len(config.spatial_target_layers))
 
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first decoder layers up to the last layer before which the model adds a level of features."""
+        config = self.model.config
+        layers = [layer for _, layer in config.deepstack_layer_map]
+        return max([*layers, *config.spatial_target_layers]) + 1
+
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
         """Return the index of the deepest layer whose output the model uses."""
         config = self.model.config

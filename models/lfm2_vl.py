@@ -25,6 +25,8 @@ class Lfm2VlAdapter(TiledAdapter):
     """`Lfm2VlForConditionalGeneration`; tiles are padded to one size, and padding tokens are not valid."""
 
     family: ClassVar[str] = "lfm2_vl"
+    llm_mlp_name: ClassVar[str] = "feed_forward"
+    final_norm_name: ClassVar[str] = "embedding_norm"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_path: ClassVar[str | None] = None

@@ -18,6 +18,11 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
     family: ClassVar[str] = "qwen3_vl"
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
 
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first decoder layers before which the model adds features: one level after each first layer."""
+        return len(self.model.config.vision_config.deepstack_visual_indexes) + 1
+
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -105,6 +106,7 @@ class DecoderModules:
         attention: name of the attention module in a layer; layers without attention lack it.
         rotary: the module that computes position embeddings; None if there is none.
         norm: the norm after the last layer; None if there is none.
+        mlp: name of the MLP module in a layer.
         adds_features_until: number of first layers before which the model adds features by prompt position; hidden
             states keep the width of the prompt there.
     """
@@ -112,6 +114,7 @@ class DecoderModules:
     decoder: nn.Module
     layers: Sequence[nn.Module]
     attention: str = "self_attn"
+    mlp: str = "mlp"
     rotary: nn.Module | None = None
     norm: nn.Module | None = None
     adds_features_until: int = 0
@@ -133,6 +136,13 @@ class DecoderModules:
         return before[-1]
 
 
+AttentionProbe: TypeAlias = Callable[[nn.Module, Callable[..., None]], AbstractContextManager[None]]
+"""Records calls of the attention kernel of a module inside a block.
+
+The second argument is called with queries, keys, scaling (None is the default), attention mask and sequence lengths.
+"""
+
+
 class HasDecoder(ABC):
     """Gives access to the layers of the LLM; required by strategies that act inside the LLM."""
 
@@ -140,6 +150,15 @@ class HasDecoder(ABC):
     @abstractmethod
     def decoder_modules(self) -> DecoderModules:
         """The modules of the LLM."""
+
+    @abstractmethod
+    def probe_attention(self, attention: nn.Module, record: Callable[..., None]) -> AbstractContextManager[None]:
+        """Return a context in which calls of the attention kernel of an LLM layer are recorded.
+
+        Args:
+            attention: the attention module.
+            record: called with queries, keys, scaling, attention mask and sequence lengths.
+        """
 
 
 def require_capability(adapter: Adapter, capability: type[C]) -> C:

@@ -22,12 +22,13 @@ LLM_TEXT_SIGNALS = frozenset({"text_hidden", "text_keys"})
 """Kinds of signals of the LLM at the text after the image, `[..., text, width]`."""
 TEXT_ROW_SIGNALS = frozenset({"text_attention", "asked_text_attention"})
 """Kinds of signals of the LLM with a row for each text token after the image, `[tiles, heads, text, tokens]`."""
-LLM_SIGNALS = (
-    frozenset({"last_text_attention", "visual_attention", "llm_keys", "llm_hidden", "token_transition"})
-    | ASKED_SIGNALS
-    | LLM_TEXT_SIGNALS
-    | TEXT_ROW_SIGNALS
+LLM_HIDDEN_SIGNALS = frozenset({"llm_hidden", "text_hidden"})
+"""Kinds of signals that are inputs of a layer of the LLM."""
+LLM_ATTENTION_SIGNALS = frozenset(
+    {"last_text_attention", "text_attention", "visual_attention", "llm_keys", "text_keys"}
 )
+"""Kinds of signals that come from queries and keys of a layer of the LLM before the cut."""
+LLM_SIGNALS = LLM_ATTENTION_SIGNALS | LLM_HIDDEN_SIGNALS | ASKED_SIGNALS | {"token_transition"}
 """Kinds of signals that come from the LLM at a cut."""
 ROW_SIGNALS = frozenset(
     {"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.adapter import Adapter, LLMShape
-from tokenprune.capabilities import ProjectsMixtures
-from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS
+from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
+from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
 from tokenprune.models._base.llm_shape import read_llm_shape
 from tokenprune.models._base.vision_inputs import to_floating_dtype
+from tokenprune.models._capture.hooks import CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL, swapped_config
 
 
-class TowerAdapter(Adapter, ProjectsMixtures):
+class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
     """An adapter of a model with a vision tower and a projector; a family sets the paths of its modules."""
 
     tower_path: ClassVar[str] = "vision_tower"
@@ -31,6 +33,14 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     """Path in the base model of the module that maps each visual token independently; None if there is none."""
     language_model_path: ClassVar[str] = "language_model"
     """Path of the decoder in the base model."""
+    llm_attention_name: ClassVar[str] = "self_attn"
+    """Name of the attention module in a decoder layer."""
+    llm_mlp_name: ClassVar[str] = "mlp"
+    """Name of the MLP module in a decoder layer."""
+    rotary_name: ClassVar[str] = "rotary_emb"
+    """Name of the module of the decoder that computes position embeddings."""
+    final_norm_name: ClassVar[str] = "norm"
+    """Name of the norm of the decoder after its last layer."""
     pooling_config_key: ClassVar[str | None] = None
     """Config entry with the number of patches along a side of one visual token; None if a token is one patch."""
     post_norm_path: ClassVar[str | None] = None
@@ -62,6 +72,34 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     def decoder(self) -> Any:
         """The module with the decoder layers."""
         return attrgetter(self.language_model_path)(self.model.base_model)
+
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first decoder layers before which the model adds features by prompt position."""
+        return 0
+
+    @cached_property
+    def decoder_modules(self) -> DecoderModules:
+        """The modules of the LLM."""
+        decoder = self.decoder
+        return DecoderModules(
+            decoder,
+            decoder.layers,
+            self.llm_attention_name,
+            self.llm_mlp_name,
+            getattr(decoder, self.rotary_name, None),
+            getattr(decoder, self.final_norm_name, None),
+            self.adds_features_until,
+        )
+
+    def probe_attention(self, attention: nn.Module, record: Callable[..., None]) -> AbstractContextManager[None]:
+        """Return a context in which calls of the attention kernel of a decoder layer are recorded."""
+        return swapped_config(
+            attention,
+            (CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL),
+            tokenprune_record=record,
+            tokenprune_eager=("eager_attention_forward",),
+        )
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
@@ -97,7 +135,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     @property
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model provides."""
-        kinds = {"received_attention", "keys", "vision_features"}
+        kinds = {"received_attention", "keys", "vision_features"} | LLM_SIGNALS
         if self.projector_path is not None:
             kinds |= {"projector_inputs"}
         if self.resizable:

@@ -59,9 +59,9 @@ def _original_kernel(module: nn.Module) -> Callable[..., Any]:
     swapped: Any = module.config
     # As in transformers' own modules, "eager" is a function of the modeling file and not in the interface.
     names = vars(sys.modules[type(module).__module__])
-    # The modeling files of Llama 4 and Phi-4 have two eager functions.
-    vision_names = ("vision_eager_attention_forward", "simple_eager_attention_forward")
-    eager = next((names[name] for name in vision_names if name in names), None) or names["eager_attention_forward"]
+    # The modeling files of Llama 4 and Phi-4 have two eager functions: of the vision tower and of the LLM.
+    vision_names = ("vision_eager_attention_forward", "simple_eager_attention_forward", "eager_attention_forward")
+    eager = next(names[name] for name in getattr(swapped, "tokenprune_eager", vision_names) if name in names)
     original: Any = swapped.tokenprune_original
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

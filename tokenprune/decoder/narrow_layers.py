@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from tokenprune.caches import find_cache
 from tokenprune.capabilities import DecoderModules
 from tokenprune.decoder.narrow_cache import find_cache_layer, is_narrow, make_narrow
 from tokenprune.decoder.placement import Entries, Kernel, Placement, narrow_mask
+from tokenprune.decoder.trace import LayerTrace, LayerTracer
 from tokenprune.hooks import Hook
 
 STEP_ATTRIBUTE = "tokenprune_step"
@@ -73,6 +74,9 @@ class CutStep:
 class CallPlan(Protocol):
     """What the layers read of the call in progress."""
 
+    traces: dict[int, LayerTrace]
+    """What layers computed in the first forward pass, by layer index."""
+
     def find_step(
         self, cut: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], has_cache: bool
     ) -> CutStep | None:
@@ -115,10 +119,17 @@ class NarrowLayers:
         modules: the modules of the LLM.
         cuts: the first layer of each cut, ascending.
         reindexes: whether positions are counted anew behind the cuts.
+        tracer: records what a strategy reads of layers; None if it reads nothing.
     """
 
-    def __init__(self, modules: DecoderModules, cuts: Sequence[int], reindexes: bool = False) -> None:
-        self.modules, self.cuts, self.reindexes = modules, tuple(cuts), reindexes
+    def __init__(
+        self,
+        modules: DecoderModules,
+        cuts: Sequence[int],
+        reindexes: bool = False,
+        tracer: LayerTracer | None = None,
+    ) -> None:
+        self.modules, self.cuts, self.reindexes, self.tracer = modules, tuple(cuts), reindexes, tracer
         self._local, self._lock = _Local(), threading.Lock()
         self._holders = 0
         self._undo = ExitStack()
@@ -142,7 +153,8 @@ class NarrowLayers:
     def run(self, plan: CallPlan) -> Iterator[None]:
         """Apply a plan to the calls of this thread inside the block."""
         local, previous = self._local, self._local.plan
-        with self.hold():
+        recording = nullcontext() if self.tracer is None else self.tracer.record_into(plan.traces)
+        with self.hold(), recording:
             local.plan, local.steps = plan, (None,) * len(self.cuts)
             try:
                 yield
@@ -163,6 +175,8 @@ class NarrowLayers:
                 # Before transformers' own hooks, which store hidden states for `output_hidden_states`.
                 after = layer.register_forward_hook(Hook(partial(self._leave_layer, number)), prepend=True)
                 self._undo.callback(after.remove)
+        if self.tracer is not None:  # after the hooks above: traces have the entries of narrow layers
+            self._undo.enter_context(self.tracer.hold())
         if self.reindexes and self.modules.rotary is not None:
             self._undo.callback(self.modules.rotary.register_forward_hook(Hook(_note_rotary), with_kwargs=True).remove)
 

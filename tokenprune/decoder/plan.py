@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from tokenprune.account import RowLengths
 from tokenprune.batch import BatchSelection
+from tokenprune.caches import find_cache
+from tokenprune.decoder.narrow_cache import find_cache_layer, is_narrow
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
-from tokenprune.decoder.placement import Entries
+from tokenprune.decoder.placement import Entries, narrow_mask
+from tokenprune.decoder.trace import LayerTrace
+from tokenprune.decoder.views import ImageEntries
 from tokenprune.geometry import NEWLINE, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.packing import pack_masks, read_counts
@@ -54,6 +59,22 @@ class PromptLayout:
             return torch.ones_like(self.placeholders)
         return self.mask[:, -self.placeholders.shape[1] :].to(self.placeholders.device).bool()
 
+    @cached_property
+    def text(self) -> list[Tensor]:
+        """Positions of the text after each image, before the first label, `[text]` each; read from the device once."""
+        placeholders, is_real, last = self.placeholders.cpu(), self.is_real.cpu(), self.last.cpu()
+        ends = placeholders.flatten().nonzero()[:, 0][self._image_ends] if self.layouts else torch.zeros(0).long()
+        positions, text = torch.arange(placeholders.shape[1]), []
+        for row, end in zip(self.row_of_image, ends, strict=True):
+            is_text = is_real[row] & ~placeholders[row] & (positions > end % len(positions)) & (positions <= last[row])
+            text.append(positions[is_text].to(self.placeholders.device))
+        return text
+
+    @property
+    def _image_ends(self) -> Tensor:
+        """Number of the last placeholder of each image."""
+        return torch.tensor([len(layout.packed) for layout in self.layouts]).cumsum(dim=0) - 1
+
     @property
     def image_positions(self) -> int:
         """Number of positions of all images."""
@@ -76,6 +97,8 @@ class CutStrategy(Protocol):
 
     cuts: tuple[int, ...]
     """The first layer of each cut."""
+    reads_text: bool
+    """Whether the strategy reads the text after an image."""
 
     def select(self, cut: int, view: CutView) -> BatchSelection:
         """Return the selections of all images at a cut."""
@@ -86,25 +109,29 @@ class CutView:
     """What the tokens of the images are at a cut, before the strategy reads it.
 
     Args:
+        cuts: the first layer of each cut.
         images: the encoded images, with signals of the vision tower.
         layouts: the layout of each image, restricted to the tokens that are left.
         row_of_image: the prompt row of each image.
         positions: the prompt position of each position of the packed images, `[positions]`.
         hidden: hidden states that enter the layer of the cut, `[rows, length, dim]`.
         prompt: the positions of the prompt.
-        previous: the entries of the layers before this cut; None if they run on all positions.
+        entries: the entries behind each earlier cut; None where layers run on all positions.
+        traces: what earlier layers computed, by layer index.
         repeats: how often each prompt row is repeated in the inputs of the layer.
         args: positional inputs of the layer.
         kwargs: keyword inputs of the layer.
     """
 
+    cuts: Sequence[int]
     images: Sequence[EncodedImage]
     layouts: Sequence[TileGeometry]
     row_of_image: Sequence[int]
     positions: Tensor
     hidden: Tensor
     prompt: PromptLayout
-    previous: Entries | None
+    entries: Sequence[Entries | None]
+    traces: Mapping[int, LayerTrace]
     repeats: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -113,6 +140,83 @@ class CutView:
     def lengths(self) -> list[int]:
         """Number of packed positions of each image."""
         return [len(layout.packed) for layout in self.layouts]
+
+    def entries_of(self, layer: int) -> Entries | None:
+        """Return the entries of a layer that ran, or of the inputs of the layer of this cut; None for all positions.
+
+        Args:
+            layer: index of the layer.
+        """
+        earlier = min(bisect_right(self.cuts, layer), len(self.entries))
+        return self.entries[earlier - 1] if earlier else None
+
+    def entries_at(self, layer: int, reads_text: bool) -> ImageEntries:
+        """Return the entries of the images in a layer.
+
+        Args:
+            layer: index of the layer.
+            reads_text: whether the text after the images is read.
+        """
+        prompt, entries = self.prompt, self.entries_of(layer)
+        text = prompt.text if reads_text else []
+        if entries is None:
+            later = self.hidden.shape[1] - prompt.is_real.shape[1]
+            is_real = F.pad(prompt.is_real, (0, later)) if later else prompt.is_real
+            return ImageEntries(self.rows, self.positions, self.layouts, self.row_of_image, prompt.last, is_real, text)
+        source = entries.source
+        is_real = torch.ones_like(entries.index, dtype=torch.bool) if entries.is_filler is None else ~entries.is_filler
+        return ImageEntries(
+            self.rows,
+            source[self.rows, self.positions],
+            self.layouts,
+            self.row_of_image,
+            source.gather(1, prompt.last[:, None])[:, 0],
+            is_real,
+            [source[row, part] for row, part in zip(self.row_of_image, text, strict=False)],
+        )
+
+    def trace_of(self, layer: int) -> LayerTrace:
+        """Return what a layer computed for the first repetition of each prompt row.
+
+        Args:
+            layer: index of the layer.
+        """
+        trace = self.traces[layer].take_rows(self.repeats)
+        if trace.query is None or trace.key is None or trace.query.shape[2] == trace.key.shape[2]:
+            return trace
+        cache_layer = find_cache_layer(find_cache(self.kwargs), layer)
+        if not getattr(cache_layer, "is_compileable", False):
+            return replace(trace, offset=trace.key.shape[2] - trace.query.shape[2])
+        stored = cache_layer.placement.slots.shape[1] - trace.query.shape[2] if is_narrow(cache_layer) else None
+        return replace(trace, offset=self.prompt.past if stored is None else stored)
+
+    @property
+    def layer_hidden(self) -> Tensor:
+        """Hidden states of the tokens that are left, as the layer of this cut reads them, `[rows, width, dim]`."""
+        entries = self.entries[-1] if self.entries else None
+        return self.hidden if entries is None else entries.take(self.hidden)
+
+    @property
+    def layer_kwargs(self) -> dict[str, Any]:
+        """Keyword inputs of the layer of this cut for the tokens that are left, without a mask of earlier turns."""
+        entries, kwargs = self.entries[-1] if self.entries else None, dict(self.kwargs)
+        rotary = kwargs.get("position_embeddings")
+        if rotary is not None:
+            parts = rotary if isinstance(rotary, tuple) else (rotary,)
+            rows = [part if part.shape[-3] == 1 else part[..., :: self.repeats, :, :] for part in parts]
+            rows = rows if entries is None else [entries.take_rotary(part) for part in rows]
+            kwargs["position_embeddings"] = tuple(rows) if isinstance(rotary, tuple) else rows[0]
+        if (ids := kwargs.get("position_ids")) is not None:
+            ids = ids if ids.shape[-2] == 1 else ids[..., :: self.repeats, :]
+            kwargs["position_ids"] = ids if entries is None else entries.take_ids(ids)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor):
+            mask = mask[:: self.repeats] if len(mask) > 1 else mask
+            mask = mask[..., self.prompt.past : self.prompt.past + self.hidden.shape[1]]
+            if entries is not None:
+                mask = narrow_mask(mask, entries.index, entries.index, entries.is_filler, "bool")
+            kwargs["attention_mask"] = mask
+        return kwargs
 
     @cached_property
     def rows(self) -> Tensor:
@@ -182,6 +286,8 @@ class DecoderPlan:
         self.rows = len(prompt.placeholders)
         self.selections: list[list[Selection]] = []
         """The selection of each image at each cut, after the first forward pass."""
+        self.traces: dict[int, LayerTrace] = {}
+        """What layers before the cuts computed in the first forward pass, by layer index."""
         self.lengths: list[list[int]] = []
         """Number of tokens of each prompt row behind each cut."""
         self._remains: list[Tensor | None] = []
@@ -189,7 +295,9 @@ class DecoderPlan:
         length = prompt.placeholders.shape[1]
         self._positions = true_indices(prompt.placeholders.flatten(), prompt.image_positions) % length
         self._layouts = list(prompt.layouts)
-        self._entries: Entries | None = None
+        if strategy.reads_text:
+            prompt.text  # noqa: B018  # read from the device before the model runs
+        self._entries: list[Entries | None] = []
 
     @property
     def is_finished(self) -> bool:
@@ -249,13 +357,15 @@ class DecoderPlan:
         """Select the tokens that remain behind a cut, from the first repetition of each prompt row."""
         repeats = len(hidden) // self.rows
         view = CutView(
+            self.strategy.cuts,
             self.images,
             self._layouts,
             self.prompt.row_of_image,
             self._positions,
             hidden[::repeats],
             self.prompt,
-            self._entries,
+            tuple(self._entries),
+            self.traces,
             repeats,
             args,
             kwargs,
@@ -308,7 +418,7 @@ class DecoderPlan:
         """Return the step of a forward pass with the prompt and possibly later tokens, all of which remain."""
         remains, mixtures = self._remains[cut], self._mixtures[cut]
         if remains is None:
-            self._entries = None
+            self._note_entries(cut, None)
             return None
         repeats, later = len(hidden) // self.rows, hidden.shape[1] - remains.shape[1]
         is_real = self.prompt.is_real
@@ -317,9 +427,17 @@ class DecoderPlan:
         counts = [count + later for count in self.lengths[cut]]
         width = max(*counts, 2)  # a width of 1 means a decode step
         has_fillers = any(count != width for count in counts)
-        self._entries = Entries.from_mask(remains, is_real, width, has_fillers)
+        entries = Entries.from_mask(remains, is_real, width, has_fillers)
+        self._note_entries(cut, entries)
         edit = partial(self._write_mixtures, mixtures) if mixtures else None
-        return CutStep(self._entries.repeat(repeats), self.prompt.past, edit)
+        return CutStep(entries.repeat(repeats), self.prompt.past, edit)
+
+    def _note_entries(self, cut: int, entries: Entries | None) -> None:
+        """Store the entries behind a cut of the first forward pass for the later cuts."""
+        if len(self._entries) == cut:
+            self._entries.append(entries)
+        if cut + 1 == len(self.strategy.cuts):  # nothing reads the traces after the last cut, nor records new ones
+            self.traces.update(dict.fromkeys(self.traces, LayerTrace()))
 
     def _write_mixtures(self, mixtures: Sequence[Mixture], hidden: Tensor) -> Tensor:
         parts = hidden.unflatten(0, (self.rows, -1))

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
-from tokenprune.capabilities import HasDecoder, require_capability
+from tokenprune.capabilities import DecoderModules, HasDecoder, require_capability
 from tokenprune.decoder.narrow_layers import NarrowLayers
 from tokenprune.decoder.plan import CutContext, CutView, DecoderPlan, PromptLayout
+from tokenprune.decoder.trace import LayerTracer, ask_layer
+from tokenprune.decoder.views import READERS, build_views
 from tokenprune.decoder_reducer import DecoderReducer, as_entered_budget, resolve_cut
 from tokenprune.geometry import TileGeometry
-from tokenprune.image import DeferredTensor, EncodedImage
+from tokenprune.image import (
+    ASKED_SIGNALS,
+    LLM_HIDDEN_SIGNALS,
+    LLM_SIGNALS,
+    LLM_TEXT_SIGNALS,
+    TEXT_ROW_SIGNALS,
+    EncodedImage,
+    Signal,
+    SignalKey,
+)
+from tokenprune.layers import resolve_layers
 from tokenprune.prepared_call import PreparedCall
 
 
@@ -32,7 +46,13 @@ class BoundDecoderReducer:
 
     def __init__(self, reducer: DecoderReducer, adapter: Adapter) -> None:
         self.reducer, self.model = reducer, adapter.model
-        self.modules = require_capability(adapter, HasDecoder).decoder_modules
+        if not adapter.has_prompt_tokens:
+            raise NotImplementedError(
+                f"{type(adapter.model).__name__} reads images by cross-attention and has no image tokens inside its "
+                f"LLM, so {reducer.label} cannot drop them there; use a strategy of the projector stage, such as HiRED"
+            )
+        decoder = require_capability(adapter, HasDecoder)
+        self.modules = decoder.decoder_modules
         count = len(self.modules.layers)
         self.cuts = tuple(resolve_cut(cut.layer, count) for cut in reducer.cuts)
         """The first layer of each cut."""
@@ -47,9 +67,22 @@ class BoundDecoderReducer:
                 f'positions="reindex" would remove the place of a token in its image from the positions of '
                 f'{type(adapter.model).__name__} (M-RoPE); set positions="preserve"'
             )
-        self.layers = NarrowLayers(self.modules, self.cuts, reindexes)
+        reducers = [reducer.at_cut(cut) for cut in reducer.cuts]
+        self._selectors = [BatchSelector(part) for part in reducers]
+        self._readers = [
+            SignalReaders.from_needs(part.needs, layer, self.modules)
+            for part, layer in zip(reducers, self.cuts, strict=True)
+        ]
+        kinds: dict[int, frozenset[str]] = {}
+        for reader in self._readers:
+            for layer, names in reader.kinds_by_layer.items():
+                kinds[layer] = kinds.get(layer, frozenset()) | names
+        self._probe = decoder.probe_attention
+        tracer = LayerTracer(self.modules, kinds, self._probe) if kinds else None
+        self.layers = NarrowLayers(self.modules, self.cuts, reindexes, tracer)
         """The hooks of the layers."""
-        self._selectors = [BatchSelector(reducer.at_cut(cut)) for cut in reducer.cuts]
+        self.reads_text = any(reader.reads_text for reader in self._readers)
+        """Whether the strategy reads the text after an image."""
 
     def keeps_all(self, layouts: Sequence[TileGeometry]) -> bool:
         """Return whether the budget of every cut grants all tokens of every image.
@@ -107,18 +140,87 @@ class BoundDecoderReducer:
             cut: number of the cut.
             view: the tokens at the cut.
         """
-        return self._selectors[cut].select(build_images(view))
+        reader, layers = self._readers[cut], len(self.modules.layers)
+        signals: dict[SignalKey, Sequence[Tensor]] = {
+            (kind, layer): READERS[kind](view.trace_of(layer), view.entries_at(layer, self.reads_text))
+            for layer, kinds in reader.kinds_by_layer.items()
+            for kind in sorted(kinds)
+        }
+        if reader.asked:
+            signals |= self._ask(cut, view)
+        before = self.modules.layer_before(self.cuts[cut]) if reader.kinds_by_layer else 0
+        depths = {
+            kind: (layers, self.cuts[cut] if kind in ASKED_SIGNALS else before)
+            for kind in {kind for kind, _ in signals}
+        }
+        features = view.hidden[view.rows, view.positions].split(view.lengths)
+        return self._selectors[cut].select(build_views(view.images, view.layouts, features, signals, depths))
+
+    def _ask(self, cut: int, view: CutView) -> dict[SignalKey, Sequence[Tensor]]:
+        """Return the signals that the layer of a cut computes on all tokens that are left."""
+        layer, asked = self.cuts[cut], self._readers[cut].asked
+        entries = view.entries_at(layer, self.reads_text)
+        traces = {
+            is_rotated: ask_layer(
+                self.modules, layer, self._probe, view.layer_hidden, view.layer_kwargs, is_rotated=is_rotated
+            )
+            for is_rotated in {kind != "unrotated_attention" for kind in asked}
+        }
+        return {(kind, layer): READERS[kind](traces[kind != "unrotated_attention"], entries) for kind in sorted(asked)}
 
 
-def build_images(view: CutView) -> Sequence[EncodedImage]:
-    """Return the images with hidden states as features."""
-    packed = view.hidden[view.rows, view.positions].split(view.lengths)
-    return [
-        replace(
-            image,
-            geometry=layout,
-            compute_features=DeferredTensor(partial(layout.unpack, tokens)),
-            device=view.hidden.device,
-        )
-        for image, layout, tokens in zip(view.images, view.layouts, packed, strict=True)
-    ]
+@dataclass(frozen=True)
+class SignalReaders:
+    """The signals of the LLM that a strategy reads at one cut.
+
+    Args:
+        kinds_by_layer: kinds of signals of layers before the cut, by layer index.
+        asked: kinds of signals of the layer of the cut.
+    """
+
+    kinds_by_layer: Mapping[int, frozenset[str]]
+    asked: frozenset[str]
+
+    @classmethod
+    def from_needs(cls, needs: Sequence[Signal], cut: int, modules: DecoderModules) -> SignalReaders:
+        """Return the signals of the LLM among the needs of a strategy.
+
+        Args:
+            needs: the needs.
+            cut: the first layer without the dropped tokens.
+            modules: the modules of the LLM.
+
+        Raises:
+            ValueError: if a signal belongs to a layer that has not run before the cut, or that has no attention.
+        """
+        kinds: dict[int, frozenset[str]] = {}
+        own = [signal for signal in needs if signal.kind in LLM_SIGNALS]
+        asked = frozenset(signal.kind for signal in own) & ASKED_SIGNALS
+        if asked and cut not in modules.attention_layers:
+            raise ValueError(
+                f"{', '.join(sorted(asked))} needs attention in layer {cut} of the LLM, which has none; set a cut at "
+                f"one of the layers {', '.join(map(str, modules.attention_layers))}"
+            )
+        for signal in own:
+            if signal.kind in ASKED_SIGNALS:
+                continue
+            before = modules.layer_before(cut)
+            for layer in resolve_layers(signal.layer, len(modules.layers), before, "LLM"):
+                if layer >= cut:
+                    raise ValueError(
+                        f"{signal.kind} of layer {layer} is not computed before the cut at layer {cut}; read a layer "
+                        f"from 0 to {cut - 1}"
+                    )
+                if signal.kind not in LLM_HIDDEN_SIGNALS and layer not in modules.attention_layers:
+                    raise ValueError(
+                        f"{signal.kind} needs attention in layer {layer} of the LLM, which has none; read one of the "
+                        f"layers {', '.join(map(str, modules.attention_layers))}"
+                    )
+                kinds[layer] = kinds.get(layer, frozenset()) | {signal.kind}
+        return cls(kinds, asked)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a signal belongs to the text after an image."""
+        kinds = self.asked.union(*self.kinds_by_layer.values())
+        return bool(kinds & (LLM_TEXT_SIGNALS | TEXT_ROW_SIGNALS))
