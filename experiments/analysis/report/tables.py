@@ -209,7 +209,7 @@ def compute_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     lines = [
         [
             *(name, budget, format_percent(setting.flops_share), format_number(setting.average_tokens)),
-            *(format_number(setting.mean("kept")), format_interval(setting.score), "yes" if number in front else ""),
+            *(format_number(setting.mean("kept")), format_interval(setting.score), "yes" if number in front else "no"),
         ]
         for number, (name, budget, setting) in enumerate(rows)
     ]
