@@ -10,10 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.image import Signal
+from tokenprune.models._base.compilable import CompilableAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 
 
-class InternVLAdapter(TiledAdapter):
+class InternVLAdapter(TiledAdapter, CompilableAdapter):
     """`InternVLForConditionalGeneration`: InternViT has a CLS token."""
 
     family: ClassVar[str] = "internvl"

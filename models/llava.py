@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from tokenprune.models._base.compilable import CompilableAdapter
 from tokenprune.models._base.single_tile import SingleTileAdapter
 
 
-class LlavaAdapter(SingleTileAdapter):
+class LlavaAdapter(SingleTileAdapter, CompilableAdapter):
     """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower; every image is one base tile."""
 
     family: ClassVar[str] = "llava"

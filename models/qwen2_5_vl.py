@@ -9,18 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_window_index
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from tokenprune.adapter import PackedTokens
 from tokenprune.geometry import TileGeometry
+from tokenprune.models._base.compilable import CompilableAdapter
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
-from tokenprune.models._capture.hooks import Tower
+from tokenprune.models._base.vision_inputs import read_once
+from tokenprune.models._capture.compiled_tower import HostLengths
+from tokenprune.models._capture.hooks import Tower, replaced_forward
+from tokenprune.models._capture.vision_run import VisionRun
+
+TOWER_FIELDS = ("last_hidden_state", "pooler_output")
+"""Fields of the tower's output object."""
 
 
-class Qwen25VLAdapter(MergedPatchesAdapter):
+class Qwen25VLAdapter(MergedPatchesAdapter, CompilableAdapter):
     """`Qwen2_5_VLForConditionalGeneration`; attention rows come from the tower's `fullatt_block_indexes`."""
 
     family: ClassVar[str] = "qwen2_5_vl"
@@ -36,6 +46,50 @@ class Qwen25VLAdapter(MergedPatchesAdapter):
         full_attention = [layer for layer in self.tower.fullatt_block_indexes if 0 <= layer < depth]
         sources = {layer: nearest_layer(layer, full_attention) for layer in range(depth)}
         return replace(super().tower_parts(layouts), rows_from=sources)
+
+    def run_vision_side(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        kinds_by_layer: dict[int, set[str]],
+        truncated: bool,
+    ) -> VisionRun:
+        """Run the model's own `get_image_features`, with a compiled tower if there is one and the call is truncated."""
+        compiled = self.compiled_tower
+        if compiled is None or not truncated or self._output_options(inputs):
+            return super().run_vision_side(inputs, layouts, kinds_by_layer, truncated)
+        grids, parts, captured = read_once(inputs["image_grid_thw"]), self.tower_parts(layouts), {}
+        last = {max([self.feature_layer(inputs), *kinds_by_layer]): set[str]()}
+
+        def encode(pixels: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+            layout, kinds, fields = tuple(grids.flatten().tolist()), {**last, **kinds_by_layer}, TOWER_FIELDS
+            arguments = partial(self._tower_arguments, grids, grid_thw.device)
+            (outputs, _), signals = compiled.run(layout, (pixels, grid_thw), parts, kinds, (), arguments, fields)
+            captured.update(signals)
+            return BaseModelOutputWithPooling(**outputs)
+
+        with replaced_forward(self.tower, encode):
+            outputs = self.run_vision(self.vision_arguments(inputs), layouts)
+        return VisionRun(PackedTokens(self.split_features(outputs, layouts)), outputs, captured)
+
+    def _tower_arguments(self, grids: Tensor, device: torch.device) -> dict[str, Any]:
+        """Return the arguments of the tower that depend on the sizes of the images only.
+
+        Args:
+            grids: number of frames, rows and columns of each image on the CPU, `[images, 3]`.
+            device: the device of the tower.
+        """
+        tower = self.tower
+        with torch.inference_mode(False):  # a later call may run outside of inference mode
+            windows, window_lengths = get_vision_window_index(
+                grids, self.pooling, window_size=tower.window_size, patch_size=tower.patch_size
+            )
+            return {
+                "position_ids": get_vision_position_ids(grids, self.pooling).to(device),
+                "cu_seqlens": HostLengths(get_vision_cu_seqlens(grids).tolist()),
+                "window_index": windows.to(device),
+                "cu_window_seqlens": HostLengths(window_lengths.tolist()),
+            }
 
     def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the index of each patch in the tower, which orders merge blocks by window, `[patches]`."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
+    from tokenprune.compiled import CompileOptions as CompileOptions
     from tokenprune.component_reducer import ComponentReducer as ComponentReducer
     from tokenprune.decoder_reducer import AtLayer as AtLayer
     from tokenprune.decoder_reducer import DecoderReducer as DecoderReducer
@@ -48,6 +49,7 @@ _MODULES = {
     "AtLayer": "decoder_reducer",
     "Attachment": "attach",
     "Budget": "budget",
+    "CompileOptions": "compiled",
     "ComponentReducer": "component_reducer",
     "Composed": "reducer",
     "DecoderReducer": "decoder_reducer",

@@ -22,6 +22,7 @@ from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
 from tokenprune.caches import mark_caches
+from tokenprune.compiled import CompileOptions, resolve_multiple
 from tokenprune.hooks import Hook
 from tokenprune.literals import check_literal
 from tokenprune.pipeline import Pipeline
@@ -53,9 +54,11 @@ class Attachment:
         outputs: the length of the outputs of a plain call, see `TokenReducer.__call__`.
         strict: whether leaving the block raises an error if no image was reduced.
         keep_pixels: whether the first images keep their pixels for drawing.
+        compile: whether tower, reducer and language model run as compiled graphs, see `TokenReducer.__call__`.
+        pad_to_multiple_of: see `TokenReducer.__call__`.
 
     Raises:
-        ValueError: if `outputs` is not known.
+        ValueError: if `outputs` is not known, or `pad_to_multiple_of` is not positive.
     """
 
     def __init__(
@@ -67,10 +70,19 @@ class Attachment:
         outputs: Outputs = "full",
         strict: bool = False,
         keep_pixels: bool = True,
+        compile: bool | CompileOptions = False,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         check_literal("outputs", outputs, get_args(Outputs))
         self._model, self._reducer, self._strict = model, reducer, strict
-        self._options: dict[str, Any] = {"question": question, "tokenizer": tokenizer, "keep_pixels": keep_pixels}
+        compile_options = CompileOptions() if compile is True else compile or None
+        self._options: dict[str, Any] = {
+            "question": question,
+            "tokenizer": tokenizer,
+            "keep_pixels": keep_pixels,
+            "compile_options": compile_options,
+            "pad_to_multiple_of": resolve_multiple(pad_to_multiple_of, compile_options),
+        }
         self._outputs = outputs
         self._was_used = False
         self._undo: ExitStack | None = None
@@ -110,11 +122,12 @@ class Attachment:
                 )
             pipeline = Pipeline(self._reducer, adapter, **self._options)
             undo.enter_context(pipeline.hold_hooks())
-            for module in (*wrappers, model):
-                undo.callback(_ForwardHooks(module, model, pipeline, self._outputs).remove)
+            hooks = [_ForwardHooks(module, model, pipeline, self._outputs) for module in (*wrappers, model)]
+            for module_hooks in hooks:
+                undo.callback(module_hooks.remove)
             if hasattr(model, "generate"):
                 undo.callback(_restore_generate, model, previous)
-                model.generate = _Generate(pipeline)
+                model.generate = _Generate(pipeline, hooks)
             self._undo, self._run, self.pipeline = undo.pop_all(), pipeline.run, pipeline
         return self._run
 
@@ -266,8 +279,7 @@ class _ForwardHooks:
         """Return the reduced inputs; None for calls of `generate`, of text only, and of shallow copies of the model."""
         if module is not self._module:
             return None
-        if threading.get_ident() in self._calls:  # an interrupted call; no lock is taken in each decode step
-            self._end()
+        self.leave_interrupted_call()
         pipeline, inputs = self._pipeline, {**dict(zip(self._names, args, strict=False)), **kwargs}
         if pipeline.is_generating or not self._begin():
             return None
@@ -289,6 +301,11 @@ class _ForwardHooks:
         """Leave the contexts of the call, and return its output at the length of the full prompt."""
         call = self._end() if module is self._module else None
         return None if call is None or output is None else call.restore(output)
+
+    def leave_interrupted_call(self) -> None:
+        """Leave the contexts of an interrupted call of this thread, without a lock if there is none."""
+        if threading.get_ident() in self._calls:
+            self._end()
 
     def remove(self) -> None:
         """Remove the hooks; if other threads are inside a call, the last call removes them."""
@@ -390,10 +407,15 @@ class _CallInProgress:
 
 
 class _Generate:
-    """The `generate` of a model with a reducer attached."""
+    """The `generate` of a model with a reducer attached.
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    Args:
+        pipeline: the strategy bound to the model.
+        hooks: the hooks of plain calls; an interrupted call can still hold its contexts.
+    """
+
+    def __init__(self, pipeline: Pipeline, hooks: Sequence[_ForwardHooks]) -> None:
+        self.pipeline, self._hooks = pipeline, hooks
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the parts of a deep copy or pickle: the unmodified `generate` of the copied model."""
@@ -405,6 +427,8 @@ class _Generate:
         Raises:
             ValueError: if the prompt is passed twice.
         """
+        for hooks in self._hooks:
+            hooks.leave_interrupted_call()
         options = inspect.signature(GenerationMixin.generate).bind(None, *args, **kwargs).arguments
         inputs = {**options.pop("kwargs", {}), **options}
         inputs.pop("self")

@@ -7,14 +7,15 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.checks import DeferredCheck, defer_checks, raise_if
+from tokenprune.compiled import CompileOptions, GraphCache, compile_function, copy_outputs
 from tokenprune.image import EncodedImage, SignalKey
 from tokenprune.selection import TENSOR_FIELDS, MaskCount, Selection
 
@@ -43,15 +44,34 @@ class BatchSelection:
     checks: list[DeferredCheck]
 
 
+class _ReducerGraph(NamedTuple):
+    """A compiled strategy for images of one layout.
+
+    Args:
+        run: maps signals and features of the images to the tensors of the selections, and whether they are invalid.
+        template: a selection with the same fields that are no tensors.
+        counts: number of true entries of each mask by field; None if the mask must be counted.
+        reads_features: whether the strategy reads the features.
+    """
+
+    run: Callable[..., Any]
+    template: Selection
+    counts: Mapping[str, int | None]
+    reads_features: bool
+
+
 class BatchSelector:
     """Selects the tokens of all images of a call with one strategy.
 
     Args:
         reducer: the strategy.
+        compile_options: compiles a strategy that is a single graph; None compiles nothing.
     """
 
-    def __init__(self, reducer: TokenReducer) -> None:
+    def __init__(self, reducer: TokenReducer, compile_options: CompileOptions | None = None) -> None:
         self.reducer = reducer
+        self._compile_options = compile_options if reducer.is_single_graph else None
+        self._graphs = GraphCache()
         self._supports_vmap = True
         self._reads_features = False
 
@@ -69,6 +89,8 @@ class BatchSelector:
 
     def _reduce_group(self, images: list[EncodedImage]) -> list[Selection]:
         """Return the selections of images with one layout and signals of one shape."""
+        if self._compile_options is not None:
+            return self._reduce_compiled(images, self._compile_options)
         if len(images) == 1 or not self._supports_vmap:
             return [self.reducer.reduce(image) for image in images]
         try:
@@ -80,6 +102,52 @@ class BatchSelector:
         for check in checks:
             raise_if(check.failed.any(), check.message)
         return selections
+
+    def _reduce_compiled(self, images: list[EncodedImage], options: CompileOptions) -> list[Selection]:
+        """Return the selections of images of one layout from one compiled graph, and defer its check."""
+        key = (len(images), group_key(images[0]))
+        graph = self._graphs.get(key, lambda: self._compile(images[0], options))
+        signals = [dict(image.signals) for image in images]
+        features = [image.features for image in images] if graph.reads_features else None
+        tensors, failed = copy_outputs(graph.run(signals, features))
+        raise_if(
+            failed.any(),
+            f"{type(self.reducer).__name__} returned NaN scores, tokens that are not valid, or a wrong number of "
+            "tokens; attach it without compile=True for the message of the failed check",
+        )
+        values = {name: value.unbind() for name, value in tensors.items()}
+        return [
+            _rebuild(graph.template, {name: parts[number] for name, parts in values.items()}, graph.counts, image)
+            for number, image in enumerate(images)
+        ]
+
+    def _compile(self, image: EncodedImage, options: CompileOptions) -> _ReducerGraph:
+        """Return the compiled strategy for images with the layout of an image, after one call without compilation."""
+        reads: list[bool] = []
+
+        def read_features() -> Tensor:
+            reads.append(True)
+            return image.features
+
+        with defer_checks():  # this call copies the index tables of the layout to the device
+            template = self.reducer.reduce(replace(image, compute_features=read_features, pixels=None))
+        counts = {"kept": template.token_count, "newline_mask": template.newline_count}
+        reducer, layout = self.reducer, replace(image, signals={}, compute_features=_refuse_features, pixels=None)
+
+        def reduce_image(signals: Mapping[SignalKey, Tensor], features: Tensor | None) -> Any:
+            compute = _refuse_features if features is None else (lambda: features)
+            selection = reducer.reduce(replace(layout, signals=signals, compute_features=compute))
+            values = {name: getattr(selection, name) for name in TENSOR_FIELDS}
+            return {n: v for n, v in values.items() if v is not None}, is_invalid(selection, counts["kept"])
+
+        def reduce_images(signals: list[dict[SignalKey, Tensor]], features: list[Tensor] | None) -> Any:
+            stacked = {key: torch.stack([entry[key] for entry in signals]) for key in signals[0]}
+            stacked_features = None if features is None else torch.stack(features)
+            in_dims = (0, None if features is None else 0)
+            return torch.vmap(reduce_image, in_dims=in_dims)(stacked, stacked_features)
+
+        run = compile_function(reduce_images, options, type(reducer).__name__)
+        return _ReducerGraph(run, template, counts, bool(reads))
 
     def _reduce_together(self, images: list[EncodedImage]) -> tuple[list[Selection], list[DeferredCheck]]:
         """Return the selections of images of one layout from one vectorized call, and the checks."""
@@ -151,7 +219,30 @@ def group_images(images: Iterable[EncodedImage]) -> list[list[EncodedImage]]:
     """
     groups: dict[Hashable, list[EncodedImage]] = {}
     for image in images:
-        shapes = tuple(sorted((key, tuple(value.shape), str(value.dtype)) for key, value in image.signals.items()))
-        depths = tuple(sorted(image.depths.items()))
-        groups.setdefault((image.geometry.original, shapes, depths, image.device), []).append(image)
+        groups.setdefault(group_key(image), []).append(image)
     return list(groups.values())
+
+
+def group_key(image: EncodedImage) -> Hashable:
+    """Return a key that is equal for images of one layout with signals of the same kinds, layers and shapes.
+
+    Args:
+        image: the encoded image.
+    """
+    shapes = tuple(sorted((key, tuple(value.shape), str(value.dtype)) for key, value in image.signals.items()))
+    return image.geometry.original, shapes, tuple(sorted(image.depths.items())), image.device
+
+
+def is_invalid(selection: Selection, count: int | None) -> Tensor:
+    """Return whether a selection has NaN scores, keeps tokens that are not valid, or a wrong number, bool `[]`.
+
+    A compiled graph has no other checks of a strategy (`raise_if`).
+
+    Args:
+        selection: the selection.
+        count: the expected number of kept tokens; None accepts all numbers.
+    """
+    kept, layout = selection.kept, selection.geometry.to(selection.kept.device)
+    failed = (kept & ~layout.valid).any()
+    failed = failed if selection.scores is None else failed | selection.scores.isnan().any()
+    return failed if count is None else failed | (kept.sum() != count)

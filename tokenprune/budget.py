@@ -269,21 +269,28 @@ def copy_to_device(values: Sequence[float], device: torch.device) -> Tensor:
     if not all(isinstance(value, int) for value in values):
         return torch.tensor(values, device=device)
     with torch.inference_mode(False):  # an inference tensor does not count its modifications
-        tensor = as_device_tensor(tuple(values), device).clone()
+        tensor = as_device_tensor(tuple(int(value) for value in values), device).clone()
     tensor.host_values, tensor.host_version = tuple(values), count_modifications(tensor)  # type: ignore[attr-defined]
     return tensor
 
 
-@lru_cache(maxsize=1024)
 def as_device_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Return whole numbers as a cached tensor, int64 `[values]`; equal arguments return the same tensor.
 
-    These calls return the same tensor; do not modify it.
+    These calls return the same tensor; do not modify it. A compiled graph fills the tensor on the device, because a
+    copy from the host cannot be part of a CUDA graph.
 
     Args:
         values: the numbers.
         device: the device of the tensor.
     """
+    if torch.compiler.is_compiling():
+        return torch.cat([torch.full((1,), value, dtype=torch.long, device=device) for value in values])
+    return _cache_tensor(values, device)
+
+
+@lru_cache(maxsize=1024)
+def _cache_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later call may record gradients
         return torch.tensor(values, dtype=torch.long, device=device)
 

@@ -22,6 +22,7 @@ from tokenprune.geometry import TileGeometry
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
+    from tokenprune.compiled import CompiledLLM, CompileOptions
 
 C = TypeVar("C")
 
@@ -158,6 +159,22 @@ class HasDecoder(ABC):
         Args:
             attention: the attention module.
             record: called with queries, keys, scaling, attention mask and sequence lengths.
+        """
+
+
+class Compilable(ABC):
+    """Runs the vision tower and the language model as compiled graphs; required by ``compile=True``."""
+
+    @abstractmethod
+    def compile_parts(self, options: CompileOptions, multiple: int) -> CompiledLLM:
+        """Return the compiled language model, and encode images with a compiled tower from now on.
+
+        Args:
+            options: the compiler.
+            multiple: number of which the width of a compiled prefill is a multiple.
+
+        Raises:
+            ValueError: if a part of the model cannot be compiled.
         """
 
 

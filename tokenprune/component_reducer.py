@@ -63,6 +63,14 @@ class ComponentReducer(TokenReducer):
         components = (self.allocation, self.selection, self.merging, self.order)
         return [signal for component in components if component is not None for signal in component.needs]
 
+    @property
+    def is_single_graph(self) -> bool:
+        """Whether `select` is one graph: an exact allocation, a ranking of scores, no merging, order or counting."""
+        ranks_scores = type(self.selection).pick is SelectionPolicy.pick
+        is_counted = as_budget(self.budget).newlines == "counted"
+        is_simple = self.merging is None and self.order is None and not is_counted
+        return is_simple and ranks_scores and self.allocation.is_exact
+
     def select(self, image: EncodedImage) -> Selection:
         """Divide the budget over the tiles, then select tokens inside each tile, or among all tiles in one pool."""
         geometry, device = image.geometry.to(image.device), image.device

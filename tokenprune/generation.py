@@ -57,7 +57,7 @@ def generate_reduced(
             tokens if dropping image tokens changed which text tokens are adjacent.
     """
     inputs, width = dict(inputs), rows.index.shape[1]
-    options = _Options(inputs, generation_config, default_config)
+    options = GenerateOptions(inputs, generation_config, default_config)
     if options.get("token_healing"):
         raise ValueError(
             "token_healing rewrites the prompt as text, and the ids of a reduced prompt do not represent a text; "
@@ -149,7 +149,7 @@ def _describe(value: Any) -> str:
     return f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-class _Options:
+class GenerateOptions:
     """The options of one call: its arguments, then its generation config, then the generation config of the model.
 
     Args:
@@ -170,7 +170,7 @@ class _Options:
 
 
 def _with_lower_limits(
-    inputs: dict[str, Any], generation_config: Any, options: _Options, rows: Rows
+    inputs: dict[str, Any], generation_config: Any, options: GenerateOptions, rows: Rows
 ) -> tuple[dict[str, Any], Any]:
     """Return inputs and generation config with total length limits lowered by the dropped width.
 
@@ -198,7 +198,7 @@ def _with_lower_limits(
     return inputs, generation_config
 
 
-def _check_adjacent_text(inputs: Mapping[str, Any], options: _Options, prompt: Tensor, rows: Rows) -> None:
+def _check_adjacent_text(inputs: Mapping[str, Any], options: GenerateOptions, prompt: Tensor, rows: Rows) -> None:
     """Raise an error for options that compare neighboring tokens, if the full and the reduced prompt differ in them.
 
     They differ if no token of an image is kept, or if a prompt ends with an image. Image tokens are never generated, so
@@ -236,7 +236,7 @@ def _adjacency_error(name: str) -> str:
 
 
 def _compared_lengths(
-    inputs: Mapping[str, Any], options: _Options
+    inputs: Mapping[str, Any], options: GenerateOptions
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Return the lengths of compared n-grams, of compared text, and of the end of the prompt that is compared exactly.
 

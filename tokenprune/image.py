@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.layers import LayerChoice, resolve_layers
+from tokenprune.layers import LayerChoice, LLMLayerChoice, resolve_layers
 
 SignalKey: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
@@ -111,7 +111,7 @@ class Signal(NamedTuple):
     """
 
     kind: str
-    layer: LayerChoice = "feature"
+    layer: LLMLayerChoice = "feature"
 
 
 @dataclass(init=False, eq=False)
@@ -320,7 +320,7 @@ class EncodedImage:
 
     # --- Signals of the LLM, for strategies of the decoder stage ----------------------------------------------------
 
-    def last_text_attention(self, layer: LayerChoice = "before") -> Tensor:
+    def last_text_attention(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention of the last prompt token to each visual token, `[tiles, heads, tokens]`.
 
         The softmax covers all keys that the last token reads, so that rows sum to less than 1.
@@ -330,43 +330,43 @@ class EncodedImage:
         """
         return self.read(Signal("last_text_attention", layer))
 
-    def text_attention(self, layer: LayerChoice = "before") -> Tensor:
+    def text_attention(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention of each text token after the image to each visual token, `[tiles, heads, text, tokens]`.
 
         The softmax covers all keys that the text token reads.
         """
         return self.read(Signal("text_attention", layer))
 
-    def visual_attention(self, layer: LayerChoice = "before") -> Tensor:
+    def visual_attention(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention of the visual tokens of the image to each of them, `[tiles, heads, tokens]`.
 
         It is the mean over the visual tokens as queries. The softmax covers all keys that a query reads.
         """
         return self.read(Signal("visual_attention", layer))
 
-    def llm_keys(self, layer: LayerChoice = "before") -> Tensor:
+    def llm_keys(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention keys of the visual tokens in a layer of the LLM, `[tiles, kv_heads, tokens, head_dim]`.
 
         Keys are rotated: position embeddings are applied.
         """
         return self.read(Signal("llm_keys", layer))
 
-    def text_keys(self, layer: LayerChoice = "before") -> Tensor:
+    def text_keys(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention keys of the text tokens after the image, `[kv_heads, text, head_dim]`."""
         return self.read(Signal("text_keys", layer))
 
-    def llm_hidden(self, layer: LayerChoice = "before") -> Tensor:
+    def llm_hidden(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the input of a layer of the LLM at the visual tokens, `[tiles, tokens, dim]`.
 
         The input of layer 0 are the embeddings. The input of the layer of the cut is `features`.
         """
         return self.read(Signal("llm_hidden", layer))
 
-    def text_hidden(self, layer: LayerChoice = "before") -> Tensor:
+    def text_hidden(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the input of a layer of the LLM at the text tokens after the image, `[text, dim]`."""
         return self.read(Signal("text_hidden", layer))
 
-    def token_transition(self, layer: LayerChoice = "before") -> Tensor:
+    def token_transition(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return how much a layer of the LLM changes each visual token, `[tiles, tokens, 1]` (TransPrune, CVPR 2026).
 
         It is the sum over attention and MLP of ``|out| / |in| * softmax(1 - cos(in, out))``. ``in`` and ``out`` are

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-LayerChoice: TypeAlias = Literal["first", "feature", "before"] | int | float | list[int | float | str]
-"""A layer of the vision tower or of the LLM, in one of six forms.
+LayerChoice: TypeAlias = Literal["first", "feature"] | int | float | list[int | float | str]
+"""A layer of the vision tower, in one of five forms.
 
 * ``"first"``: the first layer;
 * ``"feature"``: the layer whose output the model uses as visual features;
-* ``"before"``: for signals of the LLM, the deepest layer with attention before the cut;
 * an int: a layer index; a negative index counts from the end, as in timm;
 * a float between 0 and 1: a relative depth (0.0 is the first layer, 1.0 the last layer);
 * a list of these: the mean over several layers.
 """
+LLMLayerChoice: TypeAlias = Literal["before"] | LayerChoice
+"""A layer of the LLM: ``"before"``, the deepest layer with attention before the cut, or one of the forms above."""
 
 
 def resolve_layers(
-    choice: LayerChoice, layers: int, feature_layer: int, model: Literal["vision tower", "LLM"] = "vision tower"
+    choice: LLMLayerChoice, layers: int, feature_layer: int, model: Literal["vision tower", "LLM"] = "vision tower"
 ) -> tuple[int, ...]:
     """Return the layer indices that a layer choice selects.
 

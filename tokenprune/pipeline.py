@@ -20,10 +20,11 @@ from tokenprune.batch import BatchSelector
 from tokenprune.budget import as_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
+from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
 from tokenprune.decoder.plan import DecoderPlan, PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.decoder_reducer import DecoderReducer
-from tokenprune.generation import check_arguments, generate_reduced
+from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.prepared_call import CallRecord, PreparedCall
@@ -66,10 +67,12 @@ class Pipeline:
         question: the question of all prompts, or one per prompt row; None reads it from the prompt.
         tokenizer: decodes the prompt; None loads the tokenizer from the folder or hub id of the model.
         keep_pixels: whether the selections of the first images store their pixels for drawing.
+        pad_to_multiple_of: number of which the width of a reduced prompt is a multiple; 1 adds no padding.
+        compile_options: compiles tower, reducer and language model; None compiles nothing.
 
     Raises:
-        ValueError: if the adapter does not provide a needed signal, or the strategy reads the question without a text
-            model.
+        ValueError: if the adapter does not provide a needed signal, the strategy reads the question without a text
+            model, or a part of the model cannot be compiled.
     """
 
     def __init__(
@@ -79,9 +82,11 @@ class Pipeline:
         question: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         keep_pixels: bool = True,
+        pad_to_multiple_of: int = 1,
+        compile_options: CompileOptions | None = None,
     ) -> None:
         self.reducer, self.adapter = reducer, adapter
-        self.keep_pixels = keep_pixels
+        self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
         tower_needs = [signal for signal in reducer.needs if signal.kind not in LLM_SIGNALS]
@@ -98,11 +103,18 @@ class Pipeline:
         self.entry: TokenReducer | None = entries[0][0] if entries else None
         """The strategy before the LLM; None without one."""
         self._stage: EntryStage | None = entries[0][1] if entries else None
-        self.batch_selector = None if self.entry is None else BatchSelector(self.entry)
+        self.batch_selector = None if self.entry is None else BatchSelector(self.entry, compile_options)
         """Applies the strategy before the LLM to the images of a call; None without one."""
         decoder = next((part for part in reducer.list_parts() if isinstance(part, DecoderReducer)), None)
         self.decoder = None if decoder is None else BoundDecoderReducer(decoder, adapter)
         """The strategy inside the LLM, bound to the layers; None without one."""
+        self.compiled = compile_llm(adapter, compile_options, pad_to_multiple_of)
+        """The compiled language model; None if nothing is compiled."""
+        if self.compiled is not None and self.decoder is not None:
+            raise ValueError(
+                f"compile=True does not support {reducer.label}, which drops tokens inside the LLM; attach it without "
+                "compile=True"
+            )
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -200,6 +212,9 @@ class Pipeline:
             The result of `generate`; sequences begin with the full prompt.
         """
         inputs, default = {**call.inputs, **options}, self.adapter.model.generation_config
+        compiled = self.compiled if call.is_shortened else None
+        if compiled is not None:
+            inputs |= compiled.select_cache(GenerateOptions(inputs, generation_config, default))
         with call.enter_contexts(), self._inside_generate():
             if call.is_reduced:
                 mark_caches(inputs)
@@ -209,6 +224,8 @@ class Pipeline:
                 output = self._generate(generation_config=generation_config, **inputs)
             if call.is_reduced:
                 mark_caches(output)
+            if compiled is not None and not isinstance(output, Tensor):
+                compiled.release_caches()  # an output object can contain the cache
             return output
 
     @contextmanager
@@ -244,6 +261,8 @@ class Pipeline:
     ) -> PreparedCall:
         adapter, reducer = self.adapter, self.entry
         adapter.check_inputs(inputs)
+        if self.compiled is not None:
+            check_gradients()
         placeholders, attention_mask = adapter.placeholders(inputs), inputs.get("attention_mask")
         past = count_cached(inputs) if reducer is None else 0
         new_placeholders = placeholders[:, past:] if for_generate else placeholders
@@ -301,11 +320,15 @@ class Pipeline:
         rows = shorten_rows(
             placeholders, mask, packed_mask, padding, max(record.reduced_lengths, default=0) + spare, emptied
         )
+        unpadded_width, rows = rows.index.shape[1], rows.pad_left(self.pad_to_multiple_of)
         reduced = shorten_inputs(text, rows, self._pad_token_id())
+        if (first := rows.index.shape[1] - unpadded_width) and reduced.get("labels") is not None:
+            reduced["labels"][:, first] = -100  # without padding, no position predicts the first token
         reduced.pop("position_ids", None)
         if (positions := self._compute_position_ids(inputs, rows, for_generate)) is not None:
             reduced["position_ids"] = positions
-        entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, self._list_contexts(features))
+        contexts = self._list_contexts(features, self.compiled)
+        entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts)
         return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
 
     def _prepare_unchanged(
@@ -379,8 +402,13 @@ class Pipeline:
 
         return self.decoder.add_to_call(call, prompt, images, inputs, add_record)
 
-    def _list_contexts(self, features: FeatureInputs) -> tuple[AbstractContextManager[Any], ...]:
-        return () if features.context is None else (self._lock, features.context)
+    def _list_contexts(
+        self, features: FeatureInputs, compiled: CompiledLLM | None = None
+    ) -> tuple[AbstractContextManager[Any], ...]:
+        """Return the contexts of a call; the first of them is the lock if a context changes the model."""
+        parts = (features.context, None if compiled is None else compiled.attached())
+        contexts = tuple(context for context in parts if context is not None)
+        return (self._lock, *contexts) if contexts else ()
 
     def _record(self, record: CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
         lengths = list(zip(record.prompts.tokens, reduced, strict=True))

@@ -28,6 +28,7 @@ from tokenprune.stages import STAGE_ORDER, ProjectorStage, SeveralStages, Stage
 
 if TYPE_CHECKING:
     from tokenprune.attach import Attachment
+    from tokenprune.compiled import CompileOptions
 
 
 @dataclass
@@ -106,6 +107,11 @@ class TokenReducer(Configurable, ABC):
         return Composed([*self.list_parts(), *later.list_parts()])
 
     @property
+    def is_single_graph(self) -> bool:
+        """Whether `select` is one graph of static shape for `torch.compile`, without reads from the device."""
+        return False
+
+    @property
     def reads_question(self) -> bool:
         """Whether a needed signal is computed from the question or lies in the space that image and text share."""
         return any(signal.kind in TEXT_SIGNALS | ALIGNED_SIGNALS for signal in self.needs)
@@ -178,6 +184,8 @@ class TokenReducer(Configurable, ABC):
         tokenizer: Any = None,
         outputs: Literal["full", "reduced"] = "full",
         strict: bool = False,
+        compile: bool | CompileOptions = False,
+        pad_to_multiple_of: int | None = None,
     ) -> Attachment:
         """Return the context that attaches the strategy: ``with reducer(model) as run: model.generate(...)``.
 
@@ -191,15 +199,29 @@ class TokenReducer(Configurable, ABC):
                 keeps the length of the prompt: a dropped position repeats the state of the last kept position before
                 it. ``"reduced"`` returns the length of the shortened prompt, described by `run.rows`.
             strict: whether leaving the block raises an error instead of a warning if no image was reduced.
+            compile: whether vision tower, reducer and language model run as graphs of ``torch.compile``; with CUDA
+                graphs on a GPU. The first call of each layout and prompt width compiles, which takes seconds to
+                minutes. `CompileOptions` selects another compiler. See docs/how-to/compile.md.
+            pad_to_multiple_of: number of which the width of a reduced prompt is a multiple; the prompts are padded on
+                the left, and the padding is masked. By default 64 with `compile`, and 1 (no padding) without.
 
         Raises:
             TypeError: if no adapter supports the model.
-            ValueError: if the adapter does not provide a needed signal (on entering).
+            ValueError: if the adapter does not provide a needed signal, or the model cannot be compiled (on entering).
             RuntimeError: if the model already has a reducer (on entering).
         """
         from tokenprune.attach import Attachment
 
-        return Attachment(model, self, question, tokenizer, outputs, strict)
+        return Attachment(
+            model,
+            self,
+            question,
+            tokenizer,
+            outputs,
+            strict,
+            compile=compile,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
 
     def attach(
         self,
@@ -208,12 +230,21 @@ class TokenReducer(Configurable, ABC):
         question: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         outputs: Literal["full", "reduced"] = "full",
+        compile: bool | CompileOptions = False,
+        pad_to_multiple_of: int | None = None,
     ) -> Attachment:
         """Attach the strategy until `Attachment.detach` is called, for servers: ``handle = reducer.attach(model)``.
 
         Takes the arguments of ``reducer(model)`` and raises the same errors. The record is ``handle.run``.
         """
-        attachment = self(model, question=question, tokenizer=tokenizer, outputs=outputs)
+        attachment = self(
+            model,
+            question=question,
+            tokenizer=tokenizer,
+            outputs=outputs,
+            compile=compile,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
         attachment.attach()
         return attachment
 

@@ -43,6 +43,17 @@ class Rows:
         length = mask.shape[1]
         return cls(torch.arange(length, device=mask.device).expand(len(mask), length), mask.bool(), length)
 
+    def pad_left(self, multiple: int) -> Rows:
+        """Return the rows with padding on the left up to the next width that is a multiple of a number.
+
+        Args:
+            multiple: the number.
+        """
+        padding = (-self.index.shape[1] % multiple, 0)
+        if padding == (0, 0):
+            return self
+        return Rows(F.pad(self.index, padding), F.pad(self.mask, padding), self.length)
+
     def take(self, value: Tensor, fill: float) -> Tensor:
         """Return the values of a full-prompt tensor at the kept positions, `[rows, width, ...]`.
 

@@ -155,7 +155,8 @@ def with_saliency(
 
 def list_attention_layers(needs: Sequence[Signal]) -> list[LayerChoice]:
     """Return the layers from which a strategy reads CLS attention."""
-    return [signal.layer for signal in needs if signal.kind == SOURCES["cls"]]
+    layers = (signal.layer for signal in needs if signal.kind == SOURCES["cls"])
+    return [layer for layer in layers if layer != "before"]
 
 
 def resample_attention(attention: Tensor, grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:

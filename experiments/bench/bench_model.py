@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.pipeline import Pipeline
 from tokenprune.registry import suggest_name
 
 QUESTION = "What is in the image?"
@@ -47,6 +48,7 @@ class BenchModel:
         full_layers: number of LLM layers before any were removed.
         prepare: returns the model inputs of images, with one prompt per image.
         processor: the processor of a checkpoint; None if the weights are random.
+        pipelines: compiled pipelines by name of their variant; their graphs are used again in later calls.
     """
 
     name: str
@@ -57,6 +59,7 @@ class BenchModel:
     full_layers: int
     prepare: Callable[[Sequence[Image.Image]], Mapping[str, Any]]
     processor: Any = None
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
 
     def as_data(self) -> dict[str, Any]:
         """Return the description of the model for a result, as plain data."""

@@ -11,6 +11,7 @@ import torch
 
 from tokenprune.adapter import Adapter
 from tokenprune.budget import parse_ratio
+from tokenprune.cli.expressions import is_expression, split_plugins
 from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size
 from tokenprune.experiments.bench.environment import describe_environment
@@ -45,7 +46,8 @@ class BenchConfig:
             llava-v1.6-vicuna-7b.
         baseline: release also measures HiRED as in its published code at each budget below 100 %; auto does so on CUDA
             if the model supports it; none.
-        reducers: strategies or presets by name, or file.py:Class.
+        reducers: strategies or presets by name, file.py:Class, or a call with its budget
+            "HiRED(0.4)+AtLayer(2, DivPrune(0.5))".
         budgets: budgets as ratios: 0.2 or 20%.
         batches: prompts per batch, with one image each.
         sizes: height x width of the images in pixels: 672x672.
@@ -59,6 +61,7 @@ class BenchConfig:
         llm_layers: number of LLM layers to keep; the output marks the model as cut.
         prompt_tokens: text tokens of a prompt for models with random weights.
         plugin: Python files with strategies, which are then available by name.
+        compile: also measure each strategy below 100 % with compiled graphs; the first calls compile them.
         count: also count FLOPs, live tensors and kernel launches (CUDA) or operators, in calls of their own.
         trace: also profile a call of each variant.
         out: folder for bench.json, bench.md and phases.png.
@@ -82,6 +85,7 @@ class BenchConfig:
     llm_layers: int | None = None
     prompt_tokens: int = 32
     plugin: list[str] = field(default_factory=list)
+    compile: bool = False
     count: bool = True
     trace: bool = False
     out: str = "tokenprune-bench"
@@ -115,8 +119,11 @@ def build_reducers(
 ) -> list[tuple[str, TokenReducer]]:
     """Return each strategy at each budget, with a name for tables.
 
+    A strategy that is written as a call, ``HiRED(0.4)+FastV(layer=2, budget=0.5)``, has its budget already, and is
+    returned once.
+
     Args:
-        names: names of strategies or presets.
+        names: names of strategies or presets, or calls.
         budgets: ratios, as numbers or as texts such as ``"20%"``.
         plugins: Python files of the user with further strategies.
 
@@ -125,6 +132,9 @@ def build_reducers(
     """
     reducers = []
     for name in names:
+        if is_expression(split_plugins(name)[0]):
+            reducers.append((name, parse_reducer(["--plugin", *plugins, "--reducer", name])))
+            continue
         for budget in budgets:
             ratio = parse_positive_ratio(budget)
             argv = ["--plugin", *plugins, "--reducer", name, "--reducer.budget", repr(ratio)]
@@ -163,7 +173,7 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
         )
         device = bench_model.model.device
         release_budgets, omitted = list_release_budgets(config, bench_model.adapter, device)
-        variants = list_variants(reducers, release_budgets)
+        variants = list_variants(reducers, release_budgets, config.compile)
         check_signals(bench_model, variants)
         settings, traces = [], list[Path]()
         metadata = {"model": bench_model.as_data(), "environment": describe_environment(device)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from tokenprune.adapter import find_adapter
 from tokenprune.attach import Attachment
 from tokenprune.budget import as_budget
+from tokenprune.compiled import COMPILED_WIDTH, CompileOptions
 from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
@@ -33,7 +35,7 @@ from tokenprune.experiments.bench.phase_timer import (
     instrument,
 )
 from tokenprune.experiments.bench.release_like import as_supported, build_inputs_embeds, eager_attention
-from tokenprune.pipeline import call_generate
+from tokenprune.pipeline import Pipeline, call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 
@@ -53,12 +55,15 @@ class Variant:
         reducer: the attached strategy; None for the unmodified model and the baseline.
         release_budget: share of tokens that the release-like baseline keeps (`release_like.py`); None otherwise.
         reference: name of the release-like variant with the same budget, to which this variant is compared.
+        is_compiled: whether tower, strategy and LLM run as compiled graphs. FLOPs and operators are then not counted,
+            because the counters do not see inside graphs.
     """
 
     name: str
     reducer: TokenReducer | None = None
     release_budget: float | None = None
     reference: str | None = None
+    is_compiled: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -232,11 +237,14 @@ def generate_once(
     device, timer = bench_model.model.device, None
     reducer, budget, pipeline, run = variant.reducer, variant.release_budget, None, None
     with torch.inference_mode(), ExitStack() as stack:
-        if reducer is not None:
+        if reducer is not None and variant.is_compiled:
+            pipeline = build_compiled_pipeline(bench_model, variant.name, reducer)
+            run = pipeline.run
+        elif reducer is not None:
             attachment = Attachment(bench_model.model, reducer, tokenizer=bench_model.processor, keep_pixels=False)
             run, pipeline = stack.enter_context(attachment), attachment.pipeline
-            if builds_tables and pipeline is not None:
-                pipeline.prepare(inputs, for_generate=True)
+        if builds_tables and pipeline is not None:
+            pipeline.prepare(inputs, for_generate=True)
         adapter = bench_model.adapter if pipeline is None else pipeline.adapter
         if budget is not None:
             stack.enter_context(eager_attention(as_supported(adapter).tower))
@@ -252,12 +260,36 @@ def generate_once(
             if budget is not None:
                 phase = None if timer is None else timer.phase
                 inputs = build_inputs_embeds(as_supported(adapter), inputs, budget, phase)
-            call_generate(bench_model.model, inputs, **lengths, do_sample=False, streamer=streamer)
+            options = {**lengths, "do_sample": False, "streamer": streamer}
+            if variant.is_compiled and pipeline is not None:
+                pipeline.generate({**inputs, **options})
+            else:
+                call_generate(bench_model.model, inputs, **options)
             wait_for(device)
             end = clock()
             if timer is not None:
                 timer.flush()
     return end - start, streamer.times[0] - start, timer, run
+
+
+def build_compiled_pipeline(bench_model: BenchModel, name: str, reducer: TokenReducer) -> Pipeline:
+    """Return the pipeline of a compiled variant; later calls return the same pipeline with its graphs.
+
+    Args:
+        bench_model: the model.
+        name: name of the variant.
+        reducer: its strategy.
+    """
+    if name not in bench_model.pipelines:
+        bench_model.pipelines[name] = Pipeline(
+            reducer,
+            find_adapter(bench_model.model),
+            tokenizer=bench_model.processor,
+            keep_pixels=False,
+            compile_options=CompileOptions(),
+            pad_to_multiple_of=COMPILED_WIDTH,
+        )
+    return bench_model.pipelines[name]
 
 
 def count_tokens(
@@ -334,9 +366,14 @@ def count_work(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: 
     measurement.flops = {phase: int(flops) for phase, flops in timer.spent.items()}
     measurement.operators = {str(name): int(flops) for name, flops in counter.get_flop_counts()["Global"].items()}
     if device.type == "cuda":
-        recorder = LaunchRecorder()
-        generate_once(bench_model, inputs, measurement.variant, 1, context=recorder, builds_tables=True)
-        measurement.launches = recorder.counts
+        count_launches(bench_model, inputs, measurement)
+
+
+def count_launches(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement) -> None:
+    """Store the kernel launches and waits of a call up to its first token, on CUDA."""
+    recorder = LaunchRecorder()
+    generate_once(bench_model, inputs, measurement.variant, 1, context=recorder, builds_tables=True)
+    measurement.launches = recorder.counts
 
 
 def measure_memory(bench_model: BenchModel, inputs: Mapping[str, Any], measurement: Measurement, tokens: int) -> None:
@@ -378,6 +415,7 @@ def measure_variants(
     inputs = bench_model.prepare(images)
     measurements = {variant.name: Measurement(variant) for variant in variants}
     device = bench_model.model.device
+    bench_model.pipelines.clear()  # frees the graphs of earlier workloads
 
     def attempt(step: Callable[..., object], measurement: Measurement, *args: Any) -> None:
         if measurement.error is not None:
@@ -389,8 +427,11 @@ def measure_variants(
             measurement.call_seconds, measurement.first_token_seconds, measurement.phases = [], [], {}
 
     for measurement in measurements.values():
-        on_progress(f"{workload}: {'counts' if count else 'tokens'} and memory of {measurement.variant.name}")
-        attempt(count_work if count else count_tokens, measurement)
+        counts_work = count and not measurement.variant.is_compiled
+        on_progress(f"{workload}: {'counts' if counts_work else 'tokens'} and memory of {measurement.variant.name}")
+        attempt(count_work if counts_work else count_tokens, measurement)
+        if count and not counts_work and device.type == "cuda":
+            attempt(count_launches, measurement)
         attempt(measure_memory, measurement, protocol.tokens)
 
     for number in range(-protocol.warmup, protocol.repeats):
@@ -469,18 +510,25 @@ def time_variant(
     measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
 
 
-def list_variants(reducers: Sequence[tuple[str, TokenReducer]], release_budgets: Sequence[float] = ()) -> list[Variant]:
+def list_variants(
+    reducers: Sequence[tuple[str, TokenReducer]], release_budgets: Sequence[float] = (), compiled: bool = False
+) -> list[Variant]:
     """Return the plain model, the release-like baseline at some budgets, and named reducers.
 
     Args:
         reducers: names and strategies.
         release_budgets: budgets of the baseline; a reducer with an equal budget is compared to it.
+        compiled: whether each reducer before the LLM with a budget below 100 % is also measured with compiled graphs.
     """
     baselines = {
         budget: Variant(f"{RELEASE_LIKE} {100 * budget:g} %", release_budget=budget) for budget in release_budgets
     }
     variants = [Variant(PLAIN), *baselines.values()]
     for name, reducer in reducers:
-        baseline = baselines.get(as_budget(reducer.budget).number)
-        variants.append(Variant(name, reducer, reference=None if baseline is None else baseline.name))
+        label = reducer.budget_label
+        baseline = None if isinstance(label, str) else baselines.get(as_budget(label).number)
+        variant = Variant(name, reducer, reference=None if baseline is None else baseline.name)
+        variants.append(variant)
+        if compiled and not isinstance(label, str) and as_budget(label).number != 1.0:
+            variants.append(replace(variant, name=f"{name} compiled", is_compiled=True))
     return variants

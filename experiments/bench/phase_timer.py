@@ -162,6 +162,9 @@ def instrument(
             for module in [adapter.tower, *adapter.tower.children(), *adapter.tower_layers]:
                 if module is not merger:
                     wrap_phase(module, "forward", "vision encode")
+            compiled = getattr(adapter, "compiled_tower", None)
+            if compiled is not None:  # its graph contains the capture
+                wrap_phase(compiled, "run", "vision encode")
             if merger is not None:
                 wrap_phase(merger, "forward", "projector")
             if adapter.projector_path is not None:

@@ -174,7 +174,10 @@ def build_overview_tables(workload: Result) -> Tables:
             ],
         }
         if launches:
-            cells["work of the host up to the 1st token"] = [f"{variant['launches'][name]:,}" for name in launches]
+            numbers = variant["launches"] or {}
+            cells["work of the host up to the 1st token"] = [
+                f"{numbers[name]:,}" if name in numbers else "" for name in launches
+            ]
         for name, row in cells.items():
             tables[name].append([variant["name"], *row])
     return tables
@@ -204,15 +207,15 @@ def build_phase_tables(workload: Result, quartiles: bool) -> Tables:
     """
     variants = [variant for variant in workload["variants"] if variant["error"] is None]
     head = ["phase", *(variant["name"] for variant in variants)]
-    times, flops = [head], [head]
+    counted = [variant for variant in variants if variant["flops"]]
+    times, flops = [head], [["phase", *(variant["name"] for variant in counted)]]
     for phase in PHASES:
         samples = [variant["phases_ms"][phase] for variant in variants]
         cells = [format_quartiles(entry) if quartiles else format_number(entry["median"]) for entry in samples]
         times.append([phase, *cells])
-        if all(variant["flops"] for variant in variants):
-            flops.append([phase, *(f"{variant['flops']['phases'].get(phase, 0) / 1e9:.4g}" for variant in variants)])
+        flops.append([phase, *(f"{variant['flops']['phases'].get(phase, 0) / 1e9:.4g}" for variant in counted)])
     tables = {"phases, ms": times}
-    return tables if len(flops) == 1 else tables | {"phases, GFLOP (decode: one step)": flops}
+    return tables if not counted else tables | {"phases, GFLOP (decode: one step)": flops}
 
 
 def format_title(workload: Result) -> str:

@@ -37,6 +37,7 @@ from tokenprune.models._base.vision_inputs import (
     to_floating_dtype,
     wrap_outputs,
 )
+from tokenprune.models._capture.compiled_tower import CompiledTower
 from tokenprune.models._capture.hooks import Tower
 from tokenprune.models._capture.signals import (
     align_signals,
@@ -72,6 +73,8 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     and newline tokens, and `project_patches` computes the tokens."""
     passes_output_options: ClassVar[bool] = False
     """Whether the model's `forward` passes `output_attentions` and `output_hidden_states` to its vision side."""
+    compiled_tower: CompiledTower | None = None
+    """The compiled tower that encodes truncated calls; None runs the tower of the model."""
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
@@ -161,7 +164,9 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         """
         feature_layers, parts = self.feature_layers(inputs), self.tower_parts(layouts)
         pixels = to_floating_dtype(join_tiles(self.split_pixels(inputs, layouts), layouts, self.pixels), self.tower)
-        hidden, captured = run_tower_until(self.tower, pixels, parts, kinds_by_layer, feature_layers)
+        compiled = self.compiled_tower
+        run = partial(run_tower_until, self.tower) if compiled is None else compiled.run_until
+        hidden, captured = run(pixels, parts, kinds_by_layer, feature_layers)
         if is_captured("projector_inputs", kinds_by_layer):
             captured["projector_inputs", max(feature_layers)] = [self.apply_post_norm(hidden).detach()]
         return VisionRun(ProjectedTokens(self, layouts, hidden), None, captured)

@@ -164,10 +164,10 @@ class Tower:
 
 
 def _in_capture_context(record: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that runs ``record`` inside a context from `CAPTURE_CONTEXT`."""
+    """Return a function that runs ``record`` inside a context from `CAPTURE_CONTEXT`; in a compiled graph, without."""
 
     def record_in_context(*args: Any) -> None:
-        with CAPTURE_CONTEXT.get()():
+        with nullcontext() if torch.compiler.is_compiling() else CAPTURE_CONTEXT.get()():
             record(*args)
 
     return record_in_context

@@ -76,6 +76,13 @@ $operators
 
 Negative numbers: the model's own packing of the images is replaced. A read is an operation for which the host waits.
 Counts show what the host no longer does; they do not show the time on a GPU.
+
+## Compiled graphs
+
+**Never run on a GPU so far.** With `compile=True` (see [the guide](../how-to/compile.md)), tower, strategy, prefill and
+decoding step are one graph each. On a CPU their results equal those of calls without compilation, and their number does
+not grow in later calls (`tests/core/attach/test_compiled_calls.py`). Not run on a GPU: recording and replay of the CUDA
+graphs, their memory, and every time. `research/gpu/run.sh` measures them.
 """
 )
 

@@ -3,7 +3,8 @@
 #
 #   research/gpu/run.sh [OUT] [options of `tokenprune bench run`]
 #
-# Environment: DEVICE (cuda), MODEL (llava-v1.6-vicuna-7b), SIZE (672x672), BATCHES ("1 8"), PYTHON (python).
+# Environment: DEVICE (cuda), MODEL (llava-v1.6-vicuna-7b), SIZE (672x672), BATCHES ("1 8"), PYTHON (python),
+# COMPILED_BATCHES ("1").
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -11,6 +12,7 @@ out=${1:-gpu-results}
 shift || true
 device=${DEVICE:-cuda} model=${MODEL:-llava-v1.6-vicuna-7b} size=${SIZE:-672x672} python=${PYTHON:-python}
 read -r -a batches <<<"${BATCHES:-1 8}"
+read -r -a compiled_batches <<<"${COMPILED_BATCHES:-1}"
 export HF_HUB_OFFLINE=1
 mkdir -p "$out"
 : >"$out/steps.txt"
@@ -32,6 +34,10 @@ step checks 120 "$python" -m research.gpu.checks \
     --device "$device" --model "$model" --size "$size" --out "$out/checks.json"
 step table 240 "$python" -m tokenprune bench run --config research/gpu/llava_next_7b.yaml \
     --device "$device" --model "$model" --sizes "$size" --batches "${batches[@]}" --dtype auto --out "$out/bench" "$@"
-step profile 120 "$python" -m research.gpu.profile_calls \
-    --device "$device" --model "$model" --size "$size" --batches "${batches[@]}" --out "$out/profile"
+step compiled 600 "$python" -m tokenprune bench run --config research/gpu/llava_next_7b.yaml \
+    --device "$device" --model "$model" --sizes "$size" --batches "${compiled_batches[@]}" --dtype auto \
+    --budgets 0.2 0.0556 --compile true --out "$out/bench-compiled" "$@"
+step profile 240 "$python" -m research.gpu.profile_calls \
+    --device "$device" --model "$model" --size "$size" --batches "${compiled_batches[@]}" --compile true \
+    --out "$out/profile"
 exit "$failed"

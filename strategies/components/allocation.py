@@ -19,11 +19,11 @@ from tokenprune.policies import AllocationPolicy
 from tokenprune.selection import top_of_image
 
 
-@lru_cache(maxsize=RECENT_LAYOUTS)
 def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     """Return the share of each base-tile token that lies in each sub-image, float32 `[sub_images, tokens]`.
 
-    Later calls with the same layout return the same tensor; do not modify it.
+    Later calls with the same layout return the same tensor; do not modify it. A compiled graph computes the tensor on
+    the device, because a copy from the host cannot be part of a CUDA graph.
 
     Args:
         geometry: the layout of the image.
@@ -34,9 +34,18 @@ def base_tile_coverage(geometry: TileGeometry, region: str) -> Tensor:
     Raises:
         ValueError: if the region is not known, or if there are more stripes than tokens.
     """
-    if geometry.original is not geometry:
-        with torch.inference_mode(False):  # a later call may record gradients
-            return base_tile_coverage(geometry.original, region).to(geometry.regions.device)
+    return _compute_coverage(geometry, region) if torch.compiler.is_compiling() else _cache_coverage(geometry, region)
+
+
+@lru_cache(maxsize=RECENT_LAYOUTS)
+def _cache_coverage(geometry: TileGeometry, region: str) -> Tensor:
+    with torch.inference_mode(False):  # a later call may record gradients
+        if geometry.original is geometry:
+            return _compute_coverage(geometry, region)
+        return _cache_coverage(geometry.original, region).to(geometry.regions.device)
+
+
+def _compute_coverage(geometry: TileGeometry, region: str) -> Tensor:
     (rows, cols), device = geometry.tile_grid, geometry.regions.device
     if region == "exact":
         return region_coverage(geometry.regions, geometry.token_grid)

@@ -215,6 +215,24 @@ def test_bad_arguments(arguments: str, message: str, in_empty_folder: Path, caps
     assert not Path("tokenprune-bench").exists()
 
 
+@pytest.mark.slow
+def test_compiled_variants_are_measured_without_counts(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--budgets 1.0 0.2 --batches 1 2 --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
+    assert main(["bench", "run", *options.split(), "--device", "cpu", "--compile", "true", "--json", "--quiet"]) == 0
+    for setting in json.loads(capsys.readouterr().out)["settings"]:
+        variants = {row["name"]: row for row in setting["variants"]}
+        assert list(variants) == [PLAIN, "HiRED 100 %", "HiRED 20 %", "HiRED 20 % compiled"]
+        reduced, compiled = variants["HiRED 20 %"], variants["HiRED 20 % compiled"]
+        assert compiled["flops"] is compiled["launches"] is None
+        assert compiled["prompt_length"] == reduced["prompt_length"]
+        assert compiled["phases_ms"]["vision encode"]["median"] > 0 < compiled["phases_ms"]["prefill"]["median"]
+    page = Path("tokenprune-bench/bench.md").read_text()
+    assert "GFLOP" in page
+    assert "HiRED 20 % compiled" in page
+
+
 def test_unsupported_strategies_raise_before_the_benchmark(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

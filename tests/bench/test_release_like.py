@@ -151,3 +151,10 @@ def test_reducers_are_compared_to_the_baseline_of_their_budget() -> None:
     assert [variant.name for variant in variants] == [PLAIN, "release-like 20 %", "release-like 5 %", "full", "a", "b"]
     assert [variant.reference for variant in variants[3:]] == [None, "release-like 20 %", "release-like 5 %"]
     assert [variant.is_plain for variant in variants] == [True] + 5 * [False]
+
+
+def test_compiled_variants_follow_the_variants_below_the_full_budget() -> None:
+    variants = list_variants([("full", HiRED(1.0)), ("a", HiRED(0.2))], [0.2], compiled=True)
+    names = [(variant.name, variant.is_compiled, variant.reference) for variant in variants[2:]]
+    baseline = "release-like 20 %"
+    assert names == [("full", False, None), ("a", False, baseline), ("a compiled", True, baseline)]

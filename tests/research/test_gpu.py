@@ -66,6 +66,14 @@ def test_calls_are_profiled_on_a_cpu(tmp_path: Path) -> None:
     assert "aten::addmm" in (tmp_path / "batch-2-HiRED-20-percent.txt").read_text()
 
 
+@pytest.mark.slow
+def test_compiled_calls_are_profiled_on_a_cpu(tmp_path: Path) -> None:
+    assert profile_calls.main([*ON_A_CPU, "--batches", "1", "--compile", "true", "--out", str(tmp_path)]) == 0
+    call = json.loads((tmp_path / "profile.json").read_text())["calls"][-1]
+    assert (call["variant"], call["launches"]) == ("HiRED 20 % compiled", {})
+    assert call["wall_ms"] > 0
+
+
 def test_the_config_of_the_table_is_valid() -> None:
     parser = build_parser("tokenprune bench run", "", BenchConfig, file=True)
     options = parse_options(parser, ["--config", str(ROOT / "research/gpu/llava_next_7b.yaml")])
@@ -93,8 +101,8 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     steps = (tmp_path / "steps.txt").read_text().splitlines()
     assert [line.partition(", ")[0] for line in steps] == [
-        f"{name}: exit code 0" for name in ("tests", "checks", "table", "profile")
+        f"{name}: exit code 0" for name in ("tests", "checks", "table", "compiled", "profile")
     ]
     assert result.returncode == 0
-    names = ("checks.json", "bench/bench.json", "profile/profile.json")
+    names = ("checks.json", "bench/bench.json", "bench-compiled/bench.json", "profile/profile.json")
     assert all((tmp_path / name).is_file() for name in names)

@@ -13,11 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.adapter import Adapter
-from tokenprune.capabilities import HasDecoder
 from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
-from tokenprune.image import APPLICATION_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image import APPLICATION_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.policies import (
     AllocationPolicy,
@@ -151,21 +150,14 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
                 "class": adapter_class.model_class,
                 "adapter": name,
                 "attention": resolve_attention_source("auto", provides) if provides else "",
-                "stages": ", ".join(_list_stages(adapter_class, provides)),
-                "signals": ", ".join(sorted(provides - {"resolution"})),
+                "stages": ", ".join(
+                    ["image"] * ("resolution" in provides) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
+                ),
+                "signals": ", ".join(sorted(provides - LLM_SIGNALS - {"resolution"})),
                 "verified": describe_verification(name),
             }
         )
     return rows
-
-
-def _list_stages(adapter_class: type[Adapter], provides: frozenset[str]) -> list[str]:
-    has_stage = {
-        "image": "resolution" in provides,
-        "projector": True,
-        "decoder": issubclass(adapter_class, HasDecoder),
-    }
-    return [name for name, is_present in has_stage.items() if is_present]
 
 
 def _read_signals(adapter_class: type[Adapter]) -> frozenset[str]:
