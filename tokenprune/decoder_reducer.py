@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from tokenprune.budget import Budget, format_budget
 from tokenprune.image import EncodedImage, Signal
@@ -172,6 +172,10 @@ class AtLayer(DecoderReducer):
     def select(self, image: EncodedImage) -> Selection:
         """Return the selection of the strategy for the image at the cut."""
         return self.reducer.select(image)
+
+    def with_options(self, **options: Any) -> AtLayer:
+        """Return the strategy with options of its strategy changed."""
+        return replace(self, reducer=self.reducer.with_options(**options))
 
     def at_cut(self, cut: Cut) -> DecoderReducer:
         """Return the strategy with the budget of a cut."""

@@ -100,6 +100,14 @@ class TokenReducer(Configurable, ABC):
         """Return the strategies that act one after another; one strategy is its only part."""
         return (self,)
 
+    def with_options(self, **options: Any) -> TokenReducer:
+        """Return the strategy with options of `TokenReducer` changed, in every part of a composition.
+
+        Args:
+            options: ``budget``, ``text_model`` and other fields that all strategies have.
+        """
+        return replace(self, **options)
+
     def __rshift__(self, later: TokenReducer) -> TokenReducer:
         """Return the composition of this strategy and a strategy of a later stage: ``HiRED(0.4) >> FastV()``."""
         if not isinstance(later, TokenReducer):
@@ -379,6 +387,10 @@ class Composed(TokenReducer):
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another."""
         return list(self.parts)
+
+    def with_options(self, **options: Any) -> Composed:
+        """Return the composition with options changed in every part."""
+        return Composed([part.with_options(**options) for part in self.parts])
 
     def select(self, image: EncodedImage) -> Selection:
         """Return the selection of the first part."""
