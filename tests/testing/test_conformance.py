@@ -16,6 +16,7 @@ from tests.helpers.families import REPRESENTATIVES
 from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.testing.conformance import CHECKS, LAYERS, MODEL_CHECKS, check_reducer
 from tokenprune.testing.examples import build_example, find_example
 
