@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from tokenprune.adapter import LLMShape
@@ -55,6 +56,21 @@ class RowLengths:
     def reduced(self) -> int:
         """Tokens that entered the LLM, which are the tokens of the first layer."""
         return self.layers[0]
+
+    @property
+    def average(self) -> float:
+        """Tokens, averaged over the LLM layers."""
+        return sum(self.layers) / len(self.layers)
+
+    def average_visual_tokens(self, kept: int) -> float:
+        """Return the visual tokens of the row, averaged over the LLM layers, as in "192 tokens" of papers.
+
+        All tokens that a later layer lacks count as visual tokens.
+
+        Args:
+            kept: visual tokens that entered the LLM.
+        """
+        return kept - (self.reduced - self.average)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the tokens without reduction and the tokens that entered the LLM."""
@@ -152,14 +168,14 @@ class ImageAccount:
 
 @dataclass
 class ImageTotals:
-    """Sums over images.
+    """Sums over images, before the LLM or at a cut inside it.
 
     Args:
         images: number of images.
         asked: tokens that the budget granted.
-        kept: visual tokens that entered the LLM, without newline tokens.
-        valid: visual tokens that enter the LLM without reduction.
-        newlines: newline tokens that entered the LLM.
+        kept: visual tokens that entered the LLM, or remain after the cut, without newline tokens.
+        valid: visual tokens that enter the LLM without reduction, or the tokens before the cut.
+        newlines: newline tokens that entered the LLM, or remain after the cut.
         beyond_valid: number of images whose budget granted more tokens than the image has valid tokens.
     """
 
@@ -206,13 +222,20 @@ class TokenAccount:
         self._entries: deque[Selection | ImageAccount] = deque(maxlen=HISTORY)
         self._full = LayerSums.from_rows(self.llm)
         self._reduced = LayerSums.from_rows(self.llm)
+        self._cuts: dict[int, ImageTotals] = {}
 
-    def add(self, selections: Sequence[Selection], lengths: Sequence[RowLengths | tuple[int, int]]) -> None:
+    def add(
+        self,
+        selections: Sequence[Selection],
+        lengths: Sequence[RowLengths | tuple[int, int]],
+        cuts: Mapping[int, Sequence[Selection]] = MappingProxyType({}),
+    ) -> None:
         """Add the images and prompt rows of one call.
 
         Args:
             selections: the selection of each image.
             lengths: tokens of each prompt row; a pair (full, reduced) means the reduced length in all layers.
+            cuts: the selection of each image at each cut inside the LLM, by the first layer without dropped tokens.
 
         Raises:
             ValueError: if the number of lengths of a row differs from the number of LLM layers.
@@ -232,6 +255,18 @@ class TokenAccount:
         for selection in selections:
             self._images.add(selection)
         self._entries.extend(selections)
+        for layer, selections_of_cut in cuts.items():
+            totals = self._cuts.setdefault(layer, ImageTotals())
+            for selection in selections_of_cut:
+                totals.add(selection)
+
+    @property
+    def cuts(self) -> dict[int, ImageTotals]:
+        """The sums over images at each cut inside the LLM, by the first layer without dropped tokens, ascending.
+
+        `valid` counts the tokens before the cut.
+        """
+        return {layer: self._cuts[layer] for layer in sorted(self._cuts)}
 
     @property
     def images(self) -> list[ImageAccount]:
@@ -292,8 +327,8 @@ class TokenAccount:
         All tokens that a later layer lacks count as visual tokens. Newline tokens are not counted. The value is 0.0
         before the first call.
         """
-        dropped_inside = self.prompt_length - sum(self._reduced.lengths) / self.llm.layers
-        return (self.kept - dropped_inside) / self.row_count if self.row_count else 0.0
+        totals = RowLengths(self.prompt_length_full, tuple(self._reduced.lengths))
+        return totals.average_visual_tokens(self.kept) / self.row_count if self.row_count else 0.0
 
     @property
     def kv_bytes(self) -> int:
@@ -324,6 +359,7 @@ class TokenAccount:
             "valid": self.valid,
             "newlines": self.newlines,
             "average_tokens": self.average_tokens,
+            "cuts": [{"layer": n, "asked": cut.asked, "kept": cut.kept} for n, cut in self.cuts.items()],
             "prompts": self.row_count,
             "prompt_length": self.prompt_length,
             "prompt_length_full": self.prompt_length_full,
@@ -342,9 +378,13 @@ class TokenAccount:
         limit = f" of {self.valid} valid" if self._images.beyond_valid else ""
         parts = [
             f"{self.image_count} image(s): {self.asked} tokens asked, {self.kept} kept{limit}",
+            *(f"from layer {layer}: {cut.asked} asked, {cut.kept} kept" for layer, cut in self.cuts.items()),
             f"KV cache {self.kv_bytes / self.kv_bytes_full:.1%} and prefill FLOPs "
             f"{self.flops / self.flops_full:.1%} of full",
         ]
+        if self._cuts:
+            average = f"{self.average_tokens:.1f} visual tokens per prompt on average over {self.llm.layers} layers"
+            parts.insert(-1, average)
         if self.attention is not None:
             parts.append(f"attention: {self.attention}")
         if self.saliency_flops:

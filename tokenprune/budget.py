@@ -110,6 +110,22 @@ def parse_amount(amount: object) -> int | float:
     )
 
 
+def format_budget(budget: object) -> str:
+    """Return a budget as text: ``"20%"``, ``"160 tokens"``, ``"20% per tile of unpadded tokens"``.
+
+    Args:
+        budget: a budget, an amount, or a text, which is returned unchanged.
+    """
+    if isinstance(budget, str):
+        return budget
+    options = budget if isinstance(budget, Budget) else Budget(parse_amount(budget))
+    number = options.number
+    text = f"{number} tokens" if isinstance(number, int) else f"{100 * number:.6g}%"
+    text += " per tile" if options.per == "tile" else ""
+    text += f" of {options.of} tokens" if options.of == "unpadded" else ""
+    return text + (" with newline tokens" if options.newlines == "counted" else "")
+
+
 def parse_ratio(amount: float | str) -> float:
     """Return a ratio as a float, for options that accept no count.
 

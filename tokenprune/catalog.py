@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from functools import cache
 
 from tokenprune.adapter import Adapter, adapters
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.policies import Component
-from tokenprune.reducer import TokenReducer
+from tokenprune.reducer import Composed, TokenReducer
 from tokenprune.registry import collect_classes
 
 STRATEGIES = "tokenprune.strategies"
 """The package of the shipped strategies and components, and the entry point group of plug-ins."""
+
+WRAPPERS: Mapping[str, type[TokenReducer]] = {"AtLayer": AtLayer, "Composed": Composed}
+"""Strategies that are built from other strategies. The command line accepts their names."""
 
 
 @cache
@@ -26,4 +30,4 @@ def components() -> Mapping[str, type[Component]]:
     return collect_classes(STRATEGIES, Component)
 
 
-__all__ = ["Adapter", "adapters", "components", "strategies"]
+__all__ = ["WRAPPERS", "Adapter", "adapters", "components", "strategies"]

@@ -17,8 +17,11 @@ def as_config(value: Any) -> Any:
     """Return a configured object as plain data that jsonargparse can build again.
 
     Args:
-        value: a `Configurable` (class path and arguments), another dataclass (its fields), or plain data.
+        value: a `Configurable` (class path and arguments), another dataclass (its fields), a sequence of these (a
+            list), or plain data.
     """
+    if isinstance(value, list | tuple):
+        return [as_config(entry) for entry in value]
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: as_config(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}

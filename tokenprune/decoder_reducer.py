@@ -6,10 +6,10 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from tokenprune.budget import Budget
-from tokenprune.cuts import Cut, as_entered_budget, resolve_cut
+from tokenprune.budget import Budget, format_budget
+from tokenprune.cuts import Cut, as_entered_budget
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import Attention, SaliencyModel
@@ -58,12 +58,21 @@ class DecoderReducer(TokenReducer, ABC):
                 raise ValueError(f"the cuts of a schedule ascend by layer, but {later.layer} follows {earlier.layer}")
         for cut in cuts:
             if cut.layer == 0 or (isinstance(cut.layer, float) and not 0 < cut.layer < 1):
-                resolve_cut(cut.layer, 32)
+                raise ValueError(
+                    f"a cut at layer {cut.layer!r} is not inside an LLM; use a layer from 1, or a relative depth "
+                    "between 0.0 and 1.0. To drop tokens before the first layer, use a strategy of the projector stage"
+                )
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts in ascending order; strategies with several cuts override it."""
         return (Cut(self.layer, self.budget),)
+
+    @property
+    def budget_label(self) -> str:
+        """The budget of each cut with its layer: ``"50% from depth 0.25, 25% from depth 0.5"``."""
+        kinds = [(cut, "depth" if isinstance(cut.layer, float) else "layer") for cut in self.cuts]
+        return ", ".join(f"{format_budget(cut.budget)} from {kind} {cut.layer}" for cut, kind in kinds)
 
     def at_cut(self, cut: Cut) -> DecoderReducer:
         """Return the strategy with the budget of a cut; a number refers to the tokens that entered the LLM.
@@ -92,8 +101,8 @@ class AtLayer(DecoderReducer):
     text_model: str | None = field(init=False, default=None)
     attention: Attention | SaliencyModel = field(init=False, default="auto")
     text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
-    layer: int | float = 2
-    reducer: TokenReducer = field(default_factory=lambda: _missing_reducer())
+    layer: int | float = field()
+    reducer: TokenReducer
 
     def __post_init__(self) -> None:
         """Read budget and options of the strategy.
@@ -123,10 +132,10 @@ class AtLayer(DecoderReducer):
         """Return the selection of the strategy for the image at the cut."""
         return self.reducer.select(image)
 
+    def with_options(self, **options: Any) -> AtLayer:
+        """Return the strategy with options of its strategy changed."""
+        return replace(self, reducer=self.reducer.with_options(**options))
+
     def at_cut(self, cut: Cut) -> DecoderReducer:
         """Return the strategy with the budget of a cut."""
         return replace(self, reducer=replace(self.reducer, budget=as_entered_budget(cut.budget)))
-
-
-def _missing_reducer() -> TokenReducer:
-    raise TypeError("AtLayer needs a strategy: AtLayer(2, DivPrune(0.5))")

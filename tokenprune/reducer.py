@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, as_budget, copy_to_device, normalize_budget
+from tokenprune.budget import Budget, as_budget, copy_to_device, format_budget, normalize_budget
 from tokenprune.checks import raise_if
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
@@ -24,7 +24,7 @@ from tokenprune.selection import (
     kept_newlines,
     top_of_image,
 )
-from tokenprune.stages import STAGE_ORDER, ProjectorStage, Stage
+from tokenprune.stages import STAGE_ORDER, ProjectorStage, SeveralStages, Stage
 
 if TYPE_CHECKING:
     from tokenprune.attach import Attachment
@@ -91,9 +91,22 @@ class TokenReducer(Configurable, ABC):
         """The name of the strategy in records and tables."""
         return type(self).__name__
 
+    @property
+    def budget_label(self) -> int | float | str | Budget:
+        """The budget in records and tables: the budget of one stage, or a text with the budgets of several cuts."""
+        return self.budget
+
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another; one strategy is its only part."""
         return (self,)
+
+    def with_options(self, **options: Any) -> TokenReducer:
+        """Return the strategy with options of `TokenReducer` changed, in every part of a composition.
+
+        Args:
+            options: ``budget``, ``text_model`` and other fields that all strategies have.
+        """
+        return replace(self, **options)
 
     def __rshift__(self, later: TokenReducer) -> TokenReducer:
         """Return the composition of this strategy and a strategy of a later stage: ``HiRED(0.4) >> FastV()``."""
@@ -313,13 +326,15 @@ class Composed(TokenReducer):
         parts: the strategies in the order of their stages (image, projector, decoder), at most one of each stage.
     """
 
+    stage: ClassVar[Stage] = SeveralStages()
+
     budget: int | float | str | Budget = field(init=False, default=1.0)
     positions: Literal["reindex", "preserve"] = field(init=False, default="reindex")
     newlines: Newlines = field(init=False, default="keep_rows")
     text_model: str | None = field(init=False, default=None)
     attention: Attention | SaliencyModel = field(init=False, default="auto")
     text_separators: Literal["keep", "drop_empty"] = field(init=False, default="keep")
-    parts: Sequence[TokenReducer] = field(default_factory=list)
+    parts: Sequence[TokenReducer]
 
     def __post_init__(self) -> None:
         """Check the order of the parts, and read the options that they share.
@@ -360,6 +375,11 @@ class Composed(TokenReducer):
         return "+".join(part.label for part in self.parts)
 
     @property
+    def budget_label(self) -> str:
+        """The budgets of the parts, joined by ``+``: ``"40% + 50% from layer 2"``."""
+        return " + ".join(format_budget(part.budget_label) for part in self.parts)
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The signals that the parts read."""
         return tuple(dict.fromkeys(signal for part in self.parts for signal in part.needs))
@@ -367,6 +387,10 @@ class Composed(TokenReducer):
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another."""
         return list(self.parts)
+
+    def with_options(self, **options: Any) -> Composed:
+        """Return the composition with options changed in every part."""
+        return Composed([part.with_options(**options) for part in self.parts])
 
     def select(self, image: EncodedImage) -> Selection:
         """Return the selection of the first part."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tokenprune.account import HISTORY, RowLengths, TokenAccount
 from tokenprune.adapter import LLMShape
 from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
 from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DRAWABLE = 8
 """The number of first images of a run that keep their pixels, scores and mixing matrices."""
@@ -100,6 +104,28 @@ class Run:
         self.raise_failed_checks()
         return [RunCut(layer, self._cuts[layer].read()) for layer in sorted(self._cuts)]
 
+    def overlay(self, number: int = 0, image: Image.Image | None = None) -> Image.Image:
+        """Draw the tokens of an image that remain, and the stage at which each dropped token left.
+
+        Args:
+            number: number of the image in `selections`.
+            image: the original image, drawn next to the tiles.
+
+        Raises:
+            ValueError: if the selection has no pixels (a run keeps the pixels of its first images only).
+        """
+        from tokenprune.viz import overlay
+
+        return overlay(self.selections[number], image, self.find_cuts(number))
+
+    def find_cuts(self, number: int) -> dict[int, Selection]:
+        """Return the selections of an image at the cuts, by the first layer without dropped tokens.
+
+        Args:
+            number: number of the image in `selections`.
+        """
+        return {cut.layer: cut.selections[number] for cut in self.cuts}
+
     @property
     def rows(self) -> Rows | None:
         """The positions of the full prompt that remained in the last call; None before the first call."""
@@ -157,7 +183,7 @@ class Run:
         for cut in cuts:
             history = self._cuts.setdefault(cut.layer, SelectionHistory())
             history.add(cut.selections[:drawable], [s.compact() for s in cut.selections[drawable:]])
-        self.account.add([*complete, *compact], lengths)
+        self.account.add([*complete, *compact], lengths, {cut.layer: cut.selections for cut in cuts})
         self.account.saliency_flops += saliency_flops
         self._rows = rows
         self._history.add(complete, compact)

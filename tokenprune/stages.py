@@ -166,6 +166,12 @@ class DecoderStage(Stage):
     reads_llm: ClassVar[bool] = True
 
 
+class SeveralStages(Stage):
+    """The stages of a composition, each with a strategy."""
+
+    name: ClassVar[str] = "several"
+
+
 def mix_and_order(
     adapter: Adapter,
     encoding: Encoding,

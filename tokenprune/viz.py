@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle, pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,26 +13,35 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torch import Tensor
 
 if TYPE_CHECKING:
     from tokenprune.selection import Selection
 
 KEPT, GRANTED = "#D55E00", "#B4C7D9"
 """Vermilion for kept tokens and blue-gray for granted tokens, distinguishable with every kind of color vision."""
+DROPPED = ("#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
+"""Tints of the tokens dropped at each cut inside the LLM, distinguishable with every kind of color vision."""
 INK, PADDING = "#222222", "#8A8A8A"
+FADED = "#EBEBEB"
+"""Color of the tokens dropped before the LLM in the legend."""
 TILE_SIDE, GAP, LABEL = 240, 10, 24
 """Smallest side of a drawn tile, space between tiles, and height of a label, in pixels."""
 
 
-def overlay(selection: Selection, image: Image.Image | None = None) -> Image.Image:
+def overlay(
+    selection: Selection, image: Image.Image | None = None, cuts: Mapping[int, Selection] = MappingProxyType({})
+) -> Image.Image:
     """Draw the kept tokens of every tile: the base tile at the left, the sub-images in their grid.
 
-    Kept tokens are clear and outlined, dropped tokens are faded, and padding that the model removes is hatched.
+    Kept tokens are clear and outlined, dropped tokens are faded, and padding that the model removes is hatched. Tokens
+    dropped inside the LLM are tinted with the color of their cut, which a legend names.
 
     Args:
-        selection: the selection, with pixels.
+        selection: the selection of the tokens that enter the LLM, with pixels.
         image: the original image, drawn to the left of the tiles.
+        cuts: the selections at the cuts inside the LLM, by the first layer without dropped tokens, ascending.
 
     Raises:
         ValueError: if the selection has no pixels.
@@ -40,9 +52,12 @@ def overlay(selection: Selection, image: Image.Image | None = None) -> Image.Ima
             "attach the reducer again for the image to draw"
         )
     rows, cols = selection.geometry.tile_grid
-    tiles = [_draw_tile(selection, number) for number in range(selection.geometry.tiles)]
+    stages = [selection, *cuts.values()]
+    tiles = [_draw_tile(stages, number) for number in range(selection.geometry.tiles)]
     width, height = tiles[0].size
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
+    counts = list(zip(*(stage.kept_per_tile for stage in stages), strict=True))
+    legend = _list_legend(selection, cuts) if cuts else []
     left, scaled, caption = 0, None, ""
     if image is not None:
         caption = f"image {image.width} x {image.height}"
@@ -53,8 +68,15 @@ def overlay(selection: Selection, image: Image.Image | None = None) -> Image.Ima
         left = scaled.width + 3 * GAP
     sheet_width = left + width + (3 * GAP + cols * (width + GAP) - GAP if rows else 0)
     sheet_height = max(max(rows, 1) * (height + LABEL + GAP) - GAP, 0 if scaled is None else scaled.height + LABEL)
-    sheet = Image.new("RGB", (sheet_width + 2 * GAP, sheet_height + 2 * GAP), "white")
+    legend_width = max((_load_font().getlength(text) for _, text in legend), default=0)
+    sheet_width = max(sheet_width, math.ceil(legend_width) + LABEL)
+    legend_top = sheet_height + 2 * GAP
+    sheet = Image.new("RGB", (sheet_width + 2 * GAP, legend_top + LABEL * len(legend) + GAP * bool(legend)), "white")
     pen = ImageDraw.Draw(sheet)
+    for line, (color, text) in enumerate(legend):
+        y = legend_top + LABEL * line
+        pen.rectangle((GAP, y + 2, GAP + 14, y + 16), fill=color, outline=KEPT if line == 0 else PADDING)
+        pen.text((GAP + LABEL, y), text, INK, _load_font())
     if scaled is not None:
         pen.text((GAP, GAP), caption, INK, _load_font())
         sheet.paste(scaled, (GAP, GAP + LABEL))
@@ -66,9 +88,21 @@ def overlay(selection: Selection, image: Image.Image | None = None) -> Image.Ima
             name, x = f"row {row + 1}, col {col + 1}", GAP + left + width + 3 * GAP + col * (width + GAP)
             y = GAP + row * (height + LABEL + GAP)
         suffix = "" if kept[number] == granted[number] else f" of {granted[number]} granted"
-        pen.text((x, y), f"{name}: {kept[number]} kept{suffix}", INK, _load_font())
+        text = f"{name}: {' > '.join(map(str, counts[number]))} kept{suffix}"
+        pen.text((x, y), text, INK, _load_font())
         sheet.paste(tile, (x, y + LABEL))
     return sheet
+
+
+def _list_legend(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
+    """Return color and text of each group of tokens: those that remain, and those dropped at each stage."""
+    numbers = [selection.geometry.valid_tokens, selection.kept_tokens, *(cut.kept_tokens for cut in cuts.values())]
+    lines = [("white", f"{numbers[-1]} of {numbers[0]} tokens remain to the last layer")]
+    if numbers[0] > numbers[1]:
+        lines.append((FADED, f"{numbers[0] - numbers[1]} dropped before the LLM"))
+    for layer, color, (before, after) in zip(cuts, cycle(DROPPED), pairwise(numbers[1:]), strict=False):
+        lines.append((color, f"{before - after} dropped before layer {layer}"))
+    return lines
 
 
 def draw_budget_bars(selection: Selection) -> Figure:
@@ -96,14 +130,17 @@ def draw_budget_bars(selection: Selection) -> Figure:
     return figure
 
 
-def draw_report(selection: Selection, image: Image.Image | None = None) -> Image.Image:
-    """Draw the overlay with the budget bars below it.
+def draw_report(
+    selection: Selection, image: Image.Image | None = None, cuts: Mapping[int, Selection] = MappingProxyType({})
+) -> Image.Image:
+    """Draw the overlay with the budget bars of the tokens that enter the LLM below it.
 
     Args:
         selection: the selection, with pixels.
         image: the original image, drawn to the left of the tiles.
+        cuts: the selections at the cuts inside the LLM, as in `overlay`.
     """
-    top, figure = overlay(selection, image), draw_budget_bars(selection)
+    top, figure = overlay(selection, image, cuts), draw_budget_bars(selection)
     figure.set_dpi(100)
     bars = render_figure(figure)
     sheet = Image.new("RGB", (max(top.width, bars.width), top.height + bars.height), "white")
@@ -123,25 +160,38 @@ def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(14)
 
 
-def _draw_tile(selection: Selection, number: int) -> Image.Image:
-    """Draw one tile: kept tokens outlined, dropped tokens faded, padding hatched."""
-    assert selection.pixels is not None
-    pixels: NDArray[np.uint8] = selection.pixels[number].numpy()
-    rows, cols = selection.geometry.token_grid
+def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
+    """Draw one tile: remaining tokens outlined, dropped tokens faded or tinted, padding hatched.
+
+    Args:
+        stages: the selection of the tokens that enter the LLM, with pixels, and the selections at the cuts.
+        number: number of the tile.
+    """
+    entered = stages[0]
+    assert entered.pixels is not None
+    pixels: NDArray[np.uint8] = entered.pixels[number].numpy()
+    rows, cols = entered.geometry.token_grid
     zoom = max(1, math.ceil(TILE_SIDE / min(pixels.shape[:2])))
     pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     height, width = pixels.shape[:2]
     row_of, col_of = np.arange(height) * rows // height, np.arange(width) * cols // width
-    kept = selection.kept[number].cpu().numpy().reshape(rows, cols)
-    valid = selection.geometry.valid[number].cpu().numpy().reshape(rows, cols)
+
+    def enlarge(mask: Tensor) -> NDArray[np.bool_]:
+        grid: NDArray[np.bool_] = mask.cpu().numpy().reshape(rows, cols)
+        return grid[row_of][:, col_of, None]
+
     gray = pixels.mean(axis=2, keepdims=True)
-    faded = 0.25 * gray + 0.75 * 235
-    drawn = np.where(kept[row_of][:, col_of, None], pixels, faded)
+    drawn = 0.25 * gray + 0.75 * 235
+    for stage, color in zip(stages[1:], cycle(DROPPED), strict=False):
+        tint = 0.4 * gray + 0.6 * np.array(ImageColor.getrgb(color))
+        drawn = np.where(enlarge(stage.geometry.valid[number]), tint, drawn)
+    kept = stages[-1].kept[number]
+    drawn = np.where(enlarge(kept), pixels, drawn)
     stripe = ((np.arange(height)[:, None] + np.arange(width)[None, :]) // 4 % 2)[..., None] * 40 + 150
-    drawn = np.where(valid[row_of][:, col_of, None], drawn, stripe)
+    drawn = np.where(enlarge(entered.geometry.valid[number]), drawn, stripe)
     tile = Image.fromarray(drawn.round().astype(np.uint8))
     pen = ImageDraw.Draw(tile)
-    for row, col in np.argwhere(kept):
+    for row, col in np.argwhere(kept.cpu().numpy().reshape(rows, cols)):
         top, bottom = -(-row * height // rows), -(-(row + 1) * height // rows) - 1
         left, right = -(-col * width // cols), -(-(col + 1) * width // cols) - 1
         pen.rectangle((left, top, right, bottom), outline=KEPT)

@@ -66,7 +66,7 @@ class Setting:
             if path[0] in ("model", "task") or path[-1] == "seed" or "budget" in path:
                 continue
             text = shorten_value(value)
-            if key == "reducer" and text.startswith(self.strategy):
+            if key == "reducer" and (text.startswith(self.strategy) or "(" in text or "+" in text):
                 name = text  # each level is a complete reducer, so its arguments distinguish the levels
             elif text != self.strategy:
                 parts.append(f"{key.removeprefix('reducer.')}={text}")
@@ -107,6 +107,21 @@ class Setting:
             names: the record fields to sum.
         """
         return float(np.median(sum(self._numbers(name) for name in names))) if self.valid_records else math.nan
+
+    @property
+    def average_tokens(self) -> float:
+        """Mean visual tokens of a prompt, averaged over the LLM layers; from older records the kept tokens.
+
+        Without a strategy inside the LLM, these are the kept tokens.
+        """
+        average = self.mean("average_tokens")
+        return self.mean("kept") if math.isnan(average) else average
+
+    @property
+    def flops_share(self) -> float:
+        """FLOPs of prefill in the LLM as a share of the FLOPs with all tokens; NaN in records of older runs."""
+        full = self.mean("prefill_flops_full")
+        return self.mean("prefill_flops") / full if full else math.nan
 
     def _numbers(self, name: str) -> Values:
         numbers = (record.get(name) for record in self.valid_records.values())
@@ -341,6 +356,15 @@ def find_full_setting(setting: Setting, settings: Iterable[Setting]) -> Setting 
     return _closest(setting, candidates)
 
 
+def is_random_strategy(strategy: str) -> bool:
+    """Return whether a strategy keeps random tokens at each of its stages: ``Random``, ``Random+AtLayer(Random)``.
+
+    Args:
+        strategy: the label of the strategy.
+    """
+    return set(strategy.split("+")) <= {"Random", "AtLayer(Random)"}
+
+
 def find_random_settings(setting: Setting, settings: Iterable[Setting]) -> dict[int, Setting]:
     """Return, by seed, the settings with random tokens at the same budget.
 
@@ -350,7 +374,7 @@ def find_random_settings(setting: Setting, settings: Iterable[Setting]) -> dict[
     """
     by_seed: dict[int, list[Setting]] = {}
     for random in settings:
-        if random.strategy == "Random" and (random.context, random.budget) == (setting.context, setting.budget):
+        if is_random_strategy(random.strategy) and (random.context, random.budget) == (setting.context, setting.budget):
             by_seed.setdefault(random.seed, []).append(random)
     closest = {seed: _closest(setting, candidates) for seed, candidates in sorted(by_seed.items())}
     return {seed: random for seed, random in closest.items() if random is not None}

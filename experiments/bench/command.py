@@ -11,6 +11,7 @@ import torch
 
 from tokenprune.adapter import Adapter
 from tokenprune.budget import parse_ratio
+from tokenprune.cli.expressions import is_expression, split_plugins
 from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size
 from tokenprune.experiments.bench.environment import describe_environment
@@ -45,7 +46,8 @@ class BenchConfig:
             llava-v1.6-vicuna-7b.
         baseline: release also measures HiRED as in its published code at each budget below 100 %; auto does so on CUDA
             if the model supports it; none.
-        reducers: strategies or presets by name, or file.py:Class.
+        reducers: strategies or presets by name, file.py:Class, or a call with its budget
+            "HiRED(0.4)+AtLayer(2, DivPrune(0.5))".
         budgets: budgets as ratios: 0.2 or 20%.
         batches: prompts per batch, with one image each.
         sizes: height x width of the images in pixels: 672x672.
@@ -117,8 +119,11 @@ def build_reducers(
 ) -> list[tuple[str, TokenReducer]]:
     """Return each strategy at each budget, with a name for tables.
 
+    A strategy that is written as a call, ``HiRED(0.4)+FastV(layer=2, budget=0.5)``, has its budget already, and is
+    returned once.
+
     Args:
-        names: names of strategies or presets.
+        names: names of strategies or presets, or calls.
         budgets: ratios, as numbers or as texts such as ``"20%"``.
         plugins: Python files of the user with further strategies.
 
@@ -127,6 +132,9 @@ def build_reducers(
     """
     reducers = []
     for name in names:
+        if is_expression(split_plugins(name)[0]):
+            reducers.append((name, parse_reducer(["--plugin", *plugins, "--reducer", name])))
+            continue
         for budget in budgets:
             ratio = parse_positive_ratio(budget)
             argv = ["--plugin", *plugins, "--reducer", name, "--reducer.budget", repr(ratio)]

@@ -518,16 +518,17 @@ def list_variants(
     Args:
         reducers: names and strategies.
         release_budgets: budgets of the baseline; a reducer with an equal budget is compared to it.
-        compiled: whether each reducer with a budget below 100 % is also measured with compiled graphs.
+        compiled: whether each reducer before the LLM with a budget below 100 % is also measured with compiled graphs.
     """
     baselines = {
         budget: Variant(f"{RELEASE_LIKE} {100 * budget:g} %", release_budget=budget) for budget in release_budgets
     }
     variants = [Variant(PLAIN), *baselines.values()]
     for name, reducer in reducers:
-        baseline = baselines.get(as_budget(reducer.budget).number)
+        label = reducer.budget_label
+        baseline = None if isinstance(label, str) else baselines.get(as_budget(label).number)
         variant = Variant(name, reducer, reference=None if baseline is None else baseline.name)
         variants.append(variant)
-        if compiled and as_budget(reducer.budget).number != 1.0:
+        if compiled and not isinstance(label, str) and as_budget(label).number != 1.0:
             variants.append(replace(variant, name=f"{name} compiled", is_compiled=True))
     return variants

@@ -81,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for reducer in (HiRED(0.2), VisionZip(0.2), PruMerge(0.2)):
         readings = measure_resident_memory(reducer, config.images, config.every)
         print(
-            f"{type(reducer).__name__}: "
-            + ", ".join(f"{count} images {megabytes:.0f} MB" for count, megabytes in readings),
+            f"{reducer.label}: " + ", ".join(f"{count} images {megabytes:.0f} MB" for count, megabytes in readings),
             flush=True,
         )
     return 0

@@ -171,7 +171,9 @@ def instrument(
                 wrap_phase(attrgetter(adapter.projector_path)(model.base_model), "forward", "projector")
         if pipeline is not None:
             wrap_phase(pipeline, "prepare", "rewrite")
-            wrap_phase(pipeline.batch_selector, "select", "reducer")
+            for selector in (pipeline.batch_selector, pipeline.decoder):
+                if selector is not None:
+                    wrap_phase(selector, "select", "reducer")
             for kind, phases in ADAPTER_PHASES.items():
                 if isinstance(adapter, kind):
                     for name, phase in phases.items():

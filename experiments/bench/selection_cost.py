@@ -38,6 +38,7 @@ from tokenprune.image import (
 )
 from tokenprune.layers import resolve_layers
 from tokenprune.registry import find_class
+from tokenprune.stages import EntryStage
 from tokenprune.testing.encoded_images import TOKEN_SIGNALS, random_encoded_image
 
 BY_ATTENTION = frozenset({"FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "VTCCLS"})
@@ -228,11 +229,12 @@ def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = Non
         size: the size of the image and of the models; None uses the size of LLaVA-NeXT-7B.
 
     Raises:
-        LookupError: if there is no strategy of a name.
+        LookupError: if there is no strategy before the LLM of a name.
         ValueError: if the budget is not a ratio, or a strategy reads a signal of an unknown kind.
     """
     catalog, _ = load_classes(config.plugin)
-    classes = [find_class(name, catalog, "strategy") for name in config.names or catalog]
+    timed = {name: kind for name, kind in catalog.items() if isinstance(kind.stage, EntryStage)}
+    classes = [find_class(name, timed, "strategy before the LLM") for name in config.names or timed]
     budget = parse_ratio(config.budget)
     reducers = {strategy.__name__: strategy(budget) for strategy in classes}
     size = size or ModelSize()

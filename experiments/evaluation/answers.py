@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from tokenprune.account import LayerSums, prefill_flops
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import model_inputs
@@ -136,17 +137,25 @@ def _answer_batch(
         sequences = pipeline.generate_prepared(call, text["input_ids"], **_generation_options(experiment))
         answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
         ended = time.perf_counter()
-    records, run = [], pipeline.run
+    records, run, cuts = [], pipeline.run, pipeline.run.cuts
     for index, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
-        image, (full, short) = run.account.images[index], run.account.prompt_lengths[index]
+        image, lengths = run.account.images[index], run.account.prompt_lengths[index]
         numbers = {
             "asked": image.asked,
             "kept": image.kept,
             "valid": image.valid,
             "kept_per_tile": list(image.kept_per_tile),
             "newlines": image.newlines,
-            "prompt_length": short,
-            "prompt_length_full": full,
+            "cuts": [
+                {"layer": cut.layer, "asked": cut.selections[index].asked, "kept": cut.selections[index].kept_tokens}
+                for cut in cuts
+            ],
+            "average_tokens": lengths.average_visual_tokens(image.kept),
+            "tokens_per_layer": list(lengths.layers),
+            "prompt_length": lengths.reduced,
+            "prompt_length_full": lengths.full,
+            "prefill_flops": LayerSums.from_rows(adapter.llm, lengths.layers).flops(adapter.llm),
+            "prefill_flops_full": prefill_flops(adapter.llm, lengths.full),
             "encode_ms": round(encode_ms, 3),
             "select_ms": round((selected - began) * 1000 / len(batch), 3),
             "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
@@ -169,7 +178,11 @@ def _generation_options(experiment: Experiment) -> dict[str, Any]:
 EMPTY_NUMBERS: Mapping[str, Any] = {
     **dict.fromkeys(("asked", "kept", "valid"), 0),
     "kept_per_tile": [],
-    **dict.fromkeys(("newlines", "prompt_length", "prompt_length_full"), 0),
+    "newlines": 0,
+    "cuts": [],
+    "average_tokens": 0.0,
+    "tokens_per_layer": [],
+    **dict.fromkeys(("prompt_length", "prompt_length_full", "prefill_flops", "prefill_flops_full"), 0),
     **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
 }
 """The numbers of a sample that failed."""

@@ -18,6 +18,7 @@ import yaml
 
 from tokenprune.adapter import find_adapter
 from tokenprune.configuration import as_config
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.evaluation.answers import answer_group
 from tokenprune.experiments.evaluation.environment import describe_environment
 from tokenprune.experiments.evaluation.identity import (
@@ -125,12 +126,24 @@ class Setting:
             "name": self.name,
             "role": self.role,
             "factors": dict(self.factors),
-            "strategy": type(reducer).__name__,
-            "budget": as_config(reducer.budget),
-            "seed": getattr(getattr(reducer, "selection", None), "seed", self.experiment.seed),
+            "strategy": reducer.label,
+            "budget": as_config(reducer.budget_label),
+            "seed": find_selection_seed(reducer, self.experiment.seed),
             "metric": self.experiment.task.metric,
             "hash": self.experiment.hash(),
         }
+
+
+def find_selection_seed(reducer: TokenReducer, default: int) -> int:
+    """Return the seed of the first part of a strategy that selects at random.
+
+    Args:
+        reducer: the strategy.
+        default: the result if no part has a seed.
+    """
+    strategies = [part.reducer if isinstance(part, AtLayer) else part for part in reducer.list_parts()]
+    seeds = [getattr(getattr(strategy, "selection", None), "seed", None) for strategy in strategies]
+    return next((seed for seed in seeds if seed is not None), default)
 
 
 OnRecord = Callable[[Setting, Mapping[str, Any], Selection | None], None]

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.cli.parsing import format_error, prepare_arguments, read_yaml
 from tokenprune.configuration import as_config
+from tokenprune.decoder_reducer import AtLayer, DecoderReducer
 from tokenprune.experiments.evaluation.experiment import (
     Experiment,
     Progress,
@@ -31,7 +32,7 @@ from tokenprune.experiments.evaluation.records import remove_failed, write_atomi
 from tokenprune.experiments.evaluation.stored_images import IMAGES
 from tokenprune.experiments.evaluation.tasks import Task, tasks
 from tokenprune.experiments.evaluation.workers import run_groups, run_workers
-from tokenprune.reducer import TokenReducer
+from tokenprune.reducer import Composed, TokenReducer
 from tokenprune.registry import suggest_name
 from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, SpatialPooling, UniformStride
 
@@ -113,7 +114,7 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
         except Exception as error:
             problems.append(f"{factor_text or 'the experiment'}: {format_error(error)}")
             continue
-        name = f"{type(experiment.reducer).__name__}, {factor_text}" if "reducer" not in factors else factor_text
+        name = factor_text if "reducer" in factors else f"{experiment.reducer.label}, {factor_text}"
         formatted = {option: format_value(value) for option, value in factors.items()}
         settings.setdefault(experiment.hash(), Setting(experiment, name, "grid", formatted))
     if problems:
@@ -129,6 +130,8 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
 def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting]:
     """Yield the baselines: all tokens, and for each budget random, strided, base-tile, pooled and downsampled tokens.
 
+    Strategies inside the LLM and compositions are compared with random and strided tokens at the same stages.
+
     Args:
         experiments: the experiments of the grid.
         seeds: number of seeds of random selection.
@@ -136,15 +139,42 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting
     by_context = {json.dumps(as_config(replace(e, reducer=UniformStride(1.0)))): e for e in experiments}
     for experiment in by_context.values():
         yield Setting(replace(experiment, reducer=UniformStride(1.0)), "full tokens", "full")
-    by_budget = {json.dumps(as_config(replace(e, reducer=UniformStride(e.reducer.budget)))): e for e in experiments}
+    by_budget: dict[str, Experiment] = {}
+    for experiment in experiments:
+        strided = replace_strategy(experiment.reducer, UniformStride)
+        if strided is not None:
+            by_budget[json.dumps(as_config(replace(experiment, reducer=strided)))] = experiment
     for experiment in by_budget.values():
-        budget = experiment.reducer.budget
-        rows: list[TokenReducer] = [Random.seeded(budget, seed) for seed in range(seeds)]
-        rows += [kind(budget) for kind in (UniformStride, BaseTileOnly, SpatialPooling, ImageDownsample)]
-        for reducer in rows:
-            seed = f", seed {reducer.selection.seed}" if isinstance(reducer, Random) else ""  # type: ignore[attr-defined]
-            name = f"{type(reducer).__name__}{seed}, budget={format_value(as_config(budget))}"
-            yield Setting(replace(experiment, reducer=reducer), name, "baseline", {"reducer.budget": as_config(budget)})
+        budget = as_config(experiment.reducer.budget_label)
+        makers: list[tuple[str, Callable[..., TokenReducer]]] = [
+            *((f", seed {seed}", partial(Random.seeded, seed=seed)) for seed in range(seeds)),
+            ("", UniformStride),
+        ]
+        if not any(isinstance(part, DecoderReducer) for part in experiment.reducer.list_parts()):
+            makers += [("", kind) for kind in (BaseTileOnly, SpatialPooling, ImageDownsample)]
+        for suffix, make in makers:
+            reducer = replace_strategy(experiment.reducer, make)
+            if reducer is not None:
+                name = f"{reducer.label}{suffix}, budget={format_value(budget)}"
+                yield Setting(replace(experiment, reducer=reducer), name, "baseline", {"reducer.budget": budget})
+
+
+def replace_strategy(reducer: TokenReducer, make: Callable[..., TokenReducer]) -> TokenReducer | None:
+    """Return another strategy with the budgets and cuts of a strategy; None if a part has several cuts.
+
+    Args:
+        reducer: the strategy; each part of a composition is replaced.
+        make: returns a strategy of the projector stage with a budget.
+    """
+    parts: list[TokenReducer] = []
+    for part in reducer.list_parts():
+        if not isinstance(part, DecoderReducer):
+            parts.append(make(part.budget))
+        elif len(part.cuts) == 1:
+            parts.append(AtLayer(part.cuts[0].layer, make(part.cuts[0].budget), positions=part.positions))
+        else:
+            return None
+    return parts[0] if len(parts) == 1 else Composed(parts)
 
 
 def load_config(path: str) -> dict[str, Any]:

@@ -253,3 +253,46 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install tokenprune"):
         write_parquet(tmp_path / "x.parquet", [{"a": 1}])
+
+
+def test_settings_are_compared_at_equal_compute(tmp_path: Path) -> None:
+    costs = {"HiRED": (0.2, 0.6, 20, 10), "AtLayer(DivPrune)": ("20% from layer 2", 0.9, 60, 50)}
+    costs["HiRED+FastV"] = ("40% + 50% from layer 2", 0.5, 30, 20)
+    for strategy, (budget, share, tokens, flops) in costs.items():
+        rows = board_records(make_scores(share), average_tokens=tokens, prefill_flops=flops, prefill_flops_full=200)
+        write_setting(tmp_path, rows, strategy, budget, factors={"reducer": strategy})
+    full = board_records(make_scores(0.9), average_tokens=400, prefill_flops=200, prefill_flops_full=200)
+    write_setting(tmp_path, full, "UniformStride", 1.0, "full")
+    paths = write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    _, *lines = parse_table(text, "Equal compute")
+    assert [line[:4] for line in lines] == [
+        ["HiRED", "20%", "5.0", "20.0"],
+        ["HiRED+FastV", "40% + 50% from layer 2", "10.0", "30.0"],
+        ["AtLayer(DivPrune)", "20% from layer 2", "25.0", "60.0"],
+        ["full tokens", "all", "100.0", "400.0"],
+    ]
+    assert [line[-1] for line in lines] == ["yes", "no", "yes", "no"]
+    assert "accuracy_vs_flops.png" in [path.name for path in paths]
+    assert "figures/accuracy_vs_flops.png" in text
+    first = next(csv.DictReader((tmp_path / "settings.csv").open()))
+    assert (first["average_tokens"], first["flops_share"]) == ("400.0", "1.0")
+
+
+def test_records_without_flops_have_no_comparison_at_equal_compute(report_folder: Path) -> None:
+    text = (report_folder / "report.md").read_text()
+    assert "Equal compute" not in text
+    assert "accuracy_vs_flops" not in text
+    setting = read_results(report_folder).settings[0]
+    assert setting.average_tokens == setting.mean("kept")
+
+
+def test_random_tokens_at_the_same_stages_are_the_baseline(tmp_path: Path) -> None:
+    budget = "40% + 50% from layer 2"
+    write_setting(tmp_path, board_records(make_scores(0.8)), "HiRED+FastV", budget, factors={})
+    for strategy, share in (("Random+AtLayer(Random)", 0.5), ("Random", 0.1)):
+        named = budget if "+" in strategy else 0.4
+        write_setting(tmp_path, board_records(make_scores(share)), strategy, named, "baseline", factors={})
+    write_report(tmp_path)
+    _, *lines = parse_table((tmp_path / "report.md").read_text(), "Differences to random tokens at the same budget")
+    assert [line[0] for line in lines] == ["HiRED+FastV"]

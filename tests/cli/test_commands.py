@@ -36,7 +36,13 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], str
     assert rows["LoudestTokens"]["needs"] == "features"
     assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
     assert rows["VisionZip"]["dropped tokens"] == "merged"
+    stages = [row["stage"] for row in rows.values()]
+    assert stages == sorted(stages, key=["image", "projector", "decoder", "several"].index)
     assert rows["ImageDownsample"]["stage"] == "image"
+    assert rows["AtLayer"]["stage"] == "decoder"
+    assert rows["AtLayer"]["parameters"] == "positions='preserve', layer, reducer"
+    assert rows["Composed"]["stage"] == "several"
+    assert rows["Composed"]["needs"] == "depends on its parameters"
     assert main(["list", "strategies", "--markdown"]) == 0
     assert "| `HiRED` |" in capsys.readouterr().out
     Path("twice.py").write_text(STRATEGY_SOURCE.replace("LoudestTokens", "HiRED"))

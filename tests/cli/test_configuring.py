@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ import pytest
 import yaml
 
 from tests.helpers.cli import SOME_FAMILIES, STRATEGY_SOURCE, run_json, run_refused
-from tokenprune.budget import OneTokenWarning
+from tokenprune.budget import Budget, OneTokenWarning
 from tokenprune.catalog import strategies
+from tokenprune.cli.errors import UserError
 from tokenprune.cli.main import main
+from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, parse_reducer
 from tokenprune.configuration import as_config
-from tokenprune.strategies import PruMerge, VisionZip
-from tokenprune.strategies.components import ContextualMerging, MeanOfRestMerging, SaliencyCoverageSelection
+from tokenprune.decoder_reducer import AtLayer
+from tokenprune.reducer import Composed, TokenReducer
+from tokenprune.strategies import HiRED, PruMerge, UniformStride, VisionZip
+from tokenprune.strategies.components import (
+    ContextualMerging,
+    MaxMinDiversitySelection,
+    MeanOfRestMerging,
+    RandomSelection,
+    SaliencyCoverageSelection,
+)
 
 
 def component_config(report: dict[str, Any], name: str) -> Any:
@@ -207,3 +218,101 @@ def test_nested_components_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert component_config(report, "selection")["init_args"]["relevance"]["init_args"]["sign"] == "aligned"
     assert report["answer"] == report["expected"]
     assert "set text_model to the CLIP checkpoint" in run_refused(capsys, "run", "--reducer", "CDPruner")
+
+
+COMPOSITION = "HiRED(0.4)+AtLayer(1, UniformStride(0.5))"
+
+
+def parse(*arguments: str) -> TokenReducer:
+    return parse_reducer(["--reducer", *arguments])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        COMPOSITION,
+        "hired(0.4) + at-layer(layer=1, reducer=uniform-stride(0.5))",
+        "Composed([HiRED(0.4), AtLayer(1, UniformStride(budget=0.5))])",
+        '{class_path: Composed, init_args: {parts: [HiRED(0.4), "AtLayer(1, UniformStride(0.5))"]}}',
+    ],
+)
+def test_a_composition_is_written_as_calls(text: str) -> None:
+    assert parse(text) == Composed([HiRED(0.4), AtLayer(1, UniformStride(0.5))])
+
+
+def test_parts_have_parameters() -> None:
+    arguments = ["--reducer.parts.1.reducer.budget=20%", "--reducer.parts.0.budget", "{amount: 0.3, per: tile}"]
+    arguments += ["--reducer.parts.0.selection", "random-selection", "--reducer.parts.0.selection.seed=3"]
+    first, second = parse(COMPOSITION, *arguments, "--reducer.parts.1.layer=0.5").list_parts()
+    assert first == HiRED(Budget(0.3, per="tile"), selection=RandomSelection(seed=3))
+    assert second == AtLayer(0.5, UniformStride(0.2))
+    assert parse(COMPOSITION, "--reducer.parts.1", "AtLayer(2, Random)").label == "HiRED+AtLayer(Random)"
+
+
+def test_values_of_a_call_need_no_quotes() -> None:
+    reducer = parse("HiRED(9, selection=RandomSelection(seed=3), positions=preserve, text_model=null)")
+    assert reducer == HiRED(9, positions="preserve", selection=RandomSelection(seed=3))
+    assert parse("HiRED.release(0.4)") == replace(HiRED.release(), budget=0.4)
+    assert parse("PruMerge(selection=MaxMinDiversitySelection)").selection == MaxMinDiversitySelection()  # type: ignore[attr-defined]
+
+
+def test_a_file_has_parts_of_a_composition(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loud.py").write_text(STRATEGY_SOURCE)
+    reducer = parse("loud.py:LoudestTokens(0.4)+AtLayer(1, loud.py:LoudestTokens(0.5))")
+    assert reducer.label == "LoudestTokens+AtLayer(LoudestTokens)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([COMPOSITION.replace("HiRED", "HiRD")], "Did you mean HiRED"),
+        ([COMPOSITION.replace("UniformStride", "UniformStrid")], "Did you mean UniformStride?"),
+        ([COMPOSITION.replace("0.4", "bugdet=0.4")], "(did you mean budget?)"),
+        (["HiRED(0.4, budget=0.2)+AtLayer(1, Random)"], "has two values of budget"),
+        (["AtLayer(1, Random, preserve, 3, 4)"], "has 5 values, but the parameters are layer, reducer, positions"),
+        (["HiRED(0.4+"], "cannot be read ('(' was never closed); write HiRED(0.4)+FastV(layer=2, budget=0.5)"),
+        (["HiRED(0.4)+3"], "3 is no strategy; write"),
+        (["HiRED(0.4*2)"], "'0.4 * 2' is neither a name, a call nor a value"),
+        (["HiRED(0.4)+DivPrune(0.3)"], "the parts act at the stages projector, projector"),
+        (["AtLayer(1, Random)+HiRED"], "the parts act at the stages decoder, projector"),
+        (["AtLayer(0, Random)"], "a cut at layer 0 is not inside an LLM; use a layer from 1"),
+        (["AtLayer(1, Composed([HiRED, AtLayer(1, Random)]))"], "AtLayer needs a strategy of the projector stage"),
+        ([COMPOSITION, "--reducer.budget=0.2"], "a part has its own parameters: --reducer.parts.0.budget"),
+        (
+            [COMPOSITION, "--reducer.parts.2.budget=0.2"],
+            "--reducer.parts.2.budget: the composition has the parts 0 to 1",
+        ),
+        ([COMPOSITION, "--reducer.parts.1.budget=0.2"], "there is no parameter 'budget' of AtLayer; it has"),
+        ([COMPOSITION, "--reducer.parts.0.budget.per=tile"], "budget is no class with parameters; give its value"),
+        (["HiRED", "--reducer.parts.0.budget=0.2"], "--reducer is no composition"),
+    ],
+)
+def test_errors_of_compositions_name_the_mistake(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as info:
+        parse(*arguments)
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        Composed([HiRED(0.4, selection=RandomSelection(seed=3)), AtLayer(0.5, PruMerge(Budget(20, per="tile")))]),
+        AtLayer(2, VisionZip(0.3), positions="reindex"),
+        UniformStride(0.3) >> AtLayer(1, UniformStride(20)),
+    ],
+    ids=lambda reducer: reducer.label,
+)
+def test_a_configuration_is_read_again(reducer: TokenReducer) -> None:
+    text = yaml.safe_dump({"reducer": as_config(reducer)})
+    Path("again.yaml").write_text(text)
+    parser = build_parser("tokenprune", "", ReducerConfig, file=True)
+    parsed = parse_options(parser, ["--config", "again.yaml"], {}).reducer
+    assert parsed == reducer
+    assert yaml.safe_dump({"reducer": as_config(parsed)}) == text
+
+
+def test_an_option_overrides_a_part_of_a_file() -> None:
+    Path("composed.yaml").write_text(f"reducer: {COMPOSITION}\n")
+    parser = build_parser("tokenprune", "", ReducerConfig, file=True)
+    reducer = parse_options(parser, ["--config", "composed.yaml", "--reducer.parts.0.budget=0.1"], {}).reducer
+    assert reducer == Composed([HiRED(0.1), AtLayer(1, UniformStride(0.5))])

@@ -86,6 +86,7 @@ def test_totals_cover_more_than_the_history() -> None:
         "valid": 160 * calls,
         "newlines": 2 * calls,
         "average_tokens": 2.0,
+        "cuts": [],
         "prompts": 2 * calls,
         "prompt_length": 180 * calls,
         "prompt_length_full": full,
@@ -128,3 +129,22 @@ def test_text_of_an_account() -> None:
     assert str(account).endswith("of full; attention: cls_attention")
     account.add([selection(80, asked=160)], [(100, 100)])
     assert str(account).startswith("2 image(s): 176 tokens asked, 96 kept of 160 valid; ")
+
+
+def test_cuts_are_summed_by_layer() -> None:
+    account = TokenAccount(SHAPE)
+    for _ in range(HISTORY + 5):
+        account.add(
+            [selection(80)], [RowLengths(100, (100, 60, 40))], {2: [selection(20, asked=25)], 1: [selection(40)]}
+        )
+    assert list(account.cuts) == [1, 2]
+    assert account.summary()["cuts"] == [
+        {"layer": 1, "asked": 40 * (HISTORY + 5), "kept": 40 * (HISTORY + 5)},
+        {"layer": 2, "asked": 25 * (HISTORY + 5), "kept": 20 * (HISTORY + 5)},
+    ]
+    single = TokenAccount(SHAPE)
+    single.add([selection(80)], [RowLengths(100, (100, 60, 40))], {1: [selection(40)], 2: [selection(20, asked=25)]})
+    assert str(single).startswith(
+        "1 image(s): 80 tokens asked, 80 kept; from layer 1: 40 asked, 40 kept; from layer 2: 25 asked, 20 kept; "
+        "46.7 visual tokens per prompt on average over 3 layers; KV cache "
+    )

@@ -7,10 +7,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tokenprune import Selection, TileGeometry
-from tokenprune.viz import GAP, KEPT, LABEL, TILE_SIDE, draw_budget_bars, draw_report, overlay, render_figure
+from tokenprune.viz import (
+    DROPPED,
+    FADED,
+    GAP,
+    KEPT,
+    LABEL,
+    TILE_SIDE,
+    draw_budget_bars,
+    draw_report,
+    overlay,
+    render_figure,
+)
 
 KEPT_RGB = tuple(int(KEPT[k : k + 2], 16) for k in (1, 3, 5))
 
@@ -109,3 +120,27 @@ def test_figures_do_not_change_matplotlib_state() -> None:
     draw_report(make_selection((2, 2)))
     assert dict(mpl.rcParams) == before
     assert pyplot.get_fignums() == open_figures
+
+
+def test_tokens_dropped_inside_the_llm_have_the_color_of_their_cut() -> None:
+    selection = make_selection((0, 0))
+    kept = torch.zeros(1, 16, dtype=torch.bool)
+    kept[0, :8] = True  # rows 2 and 3 are dropped before the LLM
+    entered = dataclasses.replace(selection, kept=kept, asked=8)
+    first, second = kept.clone(), kept.clone()
+    first[0, 4:] = False  # row 1 is dropped at the first cut
+    second[0, 1:] = False  # and the row 0 except one token at the second
+    left = entered.geometry.restrict(entered.packed_mask())
+    cuts = {2: Selection(left, first, 4), 5: Selection(left.restrict(first[0, :8]), second, 1)}
+    image = overlay(entered, cuts=cuts)
+    colors = [[token_color(image, (GAP, GAP + LABEL), row, col) for col in range(4)] for row in range(4)]
+    assert colors[0][0] == (10, 20, 250)
+    tints = [tuple(round(0.4 * 280 / 3 + 0.6 * part) for part in ImageColor.getrgb(color)) for color in DROPPED[:2]]
+    assert colors[1] == [tints[0]] * 4
+    assert colors[0][1:] == [tints[1]] * 3
+    assert all(len(set(color)) == 1 for row in colors[2:] for color in row)
+    plain = overlay(entered)
+    assert (image.width >= plain.width, image.height) == (True, plain.height + 4 * LABEL + GAP)  # four groups of tokens
+    swatches = [image.getpixel((GAP + 7, plain.height + LABEL * line + 8)) for line in range(4)]
+    assert swatches == [ImageColor.getrgb(color) for color in ("white", FADED, *DROPPED[:2])]
+    assert draw_report(entered, cuts=cuts).height > image.height

@@ -181,3 +181,34 @@ def test_format_value() -> None:
     )
     assert format_value({"class_path": "TopNormSelection"}) == "TopNormSelection"
     assert format_value(0.1) == "0.1"
+
+
+def test_a_grid_varies_a_part_of_a_composition() -> None:
+    config = {
+        "reducer": "HiRED(0.4)+AtLayer(1, DivPrune(0.5))",
+        "grid": {"reducer.parts.0.budget": [0.2, 0.4], "reducer.parts.1.layer": [1, 0.5]},
+        "random_seeds": 1,
+    }
+    settings = expand(config)
+    grid = [setting for setting in settings if setting.role == "grid"]
+    assert [setting.describe()["budget"] for setting in grid] == [
+        "20% + 50% from layer 1",
+        "20% + 50% from depth 0.5",
+        "40% + 50% from layer 1",
+        "40% + 50% from depth 0.5",
+    ]
+    assert grid[0].name == "HiRED+AtLayer(DivPrune), parts.0.budget=0.2, parts.1.layer=1"
+    baselines = {
+        setting.describe()["strategy"]: setting.describe() for setting in settings if setting.role == "baseline"
+    }
+    assert set(baselines) == {"Random+AtLayer(Random)", "UniformStride+AtLayer(UniformStride)"}
+    assert sum(setting.role == "baseline" for setting in settings) == 2 * 4
+    assert {setting.experiment.reducer.label for setting in settings if setting.role == "full"} == {"UniformStride"}
+
+
+def test_a_grid_compares_strategies_of_all_stages() -> None:
+    config = {"grid": {"reducer": ["HiRED(0.2)", "AtLayer(1, DivPrune(0.2))"]}, "random_seeds": 2}
+    names = [setting.name for setting in expand(config) if setting.role == "baseline"]
+    assert "BaseTileOnly, budget=0.2" in names
+    assert "AtLayer(Random), seed 1, budget=20% from layer 1" in names
+    assert "AtLayer(BaseTileOnly), budget=20% from layer 1" not in names

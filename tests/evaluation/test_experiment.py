@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.helpers.small_grid import records, remove_times
 from tokenprune.cli.main import main
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.evaluation import environment
 from tokenprune.experiments.evaluation import experiment as running
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
@@ -44,8 +45,15 @@ def test_sharing_an_encoding_does_not_change_records() -> None:
     """Records are the same if strategies with different signals share an encoding and if each runs separately."""
     task = Boards(number=2)
     settings = [
-        Setting(Experiment(reducer=reducer, task=task, max_new_tokens=4, batch_size=32), type(reducer).__name__)
-        for reducer in (HiRED(0.1), SCOPE(0.1), ImageDownsample(0.2), UniformStride(1.0))
+        Setting(Experiment(reducer=reducer, task=task, max_new_tokens=4, batch_size=32), reducer.label)
+        for reducer in (
+            HiRED(0.1),
+            SCOPE(0.1),
+            ImageDownsample(0.2),
+            UniformStride(1.0),
+            AtLayer(1, HiRED(0.2)),
+            HiRED(0.4) >> AtLayer(1, UniformStride(0.5)),
+        )
     ]
     progress = run_settings(settings, Path("together"))
     assert (progress.images, progress.encodes, progress.more_encodes) == (2, 2, 2)
@@ -53,6 +61,24 @@ def test_sharing_an_encoding_does_not_change_records() -> None:
         run_settings([setting], Path("alone"))
     assert remove_times(records("together")) == remove_times(records("alone"))
     assert progress.done == progress.total == sum(map(len, records("together").values()))
+
+
+def test_records_have_the_tokens_of_each_stage() -> None:
+    reducer = HiRED(0.4) >> AtLayer(1, UniformStride(0.5))
+    setting = Setting(Experiment(reducer=reducer, task=Boards(number=1), max_new_tokens=1, batch_size=2), "composed")
+    run_settings([setting], Path("out"))
+    (rows,) = records("out").values()
+    for row in rows:
+        (cut,) = row["cuts"]
+        entered, *later = row["tokens_per_layer"]
+        assert (cut["layer"], cut["asked"], cut["kept"]) == (1, row["kept"] // 2, row["kept"] // 2)
+        assert later == [later[0]] * 2
+        assert entered == row["prompt_length"]
+        assert row["average_tokens"] == row["kept"] - (entered - sum([entered, *later]) / 3)
+        assert 0 < row["prefill_flops"] < row["prefill_flops_full"]
+    metadata = json.loads((setting.folder(Path("out")) / "setting.json").read_text())
+    assert metadata["strategy"] == "HiRED+AtLayer(UniformStride)"
+    assert metadata["budget"] == "40% + 50% from layer 1"
 
 
 def test_existing_records_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def write_setting(
     directory: Path,
     records: Sequence[Mapping[str, Any]],
     strategy: str = "HiRED",
-    budget: float | None = 0.1,
+    budget: float | str | None = 0.1,
     role: str = "grid",
     seed: int = 0,
     factors: Mapping[str, Any] | None = None,

@@ -16,7 +16,8 @@ from tests.helpers.families import REPRESENTATIVES
 from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
-from tokenprune.testing.conformance import CHECKS, LAYERS, check_reducer
+from tokenprune.decoder_reducer import AtLayer
+from tokenprune.testing.conformance import CHECKS, LAYERS, MODEL_CHECKS, check_reducer
 from tokenprune.testing.examples import build_example, find_example
 
 
@@ -194,6 +195,7 @@ MISTAKES = {
     "needs": UnreadSignal(),
     "round trips": build_hidden_setting(),
     "batch invariant": DependsOnBatch(),
+    "cuts": NormScore(0.5) >> AtLayer(1, MissingToken(0.3)),
     "leaves no trace": ModifiesWeights(),
 }
 
@@ -201,7 +203,12 @@ MISTAKES = {
 def test_each_check_has_a_mistake() -> None:
     assert list(MISTAKES) == list(CHECKS)
     for reducer in (NormScore(), AttentionScore()):
-        assert all(result.passed for result in check_reducer(reducer, REPRESENTATIVES).results)
+        results = check_reducer(reducer, REPRESENTATIVES).results
+        assert all(result.passed for result in results if result.name != "cuts")
+    for decoder_reducer in (AtLayer(1, NormScore(0.5)), AttentionScore(0.5) >> AtLayer(0.5, AttentionScore(0.5))):
+        assert all(result.passed for result in check_reducer(decoder_reducer, REPRESENTATIVES).results)
+    results = check_reducer(AtLayer(9, NormScore()), REPRESENTATIVES).results
+    assert {result.name for result in results if result.passed is None} == MODEL_CHECKS
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -209,7 +216,8 @@ def test_a_mistake_fails_only_its_check(name: str) -> None:
     report = check_reducer(MISTAKES[name], REPRESENTATIVES)
     assert [result.name for result in report.results if result.passed is False] == [name], str(report)
     assert not report.passed
-    (failed,) = [result for result in report.results if not result.passed]
+    (failed,) = [result for result in report.results if result.passed is False]
+    assert {result.name for result in report.results if result.passed is None} == {"cuts"} - {name}
     assert "expected" in failed.detail
     assert "got" in failed.detail
     assert "\n" not in failed.detail

@@ -38,7 +38,8 @@ class RunConfig:
         question: questions; each is asked about each image.
         reducer: strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class, e.g. with
             --reducer.budget 0.2 or 20% (ratio), --reducer.budget 160 (tokens), --reducer.selection RandomSelection
-            --reducer.selection.seed 3.
+            --reducer.selection.seed 3; or a composition 'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with
+            --reducer.parts.0.budget 0.3.
         max_new_tokens: longest answer in tokens.
         repeats: timed runs for the time to first token.
         out: folder for the overlay.
@@ -81,6 +82,9 @@ class Answer:
     tile_grid: tuple[int, int]
     newlines: int
     newlines_full: int
+    average_tokens: float
+    tokens_per_layer: list[int]
+    cuts: list[dict[str, int]]
     prompt_length: int
     prompt_length_full: int
     ttft_ms: float
@@ -133,7 +137,7 @@ def answer_all(config: RunConfig) -> list[Answer]:
             run = answers[-1][1]
             if position == 0:
                 try:
-                    save_image(draw_report(run.selections[0], image), overlay)
+                    save_image(draw_report(run.selections[0], image, run.find_cuts(0)), overlay)
                 except OSError as error:
                     raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
     return [result for result, _ in answers]
@@ -185,6 +189,9 @@ def answer_question(
         tile_grid=run.selections[0].geometry.tile_grid,
         newlines=image.newlines,
         newlines_full=image.newlines_full,
+        average_tokens=run.account.average_tokens,
+        tokens_per_layer=run.account.tokens_per_layer,
+        cuts=run.account.summary()["cuts"],
         prompt_length=after,
         prompt_length_full=before,
         ttft_ms=statistics.median(times[1]),
@@ -208,7 +215,7 @@ def format_json(config: RunConfig, answers: Sequence[Answer]) -> str:
 
 def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
     """Print the answers side by side, and the cost of both."""
-    console, name = Console(), type(config.reducer).__name__
+    console, name = Console(), config.reducer.label
     for file in dict.fromkeys(entry.image for entry in answers):
         entries = [entry for entry in answers if entry.image == file]
         table = Table(title=file, title_justify="left")
@@ -235,6 +242,11 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         tiles = tiles if any(first.tile_grid) else "one tile"
         counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
         console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
+        for cut in first.cuts:
+            console.print(f"from layer {cut['layer']}: {cut['asked']} asked, {cut['kept']} kept", soft_wrap=True)
+        if first.cuts:
+            layers = len(first.tokens_per_layer)
+            console.print(f"visual tokens on average over {layers} layers: {first.average_tokens:.1f}", soft_wrap=True)
         if first.attention is not None:
             saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)

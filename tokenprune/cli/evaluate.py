@@ -73,7 +73,7 @@ def parse_evaluate(argv: Sequence[str]) -> tuple[Experiment, EvaluateConfig]:
 def run(argv: Sequence[str]) -> int:
     """Run the command `evaluate`, and return the exit code: 1 if samples failed, otherwise 0."""
     experiment, config = parse_evaluate(argv)
-    setting = Setting(experiment, f"{type(experiment.reducer).__name__}, budget={experiment.reducer.budget}")
+    setting = Setting(experiment, f"{experiment.reducer.label}, budget={experiment.reducer.budget_label}")
     out = Path(config.out)
     if config.fresh and rank_and_world()[1] > 1:
         raise UserError("--fresh cannot be used under torchrun; run the command once without torchrun")

@@ -28,6 +28,7 @@ from tokenprune.policies import (
 )
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import SaliencyModel, resolve_attention_source
+from tokenprune.stages import STAGE_ORDER
 from tokenprune.testing.conformance import Report
 from tokenprune.testing.examples import build_example
 
@@ -42,7 +43,7 @@ def first_line(member: type) -> str:
 def parameters(member: type) -> str:
     """Return the parameters of a dataclass with their defaults, as text."""
     parts = []
-    for field in dataclasses.fields(member):
+    for field in (field for field in dataclasses.fields(member) if field.init):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
@@ -52,30 +53,55 @@ def parameters(member: type) -> str:
 
 
 def strategy_rows(plugins: Sequence[str] = ()) -> list[Row]:
-    """Return a row for each strategy, plug-in files included."""
+    """Return a row for each strategy, plug-in files included, in the order of the stages."""
     classes, _ = load_classes(plugins)
     return [
         {
             "name": name,
             "description": first_line(member),
             "stage": str(member.stage),
-            "needs": ", ".join(sorted({_format_signal(signal) for signal in member().needs})) or "features",
-            "dropped tokens": _describe_dropped(member()),
+            "needs": _describe_needs(member),
+            "dropped tokens": _describe_dropped(member),
             "budget": "exact" if member.exact else "upper limit",
             "paper": member.published,
             "presets": ", ".join(f"{name}.{preset}" for preset in presets(member)),
             "parity": member.parity,
             "parameters": parameters(member),
         }
-        for name, member in sorted(classes.items(), key=lambda item: item[0].lower())
+        for name, member in sorted(classes.items(), key=lambda item: (_find_stage(item[1]), item[0].lower()))
     ]
+
+
+def _find_stage(member: type[TokenReducer]) -> int:
+    """Return the place of a strategy's stage in the order of the stages; a composition comes last."""
+    name = member.stage.name
+    return STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER)
+
+
+def _build_default(member: type[TokenReducer]) -> TokenReducer | None:
+    """Return a strategy with default parameters; None if a parameter has no default."""
+    needs_values = any(
+        field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(member)
+    )
+    return None if needs_values else member()
+
+
+def _describe_needs(member: type[TokenReducer]) -> str:
+    reducer = _build_default(member)
+    if reducer is None:
+        return "depends on its parameters"
+    return ", ".join(sorted({_format_signal(signal) for signal in reducer.needs})) or "features"
 
 
 def _format_signal(signal: Signal) -> str:
     return signal.kind if signal.kind in TEXT_SIGNALS | APPLICATION_SIGNALS else f"{signal.kind}({signal.layer})"
 
 
-def _describe_dropped(reducer: TokenReducer) -> str:
+def _describe_dropped(member: type[TokenReducer]) -> str:
+    reducer = _build_default(member)
+    if reducer is None:
+        return "depends on its parameters"
     if isinstance(reducer, ImageReducer):
         return "not encoded"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"

@@ -1,7 +1,8 @@
 """Prepares command-line arguments for jsonargparse, and formats its errors as one line.
 
 jsonargparse parses the arguments into plain dataclasses. This module adds class names in kebab case, presets
-(`HiRED.release`) and user classes (`file.py:Class`) in place of a class name, and options in any order.
+(`HiRED.release`) and user classes (`file.py:Class`) in place of a class name, compositions of strategies
+(`HiRED(0.4)+FastV()`), and options in any order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from tokenprune.catalog import components, strategies
+from tokenprune.catalog import WRAPPERS, components, strategies
+from tokenprune.cli.expressions import (
+    PART_OPTION,
+    Call,
+    is_expression,
+    parse_expression,
+    set_part_option,
+    split_plugins,
+)
 from tokenprune.configuration import as_config, import_path
 from tokenprune.policies import Component, Configurable
 from tokenprune.reducer import TokenReducer
@@ -44,7 +53,7 @@ def format_class(cls: type) -> str:
     if not dataclasses.is_dataclass(cls):
         return import_path(cls)
     defaults = {}
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.init):
         if field.default is not dataclasses.MISSING:
             defaults[field.name] = as_config(field.default)
         elif field.default_factory is not dataclasses.MISSING:
@@ -113,14 +122,19 @@ def resolve_component(name: str, classes: Mapping[str, type[Configurable]], kind
     return format_class(find_class(name, classes, kind))
 
 
-def collect_component_fields(classes: Iterable[type]) -> set[str]:
-    """Return the names of all fields of strategies and components that hold a component."""
+def collect_fields(classes: Iterable[type], base: type) -> set[str]:
+    """Return the names of all fields of strategies and components that hold an object of a class, or several.
+
+    Args:
+        classes: strategies and components.
+        base: the class, `Component` or `TokenReducer`.
+    """
     hints = [hint for cls in classes for hint in get_type_hints(cls).items()]
     return {
         name
         for name, hint in hints
         for kind in (hint, *get_args(hint))
-        if isinstance(kind, type) and issubclass(kind, Component)
+        if isinstance(kind, type) and issubclass(kind, base)
     }
 
 
@@ -144,7 +158,7 @@ def load_classes(plugins: Iterable[str]) -> tuple[dict[str, type[TokenReducer]],
     Raises:
         LookupError: if a file cannot be imported, or two classes have the same name.
     """
-    strategy_classes, component_classes = dict(strategies()), dict(components())
+    strategy_classes, component_classes = {**strategies(), **WRAPPERS}, dict(components())
     for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
         _add_classes(strategy_classes, module, TokenReducer)
         _add_classes(component_classes, module, Component)
@@ -197,38 +211,52 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
         elif option == "--config" and values:
             plugins += read_yaml(values[0]).get("plugin") or []
         elif option.startswith("--reducer") and len(values) == 1 and ".py:" in values[0]:
-            path, _, group[1] = values[0].rpartition(":")
-            load_from_file(f"{path}:{group[1].partition('.')[0]}")  # raises if the name is wrong
-            plugins.append(path)
+            group[1], paths = split_plugins(values[0])
+            plugins += paths
+            if not is_expression(group[1]):
+                load_from_file(f"{paths[0]}:{group[1].partition('.')[0]}")  # raises if the name is wrong
     strategy_classes, component_classes = load_classes(plugins)
     option_classes = {option: dict(by_name) for option, (_, by_name) in (options or {}).items()}
     for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
         for option, (base, _) in (options or {}).items():
             _add_classes(option_classes[option], module, base)
     classes = [*strategy_classes.values(), *component_classes.values()]
-    fields, literals = collect_component_fields(classes), collect_literals(classes)
+    fields, literals = collect_fields(classes, Component), collect_literals(classes)
+    strategy_fields = {"reducer", *collect_fields(classes, TokenReducer)}
 
     def resolve(value: Any, key: str) -> Any:
         """Return a value of a configuration with names resolved; `key` is an option or the name of a field."""
         if isinstance(value, str) and key in option_classes:
-            return resolve_component(value, option_classes[key], key)
+            return parse_json(resolve_component(value, option_classes[key], key))
         if isinstance(value, str) and value in literals.get(key, ()):
             return value
-        if isinstance(value, str) and (key == "reducer" or key in fields):
-            if key == "reducer":
-                return resolve_strategy(value, strategy_classes)
+        if isinstance(value, str) and key in {*strategy_fields, *fields} and is_expression(value):
+            return resolve(parse_expression(value), key)
+        if isinstance(value, str) and key in strategy_fields:
+            return parse_json(resolve_strategy(value, strategy_classes))
+        if isinstance(value, str) and key in fields:
             try:
-                return resolve_component(value, component_classes)
+                return parse_json(resolve_component(value, component_classes))
             except LookupError as error:
                 hint = f"{key} takes {', '.join(sorted(literals[key]))} or a component; " if key in literals else ""
                 raise LookupError(f"{hint}{error}") from error
+        if isinstance(value, Call):
+            base = resolve(value.name, key)
+            cls = import_class(base["class_path"] if isinstance(base, dict) else base, Configurable)
+            arguments = value.kwargs if cls is None else value.name_arguments(cls)
+            return resolve({"class_path": value.name, "init_args": arguments}, key)
         if isinstance(value, dict) and "class_path" in value:
-            text = resolve(value["class_path"], key)
-            config = json.loads(text) if text.startswith("{") else {"class_path": text}
+            base = resolve(value["class_path"], key)
+            config = base if isinstance(base, dict) else {"class_path": base}
             init_args = {name: resolve(entry, name) for name, entry in (value.get("init_args") or {}).items()}
             return {**config, "init_args": {**config.get("init_args", {}), **init_args}}
+        if isinstance(value, list):
+            return [resolve(entry, key) for entry in value]
         return value
 
+    part_options = [group for group in groups if PART_OPTION.fullmatch(group[0]) and len(group) == 2]
+    groups = [group for group in groups if group not in part_options]
+    content: dict[str, Any] = {}
     for group in groups:
         if group[0].startswith("--reducer.") and group[1:] == ["None"]:  # the W&B agent writes null as None
             group[1] = "null"
@@ -236,15 +264,24 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
         key = key.rpartition(".")[2] if key.startswith("reducer.") else key
         if len(group) != 2 or group[1] == "null":
             continue
-        if key == "reducer" or key in fields or key in option_classes:
-            value = _parse_mapping(group[1]) if group[1].lstrip().startswith("{") else group[1]
-            result = resolve(value, key)
-            group[1] = result if isinstance(result, str) else json.dumps(result)
+        if key in {*strategy_fields, *fields, *option_classes}:
+            group[1] = format_json(resolve(parse_mapping(group[1]), key))
         elif key == "config" and {"reducer", *option_classes} & set(content := read_yaml(group[1])):
             for name in {"reducer", *option_classes} & set(content):
-                result = resolve(content[name], name)
-                content[name] = json.loads(result) if isinstance(result, str) and result.startswith("{") else result
+                content[name] = resolve(content[name], name)
             group[1] = json.dumps(content)
+    if part_options:
+        group = next((group for group in groups if group[0] == "--reducer"), ["--reducer"])
+        config = parse_json(group[1]) if len(group) == 2 else content.get("reducer")
+        for option, text in part_options:
+            last = option.rpartition(".")[2]
+            key = "reducer" if last.isdigit() else last
+            value = parse_mapping(text)
+            value = (
+                yaml.safe_load(value) if isinstance(value, str) and key not in {*strategy_fields, *fields} else value
+            )
+            set_part_option(config, option, resolve(value, key))
+        groups = [*(other for other in groups if other[0] != "--reducer"), ["--reducer", json.dumps(config)]]
     groups = [group for group in groups if group[0] != "--plugin"]
     for option in ("--image", "--question"):  # several occurrences are joined
         values = [value for group in groups if group[0] == option for value in group[1:]]
@@ -255,12 +292,24 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
     return [word for group in groups for word in group]
 
 
-def _parse_mapping(text: str) -> Any:
-    """Return a mapping that is written as JSON, as YAML or, by the W&B agent, as a Python literal."""
+def parse_mapping(text: str) -> Any:
+    """Return a mapping or list written as JSON, as YAML or, by the W&B agent, as a Python literal; else the text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return yaml.safe_load(text)
+
+
+def parse_json(text: str) -> Any:
+    """Return the object of a JSON text; a text that is no object is returned unchanged."""
+    return json.loads(text) if text.startswith("{") else text
+
+
+def format_json(value: Any) -> str:
+    """Return a value as JSON; a text is returned unchanged."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -286,8 +335,10 @@ def format_error(error: BaseException, options: Iterable[str] = ()) -> str:
         message = f"there is no parameter {match[1]!r}"
         if classes:
             module, _, name = classes[-1].rpartition(".")
-            fields = [field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name))]
+            cls = getattr(importlib.import_module(module), name)
+            fields = [field.name for field in dataclasses.fields(cls) if field.init]
             message += f" of {name}{suggest_name(match[1].split('.')[0], fields, 0.5)}; it has {', '.join(fields)}"
+            message += "; a part has its own parameters: --reducer.parts.0.budget" if fields == ["parts"] else ""
     elif match := re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", text):
         message = f"there is no option {match[1]}{suggest_name(match[1], options, 0.5)}"
     elif (kinds := re.search(r"Subtypes: \[(.*)\]", text)) and (value := re.search(r"Given value: (.*)", text)):

@@ -1,15 +1,15 @@
 """Checks that a strategy fulfills the contract of the library: `check_reducer(MyReducer())`.
 
 The checks are independent of each other and run on a CPU without network access. A failed check reports the action, the
-expected result and the actual result. Most checks run on synthetic encoded images; two run on tiny random models of the
-real classes.
+expected result and the actual result. Most checks run on synthetic encoded images; `MODEL_CHECKS` run on tiny random
+models of the real classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
+from tokenprune.decoder_reducer import DecoderReducer, resolve_cut
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
+    LLM_SIGNALS,
     ROW_SIGNALS,
     EncodedImage,
     MissingSignalError,
@@ -178,7 +180,7 @@ def check_exact_budget(reducer: TokenReducer) -> None:
     If `TokenReducer.exact` is false, the budget is an upper limit.
     """
     for budget in (0, 1, 7, 0.2, 0.5, 1.0, 10_000):
-        strategy = replace(reducer, budget=budget)
+        strategy = reducer.with_options(budget=budget)
         for name, image in iterate_images(strategy):
             selection = strategy.reduce(image)
             expected, kept = min(selection.asked, int(image.geometry.valid.sum())), selection.kept_tokens
@@ -290,7 +292,8 @@ def check_needs(reducer: TokenReducer) -> None:
         image = build_image(reducer, layout)
         signals = _RecordingSignals(image.signals)
         try:
-            reducer.reduce(replace(image, signals=signals))
+            for part in reducer.list_parts():
+                part.reduce(replace(image, signals=signals))
         except MissingSignalError as error:
             raise CheckError(f"reduced with the declared signals only: expected a selection, got: {error}") from error
         except Exception:  # `check_layouts` reports it
@@ -364,7 +367,29 @@ def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | No
     fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
     if not fitting:
         raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
+    layers = [cut.layer for part in reducer.list_parts() if isinstance(part, DecoderReducer) for cut in part.cuts]
+    fitting = [example for example in fitting if has_layers(example.adapter, layers)]
+    if not fitting:
+        raise NotApplicableError(f"no example has an LLM with cuts at the layers {', '.join(map(str, layers))}")
     return fitting
+
+
+def has_layers(adapter: Adapter, layers: Sequence[int | float]) -> bool:
+    """Return whether the LLM of a model has cuts at the given layers, in ascending order; true without cuts.
+
+    Args:
+        adapter: the adapter of the model.
+        layers: layers or relative depths.
+    """
+    if not layers:
+        return True
+    if not adapter.provides >= LLM_SIGNALS:
+        return False
+    try:
+        cuts = [resolve_cut(layer, adapter.llm.layers) for layer in layers]
+    except ValueError:
+        return False
+    return cuts == sorted(set(cuts))
 
 
 def _attach(reducer: TokenReducer, example: Example) -> AbstractContextManager[Run]:
@@ -372,7 +397,7 @@ def _attach(reducer: TokenReducer, example: Example) -> AbstractContextManager[R
     model = example.adapter.model
     if not reducer.reads_question:
         return reducer(model)
-    return replace(reducer, text_model=example.build_text_model())(model, question=QUESTION)
+    return reducer.with_options(text_model=example.build_text_model())(model, question=QUESTION)
 
 
 def check_batch_invariance(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
@@ -387,6 +412,28 @@ def check_batch_invariance(reducer: TokenReducer, families: Collection[str] | No
                 adapter.model(**example.build_inputs([[size]]))
             action = f"ran an image on {adapter.model_class} in a call of its own and in a batch"
             require_equal(action, single_run.selections[0], batch_run.selections[number])
+
+
+def check_cuts(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
+    """Check that cuts inside the LLM spend their budget, and keep the same tokens of a prompt in every batch."""
+    if not any(isinstance(part, DecoderReducer) for part in reducer.list_parts()):
+        raise NotApplicableError("it drops no tokens inside the LLM")
+    sizes = [(112, 112), (60, 160)]
+    for example in _list_fitting_examples(reducer, families):
+        adapter = example.adapter
+        with torch.no_grad(), _attach(reducer, example) as batch_run:
+            adapter.model(**example.build_inputs([[size] for size in sizes]))
+        for number, size in enumerate(sizes):
+            with torch.no_grad(), _attach(reducer, example) as single_run:
+                adapter.model(**example.build_inputs([[size]]))
+            for layer, selection in batch_run.find_cuts(number).items():
+                action = f"ran an image on {adapter.model_class} with a cut at layer {layer}"
+                require_equal(
+                    f"{action} in a call of its own and in a batch", single_run.find_cuts(0)[layer], selection
+                )
+                expected, kept = min(selection.asked, selection.geometry.valid_tokens), selection.kept_tokens
+                if kept > expected or (kept < expected and reducer.exact):
+                    raise CheckError(f"{action}: expected {expected} kept tokens, got {kept}")
 
 
 def check_model_unchanged(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
@@ -429,10 +476,11 @@ CHECKS: Mapping[str, Callable[..., None]] = {
     "needs": check_needs,
     "round trips": check_round_trips,
     "batch invariant": check_batch_invariance,
+    "cuts": check_cuts,
     "leaves no trace": check_model_unchanged,
 }
 """All checks by name, in the order in which they run."""
-MODEL_CHECKS = frozenset({"batch invariant", "leaves no trace"})
+MODEL_CHECKS = frozenset({"batch invariant", "cuts", "leaves no trace"})
 """Checks that run example models; they take the families."""
 
 
@@ -469,4 +517,4 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 results.append(Result(name, False, f"expected a selection, got {message}"))
     results += [Result(f"runs on {name}", None, error) for name, error in _find_examples(families)[1].items()]
-    return Report(type(reducer).__name__, tuple(results))
+    return Report(reducer.label, tuple(results))

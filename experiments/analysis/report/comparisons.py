@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenprune.experiments.analysis.differences import Difference, compare, correct_differences
-from tokenprune.experiments.analysis.results import Setting, find_full_setting, find_random_settings
+from tokenprune.experiments.analysis.results import (
+    Setting,
+    find_full_setting,
+    find_random_settings,
+    is_random_strategy,
+)
 
 
 def compare_with_full(settings: Sequence[Setting]) -> list[tuple[Setting, Difference]]:
@@ -29,7 +34,7 @@ def compare_with_random(settings: Sequence[Setting]) -> list[tuple[Setting, int,
     compared = [
         (setting, seed, compare(setting, random))
         for setting in settings
-        if setting.role != "full" and setting.strategy != "Random"
+        if setting.role != "full" and not is_random_strategy(setting.strategy)
         for seed, random in find_random_settings(setting, settings).items()
     ]
     corrected = correct_differences([difference for *_, difference in compared])

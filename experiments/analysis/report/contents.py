@@ -11,6 +11,7 @@ from tokenprune.experiments.analysis.factors import compare_factors
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.effects import factor_blocks
 from tokenprune.experiments.analysis.report.failures import Comparison, failure_blocks
+from tokenprune.experiments.analysis.report.figures import has_flops
 from tokenprune.experiments.analysis.report.formatting import SAME, format_budget, format_interval
 from tokenprune.experiments.analysis.report.rows import (
     format_context,
@@ -22,6 +23,7 @@ from tokenprune.experiments.analysis.report.rows import (
 from tokenprune.experiments.analysis.report.tables import (
     accuracy_table,
     breakdown_blocks,
+    compute_blocks,
     full_blocks,
     is_random,
     random_blocks,
@@ -57,9 +59,19 @@ def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Blo
         Heading("Figures"),
         Image(
             "figures/accuracy_vs_tokens.png",
-            "Score against visual tokens kept, mean over samples, 95 % intervals. Points with the same count are "
-            "moved apart horizontally. The gray line is the Pareto front of the means; the tables show whether two of "
-            "its points differ.",
+            "Score against visual tokens, mean over LLM layers and samples, 95 % intervals. Points with the same count "
+            "are moved apart horizontally. The gray line is the Pareto front of the means; the tables show whether two "
+            "of its points differ.",
+        ),
+        *(
+            [
+                Image(
+                    "figures/accuracy_vs_flops.png",
+                    "Score against FLOPs of LLM prefill, in percent of the FLOPs with all tokens.",
+                )
+            ]
+            if has_flops(settings)
+            else []
         ),
         Image(
             "figures/accuracy_vs_time.png",
@@ -158,6 +170,7 @@ def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     blocks += random_blocks(settings, level)
     for name, heading in (("type", "By type of question"), ("split", "By split")):
         blocks += breakdown_blocks(settings, name, f"{title}: {heading[0].lower()}{heading[1:]}", level)
+    blocks += compute_blocks(settings, level)
     return [*blocks, Heading("Tokens and time", level), *token_blocks(settings)]
 
 

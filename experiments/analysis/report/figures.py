@@ -1,4 +1,4 @@
-"""Figures of a report: score against tokens and against time."""
+"""Figures of a report: score against tokens, against FLOPs and against time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,28 @@ def draw_figures(settings: Sequence[Setting]) -> dict[str, Figure]:
         settings: the settings.
     """
     phases = ("encode_ms", "select_ms", "generate_ms")
-    kept = {setting.hash: setting.mean("kept") for setting in settings}
+    tokens = {setting.hash: setting.average_tokens for setting in settings}
+    flops = {setting.hash: 100 * setting.flops_share for setting in settings}
     times = {setting.hash: setting.median(*phases) for setting in settings}
-    return {
-        "accuracy_vs_tokens": draw_scatter(settings, kept, "visual tokens kept, mean over samples", spread=True),
+    figures = {
+        "accuracy_vs_tokens": draw_scatter(
+            settings, tokens, "visual tokens, mean over LLM layers and samples", spread=True
+        ),
+        "accuracy_vs_flops": draw_scatter(settings, flops, "FLOPs of LLM prefill, % of all tokens", spread=True),
         "accuracy_vs_time": draw_scatter(
             settings, times, "encode + select + generate, ms per sample, median", spread=False
         ),
     }
+    return figures if has_flops(settings) else {name: figures[name] for name in figures if name != "accuracy_vs_flops"}
+
+
+def has_flops(settings: Sequence[Setting]) -> bool:
+    """Return whether records have the FLOPs of prefill, which older versions did not store.
+
+    Args:
+        settings: the settings.
+    """
+    return any(not math.isnan(setting.flops_share) for setting in settings)
 
 
 def draw_scatter(settings: Sequence[Setting], cost: Mapping[str, float], label: str, spread: bool) -> Figure:

@@ -48,6 +48,7 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
             "high": setting.score.high,
         }
         row |= {name: setting.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
+        row |= {"average_tokens": setting.average_tokens, "flops_share": setting.flops_share}
         row |= {f"{name}_median": setting.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
         if full:
             row |= _difference_row("minus_full", full.get(setting.hash))

@@ -6,7 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from tokenprune.experiments.analysis.results import Budget, Setting, budget_sort_key, shorten_value
+from tokenprune.experiments.analysis.results import (
+    Budget,
+    Setting,
+    budget_sort_key,
+    is_random_strategy,
+    shorten_value,
+)
 
 Row: TypeAlias = tuple[str, dict[Budget, Setting]]
 """Name of a table row and its settings by budget."""
@@ -37,7 +43,7 @@ def method_rows(settings: Sequence[Setting]) -> list[Row]:
     named_rows: dict[str, dict[Budget, Setting]] = {}
     for setting in reduced:
         name = setting.method
-        if len(seeds[name]) > 1 or setting.strategy == "Random":
+        if len(seeds[name]) > 1 or is_random_strategy(setting.strategy):
             name += f", seed {setting.seed}"
         if setting.budget in named_rows.get(name, {}):  # differs in an option that is no factor
             name += f" ({setting.hash[:6]})"

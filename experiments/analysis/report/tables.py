@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tokenprune.experiments.analysis.differences import Difference, compare
 from tokenprune.experiments.analysis.intervals import Interval
+from tokenprune.experiments.analysis.pareto import pareto_front
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
 from tokenprune.experiments.analysis.report.comparisons import compare_with_full, compare_with_random
 from tokenprune.experiments.analysis.report.formatting import (
@@ -20,7 +21,7 @@ from tokenprune.experiments.analysis.report.formatting import (
     format_percent,
 )
 from tokenprune.experiments.analysis.report.rows import full_rows, list_budgets, method_rows
-from tokenprune.experiments.analysis.results import Budget, Setting, scores_by_field
+from tokenprune.experiments.analysis.results import Budget, Setting, is_random_strategy, scores_by_field
 
 
 def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
@@ -189,6 +190,38 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     return [Table(head, lines), Text(["Tokens are means over samples, times medians."])]
 
 
+def compute_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
+    """Return the table of scores in the order of the FLOPs of prefill; empty if records have no FLOPs.
+
+    Strategies before the LLM and inside it spend a budget in different layers. Rows next to each other cost about the
+    same.
+
+    Args:
+        settings: the settings of one context.
+        level: level of the heading.
+    """
+    named = [(name, "all", setting) for name, setting in full_rows(settings)]
+    named += [(name, format_budget(b), entries[b]) for name, entries in method_rows(settings) for b in entries]
+    rows = sorted((row for row in named if not math.isnan(row[2].flops_share)), key=lambda row: row[2].flops_share)
+    if not rows:
+        return []
+    front = set(pareto_front([(setting.flops_share, setting.score.mean) for _, _, setting in rows]))
+    lines = [
+        [
+            *(name, budget, format_percent(setting.flops_share), format_number(setting.average_tokens)),
+            *(format_number(setting.mean("kept")), format_interval(setting.score), "yes" if number in front else "no"),
+        ]
+        for number, (name, budget, setting) in enumerate(rows)
+    ]
+    head = ["method", "budget", "prefill FLOPs, %", "average tokens", "tokens entering", "score", "Pareto front"]
+    text = (
+        "FLOPs of prefill in the LLM, in percent of the prompt with all tokens. Average tokens: visual tokens averaged "
+        "over the layers of the LLM. Both are means over samples. The Pareto front has the rows that no cheaper row "
+        "equals or exceeds in its mean score."
+    )
+    return [Heading("Equal compute", level), Table(head, lines), Text([text])]
+
+
 def is_random(setting: Setting, budget: Budget) -> bool:
     """Return whether a setting keeps random tokens at a budget.
 
@@ -196,4 +229,4 @@ def is_random(setting: Setting, budget: Budget) -> bool:
         setting: the setting.
         budget: the budget.
     """
-    return setting.strategy == "Random" and setting.budget == budget
+    return is_random_strategy(setting.strategy) and setting.budget == budget

@@ -209,7 +209,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         find_adapter(self._inner.model)  # raises for an unsupported model family before the first question
         # The evaluator sets and reads these two attributes on the outer model.
         self._rank, self._world_size = self._inner.rank, self._inner.world_size
-        logger.info(f"tokenprune: {type(self.reducer).__name__} on {base}, fingerprint={self.fingerprint}")
+        logger.info(f"tokenprune: {self.reducer.label} on {base}, fingerprint={self.fingerprint}")
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapper that the evaluator reads: device, accelerator, tokenizer, ..."""
@@ -241,6 +241,7 @@ class _TokenPrune(lmms):  # type: ignore[misc]
         per_image = {f"tokens_{name}": total[name] / total["images"] for name in ("asked", "kept", "valid")}
         prompts = run.account.row_count
         per_prompt = {name: total[name] / prompts for name in ("prompt_length", "prompt_length_full")}
+        per_prompt["average_tokens"] = total["average_tokens"]
         log_metrics(0, 0, 0, additional_metrics={**per_image, **per_prompt})
 
     def generate_until(self, requests: Sequence[Any]) -> Any:

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers.llava import BAND, ROWS, TALL, WIDE
 from tests.helpers.oracle import generate
 from tokenprune import Budget
-from tokenprune.strategies import HiRED
+from tokenprune.decoder_reducer import AtLayer
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import HiRED, UniformStride
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 
@@ -34,6 +36,31 @@ def test_the_account_equals_cache_bytes_and_counted_flops(family: str) -> None:
     assert run.account.flops == counter.get_total_flops()
     assert run.account.summary()["prompt_length"] == after
     assert "KV cache" in str(run.account)
+
+
+@pytest.mark.parametrize(
+    "reducer", [AtLayer(1, UniformStride(0.3)), HiRED(0.4) >> AtLayer(1, UniformStride(0.5))], ids=lambda r: r.label
+)
+def test_the_account_of_a_cut_equals_cache_bytes_and_counted_flops(family: str, reducer: TokenReducer) -> None:
+    """Layers after the cut store and compute the tokens that remain, as the account of each layer states."""
+    model, inputs = tiny_model(family, "eager"), batch(family, [WIDE])
+    with reducer(model) as run, FlopCounterMode(display=False) as counter:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    account, ((layer, cut),) = run.account, run.account.cuts.items()
+    layers = out.past_key_values.layers
+    assert account.tokens_per_layer == [stored.keys.shape[-2] for stored in layers]
+    assert account.kv_bytes == sum(stored.keys.nbytes + stored.values.nbytes for stored in layers)
+    counts = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
+    language_model = next(name for name in counts if name.endswith(".language_model"))
+    head = next(name for name in counts if name.endswith(".lm_head"))
+    assert account.flops == counts[language_model] + counts[head]
+    entered, remained = account.tokens_per_layer
+    (selection,) = run.cuts[0].selections
+    dropped = selection.geometry.valid_tokens + selection.geometry.newlines - cut.kept - selection.kept_newlines
+    assert (layer, entered - remained) == (1, dropped)
+    assert cut.asked == cut.kept == selection.kept_tokens
+    assert account.average_tokens == account.kept - dropped / 2
+    assert f"from layer 1: {cut.asked} asked, {cut.kept} kept" in repr(run)
 
 
 def test_selections_cover_every_image(model: Any, family: str) -> None:
