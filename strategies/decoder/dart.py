@@ -87,9 +87,10 @@ class DART(DecoderReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Keep the image pivots and the tokens that are least similar to the pivots."""
-        geometry, flat = image.geometry.to(image.device), image.flatten_tiles()
-        hidden, text = flat.llm_hidden("before")[0], image.text_hidden("before")
-        norms = flat.llm_keys("before")[0].abs().sum(dim=(0, 2))
+        geometry = image.geometry.to(image.device)
+        hidden = image.llm_hidden("before").flatten(0, 1)[geometry.token_order]
+        norms = image.llm_keys("before").abs().sum(dim=(1, 3)).flatten()[geometry.token_order]
+        text = image.text_hidden("before")
         text_norms = image.text_keys("before").abs().sum(dim=(0, 2))
 
         def select_tokens(number: int) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ class SparseVLM(ScheduledReducer, ScoreReducer):
 
     def find_raters(self, image: EncodedImage) -> Tensor:
         """Return the mask of the text tokens that are more similar to the visual tokens than the mean, `[text]`."""
-        hidden = image.flatten_tiles().llm_hidden(0)[0]
+        hidden = image.llm_hidden(0).flatten(0, 1)[image.geometry.to(image.device).token_order]
         scores = (hidden @ image.text_hidden(0).T).softmax(dim=1).mean(dim=0)
         is_rater = scores > scores.mean()
         return is_rater | ~is_rater.any()  # equal scores: every text token is a rater
@@ -132,8 +132,8 @@ class SparseVLM(ScheduledReducer, ScoreReducer):
         """Keep the most relevant tokens, and the clusters of dropped tokens if they are merged."""
         if self.merging == "none":
             return super().select(image)
-        geometry, flat = image.geometry.to(image.device), image.flatten_tiles()
-        total, features = geometry.valid_tokens, flat.features[0].float()
+        geometry = image.geometry.to(image.device)
+        total, features = geometry.valid_tokens, image.features.flatten(0, 1)[geometry.token_order].float()
         scores = score_candidates(self, image, geometry.valid)
         order = scores.flatten()[geometry.token_order].argsort(descending=True, stable=True)
 

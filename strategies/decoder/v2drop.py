@@ -4,7 +4,8 @@ Repository: xuyang-liu16/V2Drop, commit 219e03e (CVPR 2026).
 
 ``score = |hidden(K) - hidden(K - 1)|``, the L2 norm of the change by the layer before the cut. LLaVA-1.5: cuts at
 layers 3, 17 and 22 of 32 keep 50 %, 50 % of the remaining tokens, and one token. Here all ratios refer to the tokens
-that entered the LLM. The cut to one token is left out of the default, so that `budget` states the tokens of the last layers.
+that entered the LLM. The cut to one token is left out of the default, so that `budget` is the number of
+tokens in the last layers.
 The release drops tokens only in prompts of more than 576 positions, and assumes that the image spans positions 35 to
 611. Repaired: any layout.
 """

@@ -53,8 +53,9 @@ class VisionDrop(ScheduledReducer, ScoreReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Keep the most attended tokens, and contextual tokens that dropped tokens are merged into."""
-        geometry, flat = image.geometry.to(image.device), image.flatten_tiles()
-        total, keys = geometry.valid_tokens, F.normalize(flat.asked_keys()[0].mean(dim=0), dim=-1)
+        geometry = image.geometry.to(image.device)
+        total = geometry.valid_tokens
+        keys = F.normalize(image.asked_keys().mean(dim=1).flatten(0, 1)[geometry.token_order], dim=-1)
         scores = score_candidates(self, image, geometry.valid)
         order = scores.flatten()[geometry.token_order].argsort(descending=True, stable=True)
 

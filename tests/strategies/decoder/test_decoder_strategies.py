@@ -106,7 +106,7 @@ def test_vtw_withdraws_all_tokens() -> None:
 
 @pytest.mark.parametrize("reducer", [DivPrune(0.2), Random(0.2), UniformStride(0.2), HiRED(0.2)])
 def test_projector_strategies_act_at_a_cut(reducer) -> None:
-    """Ratios refer to the tokens that entered the LLM; dropped tokens stay dropped; newline tokens follow their rows."""
+    """Ratios refer to the tokens that entered the LLM; dropped tokens stay dropped."""
     strategy = AtLayer(2, reducer)
     at_cut = strategy.at_cut(strategy.cuts[0])
     image = later_image(at_cut, ANYRES, 0.6)
