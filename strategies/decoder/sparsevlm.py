@@ -72,7 +72,7 @@ class SparseVLM(ScheduledReducer, ScoreReducer):
     """
 
     published: ClassVar[str] = "ICML 2025, arXiv 2410.04417"
-    parity: ClassVar[str] = "release(): 6/6 official cases of versions 1 and 2 each"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
 
     schedule: tuple[tuple[int | float, int | float], ...] = field(
         default=((2 / 32, 0.52), (6 / 32, 0.35), (15 / 32, 0.2)), kw_only=True
