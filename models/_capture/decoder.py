@@ -239,6 +239,8 @@ class DecoderTracer:
             return
         recording.leave(index)  # an earlier run was interrupted
         fields: dict[str, Any] = {"hidden": hidden.detach()} if kinds & HIDDEN_KINDS else {}
+        if "rotary_similarity" in kinds:
+            fields["rotary"] = join_rotary(kwargs["position_embeddings"])
         stack = ExitStack()
         recording.layers[index] = fields, stack
         if kinds & KEY_KINDS:
@@ -351,6 +353,17 @@ def _copy_cache(cache: Any, index: int, cache_layer: Any) -> Any:
     copied.layers = [*cache.layers]
     copied.layers[index] = copy.deepcopy(cache_layer)
     return copied
+
+
+def join_rotary(embeddings: Any) -> Tensor:
+    """Return cosines and sines of position embeddings side by side, `[rows or 1, width, 2 * head_dim]`.
+
+    Args:
+        embeddings: a pair (cosines, sines), or a complex tensor with one number for two dimensions of a head.
+    """
+    if isinstance(embeddings, tuple):
+        return torch.cat(list(embeddings), dim=-1)
+    return torch.cat([embeddings.real, embeddings.imag], dim=-1).repeat_interleave(2, dim=-1)
 
 
 def _without_rotation(embeddings: Any) -> Any:

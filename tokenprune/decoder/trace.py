@@ -25,6 +25,7 @@ class LayerTrace:
         mask: the attention mask of the kernel: None, bool or float `[rows or 1, heads or 1, width, keys]`, or
             `[rows, keys]` (flash kernels).
         scaling: factor on the dot products of queries and keys.
+        rotary: cosines and sines of the position embeddings side by side, `[rows or 1, width, 2 * head_dim]`.
         transition: for attention and MLP, the ratio of the norms of output and input, and 1 - cos(input, output),
             `[rows, width, modules, 2]`.
         past: number of keys before the first query, or a tensor with this number.
@@ -37,6 +38,7 @@ class LayerTrace:
     key: Tensor | None = None
     mask: Tensor | None = None
     scaling: float = 1.0
+    rotary: Tensor | None = None
     transition: Tensor | None = None
     past: int | Tensor = 0
     is_causal: bool = True
@@ -48,7 +50,7 @@ class LayerTrace:
         Args:
             step: number of repetitions of each prompt.
         """
-        names = ("hidden", "query", "key", "mask", "transition")
+        names = ("hidden", "query", "key", "mask", "rotary", "transition")
         values = {name: getattr(self, name) for name in names}
         taken = {name: value[::step] for name, value in values.items() if value is not None and len(value) > 1}
         return self if step == 1 else replace(self, **taken)

@@ -167,6 +167,19 @@ def _read_hidden(read: Callable[[ImagePositions], Sequence[Tensor]], source: Sig
     return _scatter_groups(source.images, read, lambda group: hidden[group.rows[:, None], group.positions])
 
 
+def _rotary_similarity(source: SignalSource) -> list[Tensor]:
+    rotary = require_traced(source.trace.rotary).float()
+    scale = (rotary.shape[-1] / 2) ** -0.5
+
+    def compute(group: _Group) -> Tensor:
+        count = len(source.images[group.numbers[0]].entries)
+        rows = group.rows[:, None] if len(rotary) > 1 else torch.zeros_like(group.rows)[:, None]
+        vectors = rotary[rows, group.positions]
+        return scale * (vectors[:, count:] @ vectors[:, :count].transpose(1, 2))[:, None]
+
+    return _scatter_groups(source.images, _read_both, compute)
+
+
 def _token_transition(source: SignalSource) -> list[Tensor]:
     transition = require_traced(source.trace.transition)
     ratio, distance = transition.unbind(dim=-1)
@@ -190,6 +203,7 @@ _READERS: Mapping[str, Callable[[SignalSource], list[Tensor]]] = {
     "llm_hidden": partial(_read_hidden, _read_entries),
     "text_hidden": partial(_read_hidden, _read_text),
     "token_transition": _token_transition,
+    "rotary_similarity": _rotary_similarity,
 }
 """The function that computes each kind of signal."""
 
