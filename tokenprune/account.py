@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -62,19 +63,22 @@ class RowLengths:
         """Tokens, averaged over the LLM layers."""
         return sum(self.layers) / len(self.layers)
 
-    def average_visual_tokens(self, kept: int) -> float:
-        """Return the visual tokens of the row, averaged over the LLM layers, as in "192 tokens" of papers.
-
-        All tokens that a later layer lacks count as visual tokens.
-
-        Args:
-            kept: visual tokens that entered the LLM.
-        """
-        return kept - (self.reduced - self.average)
-
     def __iter__(self) -> Iterator[int]:
         """Yield the tokens without reduction and the tokens that entered the LLM."""
         return iter((self.full, self.reduced))
+
+
+def average_over_layers(entered: int, cuts: Mapping[int, int], layers: int) -> float:
+    """Return a number of tokens, averaged over the layers of an LLM.
+
+    Args:
+        entered: tokens that entered the LLM.
+        cuts: tokens that remained at each cut, by the first layer without the dropped tokens.
+        layers: number of layers of the LLM.
+    """
+    starts = [0, *sorted(cuts), layers]
+    counts = [entered, *(cuts[layer] for layer in sorted(cuts))]
+    return sum(count * (stop - start) for count, (start, stop) in zip(counts, pairwise(starts), strict=True)) / layers
 
 
 @dataclass
@@ -223,6 +227,7 @@ class TokenAccount:
         self._full = LayerSums.from_rows(self.llm)
         self._reduced = LayerSums.from_rows(self.llm)
         self._cuts: dict[int, ImageTotals] = {}
+        self._average_tokens = 0.0
 
     def add(
         self,
@@ -248,6 +253,9 @@ class TokenAccount:
                     f"a prompt row has lengths for {len(row.layers)} layers, but the LLM has {layers}; "
                     "pass one length per layer"
                 )
+        kept_at_cuts = {layer: sum(s.kept_tokens for s in kept) for layer, kept in cuts.items()}
+        entered = sum(selection.kept_tokens for selection in selections)
+        self._average_tokens += average_over_layers(entered, kept_at_cuts, layers)
         for row in rows:
             self._full.add((row.full,) * layers)
             self._reduced.add(row.layers)
@@ -324,11 +332,9 @@ class TokenAccount:
     def average_tokens(self) -> float:
         """Visual tokens of a prompt row, averaged over LLM layers and rows, as in "192 tokens" of papers.
 
-        All tokens that a later layer lacks count as visual tokens. Newline tokens are not counted. The value is 0.0
-        before the first call.
+        Newline tokens are not counted. The value is 0.0 before the first call.
         """
-        totals = RowLengths(self.prompt_length_full, tuple(self._reduced.lengths))
-        return totals.average_visual_tokens(self.kept) / self.row_count if self.row_count else 0.0
+        return self._average_tokens / self.row_count if self.row_count else 0.0
 
     @property
     def kv_bytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from tokenprune.account import LayerSums, prefill_flops
+from tokenprune.account import LayerSums, average_over_layers, prefill_flops
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import model_inputs
@@ -150,7 +150,9 @@ def _answer_batch(
                 {"layer": cut.layer, "asked": cut.selections[index].asked, "kept": cut.selections[index].kept_tokens}
                 for cut in cuts
             ],
-            "average_tokens": lengths.average_visual_tokens(image.kept),
+            "average_tokens": average_over_layers(
+                image.kept, {cut.layer: cut.selections[index].kept_tokens for cut in cuts}, adapter.llm.layers
+            ),
             "tokens_per_layer": list(lengths.layers),
             "prompt_length": lengths.reduced,
             "prompt_length_full": lengths.full,

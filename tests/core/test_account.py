@@ -104,7 +104,8 @@ def test_average_tokens_are_the_visual_tokens_of_a_row() -> None:
     assert account.average_tokens == 0.0
     account.add([selection(40, newlines=4)], [(100, 60)])  # before the LLM: 40 in every layer
     assert account.average_tokens == 40
-    account.add([selection(80, newlines=8)], [RowLengths(100, (100, 100, 40))])  # inside it: 80, 80, 20
+    cut = {2: [selection(20, newlines=2)]}  # inside it: 80, 80, 20
+    account.add([selection(80, newlines=8)], [RowLengths(100, (100, 100, 34))], cut)
     assert account.average_tokens == (40 + 60) / 2
 
 
@@ -117,7 +118,8 @@ def test_average_tokens_average_over_layers() -> None:
     account = TokenAccount(shape)
     layers = (visual + text,) * 2 + (visual // 2 + text,) * 30
     full_selection = Selection(geometry, kept, visual, newline_mask=torch.zeros(0, dtype=torch.bool))
-    account.add([full_selection], [RowLengths(visual + text, layers)])
+    half = replace(full_selection, kept=torch.arange(visual)[None] < visual // 2)
+    account.add([full_selection], [RowLengths(visual + text, layers)], {2: [half]})
     assert account.average_tokens == pytest.approx(visual * (2 + 0.5 * 30) / 32)
 
 

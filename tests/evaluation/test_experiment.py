@@ -74,7 +74,7 @@ def test_records_have_the_tokens_of_each_stage() -> None:
         assert (cut["layer"], cut["asked"], cut["kept"]) == (1, row["kept"] // 2, row["kept"] // 2)
         assert later == [later[0]] * 2
         assert entered == row["prompt_length"]
-        assert row["average_tokens"] == row["kept"] - (entered - sum([entered, *later]) / 3)
+        assert row["average_tokens"] == (row["kept"] + 2 * cut["kept"]) / 3
         assert 0 < row["prefill_flops"] < row["prefill_flops_full"]
     metadata = json.loads((setting.folder(Path("out")) / "setting.json").read_text())
     assert metadata["strategy"] == "HiRED+AtLayer(UniformStride)"
