@@ -48,6 +48,12 @@ class Granite4VisionAdapter(LlavaNextAdapter):
         newline: Tensor = self.model.base_model.image_newline
         return newline.repeat(len(config.deepstack_layer_map) + len(config.spatial_target_layers))
 
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first layers of the decoder whose inputs the model adds features to."""
+        config = self.model.config
+        return 1 + max([*(layer for _, layer in config.deepstack_layer_map), *config.spatial_target_layers])
+
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
         """Return the index of the deepest layer whose output the model uses."""
         config = self.model.config

@@ -28,6 +28,8 @@ class Lfm2VlAdapter(TiledAdapter):
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_path: ClassVar[str | None] = None
+    llm_mlp_name: ClassVar[str] = "feed_forward"
+    final_norm_path: ClassVar[str | None] = "embedding_norm"
     pooling_config_key: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)

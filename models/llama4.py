@@ -26,6 +26,7 @@ class Llama4Adapter(TiledAdapter):
     tower_path: ClassVar[str] = "vision_model"
     layers_path: ClassVar[str] = "model.layers"
     language_model_path: ClassVar[str] = "language_model.model"
+    llm_mlp_name: ClassVar[str] = "feed_forward"
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     features_field: ClassVar[str] = "last_hidden_state"

@@ -18,6 +18,11 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
     family: ClassVar[str] = "qwen3_vl"
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
 
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first layers of the decoder whose inputs the model adds features to: layer 0 and one per level."""
+        return 1 + len(self.model.config.vision_config.deepstack_visual_indexes)
+
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None
     ) -> FeatureInputs:

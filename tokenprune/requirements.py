@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenprune.image import LLM_SIGNALS
 from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_attention_source, resolve_needs
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
     from tokenprune.reducer import TokenReducer
+
+
+def list_available_signals(reducer: TokenReducer, adapter: Adapter) -> frozenset[str]:
+    """Return the kinds of signals that a model provides at the stages of a strategy.
+
+    Args:
+        reducer: the strategy.
+        adapter: the adapter of the model.
+    """
+    reads_llm = any(part.stage.reads_llm for part in reducer.list_parts())
+    return adapter.provides if reads_llm else adapter.provides - LLM_SIGNALS
 
 
 def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
@@ -19,7 +31,7 @@ def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:
         adapter: the adapter of the model.
     """
     needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
-    return sorted({signal.kind for signal in needs} - adapter.provides)
+    return sorted({signal.kind for signal in needs} - list_available_signals(reducer, adapter))
 
 
 def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | None:
@@ -32,9 +44,10 @@ def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | N
     name = type(reducer).__name__
     if missing := list_missing_signals(reducer, adapter):
         needs = resolve_needs(reducer.needs, resolve_attention_source(reducer.attention, adapter.provides))
+        available = list_available_signals(reducer, adapter)
         return (
             f"{name} needs {', '.join(sorted({signal.kind for signal in needs}))}, but {type(adapter.model).__name__} "
-            f"with this vision tower provides {', '.join(sorted(adapter.provides))}; missing: {', '.join(missing)}"
+            f"with this vision tower provides {', '.join(sorted(available))}; missing: {', '.join(missing)}"
         )
     if reducer.text_model is None and reducer.reads_question:
         return (

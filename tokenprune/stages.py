@@ -34,6 +34,8 @@ class Stage:
 
     name: ClassVar[str]
     """The name in tables and records."""
+    reads_llm: ClassVar[bool] = False
+    """Whether a strategy of this stage can read signals of the LLM."""
 
     def __str__(self) -> str:
         """Return the name."""
@@ -161,6 +163,7 @@ class DecoderStage(Stage):
     """Inside the LLM: layers from a cut on run on the tokens that remain (`tokenprune.decoder`)."""
 
     name: ClassVar[str] = "decoder"
+    reads_llm: ClassVar[bool] = True
 
 
 def mix_and_order(

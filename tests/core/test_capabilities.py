@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from tokenprune.adapter import find_adapter
-from tokenprune.capabilities import ProjectsMixtures, ReadsQuestion, Resizable, ShowsTiles, require_capability
+from tokenprune.capabilities import (
+    HasDecoder,
+    ProjectsMixtures,
+    ReadsQuestion,
+    Resizable,
+    ShowsTiles,
+    require_capability,
+)
 from tokenprune.testing.tiny_models import tiny_model
 
 
@@ -21,7 +28,7 @@ class QuestionReader(ReadsQuestion):
         return []
 
 
-@pytest.mark.parametrize("capability", [ReadsQuestion, Resizable, ShowsTiles, ProjectsMixtures])
+@pytest.mark.parametrize("capability", [ReadsQuestion, Resizable, ShowsTiles, ProjectsMixtures, HasDecoder])
 def test_a_missing_capability_is_named(capability: type) -> None:
     adapter: Any = find_adapter(tiny_model("llava"))
     assert require_capability(adapter, capability) is adapter
