@@ -24,6 +24,7 @@ from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
 from tokenprune.caches import find_cache
 
+SLOW_NAMES = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "idefics3")]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
