@@ -30,6 +30,9 @@ PRODUCTS = (
     "test_inputs",
     "test_text_separators",
     "test_decoder_traces",
+    "test_layer_oracle",
+    "test_all_kept",
+    "test_rows",
 )
 """Modules that run all checks on all families."""
 

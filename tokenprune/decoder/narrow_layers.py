@@ -78,7 +78,12 @@ class CallPlan(Protocol):
     """What layers computed in the first forward pass, by layer index."""
 
     def find_step(
-        self, cut: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], has_cache: bool
+        self,
+        cut: int,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        count_stored: Callable[[], int],
     ) -> CutStep | None:
         """Return the step of a forward pass at the first layer of a cut; None if nothing is dropped."""
 
@@ -192,7 +197,7 @@ class NarrowLayers:
         if hidden.shape[1] == 1:  # a decode step: a function of the cache only, so that it compiles to one graph
             return self._continue(module, args, kwargs, hidden, cache_layer) if is_narrow(cache_layer) else None
         cut = bisect_right(self.cuts, number) - 1
-        step = self._find_step(cut, number, hidden, args, kwargs, cache is not None)
+        step = self._find_step(cut, number, hidden, args, kwargs)
         self._local.step = step
         if step is None:
             return self._continue(module, args, kwargs, hidden, cache_layer) if is_narrow(cache_layer) else None
@@ -201,7 +206,7 @@ class NarrowLayers:
         return self._narrow_inputs(step, number, attention, args, kwargs, hidden, cache_layer)
 
     def _find_step(
-        self, cut: int, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], has_cache: bool
+        self, cut: int, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CutStep | None:
         local = self._local
         rotary = kwargs.get("position_embeddings")
@@ -210,11 +215,20 @@ class NarrowLayers:
             steps: tuple[CutStep | None, ...] = getattr(tagged, STEP_ATTRIBUTE, ())
             return steps[cut] if steps else None
         if number == self.cuts[cut]:
-            step = local.plan.find_step(cut, hidden, args, kwargs, has_cache)
+            count_stored = partial(self._count_stored, number, find_cache(kwargs))
+            step = local.plan.find_step(cut, hidden, args, kwargs, count_stored)
             local.steps = (*local.steps[:cut], step, *local.steps[cut + 1 :])
             if self.repeats_layers:
                 setattr(tagged, STEP_ATTRIBUTE, local.steps)
         return local.steps[cut]
+
+    def _count_stored(self, number: int, cache: Any) -> int:
+        """Return the length of the sequence in the cache of the first layer with attention from a layer on."""
+        for layer in self.modules.layers[number:]:
+            if (attention := getattr(layer, self.modules.attention, None)) is not None:
+                cache_layer = find_cache_layer(cache, getattr(attention, "layer_idx", number))
+                return 0 if cache_layer is None else int(cache_layer.get_seq_length())
+        return 0
 
     def _narrow_inputs(
         self,

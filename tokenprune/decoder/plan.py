@@ -336,7 +336,12 @@ class DecoderPlan:
         return layer + 1 < self.wide_until
 
     def find_step(
-        self, cut: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], has_cache: bool
+        self,
+        cut: int,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        count_stored: Callable[[], int],
     ) -> CutStep | None:
         """Return the step of a forward pass at the first layer of a cut; None if nothing is dropped.
 
@@ -345,13 +350,14 @@ class DecoderPlan:
             hidden: hidden states that enter the layer, `[rows * repeats, length, dim]`.
             args: positional inputs of the layer.
             kwargs: keyword inputs of the layer.
-            has_cache: whether keys and values of earlier passes are stored.
+            count_stored: returns the length of the sequence in the cache of the layer.
 
         Raises:
             NotImplementedError: if the first forward pass does not hold the whole prompt.
         """
         length = self.prompt.is_real.shape[1]
-        if len(self.selections) > cut and has_cache:
+        # A model that assists itself runs the prompt once for each of its two caches.
+        if len(self.selections) > cut and (hidden.shape[1] < length or count_stored() > self.prompt.past):
             return None  # new tokens behind the cache: all remain
         if hidden.shape[1] < length:
             raise NotImplementedError(
