@@ -50,10 +50,9 @@ class Granite4VisionAdapter(LlavaNextAdapter):
 
     @property
     def adds_features_until(self) -> int:
-        """Number of first decoder layers up to the last layer before which the model adds a level of features."""
+        """Number of first layers of the decoder whose inputs the model adds features to."""
         config = self.model.config
-        layers = [layer for _, layer in config.deepstack_layer_map]
-        return max([*layers, *config.spatial_target_layers]) + 1
+        return 1 + max([*(layer for _, layer in config.deepstack_layer_map), *config.spatial_target_layers])
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> int:
         """Return the index of the deepest layer whose output the model uses."""

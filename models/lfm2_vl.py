@@ -25,11 +25,11 @@ class Lfm2VlAdapter(TiledAdapter):
     """`Lfm2VlForConditionalGeneration`; tiles are padded to one size, and padding tokens are not valid."""
 
     family: ClassVar[str] = "lfm2_vl"
-    llm_mlp_name: ClassVar[str] = "feed_forward"
-    final_norm_name: ClassVar[str] = "embedding_norm"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_path: ClassVar[str | None] = None
+    llm_mlp_name: ClassVar[str] = "feed_forward"
+    final_norm_path: ClassVar[str | None] = "embedding_norm"
     pooling_config_key: ClassVar[str | None] = "downsample_factor"
     features_by_tile: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("spatial_shapes",)

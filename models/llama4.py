@@ -21,12 +21,12 @@ class Llama4Adapter(TiledAdapter):
     """`Llama4ForConditionalGeneration`; its tower removes the CLS token, which is the last token, itself."""
 
     family: ClassVar[str] = "llama4"
-    llm_mlp_name: ClassVar[str] = "feed_forward"
     model_class: ClassVar[str] = "Llama4ForConditionalGeneration"
     broken_with: ClassVar[frozenset[str]] = frozenset({"5.24.0"})  # `forward` reads the undefined `image_outputs`
     tower_path: ClassVar[str] = "vision_model"
     layers_path: ClassVar[str] = "model.layers"
     language_model_path: ClassVar[str] = "language_model.model"
+    llm_mlp_name: ClassVar[str] = "feed_forward"
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     features_field: ClassVar[str] = "last_hidden_state"

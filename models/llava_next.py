@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import NEWLINE, RECENT_LAYOUTS, TileGeometry, anyres_regions
 from tokenprune.models._base.compilable import CompilableAdapter
 from tokenprune.models._base.vision_inputs import read_once
 
 
-class LlavaNextAdapter(CompilableAdapter):
+class LlavaNextAdapter(CompilableAdapter, HasDecoder):
     """`LlavaNextForConditionalGeneration` with a CLIP or SigLIP tower."""
 
     family: ClassVar[str] = "llava_next"

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.geometry import NEWLINE, TileGeometry
-from tokenprune.image import LLM_SIGNALS, token_dim
+from tokenprune.image import token_dim
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.hooks import replaced_forward
@@ -40,11 +40,6 @@ class MllamaAdapter(PlaceholderAdapter):
     projector_path: ClassVar[str | None] = None
     required_inputs: ClassVar[tuple[str, ...]] = ("aspect_ratio_ids", "aspect_ratio_mask")
     image_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"})
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """Kinds of signals that this model provides; the LLM has no image tokens."""
-        return super().provides - LLM_SIGNALS
 
     @property
     def image_token_id(self) -> int:

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs
+from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.hooks import replaced_forward
 
 
-class Phi4MultimodalAdapter(PlaceholderAdapter):
+class Phi4MultimodalAdapter(PlaceholderAdapter, HasDecoder):
     """`Phi4MultimodalForCausalLM`, in which one module encodes images and inserts them into the prompt.
 
     Encoding calls this module with a prompt of placeholders only. Kept features enter through the argument for pixels:

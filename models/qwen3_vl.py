@@ -20,8 +20,8 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
 
     @property
     def adds_features_until(self) -> int:
-        """Number of first decoder layers before which the model adds features: one level after each first layer."""
-        return len(self.model.config.vision_config.deepstack_visual_indexes) + 1
+        """Number of first layers of the decoder whose inputs the model adds features to: layer 0 and one per level."""
+        return 1 + len(self.model.config.vision_config.deepstack_visual_indexes)
 
     def features_to_inputs(
         self, encoding: Encoding, packed: list[Tensor], positions: Sequence[Tensor] | None = None

@@ -1,10 +1,21 @@
-"""Published strategies, one file per method; `components` contains the components that they combine."""
+"""Published strategies, one file per method; `decoder` contains methods inside the LLM, `components` their parts."""
 
 if __name__ != "tokenprune.strategies":
     raise ImportError("import tokenprune.strategies, not strategies: the folder is part of the tokenprune package")
 
 from tokenprune.strategies.baselines import BaseTileOnly, Random, SpatialPooling, UniformStride
 from tokenprune.strategies.cdpruner import CDPruner
+from tokenprune.strategies.decoder import (
+    DART,
+    FEATHER,
+    VTW,
+    FastV,
+    PyramidDrop,
+    SparseVLM,
+    TransPrune,
+    V2Drop,
+    VisionDrop,
+)
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.strategies.eadp import EADP
 from tokenprune.strategies.fastervlm import FasterVLM
@@ -23,15 +34,19 @@ from tokenprune.strategies.vispruner import VisPruner
 from tokenprune.strategies.vtc_cls import VTCCLS
 
 __all__ = [
+    "DART",
     "EADP",
+    "FEATHER",
     "HERO",
     "SCOPE",
     "TOPS",
     "TRIM",
     "VTCCLS",
+    "VTW",
     "BaseTileOnly",
     "CDPruner",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "GlobalCom2",
     "HiPrune",
@@ -40,9 +55,14 @@ __all__ = [
     "ImageDownsample",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "Random",
+    "SparseVLM",
     "SpatialPooling",
+    "TransPrune",
     "UniformStride",
+    "V2Drop",
     "VisPruner",
+    "VisionDrop",
     "VisionZip",
 ]

@@ -29,6 +29,7 @@ PRODUCTS = (
     "test_truncated_families",
     "test_inputs",
     "test_text_separators",
+    "test_decoder_traces",
 )
 """Modules that run all checks on all families."""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from tokenprune.geometry import TileGeometry
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
     from tokenprune.compiled import CompiledLLM, CompileOptions
+    from tokenprune.decoder.trace import LayerTrace
 
 C = TypeVar("C")
 
@@ -105,9 +106,9 @@ class DecoderModules:
         decoder: the module whose `forward` runs the decoder layers.
         layers: the decoder layers.
         attention: name of the attention module in a layer; layers without attention lack it.
+        mlp: name of the MLP in a layer.
         rotary: the module that computes position embeddings; None if there is none.
         norm: the norm after the last layer; None if there is none.
-        mlp: name of the MLP module in a layer.
         adds_features_until: number of first layers before which the model adds features by prompt position; hidden
             states keep the width of the prompt there.
     """
@@ -137,15 +138,25 @@ class DecoderModules:
         return before[-1]
 
 
-AttentionProbe: TypeAlias = Callable[[nn.Module, Callable[..., None]], AbstractContextManager[None]]
-"""Records calls of the attention kernel of a module inside a block.
+class LayerTracer(Protocol):
+    """Traces decoder layers in a prefill."""
 
-The second argument is called with queries, keys, scaling (None is the default), attention mask and sequence lengths.
-"""
+    def hold(self) -> AbstractContextManager[None]:
+        """Return a context that keeps the hooks on the traced layers; they run after hooks that were placed before."""
+
+    def record_into(self, store: MutableMapping[int, LayerTrace]) -> AbstractContextManager[None]:
+        """Return a context in which the traced layers of this thread are recorded, each layer once.
+
+        Args:
+            store: receives the trace of each layer by layer index.
+        """
 
 
 class HasDecoder(ABC):
-    """Gives access to the layers of the LLM; required by strategies that act inside the LLM."""
+    """Gives access to the layers of the LLM; required by strategies that act inside the LLM.
+
+    An adapter that inherits from `TowerAdapter` implements it with class attributes.
+    """
 
     @property
     @abstractmethod
@@ -153,12 +164,30 @@ class HasDecoder(ABC):
         """The modules of the LLM."""
 
     @abstractmethod
-    def probe_attention(self, attention: nn.Module, record: Callable[..., None]) -> AbstractContextManager[None]:
-        """Return a context in which calls of the attention kernel of an LLM layer are recorded.
+    def trace_layers(self, kinds_by_layer: Mapping[int, frozenset[str]]) -> LayerTracer:
+        """Return a tracer of layers.
 
         Args:
-            attention: the attention module.
-            record: called with queries, keys, scaling, attention mask and sequence lengths.
+            kinds_by_layer: kinds of signals by layer index; kinds of `ASKED_SIGNALS` come from `ask_layer`.
+
+        Raises:
+            ValueError: if a layer without attention is traced for a signal of attention.
+        """
+
+    @abstractmethod
+    def ask_layer(
+        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], rotated: bool = True
+    ) -> LayerTrace:
+        """Return the queries and keys that a layer would compute on its inputs; its cache does not change.
+
+        Args:
+            index: index of the layer.
+            args: positional inputs of the layer.
+            kwargs: keyword inputs of the layer.
+            rotated: whether position embeddings are applied.
+
+        Raises:
+            ValueError: if the layer has no attention.
         """
 
 

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-from tokenprune.budget import Budget, format_budget
+from tokenprune.budget import Budget, as_budget, format_budget, parse_amount
+from tokenprune.cuts import Cut, as_entered_budget
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import Attention, SaliencyModel
 from tokenprune.selection import Newlines, Selection
 from tokenprune.stages import DecoderStage, Stage
-
-
-class Cut(NamedTuple):
-    """A layer of the LLM from which on dropped tokens are missing, and the number of tokens that remain.
-
-    Args:
-        layer: the first layer without the dropped tokens: an index, or a relative depth from 0.0 to 1.0.
-        budget: the tokens of an image that remain; a ratio refers to the tokens that entered the LLM.
-    """
-
-    layer: int | float
-    budget: int | float | str | Budget
-
-
-def resolve_cut(layer: int | float, layers: int) -> int:
-    """Return the index of the first layer without the dropped tokens.
-
-    A relative depth is ``round(depth * layers)``: PyramidDrop's 0.75 of 32 layers is layer 24.
-
-    Args:
-        layer: an index, or a relative depth from 0.0 to 1.0.
-        layers: number of layers of the LLM.
-
-    Raises:
-        ValueError: if the cut lies before the second layer or after the last layer.
-    """
-    index = round(layer * layers) if isinstance(layer, float) else layer
-    if not 1 <= index < layers:
-        raise ValueError(
-            f"a cut at layer {layer!r} is not inside an LLM with {layers} layers; use a layer from 1 to {layers - 1}, "
-            "or a relative depth. To drop tokens before the first layer, use a strategy of the projector stage"
-        )
-    return index
 
 
 @dataclass
@@ -115,13 +84,70 @@ class DecoderReducer(TokenReducer, ABC):
         return replace(self, budget=as_entered_budget(cut.budget))
 
 
-def as_entered_budget(value: int | float | str | Budget) -> Budget:
-    """Return a budget; an amount becomes a budget of the tokens that entered the LLM.
+def scale_schedule(amounts: Sequence[int | float], last: int | float) -> list[int | float]:
+    """Return the amounts of a schedule with ``last`` as the amount of the last cut.
+
+    Ratios are scaled geometrically: a ratio ``s`` becomes ``last ** (log(s) / log(s_last))``, so that 0.5, 0.25 and
+    0.125 become 0.8, 0.64 and 0.512. If an amount is a count, 0.0 or 1.0, the earlier amounts remain as they are.
 
     Args:
-        value: a budget or an amount.
+        amounts: the amount of each cut.
+        last: the new amount of the last cut.
     """
-    return value if isinstance(value, Budget) else Budget(value, of="entered")
+    is_scaled = all(isinstance(amount, float) and 0 < amount < 1 for amount in amounts) and isinstance(last, float)
+    if not is_scaled or last == amounts[-1]:
+        return [*amounts[:-1], last]
+    return [*(last ** (math.log(amount) / math.log(amounts[-1])) for amount in amounts[:-1]), last]
+
+
+@dataclass
+class ScheduledReducer(DecoderReducer, ABC):
+    """A strategy with several cuts: ``PyramidDrop(0.125)`` keeps 50 %, 25 % and 12.5 % at its three cuts.
+
+    Args:
+        budget: visual tokens that remain after the last cut. A ratio scales the ratios of earlier cuts (see
+            `scale_schedule`). By default the schedule is taken as it is.
+        schedule: (layer, budget) of each cut in ascending order; ratios refer to the tokens that entered the LLM.
+    """
+
+    budget: int | float | str | Budget | None = None  # type: ignore[assignment]
+    layer: int | float = field(init=False, default=2)
+    schedule: tuple[tuple[int | float, int | float], ...] = field(default=((2, 0.5),), kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Read the schedule; without a budget, the budget is the amount of the last cut.
+
+        Raises:
+            ValueError: if the schedule is empty, or a later cut keeps more tokens than an earlier cut.
+        """
+        if not self.schedule:
+            raise ValueError("a schedule needs at least one cut (layer, budget), such as ((2, 0.5),)")
+        self.schedule = tuple((layer, parse_amount(amount)) for layer, amount in self.schedule)
+        amounts = [amount for _, amount in self.schedule]
+        for earlier, later in pairwise(amounts):
+            if type(earlier) is type(later) and earlier < later:
+                raise ValueError(
+                    f"a later cut keeps at most the tokens of an earlier cut, but {later} follows {earlier}"
+                )
+        self.layer = self.schedule[0][0]
+        self.budget = amounts[-1] if self.budget is None else self.budget
+        super().__post_init__()
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The cuts of the schedule, scaled to the budget."""
+        budget = as_budget(self.schedule[-1][1] if self.budget is None else self.budget)
+        amounts = scale_schedule([amount for _, amount in self.schedule], budget.number)
+        is_budget = isinstance(self.budget, Budget)
+        return tuple(
+            Cut(layer, replace(budget, amount=amount) if is_budget else amount)
+            for (layer, _), amount in zip(self.schedule, amounts, strict=True)
+        )
+
+    def at_cut(self, cut: Cut) -> DecoderReducer:
+        """Return the strategy with a single cut and its budget."""
+        budget = as_entered_budget(cut.budget)
+        return replace(self, budget=budget, schedule=((cut.layer, budget.number),))
 
 
 @dataclass

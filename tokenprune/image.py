@@ -20,7 +20,7 @@ ASKED_SIGNALS = frozenset(
 """Kinds of signals that the layer of a cut would compute on all tokens. They cost the query and key maps of a layer."""
 LLM_TEXT_SIGNALS = frozenset({"text_hidden", "text_keys"})
 """Kinds of signals of the LLM at the text after the image, `[..., text, width]`."""
-TEXT_ROW_SIGNALS = frozenset({"text_attention", "asked_text_attention"})
+TEXT_ROW_SIGNALS = frozenset({"text_attention", "asked_text_attention", "rotary_similarity"})
 """Kinds of signals of the LLM with a row for each text token after the image, `[tiles, heads, text, tokens]`."""
 LLM_HIDDEN_SIGNALS = frozenset({"llm_hidden", "text_hidden"})
 """Kinds of signals that are inputs of a layer of the LLM."""
@@ -28,7 +28,7 @@ LLM_ATTENTION_SIGNALS = frozenset(
     {"last_text_attention", "text_attention", "visual_attention", "llm_keys", "text_keys"}
 )
 """Kinds of signals that come from queries and keys of a layer of the LLM before the cut."""
-LLM_SIGNALS = LLM_ATTENTION_SIGNALS | LLM_HIDDEN_SIGNALS | ASKED_SIGNALS | {"token_transition"}
+LLM_SIGNALS = LLM_ATTENTION_SIGNALS | LLM_HIDDEN_SIGNALS | ASKED_SIGNALS | {"token_transition", "rotary_similarity"}
 """Kinds of signals that come from the LLM at a cut."""
 ROW_SIGNALS = frozenset(
     {"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"}
@@ -336,6 +336,14 @@ class EncodedImage:
         The softmax covers all keys that the text token reads.
         """
         return self.read(Signal("text_attention", layer))
+
+    def rotary_similarity(self, layer: LLMLayerChoice = "before") -> Tensor:
+        """Return the dot product of rotated unit vectors of text and visual tokens, `[tiles, 1, text, tokens]`.
+
+        It is ``(cos_q . cos_k + sin_q . sin_k) / sqrt(head_dim)`` of the position embeddings, which equals ``2 * sum of
+        cos((position_q - position_k) * frequency) / sqrt(head_dim)`` (SparseVLM, version 2 of the release).
+        """
+        return self.read(Signal("rotary_similarity", layer))
 
     def visual_attention(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the attention of the visual tokens of the image to each of them, `[tiles, heads, tokens]`.

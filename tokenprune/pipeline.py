@@ -23,7 +23,6 @@ from tokenprune.capabilities import Resizable, require_capability
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
 from tokenprune.decoder.plan import DecoderPlan, PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
-from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
@@ -105,7 +104,7 @@ class Pipeline:
         self._stage: EntryStage | None = entries[0][1] if entries else None
         self.batch_selector = None if self.entry is None else BatchSelector(self.entry, compile_options)
         """Applies the strategy before the LLM to the images of a call; None without one."""
-        decoder = next((part for part in reducer.list_parts() if isinstance(part, DecoderReducer)), None)
+        decoder: Any = next((part for part in reducer.list_parts() if part.stage.reads_llm), None)
         self.decoder = None if decoder is None else BoundDecoderReducer(decoder, adapter)
         """The strategy inside the LLM, bound to the layers; None without one."""
         self.compiled = compile_llm(adapter, compile_options, pad_to_multiple_of)

@@ -11,13 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.rewrite import TextSeparatorSide
 
 
-class MergedPatchesAdapter(PlaceholderAdapter):
+class MergedPatchesAdapter(PlaceholderAdapter, HasDecoder):
     """A family with Qwen's interface: flat patches in merge blocks, `image_grid_thw`, and M-RoPE."""
 
     tower_path: ClassVar[str] = "visual"
@@ -81,7 +82,7 @@ class MergedPatchesAdapter(PlaceholderAdapter):
         return super().count_position_ids(mask).expand(3, -1, -1)
 
 
-class PixtralTowerAdapter(PlaceholderAdapter):
+class PixtralTowerAdapter(PlaceholderAdapter, HasDecoder):
     """A family with a Pixtral tower: images padded to one size, `image_sizes`, and text after each row of tokens."""
 
     layers_path: ClassVar[str] = "transformer.layers"

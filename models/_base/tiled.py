@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
@@ -33,7 +34,7 @@ KEY_COLUMNS = 64
 """Number of columns of an embedding that its hash covers."""
 
 
-class TiledAdapter(PlaceholderAdapter):
+class TiledAdapter(PlaceholderAdapter, HasDecoder):
     """A family whose images are a base tile and sub-images of one size, cut evenly from the image."""
 
     grouped_by: ClassVar[Literal["opening", "closing"]] = "opening"

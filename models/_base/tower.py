@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import Adapter, LLMShape
 from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
+from tokenprune.decoder.trace import LayerTrace
 from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
 from tokenprune.models._base.llm_shape import read_llm_shape
 from tokenprune.models._base.vision_inputs import to_floating_dtype
-from tokenprune.models._capture.hooks import CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL, swapped_config
+from tokenprune.models._capture.decoder import DecoderTracer, ask_layer
 
 
-class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
+class TowerAdapter(Adapter, ProjectsMixtures):
     """An adapter of a model with a vision tower and a projector; a family sets the paths of its modules."""
 
     tower_path: ClassVar[str] = "vision_tower"
@@ -34,13 +34,13 @@ class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
     language_model_path: ClassVar[str] = "language_model"
     """Path of the decoder in the base model."""
     llm_attention_name: ClassVar[str] = "self_attn"
-    """Name of the attention module in a decoder layer."""
+    """Name of the attention module in a layer of the decoder; layers without attention lack it."""
     llm_mlp_name: ClassVar[str] = "mlp"
-    """Name of the MLP module in a decoder layer."""
-    rotary_name: ClassVar[str] = "rotary_emb"
-    """Name of the module of the decoder that computes position embeddings."""
-    final_norm_name: ClassVar[str] = "norm"
-    """Name of the norm of the decoder after its last layer."""
+    """Name of the MLP in a layer of the decoder."""
+    rotary_path: ClassVar[str | None] = "rotary_emb"
+    """Path in the decoder of the module that computes position embeddings; None if there is none."""
+    final_norm_path: ClassVar[str | None] = "norm"
+    """Path in the decoder of the norm after the last layer; None if there is none."""
     pooling_config_key: ClassVar[str | None] = None
     """Config entry with the number of patches along a side of one visual token; None if a token is one patch."""
     post_norm_path: ClassVar[str | None] = None
@@ -73,33 +73,48 @@ class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
         """The module with the decoder layers."""
         return attrgetter(self.language_model_path)(self.model.base_model)
 
-    @property
-    def adds_features_until(self) -> int:
-        """Number of first decoder layers before which the model adds features by prompt position."""
-        return 0
-
     @cached_property
     def decoder_modules(self) -> DecoderModules:
         """The modules of the LLM."""
-        decoder = self.decoder
+        rotary, norm = (
+            None if path is None else attrgetter(path)(self.decoder)
+            for path in (self.rotary_path, self.final_norm_path)
+        )
         return DecoderModules(
-            decoder,
-            decoder.layers,
-            self.llm_attention_name,
-            self.llm_mlp_name,
-            getattr(decoder, self.rotary_name, None),
-            getattr(decoder, self.final_norm_name, None),
-            self.adds_features_until,
+            decoder=self.decoder,
+            layers=self.decoder.layers,
+            attention=self.llm_attention_name,
+            mlp=self.llm_mlp_name,
+            rotary=rotary,
+            norm=norm,
+            adds_features_until=self.adds_features_until,
         )
 
-    def probe_attention(self, attention: nn.Module, record: Callable[..., None]) -> AbstractContextManager[None]:
-        """Return a context in which calls of the attention kernel of a decoder layer are recorded."""
-        return swapped_config(
-            attention,
-            (CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL),
-            tokenprune_record=record,
-            tokenprune_eager=("eager_attention_forward",),
-        )
+    def trace_layers(self, kinds_by_layer: Mapping[int, frozenset[str]]) -> DecoderTracer:
+        """Return a tracer of layers of the LLM.
+
+        Args:
+            kinds_by_layer: kinds of signals by layer index.
+        """
+        return DecoderTracer(self.decoder_modules, kinds_by_layer)
+
+    def ask_layer(
+        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], rotated: bool = True
+    ) -> LayerTrace:
+        """Return the queries and keys that a layer of the LLM would compute on its inputs.
+
+        Args:
+            index: index of the layer.
+            args: positional inputs of the layer.
+            kwargs: keyword inputs of the layer.
+            rotated: whether position embeddings are applied.
+        """
+        return ask_layer(self.decoder_modules, index, args, kwargs, rotated)
+
+    @property
+    def adds_features_until(self) -> int:
+        """Number of first layers of the decoder whose inputs the model adds features to by prompt position."""
+        return 0
 
     @cached_property
     def cls(self) -> Literal["none", "first", "last"]:
@@ -135,7 +150,7 @@ class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
     @property
     def provides(self) -> frozenset[str]:
         """Kinds of signals that this model provides."""
-        kinds = {"received_attention", "keys", "vision_features"} | LLM_SIGNALS
+        kinds = {"received_attention", "keys", "vision_features"}
         if self.projector_path is not None:
             kinds |= {"projector_inputs"}
         if self.resizable:
@@ -146,6 +161,8 @@ class TowerAdapter(Adapter, ProjectsMixtures, HasDecoder):
             kinds |= {"pooling_attention"}
         if self.tower.config.model_type == "clip_vision_model":
             kinds |= ALIGNED_SIGNALS | TEXT_SIGNALS
+        if isinstance(self, HasDecoder):
+            kinds |= LLM_SIGNALS
         return frozenset(kinds)
 
     @property

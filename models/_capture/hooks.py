@@ -74,6 +74,23 @@ def _original_kernel(module: nn.Module) -> Callable[..., Any]:
     return kernel
 
 
+def build_private_config(original: Any, names: tuple[str, str], **entries: Any) -> Any:
+    """Return a copy of a config that names a private kernel; `tokenprune_original` is the original config.
+
+    Args:
+        original: the config of an attention module.
+        names: two names of the private kernel; the second is used if the original kernel is a flash kernel.
+        entries: further attributes of the copy, which the private kernel reads.
+    """
+    config = copy.copy(original)
+    config.tokenprune_original = original
+    for name, value in entries.items():
+        setattr(config, name, value)
+    # The property would also write to shared sub-configs.
+    config._attn_implementation_internal = names[is_flash_attention_requested(original)]
+    return config
+
+
 @contextmanager
 def swapped_config(attention: Any, names: tuple[str, str], **entries: Any) -> Iterator[None]:
     """Swap the config of an attention module inside the block, so that the module calls a private kernel.
@@ -84,13 +101,7 @@ def swapped_config(attention: Any, names: tuple[str, str], **entries: Any) -> It
         entries: attributes of the swapped config, which the private kernel reads.
     """
     original = attention.config
-    config = copy.copy(original)
-    config.tokenprune_original = original
-    for name, value in entries.items():
-        setattr(config, name, value)
-    # The property would also write to shared sub-configs.
-    config._attn_implementation_internal = names[is_flash_attention_requested(original)]
-    attention.config = config
+    attention.config = build_private_config(original, names, **entries)
     try:
         yield
     finally:

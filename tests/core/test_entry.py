@@ -38,7 +38,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "tokenprune/attach.py": "reduces plain calls",
         "tokenprune/pipeline.py": "counts the passes through a tower",
         "tokenprune/decoder/narrow_layers.py": "runs layers of the LLM on the tokens that remain",
-        "tokenprune/decoder/trace.py": "records what layers of the LLM compute",
+        "models/_capture/decoder.py": "records what layers of the LLM compute",
         "models/_capture/hooks.py": "captures signals while the tower runs",
         "models/_capture/truncated_tower.py": "ends the tower after the last required layer",
         "models/_capture/compiled_tower.py": "reads the feature layers of a copy of the tower",

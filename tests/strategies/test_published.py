@@ -398,6 +398,10 @@ RECORDED = {
     "VisionZip": "visionzip",
     "PruMerge": "prumerge",
     "PruMergePlus": "prumerge_plus",
+    "FastV": "fastv",
+    "PyramidDrop": "pyramiddrop",
+    "SparseVLM": "sparsevlm_v2",
+    "DART": "dart",
 }
 TRANSCRIBED = {"HERO"}
 """Methods recorded from a transcription of the official functions, not from the official files."""

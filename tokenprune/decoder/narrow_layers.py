@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from tokenprune.caches import find_cache
-from tokenprune.capabilities import DecoderModules
+from tokenprune.capabilities import DecoderModules, LayerTracer
 from tokenprune.decoder.narrow_cache import find_cache_layer, is_narrow, make_narrow
 from tokenprune.decoder.placement import Entries, Kernel, Placement, narrow_mask
-from tokenprune.decoder.trace import LayerTrace, LayerTracer
+from tokenprune.decoder.trace import LayerTrace
 from tokenprune.hooks import Hook
 
 STEP_ATTRIBUTE = "tokenprune_step"

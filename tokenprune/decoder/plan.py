@@ -21,10 +21,10 @@ from tokenprune.decoder.narrow_cache import find_cache_layer, is_narrow
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
 from tokenprune.decoder.placement import Entries, narrow_mask
 from tokenprune.decoder.trace import LayerTrace
-from tokenprune.decoder.views import ImageEntries
+from tokenprune.decoder.views import ImagePositions, SignalSource
 from tokenprune.geometry import NEWLINE, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
-from tokenprune.packing import pack_masks, read_counts
+from tokenprune.packing import pack_masks, position_tables, read_counts
 from tokenprune.run import RunCut
 from tokenprune.selection import Selection, true_indices
 from tokenprune.stages import mix
@@ -141,6 +141,27 @@ class CutView:
         """Number of packed positions of each image."""
         return [len(layout.packed) for layout in self.layouts]
 
+    @property
+    def token_counts(self) -> list[int]:
+        """Number of visual tokens of each image that are left."""
+        return [layout.valid_tokens for layout in self.layouts]
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        """Index of each visual token among the packed positions of all images, `[tokens]`."""
+        _, is_token = position_tables(tuple(self.layouts), self.positions.device)
+        return true_indices(is_token, sum(self.token_counts))
+
+    @property
+    def token_positions(self) -> Tensor:
+        """The prompt position of each visual token, `[tokens]`."""
+        return self.positions[self.token_index]
+
+    @property
+    def token_rows(self) -> Tensor:
+        """The prompt row of each visual token, `[tokens]`."""
+        return self.rows[self.token_index]
+
     def entries_of(self, layer: int) -> Entries | None:
         """Return the entries of a layer that ran, or of the inputs of the layer of this cut; None for all positions.
 
@@ -150,56 +171,40 @@ class CutView:
         earlier = min(bisect_right(self.cuts, layer), len(self.entries))
         return self.entries[earlier - 1] if earlier else None
 
-    def entries_at(self, layer: int, reads_text: bool) -> ImageEntries:
-        """Return the entries of the images in a layer.
+    def locate(self, trace: LayerTrace, layer: int, reads_text: bool) -> SignalSource:
+        """Return a traced layer with the positions of the images in it.
 
         Args:
+            trace: what the layer computed.
             layer: index of the layer.
             reads_text: whether the text after the images is read.
         """
         prompt, entries = self.prompt, self.entries_of(layer)
-        text = prompt.text if reads_text else []
+        text = prompt.text if reads_text else [self.positions[:0]] * len(self.layouts)
+        last, positions = prompt.last, self.token_positions
         if entries is None:
             later = self.hidden.shape[1] - prompt.is_real.shape[1]
             is_real = F.pad(prompt.is_real, (0, later)) if later else prompt.is_real
-            return ImageEntries(self.rows, self.positions, self.layouts, self.row_of_image, prompt.last, is_real, text)
-        source = entries.source
-        is_real = torch.ones_like(entries.index, dtype=torch.bool) if entries.is_filler is None else ~entries.is_filler
-        return ImageEntries(
-            self.rows,
-            source[self.rows, self.positions],
-            self.layouts,
-            self.row_of_image,
-            source.gather(1, prompt.last[:, None])[:, 0],
-            is_real,
-            [source[row, part] for row, part in zip(self.row_of_image, text, strict=False)],
-        )
+        else:
+            source = entries.source
+            positions = source[self.token_rows, positions]
+            last = source.gather(1, last[:, None])[:, 0]
+            text = [source[row, part] for row, part in zip(self.row_of_image, text, strict=True)]
+            is_real = torch.ones_like(entries.index, dtype=torch.bool)
+            is_real = is_real if entries.is_filler is None else ~entries.is_filler
+        parts = zip(self.row_of_image, positions.split(self.token_counts), text, strict=True)
+        return SignalSource(trace, [ImagePositions(*part) for part in parts], last, is_real)
 
-    def trace_of(self, layer: int) -> LayerTrace:
-        """Return what a layer computed for the first repetition of each prompt row.
+    @property
+    def layer_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of the layer of this cut for the tokens that are left, of the first repetition of each row.
 
-        Args:
-            layer: index of the layer.
+        Keys of earlier turns remain if the layer stores all of them.
         """
-        trace = self.traces[layer].take_rows(self.repeats)
-        if trace.query is None or trace.key is None or trace.query.shape[2] == trace.key.shape[2]:
-            return trace
-        cache_layer = find_cache_layer(find_cache(self.kwargs), layer)
-        if not getattr(cache_layer, "is_compileable", False):
-            return replace(trace, offset=trace.key.shape[2] - trace.query.shape[2])
-        stored = cache_layer.placement.slots.shape[1] - trace.query.shape[2] if is_narrow(cache_layer) else None
-        return replace(trace, offset=self.prompt.past if stored is None else stored)
-
-    @property
-    def layer_hidden(self) -> Tensor:
-        """Hidden states of the tokens that are left, as the layer of this cut reads them, `[rows, width, dim]`."""
-        entries = self.entries[-1] if self.entries else None
-        return self.hidden if entries is None else entries.take(self.hidden)
-
-    @property
-    def layer_kwargs(self) -> dict[str, Any]:
-        """Keyword inputs of the layer of this cut for the tokens that are left, without a mask of earlier turns."""
         entries, kwargs = self.entries[-1] if self.entries else None, dict(self.kwargs)
+        hidden = self.hidden if entries is None else entries.take(self.hidden)
+        cache_layer = find_cache_layer(find_cache(kwargs), self.cuts[len(self.entries)])
+        keeps_cache = self.prompt.past > 0 and entries is None and self.repeats == 1 and not is_narrow(cache_layer)
         rotary = kwargs.get("position_embeddings")
         if rotary is not None:
             parts = rotary if isinstance(rotary, tuple) else (rotary,)
@@ -212,11 +217,16 @@ class CutView:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor):
             mask = mask[:: self.repeats] if len(mask) > 1 else mask
-            mask = mask[..., self.prompt.past : self.prompt.past + self.hidden.shape[1]]
+            if not keeps_cache:
+                mask = mask[..., self.prompt.past : self.prompt.past + self.hidden.shape[1]]
             if entries is not None:
                 mask = narrow_mask(mask, entries.index, entries.index, entries.is_filler, "bool")
             kwargs["attention_mask"] = mask
-        return kwargs
+        if not keeps_cache:
+            kwargs |= {name: None for name in ("cache", "past_key_values") if name in kwargs}
+        if self.args:
+            return (hidden, *self.args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
 
     @cached_property
     def rows(self) -> Tensor:

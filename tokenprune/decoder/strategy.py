@@ -6,18 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.capabilities import DecoderModules, HasDecoder, require_capability
+from tokenprune.cuts import as_entered_budget, resolve_cut
 from tokenprune.decoder.narrow_layers import NarrowLayers
 from tokenprune.decoder.plan import CutContext, CutView, DecoderPlan, PromptLayout
-from tokenprune.decoder.trace import LayerTracer, ask_layer
-from tokenprune.decoder.views import READERS, build_views
-from tokenprune.decoder_reducer import DecoderReducer, as_entered_budget, resolve_cut
+from tokenprune.decoder.trace import LayerTrace
+from tokenprune.decoder.views import SignalSource, build_views
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import (
     ASKED_SIGNALS,
@@ -31,6 +29,9 @@ from tokenprune.image import (
 )
 from tokenprune.layers import resolve_layers
 from tokenprune.prepared_call import PreparedCall
+
+if TYPE_CHECKING:
+    from tokenprune.decoder_reducer import DecoderReducer
 
 
 class BoundDecoderReducer:
@@ -77,8 +78,8 @@ class BoundDecoderReducer:
         for reader in self._readers:
             for layer, names in reader.kinds_by_layer.items():
                 kinds[layer] = kinds.get(layer, frozenset()) | names
-        self._probe = decoder.probe_attention
-        tracer = LayerTracer(self.modules, kinds, self._probe) if kinds else None
+        self._decoder = decoder
+        tracer = decoder.trace_layers(kinds) if kinds else None
         self.layers = NarrowLayers(self.modules, self.cuts, reindexes, tracer)
         """The hooks of the layers."""
         self.reads_text = any(reader.reads_text for reader in self._readers)
@@ -140,33 +141,27 @@ class BoundDecoderReducer:
             cut: number of the cut.
             view: the tokens at the cut.
         """
-        reader, layers = self._readers[cut], len(self.modules.layers)
-        signals: dict[SignalKey, Sequence[Tensor]] = {
-            (kind, layer): READERS[kind](view.trace_of(layer), view.entries_at(layer, self.reads_text))
-            for layer, kinds in reader.kinds_by_layer.items()
-            for kind in sorted(kinds)
-        }
+        reader, layer = self._readers[cut], self.cuts[cut]
+        sources: dict[SignalKey, SignalSource] = {}
+        for index, kinds in reader.kinds_by_layer.items():
+            source = view.locate(view.traces[index].take_rows(view.repeats), index, self.reads_text)
+            sources |= dict.fromkeys(((kind, index) for kind in sorted(kinds)), source)
         if reader.asked:
-            signals |= self._ask(cut, view)
-        before = self.modules.layer_before(self.cuts[cut]) if reader.kinds_by_layer else 0
-        depths = {
-            kind: (layers, self.cuts[cut] if kind in ASKED_SIGNALS else before)
-            for kind in {kind for kind, _ in signals}
-        }
-        features = view.hidden[view.rows, view.positions].split(view.lengths)
-        return self._selectors[cut].select(build_views(view.images, view.layouts, features, signals, depths))
+            sources |= self._ask(cut, view)
+        entering = SignalSource(LayerTrace(view.hidden), view.locate(LayerTrace(), 0, False).images, view.prompt.last)
+        before = self.modules.layer_before(layer) if reader.kinds_by_layer else 0
+        views = build_views(view.layouts, entering, sources, len(self.modules.layers), layer, before, view.images)
+        return self._selectors[cut].select(views)
 
-    def _ask(self, cut: int, view: CutView) -> dict[SignalKey, Sequence[Tensor]]:
-        """Return the signals that the layer of a cut computes on all tokens that are left."""
+    def _ask(self, cut: int, view: CutView) -> dict[SignalKey, SignalSource]:
+        """Return the sources of signals that the layer of a cut computes on all tokens that are left."""
         layer, asked = self.cuts[cut], self._readers[cut].asked
-        entries = view.entries_at(layer, self.reads_text)
-        traces = {
-            is_rotated: ask_layer(
-                self.modules, layer, self._probe, view.layer_hidden, view.layer_kwargs, is_rotated=is_rotated
-            )
+        args, kwargs = view.layer_inputs
+        sources = {
+            is_rotated: view.locate(self._decoder.ask_layer(layer, args, kwargs, is_rotated), layer, self.reads_text)
             for is_rotated in {kind != "unrotated_attention" for kind in asked}
         }
-        return {(kind, layer): READERS[kind](traces[kind != "unrotated_attention"], entries) for kind in sorted(asked)}
+        return {(kind, layer): sources[kind != "unrotated_attention"] for kind in sorted(asked)}
 
 
 @dataclass(frozen=True)

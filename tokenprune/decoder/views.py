@@ -1,181 +1,269 @@
-"""The images at a cut inside the LLM, as a strategy reads them: hidden states as features, and signals of the LLM."""
+"""The images at a cut as strategies read them: signals of the LLM in the layout of the tokens that are left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenprune.decoder.trace import LayerTrace, attend, require, sum_transitions
-from tokenprune.geometry import NEWLINE, TileGeometry
-from tokenprune.image import DeferredTensor, EncodedImage, SignalKey
-
-QUERY_CHUNK = 128
-"""Number of queries whose attention to all keys is computed at once."""
+from tokenprune.decoder.trace import LayerTrace, compute_attention, iterate_attention, require_traced
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import ASKED_SIGNALS, LLM_SIGNALS, LLM_TEXT_SIGNALS, EncodedImage, SignalKey, token_dim
 
 
 @dataclass(frozen=True, eq=False)
-class ImageEntries:
-    """The entries of the images of a call in one decoder layer.
+class ImagePositions:
+    """The positions of one image and of its text in the width of a traced layer.
 
     Args:
-        rows: the prompt row of each packed position of all images, `[positions]`.
-        entries: the entry of each packed position in the layer, `[positions]`.
-        layouts: the layout of each image; its packed positions are the tokens that are left.
-        row_of_image: the prompt row of each image.
-        last: the entry of the last prompt token of each row, `[rows]`.
-        is_real: the entries that are tokens, bool `[rows, width]`.
-        text: the entries of the text after each image, `[text]` each; empty if the strategy does not read them.
+        row: the prompt row.
+        entries: positions of the visual tokens in packed order, without newline tokens, `[tokens]`.
+        text: positions of the text tokens after the image: real, no placeholders, before the answer, `[text]`.
     """
 
-    rows: Tensor
+    row: int
     entries: Tensor
-    layouts: Sequence[TileGeometry]
-    row_of_image: Sequence[int]
+    text: Tensor
+
+
+class SignalSource(NamedTuple):
+    """A traced layer and the positions in it.
+
+    Args:
+        trace: the layer; its rows are prompts.
+        images: the positions of each image.
+        last: position of the last text token of each row, `[rows]`.
+        real: positions that are neither padding nor fillers, bool `[rows, width]`; None means all positions.
+    """
+
+    trace: LayerTrace
+    images: Sequence[ImagePositions]
     last: Tensor
-    is_real: Tensor
-    text: Sequence[Tensor]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of packed positions of each image."""
-        return [len(layout.packed) for layout in self.layouts]
-
-    def take(self, value: Tensor) -> list[Tensor]:
-        """Return a value of all entries for each image, `[tiles, tokens, ...]` each; zero for tokens not left.
-
-        Args:
-            value: values of all entries, `[rows, width, ...]`.
-        """
-        packed = value[self.rows, self.entries].split(self.lengths)
-        return [unpack(layout, part) for layout, part in zip(self.layouts, packed, strict=True)]
+    real: Tensor | None = None
 
 
-def unpack(layout: TileGeometry, packed: Tensor) -> Tensor:
-    """Return a value of packed positions in the order of tiles, `[tiles, tokens, ...]`.
+class _Group(NamedTuple):
+    """Images with equal numbers of positions.
 
     Args:
-        layout: the layout.
-        packed: the values, `[length, ...]`.
+        numbers: their places in the list of images.
+        rows: the prompt row of each, `[n]`.
+        positions: `[n, positions]`.
     """
-    if packed.dim() == 2:
-        return layout.unpack(packed)
-    return layout.unpack(packed.flatten(1)).unflatten(2, packed.shape[1:])
+
+    numbers: list[int]
+    rows: Tensor
+    positions: Tensor
 
 
-def read_last_attention(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the attention of the last prompt token, `[tiles, heads, tokens]` per image."""
-    attention = attend(trace, images.last[:, None])[:, :, 0, trace.offset :]
-    return [value.movedim(2, 1) for value in images.take(attention.movedim(1, 2))]
+def read_signal(
+    kind: str, trace: LayerTrace, images: Sequence[ImagePositions], last: Tensor, real: Tensor | None = None
+) -> list[Tensor]:
+    """Return a signal of each image over its visual tokens in packed order, or over the text after the image.
+
+    Args:
+        kind: a kind of signal of the LLM.
+        trace: the layer; for kinds in `ASKED_SIGNALS`, the layer of the cut on all tokens.
+        images: the positions of each image.
+        last: position of the last text token of each row, `[rows]`.
+        real: positions that are neither padding nor fillers, bool `[rows, width]`; None means all positions.
+
+    Returns:
+        The shape in the docstring of the method of `EncodedImage` with this name, without the dimension of tiles.
+    """
+    return _READERS[kind](SignalSource(trace, images, last, real))
 
 
-def read_text_attention(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the attention of the text after each image, `[tiles, heads, text, tokens]` per image."""
-    out = []
-    for number, (layout, entries) in enumerate(zip(images.layouts, images.entries.split(images.lengths), strict=True)):
-        row = take_row(trace, images.row_of_image[number])
-        keys = entries + trace.offset
-        parts = [attend(row, part[None])[0, :, :, keys] for part in images.text[number].split(QUERY_CHUNK)]
-        out.append(unpack(layout, torch.cat(parts, dim=1).movedim(2, 0)).movedim(1, 3))
-    return out
+def _group_images(images: Sequence[ImagePositions], read: Callable[[ImagePositions], Sequence[Tensor]]) -> list[_Group]:
+    """Return the images grouped by the lengths of their positions; a group has the positions of `read` side by side."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    parts = [read(image) for image in images]
+    for number, positions in enumerate(parts):
+        groups.setdefault(tuple(len(part) for part in positions), []).append(number)
+    return [
+        _Group(
+            numbers,
+            torch.tensor([images[number].row for number in numbers], device=images[0].entries.device),
+            torch.stack([torch.cat(list(parts[number])) for number in numbers]),
+        )
+        for numbers in groups.values()
+    ]
 
 
-def read_visual_attention(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the mean attention of the visual tokens to each of them, `[tiles, heads, tokens]` per image."""
-    out = []
-    for number, (layout, entries) in enumerate(zip(images.layouts, images.entries.split(images.lengths), strict=True)):
-        row = take_row(trace, images.row_of_image[number])
-        is_token = layout.original.packed != NEWLINE
-        queries = entries[is_token.nonzero()[:, 0].to(entries.device)]
-        total = sum(attend(row, part[None])[0].sum(dim=1) for part in queries.split(QUERY_CHUNK))
-        mean = torch.as_tensor(total)[:, entries + trace.offset] / max(len(queries), 1)
-        out.append(unpack(layout, mean.t()).movedim(2, 1))
-    return out
+def _scatter_groups(
+    images: Sequence[ImagePositions],
+    read: Callable[[ImagePositions], Sequence[Tensor]],
+    compute: Callable[[_Group], Tensor],
+) -> list[Tensor]:
+    """Return the values of each image, computed for all images of a group together."""
+    values: dict[int, Tensor] = {}
+    for group in _group_images(images, read):
+        values.update(zip(group.numbers, compute(group).unbind(0), strict=True))
+    return [values[number] for number in range(len(images))]
 
 
-def read_keys(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the keys of the visual tokens, `[tiles, kv_heads, tokens, head_dim]` per image."""
-    return [value.movedim(2, 1) for value in images.take(require(trace.key)[:, :, trace.offset :].movedim(1, 2))]
+def _read_entries(image: ImagePositions) -> Sequence[Tensor]:
+    return (image.entries,)
 
 
-def read_text_keys(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the keys of the text after each image, `[kv_heads, text, head_dim]` per image."""
-    key = require(trace.key)
-    return [key[row][:, text + trace.offset] for row, text in zip(images.row_of_image, images.text, strict=True)]
+def _read_text(image: ImagePositions) -> Sequence[Tensor]:
+    return (image.text,)
 
 
-def read_hidden(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the input of a layer at the visual tokens, `[tiles, tokens, dim]` per image."""
-    return images.take(require(trace.hidden))
+def _read_both(image: ImagePositions) -> Sequence[Tensor]:
+    return image.entries, image.text
 
 
-def read_text_hidden(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return the input of a layer at the text after each image, `[text, dim]` per image."""
-    hidden = require(trace.hidden)
-    return [hidden[row, text] for row, text in zip(images.row_of_image, images.text, strict=True)]
+def _take_columns(source: SignalSource, weights: Tensor, entries: Tensor) -> Tensor:
+    """Return attention weights at visual tokens, `[n, heads, queries, tokens]`."""
+    index = (entries + source.trace.past)[:, None, None].expand(*weights.shape[:3], -1)
+    return weights.gather(-1, index)
 
 
-def read_transition(trace: LayerTrace, images: ImageEntries) -> list[Tensor]:
-    """Return how much a layer changes each visual token, `[tiles, tokens, 1]` per image."""
-    return images.take(sum_transitions(require(trace.changes), images.is_real)[..., None])
+def _last_text_attention(source: SignalSource) -> list[Tensor]:
+    rows = torch.arange(len(source.last), device=source.last.device)
+    weights = compute_attention(source.trace, rows, source.last[:, None])
+    return _scatter_groups(
+        source.images,
+        _read_entries,
+        lambda group: _take_columns(source, weights[group.rows], group.positions)[:, :, 0],
+    )
 
 
-READERS: Mapping[str, Callable[[LayerTrace, ImageEntries], list[Tensor]]] = {
-    "last_text_attention": read_last_attention,
-    "asked_last_attention": read_last_attention,
-    "unrotated_attention": read_last_attention,
-    "text_attention": read_text_attention,
-    "asked_text_attention": read_text_attention,
-    "visual_attention": read_visual_attention,
-    "asked_visual_attention": read_visual_attention,
-    "llm_keys": read_keys,
-    "asked_keys": read_keys,
-    "text_keys": read_text_keys,
-    "llm_hidden": read_hidden,
-    "text_hidden": read_text_hidden,
-    "token_transition": read_transition,
+def _text_attention(source: SignalSource) -> list[Tensor]:
+    def compute(group: _Group) -> Tensor:
+        count = len(source.images[group.numbers[0]].entries)
+        entries, text = group.positions[:, :count], group.positions[:, count:]
+        chunks = iterate_attention(source.trace, group.rows, text)
+        return torch.cat([_take_columns(source, weights, entries) for weights in chunks], dim=2)
+
+    return _scatter_groups(source.images, _read_both, compute)
+
+
+def _visual_attention(source: SignalSource) -> list[Tensor]:
+    def compute(group: _Group) -> Tensor:
+        chunks = iterate_attention(source.trace, group.rows, group.positions)
+        parts = [_take_columns(source, weights, group.positions).sum(dim=2) for weights in chunks]
+        return torch.stack(parts).sum(dim=0) / group.positions.shape[1]
+
+    return _scatter_groups(source.images, _read_entries, compute)
+
+
+def _read_keys(read: Callable[[ImagePositions], Sequence[Tensor]], source: SignalSource) -> list[Tensor]:
+    key = require_traced(source.trace.key)
+
+    def compute(group: _Group) -> Tensor:
+        return key[group.rows[:, None], :, group.positions + source.trace.past].transpose(1, 2)
+
+    return _scatter_groups(source.images, read, compute)
+
+
+def _read_hidden(read: Callable[[ImagePositions], Sequence[Tensor]], source: SignalSource) -> list[Tensor]:
+    hidden = require_traced(source.trace.hidden)
+    return _scatter_groups(source.images, read, lambda group: hidden[group.rows[:, None], group.positions])
+
+
+def _rotary_similarity(source: SignalSource) -> list[Tensor]:
+    rotary = require_traced(source.trace.rotary).float()
+    scale = (rotary.shape[-1] / 2) ** -0.5
+
+    def compute(group: _Group) -> Tensor:
+        count = len(source.images[group.numbers[0]].entries)
+        rows = group.rows[:, None] if len(rotary) > 1 else torch.zeros_like(group.rows)[:, None]
+        vectors = rotary[rows, group.positions]
+        return scale * (vectors[:, count:] @ vectors[:, :count].transpose(1, 2))[:, None]
+
+    return _scatter_groups(source.images, _read_both, compute)
+
+
+def _token_transition(source: SignalSource) -> list[Tensor]:
+    transition = require_traced(source.trace.transition)
+    ratio, distance = transition.unbind(dim=-1)
+    if source.real is not None:
+        distance = distance.masked_fill(~source.real[..., None], -torch.inf)
+    total = (ratio * distance.softmax(dim=1)).sum(dim=-1, keepdim=True)
+    return _scatter_groups(source.images, _read_entries, lambda group: total[group.rows[:, None], group.positions])
+
+
+_READERS: Mapping[str, Callable[[SignalSource], list[Tensor]]] = {
+    "last_text_attention": _last_text_attention,
+    "asked_last_attention": _last_text_attention,
+    "unrotated_attention": _last_text_attention,
+    "text_attention": _text_attention,
+    "asked_text_attention": _text_attention,
+    "visual_attention": _visual_attention,
+    "asked_visual_attention": _visual_attention,
+    "llm_keys": partial(_read_keys, _read_entries),
+    "asked_keys": partial(_read_keys, _read_entries),
+    "text_keys": partial(_read_keys, _read_text),
+    "llm_hidden": partial(_read_hidden, _read_entries),
+    "text_hidden": partial(_read_hidden, _read_text),
+    "token_transition": _token_transition,
+    "rotary_similarity": _rotary_similarity,
 }
-"""Functions that read a kind of signal of the LLM from the trace of a layer."""
+"""The function that computes each kind of signal."""
 
 
-def take_row(trace: LayerTrace, row: int) -> LayerTrace:
-    """Return the trace of one prompt row.
+def unpack_signals(kind: str, values: Sequence[Tensor], layouts: Sequence[TileGeometry]) -> list[Tensor]:
+    """Return a signal of each image in the order of tiles, `[tiles, ...]`; tokens that are not left are zero.
 
     Args:
-        trace: the trace of all rows.
-        row: number of the row.
+        kind: the kind of the signal; signals of the text stay as they are.
+        values: the signal of each image over its visual tokens in packed order, as `read_signal` returns it.
+        layouts: the layout of each image, restricted to the tokens that are left.
     """
-    values = {name: getattr(trace, name) for name in ("query", "key", "mask")}
-    taken = {n: v[row : row + 1] if len(v) > 1 else v for n, v in values.items() if v is not None}
-    return replace(trace, **taken)
+    if kind in LLM_TEXT_SIGNALS:
+        return list(values)
+    dim = token_dim(kind)  # a batch dimension takes the place of tiles
+    groups: dict[tuple[TileGeometry, tuple[int, ...]], list[int]] = {}
+    for number, (value, layout) in enumerate(zip(values, layouts, strict=True)):
+        groups.setdefault((layout.original, tuple(value.shape)), []).append(number)
+    unpacked: dict[int, Tensor] = {}
+    for (original, _), numbers in groups.items():
+        packed = torch.stack([values[number] for number in numbers])
+        layout = original.to(packed.device)
+        shape = list(packed.shape)
+        shape[dim] = layout.tiles * layout.tokens
+        tokens = packed.new_zeros(shape).index_copy(dim, layout.token_order, packed)
+        tiles = tokens.unflatten(dim, (layout.tiles, layout.tokens)).movedim(dim, 1)
+        unpacked.update(zip(numbers, tiles.unbind(0), strict=True))
+    return [unpacked[number] for number in range(len(values))]
 
 
 def build_views(
-    images: Sequence[EncodedImage],
     layouts: Sequence[TileGeometry],
-    features: Sequence[Tensor],
-    signals: Mapping[SignalKey, Sequence[Tensor]],
-    depths: Mapping[str, tuple[int, int]],
+    hidden: SignalSource,
+    sources: Mapping[SignalKey, SignalSource],
+    layers: int,
+    cut: int,
+    before: int,
+    encoded: Sequence[EncodedImage] | None = None,
 ) -> list[EncodedImage]:
-    """Return the images as a strategy reads them at a cut.
+    """Return the images at a cut: features are the hidden states that enter the layer of the cut.
 
     Args:
-        images: the encoded images, with signals of the vision tower.
         layouts: the layout of each image, restricted to the tokens that are left.
-        features: hidden states that enter the layer of the cut at the packed positions, `[length, dim]` each.
-        signals: signals of the LLM by (kind, layer), one tensor per image.
-        depths: number of layers and default layer by kind of signal.
+        hidden: the positions in the input of the layer of the cut, and a trace with this input.
+        sources: the traced layer of each signal by (kind, layer); a kind of `ASKED_SIGNALS` has the layer of the cut.
+        layers: number of layers of the LLM.
+        cut: the layer of the cut.
+        before: the layer that the layer choice ``"before"`` selects.
+        encoded: the encoded images with signals of the vision tower; None without them.
     """
-    views = []
-    for number, (image, layout, packed) in enumerate(zip(images, layouts, features, strict=True)):
-        view = replace(
-            image,
-            geometry=layout,
-            compute_features=DeferredTensor(partial(layout.unpack, packed)),
-            device=packed.device,
-        )
-        views.append(view.with_signals({key: parts[number] for key, parts in signals.items()}, depths))
-    return views
+    features = unpack_signals("llm_hidden", read_signal("llm_hidden", *hidden), layouts)
+    signals: list[dict[SignalKey, Tensor]] = [{} for _ in layouts]
+    for (kind, layer), source in sources.items():
+        for image_signals, value in zip(
+            signals, unpack_signals(kind, read_signal(kind, *source), layouts), strict=True
+        ):
+            image_signals[kind, layer] = value
+    depths = {kind: (layers, cut if kind in ASKED_SIGNALS else before) for kind in LLM_SIGNALS}
+    images = [EncodedImage(g, f) for g, f in zip(layouts, features, strict=True)] if encoded is None else encoded
+    return [
+        replace(image.with_features(feature).with_signals(values, depths), geometry=layout)
+        for image, feature, values, layout in zip(images, features, signals, layouts, strict=True)
+    ]

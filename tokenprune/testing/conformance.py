@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.decoder_reducer import DecoderReducer, resolve_cut
+from tokenprune.cuts import resolve_cut
+from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
     LLM_SIGNALS,
     ROW_SIGNALS,
+    TEXT_ROW_SIGNALS,
     EncodedImage,
     MissingSignalError,
 )
@@ -117,8 +119,9 @@ def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> E
     """
 
     def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        if kind in ROW_SIGNALS:
-            return (torch.rand(shape, generator=generator).argsort(dim=-1) + 1) / 1024
+        if kind in ROW_SIGNALS | TEXT_ROW_SIGNALS | {"token_transition"}:
+            dim = 1 if kind == "token_transition" else -1
+            return (torch.rand(shape, generator=generator).argsort(dim=dim) + 1) / 1024
         return torch.randn(shape, generator=generator).bfloat16().float()
 
     return random_encoded_image(

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
-from tokenprune.image import CLS_SIGNALS, ROW_SIGNALS, TEXT_SIGNALS, EncodedImage
+from tokenprune.image import (
+    CLS_SIGNALS,
+    KEY_SIGNALS,
+    LLM_TEXT_SIGNALS,
+    ROW_SIGNALS,
+    TEXT_ROW_SIGNALS,
+    TEXT_SIGNALS,
+    EncodedImage,
+)
 
 LAYERS, FEATURE_LAYER = 4, 2
 """Number of layers of the tower, and the layer whose output the projector receives."""
 TEXT_SHAPES = MappingProxyType({"question": (2,), "question_tokens": (4,), "question_positions": (2, 7)})
 """Shape of each text signal without the width."""
+PROMPT_TOKENS = 6
+"""Number of text tokens after the image, in signals of the LLM."""
 TOKEN_SIGNALS = frozenset({"keys", "vision_features", "aligned_features", "projector_inputs"})
 """Kinds of signals with one vector per token."""
 LAYER_SIGNALS = (
@@ -85,8 +95,14 @@ def random_encoded_image(
             return tiles, 1 if kind == "joint_attention" else heads, tokens
         if kind in TEXT_SIGNALS:
             return *text_shapes[kind], width
-        if kind == "keys":
+        if kind in KEY_SIGNALS:
             return tiles, heads, tokens, width
+        if kind in TEXT_ROW_SIGNALS:
+            return tiles, 1 if kind == "rotary_similarity" else heads, PROMPT_TOKENS, tokens
+        if kind in LLM_TEXT_SIGNALS:
+            return (heads, PROMPT_TOKENS, width) if kind == "text_keys" else (PROMPT_TOKENS, width)
+        if kind == "token_transition":
+            return tiles, tokens, 1
         return tiles, 1 if kind in CLS_SIGNALS else tokens, width
 
     signals = {(kind, layer): draw(kind, signal_shape(kind), generator) for kind, layer in keys}

@@ -1,0 +1,108 @@
+"""DART: keeps pivot tokens with large keys, and the tokens that repeat the pivots least.
+
+Paper: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP
+2025, arXiv 2502.11494. Recorded from the copy of ZichenWen1/DART in Chenfei-Liao/VTC-Bench, commit 983e443.
+
+Pivots are the visual tokens and the text tokens after the image with the largest L1 norm of the rotated keys in the
+layer before the cut. Each pivot in turn adds the tokens whose hidden states have the lowest cosine to it. The release
+visits the pivots in the order of a Python set of positions, and compares hidden states after the final norm.
+Repaired: image pivots come first, then text pivots, each by descending norm; hidden states are inputs of the layer
+before the cut; and the budget is divided over the pivots exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.decoder_reducer import DecoderReducer
+from tokenprune.image import EncodedImage, Signal
+from tokenprune.selection import Selection, top_of_image
+from tokenprune.strategies.decoder._flat import unflatten_mask
+
+
+def least_similar(hidden: Tensor, pivots: Tensor, image_pivots: Tensor, number: int) -> Tensor:
+    """Return the mask of the image pivots and of the tokens with the lowest cosine to each pivot, bool `[tokens]`.
+
+    Args:
+        hidden: hidden states of the visual tokens, `[tokens, dim]`.
+        pivots: hidden states of the pivots in the order of the visits, `[pivots, dim]`.
+        image_pivots: indices of the visual tokens that are pivots; they are kept.
+        number: number of tokens to keep.
+    """
+    kept = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    kept[image_pivots] = True
+    shared, spare = divmod(number - len(image_pivots), max(1, len(pivots)))
+    distance = -(F.normalize(pivots, dim=-1) @ F.normalize(hidden, dim=-1).T)
+    for visit, row in enumerate(distance):
+        kept = kept | top_of_image(row[None], shared + (visit < spare), ~kept[None])[0]
+    return kept
+
+
+@dataclass
+class DART(DecoderReducer):
+    """Keeps pivot tokens with large keys, and the tokens that repeat the pivots least.
+
+    Args:
+        image_pivots: number of pivots among the visual tokens.
+        text_pivots: number of pivots among the text tokens after the image.
+        image_start: position of the first visual token in the prompt, to visit pivots in the order of the release, a
+            Python set of positions; None visits them by descending norm.
+    """
+
+    published: ClassVar[str] = "EMNLP 2025, arXiv 2502.11494"
+    parity: ClassVar[str] = "release(): 6/6 official cases"
+
+    image_pivots: int = field(default=4, kw_only=True)
+    text_pivots: int = field(default=4, kw_only=True)
+    image_start: int | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def release(cls, tokens: int = 128, image_pivots: int = 4, text_pivots: int = 4, image_start: int = 35) -> DART:
+        """Return DART as published in code, without the final norm of the hidden states.
+
+        Args:
+            tokens: number of tokens that the pivots add, rounded down to a multiple of the number of pivots.
+            image_pivots: number of pivots among the visual tokens; they are kept in addition.
+            text_pivots: number of pivots among the text tokens.
+            image_start: position of the first visual token in the prompt.
+        """
+        pivots = image_pivots + text_pivots
+        return cls(
+            image_pivots + tokens // pivots * pivots,
+            image_pivots=image_pivots,
+            text_pivots=text_pivots,
+            image_start=image_start,
+        )
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """Keys and hidden states of visual tokens and text in the layer before the cut."""
+        return tuple(Signal(kind, "before") for kind in ("llm_keys", "text_keys", "llm_hidden", "text_hidden"))
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Keep the image pivots and the tokens that are least similar to the pivots."""
+        geometry = image.geometry.to(image.device)
+        hidden = image.llm_hidden("before").flatten(0, 1)[geometry.token_order]
+        norms = image.llm_keys("before").abs().sum(dim=(1, 3)).flatten()[geometry.token_order]
+        text = image.text_hidden("before")
+        text_norms = image.text_keys("before").abs().sum(dim=(0, 2))
+
+        def select_tokens(number: int) -> tuple[Tensor, Tensor]:
+            image_pivots = norms.argsort(descending=True, stable=True)[: min(self.image_pivots, number)]
+            text_pivots = text_norms.argsort(descending=True, stable=True)[: self.text_pivots]
+            pivots = torch.cat([hidden[image_pivots], text[text_pivots]])
+            if self.image_start is not None:
+                text_start = self.image_start + len(hidden)
+                positions = [self.image_start + index for index in image_pivots.tolist()]
+                positions += [text_start + index for index in text_pivots.tolist()]
+                pivots = pivots[[positions.index(position) for position in list(set(positions))]]
+            kept = unflatten_mask(least_similar(hidden, pivots, image_pivots, number), geometry)
+            return kept, kept.sum(dim=1)
+
+        return self.select_within_budget(image, select_tokens)
