@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from tokenprune.adapter import Adapter, adapters
 from tokenprune.capabilities import Compilable
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
     from tokenprune.generation import GenerateOptions
 
 T = TypeVar("T")
@@ -147,8 +147,6 @@ def compile_llm(adapter: Adapter, options: CompileOptions | None, multiple: int)
     if options is None:
         return None
     if not isinstance(adapter, Compilable):
-        from tokenprune.adapter import adapters
-
         families = sorted(kind.family for kind in adapters().values() if issubclass(kind, Compilable))
         raise ValueError(
             f"compile=True does not support {type(adapter.model).__name__}; it supports {', '.join(families)}. "

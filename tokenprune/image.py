@@ -18,7 +18,9 @@ ASKED_SIGNALS = frozenset(
     {"asked_last_attention", "asked_text_attention", "asked_visual_attention", "asked_keys", "unrotated_attention"}
 )
 """Kinds of signals that the layer of a cut would compute on all tokens. They cost the query and key maps of a layer."""
-LLM_TEXT_SIGNALS = frozenset({"text_hidden", "text_keys"})
+NORMED_SIGNALS = frozenset({"normed_hidden", "normed_text_hidden"})
+"""Kinds of signals that are hidden states entering the layer of the cut, after the final norm of the LLM."""
+LLM_TEXT_SIGNALS = frozenset({"text_hidden", "text_keys", "normed_text_hidden"})
 """Kinds of signals of the LLM at the text after the image, `[..., text, width]`."""
 TEXT_ROW_SIGNALS = frozenset({"text_attention", "asked_text_attention", "rotary_similarity"})
 """Kinds of signals of the LLM with a row for each text token after the image, `[tiles, heads, text, tokens]`."""
@@ -28,7 +30,13 @@ LLM_ATTENTION_SIGNALS = frozenset(
     {"last_text_attention", "text_attention", "visual_attention", "llm_keys", "text_keys"}
 )
 """Kinds of signals that come from queries and keys of a layer of the LLM before the cut."""
-LLM_SIGNALS = LLM_ATTENTION_SIGNALS | LLM_HIDDEN_SIGNALS | ASKED_SIGNALS | {"token_transition", "rotary_similarity"}
+LLM_SIGNALS = (
+    LLM_ATTENTION_SIGNALS
+    | LLM_HIDDEN_SIGNALS
+    | NORMED_SIGNALS
+    | ASKED_SIGNALS
+    | {"token_transition", "rotary_similarity"}
+)
 """Kinds of signals that come from the LLM at a cut."""
 ROW_SIGNALS = frozenset(
     {"cls_attention", "cls_logits", "joint_attention", "pooling_attention", "received_attention"}
@@ -112,6 +120,16 @@ class Signal(NamedTuple):
 
     kind: str
     layer: LLMLayerChoice = "feature"
+
+    def resolve(self, layers: int, feature_layer: int) -> tuple[int, ...]:
+        """Return the layer indices that the signal is read from, see `resolve_layers`.
+
+        Args:
+            layers: number of layers of the vision tower or LLM.
+            feature_layer: index of the layer whose output the model uses; in an LLM, of the layer before the cut.
+        """
+        model: Literal["vision tower", "LLM"] = "LLM" if self.kind in LLM_SIGNALS else "vision tower"
+        return resolve_layers(self.layer, layers, feature_layer, model)
 
 
 @dataclass(init=False, eq=False)
@@ -230,8 +248,7 @@ class EncodedImage:
         """
         values = []
         depth = self.depths.get(signal.kind, (self.layers, self.feature_layer))
-        model: Literal["vision tower", "LLM"] = "LLM" if signal.kind in LLM_SIGNALS else "vision tower"
-        for layer in resolve_layers(signal.layer, *depth, model):
+        for layer in signal.resolve(*depth):
             if (signal.kind, layer) not in self.signals:
                 captured = ", ".join(f"{kind} of layer {index}" for kind, index in sorted(self.signals)) or "none"
                 raise MissingSignalError(
@@ -373,6 +390,17 @@ class EncodedImage:
     def text_hidden(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return the input of a layer of the LLM at the text tokens after the image, `[text, dim]`."""
         return self.read(Signal("text_hidden", layer))
+
+    def normed_hidden(self) -> Tensor:
+        """Return the hidden states of the visual tokens that enter the layer of the cut, `[tiles, tokens, dim]`.
+
+        The final norm of the LLM is applied, as DART compares tokens.
+        """
+        return self.read(Signal("normed_hidden"))
+
+    def normed_text_hidden(self) -> Tensor:
+        """Return the hidden states of the text after the image as `normed_hidden`, `[text, dim]`."""
+        return self.read(Signal("normed_text_hidden"))
 
     def token_transition(self, layer: LLMLayerChoice = "before") -> Tensor:
         """Return how much a layer of the LLM changes each visual token, `[tiles, tokens, 1]` (TransPrune, CVPR 2026).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from tokenprune.models._capture.hooks import real_positions, replaced_forward
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of the cache argument; transformers 5.24 renamed it."""
+CACHE_FIELD = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_ARGUMENTS)
+"""Name of the cache in the installed transformers."""
 RECORDED = ("output_hidden_states", "output_attentions")
 """Options with which a decoder returns more than the last hidden state; such calls are not compiled."""
 UNCOMPILED_DECODING = ("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "custom_generate")
@@ -111,7 +114,7 @@ class CompiledDecoder(CompiledLLM):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the decoder: a prefill of a padded prompt or a decoding step runs as a graph."""
         embeds = kwargs.get("inputs_embeds")
-        name = next((name for name in CACHE_ARGUMENTS if name in kwargs), CACHE_ARGUMENTS[0])
+        name = next((name for name in CACHE_ARGUMENTS if name in kwargs), CACHE_FIELD)
         cache = kwargs.get(name)
         has_options = any(kwargs.get(option) or getattr(self._decoder.config, option, False) for option in RECORDED)
         if args or embeds is None or has_options:
@@ -148,7 +151,7 @@ class CompiledDecoder(CompiledLLM):
             with torch.inference_mode(False), torch.no_grad():
                 for index, (keys, values) in enumerate(states):
                     cache.update(keys, values, index)
-        return BaseModelOutputWithPast(last_hidden_state=copy_outputs(hidden), **{name: cache})
+        return BaseModelOutputWithPast(last_hidden_state=copy_outputs(hidden), **{CACHE_FIELD: cache})
 
     def _decode(self, options: dict[str, Any], name: str, cache: Any) -> BaseModelOutputWithPast:
         """Return the output of a decoding step, which writes to the static cache."""
@@ -161,7 +164,7 @@ class CompiledDecoder(CompiledLLM):
         key = ("decode", len(options["inputs_embeds"]), cache.get_max_length())
         run = self._graphs.get(key, lambda: compile_function(decode, self._options, self._describe("decoding step")))
         hidden = run(cache, **options)
-        return BaseModelOutputWithPast(last_hidden_state=copy_outputs(hidden), **{name: cache})
+        return BaseModelOutputWithPast(last_hidden_state=copy_outputs(hidden), **{CACHE_FIELD: cache})
 
     def _is_empty(self, cache: Any) -> bool:
         """Return whether a cache holds no tokens before this pass, without reading its length from the device."""

@@ -5,9 +5,9 @@ Paper: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Mod
 
 Pivots are the visual tokens and the text tokens after the image with the largest L1 norm of the rotated keys in the
 layer before the cut. Each pivot in turn adds the tokens whose hidden states have the lowest cosine to it. The release
-visits the pivots in the order of a Python set of positions, and compares hidden states after the final norm.
-Repaired: image pivots come first, then text pivots, each by descending norm; hidden states are inputs of the layer
-before the cut; and the budget is divided over the pivots exactly.
+visits the pivots in the order of a Python set of positions. Hidden states are those that enter the layer of the cut,
+after the final norm of the LLM. Repaired: image pivots come first, then text pivots, each by descending norm; and the
+budget is divided over the pivots exactly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DART(DecoderReducer):
 
     @classmethod
     def release(cls, tokens: int = 128, image_pivots: int = 4, text_pivots: int = 4, image_start: int = 35) -> DART:
-        """Return DART as published in code, without the final norm of the hidden states.
+        """Return DART as published in code.
 
         Args:
             tokens: number of tokens that the pivots add, rounded down to a multiple of the number of pivots.
@@ -82,15 +82,16 @@ class DART(DecoderReducer):
 
     @property
     def needs(self) -> Sequence[Signal]:
-        """Keys and hidden states of visual tokens and text in the layer before the cut."""
-        return tuple(Signal(kind, "before") for kind in ("llm_keys", "text_keys", "llm_hidden", "text_hidden"))
+        """Keys of visual tokens and text in the layer before the cut, and their normed hidden states at the cut."""
+        keys = (Signal("llm_keys", "before"), Signal("text_keys", "before"))
+        return (*keys, Signal("normed_hidden"), Signal("normed_text_hidden"))
 
     def select(self, image: EncodedImage) -> Selection:
         """Keep the image pivots and the tokens that are least similar to the pivots."""
         geometry = image.geometry.to(image.device)
-        hidden = image.llm_hidden("before").flatten(0, 1)[geometry.token_order]
+        hidden = image.normed_hidden().flatten(0, 1)[geometry.token_order]
         norms = image.llm_keys("before").abs().sum(dim=(1, 3)).flatten()[geometry.token_order]
-        text = image.text_hidden("before")
+        text = image.normed_text_hidden()
         text_norms = image.text_keys("before").abs().sum(dim=(0, 2))
 
         def select_tokens(number: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.capabilities import DecoderModules, HasDecoder, require_capability
@@ -22,12 +25,12 @@ from tokenprune.image import (
     LLM_HIDDEN_SIGNALS,
     LLM_SIGNALS,
     LLM_TEXT_SIGNALS,
+    NORMED_SIGNALS,
     TEXT_ROW_SIGNALS,
     EncodedImage,
     Signal,
     SignalKey,
 )
-from tokenprune.layers import resolve_layers
 from tokenprune.prepared_call import PreparedCall
 
 if TYPE_CHECKING:
@@ -148,10 +151,19 @@ class BoundDecoderReducer:
             sources |= dict.fromkeys(((kind, index) for kind in sorted(kinds)), source)
         if reader.asked:
             sources |= self._ask(cut, view)
+        if reader.normed:
+            trace = LayerTrace(self._normalize(view.hidden))
+            # Hidden states have the width of the prompt, as the inputs of layer 0.
+            sources |= dict.fromkeys(((kind, layer) for kind in reader.normed), view.locate(trace, 0, self.reads_text))
         entering = SignalSource(LayerTrace(view.hidden), view.locate(LayerTrace(), 0, False).images, view.prompt.last)
         before = self.modules.layer_before(layer) if reader.kinds_by_layer else 0
         views = build_views(view.layouts, entering, sources, len(self.modules.layers), layer, before, view.images)
         return self._selectors[cut].select(views)
+
+    def _normalize(self, hidden: Tensor) -> Tensor:
+        """Return hidden states after the final norm of the LLM, `[rows, length, dim]`."""
+        norm = self.modules.norm
+        return hidden if norm is None else torch.as_tensor(norm(hidden))
 
     def _ask(self, cut: int, view: CutView) -> dict[SignalKey, SignalSource]:
         """Return the sources of signals that the layer of a cut computes on all tokens that are left."""
@@ -171,10 +183,12 @@ class SignalReaders:
     Args:
         kinds_by_layer: kinds of signals of layers before the cut, by layer index.
         asked: kinds of signals of the layer of the cut.
+        normed: kinds of signals that are hidden states after the final norm.
     """
 
     kinds_by_layer: Mapping[int, frozenset[str]]
     asked: frozenset[str]
+    normed: frozenset[str] = frozenset()
 
     @classmethod
     def from_needs(cls, needs: Sequence[Signal], cut: int, modules: DecoderModules) -> SignalReaders:
@@ -197,10 +211,10 @@ class SignalReaders:
                 f"one of the layers {', '.join(map(str, modules.attention_layers))}"
             )
         for signal in own:
-            if signal.kind in ASKED_SIGNALS:
+            if signal.kind in ASKED_SIGNALS | NORMED_SIGNALS:
                 continue
             before = modules.layer_before(cut)
-            for layer in resolve_layers(signal.layer, len(modules.layers), before, "LLM"):
+            for layer in signal.resolve(len(modules.layers), before):
                 if layer >= cut:
                     raise ValueError(
                         f"{signal.kind} of layer {layer} is not computed before the cut at layer {cut}; read a layer "
@@ -212,10 +226,10 @@ class SignalReaders:
                         f"layers {', '.join(map(str, modules.attention_layers))}"
                     )
                 kinds[layer] = kinds.get(layer, frozenset()) | {signal.kind}
-        return cls(kinds, asked)
+        return cls(kinds, asked, frozenset(signal.kind for signal in own) & NORMED_SIGNALS)
 
     @property
     def reads_text(self) -> bool:
         """Whether a signal belongs to the text after an image."""
-        kinds = self.asked.union(*self.kinds_by_layer.values())
+        kinds = self.asked.union(self.normed, *self.kinds_by_layer.values())
         return bool(kinds & (LLM_TEXT_SIGNALS | TEXT_ROW_SIGNALS))

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from tokenprune.decoder.trace import LayerTrace, compute_attention, iterate_attention, require_traced
 from tokenprune.geometry import TileGeometry
-from tokenprune.image import ASKED_SIGNALS, LLM_SIGNALS, LLM_TEXT_SIGNALS, EncodedImage, SignalKey, token_dim
+from tokenprune.image import (
+    ASKED_SIGNALS,
+    LLM_SIGNALS,
+    LLM_TEXT_SIGNALS,
+    NORMED_SIGNALS,
+    EncodedImage,
+    SignalKey,
+    token_dim,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +210,8 @@ _READERS: Mapping[str, Callable[[SignalSource], list[Tensor]]] = {
     "text_keys": partial(_read_keys, _read_text),
     "llm_hidden": partial(_read_hidden, _read_entries),
     "text_hidden": partial(_read_hidden, _read_text),
+    "normed_hidden": partial(_read_hidden, _read_entries),
+    "normed_text_hidden": partial(_read_hidden, _read_text),
     "token_transition": _token_transition,
     "rotary_similarity": _rotary_similarity,
 }
@@ -261,7 +271,7 @@ def build_views(
             signals, unpack_signals(kind, read_signal(kind, *source), layouts), strict=True
         ):
             image_signals[kind, layer] = value
-    depths = {kind: (layers, cut if kind in ASKED_SIGNALS else before) for kind in LLM_SIGNALS}
+    depths = {kind: (layers, cut if kind in ASKED_SIGNALS | NORMED_SIGNALS else before) for kind in LLM_SIGNALS}
     images = [EncodedImage(g, f) for g, f in zip(layouts, features, strict=True)] if encoded is None else encoded
     return [
         replace(image.with_features(feature).with_signals(values, depths), geometry=layout)

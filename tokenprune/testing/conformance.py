@@ -29,7 +29,6 @@ from tokenprune.image import (
     EncodedImage,
     MissingSignalError,
 )
-from tokenprune.layers import resolve_layers
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.requirements import list_missing_signals
@@ -108,7 +107,7 @@ class _RecordingSignals(dict[tuple[str, int], Tensor]):
 
 def resolve_signals(reducer: TokenReducer) -> set[tuple[str, int]]:
     """Return the (kind, layer) pairs of the signals that a strategy declares, for the tower of synthetic images."""
-    return {(s.kind, layer) for s in reducer.needs for layer in resolve_layers(s.layer, LAYERS, FEATURE_LAYER)}
+    return {(s.kind, layer) for s in reducer.needs for layer in s.resolve(LAYERS, FEATURE_LAYER)}
 
 
 def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> EncodedImage:

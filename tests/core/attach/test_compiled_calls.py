@@ -272,11 +272,13 @@ def test_only_an_empty_cache_is_filled_by_the_graph_of_a_prefill(attached: Attac
     llm, states = attached.model.model.language_model, []
     embeds = torch.randn(1, 48 + compiled.COMPILED_WIDTH, llm.config.hidden_size, generator=torch.manual_seed(0))
     with torch.no_grad():
-        expected = llm(inputs_embeds=embeds, cache=DynamicCache(config=llm.config)).last_hidden_state
+        cache: Any = DynamicCache(config=llm.config)
+        expected = llm(inputs_embeds=embeds, **{compiled_decoder.CACHE_FIELD: cache}).last_hidden_state
         with attached.attachment.pipeline.compiled.attached():
             cache = attached.model._prepare_static_cache("static", 1, 200)
             for chunk in embeds.split([48, compiled.COMPILED_WIDTH], dim=1):
-                states.append(llm(inputs_embeds=chunk, cache=cache).last_hidden_state)
+                output = llm(inputs_embeds=chunk, **{compiled_decoder.CACHE_FIELD: cache})
+                states.append(output.last_hidden_state)
     assert torch.allclose(torch.cat(states, dim=1), expected, atol=1e-5)
 
 

@@ -126,8 +126,8 @@ def test_dart_release(number: int) -> None:
         {
             ("llm_keys", BEFORE): keys[None, :, start : start + length],
             ("text_keys", BEFORE): keys[:, start + length :],
-            ("llm_hidden", BEFORE): hidden[None, start : start + length],
-            ("text_hidden", BEFORE): hidden[start + length :],
+            ("normed_hidden", BEFORE): hidden[None, start : start + length],
+            ("normed_text_hidden", BEFORE): hidden[start + length :],
         },
     )
     reducer = DART.release(case["topk"] * pivots, case["pivot_image"], case["pivot_text"], start)
