@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import tokenprune
 
@@ -225,3 +228,25 @@ def test_verified_json_matches_the_tests() -> None:
     from tests.helpers.verified import text
 
     assert (ROOT / "models/verified.json").read_text() == text() + "\n"
+
+
+def test_the_guide_to_compositions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two code blocks run in turn, and the command line accepts the strategy of the last block."""
+    from tokenprune.cli.options import parse_reducer
+
+    text = (ROOT / "docs/how-to/compose.md").read_text()
+    *blocks, strategy = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert (tmp_path / "stages.png").is_file()
+    assert namespace["run"].account.cuts[1].kept == namespace["run"].account.kept // 2
+    (tmp_path / "attended.py").write_text(strategy)
+    assert parse_reducer(["--reducer", "attended.py:Attended(layer=1, budget=0.5)"]).label == "Attended"
+    for expression in re.findall(r"^tokenprune \w+ (?:--reducer )?'([^']*)'", text, re.MULTILINE):
+        assert "+" in parse_reducer(["--reducer", expression]).label
+    document = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert document
+    config = yaml.safe_load(document[1])["reducer"]
+    assert parse_reducer(["--reducer", json.dumps(config)]) == namespace["reducer"]
