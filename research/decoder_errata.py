@@ -32,6 +32,7 @@ DEVIATIONS: Mapping[str, tuple[TokenReducer, TokenReducer]] = {
         SparseVLM(schedule=CUT),
         SparseVLM(schedule=CUT, merging="counted"),
     ),
+    "DART: pivots by the L1 norm of rotated keys": (DART(layer=1), DART(layer=1, norm="l1")),
     "DART: pivots in the order of a Python set": (DART(layer=1), DART(layer=1, image_start=35)),
     "FEATHER: no evenly spaced tokens": (FEATHER(schedule=CUT), FEATHER(schedule=CUT, stride=0)),
 }
