@@ -32,7 +32,8 @@ def list_api() -> dict[str, list[str]]:
 
 def format_api_page(module: str, names: list[str]) -> str:
     """Return the page of a module: a section for each public name."""
-    return f"# tokenprune.{module}\n\n" + "\n\n".join(f"::: tokenprune.{module}.{name}" for name in names) + "\n"
+    options = "    options: {show_root_full_path: false}"
+    return "\n\n".join([f"# tokenprune.{module}", *(f"::: tokenprune.{module}.{n}\n{options}" for n in names)]) + "\n"
 
 
 def format_classes(title: str, command: str, table: str, classes: Mapping[str, type]) -> str:
@@ -41,7 +42,8 @@ def format_classes(title: str, command: str, table: str, classes: Mapping[str, t
         f"::: {cls.__module__}.{name}\n    options: {{members: false, show_root_full_path: false}}"
         for name, cls in sorted(classes.items())
     )
-    return f"# {title}\n\n`{command}` prints this table, with the plug-ins of your installation.\n\n{table}\n\n{sections}\n"
+    note = f"`{command}` prints this table, with the plug-ins of your installation."
+    return f"# {title}\n\n{note}\n\n{table}\n\n{sections}\n"
 
 
 def format_strategies() -> str:
@@ -59,7 +61,8 @@ def format_components() -> str:
 def format_signals() -> str:
     """Return the page of the signals, which are the methods of `EncodedImage`."""
     return (
-        "# Signals\n\nA strategy declares in `needs` the signals that it reads. Each kind is a method of `EncodedImage`.\n"
+        "# Signals\n\nA strategy declares in `needs` the signals that it reads.\n"
+        "Each kind is a method of `EncodedImage`.\n"
         "[Models](models.md) lists the signals of each family.\n\n::: tokenprune.image.EncodedImage\n"
         "    options: {show_root_heading: false, show_root_toc_entry: false}\n"
     )
@@ -70,7 +73,7 @@ def read_help(*words: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         main([*words, "--help"])
-    return text.getvalue().strip()
+    return "".join(letter for letter in text.getvalue() if letter.isprintable() or letter == "\n").strip()
 
 
 def format_cli() -> str:
@@ -97,8 +100,8 @@ PAGES: dict[str, Callable[[], str]] = {
 
 def on_config(config: Any) -> Any:
     """Add the pages of the Python API to the navigation."""
-    os.environ["COLUMNS"] = "100"  # width of the help of commands
-    pages = [{f"tokenprune.{module}": f"reference/api/{module}.md"} for module in list_api()]
+    os.environ["COLUMNS"] = "84"  # width of the help of commands
+    pages = [{module: f"reference/api/{module}.md"} for module in list_api()]
     reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
     next(entry for entry in reference if "Python API" in entry)["Python API"] = pages
     return config
