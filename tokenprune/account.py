@@ -403,14 +403,14 @@ class TokenAccount:
         if not self.row_count:
             return f"<p>{self}</p>"
         pairs = [
-            ("visual tokens", self.valid, self.kept, 1),
-            ("prompt tokens", self.prompt_length_full, self.prompt_length, 1),
-            ("KV cache after prefill (MB)", self.kv_bytes_full, self.kv_bytes, 1e6),
-            ("LLM prefill (GFLOP)", self.flops_full, self.flops, 1e9),
+            ("visual tokens", self.valid, self.kept, "{:,}"),
+            ("prompt tokens", self.prompt_length_full, self.prompt_length, "{:,}"),
+            ("KV cache after prefill (MB)", self.kv_bytes_full / 1e6, self.kv_bytes / 1e6, "{:,.2f}"),
+            ("LLM prefill (GFLOP)", self.flops_full / 1e9, self.flops / 1e9, "{:,.2f}"),
         ]
         rows = [
-            [name, f"{full / unit:,.6g}", f"{reduced / unit:,.6g}", f"{reduced / full:.1%}" if full else ""]
-            for name, full, reduced, unit in pairs
+            [name, style.format(full), style.format(reduced), f"{reduced / full:.1%}" if full else ""]
+            for name, full, reduced, style in pairs
         ]
         layers = " ".join(map(str, self.tokens_per_layer))
         caption = f"{self.image_count} image(s), {self.asked} tokens asked"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import subprocess
-import sys
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -29,10 +28,12 @@ from tokenprune.cli.playground import (
     format_command,
     format_python,
     list_strategies,
+    name_upload,
     open_image,
     prepare_page,
 )
 from tokenprune.experiments.evaluation.loading import load
+from tokenprune.models import mini
 from tokenprune.reducer import Composed
 from tokenprune.strategies import HiRED
 
@@ -83,7 +84,9 @@ def test_invalid_choices_are_rejected(choice: Choice, message: str) -> None:
         build_reducer(choice)
 
 
-def test_answers_agree_with_the_command_and_the_script(mini_model: tuple[Any, Any], tmp_path: Path) -> None:
+def test_answers_agree_with_the_command_and_the_script(
+    mini_model: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     choice = Choice(budget=30, inside="FastV")
     table, pages = answer(*mini_model, CONFIG, None, QUESTION, [choice])
     assert [row.strategy for row in table.rows] == ["all tokens", "HiRED+FastV"]
@@ -94,11 +97,10 @@ def test_answers_agree_with_the_command_and_the_script(mini_model: tuple[Any, An
     words = shlex.split(format_command(choice, CONFIG, "", QUESTION))
     assert parse_reducer(words[words.index("--reducer") :]) == build_reducer(choice)
     script = format_python(choice, CONFIG, "", QUESTION)
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[0].strip() == table.rows[1].answers[0]
-    assert str(table.runs[1].account) in result.stdout
+    exec(compile(script, "script", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].strip() == table.rows[1].answers[0]
+    assert str(table.runs[1].account) in printed
 
 
 def test_text_from_visitors_is_escaped(mini_model: tuple[Any, Any]) -> None:
@@ -117,6 +119,13 @@ def test_images_are_checked_before_decoding(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="not an image"):
         open_image(str(tmp_path / "text.png"), 5)
+
+
+def test_the_bundled_board_needs_no_file_name(tmp_path: Path) -> None:
+    shutil.copy(mini.image_path(), tmp_path / "copy.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    names = [name_upload(None), name_upload(str(tmp_path / "copy.png")), name_upload(str(tmp_path / "photo.png"))]
+    assert names == ["", "", "photo.png"]
 
 
 @pytest.fixture(scope="module")

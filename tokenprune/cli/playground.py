@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -253,6 +254,12 @@ def open_image(path: str | None, max_megapixels: int) -> Image.Image:
     return load_image(file)
 
 
+def name_upload(path: str | None) -> str:
+    """Return the name of an uploaded file; empty for the bundled board, which the page copies under another path."""
+    is_board = path is None or Path(path).read_bytes() == mini.image_path().read_bytes()
+    return "" if path is None or is_board else Path(path).name
+
+
 def answer(
     model: Any, processor: Any, config: DemoConfig, path: str | None, question: str, choices: Sequence[Choice]
 ) -> tuple[Comparison, list[str]]:
@@ -301,14 +308,15 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
         choices = [Choice(*values[:size]), *([Choice(*values[size:])] if is_compared else [])]
         try:
             table, pages = answer(model, processor, config, path, question, choices)
-            name = os.path.basename(path) if path and path != board else ""
+            name = name_upload(path)
             commands = "\n".join(format_command(choice, config, name, question) for choice in choices)
             scripts = "\n\n".join(format_python(choice, config, name, question) for choice in choices)
         except (ValueError, LookupError, TypeError) as error:
             raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
         columns = "display:grid;gap:24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))"
         overlays = "".join(f"<div>{page}</div>" for page in pages)
-        return table._repr_html_(), f'<div style="{columns}">{overlays}</div>', commands, scripts
+        answers = f'<div style="overflow-x:auto">{table._repr_html_()}</div>'
+        return answers, f'<div style="{columns}">{overlays}</div>', commands, scripts
 
     layers = model.config.get_text_config().num_hidden_layers
 
