@@ -1,6 +1,6 @@
 """Compares strategies before and inside the LLM at equal average tokens, on held-out boards with the embedded model.
 
-Run it: ``python -m research.equal_compute --number 40``
+Run it: ``python -m research.equal_compute``
 
 *Average tokens* are the visual tokens of a prompt in one layer of the LLM, averaged over the layers: the "192 tokens"
 of papers. With a cut before layer 1 of 3 layers, the first layer holds all tokens that entered, so that a strategy
@@ -11,7 +11,7 @@ first.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,19 +99,27 @@ def list_settings(average: float) -> Mapping[str, TokenReducer]:
     return settings
 
 
-def measure(number: int, first: int) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
+def measure(
+    number: int, first: int, methods: Sequence[str] | None = None
+) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
     """Return right answers and average tokens of every setting, by ``"average name"``, for each board.
 
     Args:
         number: number of boards.
         first: index of the first board.
+        methods: names of the settings to measure; by default all.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path())
     settings: list[tuple[str, float, TokenReducer]] = [("full", 1.0, HiRED(1.0))]
-    settings += [(name, average, reducer) for average in AVERAGES for name, reducer in list_settings(average).items()]
+    settings += [
+        (name, average, reducer)
+        for average in AVERAGES
+        for name, reducer in list_settings(average).items()
+        if methods is None or name in methods
+    ]
     right: dict[str, list[list[int]]] = {}
     tokens: dict[str, list[float]] = {}
     for board in boards(number, "heldout", first):
@@ -150,15 +158,19 @@ def format_table(right: Mapping[str, list[list[int]]], tokens: Mapping[str, list
     return "\n".join(lines)
 
 
-def main(number: int = 40, first: int = 1000, out: str | None = None) -> None:
+def main(number: int = 30, first: int = 1000, out: str | None = None, methods: list[str] | None = None) -> None:
     """Measure all settings on held-out boards and print the table.
 
     Args:
         number: number of boards; each has about 18 questions.
         first: index of the first board.
-        out: JSON file for the answers to all questions.
+        out: JSON file for the answers to all questions. Other methods that it already holds remain in it.
+        methods: names of the settings to measure; by default all.
     """
-    right, tokens = measure(number, first)
+    right, tokens = measure(number, first, methods)
+    if out is not None and Path(out).exists():
+        earlier = json.loads(Path(out).read_text())
+        right, tokens = earlier["right"] | right, earlier["average_tokens"] | tokens
     if out is not None:
         Path(out).write_text(json.dumps({"right": right, "average_tokens": tokens}))
     print(format_table(right, tokens))

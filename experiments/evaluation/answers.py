@@ -95,19 +95,23 @@ def answer_group(
             if not missing_ids:
                 continue
             selections: Sequence[Selection | None]
+            cuts: Sequence[Mapping[int, Selection]]
             try:
                 before = passes[0]
                 text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
-                records, selections = _answer_batch(
+                records, selections, cuts = _answer_batch(
                     adapter, processor, setting.experiment, text, batch, encoding, encode_ms
                 )
             except Exception as error:
                 records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
+                cuts = [{}] * len(batch)
             progress.more_encodes += passes[0] - before
-            for record, selection in zip(records, selections, strict=True):
+            for record, selection, cuts_of_image in zip(records, selections, cuts, strict=True):
                 record["stored_image"] = name
                 record["selection"] = (
-                    selection_to_record(selection) if name is not None and selection is not None else None
+                    selection_to_record(selection, cuts_of_image)
+                    if name is not None and selection is not None
+                    else None
                 )
                 if record["sample"] in missing_ids:
                     yield setting, file, record, selection
@@ -126,8 +130,8 @@ def _answer_batch(
     batch: Sequence[Sample],
     encoding: Encoding,
     encode_ms: float,
-) -> tuple[list[dict[str, Any]], list[Selection]]:
-    """Return the records and the selections of a batch of questions about an encoded image."""
+) -> tuple[list[dict[str, Any]], list[Selection], list[dict[int, Selection]]]:
+    """Return the records, the selections, and the selections by cut, of a batch of questions about an encoded image."""
     pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor)
     torch.manual_seed(experiment.seed)
     with torch.no_grad():
@@ -164,7 +168,7 @@ def _answer_batch(
         }
         score = experiment.task.score(sample, answer.strip())
         records.append(_make_record(sample, answer.strip(), score, numbers))
-    return records, run.selections
+    return records, run.selections, [{cut.layer: cut.selections[index] for cut in cuts} for index in range(len(batch))]
 
 
 def _generation_options(experiment: Experiment) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from tokenprune.adapter import find_adapter
+from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.configuration import as_config
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.evaluation.answers import answer_group
@@ -43,7 +43,7 @@ from tokenprune.experiments.evaluation.stored_images import (
     is_stored,
 )
 from tokenprune.experiments.evaluation.tasks import Boards, Task
-from tokenprune.pipeline import count_tower_passes
+from tokenprune.pipeline import Pipeline, count_tower_passes
 from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
 from tokenprune.requirements import describe_attention, list_missing_signals
@@ -349,7 +349,7 @@ def _write_config(setting: Setting, out: Path) -> None:
 
 
 def list_unsupported(model: Any, settings: Sequence[Setting]) -> list[str]:
-    """Return one line for each setting whose strategy requires a signal that the model does not provide.
+    """Return one line for each setting whose strategy requires a signal or a layer that the model does not have.
 
     Args:
         model: the model; its weights are not read.
@@ -362,4 +362,15 @@ def list_unsupported(model: Any, settings: Sequence[Setting]) -> list[str]:
             problems.append(f"{setting.name}: {type(model).__name__} gives no {', '.join(missing)}")
         elif reducer.reads_question and reducer.text_model is None:
             problems.append(f"{setting.name}: reads the question; set reducer.text_model")
+        elif problem := _describe_wrong_cuts(reducer, adapter):
+            problems.append(f"{setting.name}: {problem}")
     return problems
+
+
+def _describe_wrong_cuts(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return the reason if the cuts of a strategy do not fit the LLM of a model; None if they fit."""
+    try:
+        Pipeline(reducer, adapter)
+    except (NotImplementedError, ValueError) as error:
+        return str(error)
+    return None

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -131,11 +132,12 @@ def unpack_mask(text: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).astype(bool)).view(shape)
 
 
-def selection_to_record(selection: Selection) -> dict[str, Any]:
+def selection_to_record(selection: Selection, cuts: Mapping[int, Selection] = MappingProxyType({})) -> dict[str, Any]:
     """Return a selection as plain data for a record: tile grid, token grid, and masks of valid and kept tokens.
 
     Args:
-        selection: the selection.
+        selection: the selection of the tokens that entered the LLM.
+        cuts: the selections at the cuts inside the LLM, by layer.
     """
     layout = selection.geometry
     return {
@@ -143,6 +145,7 @@ def selection_to_record(selection: Selection) -> dict[str, Any]:
         "token_grid": list(layout.token_grid),
         "valid": pack_mask(layout.valid),
         "kept": pack_mask(selection.kept),
+        "cuts": [{"layer": layer, "kept": pack_mask(cut.kept)} for layer, cut in cuts.items()],
     }
 
 
@@ -165,3 +168,19 @@ def selection_from_record(out: Path, record: Mapping[str, Any]) -> Selection | N
         strip = torch.from_numpy(np.array(image.convert("RGB")))
     pixels = strip.view(shape[0], strip.shape[0] // shape[0], strip.shape[1], 3)
     return Selection(geometry, unpack_mask(entry["kept"], shape), asked=record["asked"], pixels=pixels)
+
+
+def cuts_from_record(record: Mapping[str, Any], selection: Selection) -> dict[int, Selection]:
+    """Return the selections at the cuts inside the LLM of a record, by layer.
+
+    Args:
+        record: the record.
+        selection: the result of `selection_from_record`.
+    """
+    cuts: dict[int, Selection] = {}
+    layout, kept = selection.geometry, selection.kept
+    for number, entry in enumerate(record["selection"].get("cuts", ())):
+        layout = layout.restrict(kept.flatten()[layout.packed])
+        kept = unpack_mask(entry["kept"], tuple(selection.kept.shape))
+        cuts[entry["layer"]] = Selection(layout, kept, asked=record["cuts"][number]["asked"])
+    return cuts

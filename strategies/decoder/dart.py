@@ -6,15 +6,18 @@ Paper: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Mod
 Pivots are the visual tokens and the text tokens after the image with the largest L1 norm of the rotated keys in the
 layer before the cut. Each pivot in turn adds the tokens whose hidden states have the lowest cosine to it. The release
 visits the pivots in the order of a Python set of positions. Hidden states are those that enter the layer of the cut,
-after the final norm of the LLM. Repaired: image pivots come first, then text pivots, each by descending norm; and the
-budget is divided over the pivots exactly.
+after the final norm of the LLM.
+
+Repaired: pivots have the largest L2 norm, because the L1 norm of a rotated key depends on its position, and so on the
+padding of a batch. Image pivots come first, then text pivots, each by descending norm. The budget is divided over the
+pivots exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,7 @@ class DART(DecoderReducer):
     Args:
         image_pivots: number of pivots among the visual tokens.
         text_pivots: number of pivots among the text tokens after the image.
+        norm: norm of the keys of each head: ``"l2"``, or ``"l1"`` as in the release.
         image_start: position of the first visual token in the prompt, to visit pivots in the order of the release, a
             Python set of positions; None visits them by descending norm.
     """
@@ -60,6 +64,7 @@ class DART(DecoderReducer):
 
     image_pivots: int = field(default=4, kw_only=True)
     text_pivots: int = field(default=4, kw_only=True)
+    norm: Literal["l1", "l2"] = field(default="l2", kw_only=True)
     image_start: int | None = field(default=None, kw_only=True)
 
     @classmethod
@@ -77,6 +82,7 @@ class DART(DecoderReducer):
             image_pivots + tokens // pivots * pivots,
             image_pivots=image_pivots,
             text_pivots=text_pivots,
+            norm="l1",
             image_start=image_start,
         )
 
@@ -90,9 +96,10 @@ class DART(DecoderReducer):
         """Keep the image pivots and the tokens that are least similar to the pivots."""
         geometry = image.geometry.to(image.device)
         hidden = image.normed_hidden().flatten(0, 1)[geometry.token_order]
-        norms = image.llm_keys("before").abs().sum(dim=(1, 3)).flatten()[geometry.token_order]
+        order = 1 if self.norm == "l1" else 2
+        norms = image.llm_keys("before").norm(p=order, dim=3).sum(dim=1).flatten()[geometry.token_order]
         text = image.normed_text_hidden()
-        text_norms = image.text_keys("before").abs().sum(dim=(0, 2))
+        text_norms = image.text_keys("before").norm(p=order, dim=2).sum(dim=0)
 
         def select_tokens(number: int) -> tuple[Tensor, Tensor]:
             image_pivots = norms.argsort(descending=True, stable=True)[: min(self.image_pivots, number)]

@@ -16,6 +16,8 @@ from research import hired_table4 as table4
 from tokenprune.account import kv_bytes, prefill_flops
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.cli.main import main
+from tokenprune.cuts import Cut
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
 from tokenprune.experiments.bench.bench_model import parse_image_size
 from tokenprune.experiments.bench.cost.count import (
@@ -79,6 +81,26 @@ def test_counts_equal_the_executed_model(adapter: type[Adapter], budget: float |
     assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
     assert counted.prefill.flops == run.account.flops
     assert counted.weight_bytes == sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("budget", [None, 0.6])
+@torch.inference_mode()
+def test_counts_with_a_cut_equal_the_executed_model(budget: float | None) -> None:
+    model, inputs, text = build_example(LlavaNextAdapter)
+    cut = AtLayer(1, UniformStride(0.5))
+    reducer = cut if budget is None else UniformStride(budget) >> cut
+    with reducer(model) as run:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        with FlopCounterMode(display=False) as measured:
+            model(**inputs, use_cache=True, logits_to_keep=1)
+    stored = [(layer.keys.shape[2], layer.keys.nbytes + layer.values.nbytes) for layer in out.past_key_values.layers]
+    meta = build_meta_example(LlavaNextAdapter)
+    counted = count_batch(meta, SIZE, budget, text_tokens=text, cuts=[Cut(1, 0.5)])
+    assert counted.encode.flops + counted.prefill.flops == measured.get_total_flops()
+    assert counted.prefill.flops == run.account.flops // run.account.row_count
+    assert counted.kv_bytes == sum(size for _, size in stored)
+    assert counted.token_kv_bytes == sum(size // length for length, size in stored)
+    assert counted.kv_bytes < count_batch(meta, SIZE, budget, text_tokens=text).kv_bytes
 
 
 def test_published_code_encodes_completely() -> None:
@@ -170,7 +192,7 @@ def toy_batch() -> BatchCost:
     encode = Work(Counter({(100, 10): 2}), {}, 200, 5, 40)
     prefill = Work(Counter({(1000, 8): 1, (0, 6): 1}), {}, 1000, 30, 90)
     decode = Work(Counter({(10, 20): 1}), {}, 10, 20, 60)
-    return BatchCost(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, encode, prefill, decode, 150)
+    return BatchCost(2, None, Tokens(4, 4, 4, 0, 1), 800, 50, 10, encode, prefill, decode, 150)
 
 
 def test_roofline() -> None:

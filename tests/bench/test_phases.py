@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers.bench import SETTING, ManualClock
 from tokenprune.capabilities import Resizable
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.bench.bench_model import BenchModel
 from tokenprune.experiments.bench.flame import Bar, build_flame_graph, draw_flame_graphs, profile_variants
 from tokenprune.experiments.bench.launches import OperatorCounter
@@ -64,6 +65,18 @@ class SlowHiRED(HiRED):
     def select(self, image: EncodedImage) -> Selection:
         self.clock.advance(1000)
         return super().select(image)
+
+
+def test_selection_at_a_cut_belongs_to_the_reducer(tiny: BenchModel, inputs: Any) -> None:
+    """Without a strategy before the LLM, only the cut selects tokens; its time is no part of the prefill."""
+    clock = ManualClock()
+    timer = PhaseTimer(clock)
+    pipeline = Pipeline(AtLayer(1, SlowHiRED(0.5, clock=clock)), tiny.adapter)
+    with torch.no_grad(), instrument(tiny.adapter, timer, pipeline):
+        pipeline.generate({**inputs, "max_new_tokens": 1, "do_sample": False})
+    timer.flush()
+    assert len(pipeline.run.cuts[0].selections) == 2  # images of one layout are selected together
+    assert (timer.spent["reducer"], timer.spent["prefill"]) == (1000, 0)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

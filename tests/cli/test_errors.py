@@ -42,10 +42,7 @@ from tokenprune.cli.main import main
             ["run", "--reducer.budget", "abc"],
             "budget 'abc' is neither a ratio nor a count; write a float from 0.0 to 1.0 or a percentage",
         ),
-        (
-            ["run", "--reducer.selection.layer", "frst"],
-            "'frst' is not valid; give 'first' or 'feature' or 'before' or a whole",
-        ),
+        (["run", "--reducer.selection.layer", "frst"], "'frst' is not valid; give 'first' or 'feature' or a whole"),
         (["run", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is not valid; give a whole number"),
         (["run", "--question", " "], "--question ' ': give a text"),
         (["run", "--question", "<image> what?"], "the placeholder is added automatically"),

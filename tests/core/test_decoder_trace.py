@@ -223,6 +223,7 @@ def test_a_decode_step_compiles_to_one_graph(model: Any) -> None:
     expected = layer(hidden, position_embeddings=rotary)
     tracer = adapter.trace_layers({1: LLM_SIGNALS - ASKED_SIGNALS})
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with tracer.hold(), tracer.record_into(store):
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(hidden, position_embeddings=rotary), expected)

@@ -68,7 +68,7 @@ def count_positions(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cuts", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", pytest.param("idefics3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llava_next", *SLOW_NAMES])
 @torch.no_grad()
 def test_generated_logits(name: str, cuts: int, way: str) -> None:
     family, model, inputs = FAMILIES[name], load_model(name, 6), load_inputs(name)

@@ -72,17 +72,18 @@ def test_a_compiled_decode_step_is_one_graph(backend: str, rows: int) -> None:
             )
         return states
 
+    expected_graphs = 1
     torch._dynamo.reset()
-    decode(torch.compile(decoder, backend=count, fullgraph=True, dynamic=True))
-    plain = len(graphs)
-    torch._dynamo.reset()
-    graphs.clear()
+    if backend == "aot_eager":  # compiles the unmodified model twice
+        decode(torch.compile(decoder, backend=count, fullgraph=True, dynamic=True))
+        expected_graphs = len(graphs)
+        torch._dynamo.reset()
+        graphs.clear()
     with LargestStates()(model):
         expected = decode(decoder)
         states = decode(torch.compile(decoder, backend=count, fullgraph=True, dynamic=True))
     torch._dynamo.reset()
-    assert len(graphs) == plain
-    assert plain == 1 or backend == "aot_eager"  # aot_eager compiles the unmodified model twice
+    assert len(graphs) == expected_graphs
     for state, oracle in zip(states, expected, strict=True):
         assert float((state - oracle).abs().max()) < 1e-5
 
@@ -127,7 +128,7 @@ def test_operators_of_a_prefill_do_not_grow_with_the_layers() -> None:
     assert counts[0] == counts[1] <= 150
 
 
-@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("images", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "limit"), [("one cut", 2), ("composed", 0)])
 @torch.no_grad()
 def test_reads_from_an_accelerator(kind: str, limit: int, images: int) -> None:

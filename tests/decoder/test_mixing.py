@@ -90,7 +90,7 @@ def write_mixtures(model: Any, inputs: Any, run: Run) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "no cache"])
-@pytest.mark.parametrize("cuts", [1, 2])
+@pytest.mark.parametrize("cuts", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", ["llava_next", "idefics3"])
 @torch.no_grad()
 def test_mixtures_equal_the_layer_oracle(name: str, cuts: int, options: dict[str, Any]) -> None:

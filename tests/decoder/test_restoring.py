@@ -66,7 +66,7 @@ def test_after_success(model: Any, call: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["forward", "generate", pytest.param("beams", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["select", "layer", "later layer", "after the layers"])
 @torch.no_grad()
 def test_after_an_error(model: Any, call: str, place: str, error: type[BaseException]) -> None:

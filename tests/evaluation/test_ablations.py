@@ -212,3 +212,16 @@ def test_a_grid_compares_strategies_of_all_stages() -> None:
     assert "BaseTileOnly, budget=0.2" in names
     assert "AtLayer(Random), seed 1, budget=20% from layer 1" in names
     assert "AtLayer(BaseTileOnly), budget=20% from layer 1" not in names
+
+
+def test_a_cut_outside_the_llm_is_found_before_the_first_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "task": SMALL["task"],
+        "grid": {"reducer": ["HiRED(0.2)", "AtLayer(7, DivPrune(0.2))"]},
+        "baselines": False,
+    }
+    assert main(["ablate", write_config(config), "--out", "out", "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert "these settings cannot run" in message
+    assert "reducer=AtLayer(7, DivPrune(0.2)): a cut at layer 7 is not inside an LLM with 3 layers" in message
+    assert not list(Path("out").rglob("records.jsonl")) or not any(records("out").values())

@@ -14,11 +14,13 @@ from PIL import Image
 
 from tests.helpers.small_grid import SMALL, records, remove_times, start
 from tokenprune.cli.main import main
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.analysis.report import write_report
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.stored_images import (
     PIXELS,
     SIDE,
+    cuts_from_record,
     is_stored,
     pack_mask,
     selection_from_record,
@@ -27,6 +29,7 @@ from tokenprune.experiments.evaluation.stored_images import (
 )
 from tokenprune.experiments.evaluation.tasks import Boards
 from tokenprune.strategies import HiRED, ImageDownsample, SpatialPooling, UniformStride
+from tokenprune.viz import overlay
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
@@ -79,6 +82,20 @@ def test_a_selection_is_restored_from_records_and_images() -> None:
         assert restored is not None
         assert restored.overlay().tobytes() == original.overlay().tobytes()
     assert len(list(Path("out/images").iterdir())) == 1
+
+
+def test_cuts_are_restored_from_records() -> None:
+    reducer = HiRED(0.4) >> AtLayer(1, UniformStride(0.5))
+    setting = Setting(Experiment(reducer=reducer, task=Boards(number=1), max_new_tokens=1, batch_size=32), "composed")
+    run_settings([setting], Path("out"))
+    record, *_ = next(iter(records("out").values()))
+    restored = selection_from_record(Path("out"), record)
+    assert restored is not None
+    ((layer, cut),) = cuts_from_record(record, restored).items()
+    assert (layer, cut.asked, cut.kept_tokens) == (1, record["kept"] // 2, record["kept"] // 2)
+    assert torch.equal(cut.geometry.valid, restored.kept)
+    assert bool((restored.kept | ~cut.kept).all())
+    assert overlay(restored, cuts={layer: cut}).height > overlay(restored).height
 
 
 def test_images_can_be_omitted_and_a_resumed_run_can_store_them() -> None:

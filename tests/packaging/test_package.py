@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import tokenprune
 
@@ -182,14 +185,38 @@ def test_version_is_the_same_everywhere() -> None:
         ("docs/how-to/write-a-strategy.md", 6),
         ("docs/how-to/run-experiments.md", 1),
         ("docs/how-to/write-an-adapter.md", 3),
+        ("docs/how-to/wandb.md", 1),
     ],
 )
-def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
+def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code blocks of a page run in order in an empty folder."""
-    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    code = read_blocks(page)
     assert len(code) == blocks
     result = run_python("\n".join(code), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def read_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_code_of_the_guide_to_compiled_graphs_runs(tmp_path: Path) -> None:
+    """The block continues the first block of the home page. It is slow because it compiles graphs."""
+    code = [read_blocks("docs/index.md")[0], *read_blocks("docs/how-to/compile.md")]
+    result = run_python("\n".join(code), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_every_page_with_code_is_tested() -> None:
+    """A page of the tutorial or a how-to with Python blocks is run by a test of this module."""
+    pages = [
+        path.relative_to(ROOT) for path in (ROOT / "docs/how-to").glob("*.md") if "```python\n" in path.read_text()
+    ]
+    tests = Path(__file__).read_text()
+    assert pages
+    assert not [page for page in pages if f'"{page}"' not in tests]
 
 
 def test_the_strategy_of_the_guide_passes_the_check(tmp_path: Path) -> None:
@@ -226,3 +253,25 @@ def test_verified_json_matches_the_tests() -> None:
     from tests.helpers.verified import text
 
     assert (ROOT / "models/verified.json").read_text() == text() + "\n"
+
+
+def test_the_guide_to_compositions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two code blocks run in turn, and the command line accepts the strategy of the last block."""
+    from tokenprune.cli.options import parse_reducer
+
+    text = (ROOT / "docs/how-to/compose.md").read_text()
+    *blocks, strategy = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert (tmp_path / "stages.png").is_file()
+    assert namespace["run"].account.cuts[1].kept == namespace["run"].account.kept // 2
+    (tmp_path / "attended.py").write_text(strategy)
+    assert parse_reducer(["--reducer", "attended.py:Attended(layer=1, budget=0.5)"]).label == "Attended"
+    for expression in re.findall(r"^tokenprune \w+ (?:--reducer )?'([^']*)'", text, re.MULTILINE):
+        assert "+" in parse_reducer(["--reducer", expression]).label
+    document = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert document
+    config = yaml.safe_load(document[1])["reducer"]
+    assert parse_reducer(["--reducer", json.dumps(config)]) == namespace["reducer"]

@@ -16,7 +16,7 @@ from tests.helpers.families import REPRESENTATIVES
 from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
-from tokenprune.decoder_reducer import AtLayer
+from tokenprune.decoder_reducer import AtLayer, DecoderReducer, ScheduledReducer
 from tokenprune.testing.conformance import CHECKS, LAYERS, MODEL_CHECKS, check_reducer
 from tokenprune.testing.examples import build_example, find_example
 
@@ -26,9 +26,15 @@ from tokenprune.testing.examples import build_example, find_example
 )
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_shipped_strategies_pass(name: str, families: set[str] | None) -> None:
-    report = check_reducer(strategies()[name](), families)  # type: ignore[call-arg]
+    reducer = strategies()[name]()  # type: ignore[call-arg]
+    if isinstance(reducer, ScheduledReducer):  # the LLMs of the examples have few layers
+        reducer = reducer.with_options(schedule=((1, 0.5),))
+    elif isinstance(reducer, DecoderReducer):
+        reducer = reducer.with_options(layer=1)
+    report = check_reducer(reducer, families)
     assert report.passed, str(report)
-    assert all(result.passed for result in report.results), str(report)
+    not_applicable = {result.name for result in report.results if result.passed is None}
+    assert not_applicable == (set() if isinstance(reducer, DecoderReducer) else {"cuts"}), str(report)
 
 
 @dataclass

@@ -18,6 +18,7 @@ import yaml
 
 from tokenprune.budget import OneTokenWarning
 from tokenprune.cli.main import main
+from tokenprune.cli.options import parse_reducer
 from tokenprune.cli.sweep import mean_score
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.experiment import Experiment
@@ -53,7 +54,7 @@ def draw_values(spec: dict[str, Any], number: int = 400, seed: int = 0) -> list[
 
 
 def test_all_files_are_found() -> None:
-    assert {file.name for file in FILES} >= {"components.yaml", "hired_alpha.yaml", "random_search.yaml"}
+    assert {file.name for file in FILES} >= {"components.yaml", "hired_alpha.yaml", "random_search.yaml", "stages.yaml"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -85,14 +86,14 @@ def test_every_command_line_gives_the_parameters_of_the_file(file: Path) -> None
         assert (type(experiment.task).__name__.lower(), experiment.model) == (parameters["task"], parameters["model"])
         assert experiment.task.number == parameters["task.number"]  # type: ignore[attr-defined]
         reducers.append(str(as_config(reducer)))
-        assert type(reducer).__name__ == parameters["reducer"]
-        assert reducer.budget == parameters["reducer.budget"]
+        assert reducer.label == parse_reducer(["--reducer", parameters["reducer"]]).label
+        assert reducer.budget == parameters.get("reducer.budget", parameters.get("reducer.parts.0.budget"))
         for name, value in parameters.items():
             if not name.startswith("reducer.") or name == "reducer.budget":
                 continue
-            component = reducer
+            component: Any = reducer
             for part in name.split(".")[1:]:
-                component = getattr(component, part)
+                component = component[int(part)] if part.isdigit() else getattr(component, part)
             if isinstance(value, dict):
                 assert type(component).__name__ == value["class_path"]
                 assert {key: getattr(component, key) for key in value["init_args"]} == value["init_args"]

@@ -143,7 +143,7 @@ def collect_literals(classes: Iterable[type]) -> dict[str, set[str]]:
     literals: dict[str, set[str]] = {}
     for cls in classes:
         for name, hint in get_type_hints(cls).items():
-            for kind in get_args(hint):
+            for kind in (hint, *get_args(hint)):
                 if get_origin(kind) is Literal:
                     literals.setdefault(name, set()).update(map(str, get_args(kind)))
     return literals

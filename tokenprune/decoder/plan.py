@@ -80,7 +80,7 @@ class PromptLayout:
         """Number of positions of all images."""
         return sum(len(layout.packed) for layout in self.layouts)
 
-    @property
+    @cached_property
     def last(self) -> Tensor:
         """Position of the last token of the prompt of each row, before the first label, `[rows]`."""
         positions = torch.arange(self.is_real.shape[1], device=self.is_real.device)
@@ -152,12 +152,12 @@ class CutView:
         _, is_token = position_tables(tuple(self.layouts), self.positions.device)
         return true_indices(is_token, sum(self.token_counts))
 
-    @property
+    @cached_property
     def token_positions(self) -> Tensor:
         """The prompt position of each visual token, `[tokens]`."""
         return self.positions[self.token_index]
 
-    @property
+    @cached_property
     def token_rows(self) -> Tensor:
         """The prompt row of each visual token, `[tokens]`."""
         return self.rows[self.token_index]
@@ -303,7 +303,8 @@ class DecoderPlan:
         self._remains: list[Tensor | None] = []
         self._mixtures: list[list[Mixture]] = []
         length = prompt.placeholders.shape[1]
-        self._positions = true_indices(prompt.placeholders.flatten(), prompt.image_positions) % length
+        index = true_indices(prompt.placeholders.flatten(), prompt.image_positions)
+        self._positions = index if self.rows == 1 else index % length
         self._layouts = list(prompt.layouts)
         if strategy.reads_text:
             prompt.text  # noqa: B018  # read from the device before the model runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from tokenprune.image import (
     LLM_SIGNALS,
     LLM_TEXT_SIGNALS,
     NORMED_SIGNALS,
+    DeferredTensor,
     EncodedImage,
     SignalKey,
     token_dim,
@@ -264,16 +265,25 @@ def build_views(
         before: the layer that the layer choice ``"before"`` selects.
         encoded: the encoded images with signals of the vision tower; None without them.
     """
-    features = unpack_signals("llm_hidden", read_signal("llm_hidden", *hidden), layouts)
+
+    @cache
+    def read_features() -> list[Tensor]:
+        return unpack_signals("llm_hidden", read_signal("llm_hidden", *hidden), layouts)
+
     signals: list[dict[SignalKey, Tensor]] = [{} for _ in layouts]
     for (kind, layer), source in sources.items():
-        for image_signals, value in zip(
-            signals, unpack_signals(kind, read_signal(kind, *source), layouts), strict=True
-        ):
+        parts = unpack_signals(kind, read_signal(kind, *source), layouts)
+        for image_signals, value in zip(signals, parts, strict=True):
             image_signals[kind, layer] = value
-    depths = {kind: (layers, cut if kind in ASKED_SIGNALS | NORMED_SIGNALS else before) for kind in LLM_SIGNALS}
-    images = [EncodedImage(g, f) for g, f in zip(layouts, features, strict=True)] if encoded is None else encoded
-    return [
-        replace(image.with_features(feature).with_signals(values, depths), geometry=layout)
-        for image, feature, values, layout in zip(images, features, signals, layouts, strict=True)
-    ]
+    at_cut = ASKED_SIGNALS | NORMED_SIGNALS
+    depths = {kind: (layers, cut if kind in at_cut else before) for kind in LLM_SIGNALS}
+    device = require_traced(hidden.trace.hidden).device
+    views = []
+    for number, (layout, values) in enumerate(zip(layouts, signals, strict=True)):
+        compute = DeferredTensor(lambda number=number: read_features()[number])  # type: ignore[misc]
+        if encoded is None:
+            view = EncodedImage(layout, compute_features=compute, device=device)
+        else:
+            view = replace(encoded[number], geometry=layout, compute_features=compute, device=device)
+        views.append(view.with_signals(values, depths))
+    return views

@@ -16,8 +16,9 @@ from tokenprune.experiments.analysis.report.blocks import Block, Heading, ImageR
 from tokenprune.experiments.analysis.report.formatting import format_budget
 from tokenprune.experiments.analysis.report.rows import group_by_context, list_budgets, method_rows
 from tokenprune.experiments.analysis.results import Record, Results, Setting, find_full_setting
-from tokenprune.experiments.evaluation.stored_images import selection_from_record
+from tokenprune.experiments.evaluation.stored_images import cuts_from_record, selection_from_record
 from tokenprune.selection import Selection
+from tokenprune.viz import overlay
 
 MAX_FAILURES = 3
 """Number of failures shown for each of the two settings."""
@@ -45,7 +46,9 @@ class Failure:
         """Return the image and the drawings of both selections, by path relative to the report."""
         if not self.selections:
             return {}
-        images = [full_resolution_image(self.selections[0]), *(selection.overlay() for selection in self.selections)]
+        pairs = zip(self.records, self.selections, strict=True)
+        drawings = [overlay(selection, cuts=cuts_from_record(record, selection)) for record, selection in pairs]
+        images = [full_resolution_image(self.selections[0]), *drawings]
         return dict(zip(self.paths, images, strict=True))
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
+from tokenprune.capabilities import HasDecoder, require_capability
+from tokenprune.cuts import Cut, as_entered_budget, resolve_cut
+from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
+from tokenprune.decoder.placement import Entries
+from tokenprune.decoder.trace import LayerTrace
 from tokenprune.experiments.bench.cost.meter import Meter, Work
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.geometry import TileGeometry
@@ -57,11 +63,13 @@ class BatchCost:
         tokens: token counts of each prompt.
         weight_bytes: bytes of all parameters and buffers.
         kv_bytes: bytes of the key-value cache after prefill.
+        token_kv_bytes: bytes by which the cache grows with each new token of every prompt.
         encode: work of the tower and the projector.
         prefill: work of the LLM for the prompt, up to the first new token.
         decode: work of the LLM for one further token.
         tower_flops: FLOPs of the vision tower, a part of ``encode``. If the tower contains the projector, these are all
             FLOPs of ``encode``.
+        cuts: the cuts inside the LLM.
     """
 
     batch: int
@@ -69,10 +77,12 @@ class BatchCost:
     tokens: Tokens
     weight_bytes: int
     kv_bytes: int
+    token_kv_bytes: int
     encode: Work
     prefill: Work
     decode: Work
     tower_flops: int
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def phases(self) -> dict[str, Work]:
@@ -85,7 +95,7 @@ class BatchCost:
         Args:
             new_tokens: number of new tokens; the cache grows by all of them except the last.
         """
-        growth = self.kv_bytes // self.tokens.prompt * (new_tokens - 1)
+        growth = self.token_kv_bytes * (new_tokens - 1)
         phases = (self.encode.peak_bytes, self.prefill.peak_bytes, self.decode.peak_bytes + growth)
         return self.weight_bytes + max(phases)
 
@@ -166,6 +176,63 @@ def encode_images(
     return tokens.gather(KeptPositions.from_selections([selection] * batch))
 
 
+class MetaPlan:
+    """The cuts of a prompt on the meta device: layers behind a cut run on the tokens that would remain.
+
+    Args:
+        adapter: the adapter of the model.
+        layout: the layout of the image.
+        selection: the tokens that enter the LLM; None if all enter.
+        tokens: the token counts of the prompt.
+        batch: number of prompts.
+        cuts: the cuts.
+    """
+
+    def __init__(
+        self,
+        adapter: PlaceholderAdapter,
+        layout: TileGeometry,
+        selection: Selection | None,
+        tokens: Tokens,
+        batch: int,
+        cuts: Sequence[Cut],
+    ) -> None:
+        self.traces: dict[int, LayerTrace] = {}
+        self._layers: NarrowLayers | None = None
+        self._batch, self._lengths = batch, [tokens.prompt]
+        """Number of tokens of each prompt before the first cut and behind each cut."""
+        if not cuts:
+            return
+        modules = require_capability(adapter, HasDecoder).decoder_modules
+        starts = [resolve_cut(cut.layer, len(modules.layers)) for cut in cuts]
+        self._layers = NarrowLayers(modules, starts)
+        entered = layout if selection is None else replace(layout.restrict(selection.packed_mask()), entered=None)
+        for cut in cuts:
+            asked = as_entered_budget(cut.budget).asked(entered)
+            kept = select_evenly(entered, Budget(min(asked, entered.valid_tokens)), "keep_rows")
+            dropped = len(entered.packed) - kept.kept_tokens - kept.kept_newlines
+            self._lengths.append(tokens.prompt - dropped)
+
+    def run(self) -> AbstractContextManager[None]:
+        """Return a context in which the LLM runs with the cuts."""
+        return nullcontext() if self._layers is None else self._layers.run(self)
+
+    def find_step(
+        self, cut: int, hidden: Tensor, args: Any, kwargs: Any, count_stored: Callable[[], int]
+    ) -> CutStep | None:
+        """Return the step of the prefill behind a cut."""
+        length, width = hidden.shape[1], self._lengths[cut + 1]
+
+        def table(size: int) -> Tensor:
+            return torch.zeros(self._batch, size, dtype=torch.long, device="meta")
+
+        return CutStep(Entries(table(width), None, table(length), table(1)[:, 0]))
+
+    def is_wide(self, layer: int) -> bool:
+        """Return whether the output of a layer has the width of the prompt."""
+        return False
+
+
 def count_batch(
     model: Any,
     image_size: tuple[int, int],
@@ -175,6 +242,7 @@ def count_batch(
     newlines: Any = "keep_rows",
     all_logits: bool = False,
     encode_all: bool = False,
+    cuts: Sequence[Cut] = (),
 ) -> BatchCost:
     """Count the work and memory of one batch: encode, prefill and one decode step.
 
@@ -188,6 +256,7 @@ def count_batch(
         all_logits: whether to compute logits for the complete prompt in float32, as transformers did before 4.45. By
             default only the last token has logits.
         encode_all: whether to encode images completely before the selection, as published code does.
+        cuts: cuts inside the LLM; ratios refer to the tokens that entered it.
 
     Raises:
         TypeError: if no adapter supports the model, or if its adapter has no image layouts.
@@ -202,6 +271,7 @@ def count_batch(
     selection = None if budget is None else select_evenly(layout, budget, newlines)
     tokens = count_tokens(layout, selection, text_tokens)
     dim, meter, dtype = model.config.get_text_config().hidden_size, Meter(), model.dtype
+    plan = MetaPlan(adapter, layout, selection, tokens, batch, cuts)
 
     def run_llm(length: int, start: int, cache: Any) -> Any:
         embeds = torch.empty(batch, length, dim, dtype=dtype, device="meta")
@@ -224,11 +294,12 @@ def count_batch(
                 for name, value in inputs.items()
             }
             encoded = encode_images(adapter, batch_inputs, layout, batch, None if encode_all else selection)
-        with meter.phase() as prefill:
+        with meter.phase() as prefill, plan.run():
             cache, logits = run_llm(tokens.prompt, 0, None)
-        kv_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        stored = [(layer.keys.shape[2], layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers]
+        kv_bytes = sum(size for _, size in stored)
         del encoded, logits, batch_inputs
-        with meter.phase() as decode:
+        with meter.phase() as decode, plan.run():
             run_llm(1, tokens.prompt, cache)
     projected = 0 if adapter.projector_path is None else encoding.modules.get(type(adapter.projector).__name__, 0)
     weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
@@ -238,8 +309,10 @@ def count_batch(
         tokens=tokens,
         weight_bytes=sum(weights.values()),
         kv_bytes=kv_bytes,
+        token_kv_bytes=sum(size // length for length, size in stored),
         encode=encoding,
         prefill=prefill,
         decode=decode,
         tower_flops=encoding.flops - projected,
+        cuts=tuple(cuts),
     )

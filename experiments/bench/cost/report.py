@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.budget import as_budget
+from tokenprune.budget import as_budget, format_budget, parse_amount
+from tokenprune.cuts import Cut
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
 from tokenprune.experiments.bench.bench_model import parse_image_size
 from tokenprune.experiments.bench.cost.count import BatchCost, count_batch
@@ -32,6 +33,8 @@ class CostConfig:
         model: name of a shipped architecture.
         image_size: height x width of the images in pixels.
         budget: budgets, in addition to the full prompt: 0.2 or 20% (ratios), 160 (tokens).
+        cut: cuts inside the LLM as layer:budget, such as 2:50%; the budget is a ratio of the tokens that entered the
+            LLM, or a number of tokens. Every budget is also counted with these cuts.
         device: names of devices, or all.
         batch: prompts per batch, with one image each.
         text_tokens: text tokens of each prompt.
@@ -46,6 +49,7 @@ class CostConfig:
     model: str = "llava-v1.6-vicuna-7b"
     image_size: str = "672x672"
     budget: list[int | float | str] = field(default_factory=lambda: [0.2])
+    cut: list[str] = field(default_factory=list)
     device: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"{', '.join(DEVICES)}, or all"})
     batch: list[int] = field(default_factory=lambda: [1])
     text_tokens: int = 60
@@ -81,10 +85,12 @@ def run(config: CostConfig) -> None:
     devices = list(DEVICES.values()) if "all" in config.device else [find_device(name) for name in config.device]
     architecture = load_architecture(config.model, config.llm_layers)
     model = build_meta_model(architecture, getattr(torch, config.dtype), ATTENTION[config.attention])
+    cuts = [parse_cut(text) for text in config.cut]
     costs = [
-        count_batch(model, size, budget, batch, config.text_tokens)
+        count_batch(model, size, budget, batch, config.text_tokens, cuts=parts)
         for batch in config.batch
         for budget in dict.fromkeys(budgets)
+        for parts in ([(), cuts] if cuts else [()])
     ]
     rows = [(cost, [predict_with_options(cost, device, config) for device in devices]) for cost in costs]
     if config.json:
@@ -120,6 +126,7 @@ def as_json(config: CostConfig, rows: Rows) -> dict[str, Any]:
             {
                 "batch": cost.batch,
                 "budget": None if cost.budget is None else cost.budget.number,
+                "cuts": [{"layer": cut.layer, "budget": cut.budget} for cut in cost.cuts],
                 "tokens": {**vars(cost.tokens), "prompt": cost.tokens.prompt},
                 "weight_bytes": cost.weight_bytes,
                 "kv_bytes": cost.kv_bytes,
@@ -223,10 +230,30 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
 
 
 def _format_budget(cost: BatchCost) -> str:
-    if cost.budget is None:
-        return "full"
-    amount = cost.budget.number
-    return f"{amount:.0%}" if isinstance(amount, float) else str(amount)
+    """Return the budget before the LLM, and the budget of each cut with its layer."""
+    entering = "full" if cost.budget is None else format_budget(cost.budget)
+    return " + ".join([entering, *(f"{format_budget(cut.budget)} from layer {cut.layer}" for cut in cost.cuts)])
+
+
+def parse_cut(text: str) -> Cut:
+    """Return a cut from a text such as ``"2:50%"``.
+
+    Args:
+        text: layer and budget, separated by a colon.
+
+    Raises:
+        ValueError: if the text is no cut.
+    """
+    layer, _, amount = text.partition(":")
+    try:
+        number = float(layer) if "." in layer else int(layer)
+        budget = amount if "%" in amount else float(amount) if "." in amount else int(amount)
+        return Cut(number, parse_amount(budget))
+    except ValueError as error:
+        raise ValueError(
+            f"--cut {text!r} is not layer:budget; write the first layer without the dropped tokens and what remains, "
+            "such as 2:50% or 2:0.5 (a ratio of the tokens that entered the LLM) or 2:100 (tokens)"
+        ) from error
 
 
 def _format_bounds(bounds: Bounds, factor: float) -> str:

@@ -7,8 +7,12 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.helpers.published import CASES, Case
+from tokenprune.decoder.placement import Entries
+from tokenprune.decoder.trace import LayerTrace, compute_attention
 from tokenprune.decoder_reducer import DecoderReducer, ScheduledReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
@@ -37,6 +41,20 @@ def kept_in_image(case: Case) -> Tensor:
     return mask
 
 
+def list_entries(case: Case, kept: Tensor, length: int) -> Entries:
+    """Return the entries of a sequence behind the cut; text always remains.
+
+    Args:
+        case: the recorded case.
+        kept: the kept visual tokens, bool `[1, tokens]`.
+        length: length of the sequence before the cut.
+    """
+    start, stop = case["image_start"], case["image_start"] + case["image_length"]
+    remains = torch.ones(1, length, dtype=torch.bool)
+    remains[:, start:stop] = kept[:, : case["image_length"]]
+    return Entries.from_mask(remains, torch.ones_like(remains), int(remains.sum()), has_fillers=False)
+
+
 @pytest.mark.parametrize("number", CASES)
 def test_fastv_release(number: int) -> None:
     """The kept tokens are equal, and positions are those of the prompt."""
@@ -46,8 +64,11 @@ def test_fastv_release(number: int) -> None:
     reducer = FastV.release(case["keep_count"])
     selection = reducer.reduce(make_image(length, {("last_text_attention", BEFORE): attention}))
     assert torch.equal(selection.kept, kept_in_image(case))
-    assert torch.equal(case["position_ids"], case["kept"])
+    entries = list_entries(case, selection.kept, case["attention"].shape[-1])
+    assert torch.equal(entries.index[0], case["kept"].long())
     assert reducer.positions == "preserve"
+    positions = entries.take_ids(torch.arange(case["attention"].shape[-1])[None])[0]
+    assert torch.equal(positions, case["position_ids"].long())
 
 
 @pytest.mark.parametrize("number", CASES)
@@ -70,7 +91,27 @@ def test_pyramiddrop_release(number: int) -> None:
     assert torch.equal(kept[:, :length], kept_in_image(case))
     assert not kept[:, length:].any()
     assert reducer.positions == "reindex"
-    assert torch.equal(case["position_ids"], torch.arange(len(case["kept"])).to(case["position_ids"].dtype))
+    entries = list_entries(case, kept, len(case["keys"]))
+    assert torch.equal(entries.index[0], case["kept"].long())
+    assert torch.equal(torch.arange(entries.width), case["position_ids"].long())
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_asked_attention_equals_the_release_of_pyramiddrop(number: int) -> None:
+    """The attention of the last token, from queries and keys before position embeddings, is the recorded one."""
+    case = Case("pyramiddrop", number)
+    query, keys = case["query"], case["keys"]
+    length, heads, head_dim = keys.shape
+    config = LlamaConfig(hidden_size=heads * head_dim, num_attention_heads=heads, head_dim=head_dim)
+    cosines, sines = LlamaRotaryEmbedding(config)(keys, torch.arange(length)[None])
+    key = keys.transpose(0, 1)[None]
+    _, rotated = apply_rotary_pos_emb(key, key, cosines, sines)
+    last, _ = apply_rotary_pos_emb(query[None, :, None], query[None, :, None], cosines[:, -1:], sines[:, -1:])
+    trace = LayerTrace(query=last, key=rotated, scaling=head_dim**-0.5, past=length - 1)
+    attention = compute_attention(trace, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))
+    start = case["image_start"]
+    image = attention[0, :, 0, start : start + case["image_length"]].mean(dim=0)
+    torch.testing.assert_close(image, case["attention"].float(), rtol=1e-4, atol=1e-6)
 
 
 def make_sparsevlm_image(case: Case, version: Literal[1, 2]) -> EncodedImage:
