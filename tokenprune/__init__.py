@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tokenprune.attach import Attachment as Attachment
     from tokenprune.budget import Budget as Budget
     from tokenprune.budget import apportion as apportion
+    from tokenprune.comparison import Comparison as Comparison
+    from tokenprune.comparison import compare as compare
     from tokenprune.compiled import CompileOptions as CompileOptions
     from tokenprune.component_reducer import ComponentReducer as ComponentReducer
     from tokenprune.decoder_reducer import AtLayer as AtLayer
@@ -50,6 +52,7 @@ _MODULES = {
     "Attachment": "attach",
     "Budget": "budget",
     "CompileOptions": "compiled",
+    "Comparison": "comparison",
     "ComponentReducer": "component_reducer",
     "Composed": "reducer",
     "DecoderReducer": "decoder_reducer",
@@ -75,6 +78,7 @@ _MODULES = {
     "TokenReducer": "reducer",
     "align": "rewrite",
     "apportion": "budget",
+    "compare": "comparison",
 }
 
 __all__ = ["__version__", *sorted(_MODULES)]

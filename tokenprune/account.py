@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tokenprune.adapter import LLMShape
+from tokenprune.display import format_table
 from tokenprune.selection import Selection
 
 HISTORY = 1000
@@ -396,3 +397,22 @@ class TokenAccount:
         if self.saliency_flops:
             parts.append(f"saliency model: {self.saliency_flops / 1e9:.2f} GFLOPs")
         return "; ".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Return the totals as an HTML table for Jupyter, with all tokens and the reduced prompt side by side."""
+        if not self.row_count:
+            return f"<p>{self}</p>"
+        pairs = [
+            ("visual tokens", self.valid, self.kept, "{:,}"),
+            ("prompt tokens", self.prompt_length_full, self.prompt_length, "{:,}"),
+            ("KV cache after prefill (MB)", self.kv_bytes_full / 1e6, self.kv_bytes / 1e6, "{:,.2f}"),
+            ("LLM prefill (GFLOP)", self.flops_full / 1e9, self.flops / 1e9, "{:,.2f}"),
+        ]
+        rows = [
+            [name, style.format(full), style.format(reduced), f"{reduced / full:.1%}" if full else ""]
+            for name, full, reduced, style in pairs
+        ]
+        layers = " ".join(map(str, self.tokens_per_layer))
+        caption = f"{self.image_count} image(s), {self.asked} tokens asked"
+        table = format_table(["", "all tokens", "reduced", "ratio"], rows, caption)
+        return f"{table}<small>prompt tokens per LLM layer: {layers}</small>"

@@ -192,6 +192,19 @@ class EncodedImage:
             self.compute_features = compute_features if is_deferred else DeferredTensor(compute_features)
             self.device = self.features.device if device is None else torch.device(device)
 
+    def _repr_html_(self) -> str:
+        """Return the layout and the captured signals with their shapes as HTML for Jupyter; computes no features."""
+        from tokenprune.display import format_table
+
+        rows = [
+            [kind, str(layer), str(list(value.shape)), str(value.dtype).removeprefix("torch.")]
+            for (kind, layer), value in self.signals.items()
+        ]
+        layout = self.geometry
+        tiles, grid = " x ".join(map(str, layout.tile_grid)), " x ".join(map(str, layout.token_grid))
+        caption = f"{layout.tiles} tile(s), sub-images {tiles}, {grid} tokens per tile, {layout.valid_tokens} valid"
+        return format_table(["signal", "layer", "shape", "dtype"], rows, caption)
+
     @property
     def features(self) -> Tensor:
         """Visual tokens as they enter the LLM without reduction, `[tiles, tokens, dim]`."""

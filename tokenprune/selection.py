@@ -202,6 +202,22 @@ class Selection:
 
         return overlay(self, image)
 
+    def _repr_png_(self) -> bytes | None:
+        """Return the overlay as PNG for Jupyter; None without pixels."""
+        from tokenprune.display import encode_png
+
+        return None if self.pixels is None else encode_png(self.cpu().overlay())
+
+    def _repr_html_(self) -> str:
+        """Return the numbers of granted and kept tokens per tile as HTML for Jupyter, with the overlay if possible."""
+        from tokenprune.display import format_image, format_table
+
+        counts = zip(self.granted_per_tile, self.kept_per_tile, strict=True)
+        rows = [[f"{tile}", f"{granted}", f"{kept}"] for tile, (granted, kept) in enumerate(counts)]
+        caption = f"{self.kept_tokens} of {self.geometry.valid_tokens} tokens kept, {self.kept_newlines} newline tokens"
+        table = format_table(["tile", "granted", "kept"], rows, caption)
+        return table if self.pixels is None else table + format_image(self.cpu().overlay(), caption)
+
 
 def top_per_tile(scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
     """Return the mask of the tokens with the largest scores of each tile.

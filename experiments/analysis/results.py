@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import yaml
 
+from tokenprune.budget import format_budget
+from tokenprune.display import format_table
 from tokenprune.experiments.analysis.intervals import Interval, Values, bootstrap_interval
 from tokenprune.experiments.evaluation.records import list_record_files
 
@@ -143,6 +146,17 @@ class Results:
     settings: Sequence[Setting]
     notes: Sequence[str] = ()
     directory: Path | None = None
+
+    def _repr_html_(self) -> str:
+        """Return the scores with 95 % intervals as an HTML table for Jupyter, one row per setting."""
+        rows = []
+        for setting in self.settings:
+            score = setting.score
+            interval = f"{score.low:.1%} to {score.high:.1%}" if score.has_bounds else ""
+            budget = "" if setting.budget is None else format_budget(setting.budget)
+            rows.append([setting.method, budget, f"{score.mean:.1%}", interval, f"{score.n}", f"{setting.n_errors}"])
+        columns = ["method", "budget", "score", "95 % interval", "samples", "errors"]
+        return format_table(columns, rows, self.name) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
 
 def shorten_value(value: Any) -> str:

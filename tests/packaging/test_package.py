@@ -181,17 +181,42 @@ def test_version_is_the_same_everywhere() -> None:
     ("page", "blocks"),
     [
         ("README.md", 3),
+        ("docs/index.md", 2),
         ("docs/how-to/write-a-strategy.md", 6),
         ("docs/how-to/run-experiments.md", 1),
         ("docs/how-to/write-an-adapter.md", 3),
+        ("docs/how-to/wandb.md", 1),
     ],
 )
-def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path) -> None:
+def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code blocks of a page run in order in an empty folder."""
-    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    code = read_blocks(page)
     assert len(code) == blocks
     result = run_python("\n".join(code), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def read_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_code_of_the_guide_to_compiled_graphs_runs(tmp_path: Path) -> None:
+    """The block continues the first block of the home page. It is slow because it compiles graphs."""
+    code = [read_blocks("docs/index.md")[0], *read_blocks("docs/how-to/compile.md")]
+    result = run_python("\n".join(code), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_every_page_with_code_is_tested() -> None:
+    """A page of the tutorial or a how-to with Python blocks is run by a test of this module."""
+    pages = [
+        path.relative_to(ROOT) for path in (ROOT / "docs/how-to").glob("*.md") if "```python\n" in path.read_text()
+    ]
+    tests = Path(__file__).read_text()
+    assert pages
+    assert not [page for page in pages if f'"{page}"' not in tests]
 
 
 def test_the_strategy_of_the_guide_passes_the_check(tmp_path: Path) -> None:
