@@ -21,7 +21,8 @@ from tokenprune.budget import as_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
-from tokenprune.decoder.plan import DecoderPlan, PromptLayout, restrict_layouts
+from tokenprune.decoder.plan import DecoderPlan
+from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage

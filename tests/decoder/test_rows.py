@@ -19,7 +19,7 @@ from tests.helpers.decoder import (
     visible_masks,
 )
 from tests.helpers.families import FAMILIES
-from tokenprune.decoder.plan import PromptLayout
+from tokenprune.decoder.prompt import PromptLayout
 from tokenprune.strategies import HiRED
 from tokenprune.testing.families.base import Family
 

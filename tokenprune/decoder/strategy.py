@@ -16,7 +16,8 @@ from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.capabilities import DecoderModules, HasDecoder, require_capability
 from tokenprune.cuts import as_entered_budget, resolve_cut
 from tokenprune.decoder.narrow_layers import NarrowLayers
-from tokenprune.decoder.plan import CutContext, CutView, DecoderPlan, PromptLayout
+from tokenprune.decoder.plan import CutContext, DecoderPlan
+from tokenprune.decoder.prompt import CutView, PromptLayout
 from tokenprune.decoder.trace import LayerTrace
 from tokenprune.decoder.views import SignalSource, build_views
 from tokenprune.geometry import TileGeometry
