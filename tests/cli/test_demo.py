@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shlex
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -141,6 +142,14 @@ def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _, url, _ = page.launch(**options, prevent_thread_lock=True, quiet=True)
         yield url
         page.close()
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    with pytest.raises(ValueError, match="pip install"):
+        prepare_page(CONFIG, str(tmp_path))
 
 
 def values(first: Choice, second: Choice | None = None) -> list[Any]:

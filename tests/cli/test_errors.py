@@ -20,7 +20,7 @@ from tokenprune.cli.main import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frobnicate"], "no command 'frobnicate'; the commands are run, evaluate, ablate, report, sweep"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are run, demo, evaluate, ablate, report, sweep"),
         (["list", "things"], "'strategies', 'components', 'models'"),
         (["run", "--reducr", "HiRED"], "no option --reducr (did you mean --reducer?)"),
         (["run", "--reducer", "HiRD"], "no strategy is called 'HiRD'. Did you mean HiRED?"),
