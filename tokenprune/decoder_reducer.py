@@ -108,6 +108,7 @@ class ScheduledReducer(DecoderReducer, ABC):
         budget: visual tokens that remain after the last cut. A ratio scales the ratios of earlier cuts (see
             `scale_schedule`). By default the schedule is taken as it is.
         schedule: (layer, budget) of each cut in ascending order; ratios refer to the tokens that entered the LLM.
+            Relative depths that are one layer of a shallow LLM are one cut, with the budget of the last of them.
     """
 
     budget: int | float | str | Budget | None = None  # type: ignore[assignment]

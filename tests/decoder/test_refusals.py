@@ -20,6 +20,7 @@ from tests.helpers.decoder import (
 )
 from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
+from tokenprune.cuts import Cut, resolve_cuts
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.strategies import UniformStride
 from tokenprune.testing import families
@@ -112,13 +113,28 @@ def test_cuts_outside_the_llm(layer: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize("layer", [2, 30, 0.1])
+@pytest.mark.parametrize("layer", [2, 30])
 def test_cuts_outside_a_small_llm(layer: Any) -> None:
     with (
         pytest.raises(ValueError, match="is not inside an LLM with 2 layers"),
         LargestStates(layer=layer)(load_model(NAME)),
     ):
         pass
+
+
+def test_relative_cuts_in_one_layer_are_one_cut() -> None:
+    assert resolve_cuts([Cut(0.25, 0.5), Cut(0.5, 0.25), Cut(0.75, 0.125)], 32) == {
+        8: (0.25, 0.5),
+        16: (0.5, 0.25),
+        24: (0.75, 0.125),
+    }
+    assert resolve_cuts([Cut(0.1, 0.5), Cut(0.5, 0.25), Cut(0.9, 0.125)], 3) == {1: (0.1, 0.5), 2: (0.9, 0.125)}
+    reducer = LargestStatesTwice(schedule=((0.2, 0.6), (0.4, 0.3)))
+    with reducer(load_model(NAME)) as run:
+        load_model(NAME)(**load_inputs(NAME))
+    (cut,) = run.cuts
+    assert cut.layer == 1
+    assert [s.kept_tokens for s in cut.selections] == [int(0.3 * s.geometry.valid_tokens) for s in cut.selections]
 
 
 def test_cuts_that_do_not_ascend() -> None:

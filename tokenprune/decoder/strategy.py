@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.capabilities import DecoderModules, HasDecoder, require_capability
-from tokenprune.cuts import as_entered_budget, resolve_cut
+from tokenprune.cuts import as_entered_budget, resolve_cuts
 from tokenprune.decoder.narrow_layers import NarrowLayers
 from tokenprune.decoder.plan import CutContext, DecoderPlan
 from tokenprune.decoder.prompt import CutView, PromptLayout
@@ -59,20 +59,16 @@ class BoundDecoderReducer:
         decoder = require_capability(adapter, HasDecoder)
         self.modules = decoder.decoder_modules
         count = len(self.modules.layers)
-        self.cuts = tuple(resolve_cut(cut.layer, count) for cut in reducer.cuts)
+        self._cuts = resolve_cuts(reducer.cuts, count)
+        self.cuts = tuple(self._cuts)
         """The first layer of each cut."""
-        if sorted(set(self.cuts)) != list(self.cuts):
-            raise ValueError(
-                f"the cuts {[cut.layer for cut in reducer.cuts]} are layers {list(self.cuts)} of {count} layers; "
-                "set cuts that ascend"
-            )
         reindexes = reducer.positions == "reindex"
         if reindexes and adapter.has_vision_positions:
             raise ValueError(
                 f'positions="reindex" would remove the place of a token in its image from the positions of '
                 f'{type(adapter.model).__name__} (M-RoPE); set positions="preserve"'
             )
-        reducers = [reducer.at_cut(cut) for cut in reducer.cuts]
+        reducers = [reducer.at_cut(cut) for cut in self._cuts.values()]
         self._selectors = [BatchSelector(part) for part in reducers]
         self._readers = [
             SignalReaders.from_needs(part.needs, layer, self.modules)
@@ -95,7 +91,7 @@ class BoundDecoderReducer:
         Args:
             layouts: the layout of each image.
         """
-        budgets = [as_entered_budget(cut.budget) for cut in self.reducer.cuts]
+        budgets = [as_entered_budget(cut.budget) for cut in self._cuts.values()]
         return all(budget.asked(layout) >= layout.valid_tokens for budget in budgets for layout in layouts)
 
     def add_to_call(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.cuts import resolve_cut
+from tokenprune.cuts import Cut, resolve_cuts
 from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
@@ -369,29 +369,30 @@ def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | No
     fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
     if not fitting:
         raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
-    layers = [cut.layer for part in reducer.list_parts() if isinstance(part, DecoderReducer) for cut in part.cuts]
-    fitting = [example for example in fitting if has_layers(example.adapter, layers)]
+    cuts = [cut for part in reducer.list_parts() if isinstance(part, DecoderReducer) for cut in part.cuts]
+    fitting = [example for example in fitting if has_layers(example.adapter, cuts)]
     if not fitting:
-        raise NotApplicableError(f"no example has an LLM with cuts at the layers {', '.join(map(str, layers))}")
+        layers = ", ".join(str(cut.layer) for cut in cuts)
+        raise NotApplicableError(f"no example has an LLM with cuts at the layers {layers}")
     return fitting
 
 
-def has_layers(adapter: Adapter, layers: Sequence[int | float]) -> bool:
-    """Return whether the LLM of a model has cuts at the given layers, in ascending order; true without cuts.
+def has_layers(adapter: Adapter, cuts: Sequence[Cut]) -> bool:
+    """Return whether the LLM of a model has the layers of cuts; true without cuts.
 
     Args:
         adapter: the adapter of the model.
-        layers: layers or relative depths.
+        cuts: the cuts of a strategy.
     """
-    if not layers:
+    if not cuts:
         return True
     if not adapter.provides >= LLM_SIGNALS:
         return False
     try:
-        cuts = [resolve_cut(layer, adapter.llm.layers) for layer in layers]
+        resolve_cuts(cuts, adapter.llm.layers)
     except ValueError:
         return False
-    return cuts == sorted(set(cuts))
+    return True
 
 
 def _attach(reducer: TokenReducer, example: Example) -> AbstractContextManager[Run]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
 from tokenprune.capabilities import HasDecoder, require_capability
-from tokenprune.cuts import Cut, as_entered_budget, resolve_cut
+from tokenprune.cuts import Cut, as_entered_budget, resolve_cuts
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
 from tokenprune.decoder.placement import Entries
 from tokenprune.decoder.trace import LayerTrace
@@ -204,10 +204,10 @@ class MetaPlan:
         if not cuts:
             return
         modules = require_capability(adapter, HasDecoder).decoder_modules
-        starts = [resolve_cut(cut.layer, len(modules.layers)) for cut in cuts]
-        self._layers = NarrowLayers(modules, starts)
+        resolved = resolve_cuts(cuts, len(modules.layers))
+        self._layers = NarrowLayers(modules, list(resolved))
         entered = layout if selection is None else replace(layout.restrict(selection.packed_mask()), entered=None)
-        for cut in cuts:
+        for cut in resolved.values():
             asked = as_entered_budget(cut.budget).asked(entered)
             kept = select_evenly(entered, Budget(min(asked, entered.valid_tokens)), "keep_rows")
             dropped = len(entered.packed) - kept.kept_tokens - kept.kept_newlines
