@@ -213,11 +213,13 @@ class TokenAccount:
         llm: the shape of the language model.
         attention: source of the attention that the strategy read; None if it read no attention.
         saliency_flops: FLOPs of a saliency model that read the images; 0 without a saliency model.
+        signal_flops: FLOPs of the signals of the LLM that a strategy inside it read.
     """
 
     llm: LLMShape
     attention: str | None = None
     saliency_flops: int = 0
+    signal_flops: int = 0
     prompt_lengths: deque[RowLengths] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
     """One entry per prompt row, in the order of the calls; the last `HISTORY` of them."""
 
@@ -375,6 +377,7 @@ class TokenAccount:
             "prefill_flops": self.flops,
             "prefill_flops_full": self.flops_full,
             "saliency_flops": self.saliency_flops,
+            "signal_flops": self.signal_flops,
             "attention": self.attention,
         }
 
@@ -394,6 +397,8 @@ class TokenAccount:
             parts.insert(-1, average)
         if self.attention is not None:
             parts.append(f"attention: {self.attention}")
+        if self.signal_flops:
+            parts.append(f"signals of the LLM: {self.signal_flops / self.flops_full:.2%} of the full prefill FLOPs")
         if self.saliency_flops:
             parts.append(f"saliency model: {self.saliency_flops / 1e9:.2f} GFLOPs")
         return "; ".join(parts)

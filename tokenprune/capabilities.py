@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,12 +109,14 @@ class DecoderModules:
         mlp: name of the MLP in a layer.
         rotary: the module that computes position embeddings; None if there is none.
         norm: the norm after the last layer; None if there is none.
+        count_weights: returns the number of weights of the linear maps of a module, in any storage format.
         adds_features_until: number of first layers before which the model adds features by prompt position; hidden
             states keep the width of the prompt there.
     """
 
     decoder: nn.Module
     layers: Sequence[nn.Module]
+    count_weights: Callable[[nn.Module], int]
     attention: str = "self_attn"
     mlp: str = "mlp"
     rotary: nn.Module | None = None

@@ -396,11 +396,15 @@ class Pipeline:
         placeholders = self.adapter.placeholders(call.inputs)[:, past if for_generate else 0 :]
         prompt = PromptLayout(placeholders, call.rows.mask, lengths, layouts, record.row_of_image, past=past)
 
+        decoder = self.decoder
+
         def add_record(plan: DecoderPlan) -> None:
             row_lengths = plan.row_lengths(record.prompts.tokens, self.adapter.llm.layers)
-            self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, plan.list_cuts())
+            signal_flops = decoder.count_signal_flops(plan)
+            cuts = plan.list_cuts()
+            self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, cuts, signal_flops)
 
-        return self.decoder.add_to_call(call, prompt, images, inputs, add_record)
+        return decoder.add_to_call(call, prompt, images, inputs, add_record)
 
     def _list_contexts(
         self, features: FeatureInputs, compiled: CompiledLLM | None = None

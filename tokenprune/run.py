@@ -167,6 +167,7 @@ class Run:
         lengths: Sequence[RowLengths | tuple[int, int]],
         saliency_flops: int = 0,
         cuts: Sequence[RunCut] = (),
+        signal_flops: int = 0,
     ) -> None:
         """Record one call.
 
@@ -177,6 +178,7 @@ class Run:
                 length in all layers.
             saliency_flops: FLOPs of the saliency model.
             cuts: the selections at each cut inside the LLM.
+            signal_flops: FLOPs of the signals of the LLM.
         """
         drawable = self.drawable
         complete, compact = selections[:drawable], [s.compact() for s in selections[drawable:]]
@@ -185,6 +187,7 @@ class Run:
             history.add(cut.selections[:drawable], [s.compact() for s in cut.selections[drawable:]])
         self.account.add([*complete, *compact], lengths, {cut.layer: cut.selections for cut in cuts})
         self.account.saliency_flops += saliency_flops
+        self.account.signal_flops += signal_flops
         self._rows = rows
         self._history.add(complete, compact)
 

@@ -15,6 +15,7 @@ from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
 from tokenprune.decoder.trace import LayerTrace
 from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
+from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models._base.llm_shape import read_llm_shape
 from tokenprune.models._base.vision_inputs import to_floating_dtype
 from tokenprune.models._capture.decoder import DecoderTracer, ask_layer
@@ -83,6 +84,7 @@ class TowerAdapter(Adapter, ProjectsMixtures):
         return DecoderModules(
             decoder=self.decoder,
             layers=self.decoder.layers,
+            count_weights=linear_weights,
             attention=self.llm_attention_name,
             mlp=self.llm_mlp_name,
             rotary=rotary,

@@ -95,6 +95,7 @@ def test_totals_cover_more_than_the_history() -> None:
         "prefill_flops": account.flops,
         "prefill_flops_full": account.flops_full,
         "saliency_flops": 0,
+        "signal_flops": 0,
         "attention": None,
     }
 

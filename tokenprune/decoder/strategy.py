@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.adapter import Adapter
 from tokenprune.batch import BatchSelection, BatchSelector
@@ -50,7 +51,7 @@ class BoundDecoderReducer:
     """
 
     def __init__(self, reducer: DecoderReducer, adapter: Adapter) -> None:
-        self.reducer, self.model = reducer, adapter.model
+        self.reducer, self.model, self._llm = reducer, adapter.model, adapter.llm
         if not adapter.has_prompt_tokens:
             raise NotImplementedError(
                 f"{type(adapter.model).__name__} reads images by cross-attention and has no image tokens inside its "
@@ -157,6 +158,47 @@ class BoundDecoderReducer:
         views = build_views(view.layouts, entering, sources, len(self.modules.layers), layer, before, view.images)
         return self._selectors[cut].select(views)
 
+    def count_signal_flops(self, plan: DecoderPlan) -> int:
+        """Return the FLOPs of the signals of the LLM in a call, for real tokens: captured rows and asking.
+
+        Args:
+            plan: the plan after the first forward pass.
+        """
+        lengths, rows, total = [plan.prompt.tokens, *plan.lengths], plan.prompt.row_of_image, 0
+        for cut, (layer, reader) in enumerate(zip(self.cuts, self._readers, strict=True)):
+            visual = [selection.geometry.valid_tokens for selection in plan.selections[cut]]
+            text = [len(part) for part in plan.prompt.text] if self.reads_text else [0] * len(visual)
+            for index, kinds in reader.kinds_by_layer.items():
+                keys = lengths[bisect_right(self.cuts, index)]
+                total += sum(self._count_row_flops(kind, keys, rows, visual, text) for kind in kinds)
+            weights = count_projection_weights(self.modules, layer) if reader.asked else 0
+            total += 2 * weights * sum(lengths[cut]) * len({kind != "unrotated_attention" for kind in reader.asked})
+            total += sum(self._count_row_flops(kind, lengths[cut], rows, visual, text) for kind in reader.asked)
+        return total
+
+    def _count_row_flops(
+        self, kind: str, keys: Sequence[int], rows: Sequence[int], visual: Sequence[int], text: Sequence[int]
+    ) -> int:
+        """Return the FLOPs of attention rows of a kind of signal; 0 for signals without rows.
+
+        Args:
+            kind: the kind of the signal.
+            keys: number of keys of each prompt row.
+            rows: the prompt row of each image.
+            visual: visual tokens of each image.
+            text: text tokens after each image.
+        """
+        row, images = 2 * self._llm.heads * self._llm.head_dim, range(len(rows))
+        if kind in ("last_text_attention", "asked_last_attention", "unrotated_attention"):
+            return row * sum(keys)
+        if kind in ("text_attention", "asked_text_attention"):
+            return row * sum(text[image] * keys[rows[image]] for image in images)
+        if kind in ("visual_attention", "asked_visual_attention"):
+            return row * sum(visual[image] * keys[rows[image]] for image in images)
+        if kind == "rotary_similarity":
+            return 4 * self._llm.head_dim * sum(text[image] * visual[image] for image in images)
+        return 0
+
     def _normalize(self, hidden: Tensor) -> Tensor:
         """Return hidden states after the final norm of the LLM, `[rows, length, dim]`."""
         norm = self.modules.norm
@@ -171,6 +213,22 @@ class BoundDecoderReducer:
             for is_rotated in {kind != "unrotated_attention" for kind in asked}
         }
         return {(kind, layer): sources[kind != "unrotated_attention"] for kind in sorted(asked)}
+
+
+OUTPUT_MAPS = ("o_proj", "out_proj", "dense")
+"""Names of the output map of an attention module."""
+
+
+def count_projection_weights(modules: DecoderModules, layer: int) -> int:
+    """Return the number of weights of the query, key and value maps of a decoder layer.
+
+    Args:
+        modules: the modules of the LLM.
+        layer: index of the layer.
+    """
+    attention: nn.Module = getattr(modules.layers[layer], modules.attention)
+    maps = (part for name, part in attention.named_children() if name not in OUTPUT_MAPS)
+    return sum(map(modules.count_weights, maps))
 
 
 @dataclass(frozen=True)

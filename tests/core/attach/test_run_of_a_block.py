@@ -12,8 +12,9 @@ from tests.helpers.llava import BAND, ROWS, TALL, WIDE
 from tests.helpers.oracle import generate
 from tokenprune import Budget
 from tokenprune.decoder_reducer import AtLayer
+from tokenprune.image import LLM_SIGNALS
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import HiRED, UniformStride
+from tokenprune.strategies import FEATHER, FastV, HiRED, PyramidDrop, TransPrune, UniformStride
 from tokenprune.testing.tiny_models import batch, tiny_model
 
 
@@ -39,7 +40,16 @@ def test_the_account_equals_cache_bytes_and_counted_flops(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "reducer", [AtLayer(1, UniformStride(0.3)), HiRED(0.4) >> AtLayer(1, UniformStride(0.5))], ids=lambda r: r.label
+    "reducer",
+    [
+        AtLayer(1, UniformStride(0.3)),
+        HiRED(0.4) >> AtLayer(1, UniformStride(0.5)),
+        FastV(layer=1, budget=0.4),
+        PyramidDrop(schedule=((1, 0.4),)),
+        HiRED(0.4) >> FEATHER(schedule=((1, 0.4),)),
+        HiRED(0.4) >> TransPrune(schedule=((1, 0.4),)),
+    ],
+    ids=lambda reducer: reducer.label,
 )
 def test_the_account_of_a_cut_equals_cache_bytes_and_counted_flops(family: str, reducer: TokenReducer) -> None:
     """Layers after the cut store and compute the tokens that remain, as the account of each layer states."""
@@ -53,13 +63,14 @@ def test_the_account_of_a_cut_equals_cache_bytes_and_counted_flops(family: str, 
     counts = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
     language_model = next(name for name in counts if name.endswith(".language_model"))
     head = next(name for name in counts if name.endswith(".lm_head"))
-    assert account.flops == counts[language_model] + counts[head]
+    assert account.flops + account.signal_flops == counts[language_model] + counts[head]
+    assert (account.signal_flops > 0) == any(signal.kind in LLM_SIGNALS for signal in reducer.needs)
     entered, remained = account.tokens_per_layer
     (selection,) = run.cuts[0].selections
     dropped = selection.geometry.valid_tokens + selection.geometry.newlines - cut.kept - selection.kept_newlines
     assert (layer, entered - remained) == (1, dropped)
     assert cut.asked == cut.kept == selection.kept_tokens
-    assert account.average_tokens == account.kept - dropped / 2
+    assert account.average_tokens == (account.kept + cut.kept) / 2
     assert f"from layer 1: {cut.asked} asked, {cut.kept} kept" in repr(run)
 
 
