@@ -382,7 +382,8 @@ class Composed(TokenReducer):
     @property
     def needs(self) -> Sequence[Signal]:
         """The signals that the parts read."""
-        return tuple(dict.fromkeys(signal for part in self.parts for signal in part.needs))
+        signals = [signal for part in self.parts for signal in part.needs]
+        return tuple(signal for number, signal in enumerate(signals) if signal not in signals[:number])
 
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another."""

@@ -29,6 +29,14 @@ def later_image(reducer: DecoderReducer, layout: TileGeometry, share: float, see
     return replace(image, geometry=layout.restrict(left))
 
 
+@pytest.mark.parametrize("name", sorted(name for name, kind in strategies().items() if kind.stage.name == "projector"))
+def test_every_strategy_before_the_llm_can_be_composed(name: str) -> None:
+    first, cut = strategies()[name](), FastV(layer=1)
+    needs = (first >> cut).needs
+    assert set(map(repr, needs)) == set(map(repr, [*first.needs, *cut.needs]))
+    assert len((first >> AtLayer(1, first)).needs) == len(set(map(repr, first.needs)))
+
+
 def test_the_shipped_strategies_are_found() -> None:
     expected = {"DART", "FEATHER", "FastV", "PyramidDrop", "SparseVLM", "TransPrune", "V2Drop", "VTW", "VisionDrop"}
     assert expected == set(DECODER)
