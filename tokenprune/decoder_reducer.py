@@ -7,6 +7,7 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from tokenprune.budget import Budget, as_budget, format_budget, parse_amount
@@ -54,6 +55,12 @@ class DecoderReducer(TokenReducer, ABC):
                 'visual tokens only; set text_separators="keep"'
             )
         cuts = self.cuts
+        for cut in cuts:
+            if isinstance(cut.layer, bool) or not isinstance(cut.layer, (Integral, float)):
+                raise ValueError(
+                    f"layer {cut.layer!r} is neither an index nor a relative depth; write an int from 1 or a float "
+                    "between 0.0 and 1.0, and take .item() of a tensor"
+                )
         for earlier, later in pairwise(cuts):
             if type(earlier.layer) is type(later.layer) and not earlier.layer < later.layer:
                 raise ValueError(f"the cuts of a schedule ascend by layer, but {later.layer} follows {earlier.layer}")

@@ -344,6 +344,7 @@ class Composed(TokenReducer):
             ValueError: if there are fewer than two parts, if stages are repeated or not in order, or if two parts read
                 the vision tower with different options.
         """
+        self.parts = list(self.parts)
         if wrong := [part for part in self.parts if not isinstance(part, TokenReducer) or isinstance(part, Composed)]:
             raise TypeError(f"the parts of Composed are single strategies, but {wrong[0]!r:.200} is none")
         names = [part.stage.name for part in self.parts]
@@ -382,7 +383,8 @@ class Composed(TokenReducer):
     @property
     def needs(self) -> Sequence[Signal]:
         """The signals that the parts read."""
-        return tuple(dict.fromkeys(signal for part in self.parts for signal in part.needs))
+        signals = [signal for part in self.parts for signal in part.needs]
+        return tuple(signal for number, signal in enumerate(signals) if signal not in signals[:number])
 
     def list_parts(self) -> Sequence[TokenReducer]:
         """Return the strategies that act one after another."""

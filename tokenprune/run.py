@@ -112,11 +112,15 @@ class Run:
             image: the original image, drawn next to the tiles.
 
         Raises:
-            ValueError: if the selection has no pixels (a run keeps the pixels of its first images only).
+            ValueError: if no image was reduced, or the selection has no pixels (a run keeps the pixels of its first
+                images only).
         """
         from tokenprune.viz import overlay
 
-        return overlay(self.selections[number], image, self.find_cuts(number))
+        selections = self.selections
+        if not selections:
+            raise ValueError("no image was reduced, so there is nothing to draw; call the model inside the block first")
+        return overlay(selections[number], image, self.find_cuts(number))
 
     def find_cuts(self, number: int) -> dict[int, Selection]:
         """Return the selections of an image at the cuts, by the first layer without dropped tokens.

@@ -80,6 +80,11 @@ def test_attention_rows_equal_the_map(case: str, chunk: int, monkeypatch: pytest
             torch.testing.assert_close(read_signal(kind, trace, images, last)[number], value, rtol=0, atol=1e-6)
 
 
+def test_the_attention_of_no_queries_is_empty() -> None:
+    weights = compute_attention(build_trace(), torch.tensor([2, 0]), torch.zeros(2, 0, dtype=torch.long))
+    assert weights.shape == (2, HEADS, 0, PAST + WIDTH)
+
+
 def test_repeated_rows_are_skipped() -> None:
     trace = build_trace(mask=SPARSE)
     repeated = LayerTrace(

@@ -19,8 +19,11 @@ from tests.helpers.decoder import (
     visible_masks,
 )
 from tests.helpers.families import FAMILIES
+from tokenprune.catalog import strategies
 from tokenprune.decoder.prompt import PromptLayout
-from tokenprune.strategies import HiRED
+from tokenprune.decoder_reducer import ScheduledReducer
+from tokenprune.geometry import TileGeometry
+from tokenprune.strategies import HiRED, UniformStride
 from tokenprune.testing.families.base import Family
 
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -108,6 +111,28 @@ def test_the_last_token_precedes_the_answer() -> None:
     labels[0, 4:], labels[1, 2:4] = 7, 7
     assert prompt_layout(labels).last.tolist() == [3, 1]
     assert prompt_layout(labels.clone().fill_(7)).last.tolist() == [5, 5]  # everything has a label: no prompt before it
+
+
+def test_text_after_images_without_tokens() -> None:
+    placeholders = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    image, empty = TileGeometry.single((1, 2)), TileGeometry.single((1, 2)).restrict(torch.zeros(2, dtype=torch.bool))
+    layout = PromptLayout(placeholders, torch.ones(2, 5).bool(), [5, 5], [empty, image, empty], [0, 0, 1])
+    assert [positions.tolist() for positions in layout.text] == [[0, 3, 4], [3, 4], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["DART", "FastV", "SparseVLM", "TransPrune", "VisionDrop"])
+@pytest.mark.parametrize("entered", [0, 1.0])
+@torch.no_grad()
+def test_no_tokens_are_left(name: str, entered: int | float) -> None:
+    """No token enters the LLM, or the cuts keep none: the cuts run, and the next one reads an empty image."""
+    kind: Any = strategies()[name]
+    options = {"schedule": ((1, 0), (2, 0))} if issubclass(kind, ScheduledReducer) else {"layer": 1, "budget": 0}
+    model, inputs = load_model("llava_next", 6), load_inputs("llava_next")
+    with (UniformStride(entered) >> kind(**options))(model) as run:
+        logits = model(**inputs).logits
+    assert logits.isfinite().all()
+    assert [{selection.kept_tokens for selection in cut.selections} for cut in run.cuts] == [{0}] * len(run.cuts)
+    assert run.cuts
 
 
 @torch.no_grad()

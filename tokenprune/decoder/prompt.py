@@ -54,19 +54,18 @@ class PromptLayout:
 
     @cached_property
     def text(self) -> list[Tensor]:
-        """Positions of the text after each image, before the first label, `[text]` each; read from the device once."""
+        """Positions of the text after each image, before the first label, `[text]` each; read from the device once.
+
+        Of an image without tokens it is all text of the row.
+        """
         placeholders, is_real, last = self.placeholders.cpu(), self.is_real.cpu(), self.last.cpu()
-        ends = placeholders.flatten().nonzero()[:, 0][self._image_ends] if self.layouts else torch.zeros(0).long()
         positions, text = torch.arange(placeholders.shape[1]), []
-        for row, end in zip(self.row_of_image, ends, strict=True):
-            is_text = is_real[row] & ~placeholders[row] & (positions > end % len(positions)) & (positions <= last[row])
+        image_positions = placeholders.nonzero()[:, 1].split([len(layout.packed) for layout in self.layouts])
+        for row, image in zip(self.row_of_image, image_positions, strict=True):
+            end = int(image[-1]) if len(image) else -1
+            is_text = is_real[row] & ~placeholders[row] & (positions > end) & (positions <= last[row])
             text.append(positions[is_text].to(self.placeholders.device))
         return text
-
-    @property
-    def _image_ends(self) -> Tensor:
-        """Number of the last placeholder of each image."""
-        return torch.tensor([len(layout.packed) for layout in self.layouts]).cumsum(dim=0) - 1
 
     @property
     def image_positions(self) -> int:

@@ -104,8 +104,9 @@ def _attend(trace: LayerTrace, query: Tensor, key: Tensor, rows: Tensor, positio
     """
     if query.dtype == torch.float16:  # its largest number is 65,504, and the kernels accumulate in float32
         query, key = query.float(), key.float()
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # query heads of a group share their keys
-    logits = (grouped @ key.transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2) * trace.scaling
+    group = query.shape[1] // key.shape[1]  # query heads of a group share their keys
+    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
+    logits = (grouped @ key.transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * trace.scaling
     mask = trace.mask
     if mask is not None and mask.dim() == 4:
         full = mask.expand(len(require_traced(trace.key)), -1, -1, -1)

@@ -74,6 +74,13 @@ def test_the_account_of_a_cut_equals_cache_bytes_and_counted_flops(family: str, 
     assert f"from layer 1: {cut.asked} asked, {cut.kept} kept" in repr(run)
 
 
+def test_an_overlay_without_images_raises(model: Any) -> None:
+    with pytest.warns(UserWarning, match="nothing was reduced"), HiRED(0.2)(model) as run:
+        pass
+    with pytest.raises(ValueError, match="no image was reduced"):
+        run.overlay()
+
+
 def test_selections_cover_every_image(model: Any, family: str) -> None:
     with HiRED(0.2)(model) as run:
         model(**batch(family, *ROWS))

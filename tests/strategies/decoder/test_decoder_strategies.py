@@ -14,6 +14,7 @@ from tokenprune.catalog import strategies
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer, ScheduledReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
+from tokenprune.reducer import Composed
 from tokenprune.strategies import FEATHER, VTW, DivPrune, FastV, HiRED, PyramidDrop, Random, SparseVLM, UniformStride
 from tokenprune.testing import conformance
 
@@ -27,6 +28,27 @@ def later_image(reducer: DecoderReducer, layout: TileGeometry, share: float, see
     image = conformance.build_image(reducer, layout, seed)
     left = torch.rand(len(layout.packed), generator=torch.Generator().manual_seed(seed)) < share
     return replace(image, geometry=layout.restrict(left))
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in strategies().items() if kind.stage.name == "projector"))
+def test_every_strategy_before_the_llm_can_be_composed(name: str) -> None:
+    first, cut = strategies()[name](), FastV(layer=1)
+    needs = (first >> cut).needs
+    assert set(map(repr, needs)) == set(map(repr, [*first.needs, *cut.needs]))
+    assert len((first >> AtLayer(1, first)).needs) == len(set(map(repr, first.needs)))
+
+
+@pytest.mark.parametrize("layer", [True, "first", None, [1, 2], torch.tensor(1)])
+def test_layers_that_are_no_numbers_raise(layer: Any) -> None:
+    with pytest.raises(ValueError, match="neither an index nor a relative depth"):
+        FastV(layer=layer)
+    with pytest.raises(ValueError, match="neither an index nor a relative depth"):
+        PyramidDrop(schedule=((layer, 0.5),))
+
+
+def test_parts_of_a_composition_can_be_any_iterable() -> None:
+    parts = [HiRED(0.4), FastV(layer=1)]
+    assert Composed(tuple(parts)) == Composed(iter(parts)) == Composed(parts)  # type: ignore[arg-type]
 
 
 def test_the_shipped_strategies_are_found() -> None:
