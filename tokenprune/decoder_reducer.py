@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from tokenprune.budget import Budget, as_budget, format_budget, parse_amount
 from tokenprune.cuts import Cut, as_entered_budget
-from tokenprune.image import EncodedImage, Signal
+from tokenprune.image import APPLICATION_SIGNALS, EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
 from tokenprune.saliency import Attention, SaliencyModel
 from tokenprune.selection import Newlines, Selection
@@ -184,10 +184,16 @@ class AtLayer(DecoderReducer):
 
         Raises:
             TypeError: if the strategy does not act between the vision tower and the LLM.
+            ValueError: if the strategy mixes tokens before the projector.
         """
         if not isinstance(self.reducer, TokenReducer) or self.reducer.stage.name != "projector":
             raise TypeError(
                 f"AtLayer needs a strategy of the projector stage, such as DivPrune(0.5), not {self.reducer!r:.200}"
+            )
+        if mixed := sorted({signal.kind for signal in self.reducer.needs} & APPLICATION_SIGNALS):
+            raise ValueError(
+                f"{self.reducer.label} mixes tokens before the projector ({', '.join(mixed)}), which a cut inside the "
+                "LLM cannot do; use it before the LLM, or a strategy without merging at the cut"
             )
         for name in ("budget", "newlines", "text_model", "attention", "text_separators"):
             setattr(self, name, getattr(self.reducer, name))

@@ -135,9 +135,12 @@ class TokenReducer(Configurable, ABC):
         """Return the checked result of `select` for one image, completed by newline tokens and pixels.
 
         Raises:
+            TypeError: if `select` returned no selection.
             ValueError: if `select` returned a mask of the wrong shape or type, or kept tokens that are not valid.
         """
         selection = self.select(image)
+        if not isinstance(selection, Selection):
+            raise TypeError(f"{type(self).__name__}.select must return a Selection, not {type(selection).__name__}")
         geometry, kept = image.geometry, selection.kept
         if kept.dtype != torch.bool or tuple(kept.shape) != (geometry.tiles, geometry.tokens):
             raise ValueError(
@@ -418,9 +421,15 @@ def score_candidates(scorer: ScoreReducer | SelectionPolicy, image: EncodedImage
     """Return the checked scores of ``scorer``, float32 `[tiles, tokens]`, with `-inf` at tokens that are no candidates.
 
     Raises:
+        TypeError: if the scores are no tensor.
         ValueError: if the scores have the wrong shape, or the score of a candidate is NaN.
     """
     scores = scorer.score(image)
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f"{type(scorer).__name__}.score must return a tensor [tiles, tokens] = {list(candidates.shape)}, not "
+            f"{type(scores).__name__}"
+        )
     if scores.shape != candidates.shape:
         raise ValueError(
             f"{type(scorer).__name__}.score must return [tiles, tokens] = {list(candidates.shape)}, "

@@ -377,3 +377,22 @@ def test_reduce_mutates_no_input() -> None:
     assert torch.equal(image.features, features)
     assert torch.equal(image.geometry.packed, packed)
     assert repr(reducer) == initial_repr
+
+
+@pytest.mark.parametrize("value", [None, [1.0], 3.0])
+def test_scores_and_selections_of_another_type_raise(value: object) -> None:
+    @dataclass
+    class WrongScore(ScoreReducer):
+        def score(self, image: EncodedImage) -> Tensor:
+            return value  # type: ignore[return-value]
+
+    @dataclass
+    class WrongSelection(TokenReducer):
+        def select(self, image: EncodedImage) -> Selection:
+            return value  # type: ignore[return-value]
+
+    image = random_encoded_image(TileGeometry.single((4, 4)))
+    with pytest.raises(TypeError, match=r"WrongScore.score must return a tensor \[tiles, tokens\] = \[1, 16\], not"):
+        WrongScore(0.5).reduce(image)
+    with pytest.raises(TypeError, match=f"WrongSelection.select must return a Selection, not {type(value).__name__}"):
+        WrongSelection(0.5).reduce(image)

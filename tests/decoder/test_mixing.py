@@ -117,9 +117,25 @@ def test_mixtures_with_hidden_states_of_all_layers() -> None:
         assert torch.equal(model(**inputs, output_hidden_states=True).logits, model(**inputs).logits)
 
 
+@dataclass
+class MixedBeforeProjector(LargestStates):
+    """Marks its mixtures as mixtures before the projector."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Return the selection with a mixing matrix before the projector."""
+        selection = super().select(image)
+        mixing = torch.eye(image.geometry.tiles * image.geometry.tokens)[selection.kept.flatten()]
+        return replace(selection, mixing=mixing, before_projector=True)
+
+
 @pytest.mark.parametrize("strategy", [VisionZip, PruMerge])
+def test_strategies_that_mix_before_the_projector_have_no_cut(strategy: Any) -> None:
+    with pytest.raises(ValueError, match="mixes tokens before the projector"):
+        AtLayer(1, strategy(0.3))
+
+
 @torch.no_grad()
-def test_mixtures_before_the_projector_are_refused(strategy: Any) -> None:
+def test_mixtures_before_the_projector_are_refused() -> None:
     model, inputs = load_model("llava_next"), load_inputs("llava_next")
-    with AtLayer(1, strategy(0.3))(model), pytest.raises(ValueError, match=r"mix them before the projector.*AtLayer"):
+    with MixedBeforeProjector()(model), pytest.raises(ValueError, match=r"mix them before the projector.*AtLayer"):
         model(**inputs)
