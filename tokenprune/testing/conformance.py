@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, adapters
-from tokenprune.cuts import Cut, resolve_cuts
+from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
@@ -369,27 +369,26 @@ def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | No
     fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
     if not fitting:
         raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
-    cuts = [cut for part in reducer.list_parts() if isinstance(part, DecoderReducer) for cut in part.cuts]
-    fitting = [example for example in fitting if has_layers(example.adapter, cuts)]
+    parts = [part for part in reducer.list_parts() if isinstance(part, DecoderReducer)]
+    fitting = [example for example in fitting if can_cut(example.adapter, parts)]
     if not fitting:
-        layers = ", ".join(str(cut.layer) for cut in cuts)
+        layers = ", ".join(str(cut.layer) for part in parts for cut in part.cuts)
         raise NotApplicableError(f"no example has an LLM with cuts at the layers {layers}")
     return fitting
 
 
-def has_layers(adapter: Adapter, cuts: Sequence[Cut]) -> bool:
-    """Return whether the LLM of a model has the layers of cuts; true without cuts.
+def can_cut(adapter: Adapter, parts: Sequence[DecoderReducer]) -> bool:
+    """Return whether the LLM of a model has the layers that strategies inside it cut at and read.
 
     Args:
         adapter: the adapter of the model.
-        cuts: the cuts of a strategy.
+        parts: the strategies inside the LLM.
     """
-    if not cuts:
-        return True
-    if not adapter.provides >= LLM_SIGNALS:
+    if parts and not adapter.provides >= LLM_SIGNALS:
         return False
     try:
-        resolve_cuts(cuts, adapter.llm.layers)
+        for part in parts:
+            BoundDecoderReducer(part, adapter)
     except ValueError:
         return False
     return True
