@@ -20,7 +20,7 @@ from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, p
 from tokenprune.configuration import as_config
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer
 from tokenprune.reducer import Composed, TokenReducer
-from tokenprune.strategies import HiRED, PruMerge, PyramidDrop, UniformStride, VisionZip
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, PyramidDrop, UniformStride, VisionZip
 from tokenprune.strategies.components import (
     ContextualMerging,
     MaxMinDiversitySelection,
@@ -298,8 +298,8 @@ def test_errors_of_compositions_name_the_mistake(arguments: list[str], message: 
 @pytest.mark.parametrize(
     "reducer",
     [
-        Composed([HiRED(0.4, selection=RandomSelection(seed=3)), AtLayer(0.5, PruMerge(Budget(20, per="tile")))]),
-        AtLayer(2, VisionZip(0.3), positions="reindex"),
+        Composed([HiRED(0.4, selection=RandomSelection(seed=3)), AtLayer(0.5, DivPrune(Budget(20, per="tile")))]),
+        AtLayer(2, FasterVLM(0.3), positions="reindex"),
         UniformStride(0.3) >> AtLayer(1, UniformStride(20)),
         HiRED(0.4) >> PyramidDrop(schedule=((1, 0.5), (0.5, 20))),
         *(kind() for kind in strategies().values() if issubclass(kind, DecoderReducer)),

@@ -146,7 +146,7 @@ def test_mask_refuses_allocations_without_shares(reducer: ComponentReducer) -> N
 
 
 @pytest.mark.parametrize("compiled", ["tower layers", "tower", "projector", "language model", "full model"])
-@pytest.mark.parametrize("budget", [0.3, 1.0])
+@pytest.mark.parametrize("budget", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_compiled_parts_give_the_same_logits(compiled: str, budget: float) -> None:
     torch._dynamo.reset()
     inputs, reducer = batch("llava_next", [(112, 112)]), HiRED(budget)

@@ -112,6 +112,7 @@ def test_images_can_be_omitted_and_a_resumed_run_can_store_them() -> None:
     assert write_report(Path("out"))
 
 
+@pytest.mark.slow
 def test_workers_store_the_same_images_as_a_single_process() -> None:
     Path("small.yaml").write_text(yaml.safe_dump({**SMALL, "baselines": False}))
     assert main(["ablate", "small.yaml", "--out", "one", "--images", "1", "--quiet"]) == 0
