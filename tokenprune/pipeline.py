@@ -402,6 +402,7 @@ class Pipeline:
             row_lengths = plan.row_lengths(record.prompts.tokens, self.adapter.llm.layers)
             signal_flops = decoder.count_signal_flops(plan)
             cuts = plan.list_cuts()
+            self.run.store_checks(plan.checks)
             self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, cuts, signal_flops)
 
         return decoder.add_to_call(call, prompt, images, inputs, add_record)

@@ -18,6 +18,7 @@ from tokenprune.batch import BatchSelector, group_images
 from tokenprune.catalog import strategies
 from tokenprune.checks import defer_checks, raise_first_failure, stack_failures
 from tokenprune.component_reducer import ComponentReducer
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy
@@ -302,6 +303,13 @@ def test_a_failed_check_on_an_accelerator_raises_at_the_end_of_the_block() -> No
         with pytest.raises(ValueError, match="returned NaN"):
             handle.detach()
         load_model()(**inputs)  # the model is as before
+
+
+def test_a_failed_check_at_a_cut_raises_at_the_end_of_the_block() -> None:
+    inputs = to_device(dict(batch("llava_next", [(112, 112)])))
+    reducer = AtLayer(1, NaNScores(5, newlines="drop"))
+    with torch.no_grad(), EmulatedDevice(), pytest.raises(ValueError, match="returned NaN"), reducer(load_model()):
+        load_model()(**inputs)
 
 
 def test_checks_of_an_inner_block_are_not_lost() -> None:

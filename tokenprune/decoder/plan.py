@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.account import RowLengths
 from tokenprune.batch import BatchSelection
+from tokenprune.checks import DeferredCheck
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
 from tokenprune.decoder.placement import Entries
 from tokenprune.decoder.prompt import CutView, PromptLayout
@@ -89,6 +90,8 @@ class DecoderPlan:
         """The selection of each image at each cut, after the first forward pass."""
         self.traces: dict[int, LayerTrace] = {}
         """What layers before the cuts computed in the first forward pass, by layer index."""
+        self.checks: list[DeferredCheck] = []
+        """Checks of the selections that were not read from the device."""
         self.lengths: list[list[int]] = []
         """Number of tokens of each prompt row behind each cut."""
         self._remains: list[Tensor | None] = []
@@ -181,7 +184,9 @@ class DecoderPlan:
         with torch.no_grad():
             batch = self.strategy.select(cut, view)
             kept = pack_masks(batch.selections)
-            selections, _, _ = read_counts(batch.selections, kept, batch.checks)
+            selections, _, is_checked = read_counts(batch.selections, kept, batch.checks)
+        if not is_checked:
+            self.checks.extend(batch.checks)
         raise_unsupported(selections)
         tokens = list(self.lengths[-1] if self.lengths else self.prompt.tokens)
         for row, layout, selection in zip(self.prompt.row_of_image, self._layouts, selections, strict=True):
