@@ -16,6 +16,7 @@ from tests.helpers.decoder import (
     LargestStatesTwice,
     generate_logits,
     hide_dropped,
+    hook_layers,
     load_inputs,
     load_model,
     visible_masks,
@@ -38,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def count_positions(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator[None]:
     """Replace the position embeddings of each layer by those of the counted visible positions."""
     decoder: Any = find_adapter(model).decoder  # type: ignore[attr-defined]
-    types, handles = getattr(decoder.config, "layer_types", None), []
+    types = getattr(decoder.config, "layer_types", None)
 
     def enter(number: int, visible: Tensor, args: Any, kwargs: Any) -> Any:
         rows, queries = args[0].shape[:2]
@@ -50,20 +51,8 @@ def count_positions(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator
         options = {"layer_type": types[number]} if types else {}
         return args, {**kwargs, "position_embeddings": decoder.rotary_emb(args[0], ids, **options)}
 
-    for number, layer in enumerate(decoder.layers):
-        visible = next((mask for start, mask in reversed(masks) if start <= number), None)
-        if visible is not None:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda module, args, kwargs, number=number, visible=visible: enter(number, visible, args, kwargs),
-                    with_kwargs=True,
-                )
-            )
-    try:
+    with hook_layers(decoder.layers, masks, enter):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -146,6 +146,34 @@ def visible_masks(model: Any, inputs: Any, run: Run) -> list[tuple[int, Tensor]]
 
 
 @contextmanager
+def hook_layers(
+    layers: Sequence[Any], masks: Sequence[tuple[int, Tensor]], enter: Callable[[int, Tensor, Any, Any], Any]
+) -> Iterator[None]:
+    """Change the inputs of the layers behind cuts inside the block.
+
+    Args:
+        layers: the decoder layers.
+        masks: the first layer and the visible positions of each cut.
+        enter: returns the inputs of a layer from its number, the visible positions, and its inputs.
+    """
+    handles = []
+    for number, layer in enumerate(layers):
+        visible = next((mask for start, mask in reversed(masks) if start <= number), None)
+        if visible is not None:
+            handles.append(
+                layer.register_forward_pre_hook(
+                    lambda module, args, kwargs, number=number, visible=visible: enter(number, visible, args, kwargs),
+                    with_kwargs=True,
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def hide_dropped(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator[None]:
     """Hide positions of the sequence in each layer of an unmodified model; a hidden position sees only itself.
 
@@ -154,7 +182,7 @@ def hide_dropped(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator[No
         masks: the first layer and the visible positions of the sequence, bool `[rows, length]`, of each cut. Later
             positions of the sequence are visible.
     """
-    layers, handles = find_adapter(model).decoder.layers, []
+    layers = find_adapter(model).decoder.layers
 
     def enter(number: int, visible: Tensor, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -177,20 +205,8 @@ def hide_dropped(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator[No
         value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask.expand(rows, *mask.shape[1:]).masked_fill(hide, value)}
 
-    for number, layer in enumerate(layers):
-        visible = next((mask for start, mask in reversed(masks) if start <= number), None)
-        if visible is not None:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda module, args, kwargs, number=number, visible=visible: enter(number, visible, args, kwargs),
-                    with_kwargs=True,
-                )
-            )
-    try:
+    with hook_layers(layers, masks, enter):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def generate_logits(model: Any, inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
