@@ -19,20 +19,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.cli.options import parse_reducer
-from tokenprune.cli.playground import (
+from tokenprune.cli.demo import prepare_page
+from tokenprune.cli.demo.choices import (
     NONE,
     Choice,
     DemoConfig,
-    answer,
     build_reducer,
     format_command,
     format_python,
     list_strategies,
-    name_upload,
-    open_image,
-    prepare_page,
 )
+from tokenprune.cli.demo.results import answer, name_upload, open_image
+from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.evaluation.loading import load
 from tokenprune.models import mini
 from tokenprune.reducer import Composed

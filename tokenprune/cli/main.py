@@ -23,9 +23,7 @@ commands:
 `tokenprune COMMAND --help` prints its options; --version prints the version; --debug shows tracebacks."""
 
 COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
-"""The commands; the module `tokenprune.cli.COMMAND` runs each, except those in `MODULES`."""
-MODULES = {"demo": "playground"}
-"""The modules of commands with a module of another name."""
+"""The commands; the module `tokenprune.cli.COMMAND` runs each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        run = import_module(f"tokenprune.cli.{MODULES.get(arguments[0], arguments[0])}").run
+        run = import_module(f"tokenprune.cli.{arguments[0]}").run
         # A sweep runs other commands. It receives this function, because its module cannot import this one.
         return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
     except SystemExit as stop:  # --help and --print_config of a command
