@@ -20,7 +20,7 @@ commands:
   bench     measure speed, memory and FLOPs of each phase (run), or the cost of strategies (strategies)
   cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 
-`tokenprune COMMAND --help` prints its options; --version prints the version; --debug shows tracebacks."""
+`tokenprune COMMAND --help` prints its options; --version prints versions; --debug shows tracebacks."""
 
 COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     if arguments[:1] == ["--version"]:
-        from tokenprune import __version__
+        from tokenprune.dependencies import format_versions
 
-        print(f"tokenprune {__version__}")
+        print(format_versions())
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
+        if not {"-h", "--help"} & set(arguments):  # the help needs no time for the check
+            from tokenprune.dependencies import check_dependencies
+
+            check_dependencies()
         run = import_module(f"tokenprune.cli.{arguments[0]}").run
         # A sweep runs other commands. It receives this function, because its module cannot import this one.
         return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
