@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tokenprune.cli.demo.choices import (
     format_python,
     list_strategies,
 )
+from tokenprune.cli.demo.links import PageState, format_link, format_query, parse_query
 from tokenprune.cli.demo.results import answer, name_upload, open_image
 from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.evaluation.loading import load
@@ -81,6 +83,43 @@ def test_every_strategy_inside_the_llm_can_be_chosen(name: str) -> None:
 def test_invalid_choices_are_rejected(choice: Choice, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_reducer(choice)
+
+
+def test_strategies_without_layers_for_their_cuts_are_not_offered() -> None:
+    """TransPrune cuts at layers 7, 9 and 12; the layer of FastV is chosen on the page."""
+    assert list_strategies(is_inside=True).keys() - list_strategies(is_inside=True, layers=3).keys() == {"TransPrune"}
+    assert list_strategies(is_inside=True, layers=13) == list_strategies(is_inside=True)
+    assert list_strategies(is_inside=False, layers=2) == list_strategies(is_inside=False)
+
+
+STATE = PageState("what? & <b>", True, Choice(budget=35, inside="FastV", layer=1), Choice("DivPrune", budget=7))
+
+
+def test_links_reproduce_the_state() -> None:
+    assert parse_query(dict(parse_qsl(format_query(STATE))), layers=3) == STATE
+    assert format_query(PageState()) == ""
+    assert parse_query({"utm_source": "mail"}, layers=3) == PageState()
+    link = format_link(STATE, "<i>.png")
+    assert "<i>" not in link
+    assert "upload" not in format_link(STATE, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("first.before", "evil.py:Evil"),
+        ("second.inside", "TransPrune"),
+        ("first.selection", "Random"),
+        ("first.budget", "0"),
+        ("first.budget", "101"),
+        ("first.inside_budget", "nan"),
+        ("second.layer", "3"),
+        ("is_compared", "yes"),
+    ],
+)
+def test_impossible_links_are_rejected(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"the link has {name}={value}"):
+        parse_query({name: value}, layers=3)
 
 
 def test_answers_agree_with_the_command_and_the_script(

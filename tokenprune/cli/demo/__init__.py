@@ -1,7 +1,7 @@
 """The command `tokenprune demo`: a page in the browser to try strategies on images, served by gradio.
 
-`choices` maps the choices of a visitor to a strategy and `results` maps answers to HTML, both without gradio. `page`
-builds the page.
+`choices` maps the choices of a visitor to a strategy, `links` maps them to the address of the page, and `results` maps
+answers to HTML, all without gradio. `page` builds the page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenprune.cli.demo.choices import DemoConfig
-from tokenprune.cli.demo.page import build_page
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.evaluation.loading import load
 
@@ -44,6 +43,8 @@ def prepare_page(config: DemoConfig, folder: str) -> tuple[Any, dict[str, Any]]:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
+
+        from tokenprune.cli.demo.page import build_page
     except ImportError:
         raise ValueError('`tokenprune demo` needs gradio; install it with: pip install "tokenprune[demo]"') from None
     page = build_page(*load(config.model, config.device, config.dtype), config)

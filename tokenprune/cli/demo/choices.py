@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 
 from tokenprune.catalog import components, strategies
 from tokenprune.cli.options import parse_reducer
+from tokenprune.cuts import resolve_cuts
 from tokenprune.policies import AllocationPolicy, Component, SelectionPolicy
 from tokenprune.reducer import TokenReducer
 
@@ -64,15 +65,37 @@ class Choice:
     inside_budget: float = 50
 
 
-def list_strategies(is_inside: bool) -> dict[str, type[TokenReducer]]:
-    """Return the strategies before or inside the LLM that need no further argument, by name."""
+def list_strategies(is_inside: bool, layers: int | None = None) -> dict[str, type[TokenReducer]]:
+    """Return the strategies before or inside the LLM that need no further argument, by name.
+
+    Args:
+        is_inside: whether the strategies act inside the LLM.
+        layers: number of layers of the LLM; strategies with a default cut outside them are left out. None keeps all.
+    """
     classes = sorted(strategies().items())
     return {
         name: cls
         for name, cls in classes
         if (cls.stage.name == "decoder") == is_inside
         and not any(f.init and f.default is MISSING and f.default_factory is MISSING for f in fields(cls))
+        and (layers is None or has_layers(cls(), layers))
     }
+
+
+def has_layers(reducer: TokenReducer, layers: int) -> bool:
+    """Return whether an LLM has the layers of all cuts of a strategy, or the layer of the cut can be chosen.
+
+    Args:
+        reducer: the strategy.
+        layers: number of layers of the LLM.
+    """
+    if "layer" in {field.name for field in fields(reducer) if field.init}:
+        return True
+    try:
+        resolve_cuts(getattr(reducer, "cuts", ()), layers)
+    except ValueError:
+        return False
+    return True
 
 
 def list_components(kind: type[Component]) -> dict[str, type[Component]]:
