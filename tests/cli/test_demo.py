@@ -199,6 +199,58 @@ def test_page_listens_on_the_loopback_interface_only(page_url: str) -> None:
     assert page_url.startswith("http://127.0.0.1:")
 
 
+@pytest.fixture(scope="module")
+def browser(page_url: str) -> Iterator[Any]:
+    """Return a headless Chromium."""
+    driver, binary = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if importlib.util.find_spec("selenium") is None or driver is None or binary is None:
+        pytest.skip("needs selenium, chromedriver and Chromium")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1600"):
+        options.add_argument(argument)
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+def wait_for_link(browser: Any, query: str) -> Any:
+    """Wait until the page has answered and shows a link with a query, and return the link."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    selector = f'a.state[href="?{query}"]'
+    return WebDriverWait(browser, 90).until(lambda page: page.find_element(By.CSS_SELECTOR, selector))
+
+
+def test_a_link_opens_the_page_with_its_state(page_url: str, browser: Any) -> None:
+    """The controls have the values of the link, and the strategies of the link answer."""
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"{page_url}?{format_query(STATE)}")
+    link = wait_for_link(browser, format_query(STATE))
+    assert link.get_attribute("href") == f"{page_url}?{format_query(STATE)}"
+    values = [field.get_attribute("value") for field in browser.find_elements(By.CSS_SELECTOR, "input")]
+    assert {STATE.question, "35", "FastV"} <= set(values)
+    text = browser.find_element(By.TAG_NAME, "body").text
+    assert "HiRED+FastV" in text
+    assert "DivPrune" in text
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".tiles")) == 2
+
+
+def test_a_wrong_link_opens_the_initial_page_with_a_warning(page_url: str, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.get(f"{page_url}?first.inside=TransPrune")
+    message = "the link has first.inside=TransPrune, which this page does not offer"
+    WebDriverWait(browser, 90).until(lambda page: message in page.find_element(By.TAG_NAME, "body").text)
+    assert "without TransPrune: the LLM has only 3 layers" in browser.find_element(By.TAG_NAME, "body").text
+    assert not browser.find_elements(By.CSS_SELECTOR, ".tiles")
+
+
 def test_two_sessions_answer_at_once(page_url: str, tmp_path: Path) -> None:
     from gradio_client import Client, handle_file
 

@@ -101,9 +101,9 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
                     second = add_choice(2, initial.second)
             with gradio.Column(scale=2, min_width=320):
                 table, tiles = gradio.HTML(label="answers"), gradio.HTML(label="kept tokens")
+                link = gradio.HTML(label="link")
                 command = gradio.Code(label="command line", language="shell", interactive=False)
                 script = gradio.Code(label="Python", language="python", interactive=False)
-                link = gradio.HTML(label="link")
         query = gradio.State("")
         inputs = [image, question, is_compared, *first, *second]
         changes = [component.change for component in [*first, *second, query]]
