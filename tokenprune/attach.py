@@ -15,14 +15,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers import __version__ as transformers_version
 
 from tokenprune.adapter import find_adapter
 from tokenprune.caches import mark_caches
 from tokenprune.compiled import CompileOptions, resolve_multiple
+from tokenprune.dependencies import check_dependencies
 from tokenprune.hooks import Hook
 from tokenprune.literals import check_literal
 from tokenprune.pipeline import Pipeline
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 Outputs: TypeAlias = Literal["full", "reduced"]
 """Length of the logits and hidden states of a plain call: of the full prompt, or of the reduced prompt."""
-MINIMUM_TRANSFORMERS = "5.23"
-"""With older versions, a budget of 100 % changes the output of the model."""
 EXPANDED = ("logits", "hidden_states", "last_hidden_state")
 """Fields of an output object with one entry per prompt position."""
 _ATTACH_LOCK = threading.Lock()
@@ -107,10 +104,11 @@ class Attachment:
         Raises:
             TypeError: if no adapter supports the model.
             ValueError: if the adapter does not provide a signal that the strategy requires.
-            RuntimeError: if the model already has a reducer, or if the installed transformers is too old.
+            RuntimeError: if the model already has a reducer, or if the version of a
+                dependency is out of bounds.
         """
         self._was_used = True
-        check_transformers(transformers_version)
+        check_dependencies()
         wrappers, model = unwrap(self._model)
         adapter = find_adapter(model)
         with _ATTACH_LOCK, ExitStack() as undo:
@@ -188,22 +186,6 @@ class Attachment:
         return (
             f"{name}(...)(model) does not attach the strategy by itself; write `with {name}(...)(model) as run:` "
             f"around the calls of the model, or `handle = {name}(...).attach(model)` and `handle.detach()`"
-        )
-
-
-def check_transformers(installed: str) -> None:
-    """Raise an error if a transformers version gives wrong results for a reduced model.
-
-    Args:
-        installed: the version of transformers.
-
-    Raises:
-        RuntimeError: if the version is too old.
-    """
-    if Version(installed) < Version(MINIMUM_TRANSFORMERS):
-        raise RuntimeError(
-            f"tokenprune needs transformers >= {MINIMUM_TRANSFORMERS}, but {installed} is installed, with which a "
-            f"budget of 100 % changes outputs; run: pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
         )
 
 

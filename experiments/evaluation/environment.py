@@ -5,33 +5,26 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenprune.dependencies import read_version
 from tokenprune.experiments.evaluation.identity import LIBRARIES
 
 
 def describe_environment(model: Any) -> dict[str, Any]:
     """Return versions, device and commit, the content of ``environment.json``."""
-
-    def installed_version(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     device = str(model.device)
     return {
-        **{package: installed_version(package) for package in LIBRARIES},
+        **{package: read_version(package) for package in LIBRARIES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(model.device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "commit": _read_commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

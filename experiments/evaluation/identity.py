@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.dependencies import read_version
 from tokenprune.experiments.evaluation.hashing import FileState, file_state, hash_file
 from tokenprune.experiments.evaluation.loading import find_checkpoint, is_hub_snapshot
 from tokenprune.experiments.evaluation.records import list_record_files, read_lines, write_atomically
@@ -230,13 +230,7 @@ def library_versions(packages: Iterable[str] = LIBRARIES) -> dict[str, str]:
     Args:
         packages: names of the packages.
     """
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            continue
-    return versions
+    return {package: version for package in packages if (version := read_version(package)) is not None}
 
 
 def find_model_folders(experiment: Experiment) -> dict[str, Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,11 @@ def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"tokenprune {__version__}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"tokenprune {__version__}",
+        *(f"{package} {version(package)}" for package in ("torch", "transformers")),
+        f"Python {platform.python_version()}",
+    ]
     assert main(["--help"]) == 0
     assert "run" in capsys.readouterr().out
     assert main([]) == 2

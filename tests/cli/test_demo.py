@@ -14,25 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.cli.options import parse_reducer
-from tokenprune.cli.playground import (
+from tokenprune.cli.demo import prepare_page
+from tokenprune.cli.demo.choices import (
     NONE,
     Choice,
     DemoConfig,
-    answer,
     build_reducer,
     format_command,
     format_python,
     list_strategies,
-    name_upload,
-    open_image,
-    prepare_page,
 )
+from tokenprune.cli.demo.links import PageState, format_link, format_query, parse_query
+from tokenprune.cli.demo.results import answer, name_upload, open_image
+from tokenprune.cli.options import parse_reducer
 from tokenprune.experiments.evaluation.loading import load
 from tokenprune.models import mini
 from tokenprune.reducer import Composed
@@ -83,6 +83,43 @@ def test_every_strategy_inside_the_llm_can_be_chosen(name: str) -> None:
 def test_invalid_choices_are_rejected(choice: Choice, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_reducer(choice)
+
+
+def test_strategies_without_layers_for_their_cuts_are_not_offered() -> None:
+    """TransPrune cuts at layers 7, 9 and 12; the layer of FastV is chosen on the page."""
+    assert list_strategies(is_inside=True).keys() - list_strategies(is_inside=True, layers=3).keys() == {"TransPrune"}
+    assert list_strategies(is_inside=True, layers=13) == list_strategies(is_inside=True)
+    assert list_strategies(is_inside=False, layers=2) == list_strategies(is_inside=False)
+
+
+STATE = PageState("what? & <b>", True, Choice(budget=35, inside="FastV", layer=1), Choice("DivPrune", budget=7))
+
+
+def test_links_reproduce_the_state() -> None:
+    assert parse_query(dict(parse_qsl(format_query(STATE))), layers=3) == STATE
+    assert format_query(PageState()) == ""
+    assert parse_query({"utm_source": "mail"}, layers=3) == PageState()
+    link = format_link(STATE, "<i>.png")
+    assert "<i>" not in link
+    assert "upload" not in format_link(STATE, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("first.before", "evil.py:Evil"),
+        ("second.inside", "TransPrune"),
+        ("first.selection", "Random"),
+        ("first.budget", "0"),
+        ("first.budget", "101"),
+        ("first.inside_budget", "nan"),
+        ("second.layer", "3"),
+        ("is_compared", "yes"),
+    ],
+)
+def test_impossible_links_are_rejected(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"the link has {name}={value}"):
+        parse_query({name: value}, layers=3)
 
 
 def test_answers_agree_with_the_command_and_the_script(
@@ -160,6 +197,58 @@ def values(first: Choice, second: Choice | None = None) -> list[Any]:
 
 def test_page_listens_on_the_loopback_interface_only(page_url: str) -> None:
     assert page_url.startswith("http://127.0.0.1:")
+
+
+@pytest.fixture(scope="module")
+def browser(page_url: str) -> Iterator[Any]:
+    """Return a headless Chromium."""
+    driver, binary = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if importlib.util.find_spec("selenium") is None or driver is None or binary is None:
+        pytest.skip("needs selenium, chromedriver and Chromium")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1600"):
+        options.add_argument(argument)
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+def wait_for_link(browser: Any, query: str) -> Any:
+    """Wait until the page has answered and shows a link with a query, and return the link."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    selector = f'a.state[href="?{query}"]'
+    return WebDriverWait(browser, 90).until(lambda page: page.find_element(By.CSS_SELECTOR, selector))
+
+
+def test_a_link_opens_the_page_with_its_state(page_url: str, browser: Any) -> None:
+    """The controls have the values of the link, and the strategies of the link answer."""
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"{page_url}?{format_query(STATE)}")
+    link = wait_for_link(browser, format_query(STATE))
+    assert link.get_attribute("href") == f"{page_url}?{format_query(STATE)}"
+    values = [field.get_attribute("value") for field in browser.find_elements(By.CSS_SELECTOR, "input")]
+    assert {STATE.question, "35", "FastV"} <= set(values)
+    text = browser.find_element(By.TAG_NAME, "body").text
+    assert "HiRED+FastV" in text
+    assert "DivPrune" in text
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".tiles")) == 2
+
+
+def test_a_wrong_link_opens_the_initial_page_with_a_warning(page_url: str, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.get(f"{page_url}?first.inside=TransPrune")
+    message = "the link has first.inside=TransPrune, which this page does not offer"
+    WebDriverWait(browser, 90).until(lambda page: message in page.find_element(By.TAG_NAME, "body").text)
+    assert "without TransPrune: the LLM has only 3 layers" in browser.find_element(By.TAG_NAME, "body").text
+    assert not browser.find_elements(By.CSS_SELECTOR, ".tiles")
 
 
 def test_two_sessions_answer_at_once(page_url: str, tmp_path: Path) -> None:

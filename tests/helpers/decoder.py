@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.families import FAMILIES, REPRESENTATIVES
 from tokenprune.adapter import find_adapter
 from tokenprune.caches import find_cache
-from tokenprune.decoder_reducer import Cut, DecoderReducer
+from tokenprune.cuts import Cut
+from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.image import EncodedImage
 from tokenprune.reducer import ScoreReducer
 from tokenprune.run import Run
@@ -134,6 +135,7 @@ def visible_masks(model: Any, inputs: Any, run: Run) -> list[tuple[int, Tensor]]
         run: the record of one call.
     """
     rows = run.rows
+    assert rows is not None
     placeholders = find_adapter(model).placeholders(inputs)[:, -rows.length :]
     visible = rows.mask.clone()
     is_image = placeholders.gather(1, rows.index) & visible
@@ -182,7 +184,7 @@ def hide_dropped(model: Any, masks: Sequence[tuple[int, Tensor]]) -> Iterator[No
         masks: the first layer and the visible positions of the sequence, bool `[rows, length]`, of each cut. Later
             positions of the sequence are visible.
     """
-    layers = find_adapter(model).decoder.layers
+    layers = find_adapter(model).decoder.layers  # type: ignore[attr-defined]
 
     def enter(number: int, visible: Tensor, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -227,7 +229,7 @@ class OperatorCounter(TorchDispatchMode):
     """Counts the operators inside the block."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -20,12 +20,10 @@ commands:
   bench     measure speed, memory and FLOPs of each phase (run), or the cost of strategies (strategies)
   cost      count FLOPs and bytes of a model without running it; predict time and memory on devices
 
-`tokenprune COMMAND --help` prints its options; --version prints the version; --debug shows tracebacks."""
+`tokenprune COMMAND --help` prints its options; --version prints versions; --debug shows tracebacks."""
 
 COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
-"""The commands; the module `tokenprune.cli.COMMAND` runs each, except those in `MODULES`."""
-MODULES = {"demo": "playground"}
-"""The modules of commands with a module of another name."""
+"""The commands; the module `tokenprune.cli.COMMAND` runs each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     if arguments[:1] == ["--version"]:
-        from tokenprune import __version__
+        from tokenprune.dependencies import format_versions
 
-        print(f"tokenprune {__version__}")
+        print(format_versions())
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -51,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        run = import_module(f"tokenprune.cli.{MODULES.get(arguments[0], arguments[0])}").run
+        if not {"-h", "--help"} & set(arguments):  # the help needs no time for the check
+            from tokenprune.dependencies import check_dependencies
+
+            check_dependencies()
+        run = import_module(f"tokenprune.cli.{arguments[0]}").run
         # A sweep runs other commands. It receives this function, because its module cannot import this one.
         return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
     except SystemExit as stop:  # --help and --print_config of a command

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 
-from tokenprune.cli.demo import RunConfig, answer_all, format_json, print_table
+from tokenprune.cli.answers import RunConfig, answer_all, format_json, print_table
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 
 

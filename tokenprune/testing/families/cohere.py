@@ -30,7 +30,12 @@ from tokenprune.testing.examples.tiled import TiledExample
 from tokenprune.testing.families.base import TILE, Family
 from tokenprune.testing.tiny_models import TEMPLATE, tokenizer
 
-SIZES = {"size": {"height": TILE, "width": TILE}, "crop_to_patches": True, "min_patches": 1, "max_patches": 6}
+SIZES: dict[str, Any] = {
+    "size": {"height": TILE, "width": TILE},
+    "crop_to_patches": True,
+    "min_patches": 1,
+    "max_patches": 6,
+}
 SPECIAL = {
     "image_token": "<|IMG_PATCH|>",
     "boi_token": "<|START_OF_IMG|>",
@@ -56,7 +61,7 @@ def cohere2_vision() -> Any:
 
     Its `patch_size` is the number of tokens along a side of a tile.
     """
-    images = Cohere2VisionImageProcessor(**SIZES, patch_size=2)
+    images = Cohere2VisionImageProcessor(**SIZES, patch_size=2)  # type: ignore[call-arg]  # transformers accepts it
     return Cohere2VisionProcessor(images, tokenizer(**SPECIAL), chat_template=TEMPLATE)
 
 

@@ -37,7 +37,7 @@ SPECIAL = {
     "end_of_utterance_token": "<end_of_utterance>",
     **{f"row_{row}_col_{col}": f"<row_{row}_col_{col}>" for row in range(1, 4) for col in range(1, 4)},
 }
-SIZES = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
+SIZES: dict[str, Any] = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
 
 
 @cache
