@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenprune.contracts import check_needs, require_tensor
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.literals import check_literal_fields
 from tokenprune.selection import top_ranked
@@ -33,6 +34,11 @@ class Configurable:
 @dataclass
 class Component(Configurable):
     """A component of a strategy."""
+
+    def __post_init__(self) -> None:
+        """Check the options and the signals when the component is created."""
+        super().__post_init__()
+        check_needs(self)
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -101,6 +107,21 @@ class RelevancePolicy(Component, ABC):
     @abstractmethod
     def relevance(self, image: EncodedImage) -> Tensor:
         """Return the relevance of each token, `[tiles, tokens]`; larger values are more relevant."""
+
+
+def compute_relevance(policy: RelevancePolicy, image: EncodedImage) -> Tensor:
+    """Return the checked result of a relevance policy, `[tiles, tokens]`.
+
+    Args:
+        policy: the policy.
+        image: the encoded image.
+
+    Raises:
+        TypeError: if the relevance is no tensor.
+        ValueError: if it has another shape.
+    """
+    shape = (image.geometry.tiles, image.geometry.tokens)
+    return require_tensor(policy.relevance(image), policy, "relevance", "[tiles, tokens]", shape, "real")
 
 
 class Merged(NamedTuple):

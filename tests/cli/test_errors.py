@@ -16,6 +16,28 @@ import pytest
 from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
 from tokenprune.cli.main import main
 
+USER_SOURCE = """
+class Unrelated: ...
+
+from dataclasses import dataclass
+from tokenprune import AllocationPolicy, ScoreReducer
+@dataclass
+class Equal(AllocationPolicy):
+    def allocate(self, image, total, capacity, scores): return [total // 0]
+
+
+
+@dataclass
+class Unfinished(ScoreReducer):
+    def scores(self, image): ...
+
+@dataclass
+class TextNeeds(ScoreReducer):
+    needs = "cls_attention"
+    def score(self, image): ...
+"""
+"""Mistakes of a user in a file with strategies and components."""
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -51,6 +73,19 @@ from tokenprune.cli.main import main
         (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
         (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
         (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
+        (["check", "loud.py"], "loud.py is a file; name its class: loud.py:LoudestTokens"),
+        (
+            ["check", "empty.py"],
+            "empty.py has no strategy and no component; write a class, and name it as empty.py:Class",
+        ),
+        (["check", "user.py:Unfinished"], "Unfinished does not define score; rename scores to score (user.py:12)"),
+        (["run", "--plugin", "user.py", "--reducer", "Unfinished"], "Unfinished does not define score; rename scores"),
+        (["check", "user.py:Equal"], "Equal is a component (allocation), not a strategy (user.py:6); use it inside"),
+        (["check", "TopNormSelection"], "a component (selection), not a strategy; use it inside a strategy: --reducer"),
+        (["check", "user.py:Unrelated"], "Unrelated is no subclass of TokenReducer (user.py:2)"),
+        (["run", "--reducer.allocation", "user.py:Unfinished"], "Unfinished is no subclass of Component (user.py:12)"),
+        (["run", *FAST, "--reducer.allocation", "user.py:Equal"], "user.py:8: integer division or modulo by zero"),
+        (["check", "user.py:TextNeeds"], "TextNeeds.needs must be a sequence of signals, such as (Signal("),
         (["run", "--config", "none.yaml"], "File does not exist"),
         (["run", "--reducer.attention", "pooled"], "attention takes auto, cls, pooling, received or a component; no"),
         (
@@ -72,6 +107,8 @@ def test_every_error_is_one_line(
     capsys: pytest.CaptureFixture[str], strategy_file: Path, arguments: list[str], message: str
 ) -> None:
     Path("broken.py").write_text("import nothing_like_this")
+    Path("empty.py").write_text("")
+    Path("user.py").write_text(USER_SOURCE)
     assert message in run_refused(capsys, *arguments)
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from tokenprune.source_code import locate_error
+
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
 
 commands:
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        place = locate_error(error)
+        text = (f"{place}: " if place else "") + (" ".join(str(error).split()) or type(error).__name__)
         is_expected = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
         hint = "" if is_expected else f" ({type(error).__name__}; --debug shows where)"
         print(f"tokenprune: {text}{hint}", file=sys.stderr)
