@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.contracts import check_needs, require_tensor
+from tokenprune.field_docs import inherit_field_docs
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.literals import check_literal_fields
 from tokenprune.selection import top_ranked
@@ -21,6 +22,12 @@ class Configurable:
 
     The command line, YAML files and records name such an object by its class.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Complete the docstring by the options of the base classes."""
+        super().__init_subclass__(**kwargs)
+        if documentation := inherit_field_docs(cls):
+            cls.__doc__ = documentation
 
     def __post_init__(self) -> None:
         """Check the options when the object is created.

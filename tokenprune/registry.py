@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PLUGIN_PREFIX = "tokenprune_plugin_"
+"""Start of the names of modules that are Python files of the user."""
+
 
 def to_kebab_case(name: str) -> str:
     """Return the kebab-case alias of a class name: `TopNorm` is `top-norm`, `HiRED` is `hired`."""
@@ -159,7 +162,7 @@ def load_module(path: str) -> ModuleType:
     file = Path(path).expanduser().resolve()
     if not file.is_file() or file.suffix != ".py":
         raise LookupError(f"{path} is no Python file; write path/to/file.py")
-    name = f"tokenprune_plugin_{file.stem}"
+    name = f"{PLUGIN_PREFIX}{file.stem}"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

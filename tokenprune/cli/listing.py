@@ -19,6 +19,7 @@ from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import APPLICATION_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.reducer import TokenReducer
+from tokenprune.registry import PLUGIN_PREFIX
 from tokenprune.saliency import resolve_attention_source
 from tokenprune.stages import STAGE_ORDER
 from tokenprune.testing.conformance import Report
@@ -107,10 +108,24 @@ def component_rows(plugins: Sequence[str] = ()) -> list[Row]:
             "name": name,
             "description": first_line(member),
             "kind": find_kind(member),
+            "import": describe_import(member),
             "parameters": parameters(member),
         }
         for name, member in sorted(classes.items(), key=lambda item: (find_kind(item[1]), item[0]))
     ]
+
+
+def describe_import(component: type) -> str:
+    """Return the import statement of a component; for a class of a user's file, its name on the command line.
+
+    Args:
+        component: the class.
+    """
+    module, name = component.__module__, component.__name__
+    if module.startswith(PLUGIN_PREFIX):
+        return f"{inspect.getsourcefile(component)}:{name}"
+    package = "tokenprune.strategies.components" if module.startswith("tokenprune.strategies.") else module
+    return f"from {package} import {name}"
 
 
 def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
