@@ -98,7 +98,7 @@ class ComponentReducer(TokenReducer):
 
         def select_tokens(number: int) -> tuple[Tensor, Sequence[int] | Tensor]:
             granted = self.allocation.allocate(image, number, capacity, scores)
-            granted = require_allocation(granted, self.allocation, number, layout.tiles)
+            granted = require_allocation(granted, self.allocation, layout.tiles)
             budgets = granted if isinstance(granted, Tensor) else copy_to_device(granted, device)
             kept, merged = self._pick(image, scores, budgets, candidates, number >= sum(capacity))
             kept = kept & layout.valid

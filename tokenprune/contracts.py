@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenprune.image import Signal
 from tokenprune.source_code import format_place, locate_class
 
-DTYPE_KINDS = {"bool": "bool mask", "integer": "tensor of whole numbers", "real": "tensor"}
+DTYPE_KINDS = {"bool": "bool mask", "real": "tensor"}
 """The tensors that a method must return, in words, by kind of dtype."""
 
 
@@ -59,7 +59,7 @@ def require_tensor(
     method: str,
     axes: str,
     shape: Sequence[int],
-    kind: Literal["bool", "integer", "real"],
+    kind: Literal["bool", "real"],
     device: torch.device | None = None,
 ) -> Tensor:
     """Return the result of a method if it is the expected tensor.
@@ -95,42 +95,31 @@ def require_tensor(
 
 def _has_kind(dtype: torch.dtype, kind: str) -> bool:
     """Return whether a dtype is of a kind; bool and whole numbers are real numbers, too."""
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    return {"bool": dtype == torch.bool, "integer": is_integer, "real": not dtype.is_complex}[kind]
+    return dtype == torch.bool if kind == "bool" else not dtype.is_complex
 
 
-def require_allocation(granted: Any, policy: object, total: int, tiles: int) -> Sequence[int] | Tensor:
-    """Return the result of an allocation if it is a number of tokens for each tile, at most `total` in sum.
+def require_allocation(granted: Any, policy: object, tiles: int) -> Sequence[int] | Tensor:
+    """Return the result of an allocation if it is a number of tokens for each tile.
 
     The values of a tensor are not read from the device.
 
     Args:
         granted: the result of `allocate`.
         policy: the allocation.
-        total: number of tokens to divide.
         tiles: number of tiles.
 
     Raises:
         TypeError: if the result is neither a sequence nor a tensor.
-        ValueError: if it has another length, or a number is negative or not whole, or the sum exceeds `total`.
+        ValueError: if it has another length, or an entry is negative or no number.
     """
     if isinstance(granted, Tensor):
-        return require_tensor(granted, policy, "allocate", "[tiles]", (tiles,), "integer")
-    name = f"{type(policy).__name__}.allocate"
-    expected = f"{name} must return {tiles} whole numbers [tiles] with a sum of at most {total}"
+        return require_tensor(granted, policy, "allocate", "[tiles]", (tiles,), "real")
+    expected = f"{type(policy).__name__}.allocate must return {tiles} numbers of tokens [tiles]"
     if not isinstance(granted, Sequence | np.ndarray) or isinstance(granted, str):
         raise TypeError(f"{expected}, not {describe_value(granted)}{locate_method(policy, 'allocate')}")
-    numbers = list(granted)
-    is_valid = len(numbers) == tiles and all(map(_is_whole_number, numbers))
-    if not is_valid or sum(numbers) > total:
-        raise ValueError(f"{expected}, not {numbers}{locate_method(policy, 'allocate')}")
-    return [int(number) for number in numbers]
-
-
-def _is_whole_number(value: Any) -> bool:
-    """Return whether a value is 0 or a positive whole number."""
-    number = float(value) if isinstance(value, Real) else -1.0
-    return number >= 0 and number.is_integer()
+    if len(granted) != tiles or not all(isinstance(number, Real) and float(number) >= 0 for number in granted):
+        raise ValueError(f"{expected}, not {list(granted)}{locate_method(policy, 'allocate')}")
+    return granted if isinstance(granted, Sequence) else list(granted)
 
 
 def require_count(value: Any, instance: object, method: str, meaning: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.budget import Budget, as_budget, copy_to_device, format_budget, normalize_budget
 from tokenprune.checks import raise_if
@@ -76,6 +76,13 @@ class TokenReducer(Configurable, ABC):
 
     def __post_init__(self) -> None:
         """Check the options when the strategy is created, not at the first image."""
+        name = type(self).__name__
+        models = [value for value in vars(self).values() if isinstance(value, nn.Module)]
+        if models:
+            raise TypeError(
+                f"{name} received a model ({type(models[0]).__name__}) as an option; attach the strategy with "
+                f"`with {name}(...)(model) as run:`, or with `{name}(...).attach(model)`"
+            )
         super().__post_init__()
         self.budget = normalize_budget(self.budget)
         check_needs(self)

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -134,15 +135,44 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 
-def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_overlay_does_not_discard_the_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
-    assert list(Path("tokenprune-out").iterdir()) == []
+    for option in ([], ["--json"]):
+        assert main(["run", *FAST, *option]) == 2
+        out, err = capsys.readouterr()
+        assert err == "tokenprune: tokenprune-out/overlay.png cannot be written: No space left on device\n"
+        assert "What number is on the green square?" in out
+        assert "overlay: " not in out
+        assert list(Path("tokenprune-out").iterdir()) == []
+    assert json.loads(out)["overlay"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "runs/a"), "runs/a: No space left on device; free space, then run"),
+        (
+            OSError(30, "Read-only file system", "runs"),
+            "runs: Read-only file system; choose a folder",
+        ),
+        (OSError(5, "Input/output error"), "tokenprune: Input/output error"),
+        (OSError("other"), "tokenprune: other"),
+    ],
+)
+def test_errors_of_the_file_system_have_no_bare_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+) -> None:
+    monkeypatch.setattr("tokenprune.cli.report.run", Mock(side_effect=error))
+    text = run_refused(capsys, "report", "runs")
+    assert message in text
+    assert "Errno" not in text
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

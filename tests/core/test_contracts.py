@@ -81,7 +81,7 @@ class ReservingMerging(MergingPolicy):
         raise AssertionError
 
 
-WHOLE = "Mine.allocate must return 5 whole numbers [tiles] with a sum of at most 16, not"
+NUMBERS = "Mine.allocate must return 5 numbers of tokens [tiles], not"
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,11 @@ WHOLE = "Mine.allocate must return 5 whole numbers [tiles] with a sum of at most
         (compose, SelectionPolicy, "score", [1.0], f"a tensor {MASK}, not list"),
         (compose, PickingSelection, "pick", None, f"a bool mask {MASK}, not NoneType"),
         (compose, PickingSelection, "pick", torch.ones(5, 3), f"a bool mask {MASK}, not torch.float32 [5, 3]"),
-        (compose, AllocationPolicy, "allocate", None, f"{WHOLE} NoneType"),
-        (compose, AllocationPolicy, "allocate", [16], f"{WHOLE} [16]"),
-        (compose, AllocationPolicy, "allocate", [16] * 5, f"{WHOLE} [16, 16, 16, 16, 16]"),
-        (compose, AllocationPolicy, "allocate", [-1] * 5, f"{WHOLE} [-1, -1, -1, -1, -1]"),
-        (compose, AllocationPolicy, "allocate", [3.2] * 5, f"{WHOLE} [3.2, 3.2, 3.2, 3.2, 3.2]"),
-        (compose, AllocationPolicy, "allocate", torch.ones(5), "a tensor of whole numbers [tiles] = [5], not torch."),
+        (compose, AllocationPolicy, "allocate", None, f"{NUMBERS} NoneType"),
+        (compose, AllocationPolicy, "allocate", [16], f"{NUMBERS} [16]"),
+        (compose, AllocationPolicy, "allocate", [-1] * 5, f"{NUMBERS} [-1, -1, -1, -1, -1]"),
+        (compose, AllocationPolicy, "allocate", ["4"] * 5, f"{NUMBERS} ['4', '4', '4', '4', '4']"),
+        (compose, AllocationPolicy, "allocate", torch.ones(4), "a tensor [tiles] = [5], not torch.float32 [4]"),
         (compose, ReservingMerging, "reserve", [1] * 5, "a tensor [tiles] = [5], not list"),
         (compose, MergingPolicy, "merge", (1, 2), "Mine.merge must return Merged(kind, weights), not tuple"),
         (compose, MergingPolicy, "merge", Merged(torch.ones(5), torch.ones(5)), f"a tensor {MASK}, not torch.float32"),

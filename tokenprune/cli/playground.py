@@ -315,7 +315,9 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
             raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
         columns = "display:grid;gap:24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))"
         overlays = "".join(f"<div>{page}</div>" for page in pages)
-        answers = f'<div style="overflow-x:auto">{table._repr_html_()}</div>'
+        notice = mini.describe_limits(path) if path is not None and config.model == "mini" else ""
+        note = f"<p><strong>{escape(notice)}</strong></p>" if notice else ""
+        answers = f'{note}<div style="overflow-x:auto">{table._repr_html_()}</div>'
         return answers, f'<div style="{columns}">{overlays}</div>', commands, scripts
 
     layers = model.config.get_text_config().num_hidden_layers
