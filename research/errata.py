@@ -19,6 +19,7 @@ from tokenprune.capabilities import ReadsQuestion, require_capability
 from tokenprune.image import TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
+from tokenprune.policies import compute_relevance
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import (
     EADP,
@@ -96,7 +97,7 @@ class BatchRangeSelection(ConditionalDiversitySelection):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the relevance, scaled to the range of the batch, `[tiles, tokens]`."""
-        relevance = self.relevance.relevance(image)
+        relevance = compute_relevance(self.relevance, image)
         low = relevance.min().clamp(max=self.low)
         return (relevance - low + 1e-6) / (relevance.max().clamp(min=self.high) - low)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenprune.budget import Budget
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
-from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import greedy_dpp, select_per_tile
 from tokenprune.strategies.components.relevance import TextRelevance, rescale_to_unit
@@ -46,7 +46,7 @@ class ConditionalDiversitySelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the relevance, rescaled to 0..1 over the image, `[tiles, tokens]`."""
-        relevance = self.relevance.relevance(image)
+        relevance = compute_relevance(self.relevance, image)
         valid = image.geometry.valid.to(relevance.device)
         return rescale_to_unit(relevance, valid if self.among == "valid" else valid | True)
 

@@ -32,7 +32,7 @@ from tokenprune.budget import Budget
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
-from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.strategies.components.allocation import ScoreMassAllocation
 from tokenprune.strategies.components.diversity import facility_location, select_per_tile
 from tokenprune.strategies.components.relevance import SIGNS, rescale_to_unit
@@ -140,7 +140,7 @@ class FacilityLocationSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the relevance, `[tiles, tokens]`."""
-        return self.relevance.relevance(image)
+        return compute_relevance(self.relevance, image)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by greedy facility location."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
-from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy
+from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import ROW_CHUNK, pairwise_cosine, select_per_tile
 from tokenprune.strategies.components.relevance import AttentionRelevance
@@ -112,7 +112,7 @@ class OptimalPreservationSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the relevance, `[tiles, tokens]`."""
-        return self.relevance.relevance(image)
+        return compute_relevance(self.relevance, image)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep tokens by the greedy algorithm of TOPS."""

@@ -6,6 +6,8 @@ Each public name is imported at its first use, so that `import tokenprune` loads
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,10 +87,29 @@ __all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name after the import of its module."""
+    """Return a public name after the import of its module.
+
+    Raises:
+        ImportError: if ``from tokenprune import NAME`` names a strategy or a component; the message names its package.
+        AttributeError: if there is no such name.
+    """
     if name not in _MODULES:
-        raise AttributeError(f"module 'tokenprune' has no attribute {name!r}")
+        package = _find_package(name)
+        hint = f"; write `from {package} import {name}`" if package else ""
+        message = f"module 'tokenprune' has no attribute {name!r}{hint}"
+        # In a `from` import, Python replaces the message of an AttributeError, but not of an ImportError.
+        is_from_import = sys._getframe(1).f_code.co_filename.startswith("<frozen importlib")
+        raise ImportError(message) if hint and is_from_import else AttributeError(message)
     return getattr(importlib.import_module(f"tokenprune.{_MODULES[name]}"), name)
+
+
+def _find_package(name: str) -> str | None:
+    """Return the package that exports a strategy or a component; None if there is none. Nothing is imported."""
+    for package in ("tokenprune.strategies", "tokenprune.strategies.components"):
+        file = Path(__file__).parent.joinpath(*package.split(".")[1:], "__init__.py")
+        if file.is_file() and f'\n    "{name}",\n' in file.read_text(encoding="utf-8"):
+            return package
+    return None
 
 
 def __dir__() -> list[str]:

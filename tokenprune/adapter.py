@@ -403,7 +403,11 @@ def find_adapter(model: Any) -> Adapter:
     if match is not None:
         return match(model)
     names = ", ".join(sorted(f"{kind.family} ({kind.model_class})" for kind in candidates))
+    name = type(model).__name__
+    complete = f"{name.removesuffix('Model')}ForConditionalGeneration"
+    if complete in {kind.model_class for kind in candidates}:
+        raise TypeError(f"{name} is a part of {complete}; pass the complete model")
     raise TypeError(
-        f"no adapter supports {type(model).__name__}. Supported: {names}. For another family, subclass "
+        f"no adapter supports {name}. Supported: {names}. For another family, subclass "
         "tokenprune.Adapter, about 40 lines: docs/how-to/write-an-adapter.md"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.budget import as_budget, copy_to_device
 from tokenprune.checks import defer_checks
+from tokenprune.contracts import describe_value, locate_method, require_allocation, require_tensor
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
@@ -41,7 +43,6 @@ class ComponentReducer(TokenReducer):
 
     def __post_init__(self) -> None:
         """Check the options when the strategy is created."""
-        super().__post_init__()
         for name, base, is_optional in (
             ("allocation", AllocationPolicy, False),
             ("selection", SelectionPolicy, False),
@@ -50,7 +51,11 @@ class ComponentReducer(TokenReducer):
         ):
             component = getattr(self, name)
             if not isinstance(component, base) and not (is_optional and component is None):
-                raise ValueError(f"{name}={component!r} is no {base.__name__}; pass an instance of a subclass")
+                raise ValueError(
+                    f"{name}={component!r} is no {base.__name__}; pass an instance of a subclass"
+                    f"{f', {component.__name__}()' if inspect.isclass(component) else ''}"
+                )
+        super().__post_init__()
         if self.order is not None and self.positions == "preserve":
             raise ValueError(
                 f"order={self.order!r} moves tokens, so their old position ids do not apply; "
@@ -93,6 +98,7 @@ class ComponentReducer(TokenReducer):
 
         def select_tokens(number: int) -> tuple[Tensor, Sequence[int] | Tensor]:
             granted = self.allocation.allocate(image, number, capacity, scores)
+            granted = require_allocation(granted, self.allocation, layout.tiles)
             budgets = granted if isinstance(granted, Tensor) else copy_to_device(granted, device)
             kept, merged = self._pick(image, scores, budgets, candidates, number >= sum(capacity))
             kept = kept & layout.valid
@@ -120,8 +126,10 @@ class ComponentReducer(TokenReducer):
         if merged is not None:
             mixing = _build_mixing(merged.weights, local, flat_index, geometry)
         if self.order is not None:
-            rank = self.order.rank(image, scores, kept, kind).flatten()[local]
-            order = rank.argsort(stable=True)
+            rank = require_tensor(
+                self.order.rank(image, scores, kept, kind), self.order, "rank", "[tiles, tokens]", kept.shape, "real"
+            )
+            order = rank.flatten()[local].argsort(stable=True)
         mixes_inputs = self.merging is not None and self.merging.before_projector and mixing is not None
         return replace(selection, mixing=mixing, before_projector=mixes_inputs, order=order)
 
@@ -172,15 +180,44 @@ class ComponentReducer(TokenReducer):
         self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor, keeps_all: bool
     ) -> tuple[Tensor, Merged | None]:
         """Return the kept tokens, bool `[tiles, tokens]`, and the result of merging; None if nothing is merged."""
-        capacity = candidates.sum(dim=1)
+
+        def pick(budgets: Tensor) -> Tensor:
+            picked = self.selection.pick(image, scores, budgets, candidates)
+            return require_tensor(picked, self.selection, "pick", "[tiles, tokens]", candidates.shape, "bool")
+
         if self.merging is None:
-            return self.selection.pick(image, scores, budgets, candidates), None
-        reserved = self.merging.reserve(budgets, capacity)
+            return pick(budgets), None
+        reserved = self.merging.reserve(budgets, candidates.sum(dim=1))
+        reserved = require_tensor(reserved, self.merging, "reserve", "[tiles]", budgets.shape, "real")
         if keeps_all and not bool(reserved.any()):  # no token is dropped and none is reserved
-            return self.selection.pick(image, scores, budgets, candidates), None
-        picked = self.selection.pick(image, scores, budgets - reserved, candidates)
-        merged = self.merging.merge(image, scores, picked, reserved, candidates)
+            return pick(budgets), None
+        picked = pick(budgets - reserved)
+        merged = _require_merged(self.merging.merge(image, scores, picked, reserved, candidates), self.merging, picked)
         return picked | (merged.kind > 0), merged
+
+
+def _require_merged(merged: Merged, policy: MergingPolicy, picked: Tensor) -> Merged:
+    """Return the result of a merging policy if its tensors have the expected shapes.
+
+    Args:
+        merged: the result of `merge`.
+        policy: the merging policy.
+        picked: the tokens that the selection picked, `[tiles, tokens]`.
+
+    Raises:
+        TypeError: if the result is no `Merged` of tensors.
+        ValueError: if a tensor has another shape.
+    """
+    if not isinstance(merged, Merged):
+        raise TypeError(
+            f"{type(policy).__name__}.merge must return Merged(kind, weights), not {describe_value(merged)}"
+            f"{locate_method(policy, 'merge')}"
+        )
+    (tiles, tokens), axes = picked.shape, "[tiles, tokens, sources]"
+    require_tensor(merged.kind, policy, "merge", "[tiles, tokens]", picked.shape, "real")
+    has_cls = policy.before_projector and isinstance(merged.weights, Tensor) and merged.weights.shape[-1] == tokens + 1
+    require_tensor(merged.weights, policy, "merge", axes, (tiles, tokens, tokens + has_cls), "real")
+    return merged
 
 
 def _build_mixing(weights: Tensor, rows: Tensor, flat_index: Tensor, geometry: TileGeometry) -> Tensor:

@@ -29,9 +29,6 @@ class DecoderReducer(TokenReducer, ABC):
     Args:
         budget: visual tokens that remain after the cut. A ratio refers to the tokens that entered the LLM.
         positions: position ids after a cut: ``"preserve"`` (as in the prompt), or ``"reindex"`` (counted anew).
-        newlines: as in `TokenReducer`.
-        text_model: as in `TokenReducer`.
-        attention: as in `TokenReducer`.
         text_separators: text is never dropped inside the LLM; only ``"keep"`` is accepted.
         layer: the first layer without the dropped tokens: an index from 1, or a relative depth from 0.0 to 1.0.
     """

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
 from tokenprune.layers import LayerChoice, LLMLayerChoice, resolve_layers
+from tokenprune.literals import check_literal
+from tokenprune.registry import suggest_name
 
 SignalKey: TypeAlias = tuple[str, int]
 """Kind and layer of a captured signal."""
@@ -61,6 +63,19 @@ TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 """Kinds of signals that come from the prompt instead of the image, `[..., width]`."""
 
 
+SIGNALS = (
+    ROW_SIGNALS
+    | KEY_SIGNALS
+    | CLS_SIGNALS
+    | ALIGNED_SIGNALS
+    | APPLICATION_SIGNALS
+    | TEXT_SIGNALS
+    | LLM_SIGNALS
+    | {"vision_features"}
+)
+"""All kinds of signals of the library; the adapter of a plug-in can provide further kinds."""
+
+
 def token_dim(kind: str) -> int:
     """Return the dimension of a signal that indexes tokens: 1, or more if dimensions of heads and text precede it.
 
@@ -106,20 +121,46 @@ class ComputedTensor(DeferredTensor):
         self._value = value
 
 
+IMAGE_FIELDS = ("features", "geometry", "pixels", "newline")
+"""Fields of an image that are available without a declaration."""
+SIMILAR_SIGNALS = 0.9
+"""Similarity to the name of a signal, from 0 to 1, from which another name is misspelt."""
+
+
 class MissingSignalError(LookupError):
     """A strategy read a signal that its `needs` do not declare."""
 
 
-class Signal(NamedTuple):
+class _SignalFields(NamedTuple):
+    kind: str
+    layer: LLMLayerChoice = "feature"
+
+
+class Signal(_SignalFields):
     """A tensor that a strategy reads from the vision tower.
 
     Args:
         kind: the name of the method of `EncodedImage` that reads the signal, such as ``"cls_attention"``.
         layer: the layer or layers to read; a signal that belongs to no layer keeps the default.
+
+    Raises:
+        TypeError: if the kind is no text.
+        ValueError: if the kind is a misspelt name of a signal, or the layer a misspelt name of a layer.
     """
 
-    kind: str
-    layer: LLMLayerChoice = "feature"
+    __slots__ = ()
+
+    def __new__(cls, kind: str, layer: LLMLayerChoice = "feature") -> Signal:
+        """Check the kind and the layer when the signal is declared."""
+        if not isinstance(kind, str):
+            raise TypeError(f"a signal is declared by its name, such as Signal('cls_attention'), not by {kind!r}")
+        if kind in IMAGE_FIELDS:
+            raise ValueError(f"{kind} is part of every image and no signal; remove Signal({kind!r}) from `needs`")
+        if kind not in SIGNALS and (hint := suggest_name(kind, SIGNALS, SIMILAR_SIGNALS)):
+            raise ValueError(f"no signal is called {kind!r}{hint}")
+        if isinstance(layer, str):
+            check_literal("layer", layer, ("first", "feature", "before"))
+        return super().__new__(cls, kind, layer)
 
     def resolve(self, layers: int, feature_layer: int) -> tuple[int, ...]:
         """Return the layer indices that the signal is read from, see `resolve_layers`.

@@ -21,6 +21,7 @@ from tokenprune.budget import as_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
+from tokenprune.contracts import check_needs
 from tokenprune.decoder.plan import DecoderPlan
 from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
@@ -85,6 +86,8 @@ class Pipeline:
         pad_to_multiple_of: int = 1,
         compile_options: CompileOptions | None = None,
     ) -> None:
+        for part in reducer.list_parts():
+            check_needs(part)
         self.reducer, self.adapter = reducer, adapter
         self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)

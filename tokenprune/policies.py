@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenprune.contracts import check_needs, require_tensor
+from tokenprune.field_docs import inherit_field_docs
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.literals import check_literal_fields
 from tokenprune.selection import top_ranked
@@ -20,6 +22,12 @@ class Configurable:
 
     The command line, YAML files and records name such an object by its class.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Complete the docstring by the options of the base classes."""
+        super().__init_subclass__(**kwargs)
+        if documentation := inherit_field_docs(cls):
+            cls.__doc__ = documentation
 
     def __post_init__(self) -> None:
         """Check the options when the object is created.
@@ -33,6 +41,11 @@ class Configurable:
 @dataclass
 class Component(Configurable):
     """A component of a strategy."""
+
+    def __post_init__(self) -> None:
+        """Check the options and the signals when the component is created."""
+        super().__post_init__()
+        check_needs(self)
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -101,6 +114,21 @@ class RelevancePolicy(Component, ABC):
     @abstractmethod
     def relevance(self, image: EncodedImage) -> Tensor:
         """Return the relevance of each token, `[tiles, tokens]`; larger values are more relevant."""
+
+
+def compute_relevance(policy: RelevancePolicy, image: EncodedImage) -> Tensor:
+    """Return the checked result of a relevance policy, `[tiles, tokens]`.
+
+    Args:
+        policy: the policy.
+        image: the encoded image.
+
+    Raises:
+        TypeError: if the relevance is no tensor.
+        ValueError: if it has another shape.
+    """
+    shape = (image.geometry.tiles, image.geometry.tokens)
+    return require_tensor(policy.relevance(image), policy, "relevance", "[tiles, tokens]", shape, "real")
 
 
 class Merged(NamedTuple):

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.budget import Budget, as_budget, copy_to_device, format_budget, normalize_budget
 from tokenprune.checks import raise_if
+from tokenprune.contracts import check_needs, describe_value, locate_method, require_count, require_tensor
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ALIGNED_SIGNALS, TEXT_SIGNALS, EncodedImage, Signal
 from tokenprune.policies import Configurable, SelectionPolicy
@@ -75,8 +76,16 @@ class TokenReducer(Configurable, ABC):
 
     def __post_init__(self) -> None:
         """Check the options when the strategy is created, not at the first image."""
+        name = type(self).__name__
+        models = [value for value in vars(self).values() if isinstance(value, nn.Module)]
+        if models:
+            raise TypeError(
+                f"{name} received a model ({type(models[0]).__name__}) as an option; attach the strategy with "
+                f"`with {name}(...)(model) as run:`, or with `{name}(...).attach(model)`"
+            )
         super().__post_init__()
         self.budget = normalize_budget(self.budget)
+        check_needs(self)
         if not isinstance(self.attention, SaliencyModel) and self.attention not in ("auto", *SOURCES):
             words = ", ".join(map(repr, ("auto", *SOURCES)))
             raise ValueError(f"attention={self.attention!r} is not known; use one of {words}, or a SaliencyModel")
@@ -135,23 +144,24 @@ class TokenReducer(Configurable, ABC):
         """Return the checked result of `select` for one image, completed by newline tokens and pixels.
 
         Raises:
-            TypeError: if `select` returned no selection.
+            TypeError: if `select` returned no selection of tensors.
             ValueError: if `select` returned a mask of the wrong shape or type, or kept tokens that are not valid.
         """
         selection = self.select(image)
         if not isinstance(selection, Selection):
-            raise TypeError(f"{type(self).__name__}.select must return a Selection, not {type(selection).__name__}")
-        geometry, kept = image.geometry, selection.kept
-        if kept.dtype != torch.bool or tuple(kept.shape) != (geometry.tiles, geometry.tokens):
-            raise ValueError(
-                f"{type(self).__name__}.select must return a bool mask of shape [{geometry.tiles}, {geometry.tokens}] "
-                f"(tiles, tokens), not {kept.dtype} {list(kept.shape)}"
+            raise TypeError(
+                f"{type(self).__name__}.select must return a Selection, not {describe_value(selection)}"
+                f"{locate_method(self, 'select')}"
             )
+        geometry, place = image.geometry, locate_method(self, "select")
+        shape = (geometry.tiles, geometry.tokens)
+        kept = require_tensor(selection.kept, self, "select", "`kept` [tiles, tokens]", shape, "bool")
+        require_count(selection.asked, self, "select", "the tokens that the budget grants (`asked`)")
         layout = geometry.to(kept.device)
         raise_if(
             (kept & ~layout.valid).any(),
             f"{type(self).__name__}.select kept tokens that the model's own unpadding removes; "
-            "choose among image.geometry.valid",
+            f"choose among image.geometry.valid{place}",
         )
         counts, count = list(selection.counts), selection.token_count
         kept_number = kept.sum()
@@ -172,20 +182,20 @@ class TokenReducer(Configurable, ABC):
     def _check_mixing(self, selection: Selection, kept_number: Tensor) -> None:
         """Raise an error, or defer the check, if the mixing matrix or the order does not fit the kept tokens."""
         geometry, mixing, order = selection.geometry, selection.mixing, selection.order
-        name, total = type(self).__name__, geometry.tiles * geometry.tokens
+        name, place, total = type(self).__name__, locate_method(self, "select"), geometry.tiles * geometry.tokens
         widths = {total, total + geometry.tiles} if selection.before_projector else {total}
         if mixing is not None:
             expected = f"it must be [kept, {' or '.join(map(str, sorted(widths)))}] (kept, sources)"
-            message = f"{name}.select returned a mixing matrix of {list(mixing.shape)}; {expected}"
-            if mixing.dim() != 2 or mixing.shape[1] not in widths:
-                raise ValueError(message)
-            raise_if(kept_number != len(mixing), f"{message}, with a row for each kept token")
+            message = f"{name}.select returned a mixing matrix of {describe_value(mixing)}; {expected}"
+            if not isinstance(mixing, Tensor) or mixing.dim() != 2 or mixing.shape[1] not in widths:
+                raise ValueError(message + place)
+            raise_if(kept_number != len(mixing), f"{message}, with a row for each kept token{place}")
         if order is not None:
+            message = f"{name}.select returned an order that is no permutation of the kept tokens"
+            if not isinstance(order, Tensor):
+                raise TypeError(f"{message}, but {describe_value(order)}{place}")
             is_sorted = (order.sort()[0] == torch.arange(len(order), device=order.device)).all()
-            raise_if(
-                ~is_sorted | (kept_number != len(order)),
-                f"{name}.select returned an order that is no permutation of the kept tokens",
-            )
+            raise_if(~is_sorted | (kept_number != len(order)), message + place)
 
     def __call__(
         self,
@@ -422,22 +432,15 @@ def score_candidates(scorer: ScoreReducer | SelectionPolicy, image: EncodedImage
 
     Raises:
         TypeError: if the scores are no tensor.
-        ValueError: if the scores have the wrong shape, or the score of a candidate is NaN.
+        ValueError: if the scores have the wrong shape or device, or the score of a candidate is NaN.
     """
-    scores = scorer.score(image)
-    if not isinstance(scores, Tensor):
-        raise TypeError(
-            f"{type(scorer).__name__}.score must return a tensor [tiles, tokens] = {list(candidates.shape)}, not "
-            f"{type(scores).__name__}"
-        )
-    if scores.shape != candidates.shape:
-        raise ValueError(
-            f"{type(scorer).__name__}.score must return [tiles, tokens] = {list(candidates.shape)}, "
-            f"not {list(scores.shape)}"
-        )
+    scores = require_tensor(
+        scorer.score(image), scorer, "score", "[tiles, tokens]", candidates.shape, "real", candidates.device
+    )
     raise_if(
         (scores.isnan() & candidates).any(),
-        f"{type(scorer).__name__}.score returned NaN; a score must be a number for every valid token",
+        f"{type(scorer).__name__}.score returned NaN; a score must be a number for every valid token"
+        f"{locate_method(scorer, 'score')}",
     )
     finite = scores.float().clamp(min=torch.finfo(torch.float32).min)  # -inf marks tokens that are no candidates
     return finite.masked_fill(~candidates, -torch.inf)

@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PLUGIN_PREFIX = "tokenprune_plugin_"
+"""Start of the names of modules that are Python files of the user."""
+
 
 def to_kebab_case(name: str) -> str:
     """Return the kebab-case alias of a class name: `TopNorm` is `top-norm`, `HiRED` is `hired`."""
@@ -38,16 +41,19 @@ def _import_modules(package: str) -> Iterator[ModuleType]:
             yield from _import_modules(info.name)
 
 
+def list_defined_classes(module: ModuleType) -> list[type]:
+    """Return the classes that are defined in a module; imported classes are not included."""
+    return [
+        member for member in vars(module).values() if inspect.isclass(member) and member.__module__ == module.__name__
+    ]
+
+
 def list_concrete_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
     """Return the concrete subclasses of ``base`` that are defined in a module; imported classes are not included."""
     return [
         member
-        for member in vars(module).values()
-        if inspect.isclass(member)
-        and issubclass(member, base)
-        and member.__module__ == module.__name__
-        and not inspect.isabstract(member)
-        and not member.__name__.startswith("_")
+        for member in list_defined_classes(module)
+        if issubclass(member, base) and not inspect.isabstract(member) and not member.__name__.startswith("_")
     ]
 
 
@@ -139,11 +145,7 @@ def load_from_file(reference: str) -> Any:
     module = load_module(path)
     member = vars(module).get(class_name)
     if not inspect.isclass(member):
-        names = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isclass(value) and value.__module__ == module.__name__
-        ]
+        names = [defined.__name__ for defined in list_defined_classes(module)]
         raise LookupError(f"{path} has no class {class_name!r}; it has {', '.join(names) or 'no class at all'}")
     return member
 
@@ -160,7 +162,7 @@ def load_module(path: str) -> ModuleType:
     file = Path(path).expanduser().resolve()
     if not file.is_file() or file.suffix != ".py":
         raise LookupError(f"{path} is no Python file; write path/to/file.py")
-    name = f"tokenprune_plugin_{file.stem}"
+    name = f"{PLUGIN_PREFIX}{file.stem}"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

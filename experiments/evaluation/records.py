@@ -233,8 +233,11 @@ class RecordFile:
         """
         if record["sample"] in self.done:
             raise ValueError(f"sample {record['sample']!r} has a record already")
-        self._out.write(json.dumps(record) + "\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps(record) + "\n")
+            self._out.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file)) from error
         self.done.add(record["sample"])
 
     def close(self) -> None:

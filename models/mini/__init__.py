@@ -8,7 +8,7 @@ The checkpoint is an ordinary folder: ``AutoModelForImageTextToText.from_pretrai
 import json
 from pathlib import Path
 
-__all__ = ["demo_questions", "image_path", "path", "text_path"]
+__all__ = ["demo_questions", "describe_limits", "image_path", "path", "text_path"]
 
 _HERE = Path(__file__).parent
 
@@ -26,6 +26,20 @@ def text_path() -> Path:
 def image_path() -> Path:
     """Return the file of the demo image, a board of the held-out split."""
     return _HERE / "images" / "board.png"
+
+
+def describe_limits(image: str | Path) -> str:
+    """Return a notice that the model knows only the images that it was trained on; empty for the demo image.
+
+    Args:
+        image: the image file that the model is asked about.
+    """
+    if Path(image).expanduser().read_bytes() == image_path().read_bytes():
+        return ""
+    return (
+        f"{Path(image).name}: the embedded model (mini) was trained on drawn boards only; its answers about "
+        "photographs and other images are meaningless. Load a checkpoint (--model) to ask about them"
+    )
 
 
 picture_path = image_path  # the earlier name, which published scripts use

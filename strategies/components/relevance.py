@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
-from tokenprune.policies import RelevancePolicy, SelectionPolicy
+from tokenprune.policies import RelevancePolicy, SelectionPolicy, compute_relevance
 
 SIGNS = {"opposite": -1.0, "aligned": 1.0}
 
@@ -126,4 +126,4 @@ class TopRelevanceSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the relevance, `[tiles, tokens]`."""
-        return self.relevance.relevance(image)
+        return compute_relevance(self.relevance, image)

@@ -29,6 +29,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {row["name"]: row["kind"] for row in rows["components"]}
     assert kinds["TopAttentionSelection"] == "selection"
     assert kinds["VisualContentAllocation"] == "allocation"
+    imports = {row["name"]: row["import"] for row in rows["components"]}
+    assert imports["GuidedAllocation"] == "from tokenprune.strategies.components import GuidedAllocation"
     assert {"internvl", "llava", "llava_next", "qwen2_vl"} <= {row["family"] for row in rows["models"]}
 
 

@@ -266,6 +266,7 @@ def test_two_sessions_answer_at_once(page_url: str, tmp_path: Path) -> None:
     assert first[0].count("<tr>") == 3
     assert second[0].count("<tr>") == 4
     assert first[1].count(": kept") < second[1].count(": kept")
+    assert "gray.png: the embedded model (mini) was trained on drawn boards only" in first[0]
     assert "HiRED(0.1)" in first[2]
     assert "Random(0.3)" in second[3]
 

@@ -10,11 +10,34 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
 from tokenprune.cli.main import main
+
+USER_SOURCE = """
+class Unrelated: ...
+
+from dataclasses import dataclass
+from tokenprune import AllocationPolicy, ScoreReducer
+@dataclass
+class Equal(AllocationPolicy):
+    def allocate(self, image, total, capacity, scores): return [total // 0]
+
+
+
+@dataclass
+class Unfinished(ScoreReducer):
+    def scores(self, image): ...
+
+@dataclass
+class TextNeeds(ScoreReducer):
+    needs = "cls_attention"
+    def score(self, image): ...
+"""
+"""Mistakes of a user in a file with strategies and components."""
 
 
 @pytest.mark.parametrize(
@@ -51,6 +74,19 @@ from tokenprune.cli.main import main
         (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
         (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
         (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
+        (["check", "loud.py"], "loud.py is a file; name its class: loud.py:LoudestTokens"),
+        (
+            ["check", "empty.py"],
+            "empty.py has no strategy and no component; write a class, and name it as empty.py:Class",
+        ),
+        (["check", "user.py:Unfinished"], "Unfinished does not define score; rename scores to score (user.py:12)"),
+        (["run", "--plugin", "user.py", "--reducer", "Unfinished"], "Unfinished does not define score; rename scores"),
+        (["check", "user.py:Equal"], "Equal is a component (allocation), not a strategy (user.py:6); use it inside"),
+        (["check", "TopNormSelection"], "a component (selection), not a strategy; use it inside a strategy: --reducer"),
+        (["check", "user.py:Unrelated"], "Unrelated is no subclass of TokenReducer (user.py:2)"),
+        (["run", "--reducer.allocation", "user.py:Unfinished"], "Unfinished is no subclass of Component (user.py:12)"),
+        (["run", *FAST, "--reducer.allocation", "user.py:Equal"], "user.py:8: integer division or modulo by zero"),
+        (["check", "user.py:TextNeeds"], "TextNeeds.needs must be a sequence of signals, such as (Signal("),
         (["run", "--config", "none.yaml"], "File does not exist"),
         (["run", "--reducer.attention", "pooled"], "attention takes auto, cls, pooling, received or a component; no"),
         (
@@ -72,6 +108,8 @@ def test_every_error_is_one_line(
     capsys: pytest.CaptureFixture[str], strategy_file: Path, arguments: list[str], message: str
 ) -> None:
     Path("broken.py").write_text("import nothing_like_this")
+    Path("empty.py").write_text("")
+    Path("user.py").write_text(USER_SOURCE)
     assert message in run_refused(capsys, *arguments)
 
 
@@ -97,15 +135,44 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 
-def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_overlay_does_not_discard_the_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
-    assert list(Path("tokenprune-out").iterdir()) == []
+    for option in ([], ["--json"]):
+        assert main(["run", *FAST, *option]) == 2
+        out, err = capsys.readouterr()
+        assert err == "tokenprune: tokenprune-out/overlay.png cannot be written: No space left on device\n"
+        assert "What number is on the green square?" in out
+        assert "overlay: " not in out
+        assert list(Path("tokenprune-out").iterdir()) == []
+    assert json.loads(out)["overlay"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "runs/a"), "runs/a: No space left on device; free space, then run"),
+        (
+            OSError(30, "Read-only file system", "runs"),
+            "runs: Read-only file system; choose a folder",
+        ),
+        (OSError(5, "Input/output error"), "tokenprune: Input/output error"),
+        (OSError("other"), "tokenprune: other"),
+    ],
+)
+def test_errors_of_the_file_system_have_no_bare_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+) -> None:
+    monkeypatch.setattr("tokenprune.cli.report.run", Mock(side_effect=error))
+    text = run_refused(capsys, "report", "runs")
+    assert message in text
+    assert "Errno" not in text
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

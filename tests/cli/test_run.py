@@ -22,6 +22,7 @@ from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_proces
 def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
     result = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "trained on" not in result.stderr
     for word in ("all tokens", "HiRED", "right answer", "KV cache", "visual tokens: 100 asked, 100 kept", "overlay:"):
         assert word in result.stdout
     with Image.open(tmp_path / "tokenprune-out" / "overlay.png") as overlay:
@@ -75,7 +76,12 @@ def test_images_and_questions_of_the_user(capsys: pytest.CaptureFixture[str], tm
     random_image(90, 200).convert("CMYK").save("a.jpg")
     random_image(300, 80).convert("LA").save("b.png")
     arguments = ["--image", "a.jpg", "b.png", "--question", "What number is on the star?", "How many shapes are there?"]
-    report = run_json(capsys, *arguments, "--out", "deep/er")
+    assert main(["run", *FAST, "--json", *arguments, "--out", "deep/er"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    notices = [line.split(": ")[1:3] for line in err.splitlines()]
+    assert notices == [[name, notices[0][1]] for name in ("a.jpg", "b.png")]
+    assert "trained on drawn boards only; its answers about photographs" in notices[0][1]
     assert [(result["image"], result["question"][:4]) for result in report["results"]] == [
         ("a.jpg", "What"),
         ("a.jpg", "How "),

@@ -267,7 +267,7 @@ class FixedReducer(TokenReducer):
     ("mask", "message"),
     [
         (torch.ones(3, 16), "must return a bool mask"),
-        (torch.ones(3, 15, dtype=torch.bool), r"bool mask of shape \[3, 16\]"),
+        (torch.ones(3, 15, dtype=torch.bool), r"bool mask `kept` \[tiles, tokens\] = \[3, 16\]"),
         (torch.ones(48, dtype=torch.bool), r"not torch.bool \[48\]"),
         (torch.ones(3, 16, dtype=torch.bool), "kept tokens that the model's own unpadding removes"),
     ],
@@ -315,7 +315,8 @@ def test_invalid_scores_raise_and_extreme_scores_do_not() -> None:
         return ComponentsReducer(9, allocation=UniformAllocation(), selection=FixedScoreSelection(values)).reduce(image)
 
     with pytest.raises(
-        ValueError, match=r"FixedScoreSelection.score must return \[tiles, tokens\] = \[3, 16\], not \[48\]"
+        ValueError,
+        match=r"FixedScoreSelection.score must return a tensor \[tiles, tokens\] = \[3, 16\], not torch.float32 \[48\]",
     ):
         reduce(torch.zeros(48))
     nan = torch.zeros(3, 16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -175,6 +177,39 @@ def test_public_names_exist() -> None:
         assert getattr(tokenprune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tokenprune.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("HiRED", "strategies"), ("FastV", "strategies"), ("GuidedAllocation", "strategies.components")],
+)
+def test_a_strategy_in_the_wrong_package_is_located(name: str, package: str) -> None:
+    hint = f"module 'tokenprune' has no attribute '{name}'; write `from tokenprune.{package} import {name}`"
+    with pytest.raises(ImportError, match=hint):
+        exec(f"from tokenprune import {name}")
+    with pytest.raises(AttributeError, match=hint):
+        getattr(tokenprune, name)
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        exec("from tokenprune import Nothing")
+    exec(f"from tokenprune.{package} import {name}")
+
+
+def test_all_components_are_exported() -> None:
+    from tokenprune.catalog import components
+    from tokenprune.strategies import components as package
+
+    shipped = {name: cls for name, cls in components().items() if cls.__module__.startswith("tokenprune.strategies.")}
+    assert set(package.__all__) == set(shipped)
+    assert all(getattr(package, name) is cls for name, cls in shipped.items())
+
+
+def test_help_of_strategies_and_components_describes_all_parameters() -> None:
+    from tokenprune.catalog import components, strategies
+
+    for cls in {**strategies(), **components()}.values():
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
+        text = inspect.getdoc(cls)
+        assert [name for name in names if text.count(f"\n    {name}: ") != 1] == [], cls
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -17,7 +17,14 @@ from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer, ScheduledReducer
-from tokenprune.testing.conformance import CHECKS, LAYERS, MODEL_CHECKS, check_reducer
+from tokenprune.testing.conformance import (
+    CHECKS,
+    LAYERS,
+    MODEL_CHECKS,
+    CheckError,
+    check_precision,
+    check_reducer,
+)
 from tokenprune.testing.examples import build_example, find_example
 
 
@@ -227,6 +234,34 @@ def test_a_mistake_fails_only_its_check(name: str) -> None:
     assert "expected" in failed.detail
     assert "got" in failed.detail
     assert "\n" not in failed.detail
+
+
+@dataclass
+class ScoresAsList(NormScore):
+    """Returns a list instead of a tensor."""
+
+    def score(self, image: EncodedImage) -> Any:
+        return super().score(image).tolist()
+
+
+def test_a_cause_is_reported_once_with_file_and_line_and_number_of_layouts() -> None:
+    failed = {
+        result.name: result.detail
+        for result in check_reducer(ScoresAsList(), ["llava_next"]).results
+        if result.passed is False
+    }
+    line = ScoresAsList.score.__code__.co_firstlineno
+    assert failed == {
+        "layouts": "reduced 4 of 4 layouts: expected a selection, got TypeError: ScoresAsList.score must return a "
+        f"tensor [tiles, tokens] = [1, 36], not list (tests/testing/test_conformance.py:{line})",
+        "batch invariant": "the same error as in `layouts`",
+        "leaves no trace": "the same error as in `layouts`",
+    }
+
+
+def test_a_failure_of_precision_suggests_float32() -> None:
+    with pytest.raises(CheckError, match=r"different decisions for .*; compute scores in float32, such as image\.feat"):
+        check_precision(LowPrecision())
 
 
 def test_an_undeclared_signal_is_named() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -95,15 +97,17 @@ class Answer:
     prefill_flops_full: int
     attention: str | None
     saliency_flops: int
-    overlay: str
+    overlay: str | None
+    overlay_error: str | None = None
 
 
 def answer_all(config: RunConfig) -> list[Answer]:
     """Load images and model, then answer each question about each image.
 
+    An overlay that cannot be written does not discard the answers: `Answer.overlay_error` states the reason.
+
     Raises:
         ValueError: if an image, the model or an option cannot be used; the error states the fault and the action.
-        OSError: if the overlay cannot be written.
     """
     if config.max_new_tokens < 1 or config.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
@@ -127,20 +131,29 @@ def answer_all(config: RunConfig) -> list[Answer]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be created as a folder ({error.strerror}); give another path") from error
+    for file in files if config.model == "mini" else []:
+        if notice := mini.describe_limits(file):
+            print(f"tokenprune: {notice}", file=sys.stderr)
     model, processor = load(config.model, config.device, config.dtype)
-    answers = []
+    answers = list[Answer]()
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
+        fault = None
         for position, (question, expected) in enumerate(questions):
             inputs = model_inputs(model, processor, image, [question], file)
-            answers.append(answer_question(model, processor, inputs, config, file, question, expected, overlay))
-            run = answers[-1][1]
-            if position == 0:
-                try:
-                    save_image(draw_report(run.selections[0], image, run.find_cuts(0)), overlay)
-                except OSError as error:
-                    raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
-    return [result for result, _ in answers]
+            result, run = answer_question(model, processor, inputs, config, file, question, expected, overlay)
+            fault = save_overlay(run, image, overlay) if position == 0 else fault
+            answers.append(result if fault is None else replace(result, overlay=None, overlay_error=fault))
+    return answers
+
+
+def save_overlay(run: Run, image: Image.Image, file: Path) -> str | None:
+    """Write the overlay of the first image of a run; return the error if it cannot be written, else None."""
+    try:
+        save_image(draw_report(run.selections[0], image, run.find_cuts(0)), file)
+    except OSError as error:
+        return f"{file} cannot be written: {error.strerror or error}"
+    return None
 
 
 def answer_question(
@@ -250,4 +263,5 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         if first.attention is not None:
             saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
-        console.print(f"overlay: {first.overlay}", soft_wrap=True)
+        if first.overlay is not None:
+            console.print(f"overlay: {first.overlay}", soft_wrap=True)

@@ -13,21 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.adapter import Adapter
-from tokenprune.catalog import adapters
+from tokenprune.catalog import adapters, find_kind
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import APPLICATION_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
-from tokenprune.policies import (
-    AllocationPolicy,
-    Component,
-    MergingPolicy,
-    OrderPolicy,
-    RelevancePolicy,
-    SelectionPolicy,
-)
 from tokenprune.reducer import TokenReducer
-from tokenprune.saliency import SaliencyModel, resolve_attention_source
+from tokenprune.registry import PLUGIN_PREFIX
+from tokenprune.saliency import resolve_attention_source
 from tokenprune.stages import STAGE_ORDER
 from tokenprune.testing.conformance import Report
 from tokenprune.testing.examples import build_example
@@ -114,25 +107,25 @@ def component_rows(plugins: Sequence[str] = ()) -> list[Row]:
         {
             "name": name,
             "description": first_line(member),
-            "kind": _find_kind(member),
+            "kind": find_kind(member),
+            "import": describe_import(member),
             "parameters": parameters(member),
         }
-        for name, member in sorted(classes.items(), key=lambda item: (_find_kind(item[1]), item[0]))
+        for name, member in sorted(classes.items(), key=lambda item: (find_kind(item[1]), item[0]))
     ]
 
 
-COMPONENT_KINDS: Mapping[str, type[Component]] = {
-    "allocation": AllocationPolicy,
-    "selection": SelectionPolicy,
-    "merging": MergingPolicy,
-    "relevance": RelevancePolicy,
-    "order": OrderPolicy,
-    "saliency model": SaliencyModel,
-}
+def describe_import(component: type) -> str:
+    """Return the import statement of a component; for a class of a user's file, its name on the command line.
 
-
-def _find_kind(component: type[Component]) -> str:
-    return next((kind for kind, base in COMPONENT_KINDS.items() if issubclass(component, base)), "other")
+    Args:
+        component: the class.
+    """
+    module, name = component.__module__, component.__name__
+    if module.startswith(PLUGIN_PREFIX):
+        return f"{inspect.getsourcefile(component)}:{name}"
+    package = "tokenprune.strategies.components" if module.startswith("tokenprune.strategies.") else module
+    return f"from {package} import {name}"
 
 
 def model_rows(plugins: Sequence[str] = ()) -> list[Row]:

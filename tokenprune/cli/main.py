@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from tokenprune.source_code import locate_error
 
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
 
@@ -24,6 +27,16 @@ commands:
 
 COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
+
+
+FILE_HINTS = {
+    errno.ENOSPC: "free space, then run the same command again",
+    errno.EDQUOT: "free space, then run the same command again",
+    errno.EACCES: "choose a folder that you can write, such as with --out",
+    errno.EPERM: "choose a folder that you can write, such as with --out",
+    errno.EROFS: "choose a folder that you can write, such as with --out",
+}
+"""What to do after an error of the file system, by its number."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        place = locate_error(error)
+        text = (f"{place}: " if place else "") + describe_error(error)
         is_expected = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
         hint = "" if is_expected else f" ({type(error).__name__}; --debug shows where)"
         print(f"tokenprune: {text}{hint}", file=sys.stderr)
         return 2
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error as one line; an error of the file system as file, reason and what to do, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        hint = FILE_HINTS.get(error.errno or 0)
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}{f'; {hint}' if hint else ''}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from tokenprune.catalog import WRAPPERS, components, strategies
+from tokenprune.catalog import WRAPPERS, components, find_kind, strategies
 from tokenprune.cli.expressions import (
     PART_OPTION,
     Call,
@@ -32,7 +32,15 @@ from tokenprune.cli.expressions import (
 from tokenprune.configuration import as_config, import_path
 from tokenprune.policies import Component, Configurable
 from tokenprune.reducer import TokenReducer
-from tokenprune.registry import find_class, list_concrete_classes, load_from_file, load_module, suggest_name
+from tokenprune.registry import (
+    find_class,
+    list_concrete_classes,
+    list_defined_classes,
+    load_from_file,
+    load_module,
+    suggest_name,
+)
+from tokenprune.source_code import describe_abstract_class, locate_class
 
 T = TypeVar("T")
 ClassOption: TypeAlias = tuple[type[Configurable], Mapping[str, type[Configurable]]]
@@ -174,6 +182,43 @@ def _add_classes(classes: dict[str, type[T]], module: ModuleType, base: type[T])
             )
 
 
+def check_user_class(cls: type, base: type | None) -> None:
+    """Check that a class can be the value of an option.
+
+    Args:
+        cls: the class.
+        base: the base class of the values of the option; None for options without classes.
+
+    Raises:
+        LookupError: if the class has another base class, or lacks a method.
+    """
+    if base is None:
+        return
+    place, kind = locate_class(cls), find_kind(cls)
+    if not issubclass(cls, base) and kind != "other":
+        label = {"saliency model": "attention"}.get(kind, kind)
+        raise LookupError(
+            f"{cls.__name__} is a component ({kind}), not a strategy{place}; use it inside a strategy: --reducer HiRED "
+            f"--reducer.{label} {cls.__name__}"
+        )
+    if not issubclass(cls, base):
+        raise LookupError(f"{cls.__name__} is no subclass of {base.__name__}{place}")
+    if fault := describe_abstract_class(cls):
+        raise LookupError(fault)
+
+
+def describe_file(path: str) -> str:
+    """Return the error for a file without a class as the value of an option, with the classes of the file.
+
+    Args:
+        path: the file.
+    """
+    names = [cls.__name__ for cls in list_defined_classes(load_module(path)) if issubclass(cls, Configurable)]
+    if not names:
+        return f"{path} has no strategy and no component; write a class, and name it as {path}:Class"
+    return f"{path} is a file; name its class: {' or '.join(f'{path}:{name}' for name in names)}"
+
+
 def group_options(argv: Sequence[str]) -> list[list[str]]:
     """Split arguments into options with their values: `[["--image", "a.png", "b.png"], ["--json"]]`."""
     groups: list[list[str]] = []
@@ -210,6 +255,8 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
             plugins += values
         elif option == "--config" and values:
             plugins += read_yaml(values[0]).get("plugin") or []
+        elif option.startswith("--reducer") and len(values) == 1 and values[0].endswith(".py"):
+            raise LookupError(describe_file(values[0]))
         elif option.startswith("--reducer") and len(values) == 1 and ".py:" in values[0]:
             group[1], paths = split_plugins(values[0])
             plugins += paths
@@ -217,7 +264,9 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
                 load_from_file(f"{paths[0]}:{group[1].partition('.')[0]}")  # raises if the name is wrong
     strategy_classes, component_classes = load_classes(plugins)
     option_classes = {option: dict(by_name) for option, (_, by_name) in (options or {}).items()}
-    for module in dict.fromkeys(load_module(plugin) for plugin in plugins):
+    modules = list(dict.fromkeys(load_module(plugin) for plugin in plugins))
+    user_classes = {cls.__name__: cls for module in modules for cls in list_defined_classes(module)}
+    for module in modules:
         for option, (base, _) in (options or {}).items():
             _add_classes(option_classes[option], module, base)
     classes = [*strategy_classes.values(), *component_classes.values()]
@@ -226,6 +275,9 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
 
     def resolve(value: Any, key: str) -> Any:
         """Return a value of a configuration with names resolved; `key` is an option or the name of a field."""
+        if isinstance(value, str) and (cls := user_classes.get(value.partition(".")[0])):
+            bases = {**dict.fromkeys(fields, Component), **dict.fromkeys(strategy_fields, TokenReducer)}
+            check_user_class(cls, {**bases, **{option: base for option, (base, _) in (options or {}).items()}}.get(key))
         if isinstance(value, str) and key in option_classes:
             return parse_json(resolve_component(value, option_classes[key], key))
         if isinstance(value, str) and value in literals.get(key, ()):
@@ -233,6 +285,8 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
         if isinstance(value, str) and key in {*strategy_fields, *fields} and is_expression(value):
             return resolve(parse_expression(value), key)
         if isinstance(value, str) and key in strategy_fields:
+            if value in component_classes:
+                check_user_class(component_classes[value], TokenReducer)
             return parse_json(resolve_strategy(value, strategy_classes))
         if isinstance(value, str) and key in fields:
             try:

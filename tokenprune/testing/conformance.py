@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.requirements import list_missing_signals
 from tokenprune.run import Run
 from tokenprune.selection import Selection
+from tokenprune.source_code import locate_error
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.examples import Example, build_example, find_example
 
@@ -153,7 +155,18 @@ def iterate_images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:
         accepted += 1
         yield name, build_image(reducer, layout)
     if not accepted:
-        raise NotApplicableError("it fails on every layout")
+        raise NotApplicableError("it fails on every layout, as another check reports")
+
+
+def format_failure(error: BaseException) -> str:
+    """Return the type and the message of an error of a strategy as one line, with file and line of the user's code."""
+    place = locate_error(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{f' ({place})' if place else ''}"
+
+
+def identify_cause(error: BaseException) -> str:
+    """Return a text that is equal for errors of one cause: the failure without its numbers, such as shapes."""
+    return re.sub(r"\d+", "", str(error)) + type(error).__name__ + locate_error(error)
 
 
 def require_equal(action: str, expected: Selection, actual: Selection) -> None:
@@ -202,22 +215,36 @@ def check_determinism(reducer: TokenReducer) -> None:
 
 def check_statelessness(reducer: TokenReducer) -> None:
     """Check that an image keeps the same tokens after other images were reduced."""
-    image = build_image(reducer, LAYOUTS["2 x 2 sub-images"])
-    expected = reducer.reduce(image)
-    for seed in range(1, 4):
-        reducer.reduce(build_image(reducer, LAYOUTS["2 x 2 sub-images"], seed))
-    require_equal("reduced an image before and after three other images", expected, reducer.reduce(image))
+    for name, image in iterate_images(reducer):
+        expected = reducer.reduce(image)
+        for seed in range(1, 4):
+            reducer.reduce(build_image(reducer, LAYOUTS[name], seed))
+        require_equal(f"reduced {name} before and after three other images", expected, reducer.reduce(image))
 
 
 def check_layouts(reducer: TokenReducer) -> None:
-    """Check that single tiles, non-square grids and padding are accepted, and that padding is never kept."""
+    """Check that single tiles, non-square grids and padding are accepted, and that padding is never kept.
+
+    Each cause of a failure is reported once, with the number of layouts.
+    """
+    failures: dict[str, dict[str, Exception]] = {}
     for name, layout in LAYOUTS.items():
         try:
             reducer.reduce(build_image(reducer, layout))
         except MissingSignalError:  # an undeclared signal; `check_needs` reports it
             continue
         except Exception as error:
-            raise CheckError(f"reduced {name}: expected a selection, got {type(error).__name__}: {error}") from error
+            failures.setdefault(identify_cause(error), {})[name] = error
+    if failures:
+        texts = []
+        for by_layout in failures.values():
+            names = "" if len(by_layout) == len(LAYOUTS) else f" ({', '.join(by_layout)})"
+            texts.append(
+                f"reduced {len(by_layout)} of {len(LAYOUTS)} layouts{names}: expected a selection, got "
+                f"{format_failure(next(iter(by_layout.values())))}"
+            )
+        first_error = next(error for by_layout in failures.values() for error in by_layout.values())
+        raise CheckError("; ".join(texts)) from first_error
 
 
 def check_spatial_order(reducer: TokenReducer) -> None:
@@ -246,7 +273,12 @@ def check_precision(reducer: TokenReducer) -> None:
         for dtype in (torch.bfloat16, torch.float16):
             signals = {key: value.to(dtype) for key, value in image.signals.items()}
             cast = replace(image.with_features(image.features.to(dtype)), signals=signals)
-            require_equal(f"reduced {name} in {dtype} instead of float32", expected, reducer.reduce(cast))
+            try:
+                require_equal(f"reduced {name} in {dtype} instead of float32", expected, reducer.reduce(cast))
+            except CheckError as error:
+                raise CheckError(
+                    f"{error}; compute scores in float32, such as image.features.float().norm(dim=-1)"
+                ) from None
 
 
 def check_extreme_signals(reducer: TokenReducer) -> None:
@@ -266,7 +298,9 @@ def check_extreme_signals(reducer: TokenReducer) -> None:
             try:
                 selection = reducer.reduce(extreme)
             except Exception as error:
-                raise CheckError(f"reduced {name} with {label} signals: expected a selection, got {error}") from error
+                raise CheckError(
+                    f"reduced {name} with {label} signals: expected a selection, got {format_failure(error)}"
+                ) from error
             if selection.mixing is not None and not bool(selection.mixing.to_dense().isfinite().all()):
                 raise CheckError(f"reduced {name} with {label} signals: expected finite mixtures, got NaN or infinity")
 
@@ -455,7 +489,7 @@ def check_model_unchanged(reducer: TokenReducer, families: Collection[str] | Non
                     call_generate(adapter.model, inputs, **options)
             except Exception as error:
                 raise CheckError(
-                    f"generated with {adapter.model_class}: expected answers, got {type(error).__name__}: {error}"
+                    f"generated with {adapter.model_class}: expected answers, got {format_failure(error)}"
                 ) from error
             after = adapter.model(**inputs).logits
         if not torch.equal(before, after):
@@ -505,18 +539,19 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
         raise ValueError(
             f"no family is called {', '.join(sorted(unknown))}; the families are {', '.join(sorted(names))}"
         )
-    results = []
+    results: list[Result] = []
+    checks_by_cause: dict[str, str] = {}
     with torch.random.fork_rng():
         for name, check in CHECKS.items():
             try:
                 check(reducer, families) if name in MODEL_CHECKS else check(reducer)
                 results.append(Result(name, True))
-            except CheckError as failure:
-                results.append(Result(name, False, str(failure)))
             except NotApplicableError as reason:
                 results.append(Result(name, None, str(reason)))
             except Exception as error:
-                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                results.append(Result(name, False, f"expected a selection, got {message}"))
+                is_described = isinstance(error, CheckError)
+                text = str(error) if is_described else f"expected a selection, got {format_failure(error)}"
+                reported = checks_by_cause.setdefault(identify_cause(error.__cause__ or error), name)
+                results.append(Result(name, False, text if reported == name else f"the same error as in `{reported}`"))
     results += [Result(f"runs on {name}", None, error) for name, error in _find_examples(families)[1].items()]
     return Report(reducer.label, tuple(results))

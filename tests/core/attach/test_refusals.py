@@ -35,6 +35,17 @@ def test_the_error_for_an_unknown_model_lists_the_supported_families() -> None:
         HiRED(0.2)(torch.nn.Linear(2, 2)).__enter__()
 
 
+def test_a_part_of_a_model_and_a_model_as_an_option_are_refused(model: Any) -> None:
+    name = type(model).__name__
+    with pytest.raises(TypeError, match=f"is a part of {name}; pass the complete model"):
+        HiRED(0.2)(model.model).__enter__()
+    for arguments in ((model,), (0.2, model)):
+        with pytest.raises(
+            TypeError, match=rf"HiRED received a model \({name}\) .*`with HiRED\(...\)\(model\) as run:`"
+        ):
+            HiRED(*arguments)
+
+
 def test_the_error_for_a_missing_signal_lists_required_and_provided_signals(family: str) -> None:
     model = tiny_model(family, tower="siglip")
     with pytest.raises(ValueError, match=r"needs cls_attention.*provides keys, pooling_att.*missing: cls_att"):
