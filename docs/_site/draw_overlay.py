@@ -23,8 +23,8 @@ QUESTIONS = (
     "How many shapes are there?",
     "What paper is this?",
 )
-LINE, MARGIN, INK = 30, 10, "#222222"
-COLUMNS = (MARGIN, 460, 760)
+LINE, SIZE, MARGIN, INK = 42, 30, 10, "#222222"
+COLUMNS = (MARGIN, 600, 860)
 """Left edges of the columns question, all tokens and 20 %, in pixels."""
 
 
@@ -52,12 +52,12 @@ def draw_answers(lines: Sequence[Sequence[str]], overlay: Image.Image) -> Image.
     """
     sheet = Image.new("RGB", (overlay.width, overlay.height + LINE * len(lines) + 2 * MARGIN), "white")
     sheet.paste(overlay, (0, 0))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=SIZE)
     for number, cells in enumerate(lines):
         y = overlay.height + MARGIN + LINE * number
         for x, text in zip(COLUMNS, cells, strict=True):
             pen.text((x, y), text, INK, font)
-    y = overlay.height + MARGIN + LINE - 2
+    y = overlay.height + MARGIN + LINE - 1
     pen.line((MARGIN, y, sheet.width - MARGIN, y), INK)
     return sheet
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mkdocs.structure.files import File, Files
 
@@ -29,6 +30,7 @@ from tokenprune.experiments.evaluation.experiment import Experiment
 from tokenprune.experiments.evaluation.grid import ABLATION_KEYS
 from tokenprune.experiments.evaluation.records import RECORD_FIELDS
 from tokenprune.experiments.evaluation.tasks import tasks
+from tokenprune.policies import Configurable
 from tokenprune.reducer import TokenReducer
 
 ROOT = Path(__file__).parents[2]
@@ -102,13 +104,28 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def format_default(field: Field[Any]) -> str:
+    """Return the default of a field in code font; objects with fields of their own as the name of their class."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if default is MISSING:
+        return "required"
+    return f"`{type(default).__name__ if isinstance(default, Configurable) else json.dumps(as_config(default))}`"
+
+
+def format_type(hint: Any) -> str:
+    """Return a type in code font, with class names without their modules, and literals as their values."""
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
+    return "`" + re.sub(r"Literal\[(.*?)\]", r"\1", text).replace("'", '"') + "`"
+
+
 def format_fields(config: type) -> str:
     """Return a table with name, type, default and meaning of each field of a dataclass."""
-    texts, rows = read_field_docs(config), []
-    for field in (field for field in fields(config) if field.init):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = "required" if default is MISSING else f"`{json.dumps(as_config(default))}`"
-        rows.append((f"`{field.name}`", f"`{field.type}`", value, texts[field.name]))
+    texts, hints = read_field_docs(config), get_type_hints(config)
+    rows = [
+        (f"`{field.name}`", format_type(hints[field.name]), format_default(field), texts[field.name])
+        for field in fields(config)
+        if field.init
+    ]
     return format_table(("key", "type", "default", "meaning"), rows)
 
 
