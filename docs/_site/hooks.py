@@ -115,7 +115,8 @@ def format_default(field: Field[Any]) -> str:
 def format_type(hint: Any) -> str:
     """Return a type in code font, with class names without their modules, and literals as their values."""
     text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
-    return "`" + re.sub(r"Literal\[(.*?)\]", r"\1", text).replace("'", '"') + "`"
+    values = re.sub(r"Literal\[(.*?)\]", r"\1", text).replace("'", '"')
+    return f"`{values[6:-1] if values.startswith('Union[') else values}`"
 
 
 def format_fields(config: type) -> str:

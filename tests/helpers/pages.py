@@ -23,7 +23,7 @@ from tokenprune.experiments.tracking.sweep_file import read_sweep
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`(tokenprune [a-z][^`]*)`")
+INLINE = re.compile(r"`((?:tokenprune|python -m) [a-z][^`]*)`")
 PLACEHOLDER = re.compile(r"\b(DIR|FILE|NAME|PROJECT|COMMAND)\b|\.\.\.")
 """Words of a command inside a sentence that stand for a value of the reader."""
 COMPARED = "--compare"
@@ -111,7 +111,8 @@ def needs_other_machines(words: Sequence[str]) -> bool:
         return True
     if "configs/hired/" in text:
         return "--dry-run" not in words
-    return any(name in text for name in ("llava-hf/", "/models/", "cuda", "bench run --model llava", "TimmSaliency"))
+    large = ("llava-hf/", "/models/", "cuda", "llava_next_gpu", "bench run --model llava", "TimmSaliency")
+    return any(name in text for name in large)
 
 
 def read_inline_commands(page: str) -> list[str]:
@@ -154,7 +155,7 @@ def parse_tokenprune(arguments: Sequence[str]) -> None:
     if arguments[0] == "--version" or "--help" in arguments or arguments in ([command] for command in COMMANDS):
         return
     if "--print_config" not in arguments:
-        with stop_after_parsing():
+        with stop_after("instantiate"):
             code = main(["--debug", *arguments])
             raise AssertionError(f"tokenprune {' '.join(arguments)} returned {code} before its options were parsed")
     if arguments[0] == "ablate" and not arguments[1].startswith("experiments/"):  # test_ablations.py reads those
@@ -175,17 +176,21 @@ def parse_python(arguments: Sequence[str]) -> None:
     name, options = (arguments[1], arguments[2:]) if is_module else (arguments[0], arguments[1:])
     assert find_spec(name) if is_module else Path(name).is_file(), name
     if options:
-        with stop_after_parsing(), mock.patch.object(sys, "argv", [name, *options]):
+        with stop_after("parse_args"), mock.patch.object(sys, "argv", [name, *options]):
             runpy.run_module(name, run_name="__main__") if is_module else runpy.run_path(name, run_name="__main__")
             raise AssertionError(f"{name} did not parse {options}")
 
 
 @contextmanager
-def stop_after_parsing() -> Iterator[None]:
-    """Stop the code of the block when a parser of jsonargparse has built the objects of its options."""
-    original, depth = ArgumentParser.instantiate, 0
+def stop_after(method: str) -> Iterator[None]:
+    """Stop the code of the block at the end of the first call of a method of jsonargparse's parser.
 
-    def instantiate(parser: ArgumentParser, *arguments: Any, **options: Any) -> Any:
+    Args:
+        method: ``"parse_args"``, or ``"instantiate"``, which also builds the objects of the options.
+    """
+    original, depth = getattr(ArgumentParser, method), 0
+
+    def call_and_stop(parser: ArgumentParser, *arguments: Any, **options: Any) -> Any:
         nonlocal depth
         depth += 1
         try:
@@ -196,7 +201,7 @@ def stop_after_parsing() -> Iterator[None]:
             raise ParsedError
         return result
 
-    with mock.patch.object(ArgumentParser, "instantiate", instantiate):
+    with mock.patch.object(ArgumentParser, method, call_and_stop):
         try:
             yield
         except ParsedError:
