@@ -3,8 +3,6 @@
 Run it: ``python examples/compare_strategies.py`` (about two minutes on two CPU cores)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,15 +22,11 @@ def main(budgets: Sequence[float] = (0.1, 0.2), boards: int = 4, out: Path = Pat
         boards: number of boards; each has about 18 questions.
         out: run directory.
     """
-    reducers = [HiRED(1.0), *(reducer(budget) for budget in budgets for reducer in (HiRED, Random))]
-    settings = [
-        Setting(
-            Experiment("mini", reducer, Boards(boards)),
-            f"{type(reducer).__name__}, {reducer.budget}",
-            role="full" if reducer.budget == 1.0 else "grid",
-        )
-        for reducer in reducers
-    ]
+    settings = [Setting(Experiment("mini", HiRED(1.0), Boards(boards)), "full tokens", role="full")]
+    for budget in budgets:
+        for strategy in (HiRED, Random):
+            name = f"{strategy.__name__}, budget={budget}"
+            settings.append(Setting(Experiment("mini", strategy(budget), Boards(boards)), name))
     run_settings(settings, out)
     for file in write_report(out):
         print(file)

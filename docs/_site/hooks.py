@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
+import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mkdocs.structure.files import File, Files
 
 import tokenprune
+from tokenprune.budget import Budget
 from tokenprune.catalog import components, strategies
-from tokenprune.cli.listing import as_markdown, component_rows, strategy_rows
+from tokenprune.cli.demo import RunConfig
+from tokenprune.cli.listing import as_markdown, component_rows
 from tokenprune.cli.main import COMMANDS, USAGE, main
+from tokenprune.cli.options import read_field_docs
+from tokenprune.configuration import as_config
+from tokenprune.experiments.bench.command import BenchConfig
+from tokenprune.experiments.evaluation.experiment import Experiment
+from tokenprune.experiments.evaluation.grid import ABLATION_KEYS
+from tokenprune.experiments.evaluation.records import RECORD_FIELDS
+from tokenprune.experiments.evaluation.tasks import tasks
+from tokenprune.policies import Configurable
+from tokenprune.reducer import TokenReducer
 
 ROOT = Path(__file__).parents[2]
 SUBCOMMANDS = {"bench": ("run", "strategies")}
@@ -36,26 +51,26 @@ def format_api_page(module: str, names: list[str]) -> str:
     return "\n\n".join([f"# tokenprune.{module}", *(f"::: tokenprune.{module}.{n}\n{options}" for n in names)]) + "\n"
 
 
-def format_classes(title: str, command: str, table: str, classes: Mapping[str, type]) -> str:
-    """Return a page with a table of the registry and a section for each class."""
-    sections = "\n\n".join(
-        f"::: {cls.__module__}.{name}\n    options: {{members: false, show_root_full_path: false}}"
+def format_classes(classes: Mapping[str, type], package: str) -> str:
+    """Return a section for each class, with its import.
+
+    Args:
+        classes: classes by name.
+        package: package from which most of the classes are imported; other classes are imported from their module.
+    """
+    public = importlib.import_module(package)
+    return "\n\n".join(
+        f"::: {cls.__module__}.{name}\n    options: {{members: false, show_root_full_path: false}}\n\n"
+        f"```python\nfrom {package if hasattr(public, name) else cls.__module__} import {name}\n```"
         for name, cls in sorted(classes.items())
     )
-    note = f"`{command}` prints this table, with the plug-ins of your installation."
-    return f"# {title}\n\n{note}\n\n{table}\n\n{sections}\n"
-
-
-def format_strategies() -> str:
-    """Return the page of all strategies."""
-    table = as_markdown(strategy_rows())
-    return format_classes("Strategies", "tokenprune list strategies", table, strategies())
 
 
 def format_components() -> str:
-    """Return the page of all components."""
-    table = as_markdown(component_rows())
-    return format_classes("Components", "tokenprune list components", table, components())
+    """Return the page of all components: the table of the registry, and a section for each class."""
+    sections = format_classes(components(), "tokenprune.strategies.components")
+    note = "`tokenprune list components` prints this table, with the plug-ins of your installation."
+    return f"# Components\n\n{note}\n\n{as_markdown(component_rows())}\n\n{sections}\n"
 
 
 def format_signals() -> str:
@@ -83,6 +98,102 @@ def format_cli() -> str:
     return "\n\n".join(["# Command line", f"```text\n{USAGE}\n```", *sections]) + "\n"
 
 
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "or") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_default(field: Field[Any]) -> str:
+    """Return the default of a field in code font; objects with fields of their own as the name of their class."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if default is MISSING:
+        return "required"
+    return f"`{type(default).__name__ if isinstance(default, Configurable) else json.dumps(as_config(default))}`"
+
+
+def format_type(hint: Any) -> str:
+    """Return a type in code font, with class names without their modules, and literals as their values."""
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
+    values = re.sub(r"Literal\[(.*?)\]", r"\1", text).replace("'", '"')
+    return f"`{values[6:-1] if values.startswith('Union[') else values}`"
+
+
+def format_fields(config: type) -> str:
+    """Return a table with name, type, default and meaning of each field of a dataclass."""
+    texts, hints = read_field_docs(config), get_type_hints(config)
+    rows = [
+        (f"`{field.name}`", format_type(hints[field.name]), format_default(field), texts[field.name])
+        for field in fields(config)
+        if field.init
+    ]
+    return format_table(("key", "type", "default", "meaning"), rows)
+
+
+def format_yaml() -> str:
+    """Return the page of the YAML files, from the dataclasses that read them."""
+    ablation = format_table(("key", "meaning"), ((f"`{key}`", text) for key, text in ABLATION_KEYS.items()))
+    return f"""# YAML files
+
+The keys of a file are the options of a command. A value with fields of its own, such as a task, a strategy or a
+component, is a class name, or a mapping: `{{class_path: Boards, init_args: {{number: 30}}}}`. A single field of it can
+be a key: `task.number: 30`, `reducer.budget: 0.1`.
+
+## Experiment
+
+Read by `tokenprune evaluate --config FILE`, and by `tokenprune ablate FILE`.
+
+{format_fields(Experiment)}
+
+## Ablation
+
+Further keys of `tokenprune ablate FILE` ([how to](../how-to/run-experiments.md)).
+
+{ablation}
+
+## Strategy
+
+Fields of every strategy, below `reducer`. [Strategies](strategies.md) and [components](components.md) list further
+fields.
+
+{format_fields(TokenReducer)}
+
+## Budget
+
+A budget is a number, a text such as `"20%"`, or a mapping of these keys ([explanation](../explanation/budgets.md)).
+
+{format_fields(Budget)}
+
+## Tasks
+
+{"".join(f"### {name}{chr(10) * 2}{format_fields(task)}{chr(10) * 2}" for name, task in sorted(tasks().items()))}
+## Run
+
+Read by `tokenprune run --config FILE`; `--print_config` writes such a file.
+
+{format_fields(RunConfig)}
+
+## Benchmark
+
+Read by `tokenprune bench run --config FILE` ([how to](../how-to/benchmark.md)).
+
+{format_fields(BenchConfig)}
+
+Sweep files have the format of W&B ([how to](../how-to/wandb.md)).
+"""
+
+
+def format_records() -> str:
+    """Return the page of the fields of a record."""
+    return f"""# Record fields
+
+One line of `settings/<hash>/records.jsonl` in a [run directory](../how-to/run-experiments.md#the-run-directory) is the
+record of one question. Numbers of a failed sample are 0.
+
+{format_table(("field", "meaning"), ((f"`{name}`", text) for name, text in RECORD_FIELDS.items()))}
+"""
+
+
 def format_examples() -> str:
     """Return the page with the scripts of `examples/`."""
     scripts = sorted((ROOT / "examples").glob("*.py"))
@@ -90,10 +201,11 @@ def format_examples() -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "reference/strategies.md": format_strategies,
     "reference/components.md": format_components,
     "reference/signals.md": format_signals,
     "reference/cli.md": format_cli,
+    "reference/yaml.md": format_yaml,
+    "reference/records.md": format_records,
     "reference/examples.md": format_examples,
 }
 
@@ -117,7 +229,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Replace links to files that are no pages: scripts link to their section, other files and folders become paths."""
+    """Complete the page of the strategies, and replace links to files that are no pages.
+
+    Links to scripts lead to their sections; other files and folders become paths.
+    """
+    if page.file.src_uri == "reference/strategies.md":
+        markdown += f"\n{format_classes(strategies(), 'tokenprune.strategies')}\n"
     folder = (Path(config.docs_dir) / page.file.src_uri).parent
 
     def replace(match: re.Match[str]) -> str:

@@ -38,8 +38,12 @@ from tokenprune.strategies import BaseTileOnly, ImageDownsample, Random, Spatial
 
 EXPERIMENT_KEYS = tuple(item.name for item in fields(Experiment))
 """Keys of an experiment."""
-ABLATION_KEYS = ("grid", "baselines", "random_seeds")
-"""Keys of an ablation, in addition to the keys of an experiment."""
+ABLATION_KEYS: Mapping[str, str] = {
+    "grid": "options of an experiment, each with a list of values; all combinations are run",
+    "baselines": "whether the standard baselines are added at every budget; default: true",
+    "random_seeds": "number of seeds of the baseline with random tokens; default: 3",
+}
+"""Keys of an ablation, in addition to the keys of an experiment, and their meanings."""
 
 
 def resolve_args(name: str, value: Any) -> list[str]:

@@ -17,6 +17,38 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 NAME = "records.jsonl"
+RECORD_FIELDS: Mapping[str, str] = {
+    "sample": "id of the sample, unique in its task",
+    "group": "name of the image; intervals resample groups",
+    "question": "the question",
+    "answer": "the accepted answer, or a list if there are several",
+    "prediction": "the answer of the model; empty after an error",
+    "score": "score from 0 to 1",
+    "correct": "whether the score is at least 0.5",
+    "type": "kind of question, if the task has kinds",
+    "split": "kind of difficulty, if the task has kinds",
+    "asked": "number of visual tokens that the budget grants",
+    "kept": "number of visual tokens that entered the LLM",
+    "valid": "number of visual tokens that enter the LLM without reduction",
+    "kept_per_tile": "kept tokens of each tile, base tile first",
+    "newlines": "number of newline tokens that entered the LLM",
+    "cuts": "list with the layer, the asked and the kept tokens of each cut inside the LLM",
+    "average_tokens": "visual tokens, averaged over the layers of the LLM",
+    "tokens_per_layer": "prompt tokens of each layer of the LLM",
+    "prompt_length": "prompt tokens that entered the LLM",
+    "prompt_length_full": "prompt tokens without reduction",
+    "prefill_flops": "FLOPs of the prefill of the LLM",
+    "prefill_flops_full": "FLOPs of the prefill without reduction",
+    "encode_ms": "milliseconds of encoding the image, shared by all settings of an ablation",
+    "select_ms": "milliseconds of selecting tokens and preparing the inputs, per question",
+    "generate_ms": "milliseconds of `generate`, per question",
+    "image": "name of the image",
+    "error": "text of the error if the sample failed, otherwise null",
+    "stored_image": "file of the stored tiles, relative to the run directory; null if the image is not stored",
+    "selection": "kept tokens of a stored image as compressed bits, with the layout; otherwise null",
+    "sample_digest": "hash of question, answers and image, by which a changed data set is noticed",
+}
+"""Fields of a record, in their order, and their meanings."""
 LOCK = ".lock"
 START_SECONDS = 2.0
 """Longest time in seconds for which a process holds the lock of a setting while it starts."""

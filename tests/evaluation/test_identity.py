@@ -21,7 +21,7 @@ from tokenprune.experiments.evaluation import identity
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.identity import IdentityError
 from tokenprune.experiments.evaluation.loading import is_hub_snapshot
-from tokenprune.experiments.evaluation.records import delete_records, read_lines
+from tokenprune.experiments.evaluation.records import RECORD_FIELDS, delete_records, read_lines
 from tokenprune.experiments.evaluation.tasks import Boards, Folder, LmmsTask
 from tokenprune.experiments.tracking import publish
 from tokenprune.models import mini
@@ -51,6 +51,7 @@ def test_an_unchanged_run_is_resumed(tmp_path: Path) -> None:
     first = run(data, tmp_path / "out")
     assert run(data, tmp_path / "out") == first
     assert len({record["sample_digest"] for record in first}) == 2
+    assert [list(record) for record in first] == [list(RECORD_FIELDS)] * len(first)
 
 
 def test_new_samples_at_the_end_are_run(tmp_path: Path) -> None:

@@ -5,54 +5,49 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-COMMANDS = {
-    "quickstart.py": (["--out", "kept.png"], "kept.png"),
-    "write_a_strategy.py": (None, "LayerChange"),
-    "compare_strategies.py": (["--boards", "1", "--budgets", "[0.2]", "--out", "runs"], "report.md"),
-}
+from tokenprune.cli.main import main
 
-SHORT = {
-    "compose_strategies.py": "HiRED+FastV",
-    "mix_components.py": "MaxMinDiversitySelection.png",
-    "batch_of_images.py": "100 of 500 tokens",
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXPECTED = {
+    "batch_of_images.py": ([], "100 of 500 tokens"),
+    "compare_strategies.py": (["--boards", "1", "--budgets", "[0.2]", "--out", "runs"], "report.md"),
+    "compose_strategies.py": ([], "HiRED+FastV"),
+    "mix_components.py": ([], "MaxMinDiversitySelection.png"),
+    "quickstart.py": (["--budget", "0.1"], "50 tokens asked, 50 kept"),
 }
-"""Scripts without options, which run in this process to save the time of imports; each with a text that it prints."""
+"""Scripts with the options of a short run, and a text that each of them prints."""
+STRATEGY = "write_a_strategy.py"
+"""A file with a strategy, for the command line."""
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == COMMANDS.keys() | SHORT.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*EXPECTED, STRATEGY}
 
 
-def test_short_examples_have_at_most_forty_lines() -> None:
-    for name in (*SHORT, "write_a_strategy.py"):
-        assert len((EXAMPLES / name).read_text().splitlines()) <= 40, name
+def test_examples_have_at_most_forty_lines() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 40, path
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_examples_run(name: str, tmp_path: Path) -> None:
-    options, expected = COMMANDS[name]
-    file = str(EXAMPLES / name)
-    command = (
-        ["-m", "tokenprune", "check", f"{file}:LayerChange", "--families", "llava_next"]
-        if options is None
-        else [file, *options]
-    )
-    result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert expected in result.stdout
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_short_examples_run(name: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", EXPECTED)
+def test_examples_run(
+    name: str, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script runs in this process, to save the time of imports."""
+    options, expected = EXPECTED[name]
+    monkeypatch.setattr(sys, "argv", [name, *options])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert SHORT[name] in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
+
+
+def test_the_strategy_meets_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"{EXAMPLES / STRATEGY}:LayerChange", "--families", "llava_next"]) == 0
+    assert "LayerChange meets the contract" in capsys.readouterr().out
 
 
 def test_notebook_runs(tmp_path: Path) -> None:

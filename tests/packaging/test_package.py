@@ -1,11 +1,10 @@
-"""The package: the content of a wheel, the cost of an import, imports between folders, and the documentation."""
+"""The package: the content of a wheel, the cost of an import, and imports between folders."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
-import json
 import re
 import shutil
 import subprocess
@@ -13,10 +12,8 @@ import sys
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 import tokenprune
 
@@ -218,101 +215,8 @@ def test_version_is_the_same_everywhere() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("page", "blocks"),
-    [
-        ("README.md", 3),
-        ("docs/index.md", 2),
-        ("docs/how-to/write-a-strategy.md", 6),
-        ("docs/how-to/run-experiments.md", 1),
-        ("docs/how-to/write-an-adapter.md", 3),
-        ("docs/how-to/wandb.md", 1),
-    ],
-)
-def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code blocks of a page run in order in an empty folder."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    code = read_blocks(page)
-    assert len(code) == blocks
-    result = run_python("\n".join(code), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def read_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-@pytest.mark.slow
-def test_code_of_the_guide_to_compiled_graphs_runs(tmp_path: Path) -> None:
-    """The block continues the first block of the home page. It is slow because it compiles graphs."""
-    code = [read_blocks("docs/index.md")[0], *read_blocks("docs/how-to/compile.md")]
-    result = run_python("\n".join(code), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_every_page_with_code_is_tested() -> None:
-    """A page of the tutorial or a how-to with Python blocks is run by a test of this module."""
-    pages = [
-        path.relative_to(ROOT) for path in (ROOT / "docs/how-to").glob("*.md") if "```python\n" in path.read_text()
-    ]
-    tests = Path(__file__).read_text()
-    assert pages
-    assert not [page for page in pages if f'"{page}"' not in tests]
-
-
-def test_the_strategy_of_the_guide_passes_the_check(tmp_path: Path) -> None:
-    """The first code block of the guide is a file that the commands of the guide accept."""
-    (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/write-a-strategy.md").read_text(), re.DOTALL)
-    (tmp_path / "edges.py").write_text(first)
-    command = [sys.executable, "-m", "tokenprune", "check", "edges.py:Edges", "--reducer.early", "0.5"]
-    command += ["--families", "llava_next", "qwen2_5_vl"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Edges meets the contract" in result.stdout
-
-
-def test_readme_has_the_current_catalog() -> None:
-    """To update the table, paste the output of ``tokenprune list strategies --markdown``."""
-    from tokenprune.cli.listing import as_markdown, strategy_rows
-
-    text = (ROOT / "README.md").read_text()
-    table = text.partition("<!-- tokenprune list strategies --markdown -->\n")[2].partition("\n<!-- end -->")[0]
-    assert table == as_markdown(strategy_rows())
-
-
-def test_docs_have_the_current_families() -> None:
-    """To update the table, paste the output of ``tokenprune list models --markdown``."""
-    from tokenprune.cli.listing import as_markdown, model_rows
-
-    text = (ROOT / "docs/reference/models.md").read_text()
-    table = text.partition("<!-- tokenprune list models --markdown -->\n")[2].partition("\n<!-- end -->")[0]
-    assert table == as_markdown(model_rows())
-
-
 def test_verified_json_matches_the_tests() -> None:
     """To update the file, run ``python -m tests.helpers.verified > models/verified.json``."""
     from tests.helpers.verified import text
 
     assert (ROOT / "models/verified.json").read_text() == text() + "\n"
-
-
-def test_the_guide_to_compositions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two code blocks run in turn, and the command line accepts the strategy of the last block."""
-    from tokenprune.cli.options import parse_reducer
-
-    text = (ROOT / "docs/how-to/compose.md").read_text()
-    *blocks, strategy = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, namespace)
-    assert (tmp_path / "stages.png").is_file()
-    assert namespace["run"].account.cuts[1].kept == namespace["run"].account.kept // 2
-    (tmp_path / "attended.py").write_text(strategy)
-    assert parse_reducer(["--reducer", "attended.py:Attended(layer=1, budget=0.5)"]).label == "Attended"
-    for expression in re.findall(r"^tokenprune \w+ (?:--reducer )?'([^']*)'", text, re.MULTILINE):
-        assert "+" in parse_reducer(["--reducer", expression]).label
-    document = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert document
-    config = yaml.safe_load(document[1])["reducer"]
-    assert parse_reducer(["--reducer", json.dumps(config)]) == namespace["reducer"]

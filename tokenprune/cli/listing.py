@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
@@ -200,7 +201,7 @@ def format_json(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table without their parameters; names in code font."""
+    """Return rows as a Markdown table without their parameters; names in code font, papers with links to arXiv."""
     columns = [name for name in rows[0] if name != "parameters"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -208,7 +209,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             f"`{row[name]}`" if name in ("name", "family") else row[name].replace("|", "or") for name in columns
         ]
         lines.append(f"| {' | '.join(settings)} |")
-    return "\n".join(lines)
+    return re.sub(r"arXiv (\d{4}\.\d{5}(?:v\d+)?)", r"[arXiv \1](https://arxiv.org/abs/\1)", "\n".join(lines))
 
 
 def print_report(report: Report) -> None:
