@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from tokenprune.saliency import SaliencyModel as SaliencyModel
     from tokenprune.saliency import SaliencyOutput as SaliencyOutput
     from tokenprune.selection import Selection as Selection
+    from tokenprune.vision_encoder import ImageEmbeddings as ImageEmbeddings
+    from tokenprune.vision_encoder import VisionEncoder as VisionEncoder
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ _MODULES = {
     "Composed": "reducer",
     "DecoderReducer": "decoder_reducer",
     "EncodedImage": "image",
+    "ImageEmbeddings": "vision_encoder",
     "ImageReducer": "image_reducer",
     "LayerChoice": "layers",
     "Merged": "policies",
@@ -76,6 +79,7 @@ _MODULES = {
     "TileGeometry": "geometry",
     "TokenAccount": "account",
     "TokenReducer": "reducer",
+    "VisionEncoder": "vision_encoder",
     "align": "rewrite",
     "apportion": "budget",
     "compare": "comparison",
