@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -52,12 +52,17 @@ def run_server(python: str, checkpoint: Path, log: Path, *options: str, plugins:
         wait_for_server(url, process, log)
         yield url
     finally:
+        stop_server(process)
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """End a server with all processes that it started."""
+    with suppress(ProcessLookupError):  # it ended by itself
         os.killpg(process.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
