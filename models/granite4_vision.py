@@ -28,6 +28,7 @@ class Granite4VisionAdapter(LlavaNextAdapter):
     projector_path: ClassVar[str | None] = None
     resizable: ClassVar[bool] = False
     projects_per_token: ClassVar[bool] = False
+    supports_image_embeds: ClassVar[bool] = False
 
     @cached_property
     def pooling(self) -> int:

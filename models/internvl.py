@@ -23,6 +23,7 @@ class InternVLAdapter(TiledAdapter, CompilableAdapter):
     attention_name: ClassVar[str] = "attention"
     post_norm_path: ClassVar[str | None] = "layernorm"
     projects_per_token: ClassVar[bool] = True
+    supports_image_embeds: ClassVar[bool] = True
 
     @cached_property
     def pooling(self) -> int:

@@ -15,6 +15,7 @@ class LlavaAdapter(SingleTileAdapter, CompilableAdapter):
     model_class: ClassVar[str] = "LlavaForConditionalGeneration"
     resizable: ClassVar[bool] = True
     passes_output_options: ClassVar[bool] = True
+    supports_image_embeds: ClassVar[bool] = True
     projects_per_token: ClassVar[bool] = True
 
     @classmethod

@@ -24,6 +24,7 @@ class LlavaNextAdapter(CompilableAdapter, HasDecoder):
     resizable: ClassVar[bool] = True
     required_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
     projects_per_token: ClassVar[bool] = True
+    supports_image_embeds: ClassVar[bool] = True
 
     @property
     def newline(self) -> Tensor | None:

@@ -12,3 +12,4 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
     family: ClassVar[str] = "llava_next_video"
     model_class: ClassVar[str] = "LlavaNextVideoForConditionalGeneration"
+    supports_image_embeds: ClassVar[bool] = False

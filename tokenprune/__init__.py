@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tokenprune.saliency import SaliencyModel as SaliencyModel
     from tokenprune.saliency import SaliencyOutput as SaliencyOutput
     from tokenprune.selection import Selection as Selection
+    from tokenprune.vision_encoder import ImageEmbeddings as ImageEmbeddings
+    from tokenprune.vision_encoder import VisionEncoder as VisionEncoder
 
 __version__ = "0.1.0"
 
@@ -59,6 +61,7 @@ _MODULES = {
     "Composed": "reducer",
     "DecoderReducer": "decoder_reducer",
     "EncodedImage": "image",
+    "ImageEmbeddings": "vision_encoder",
     "ImageReducer": "image_reducer",
     "LayerChoice": "layers",
     "Merged": "policies",
@@ -78,6 +81,7 @@ _MODULES = {
     "TileGeometry": "geometry",
     "TokenAccount": "account",
     "TokenReducer": "reducer",
+    "VisionEncoder": "vision_encoder",
     "align": "rewrite",
     "apportion": "budget",
     "compare": "comparison",

@@ -186,6 +186,9 @@ class Adapter(ABC):
     supports_beams: ClassVar[bool] = True
     """Whether the unmodified model supports beam search on prompts with images."""
 
+    supports_image_embeds: ClassVar[bool] = False
+    """Whether a server accepts the visual tokens of an image, one sequence of vectors, in place of the image."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
 

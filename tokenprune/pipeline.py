@@ -315,7 +315,8 @@ class Pipeline:
         if not adapter.has_prompt_tokens:
             rows = Rows.unchanged(mask)
             self._record(record, rows, prompts.tokens)
-            return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
+            contexts = self._list_contexts(features)
+            return PreparedCall({**text, **features.inputs}, rows, selections, contexts=contexts, features=packed)
         preserves_positions = reducer.positions == "preserve"
         # Without a cache, transformers treats gaps in position ids as packed sequences unless a position is masked.
         spare = int(for_generate and preserves_positions and not use_cache)
@@ -331,7 +332,7 @@ class Pipeline:
         if (positions := self._compute_position_ids(inputs, rows, for_generate)) is not None:
             reduced["position_ids"] = positions
         contexts = self._list_contexts(features, self.compiled)
-        entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts)
+        entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts, packed)
         return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
 
     def _prepare_unchanged(
@@ -349,11 +350,13 @@ class Pipeline:
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
             text["position_ids"] = self.adapter.compute_position_ids({**encoding.inputs, **inputs}, for_generate)
+        packed = encoding.packed
         if encoding.is_complete:
             features = self.adapter.complete_inputs(encoding)
         else:
-            features = self.adapter.features_to_inputs(encoding, encoding.packed)
-        return PreparedCall({**text, **features.inputs}, rows, selections, contexts=self._list_contexts(features))
+            features = self.adapter.features_to_inputs(encoding, packed)
+        contexts = self._list_contexts(features)
+        return PreparedCall({**text, **features.inputs}, rows, selections, contexts=contexts, features=packed)
 
     def _select_text(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs of a call that do not belong to the vision side."""

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tokenprune.rewrite import PromptSummary, Rows
 from tokenprune.selection import Selection
 
@@ -22,6 +24,8 @@ class PreparedCall:
         selections: one selection per image.
         is_shortened: whether the prompt differs from the prompt of the caller.
         contexts: the contexts to hold while the model runs.
+        features: the features of each image that enter the LLM, `[kept, dim]` each; None if the model itself encodes
+            the images of `inputs`.
     """
 
     inputs: dict[str, Any]
@@ -29,6 +33,7 @@ class PreparedCall:
     selections: list[Selection]
     is_shortened: bool = False
     contexts: tuple[AbstractContextManager[Any], ...] = ()
+    features: list[Tensor] | None = None
 
     @property
     def is_reduced(self) -> bool:

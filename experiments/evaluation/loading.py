@@ -31,16 +31,11 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "auto"
-    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
-    path = _resolve_name(name)
+    device, weights_dtype = resolve_device(device, dtype)
+    path = resolve_name(name)
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).eval()
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=weights_dtype or "auto").eval()
     except Exception as error:  # a broken checkpoint raises errors of many types
         message = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name} cannot be loaded as an image-text-to-text checkpoint: {message}") from error
@@ -51,7 +46,27 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         raise ValueError(f"--device {device} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def _resolve_name(name: str) -> str:
+def resolve_device(device: str, dtype: str) -> tuple[str, torch.dtype | None]:
+    """Return the torch device and the dtype of the weights; None is the dtype of the checkpoint.
+
+    Args:
+        device: `auto` or a torch device.
+        dtype: `auto` (float32 on a CPU, otherwise the dtype of the checkpoint) or the name of a torch dtype.
+
+    Raises:
+        ValueError: if there is no such dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        return device, torch.float32 if device == "cpu" else None
+    value = getattr(torch, dtype, None)
+    if not isinstance(value, torch.dtype):
+        raise ValueError(f"--dtype {dtype} is no torch dtype; use auto, float32, bfloat16 or float16")
+    return device, value
+
+
+def resolve_name(name: str) -> str:
     """Return the folder or hub id of a model.
 
     Raises:
@@ -75,7 +90,7 @@ def find_checkpoint(name: str, option: str = "model") -> Path:
     """
     if name == "mini":
         return mini.path() if option == "model" else mini.text_path()
-    path = _resolve_name(name) if option == "model" else name
+    path = resolve_name(name) if option == "model" else name
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -119,7 +134,7 @@ def build_without_weights(name: str) -> Any:
         ValueError: if the model cannot be built.
         TypeError: if no adapter supports it.
     """
-    path = _resolve_name(name)
+    path = resolve_name(name)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))

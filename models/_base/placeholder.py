@@ -108,7 +108,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             return load_text_tower(text_model).align(features)
 
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
-            align(self.model.get_input_embeddings().weight.new_zeros(1, 1, self.tower.config.hidden_size))
+            align(inputs[self.pixels].new_zeros(1, 1, self.tower.config.hidden_size))
         if truncated and self.can_leave_early(inputs, needs):
             run = self.run_tower(inputs, layouts, kinds_by_layer)
         else:

@@ -18,6 +18,7 @@ commands:
   ablate    run a grid of experiments, with baselines; repeat the command to continue after a stop
   report    write tables and figures of a run directory
   sweep     run a W&B sweep file here, without an account
+  encode    write the kept visual tokens of images to a file, for a server that runs the LLM
   list      list strategies, components or models
   check     check a strategy against the contract of the library
   bench     measure speed, memory and FLOPs of each phase (run), or the cost of strategies (strategies)
@@ -25,7 +26,7 @@ commands:
 
 `tokenprune COMMAND --help` prints its options; --version prints versions; --debug shows tracebacks."""
 
-COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "list", "check", "bench", "cost")
+COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "encode", "list", "check", "bench", "cost")
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
 
 
