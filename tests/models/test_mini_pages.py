@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from tokenprune.models.mini.boards import TILE, Split
+from research.mini_training import train_pages as training
+from research.mini_training.build import SIDE
+from research.mini_training.evaluate import answer_questions, build_inputs
+from research.mini_training.lessons import make_tiles
+from research.mini_training.page_lessons import is_page_answerable, make_page_lesson
+from research.mini_training.prompts import make_cached_tokenizer
+from research.mini_training.train import Heads
+from tokenprune.models import mini
+from tokenprune.models.mini.boards import TILE, Split, make_board
 from tokenprune.models.mini.pages import (
     CELL,
     COLORS,
@@ -154,3 +167,76 @@ def test_every_layout_fills_every_grid(layout: str, grid: tuple[int, int]) -> No
         page = make_page(index, "train", grid=grid, layout=layout)  # type: ignore[arg-type]
         assert (page.layout, page.grid) == (layout, grid)
         assert 0.3 <= page.content.mean() <= 0.6
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_lessons_mark_the_patches_of_the_items() -> None:
+    """The marked patches of the sub-images show the ink of the page, and masks of different items are disjoint."""
+    for page in sample()[:20]:
+        truth = make_page_lesson(page)
+        tiles, _ = make_tiles([page])
+        patches = tiles.mean(1).unflatten(1, (SIDE, CELL)).unflatten(3, (SIDE, CELL)).amin((2, 4)).flatten(1).numpy()
+        assert patches[1:][truth.digit_masks.any(0)[1:]].max() < patches[1:].max() - 0.3
+        assert (truth.item_masks[:, 1:].sum(0) <= 1).all()
+        for number, item in enumerate(page.items):
+            assert truth.digit_masks[number].sum() == 2
+            assert set(truth.dense["tens"][truth.digit_masks[number]]) == {item.number // 10}
+            assert (truth.dense["name"] == item.name).sum() == 5
+            on_item = truth.dense["color"][truth.item_masks[number] & (np.arange(len(tiles)) > 0)[:, None]]
+            assert set(on_item) == {item.color}
+
+
+def test_page_questions_are_answerable_if_their_tokens_are_kept() -> None:
+    for page in sample()[:20]:
+        truth = make_page_lesson(page)
+        everything = np.ones(truth.item_masks.shape[1:], dtype=bool)
+        base, tiles = everything.copy(), everything.copy()
+        base[1:], tiles[0] = False, False
+        for question in page.questions:
+            assert not is_page_answerable(question, truth, ~everything)
+            assert is_page_answerable(question, truth, everything)
+            assert is_page_answerable(question, truth, tiles) == (question.type not in ("side", "height"))
+            assert not (question.needs == "tiles" and is_page_answerable(question, truth, base))
+
+
+@pytest.mark.parametrize("step", [0, training.SMALL_UNTIL + 2, training.FULL_UNTIL + 3, training.TOGETHER_FROM])
+def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "IMAGES", 2)
+    torch.manual_seed(0)
+    model = training.load_start(mini.path())
+    heads = nn.ModuleDict({"pages": training.PageHeads(96, 5), "boards": Heads(96, 5)})
+    loss, scores = training.reader_step(model, heads, make_cached_tokenizer(training.TOKENIZER), 0, step)
+    loss.backward()
+    assert loss.isfinite()
+    trains_tower = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad is not None
+    assert trains_tower == (step >= training.TOGETHER_FROM)
+    assert ("boards_right" in scores) == (step % 3 == 2)
+
+
+def test_the_start_of_training_answers_questions_about_boards() -> None:
+    """New words and grids do not change the logits of the shipped words."""
+    shipped = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32)
+    processor, words = AutoProcessor.from_pretrained(mini.path()), len(AutoTokenizer.from_pretrained(mini.path()))
+    inputs = build_inputs(processor, make_board(1000).image, ["How many shapes are there?"])
+    with torch.no_grad():
+        logits, expected = (model(**inputs).logits for model in (training.load_start(mini.path()), shipped))
+    assert torch.allclose(logits[..., :words], expected[..., :words], atol=1e-5)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IMAGES", "PAGES", "BOARDS"):
+        monkeypatch.setattr(training, name, 1)
+    options: dict[str, Any] = {"start": mini.path(), "tower_steps": 1, "reader_steps": 2}
+    training.train_pages(tmp_path / "complete", **options)
+    training.train_pages(tmp_path / "resumed", **options, stop_after=2)
+    training.train_pages(tmp_path / "resumed", **options, resume=True)
+    complete, resumed = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("complete", "resumed")
+    )
+    assert all(torch.equal(complete["model"][name], value) for name, value in resumed["model"].items())
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "resumed" / "checkpoint")
+    processor = AutoProcessor.from_pretrained(tmp_path / "resumed" / "checkpoint")
+    (answer,) = answer_questions(model, processor, make_page(0, grid=(2, 3)).image, ["What number is on the tea?"])
+    assert isinstance(answer, str)
