@@ -69,17 +69,17 @@ class RowLengths:
         return iter((self.full, self.reduced))
 
 
-def average_over_layers(entered: int, cuts: Mapping[int, int], layers: int) -> float:
-    """Return a number of tokens, averaged over the layers of an LLM.
+def average_over_layers(entered: float, cuts: Mapping[int, float], layers: int) -> float:
+    """Return a property of the visual tokens, such as their number, averaged over the layers of an LLM.
 
     Args:
-        entered: tokens that entered the LLM.
-        cuts: tokens that remained at each cut, by the first layer without the dropped tokens.
+        entered: value for the tokens that entered the LLM.
+        cuts: value for the tokens that remained at each cut, by the first layer without the dropped tokens.
         layers: number of layers of the LLM.
     """
     starts = [0, *sorted(cuts), layers]
-    counts = [entered, *(cuts[layer] for layer in sorted(cuts))]
-    return sum(count * (stop - start) for count, (start, stop) in zip(counts, pairwise(starts), strict=True)) / layers
+    values = [entered, *(cuts[layer] for layer in sorted(cuts))]
+    return sum(value * (stop - start) for value, (start, stop) in zip(values, pairwise(starts), strict=True)) / layers
 
 
 @dataclass

@@ -95,6 +95,12 @@ class Setting:
         """Mean score over the samples without an error."""
         return mean_score(self.valid_records.values())
 
+    @cached_property
+    def evidence_coverage(self) -> Interval:
+        """Mean share of the evidence that kept tokens cover, over the samples without an error and with evidence."""
+        rows = [row for row in self.valid_records.values() if row.get("evidence_coverage") is not None]
+        return mean_of_field(rows, "evidence_coverage")
+
     def mean(self, name: str) -> float:
         """Return the mean of a numeric record field over the samples without an error.
 
@@ -341,8 +347,19 @@ def mean_score(records: Iterable[Record], seed: int = 0) -> Interval:
         records: records without errors.
         seed: seed of the bootstrap.
     """
+    return mean_of_field(records, "score", seed)
+
+
+def mean_of_field(records: Iterable[Record], name: str, seed: int = 0) -> Interval:
+    """Return the mean of a numeric field of records with its interval.
+
+    Args:
+        records: records without errors that have the field.
+        name: the record field.
+        seed: seed of the bootstrap.
+    """
     rows = list(records)
-    return bootstrap_interval([float(row["score"]) for row in rows], [str(row["group"]) for row in rows], seed)
+    return bootstrap_interval([float(row[name]) for row in rows], [str(row["group"]) for row in rows], seed)
 
 
 def scores_by_field(setting: Setting, name: str, seed: int = 0) -> dict[str, Interval]:

@@ -12,6 +12,7 @@ import torch
 from tokenprune.account import LayerSums, average_over_layers, prefill_flops
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.configuration import as_config
+from tokenprune.experiments.evaluation.evidence import evidence_coverage
 from tokenprune.experiments.evaluation.loading import model_inputs
 from tokenprune.experiments.evaluation.records import RecordFile
 from tokenprune.experiments.evaluation.stored_images import (
@@ -142,6 +143,8 @@ def _answer_batch(
         answers = processor.batch_decode(sequences[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
         ended = time.perf_counter()
     records, run, cuts = [], pipeline.run, pipeline.run.cuts
+    selections = run.selections
+    cuts_by_image = [{cut.layer: cut.selections[index] for cut in cuts} for index in range(len(batch))]
     for index, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
         image, lengths = run.account.images[index], run.account.prompt_lengths[index]
         numbers = {
@@ -162,13 +165,32 @@ def _answer_batch(
             "prompt_length_full": lengths.full,
             "prefill_flops": LayerSums.from_rows(adapter.llm, lengths.layers).flops(adapter.llm),
             "prefill_flops_full": prefill_flops(adapter.llm, lengths.full),
+            "evidence_coverage": _measure_evidence(sample, selections[index], cuts_by_image[index], adapter.llm.layers),
             "encode_ms": round(encode_ms, 3),
             "select_ms": round((selected - began) * 1000 / len(batch), 3),
             "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
         }
         score = experiment.task.score(sample, answer.strip())
         records.append(_make_record(sample, answer.strip(), score, numbers))
-    return records, run.selections, [{cut.layer: cut.selections[index] for cut in cuts} for index in range(len(batch))]
+    return records, selections, cuts_by_image
+
+
+def _measure_evidence(sample: Sample, selection: Selection, cuts: Mapping[int, Selection], layers: int) -> float | None:
+    """Return the share of the evidence that the kept tokens cover, averaged over the layers of the LLM.
+
+    Args:
+        sample: the sample; if it has no evidence, the result is None.
+        selection: the tokens that entered the LLM.
+        cuts: the selections at the cuts inside the LLM, by layer.
+        layers: number of layers of the LLM.
+    """
+    if not sample.evidence:
+        return None
+    entered, *remaining = (
+        evidence_coverage(selection.geometry, kept, sample.evidence, sample.evidence_tiles)
+        for kept in (selection.kept, *(cut.kept for cut in cuts.values()))
+    )
+    return round(average_over_layers(entered, dict(zip(cuts, remaining, strict=True)), layers), 6)
 
 
 def _generation_options(experiment: Experiment) -> dict[str, Any]:
@@ -189,6 +211,7 @@ EMPTY_NUMBERS: Mapping[str, Any] = {
     "average_tokens": 0.0,
     "tokens_per_layer": [],
     **dict.fromkeys(("prompt_length", "prompt_length_full", "prefill_flops", "prefill_flops_full"), 0),
+    "evidence_coverage": None,
     **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
 }
 """The numbers of a sample that failed."""

@@ -2,7 +2,8 @@
 
 The checkpoint is an ordinary folder: ``AutoModelForImageTextToText.from_pretrained(mini.path())`` and
 ``AutoProcessor.from_pretrained(mini.path())`` load it without a network. Its images are *notice boards*
-(`tokenprune.models.mini.boards`): colored shapes with small numbers. Importing this module loads no heavy dependency.
+(`tokenprune.models.mini.boards`): colored shapes with small numbers. The module also draws dense *pages*
+(`tokenprune.models.mini.pages`), which this checkpoint was not trained on. Importing it loads no heavy dependency.
 """
 
 import json

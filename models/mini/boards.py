@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from tokenprune.models.mini.glyphs import COLORS, DIGITS, RGB
+
 __all__ = [
     "COLORS",
     "GRIDS",
@@ -44,11 +46,7 @@ GRIDS: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """Tile grids as (rows, columns)."""
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 PAPERS = ("plain", "ruled", "dotted", "graded")
-COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 
-_RGB = np.array(
-    [(214, 32, 36), (28, 150, 44), (36, 66, 214), (236, 196, 20), (142, 40, 160), (24, 184, 200)], np.float32
-)
 _GRID_SHARES = (0.15, 0.15, 0.4, 0.15, 0.15)
 _MAX_ITEMS = {(1, 2): 2, (2, 1): 2, (2, 2): 4, (1, 3): 3, (3, 1): 3}
 _SIZES = (24, 28)
@@ -60,13 +58,6 @@ _WORDS = """
 user assistant : ? . what number is on the shape color how many shapes are there in left or right half top bottom
 of paper it this yes no
 """
-_FONT = (
-    "01110100011001110101110011000101110 00100011000010000100001000010001110 01110100010000100010001000100011111 "
-    "11111000100010000010000011000101110 00010001100101010010111110001000010 11111100001111000001000011000101110 "
-    "00110010001000011110100011000101110 11111000010001000100010000100001000 01110100011000101110100011000101110 "
-    "01110100011000101111000010001001100"
-)
-_GLYPHS = np.stack([np.array([int(bit) for bit in rows], np.float32).reshape(7, 5) for rows in _FONT.split()])
 
 
 @dataclass(frozen=True)
@@ -326,14 +317,14 @@ def _render(rng: np.random.Generator, items: tuple[Item, ...], paper: int, size:
     for item in items:
         top, left, bottom, right = item.box
         alpha = stencil(item.shape, bottom - top)[..., None]
-        paint = _RGB[item.color] + rng.uniform(-14, 14, size=3)
+        paint = RGB[item.color] + rng.uniform(-14, 14, size=3)
         sheet[top:bottom, left:right] += alpha * (paint - sheet[top:bottom, left:right])
         (plate_top, plate_left, _, _), _ = item.digits
         sheet[plate_top - 1 : plate_top + 8, plate_left - 1 : plate_left + 12] = 250
         for digit, (digit_top, digit_left, digit_bottom, digit_right) in zip(
             divmod(item.number, 10), item.digits, strict=True
         ):
-            sheet[digit_top:digit_bottom, digit_left:digit_right] -= 225 * _GLYPHS[digit][..., None]
+            sheet[digit_top:digit_bottom, digit_left:digit_right] -= 225 * DIGITS[digit][..., None]
     sheet += rng.standard_normal((height, width, 1), dtype=np.float32) * rng.uniform(2, 8)
     return np.clip(sheet, 0, 255).astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,17 @@ _TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer. A number becomes one token per digit (``47`` -> ``4 ##7``).
+
+    Args:
+        more_words: Words after the words of boards; they do not change the ids of words of boards.
 
     Returns:
         The tokenizer with a chat template; it adds ``<s>`` at the start.
     """
     digits = [str(digit) for digit in range(10)]
-    entries = [*_SPECIAL, *digits, *(f"##{digit}" for digit in digits), *all_words()]
+    entries = [*_SPECIAL, *digits, *(f"##{digit}" for digit in digits), *all_words(), *more_words]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(entries))}
     core: Any = Tokenizer(WordPiece(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
@@ -68,8 +72,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
-    """Build the configuration: a five-layer CLIP tower with features of its fourth layer, and a three-layer Llama."""
+def make_config(tokenizer: PreTrainedTokenizerFast, grids: Sequence[tuple[int, int]] = GRIDS) -> LlavaNextConfig:
+    """Build the configuration: a five-layer CLIP tower with features of its fourth layer, and a three-layer Llama.
+
+    Args:
+        tokenizer: The tokenizer.
+        grids: Tile grids as (rows, columns).
+    """
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
@@ -97,19 +106,19 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.get_vocab()["<image>"],
-        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in GRIDS],
+        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in grids],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
 
 
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
-    """Build the processor that matches `make_config`."""
+def make_processor(tokenizer: PreTrainedTokenizerFast, grids: Sequence[tuple[int, int]] = GRIDS) -> LlavaNextProcessor:
+    """Build the processor that matches `make_config` with the same arguments."""
     images = LlavaNextImageProcessor(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in GRIDS],
+        image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in grids],
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
@@ -124,18 +133,25 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
     )
 
 
-def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+def export(
+    model: LlavaNextForConditionalGeneration,
+    folder: Path,
+    more_words: Sequence[str] = (),
+    grids: Sequence[tuple[int, int]] = GRIDS,
+) -> None:
     """Write a checkpoint folder of transformers in half precision, and replace an existing folder by renaming.
 
     Args:
         model: The model in float32; it is not changed.
         folder: Path of the checkpoint folder.
+        more_words: Words of the tokenizer after the words of boards.
+        grids: Tile grids as (rows, columns).
     """
     new_folder, old_folder = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new_folder, ignore_errors=True)
     shutil.rmtree(old_folder, ignore_errors=True)
-    tokenizer = make_tokenizer()
-    half_model: Any = LlavaNextForConditionalGeneration(make_config(tokenizer))
+    tokenizer = make_tokenizer(more_words)
+    half_model: Any = LlavaNextForConditionalGeneration(model.config)
     half_model.load_state_dict(model.state_dict())
     half_model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
@@ -145,7 +161,7 @@ def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
         do_sample=False,
     )
     half_model.to(torch.float16).save_pretrained(new_folder)
-    make_processor(tokenizer).save_pretrained(new_folder)
+    make_processor(tokenizer, grids).save_pretrained(new_folder)
     # The files use half precision for size. The model loads in single precision, because half is slow on a CPU.
     settings = json.loads((new_folder / "config.json").read_text())
     for part in (settings, settings["text_config"], settings["vision_config"]):

@@ -1,11 +1,11 @@
-"""Measures the greedy accuracy of the miniature model on held-out boards.
+"""Measures the greedy accuracy of the miniature model on held-out boards or pages.
 
-Run it: ``python -m research.mini_training.evaluate``
+Run it: ``python -m research.mini_training.evaluate --world boards``
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import sqrt
@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenprune.models import mini
-from tokenprune.models.mini.boards import Needs, Split, boards
+from tokenprune.models.mini.boards import Board, Needs, Split, boards
+from tokenprune.models.mini.pages import Page, pages
 from tokenprune.pipeline import call_generate
 
 __all__ = ["Sample", "answer_questions", "build_inputs", "held_out_samples", "measure_accuracy", "wilson_interval"]
@@ -31,7 +32,7 @@ class Sample:
         image: The image.
         question: The question.
         answer: The correct answer.
-        type: Type of the question, see `tokenprune.models.mini.boards.Question`.
+        type: Type of the question, see `Question` of the generator.
         needs: Tiles that show the answer: ``tiles``, ``base`` or ``either``.
         board: Index of the image in its split. Samples of the same image are not independent.
     """
@@ -44,20 +45,27 @@ class Sample:
     board: int
 
 
-def held_out_samples(count: int | None = None, *, start: int = 0, split: Split = "heldout") -> Iterator[Sample]:
-    """Yield samples of held-out boards, grouped by image.
+WORLDS: Mapping[str, Callable[[int, Split, int], Iterator[Board | Page]]] = {"boards": boards, "pages": pages}
+"""Generators of images by name."""
+
+
+def held_out_samples(
+    count: int | None = None, *, start: int = 0, split: Split = "heldout", world: str = "boards"
+) -> Iterator[Sample]:
+    """Yield samples of held-out boards or pages, grouped by image.
 
     Args:
         count: Number of questions; by default unlimited.
         start: Index of the first image.
         split: ``heldout``, or ``train`` for the training data.
+        world: A name of `WORLDS`.
 
     Yields:
         The samples.
     """
     n_yielded = 0
     while count is None or n_yielded < count:
-        for board in boards(1, split, start):
+        for board in WORLDS[world](1, split, start):
             image = board.image
             for question in board.questions[: None if count is None else count - n_yielded]:
                 n_yielded += 1
@@ -147,14 +155,17 @@ def wilson_interval(right: Sequence[bool], z: float = 1.96) -> tuple[float, floa
 
 def main() -> None:
     """Parse the command line and print one JSON line per type of question."""
-    parser = argparse.ArgumentParser(description="Greedy accuracy on held-out boards.")
+    parser = argparse.ArgumentParser(description="Greedy accuracy on held-out images.")
     parser.add_argument("--checkpoint", type=Path, default=mini.path(), help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=2000, help="number of questions")
     parser.add_argument("--start", type=int, default=0, help="index of the first image")
+    parser.add_argument("--world", choices=WORLDS, default="boards", help="generator of the images")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint)
-    results = measure_accuracy(model, processor, held_out_samples(options.count, start=options.start))
+    results = measure_accuracy(
+        model, processor, held_out_samples(options.count, start=options.start, world=options.world)
+    )
     for name, right in results.items():
         ends = [round(end, 4) for end in wilson_interval(right)]
         share = round(sum(right) / len(right), 4)

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as images
 from research.mini_training.build import PATCH, SIDE
 from tokenprune.geometry import TileGeometry
 from tokenprune.models.mini.boards import COLORS, PAPERS, SHAPES, TILE, Board, Question, stencil
+from tokenprune.models.mini.pages import Page
 
 __all__ = [
     "DENSE",
@@ -141,14 +142,14 @@ def make_lesson(board: Board) -> Lesson:
     return Lesson(item_masks, digit_masks, dense, presence, places)
 
 
-def make_tiles(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
-    """Return the tiles of boards as the processor does, without its overhead.
+def make_tiles(boards: Sequence[Board | Page]) -> tuple[Tensor, list[int]]:
+    """Return the tiles of boards or pages as the processor does, without its overhead.
 
     Args:
-        boards: The boards.
+        boards: The boards or pages.
 
     Returns:
-        All tiles `[tiles, 3, height, width]`, base tile of each board first, and the number of tiles of each board.
+        All tiles `[tiles, 3, height, width]`, base tile of each image first, and the number of tiles of each image.
     """
     tiles, numbers = [], []
     for board in boards:
@@ -164,11 +165,11 @@ def make_tiles(boards: Sequence[Board]) -> tuple[Tensor, list[int]]:
     return torch.cat(tiles).float() / 127.5 - 1, numbers
 
 
-def pack_positions(board: Board) -> tuple[Integers, Integers]:
-    """Return the order in which LLaVA-NeXT packs the tokens of a board.
+def pack_positions(board: Board | Page) -> tuple[Integers, Integers]:
+    """Return the order in which LLaVA-NeXT packs the tokens of a board or a page.
 
     Args:
-        board: The board.
+        board: The board or page.
 
     Returns:
         The flat index of the tile token at each visual position, -1 for a newline token, `[visual]`; and the row of
@@ -179,20 +180,20 @@ def pack_positions(board: Board) -> tuple[Integers, Integers]:
     return layout.packed.numpy(), layout.newline_index.numpy()
 
 
-def draw_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
+def draw_subset(rng: np.random.Generator, shows_item: Flags) -> Flags:
     """Draw a random subset of the visual tokens of an image.
 
-    The subset depends only on the random generator and the geometry of the board, not on a strategy, attention or a
+    The subset depends only on the random generator and the geometry of the image, not on a strategy, attention or a
     score.
 
     Args:
         rng: The random generator.
-        truth: The ground truth of the board.
+        shows_item: Whether a patch shows an item, bool `[tiles, tokens]`.
 
     Returns:
         The kept tokens, bool `[tiles, tokens]`.
     """
-    tiles = truth.dense["paper"].shape[0]
+    tiles = len(shows_item)
     kind = rng.choice(4, p=[0.2, 0.2, 0.2, 0.4])
     noise = rng.random((tiles, TOKENS))
     if kind == 0:  # single tokens with one rate
@@ -205,7 +206,6 @@ def draw_subset(rng: np.random.Generator, truth: Lesson) -> Flags:
         in_block = coarse.repeat(block, 1).repeat(block, 2).reshape(tiles, TOKENS)
         kept = noise < np.where(in_block, rng.uniform(0.6, 1), rng.uniform(0, 0.2))
     else:  # items and background with separate rates
-        shows_item = truth.item_masks.any(0)
         kept = noise < np.where(shows_item, rng.uniform(0.3, 1), rng.uniform(0, 1) ** 2 * 0.5)
     if rng.random() < 0.15:
         kept[rng.integers(tiles)] = False

@@ -1,14 +1,15 @@
 """Training sequences: the kept visual tokens of a board, and questions that they can answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from research.mini_training.build import make_tokenizer
 from research.mini_training.lessons import (
     IGNORE,
-    TOKENS,
+    Flags,
     Integers,
     Lesson,
     draw_subset,
@@ -16,6 +17,7 @@ from research.mini_training.lessons import (
     pack_positions,
 )
 from tokenprune.models.mini.boards import Board, Question
+from tokenprune.models.mini.pages import Question as PageQuestion
 
 QUESTIONS = 10
 """Number of questions about each image in a step of stage 2."""
@@ -64,8 +66,45 @@ def make_prompt(
     Returns:
         The training sequence.
     """
-    kept = draw_subset(rng, truth) if gaps else np.ones((len(truth.dense["paper"]), TOKENS), dtype=bool)
-    order, grid_rows = pack_positions(board)
+    kept = draw_kept(rng, truth.item_masks, gaps=gaps)
+    candidates = [question for question in board.questions if is_answerable(question, truth, kept)]
+    chances = [_base_weight(question) * weights.get(question.type, 1.0) for question in candidates]
+    return assemble_prompt(pack_positions(board), kept, candidates, chances, rng, tokenize, gaps=gaps)
+
+
+def draw_kept(rng: np.random.Generator, item_masks: Flags, *, gaps: bool) -> Flags:
+    """Return a random subset of the visual tokens if tokens are removed, otherwise all, bool `[tiles, tokens]`."""
+    shows_item: Flags = np.asarray(item_masks.any(0))
+    return draw_subset(rng, shows_item) if gaps else np.ones(shows_item.shape, dtype=bool)
+
+
+def assemble_prompt(
+    packing: tuple[Integers, Integers],
+    kept: Flags,
+    candidates: Sequence[Question | PageQuestion],
+    chances: Sequence[float],
+    rng: np.random.Generator,
+    tokenize: Callable[[str], list[int]],
+    *,
+    gaps: bool,
+    limit: int = QUESTIONS,
+) -> Prompt:
+    """Return a training sequence with the kept visual tokens of an image and random questions.
+
+    Args:
+        packing: Result of `pack_positions`.
+        kept: The kept tokens, bool `[tiles, tokens]`.
+        candidates: The questions to draw from.
+        chances: Probability of each candidate, up to a common factor.
+        rng: The random generator.
+        tokenize: Returns the token ids of a text.
+        gaps: Whether tokens are removed.
+        limit: Largest number of questions.
+
+    Returns:
+        The training sequence.
+    """
+    order, grid_rows = packing
     stays = (order >= 0) & kept.reshape(-1)[order]
     newlines = rng.choice(["kept rows", "all", "none"], p=[0.7, 0.2, 0.1]) if gaps else "all"
     if newlines == "all":
@@ -78,10 +117,8 @@ def make_prompt(
     preserve = gaps and rng.random() < 0.3
     positions = prefix + (np.flatnonzero(stays) if preserve else np.arange(int(stays.sum())))
     text_start = prefix + (len(order) if preserve else len(positions))
-    candidates = [question for question in board.questions if is_answerable(question, truth, kept)]
-    chances = np.array([_base_weight(question) * weights.get(question.type, 1.0) for question in candidates])
-    size = min(QUESTIONS, len(candidates))
-    drawn = rng.choice(len(candidates), size=size, replace=False, p=chances / chances.sum())
+    size = min(limit, len(candidates))
+    drawn = rng.choice(len(candidates), size=size, replace=False, p=np.array(chances) / np.sum(chances))
     ids: list[int] = []
     text_positions: list[int] = []
     block: list[int] = []
@@ -108,13 +145,13 @@ START: list[int] = TOKENIZER("USER: <image>")["input_ids"][:-1]
 _PREFIX_LENGTH = len(START)
 
 
-def make_cached_tokenizer() -> Callable[[str], list[int]]:
+def make_cached_tokenizer(tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> Callable[[str], list[int]]:
     """Return a function from text to token ids that caches its results."""
     cache: dict[str, list[int]] = {}
 
     def tokenize(text: str) -> list[int]:
         if text not in cache:
-            cache[text] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            cache[text] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return cache[text]
 
     return tokenize

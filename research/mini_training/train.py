@@ -37,7 +37,7 @@ from research.mini_training.lessons import (
     make_lesson,
     make_tiles,
 )
-from research.mini_training.prompts import QUESTIONS, START, TOKENIZER, Prompt, make_cached_tokenizer, make_prompt
+from research.mini_training.prompts import START, TOKENIZER, Prompt, make_cached_tokenizer, make_prompt
 from tokenprune.models.mini.boards import GRIDS, make_board
 
 IMAGES = 16
@@ -193,13 +193,14 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
     logits = model.lm_head(hidden[has_label])
     loss = F.cross_entropy(logits, target[has_label])
     wrong = (logits.argmax(1) != target[has_label]).float()
-    question = (torch.arange(shape[0])[:, None] * QUESTIONS + group)[has_label]
-    count = torch.zeros(shape[0] * QUESTIONS).index_add_(0, question, torch.ones(len(question)))
-    failed = torch.zeros(shape[0] * QUESTIONS).index_add_(0, question, wrong)
+    limit = int(groups.max()) + 1
+    question = (torch.arange(shape[0])[:, None] * limit + group)[has_label]
+    count = torch.zeros(shape[0] * limit).index_add_(0, question, torch.ones(len(question)))
+    failed = torch.zeros(shape[0] * limit).index_add_(0, question, wrong)
     return loss, (failed[count > 0] == 0).float().mean().item()
 
 
-def make_optimizers(model: Any, heads: Heads, *, reader: bool) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, heads: nn.Module, *, reader: bool) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices in layers and projector, and AdamW for all other parameters.
 
     Args:

@@ -255,11 +255,12 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path: Path, monkeypatch: 
         write_parquet(tmp_path / "x.parquet", [{"a": 1}])
 
 
-def test_settings_are_compared_at_equal_compute(tmp_path: Path) -> None:
+def test_settings_are_compared_at_equal_compute_and_by_their_evidence(tmp_path: Path) -> None:
     costs = {"HiRED": (0.2, 0.6, 20, 10), "AtLayer(DivPrune)": ("20% from layer 2", 0.9, 60, 50)}
     costs["HiRED+FastV"] = ("40% + 50% from layer 2", 0.5, 30, 20)
     for strategy, (budget, share, tokens, flops) in costs.items():
         rows = board_records(make_scores(share), average_tokens=tokens, prefill_flops=flops, prefill_flops_full=200)
+        rows = [row | {"evidence_coverage": None if row["type"] == "side" else share / 2} for row in rows]
         write_setting(tmp_path, rows, strategy, budget, factors={"reducer": strategy})
     full = board_records(make_scores(0.9), average_tokens=400, prefill_flops=200, prefill_flops_full=200)
     write_setting(tmp_path, full, "UniformStride", 1.0, "full")
@@ -276,12 +277,16 @@ def test_settings_are_compared_at_equal_compute(tmp_path: Path) -> None:
     assert "accuracy_vs_flops.png" in [path.name for path in paths]
     assert "figures/accuracy_vs_flops.png" in text
     first = next(csv.DictReader((tmp_path / "settings.csv").open()))
-    assert (first["average_tokens"], first["flops_share"]) == ("400.0", "1.0")
+    assert (first["average_tokens"], first["flops_share"], first["evidence_coverage"]) == ("400.0", "1.0", "")
+    _, *lines = parse_table(text, "Evidence coverage")
+    assert [line[0] for line in lines] == ["AtLayer(DivPrune)", "HiRED", "HiRED+FastV"]
+    assert [line[1] for line in lines] == ["–", "30.0 [30.0, 30.0]", "–"]  # noqa: RUF001
 
 
 def test_records_without_flops_have_no_comparison_at_equal_compute(report_folder: Path) -> None:
     text = (report_folder / "report.md").read_text()
     assert "Equal compute" not in text
+    assert "Evidence coverage" not in text
     assert "accuracy_vs_flops" not in text
     setting = read_results(report_folder).settings[0]
     assert setting.average_tokens == setting.mean("kept")

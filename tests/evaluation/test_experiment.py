@@ -76,6 +76,7 @@ def test_records_have_the_tokens_of_each_stage() -> None:
         assert entered == row["prompt_length"]
         assert row["average_tokens"] == (row["kept"] + 2 * cut["kept"]) / 3
         assert 0 < row["prefill_flops"] < row["prefill_flops_full"]
+        assert (row["evidence_coverage"] is None) == (row["type"] == "paper")
     metadata = json.loads((setting.folder(Path("out")) / "setting.json").read_text())
     assert metadata["strategy"] == "HiRED+AtLayer(UniformStride)"
     assert metadata["budget"] == "40% + 50% from layer 1"

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.helpers.small_grid import records, write_config
 from tokenprune.cli.main import main
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
-from tokenprune.experiments.evaluation.tasks import Boards, Folder, tasks
+from tokenprune.experiments.evaluation.tasks import Boards, Folder, Pages, tasks
 from tokenprune.strategies import Random
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
@@ -25,7 +25,17 @@ def test_boards_are_the_held_out_boards_in_order() -> None:
     assert [sample.id for sample in samples] == [sample.id for sample in Boards(number=2).samples()]
     assert {sample.group for sample in samples} == {"boards/1000", "boards/1001"}
     assert {sample.split for sample in samples} <= {"tiles", "base", "either"}
-    assert set(tasks()) == {"Boards", "Folder", "LmmsTask"}
+    assert set(tasks()) == {"Boards", "Folder", "LmmsTask", "Pages"}
+
+
+def test_pages_are_split_by_the_tiles_of_their_evidence() -> None:
+    samples = list(Pages(number=4).samples())
+    assert {sample.group for sample in samples} == {f"pages/{index}" for index in range(1000, 1004)}
+    assert {sample.split for sample in samples} == {"one tile", "several tiles", "base"}
+    for sample in samples:
+        assert (sample.split == "base") == (sample.evidence_tiles == "base")
+        if sample.type in ("value", "name", "color_value", "largest", "smallest"):
+            assert sample.split == "one tile"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="lmms-eval is installed")

@@ -24,6 +24,7 @@ from tokenprune.experiments.analysis.report.tables import (
     accuracy_table,
     breakdown_blocks,
     compute_blocks,
+    evidence_blocks,
     full_blocks,
     is_random,
     random_blocks,
@@ -170,6 +171,7 @@ def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     blocks += random_blocks(settings, level)
     for name, heading in (("type", "By type of question"), ("split", "By split")):
         blocks += breakdown_blocks(settings, name, f"{title}: {heading[0].lower()}{heading[1:]}", level)
+    blocks += evidence_blocks(settings, level)
     blocks += compute_blocks(settings, level)
     return [*blocks, Heading("Tokens and time", level), *token_blocks(settings)]
 

@@ -49,6 +49,7 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         }
         row |= {name: setting.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
         row |= {"average_tokens": setting.average_tokens, "flops_share": setting.flops_share}
+        row |= {"evidence_coverage": setting.evidence_coverage.mean}
         row |= {f"{name}_median": setting.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
         if full:
             row |= _difference_row("minus_full", full.get(setting.hash))

@@ -154,6 +154,28 @@ def breakdown_blocks(settings: Sequence[Setting], name: str, heading: str, level
     return blocks
 
 
+def evidence_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
+    """Return the table of the evidence that kept tokens cover; empty if no sample has evidence.
+
+    Args:
+        settings: the settings of one context.
+        level: level of the heading.
+    """
+    columns = list_budgets(settings)
+    if not columns or not any(setting.evidence_coverage.n for setting in settings):
+        return []
+    lines = [
+        [name, *(format_interval(entries[b].evidence_coverage) if b in entries else DASH for b in columns)]
+        for name, entries in method_rows(settings)
+    ]
+    text = (
+        "Share of the image regions with the answer that kept tokens cover, by area, averaged over the layers of the "
+        "LLM. It is computed from positions only. Merged tokens are not counted."
+    )
+    head = ["method", *map(format_budget, columns)]
+    return [Heading("Evidence coverage", level), Table(head, lines), Text([text])]
+
+
 def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     """Return the table of asked and kept tokens, prompt lengths and times.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from tokenprune.experiments.evaluation.evidence import EvidenceTiles, Region
 from tokenprune.experiments.evaluation.metrics import METRICS
 from tokenprune.policies import Configurable
 from tokenprune.registry import collect_classes
@@ -32,6 +33,8 @@ class Sample:
         type: kind of question, for tables.
         split: kind of difficulty, for tables.
         content: function that returns a hash of the image file; if None, the pixels are hashed.
+        evidence: regions of the image that show the answer; if empty, the evidence is unknown.
+        evidence_tiles: tiles that show the evidence.
     """
 
     id: str
@@ -42,6 +45,8 @@ class Sample:
     type: str = ""
     split: str = ""
     content: Callable[[], str] | None = None
+    evidence: tuple[Region, ...] = ()
+    evidence_tiles: EvidenceTiles = "either"
 
 
 @dataclass
@@ -93,6 +98,17 @@ class Task(Configurable, ABC):
             predictions: answers by sample id; failed samples are not included.
         """
         return {}
+
+
+def to_regions(boxes: Iterable[tuple[int, int, int, int]], shape: Sequence[int]) -> tuple[Region, ...]:
+    """Return boxes in pixels as regions in fractions of the image.
+
+    Args:
+        boxes: top, left, bottom, right in pixels.
+        shape: height and width of the image; further entries are ignored.
+    """
+    height, width = shape[:2]
+    return tuple((top / height, left / width, bottom / height, right / width) for top, left, bottom, right in boxes)
 
 
 @cache

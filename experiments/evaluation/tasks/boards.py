@@ -8,7 +8,7 @@ from functools import partial
 
 from PIL import Image
 
-from tokenprune.experiments.evaluation.tasks.base import Sample, Task
+from tokenprune.experiments.evaluation.tasks.base import Sample, Task, to_regions
 from tokenprune.models.mini.boards import boards, make_board
 
 
@@ -45,4 +45,6 @@ class Boards(Task):
                     answers=(question.answer,),
                     type=question.type,
                     split=question.needs,
+                    evidence=to_regions([board.items[item].box for item in question.about], board.pixels.shape),
+                    evidence_tiles=question.needs,
                 )

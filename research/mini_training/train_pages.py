@@ -1,0 +1,379 @@
+"""Trains one model for boards and pages from the shipped weights: ``python -m research.mini_training.train_pages``.
+
+Stage 1 trains the vision tower. Heads on the CLS token after every layer classify the content of a tile, and heads on
+every patch of the feature layer classify the content of the patch, see `page_lessons`. Boards are repeated with their
+heads, so that the tower does not forget them. No loss applies to the attention. The heads are discarded. Stage 2 trains
+the projector and the LLM to answer questions about pages in two of three steps, and about boards in the third. The
+tower is frozen at first and trained again at the end, in steps with all tokens and with the losses of stage 1.
+
+As for boards, random visual tokens are removed in a part of the steps (`lessons.draw_subset`), independent of
+strategies, attention and scores.
+
+Data, subsets and order depend only on the seed and the step. A run saves its state every few minutes and after the
+last step; the same command with ``--resume`` continues it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
+
+from research.mini_training.build import export, make_config, make_tokenizer
+from research.mini_training.lessons import IGNORE, make_lesson, make_tiles, pack_positions
+from research.mini_training.page_lessons import (
+    PAGE_DENSE,
+    PAGE_PLACES,
+    PAGE_PRESENCE,
+    PageLesson,
+    is_page_answerable,
+    make_page_lesson,
+)
+from research.mini_training.prompts import Prompt, assemble_prompt, draw_kept, make_cached_tokenizer, make_prompt
+from research.mini_training.train import Heads, answer_loss, make_optimizers, set_rates, tower_output
+from tokenprune.models import mini
+from tokenprune.models.mini.boards import GRIDS as BOARD_GRIDS
+from tokenprune.models.mini.boards import make_board
+from tokenprune.models.mini.glyphs import COLORS
+from tokenprune.models.mini.pages import GRIDS, NAMES, Page, list_words, make_page
+
+PAGES, BOARDS = 8, 4
+"""Number of pages and boards in a step of stage 1."""
+IMAGES = 8
+"""Number of images in a step of stage 2."""
+QUESTIONS = 20
+"""Largest number of questions about each page in a step of stage 2."""
+TOWER_STEPS = 1000
+READER_STEPS = 3600
+SMALL_UNTIL = 600
+"""Before this step of stage 2, only pages of two sub-images are used, which have shorter sequences."""
+FULL_UNTIL = 1200
+"""Before this step of stage 2, no token is removed."""
+TOGETHER_FROM = 1800
+"""From this step of stage 2, the tower is trained in steps without removed tokens."""
+ALIGNMENT_WEIGHT = 0.3
+"""Weight of the loss that aligns projected patches with the words that they show."""
+TOWER_RATES = ((0, 0.05), (19, 0.5), (600, 0.5), (TOWER_STEPS, 0.02))
+"""Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
+READER_RATES = ((0, 0.05), (19, 0.3), (1800, 0.3), (READER_STEPS, 0.01))
+"""Factors of the learning rate in stage 2."""
+SAVE_SECONDS = 300.0
+"""Seconds between two saved states."""
+TOKENIZER = make_tokenizer(list_words())
+WORD_IDS: dict[str, Any] = {
+    "name": TOKENIZER.convert_tokens_to_ids(list(NAMES)),
+    "color": TOKENIZER.convert_tokens_to_ids(list(COLORS)),
+    "tens": TOKENIZER.convert_tokens_to_ids([str(digit) for digit in range(10)]),
+    "units": TOKENIZER.convert_tokens_to_ids([f"##{digit}" for digit in range(10)]),
+}
+"""Token ids of the words of each head of `PAGE_DENSE`, without its last class."""
+_INDEX_STEP = 100_000_000
+"""Distance of the first image of two seeds; half of it separates the stages."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step of stage 2.
+
+    Attributes:
+        world: ``boards`` or ``pages``.
+        pixels: All tiles, `[tiles, 3, height, width]`.
+        tiles: Number of tiles of each image.
+        truths: Ground truth of each image, a `Lesson` or a `PageLesson`.
+        prompts: Training sequence of each image.
+    """
+
+    world: str
+    pixels: Tensor
+    tiles: list[int]
+    truths: Sequence[Any]
+    prompts: Sequence[Prompt]
+
+
+class PageHeads(nn.Module):
+    """Classification heads for pages; they are not part of the model."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, sum(PAGE_DENSE.values()))
+        self.places = nn.Linear(width, sum(PAGE_PLACES.values()))
+        n_presence = sum(PAGE_PRESENCE.values())
+        self.cls = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_presence)) for _ in range(layers)
+        )
+        self.weights = [0.3] * (layers - 2) + [1.0] * 2
+
+    def forward(self, hidden: Sequence[Tensor], lessons: Sequence[PageLesson]) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of the tower and the accuracy of each head.
+
+        Args:
+            hidden: CLS and patch tokens after the embeddings and after each layer, `[tiles, 1 + tokens, width]` each.
+            lessons: The ground truth of the pages that the tiles belong to.
+
+        Returns:
+            The loss, and the accuracy by head.
+        """
+        patches = hidden[-2][:, 1:]
+        loss, scores = hidden[0].new_zeros(()), {}
+        parts = self.dense(patches).flatten(0, 1).split(list(PAGE_DENSE.values()), dim=1)
+        for name, logits in zip(PAGE_DENSE, parts, strict=True):
+            target = torch.from_numpy(np.concatenate([lesson.dense[name] for lesson in lessons])).flatten()
+            weight = torch.ones(logits.shape[1])
+            weight[-1] = 0.2  # Most patches show none of the classes; without a weight, this class would dominate.
+            loss = loss + F.cross_entropy(logits, target, weight=weight, ignore_index=IGNORE)
+            is_scored = (target != IGNORE) & (target != logits.shape[1] - 1)
+            scores[name] = (logits.argmax(1) == target)[is_scored].float().mean().item()
+        is_base = torch.cat([torch.arange(len(lesson.dense["name"])) == 0 for lesson in lessons])
+        parts = self.places(patches[is_base]).flatten(0, 1).split(list(PAGE_PLACES.values()), dim=1)
+        for name, logits in zip(PAGE_PLACES, parts, strict=True):
+            target = torch.from_numpy(np.concatenate([lesson.places[name] for lesson in lessons]))
+            loss = loss + 0.5 * F.cross_entropy(logits, target, ignore_index=IGNORE)
+            scores[name] = (logits.argmax(1) == target)[target != IGNORE].float().mean().item()
+        target = torch.from_numpy(
+            np.concatenate(
+                [np.concatenate([lesson.presence[name] for name in PAGE_PRESENCE], axis=1) for lesson in lessons]
+            )
+        )[~is_base].float()
+        for weight_of_layer, head, layer in zip(self.weights, self.cls, hidden[1:], strict=True):
+            logits = head(layer[~is_base, 0])
+            loss = loss + weight_of_layer * 8 * F.binary_cross_entropy_with_logits(logits, target)
+        scores["cls"] = ((logits > 0) == (target > 0))[target > 0].float().mean().item()
+        return loss, scores
+
+
+def load_start(checkpoint: Path) -> Any:
+    """Load a checkpoint, and return its model with the words and tile grids of pages.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+
+    Returns:
+        The model in float32. New words have random embeddings.
+    """
+    old: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = LlavaNextForConditionalGeneration(make_config(TOKENIZER, GRIDS))
+    state, new_state = old.state_dict(), model.state_dict()
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        embeddings = new_state[name].clone()
+        embeddings[: len(state[name])] = state[name]
+        state[name] = embeddings
+    model.load_state_dict(state)
+    return model
+
+
+def tower_step(model: Any, heads: nn.ModuleDict, seed: int, step: int) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss and the scores of one step of stage 1."""
+    start = _INDEX_STEP * seed + step * PAGES
+    pages = [make_page(start + k, "train") for k in range(PAGES)]
+    boards = [make_board(start + k, "train", crowded=k % 2 == 0) for k in range(BOARDS)]
+    return tower_loss(model, heads, pages, boards)
+
+
+def tower_loss(
+    model: Any, heads: nn.ModuleDict, pages: Sequence[Page], boards: Sequence[Any]
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of the tower on pages and boards, and the accuracy of each head."""
+    pixels, _ = make_tiles([*pages, *boards])
+    hidden = tower_output(model, pixels)
+    n_page_tiles = sum(1 + page.grid[0] * page.grid[1] for page in pages)
+    loss, scores = heads["pages"]([part[:n_page_tiles] for part in hidden], [make_page_lesson(page) for page in pages])
+    board_loss, board_scores = heads["boards"](
+        [part[n_page_tiles:] for part in hidden], [make_lesson(board) for board in boards], places=True
+    )
+    return loss + 0.3 * board_loss, scores | {f"board_{name}": value for name, value in board_scores.items()}
+
+
+def reader_step(
+    model: Any, heads: nn.ModuleDict, tokenize: Callable[[str], list[int]], seed: int, step: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss and the scores of one step of stage 2."""
+    rng = np.random.default_rng((seed, 2, step))
+    start = _INDEX_STEP * seed + _INDEX_STEP // 2 + IMAGES * step
+    gaps = step >= FULL_UNTIL and step // 3 % 2 == 1
+    trains_tower = not gaps and step >= TOGETHER_FROM
+    sub_images = 2 if step < SMALL_UNTIL else (4, 2, 6, 3)[step // 3 % 4]
+    draw = draw_boards if step % 3 == 2 else draw_pages
+    batch = draw(rng, range(start, start + IMAGES), sub_images, tokenize, gaps=gaps)
+    with torch.set_grad_enabled(trains_tower):
+        hidden = tower_output(model, batch.pixels)
+    features = model.model.multi_modal_projector(hidden[-2][:, 1:]).split(batch.tiles)
+    loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], batch.prompts)
+    scores = {"gaps": float(gaps), f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
+    if batch.world == "pages":
+        part, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
+        loss, scores = loss + ALIGNMENT_WEIGHT * part, scores | {"aligned": accuracy}
+    if trains_tower:
+        part, accuracies = heads[batch.world](hidden, batch.truths)
+        loss, scores = loss + 0.3 * part, scores | accuracies
+    return loss, scores
+
+
+def alignment_loss(model: Any, features: Tensor, lessons: Sequence[PageLesson]) -> tuple[Tensor, float]:
+    """Return a loss that aligns projected patches with the embeddings of the words that they show, and its accuracy.
+
+    A patch shows a word of each head of `PAGE_DENSE`: the name, the color, and the tokens of both digits. The loss
+    classifies the word by cosine similarity. It speeds up the lookup of a name in the visual tokens.
+
+    Args:
+        model: The model.
+        features: Projected patches of all tiles, `[tiles * tokens, dim]`.
+        lessons: Ground truth of the pages.
+    """
+    tokens, table = F.normalize(features, dim=1), model.get_input_embeddings().weight
+    loss, correct = features.new_zeros(()), []
+    for name, ids in WORD_IDS.items():
+        target = torch.from_numpy(np.concatenate([lesson.dense[name] for lesson in lessons])).flatten()
+        shows_word = (target != IGNORE) & (target < len(ids))
+        logits = 20 * tokens[shows_word] @ F.normalize(table[ids], dim=1).T
+        loss = loss + F.cross_entropy(logits, target[shows_word])
+        correct.append((logits.argmax(1) == target[shows_word]).float().mean().item())
+    return loss, sum(correct) / len(correct)
+
+
+def draw_boards(
+    rng: np.random.Generator,
+    indices: Iterable[int],
+    sub_images: int,
+    tokenize: Callable[[str], list[int]],
+    *,
+    gaps: bool,
+) -> Batch:
+    """Return a batch of boards with at most four sub-images."""
+    grids = [grid for grid in BOARD_GRIDS if grid[0] * grid[1] == min(sub_images, 4)]
+    boards = [make_board(index, "train", grid=grids[index % len(grids)]) for index in indices]
+    truths = [make_lesson(board) for board in boards]
+    prompts = [
+        make_prompt(board, truth, rng, tokenize, gaps=gaps, weights={})
+        for board, truth in zip(boards, truths, strict=True)
+    ]
+    return Batch("boards", *make_tiles(boards), truths, prompts)
+
+
+def draw_pages(
+    rng: np.random.Generator,
+    indices: Iterable[int],
+    sub_images: int,
+    tokenize: Callable[[str], list[int]],
+    *,
+    gaps: bool,
+) -> Batch:
+    """Return a batch of pages with a number of sub-images."""
+    grids = [grid for grid in GRIDS if grid[0] * grid[1] == sub_images]
+    pages = [make_page(index, "train", grid=grids[index % len(grids)]) for index in indices]
+    truths, prompts = [make_page_lesson(page) for page in pages], []
+    for page, truth in zip(pages, truths, strict=True):
+        kept = draw_kept(rng, truth.item_masks, gaps=gaps)
+        candidates = [question for question in page.questions if is_page_answerable(question, truth, kept)]
+        chances = [1.0] * len(candidates)
+        prompts.append(
+            assemble_prompt(pack_positions(page), kept, candidates, chances, rng, tokenize, gaps=gaps, limit=QUESTIONS)
+        )
+    return Batch("pages", *make_tiles(pages), truths, prompts)
+
+
+def train_pages(
+    out: Path,
+    *,
+    start: Path,
+    seed: int = 0,
+    tower_steps: int = TOWER_STEPS,
+    reader_steps: int = READER_STEPS,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> None:
+    """Train the model and export ``out/checkpoint``.
+
+    Args:
+        out: Folder of the state, the log and the checkpoint.
+        start: Folder of the checkpoint to start from.
+        seed: Seed of the data.
+        tower_steps: Number of steps of stage 1.
+        reader_steps: Number of steps of stage 2.
+        resume: Whether to resume from the state in ``out``.
+        stop_after: Number of steps of both stages after which to stop; the run can be resumed later.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = load_start(start)
+    vision = model.config.vision_config
+    sizes = vision.hidden_size, vision.num_hidden_layers
+    heads = nn.ModuleDict({"pages": PageHeads(*sizes), "boards": Heads(*sizes)})
+    tokenize = make_cached_tokenizer(TOKENIZER)
+    done, spent = 0, 0.0
+    state = torch.load(out / "state.pt", weights_only=True) if resume else None
+    if state is not None:
+        done, spent = state["done"], state["seconds"]
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+    opts = make_optimizers(model, heads, reader=done >= tower_steps)
+    if state is not None and done != tower_steps:
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+    since = time.monotonic() - spent
+    saved_at = time.monotonic()
+    last = min(tower_steps + reader_steps, stop_after or tower_steps + reader_steps)
+    model.train()
+    while done < last:
+        if done == tower_steps:
+            opts = make_optimizers(model, heads, reader=True)
+        if done < tower_steps:
+            set_rates(opts, done, TOWER_RATES)
+            loss, scores = tower_step(model, heads, seed, done)
+        else:
+            set_rates(opts, done - tower_steps, READER_RATES)
+            loss, scores = reader_step(model, heads, tokenize, seed, done - tower_steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for opt in opts for group in opt.param_groups for p in group["params"]], 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        done += 1
+        entry = {"step": done, "seconds": time.monotonic() - since, "loss": loss.item(), **scores}
+        line = json.dumps({name: round(value, 4) for name, value in entry.items()})
+        with (out / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+        if done % 20 == 0:
+            print(line, flush=True)
+        if done in (tower_steps, last) or time.monotonic() - saved_at > SAVE_SECONDS:
+            state = {"model": model.state_dict(), "heads": heads.state_dict(), "done": done}
+            state |= {"seconds": time.monotonic() - since, "optimizers": [opt.state_dict() for opt in opts]}
+            torch.save(state, out / "state.new")
+            (out / "state.new").rename(out / "state.pt")
+            export(model, out / "checkpoint", list_words(), GRIDS)
+            saved_at = time.monotonic()
+
+
+def main() -> None:
+    """Parse the command line and train the model."""
+    parser = argparse.ArgumentParser(description="Train one model for boards and pages from the shipped weights.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the state, the log and the checkpoint")
+    parser.add_argument("--start", type=Path, default=mini.path(), help="folder of the checkpoint to start from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS, help="number of steps of stage 1")
+    parser.add_argument("--reader-steps", type=int, default=READER_STEPS, help="number of steps of stage 2")
+    parser.add_argument("--resume", action="store_true", help="resume from the state in --out")
+    parser.add_argument("--stop-after", type=int, help="total number of steps after which to stop; use --resume later")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train_pages(
+        options.out,
+        start=options.start,
+        seed=options.seed,
+        tower_steps=options.tower_steps,
+        reader_steps=options.reader_steps,
+        resume=options.resume,
+        stop_after=options.stop_after,
+    )
+
+
+if __name__ == "__main__":
+    main()

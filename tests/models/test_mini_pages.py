@@ -1,0 +1,242 @@
+"""Pages: the dense sheets of the embedded world, their questions and their evidence."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from research.mini_training import train_pages as training
+from research.mini_training.build import SIDE
+from research.mini_training.evaluate import answer_questions, build_inputs
+from research.mini_training.lessons import make_tiles
+from research.mini_training.page_lessons import is_page_answerable, make_page_lesson
+from research.mini_training.prompts import make_cached_tokenizer
+from research.mini_training.train import Heads
+from tokenprune.models import mini
+from tokenprune.models.mini.boards import TILE, Split, make_board
+from tokenprune.models.mini.pages import (
+    CELL,
+    COLORS,
+    GRIDS,
+    LAYOUTS,
+    NAMES,
+    PLAIN,
+    Box,
+    Item,
+    Page,
+    Question,
+    list_words,
+    make_page,
+    pages,
+)
+
+
+@cache
+def sample(split: Split = "heldout") -> tuple[Page, ...]:
+    return tuple(pages(60, split))
+
+
+def contents(page: Page) -> tuple[str, frozenset[tuple[int, int, int]]]:
+    return page.layout, frozenset((item.name, item.number, item.color) for item in page.items)
+
+
+def test_pages_are_determined_by_seed_and_split() -> None:
+    first, second = make_page(5, "train"), make_page(5, "train")
+    assert np.array_equal(first.pixels, second.pixels)
+    assert (first.questions, first.items) == (second.questions, second.items)
+    assert contents(first) != contents(make_page(5, "heldout")) != contents(make_page(6, "heldout"))
+
+
+def test_splits_share_no_page() -> None:
+    train, heldout = ({contents(page) for page in sample(split)} for split in ("train", "heldout"))
+    assert not train & heldout
+    assert len(heldout) == len(sample())
+
+
+def test_pages_have_the_documented_properties() -> None:
+    assert {page.grid for page in sample()} == set(GRIDS)
+    assert {page.layout for page in sample()} == set(LAYOUTS)
+    padded = 0
+    for page in sample():
+        height, width = page.pixels.shape[:2]
+        padded += (height, width) != (TILE * page.grid[0], TILE * page.grid[1])
+        assert page.offset == ((TILE * page.grid[0] - height) // 2, (TILE * page.grid[1] - width) // 2)
+        assert page.content.shape == (height // CELL, width // CELL)
+        assert 0.3 <= page.content.mean() <= 0.6
+        assert 8 <= len(page.items) <= 24
+        for values in ([item.name for item in page.items], [item.number for item in page.items]):
+            assert len(set(values)) == len(values)
+        colors = [item.color for item in page.items if item.color != PLAIN]
+        assert any(colors.count(color) == 1 for color in colors)
+    assert 0.1 < padded / len(sample()) < 0.4
+
+
+def boxes_of(item: Item) -> list[Box]:
+    return [item.label, item.value, item.mark]
+
+
+def test_items_and_clutter_cover_the_content() -> None:
+    """Every item lies inside one tile, no two items overlap, and cells without content show only paper."""
+    for page in sample():
+        height, width = page.pixels.shape[:2]
+        for item in page.items:
+            assert len(page.find_tiles([(b - 1, r - 1, b, r) for _, _, b, r in boxes_of(item)])) == 1
+            assert page.find_tiles(boxes_of(item)) == page.find_tiles([item.label])
+            for top, left, bottom, right in boxes_of(item):
+                assert 0 <= top < bottom <= height
+                assert 0 <= left < right <= width
+                assert page.content[top // CELL : -(-bottom // CELL), left // CELL : -(-right // CELL)].all()
+        for a, b in combinations([box for item in page.items for box in boxes_of(item)], 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        cells = page.pixels.reshape(height // CELL, CELL, width // CELL, CELL, 3).astype(float)
+        darkest = cells.mean(-1).min((1, 3))
+        assert darkest[~page.content].min() > 185
+        n_item_cells = sum((r - x) * (b - t) // CELL**2 for item in page.items for t, x, b, r in boxes_of(item))
+        assert page.content.sum() > n_item_cells  # the remaining content is clutter or frames
+
+
+def expected_answer(page: Page, question: Question) -> str:
+    """Return the answer to a question, computed from the items of the page and the words of the question."""
+    words = question.text.rstrip("?").replace(":", "").split()
+    named = [item for item in page.items if NAMES[item.name] in words]
+    colored = [item for item in page.items if item.color != PLAIN and COLORS[item.color] in words]
+    numbers = sorted(page.items, key=lambda item: item.number)
+    if question.type in ("value", "color_value"):
+        (item,) = named if question.type == "value" else colored
+        return str(item.number)
+    if question.type in ("side", "height"):
+        (item,) = colored
+        axis = int(question.type == "side")
+        is_far = (item.mark[axis] + item.mark[axis + 2]) / 2 > page.pixels.shape[axis] / 2
+        return (("top", "bottom"), ("left", "right"))[axis][int(is_far)]
+    if question.type == "count":
+        return str(len(colored))
+    if question.type == "name":
+        (item,) = (item for item in page.items if str(item.number) in words)
+        return NAMES[item.name]
+    if question.type == "compare":
+        assert len(named) == 2
+        return NAMES[max(named, key=lambda item: item.number).name]
+    return NAMES[numbers[0 if question.type == "smallest" else -1].name]
+
+
+def test_answers_and_evidence_agree_with_the_items() -> None:
+    types = set()
+    for page in sample():
+        numbers = sorted(item.number for item in page.items)
+        assert min(numbers[1] - numbers[0], numbers[-1] - numbers[-2]) >= 5
+        texts = [question.text for question in page.questions]
+        assert len(set(texts)) == len(texts)
+        for question in page.questions:
+            types.add(question.type)
+            assert question.answer == expected_answer(page, question)
+            assert len(question.text.split()) > 3
+            items = [page.items[index] for index in question.about]
+            shown = {box for item in items for box in boxes_of(item)}
+            assert question.evidence
+            assert set(question.evidence) <= shown
+            assert len(page.find_tiles(question.evidence)) <= len(items)
+            needs_base = question.type in ("side", "height") and page.grid[int(question.type == "side")] > 1
+            is_about_marks = question.type in ("side", "height", "count")
+            assert question.needs == ("base" if needs_base else "either" if is_about_marks else "tiles")
+    assert types == {
+        *("value", "name", "color_value", "largest", "smallest", "compare", "count", "side", "height"),
+    }
+
+
+def test_every_word_is_in_the_vocabulary() -> None:
+    words = set(list_words())
+    for page in sample():
+        for question in page.questions:
+            text = f"{question.text} {question.answer}".lower().replace("?", " ?").replace(":", " :")
+            assert {word for word in text.split() if not word.isdigit()} <= words
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_layout_fills_every_grid(layout: str, grid: tuple[int, int]) -> None:
+    for index in range(5):  # a quarter of the pages is smaller than its tiles
+        page = make_page(index, "train", grid=grid, layout=layout)  # type: ignore[arg-type]
+        assert (page.layout, page.grid) == (layout, grid)
+        assert 0.3 <= page.content.mean() <= 0.6
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_lessons_mark_the_patches_of_the_items() -> None:
+    """The marked patches of the sub-images show the ink of the page, and masks of different items are disjoint."""
+    for page in sample()[:20]:
+        truth = make_page_lesson(page)
+        tiles, _ = make_tiles([page])
+        patches = tiles.mean(1).unflatten(1, (SIDE, CELL)).unflatten(3, (SIDE, CELL)).amin((2, 4)).flatten(1).numpy()
+        assert patches[1:][truth.digit_masks.any(0)[1:]].max() < patches[1:].max() - 0.3
+        assert (truth.item_masks[:, 1:].sum(0) <= 1).all()
+        for number, item in enumerate(page.items):
+            assert truth.digit_masks[number].sum() == 2
+            assert set(truth.dense["tens"][truth.digit_masks[number]]) == {item.number // 10}
+            assert (truth.dense["name"] == item.name).sum() == 5
+            on_item = truth.dense["color"][truth.item_masks[number] & (np.arange(len(tiles)) > 0)[:, None]]
+            assert set(on_item) == {item.color}
+
+
+def test_page_questions_are_answerable_if_their_tokens_are_kept() -> None:
+    for page in sample()[:20]:
+        truth = make_page_lesson(page)
+        everything = np.ones(truth.item_masks.shape[1:], dtype=bool)
+        base, tiles = everything.copy(), everything.copy()
+        base[1:], tiles[0] = False, False
+        for question in page.questions:
+            assert not is_page_answerable(question, truth, ~everything)
+            assert is_page_answerable(question, truth, everything)
+            assert is_page_answerable(question, truth, tiles) == (question.type not in ("side", "height"))
+            assert not (question.needs == "tiles" and is_page_answerable(question, truth, base))
+
+
+@pytest.mark.parametrize("step", [0, training.SMALL_UNTIL + 2, training.FULL_UNTIL + 3, training.TOGETHER_FROM])
+def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "IMAGES", 2)
+    torch.manual_seed(0)
+    model = training.load_start(mini.path())
+    heads = nn.ModuleDict({"pages": training.PageHeads(96, 5), "boards": Heads(96, 5)})
+    loss, scores = training.reader_step(model, heads, make_cached_tokenizer(training.TOKENIZER), 0, step)
+    loss.backward()
+    assert loss.isfinite()
+    trains_tower = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad is not None
+    assert trains_tower == (step >= training.TOGETHER_FROM)
+    assert ("boards_right" in scores) == (step % 3 == 2)
+
+
+def test_the_start_of_training_answers_questions_about_boards() -> None:
+    """New words and grids do not change the logits of the shipped words."""
+    shipped = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32)
+    processor, words = AutoProcessor.from_pretrained(mini.path()), len(AutoTokenizer.from_pretrained(mini.path()))
+    inputs = build_inputs(processor, make_board(1000).image, ["How many shapes are there?"])
+    with torch.no_grad():
+        logits, expected = (model(**inputs).logits for model in (training.load_start(mini.path()), shipped))
+    assert torch.allclose(logits[..., :words], expected[..., :words], atol=1e-5)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IMAGES", "PAGES", "BOARDS"):
+        monkeypatch.setattr(training, name, 1)
+    options: dict[str, Any] = {"start": mini.path(), "tower_steps": 1, "reader_steps": 2}
+    training.train_pages(tmp_path / "complete", **options)
+    training.train_pages(tmp_path / "resumed", **options, stop_after=2)
+    training.train_pages(tmp_path / "resumed", **options, resume=True)
+    complete, resumed = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("complete", "resumed")
+    )
+    assert all(torch.equal(complete["model"][name], value) for name, value in resumed["model"].items())
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "resumed" / "checkpoint")
+    processor = AutoProcessor.from_pretrained(tmp_path / "resumed" / "checkpoint")
+    (answer,) = answer_questions(model, processor, make_page(0, grid=(2, 3)).image, ["What number is on the tea?"])
+    assert isinstance(answer, str)
