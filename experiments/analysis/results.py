@@ -207,7 +207,7 @@ def read_results(directory: Path) -> Results:
         if not (folder / "setting.json").is_file() or not list_record_files(folder):
             notes.append(f"settings/{folder.name} has no setting.json or no records.jsonl and was skipped.")
             continue
-        setting = _read_setting(folder)
+        setting = read_setting(folder)
         if setting.is_truncated:
             notes.append(f"{setting.name} ({setting.hash}): the last line of its records is cut off and was skipped.")
         if setting.records:
@@ -287,7 +287,15 @@ def _check_record(record: Any, location: str) -> None:
         raise ValueError(f"{location}: expected a score from 0 to 1, got {score!r}")
 
 
-def _read_setting(folder: Path) -> Setting:
+def read_setting(folder: Path) -> Setting:
+    """Return the setting of a folder with its records.
+
+    Args:
+        folder: the folder of the setting, with setting.json.
+
+    Raises:
+        ValueError: if setting.json or a record is invalid, or two records have one sample id.
+    """
     path = folder / "setting.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))

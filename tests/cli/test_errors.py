@@ -48,7 +48,7 @@ from tokenprune.cli.main import main
         (["run", "--question", "<image> what?"], "the placeholder is added automatically"),
         (["run", "--reducer.selection.layer", "99"], "layer 99 is no layer of a vision tower with 5 layers"),
         (["run", "--reducer.selection.heads", "9"], "no head of a vision tower with 4 heads"),
-        (["run", "--reducer", "none.py:X"], "none.py is no Python file"),
+        (["run", "--reducer", "none.py:X"], "none.py is not a Python file"),
         (["run", "--reducer", "broken.py:X"], "broken.py cannot be imported: ModuleNotFoundError"),
         (["run", "--reducer", "loud.py:Quiet"], "loud.py has no class 'Quiet'; it has LoudestTokens"),
         (["run", "--config", "none.yaml"], "File does not exist"),

@@ -7,7 +7,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
+from tokenprune.display import format_count
 from tokenprune.experiments.analysis.factors import compare_factors
+from tokenprune.experiments.analysis.intervals import FEW_GROUPS
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.effects import factor_blocks
 from tokenprune.experiments.analysis.report.failures import Comparison, failure_blocks
@@ -31,8 +33,8 @@ from tokenprune.experiments.analysis.report.tables import (
 )
 from tokenprune.experiments.analysis.results import Results, Setting, shorten_value
 
-FEW_GROUPS = 20
-"""Number of groups below which bootstrap intervals are too narrow."""
+MARKS = f"Bold: best of its column. {SAME}: no difference to it seen on common samples."
+"""Explanation of the marks of the main table, the same in all formats."""
 
 
 def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Block]:
@@ -107,7 +109,8 @@ def describe_run(settings: Sequence[Setting]) -> str:
     )
     metrics = sorted({format_metric(setting) for setting in settings})
     return (
-        f"{len(settings)} settings{context}: {len(samples)} samples in {len(groups)} groups. "
+        f"{format_count(len(settings), 'setting')}{context}: {format_count(len(samples), 'sample')} in "
+        f"{format_count(len(groups), 'group')}. "
         f"Score: {', '.join(metrics)}, in percent."
     )
 
@@ -141,13 +144,22 @@ def completeness_notes(settings: Sequence[Setting]) -> list[str]:
         elif missing:
             listed = ", ".join(map(format_budget, missing))
             notes.append(f"No random tokens at {listed}{context}: differences to random tokens are omitted there.")
-        groups = {record["group"] for setting in members for record in setting.valid_records.values()}
-        if len(groups) < FEW_GROUPS:
-            notes.append(
-                f"{len(groups)} group{'s' if len(groups) != 1 else ''} only{context}: with fewer than {FEW_GROUPS} the "
-                "intervals are too narrow."
-            )
+        notes += list_few_groups(members, context)
     return notes
+
+
+def list_few_groups(settings: Sequence[Setting], context: str = "") -> list[str]:
+    """Return a note if there are fewer than `FEW_GROUPS` groups; otherwise nothing.
+
+    Args:
+        settings: the settings of one context.
+        context: text that names the context.
+    """
+    groups = {record["group"] for setting in settings for record in setting.valid_records.values()}
+    if len(groups) >= FEW_GROUPS:
+        return []
+    count = format_count(len(groups), "group")
+    return [f"{count} only{context}: with fewer than {FEW_GROUPS} the intervals are too narrow."]
 
 
 def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
@@ -164,8 +176,7 @@ def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     blocks += [Text([f"{name}: {format_interval(score)}"]) for name, score in full]
     reduced = [setting for setting in settings if setting.role != "full"]
     if reduced:
-        text = f"Bold: best of its column. {SAME}: no difference to it seen on common samples. Every seed is a row."
-        blocks += [accuracy_table(settings), Text([text])]
+        blocks += [accuracy_table(settings), Text([f"{MARKS} Every seed is a row."])]
     blocks += full_blocks(settings, level)
     blocks += random_blocks(settings, level)
     for name, heading in (("type", "By type of question"), ("split", "By split")):

@@ -33,7 +33,7 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
             "hash": setting.hash,
             "name": setting.name,
             "method": setting.method,
-            "strategy": setting.strategy,
+            "strategy": setting.method if setting.role == "full" else setting.strategy,
             "budget": setting.budget,
             "role": setting.role,
             "seed": setting.seed,

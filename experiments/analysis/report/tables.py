@@ -24,12 +24,11 @@ from tokenprune.experiments.analysis.report.rows import full_rows, list_budgets,
 from tokenprune.experiments.analysis.results import Budget, Setting, is_random_strategy, scores_by_field
 
 
-def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
-    """Return the main table, with one row per method and one column per budget.
+def accuracy_table(settings: Sequence[Setting]) -> Table:
+    """Return the main table, with one row per method and one column per budget; the best of a column is bold.
 
     Args:
         settings: the settings of one context.
-        bold: mark before and after the best entry of a column.
     """
     columns, lines = list_budgets(settings), method_rows(settings)
     best = {
@@ -47,7 +46,7 @@ def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
         text = format_interval(setting.score)
         if setting.score.mean == top.score.mean:
             mean, _, suffix = text.partition(" ")
-            return f"{bold}{mean}{bold} {suffix}"
+            return f"**{mean}** {suffix}"
         is_same = setting.score.n and compare(top, setting).score.contains_zero
         return f"{text} {SAME}" if is_same else text
 
@@ -73,7 +72,7 @@ def full_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
                 d = differences[entries[budget].hash]
                 numbers = [str(d.score.n), format_interval(d.score, sign=True), f"{d.only_first} / {d.only_second}"]
                 lines.append([name, *numbers, format_p_value(d.p), format_p_value(d.holm), d.verdict])
-        head = ["n", "minus full tokens", "only it / only full right", "McNemar p", "Holm p", "verdict"]
+        head = ["n", "minus full tokens", "only method correct / only full correct", "McNemar p", "Holm p", "verdict"]
         blocks.append(Table([f"at {format_budget(budget)}", *head], lines))
     return [*blocks, Text([_explain_tests(len(differences))])]
 
