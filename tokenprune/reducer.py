@@ -76,7 +76,8 @@ class TokenReducer(Configurable, ABC):
     def __post_init__(self) -> None:
         """Check the options when the strategy is created, not at the first image."""
         super().__post_init__()
-        self.budget = normalize_budget(self.budget)
+        if self.__dataclass_fields__["budget"].init:  # otherwise a part has it, which already gave the warning
+            self.budget = normalize_budget(self.budget)
         if not isinstance(self.attention, SaliencyModel) and self.attention not in ("auto", *SOURCES):
             words = ", ".join(map(repr, ("auto", *SOURCES)))
             raise ValueError(f"attention={self.attention!r} is not known; use one of {words}, or a SaliencyModel")

@@ -44,10 +44,9 @@ def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:
     """
     description = "Run a W&B sweep file on this machine, without an account. Repeat the command to continue."
     config = select_fields(SweepConfig, parse_options(build_parser("tokenprune sweep", description, SweepConfig), argv))
+    content = read_sweep(config.file)
     if not config.local:
         raise UserError(f"add --local to run {config.file} here; with an account, use `wandb sweep` and `wandb agent`")
-
-    content = read_sweep(config.file)
     if content["method"] == "bayes" and (content.get("metric") or {}).get("name") != "eval/score":
         raise UserError(f"{config.file}: method: bayes needs `metric: {{name: eval/score, goal: maximize}}` here")
 
