@@ -100,7 +100,18 @@ def test_the_report_has_types_splits_tokens_and_errors(report_folder: Path) -> N
     tokens = {tuple(line[:2]): line[2:5] for line in parse_table(text, "Tokens and time")}
     assert tokens["HiRED, allocation=GuidedAllocation", "20%"] == ["80.0", "80.0", "100.0"]
     assert tokens["full tokens", "all"] == ["400.0", "400.0", "100.0"]
+    assert "**All settings share one encoding**, and each is charged its full time" in text  # times of older records
     assert "No sample ended in an error." in text
+
+
+def test_each_setting_is_charged_the_time_that_it_takes_by_itself() -> None:
+    alone = [{**record(n, 0, 1), "prepare_alone_ms": [9.0, 3.0, 5.0, None][n]} for n in range(4)]
+    older, newer = setting(board_records([[1]] * 4), hash="a"), setting(alone, hash="b", strategy="ImageDownsample")
+    assert (older.time_alone, newer.time_alone) == (8 + 0.5 + 20, 5 + 20)
+    text = render_markdown(build_report(Results("x", [newer])))
+    assert "of each setting by itself" in text
+    assert parse_table(text, "Tokens and time")[1][-4:] == ["5.00", "20.00", "8.00", "0.50"]
+    assert [row["time_alone"] for row in setting_rows([older, newer])] == [28.5, 25.0]
 
 
 def test_errors_are_counted_and_quoted(tmp_path: Path) -> None:
@@ -114,7 +125,7 @@ def test_errors_are_counted_and_quoted(tmp_path: Path) -> None:
 def test_the_html_is_self_contained(report_folder: Path) -> None:
     text = (report_folder / "report.html").read_text()
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
-    assert re.findall(r'src="([^"]{0,22})', text) == ["data:image/png;base64,"] * 2
+    assert re.findall(r'src="([^"]{0,22})', text) == ["data:image/png;base64,"] * 3
     assert set(re.findall(r'href="(.)', text)) == {"#"}
     assert str(report_folder.parent) not in text
     assert text.count("<table") == text.count("</table>") > 5

@@ -142,6 +142,8 @@ def test_an_unreadable_image_gives_an_error_record_and_the_run_continues(capsys:
     assert [row["error"] is None for row in recorded] == [False, True]
     assert "not an image" in recorded[0]["error"]
     assert recorded[1]["prediction"] == "4"
+    assert recorded[0]["prepare_alone_ms"] is None
+    assert recorded[1]["prepare_alone_ms"] > 0
     Image.open("good.png").save("bad.png")
     capsys.readouterr()
     assert main([*command[:-1], "--retry-errors"]) == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tokenprune.display import format_count
 from tokenprune.experiments.analysis.factors import Factor
 from tokenprune.experiments.analysis.intervals import FEW_GROUPS, Interval
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.formatting import DASH, format_interval
 
 
@@ -27,6 +27,12 @@ def factor_blocks(factors: Sequence[Factor]) -> list[Block]:
         "with one value of a factor and loses with another."
     )
     blocks: list[Block] = [Heading("Which levels win"), Text([text])]
+    if any(factor.levels for factor in factors):
+        caption = (
+            "Each level minus the best level of its factor, with the paired 95 % interval, and its mean score. Levels "
+            "behind the best are gray."
+        )
+        blocks.append(Image("figures/effects.png", caption))
     for factor in factors:
         blocks.append(Heading(f"`{factor.name}`", 3))
         if not factor.levels:

@@ -163,7 +163,7 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     def line(name: str, budget: str, setting: Setting) -> list[str]:
         asked, kept = setting.mean("asked"), setting.mean("kept")
         prompt, full_prompt = setting.mean("prompt_length"), setting.mean("prompt_length_full")
-        times = [setting.median("encode_ms"), setting.median("select_ms"), setting.median("generate_ms")]
+        times = [setting.median(name) for name in ("prepare_alone_ms", "generate_ms", "encode_ms", "select_ms")]
         share = kept / asked if asked else math.nan
         return [
             *(name, budget, format_number(asked), format_number(kept), format_percent(share)),
@@ -182,11 +182,18 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
         "kept",
         "kept of asked, %",
         "prompt tokens",
-        "encode ms",
-        "select ms",
-        "generate ms",
+        "encode + select alone, ms",
+        "generate, ms",
+        "shared encode, ms",
+        "select, ms",
     ]
-    return [Table(head, lines), Text(["Tokens are means over samples, times medians."])]
+    text = (
+        "Tokens are means over samples, times medians. **Alone**: the time to encode an image and select its tokens if "
+        "the setting runs by itself, measured on the first images. **Shared encode**: one encoding for all settings of "
+        "the run, with the signals of all; it is no cost of a single setting. **Select** follows the shared encoding, "
+        "and contains an encoding at another resolution."
+    )
+    return [Table(head, lines), Text([text])]
 
 
 def compute_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
