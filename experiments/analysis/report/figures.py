@@ -27,7 +27,7 @@ MAX_PANELS = 40
 """Number of methods that have a panel."""
 GRAY, FRONT = "#C4C4C4", "#F2E2A8"
 FONT_SIZE = 8.0
-LABEL_WIDTH = 32
+LABEL_WIDTH = 35
 """Characters in a line of the name of a method."""
 
 
@@ -146,7 +146,7 @@ def draw_scatter(settings: Sequence[Setting], cost: Mapping[str, float], label: 
         len(rows), 1 + has_overview, squeeze=False, width_ratios=[1.0, 1.9] if has_overview else [1.0]
     )
     bottom, top = 0.62 / height / len(rows), 1 - 0.35 / height / len(rows)
-    figure.subplots_adjust(left=0.06, right=0.77, bottom=bottom, top=top, wspace=0.14, hspace=0.3)
+    figure.subplots_adjust(left=0.06, right=0.75, bottom=bottom, top=top, wspace=0.14, hspace=0.3)
     for axes_of_row, row, members in zip(panels, rows, by_context.values(), strict=True):
         colored = _list_colored(row)
         for axes, width in zip(axes_of_row, (34, 80) if has_overview else (80,), strict=True):
