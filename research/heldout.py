@@ -24,6 +24,7 @@ from tokenprune.adapter import Encoding, find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.experiments.analysis.intervals import bootstrap_interval
+from tokenprune.experiments.analysis.report.formatting import SAME
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
 from tokenprune.pipeline import Pipeline
@@ -258,7 +259,7 @@ def format_report(results: BoardResults) -> str:
         f"| strategy {head}",
     ]
     lines += [f"| {n} | {' | '.join(cell(results.answers_of((n, b))) for b in budgets)} |" for n in names]
-    lines += ["\nHiRED minus others, paired, in points (*: the interval holds zero, no difference seen):\n"]
+    lines += [f"\nHiRED minus others, paired, in points ({SAME}: the interval contains zero, no difference seen):\n"]
     lines += [f"| HiRED minus {head}"]
     for name in ["full", *(name for name in names if name != "HiRED")]:
         cells = []
@@ -266,7 +267,7 @@ def format_report(results: BoardResults) -> str:
             subtrahend = results.answers_of(full if name == "full" else (name, budget))
             rows = [a - b for a, b in zip(results.answers_of(("HiRED", budget)), subtrahend, strict=True)]
             _, low, high = board_interval(rows)
-            cells.append(cell(rows, "+") + (" *" if low <= 0 <= high else ""))
+            cells.append(cell(rows, "+") + (f" {SAME}" if low <= 0 <= high else ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "\nBy type of question, full tokens and HiRED:\n",

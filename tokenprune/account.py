@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tokenprune.adapter import LLMShape
-from tokenprune.display import format_table
+from tokenprune.display import format_count, format_table
 from tokenprune.selection import Selection
 
 HISTORY = 1000
@@ -181,7 +181,6 @@ class ImageTotals:
         kept: visual tokens that entered the LLM, or remain after the cut, without newline tokens.
         valid: visual tokens that enter the LLM without reduction, or the tokens before the cut.
         newlines: newline tokens that entered the LLM, or remain after the cut.
-        beyond_valid: number of images whose budget granted more tokens than the image has valid tokens.
     """
 
     images: int = 0
@@ -189,17 +188,14 @@ class ImageTotals:
     kept: int = 0
     valid: int = 0
     newlines: int = 0
-    beyond_valid: int = 0
 
     def add(self, selection: Selection) -> None:
         """Add one image."""
-        valid = selection.geometry.valid_tokens
         self.images += 1
         self.asked += selection.asked
         self.kept += selection.kept_tokens
-        self.valid += valid
+        self.valid += selection.geometry.valid_tokens
         self.newlines += selection.kept_newlines
-        self.beyond_valid += selection.asked > valid
 
 
 @dataclass
@@ -385,9 +381,9 @@ class TokenAccount:
         """Return a readable summary on one line."""
         if not self.row_count:
             return "no image was reduced"
-        limit = f" of {self.valid} valid" if self._images.beyond_valid else ""
         parts = [
-            f"{self.image_count} image(s): {self.asked} tokens asked, {self.kept} kept{limit}",
+            f"{format_count(self.image_count, 'image')}: {self.asked} tokens asked, "
+            f"{self.kept} kept of {self.valid} valid",
             *(f"from layer {layer}: {cut.asked} asked, {cut.kept} kept" for layer, cut in self.cuts.items()),
             f"KV cache {self.kv_bytes / self.kv_bytes_full:.1%} and prefill FLOPs "
             f"{self.flops / self.flops_full:.1%} of full",
@@ -418,6 +414,6 @@ class TokenAccount:
             for name, full, reduced, style in pairs
         ]
         layers = " ".join(map(str, self.tokens_per_layer))
-        caption = f"{self.image_count} image(s), {self.asked} tokens asked"
+        caption = f"{format_count(self.image_count, 'image')}, {self.asked} tokens asked"
         table = format_table(["", "all tokens", "reduced", "ratio"], rows, caption)
         return f"{table}<small>prompt tokens per LLM layer: {layers}</small>"

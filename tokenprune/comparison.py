@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.budget import format_budget
-from tokenprune.display import format_table
+from tokenprune.display import align_columns, format_table
 from tokenprune.pipeline import call_generate
 from tokenprune.run import Run
 
@@ -82,9 +82,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        lines = [self.columns, *(row.format() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        return align_columns([self.columns, *(row.format() for row in self.rows)])
 
     def _repr_html_(self) -> str:
         """Return the table as HTML for Jupyter."""

@@ -127,6 +127,11 @@ class ScheduledReducer(DecoderReducer, ABC):
         """
         if not self.schedule:
             raise ValueError("a schedule needs at least one cut (layer, budget), such as ((2, 0.5),)")
+        for cut in self.schedule:
+            if not isinstance(cut, Sequence) or isinstance(cut, str) or len(cut) != 2:
+                raise ValueError(
+                    f"a schedule consists of pairs (layer, budget), such as ((2, 0.5),), but {cut!r} is none"
+                )
         self.schedule = tuple((layer, parse_amount(amount)) for layer, amount in self.schedule)
         amounts = [amount for _, amount in self.schedule]
         for earlier, later in pairwise(amounts):

@@ -1,4 +1,4 @@
-"""HTML and PNG for Jupyter: the formats that `_repr_html_` and `_repr_png_` of public classes return.
+"""Plain text, HTML and PNG: the formats that `__str__`, `_repr_html_` and `_repr_png_` of public classes return.
 
 The module imports only the standard library and Pillow, so that a class can import it when it is displayed.
 """
@@ -13,6 +13,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``"1 setting"`` and ``"2 settings"``.
+
+    Args:
+        number: the number.
+        noun: the noun in the singular; its plural ends in s.
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of plain text with aligned columns.
+
+    Args:
+        rows: the texts of each row, headings first; all rows have the same number of texts.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:

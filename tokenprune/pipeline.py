@@ -281,6 +281,7 @@ class Pipeline:
             is_shared = True
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
+            check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {sum(prompts.placeholders)}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"

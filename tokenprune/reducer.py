@@ -84,7 +84,8 @@ class TokenReducer(Configurable, ABC):
                 f"`with {name}(...)(model) as run:`, or with `{name}(...).attach(model)`"
             )
         super().__post_init__()
-        self.budget = normalize_budget(self.budget)
+        if self.__dataclass_fields__["budget"].init:  # otherwise a part has it, which already gave the warning
+            self.budget = normalize_budget(self.budget)
         check_needs(self)
         if not isinstance(self.attention, SaliencyModel) and self.attention not in ("auto", *SOURCES):
             words = ", ".join(map(repr, ("auto", *SOURCES)))

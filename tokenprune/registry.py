@@ -161,7 +161,7 @@ def load_module(path: str) -> ModuleType:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file() or file.suffix != ".py":
-        raise LookupError(f"{path} is no Python file; write path/to/file.py")
+        raise LookupError(f"{path} is not a Python file; write path/to/file.py")
     name = f"{PLUGIN_PREFIX}{file.stem}"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
         return sys.modules[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokenprune.account import HISTORY, RowLengths, TokenAccount
 from tokenprune.adapter import LLMShape
+from tokenprune.budget import NoTokenWarning
 from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
 from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
@@ -184,6 +186,13 @@ class Run:
             cuts: the selections at each cut inside the LLM.
             signal_flops: FLOPs of the signals of the LLM.
         """
+        if any(selection.asked == 0 for selection in selections):
+            warnings.warn(
+                f"the budget of {self.strategy} grants no visual token of an image, so the model answers without it; "
+                "set a larger budget, such as 0.2",
+                NoTokenWarning,
+                stacklevel=2,
+            )
         drawable = self.drawable
         complete, compact = selections[:drawable], [s.compact() for s in selections[drawable:]]
         for cut in cuts:

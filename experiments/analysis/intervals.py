@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Values: TypeAlias = NDArray[np.float64]
 DRAWS = 2000
 """Bootstrap samples of an interval."""
+FEW_GROUPS = 20
+"""Number of groups below which intervals are too narrow."""
 CHUNK = 2_000_000
 """Random numbers drawn per step of the bootstrap; limits the memory for many groups."""
 

@@ -110,12 +110,13 @@ class Setting:
         return float(np.mean(self._numbers(name))) if self.valid_records else math.nan
 
     def median(self, *names: str) -> float:
-        """Return the median over the samples without an error of a sum of numeric record fields.
+        """Return the median of a sum of numeric record fields over the samples with these fields and without an error.
 
         Args:
             names: the record fields to sum.
         """
-        return float(np.median(sum(self._numbers(name) for name in names))) if self.valid_records else math.nan
+        sums = np.array(sum(self._numbers(name) for name in names))
+        return float(np.nanmedian(sums)) if self.valid_records and not np.isnan(sums).all() else math.nan
 
     @property
     def average_tokens(self) -> float:
@@ -131,6 +132,17 @@ class Setting:
         """FLOPs of prefill in the LLM as a share of the FLOPs with all tokens; NaN in records of older runs."""
         full = self.mean("prefill_flops_full")
         return self.mean("prefill_flops") / full if full else math.nan
+
+    @property
+    def time_alone(self) -> float:
+        """Median time of a sample in milliseconds as if the setting ran by itself: preparation and generation.
+
+        Preparation is encoding and selection. Records of older versions have only the encoding that all settings
+        share, which is then added to the selection.
+        """
+        alone = self.median("prepare_alone_ms")
+        shared = self.median("encode_ms", "select_ms", "generate_ms")
+        return shared if math.isnan(alone) else alone + self.median("generate_ms")
 
     def _numbers(self, name: str) -> Values:
         numbers = (record.get(name) for record in self.valid_records.values())
@@ -213,7 +225,7 @@ def read_results(directory: Path) -> Results:
         if not (folder / "setting.json").is_file() or not list_record_files(folder):
             notes.append(f"settings/{folder.name} has no setting.json or no records.jsonl and was skipped.")
             continue
-        setting = _read_setting(folder)
+        setting = read_setting(folder)
         if setting.is_truncated:
             notes.append(f"{setting.name} ({setting.hash}): the last line of its records is cut off and was skipped.")
         if setting.records:
@@ -293,7 +305,15 @@ def _check_record(record: Any, location: str) -> None:
         raise ValueError(f"{location}: expected a score from 0 to 1, got {score!r}")
 
 
-def _read_setting(folder: Path) -> Setting:
+def read_setting(folder: Path) -> Setting:
+    """Return the setting of a folder with its records.
+
+    Args:
+        folder: the folder of the setting, with setting.json.
+
+    Raises:
+        ValueError: if setting.json or a record is invalid, or two records have one sample id.
+    """
     path = folder / "setting.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 
 from tokenprune.adapter import Adapter
-from tokenprune.budget import parse_ratio
+from tokenprune.budget import parse_amount
 from tokenprune.cli.expressions import is_expression, split_plugins
 from tokenprune.cli.options import parse_reducer
+from tokenprune.display import format_count
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size
 from tokenprune.experiments.bench.environment import describe_environment
 from tokenprune.experiments.bench.flame import profile_variants
@@ -39,7 +40,7 @@ SCHEMA = 2
 class BenchConfig:
     """Options of `tokenprune bench run`.
 
-    >>> BenchConfig(model="mini", budgets=[0.2], repeats=3)
+    >>> BenchConfig(model="mini", budget=[0.2], repeats=3)
 
     Args:
         model: mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture such as
@@ -48,7 +49,7 @@ class BenchConfig:
             if the model supports it; none.
         reducers: strategies or presets by name, file.py:Class, or a call with its budget
             "HiRED(0.4)+AtLayer(2, DivPrune(0.5))".
-        budgets: budgets as ratios: 0.2 or 20%.
+        budget: budgets: 0.2 or 20% (ratios; 1.0 or 100% keeps all tokens), 160 (tokens; 1 keeps one token).
         batches: prompts per batch, with one image each.
         sizes: height x width of the images in pixels: 672x672.
         tokens: new tokens of each prompt.
@@ -72,7 +73,7 @@ class BenchConfig:
     model: str = "mini"
     baseline: Literal["auto", "release", "none"] = "auto"
     reducers: list[str] = field(default_factory=lambda: ["HiRED"])
-    budgets: list[float | str] = field(default_factory=lambda: [1.0, 0.4, 0.2, 0.1, 0.05])
+    budget: list[int | float | str] = field(default_factory=lambda: [1.0, 0.4, 0.2, 0.1, 0.05])
     batches: list[int] = field(default_factory=lambda: [1])
     sizes: list[str] = field(default_factory=lambda: ["672x672"])
     tokens: int = 16
@@ -98,24 +99,25 @@ class BenchConfig:
         return BenchProtocol(self.tokens, self.repeats, self.warmup)
 
 
-def parse_positive_ratio(budget: float | str) -> float:
-    """Return a budget as a ratio in (0, 1].
+def parse_positive_amount(budget: int | float | str) -> int | float:
+    """Return a budget as a ratio in (0, 1], a float, or as a number of tokens from 1, an int.
 
     Raises:
-        ValueError: if the budget is not such a ratio.
+        ValueError: if the budget is neither.
     """
     try:
-        ratio = parse_ratio(budget)
+        amount = parse_amount(budget)
     except ValueError:
-        ratio = 0.0
-    if ratio == 0:
-        text = str(budget).removesuffix(".0")
-        raise ValueError(f"--budgets {text}: give ratios above 0 and up to 1, such as 0.2 or 20%")
-    return ratio
+        amount = 0
+    if amount == 0:
+        raise ValueError(
+            f"--budget {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%, or numbers of tokens, such as 160"
+        )
+    return amount
 
 
 def build_reducers(
-    names: Sequence[str], budgets: Sequence[float | str], plugins: Sequence[str]
+    names: Sequence[str], budgets: Sequence[int | float | str], plugins: Sequence[str]
 ) -> list[tuple[str, TokenReducer]]:
     """Return each strategy at each budget, with a name for tables.
 
@@ -124,11 +126,11 @@ def build_reducers(
 
     Args:
         names: names of strategies or presets, or calls.
-        budgets: ratios, as numbers or as texts such as ``"20%"``.
+        budgets: ratios such as 0.2 and ``"20%"``, and numbers of tokens such as 160.
         plugins: Python files of the user with further strategies.
 
     Raises:
-        ValueError: if there is no such strategy, or a budget is not a ratio in (0, 1].
+        ValueError: if there is no such strategy, or a budget is neither a ratio in (0, 1] nor a number of tokens.
     """
     reducers = []
     for name in names:
@@ -136,10 +138,11 @@ def build_reducers(
             reducers.append((name, parse_reducer(["--plugin", *plugins, "--reducer", name])))
             continue
         for budget in budgets:
-            ratio = parse_positive_ratio(budget)
-            argv = ["--plugin", *plugins, "--reducer", name, "--reducer.budget", repr(ratio)]
+            amount = parse_positive_amount(budget)
+            argv = ["--plugin", *plugins, "--reducer", name, "--reducer.budget", repr(amount)]
             reducer = parse_reducer(argv)
-            reducers.append((f"{name.rpartition(':')[2]} {100 * ratio:g} %", reducer))
+            label = format_count(amount, "token") if isinstance(amount, int) else f"{100 * amount:g} %"
+            reducers.append((f"{name.rpartition(':')[2]} {label}", reducer))
     return reducers
 
 
@@ -165,7 +168,7 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
         raise ValueError(f"--threads {config.threads}: give at least 1")
     if config.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens {config.prompt_tokens}: give at least 1")
-    reducers = build_reducers(config.reducers, config.budgets, config.plugin)
+    reducers = build_reducers(config.reducers, config.budget, config.plugin)
     with torch_threads(config.threads or torch.get_num_threads()):
         on_progress(f"making {config.model}")
         bench_model = load_bench_model(
@@ -201,7 +204,7 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
 
 
 def list_release_budgets(config: BenchConfig, adapter: Adapter, device: torch.device) -> tuple[list[float], str | None]:
-    """Return the budgets of the release-like baseline, and the reason if the model cannot run it.
+    """Return the ratios of the release-like baseline, and the reason if the model cannot run it.
 
     Args:
         config: the options; ``baseline="auto"`` includes the baseline on CUDA only.
@@ -219,8 +222,8 @@ def list_release_budgets(config: BenchConfig, adapter: Adapter, device: torch.de
         if config.baseline == "release":
             raise ValueError(f"--baseline release: {error}") from error
         return [], str(error)
-    ratios = dict.fromkeys(parse_positive_ratio(budget) for budget in config.budgets)
-    return [ratio for ratio in ratios if ratio < 1], None
+    amounts = dict.fromkeys(parse_positive_amount(budget) for budget in config.budget)
+    return [amount for amount in amounts if isinstance(amount, float) and amount < 1], None
 
 
 def check_signals(bench_model: BenchModel, variants: Sequence[Variant]) -> None:

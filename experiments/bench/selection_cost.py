@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokenprune.budget import parse_ratio
+from tokenprune.budget import parse_amount
 from tokenprune.cli.parsing import load_classes
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import (
@@ -56,14 +56,14 @@ class SelectionCostConfig:
     Args:
         names: names of strategies; by default all.
         plugin: Python files with further strategies.
-        budget: budget as a ratio: 0.2 or 20%.
+        budget: budget: 0.2 or 20% (ratios; 1.0 or 100% keeps all tokens), 160 (tokens; 1 keeps one token).
         repeats: timed rounds of each strategy, after an untimed round.
         threads: CPU threads of torch.
     """
 
     names: list[str] | None = None
     plugin: list[str] = field(default_factory=list)
-    budget: float | str = 0.2
+    budget: int | float | str = 0.2
     repeats: int = 5
     threads: int = 2
 
@@ -230,12 +230,12 @@ def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = Non
 
     Raises:
         LookupError: if there is no strategy before the LLM of a name.
-        ValueError: if the budget is not a ratio, or a strategy reads a signal of an unknown kind.
+        ValueError: if the budget is neither a ratio nor a count, or a strategy reads a signal of an unknown kind.
     """
     catalog, _ = load_classes(config.plugin)
     timed = {name: kind for name, kind in catalog.items() if isinstance(kind.stage, EntryStage)}
     classes = [find_class(name, timed, "strategy before the LLM") for name in config.names or timed]
-    budget = parse_ratio(config.budget)
+    budget = parse_amount(config.budget)
     reducers = {strategy.__name__: strategy(budget) for strategy in classes}
     size = size or ModelSize()
     image = build_random_image(size, [signal for reducer in reducers.values() for signal in reducer.needs])

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PendingSetting: TypeAlias = "tuple[Setting, RecordFile, list[Sample]]"
 """A setting, the file of its records, and its samples without a record."""
+TIMED_IMAGES = 3
+"""Number of first images of a run on which the preparation of each setting is timed by itself."""
 
 
 def answer_group(
@@ -91,6 +93,7 @@ def answer_group(
         return prompts[key]
 
     for setting, file, missing in pending:
+        alone_ms: float | None = None
         for batch in _split_batches(group, setting.experiment.batch_size):
             missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
             if not missing_ids:
@@ -107,8 +110,11 @@ def answer_group(
                 records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
                 cuts = [{}] * len(batch)
             progress.more_encodes += passes[0] - before
+            if progress.images <= TIMED_IMAGES and alone_ms is None and records[0]["error"] is None:
+                alone_ms = round(_time_preparation(adapter, processor, setting.experiment, inputs), 3)
             for record, selection, cuts_of_image in zip(records, selections, cuts, strict=True):
                 record["stored_image"] = name
+                record["prepare_alone_ms"] = alone_ms
                 record["selection"] = (
                     selection_to_record(selection, cuts_of_image)
                     if name is not None and selection is not None
@@ -116,6 +122,32 @@ def answer_group(
                 )
                 if record["sample"] in missing_ids:
                     yield setting, file, record, selection
+
+
+def _time_preparation(adapter: Adapter, processor: Any, experiment: Experiment, inputs: Mapping[str, Any]) -> float:
+    """Return the milliseconds that a setting needs by itself to encode an image and select its tokens.
+
+    The encoding that all settings share computes the signals of all settings, and all features. Alone, a strategy
+    encodes at its own resolution, up to its last required layer, and projects only kept tokens.
+
+    Args:
+        adapter: the adapter of the model.
+        processor: the processor of the model.
+        experiment: the experiment of the setting.
+        inputs: the processed image and question.
+    """
+    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+    with torch.no_grad():
+        _wait_for_device(adapter.model.device)
+        began = time.perf_counter()
+        pipeline.prepare(inputs, for_generate=True)
+        _wait_for_device(adapter.model.device)
+        return (time.perf_counter() - began) * 1000
+
+
+def _wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _split_batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
@@ -239,6 +271,7 @@ def _make_record(
         **numbers,
         "image": sample.group,
         "error": error,
+        "prepare_alone_ms": None,
         "stored_image": None,
         "selection": None,
     }

@@ -1,4 +1,4 @@
-"""Ablations: a grid over options of an experiment, with the baselines that every table needs."""
+"""Ablations: a grid over options of an experiment, with the standard baselines."""
 
 from __future__ import annotations
 

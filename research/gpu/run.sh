@@ -36,7 +36,7 @@ step table 240 "$python" -m tokenprune bench run --config research/gpu/llava_nex
     --device "$device" --model "$model" --sizes "$size" --batches "${batches[@]}" --dtype auto --out "$out/bench" "$@"
 step compiled 600 "$python" -m tokenprune bench run --config research/gpu/llava_next_7b.yaml \
     --device "$device" --model "$model" --sizes "$size" --batches "${compiled_batches[@]}" --dtype auto \
-    --budgets 0.2 0.0556 --compile true --out "$out/bench-compiled" "$@"
+    --budget 0.2 0.0556 --compile true --out "$out/bench-compiled" "$@"
 step profile 240 "$python" -m research.gpu.profile_calls \
     --device "$device" --model "$model" --size "$size" --batches "${compiled_batches[@]}" --compile true \
     --out "$out/profile"

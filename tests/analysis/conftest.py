@@ -15,6 +15,6 @@ def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = write_run_directory(tmp_path_factory.mktemp("report") / "grid")
     paths = write_report(directory)
     names = ["report.md", "report.tex", "report.html", "settings.csv", "records.csv"]
-    assert [path.name for path in paths] == [*names, "accuracy_vs_tokens.png", "accuracy_vs_time.png"]
+    assert [path.name for path in paths] == [*names, "accuracy_vs_tokens.png", "accuracy_vs_time.png", "effects.png"]
     assert all(path.stat().st_size > 100 for path in paths)
     return directory

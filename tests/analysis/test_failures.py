@@ -63,7 +63,7 @@ def test_failures_are_shown_side_by_side_with_kept_tokens(tmp_path: Path) -> Non
     assert all(mask.any() for mask in kept_masks)
     assert (kept_masks[0] != kept_masks[1]).any()  # the settings keep different tokens
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + 3 * 2
+    assert page.count("data:image/png;base64,") == 3 + 3 * 2
 
 
 def test_any_two_settings_can_be_compared(tmp_path: Path) -> None:

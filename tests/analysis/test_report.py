@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.helpers.records import board_records, failed, record, setting, write_setting
 from tests.helpers.reports import make_scores, parse_table, write_run_directory
 from tokenprune.experiments.analysis.intervals import Interval
-from tokenprune.experiments.analysis.report import main, write_report
+from tokenprune.experiments.analysis.report import main, print_results, write_report
 from tokenprune.experiments.analysis.report.contents import build_report
 from tokenprune.experiments.analysis.report.figures import draw_figures
 from tokenprune.experiments.analysis.report.files import setting_rows, write_parquet
@@ -25,6 +26,7 @@ from tokenprune.experiments.analysis.report.formatting import (
     format_percent,
 )
 from tokenprune.experiments.analysis.report.latex import render_latex
+from tokenprune.experiments.analysis.report.markdown import render_markdown
 from tokenprune.experiments.analysis.report.rows import method_rows
 from tokenprune.experiments.analysis.results import Results, read_results
 
@@ -38,6 +40,28 @@ def test_the_main_table_shows_the_means_of_the_records(report_folder: Path) -> N
     assert rows["HiRED, allocation=UniformAllocation"][0].startswith(f"{100 * first:.1f} [")
     assert rows["HiRED, allocation=GuidedAllocation"][0].startswith("**")
     assert "Full tokens: " in text
+
+
+def test_results_are_printed_with_the_marks_of_the_report(
+    report_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = read_results(report_folder).settings
+    print_results(settings, Console(width=60))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("15 settings on mini, Boards(number=2): 144 samples in 24 groups.")
+    text = (report_folder / "report.md").read_text()
+    rows = [row for row in parse_table(text, "Accuracy") if row[0] != "method"]
+    printed = {line.split("  ")[0]: line for line in lines}
+    for name, *cells in rows:  # lines do not wrap if the output is no terminal
+        assert printed[name].split() == [*name.split(), *" ".join(cells).replace("**", "").split()]
+    assert printed["full tokens"].split()[2] == f"{100 * np.mean(make_scores(0.9)):.1f}"
+    assert lines[-1] == "In brackets: 95 % intervals. " + text[text.index("Bold: best") : text.index(" Every seed")]
+    terminal = Console(force_terminal=True, width=60, color_system="standard", legacy_windows=False)
+    print_results([setting([record(0, 0, 1)], metric="anls")], terminal)
+    out = capsys.readouterr().out
+    assert "1 setting: 1 sample in 1 group. Score: ANLS" in out
+    assert "1 group only: with fewer than 20" in out
+    assert "\x1b[1m100.0\x1b[0m" in out  # bold
 
 
 def test_differences_are_paired_by_sample(report_folder: Path) -> None:
@@ -61,6 +85,12 @@ def test_a_factor_has_a_winner_only_if_intervals_separate_its_levels(report_fold
         write_setting(directory, board_records(make_scores(0.5)), factors={"reducer.allocation": allocation})
     write_report(directory)
     assert "**No winner**: the intervals separate" in (directory / "report.md").read_text()
+    few = [
+        setting(board_records([[share] * 6] * 4), hash=str(share), factors={"reducer.layer": share}) for share in (0, 1)
+    ]
+    text = render_markdown(build_report(Results("x", few)))
+    assert "\n1 is ahead: every other level is behind it, but with fewer than 20 groups" in text
+    assert "wins**" not in text
 
 
 def test_the_report_has_types_splits_tokens_and_errors(report_folder: Path) -> None:
@@ -70,7 +100,18 @@ def test_the_report_has_types_splits_tokens_and_errors(report_folder: Path) -> N
     tokens = {tuple(line[:2]): line[2:5] for line in parse_table(text, "Tokens and time")}
     assert tokens["HiRED, allocation=GuidedAllocation", "20%"] == ["80.0", "80.0", "100.0"]
     assert tokens["full tokens", "all"] == ["400.0", "400.0", "100.0"]
+    assert "**All settings share one encoding**, and each is charged its full time" in text  # times of older records
     assert "No sample ended in an error." in text
+
+
+def test_each_setting_is_charged_the_time_that_it_takes_by_itself() -> None:
+    alone = [{**record(n, 0, 1), "prepare_alone_ms": [9.0, 3.0, 5.0, None][n]} for n in range(4)]
+    older, newer = setting(board_records([[1]] * 4), hash="a"), setting(alone, hash="b", strategy="ImageDownsample")
+    assert (older.time_alone, newer.time_alone) == (8 + 0.5 + 20, 5 + 20)
+    text = render_markdown(build_report(Results("x", [newer])))
+    assert "of each setting by itself" in text
+    assert parse_table(text, "Tokens and time")[1][-4:] == ["5.00", "20.00", "8.00", "0.50"]
+    assert [row["time_alone"] for row in setting_rows([older, newer])] == [28.5, 25.0]
 
 
 def test_errors_are_counted_and_quoted(tmp_path: Path) -> None:
@@ -84,7 +125,7 @@ def test_errors_are_counted_and_quoted(tmp_path: Path) -> None:
 def test_the_html_is_self_contained(report_folder: Path) -> None:
     text = (report_folder / "report.html").read_text()
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
-    assert re.findall(r'src="([^"]{0,22})', text) == ["data:image/png;base64,"] * 2
+    assert re.findall(r'src="([^"]{0,22})', text) == ["data:image/png;base64,"] * 3
     assert set(re.findall(r'href="(.)', text)) == {"#"}
     assert str(report_folder.parent) not in text
     assert text.count("<table") == text.count("</table>") > 5
@@ -110,17 +151,21 @@ def test_the_csv_files_hold_every_setting_and_record(report_folder: Path) -> Non
     assert float(guided["minus_full"]) == pytest.approx(np.mean(make_scores(0.8)) - np.mean(make_scores(0.9)))
     assert guided["minus_random_2_n"] == "144"
     assert guided["factor.reducer.allocation"] == "GuidedAllocation"
-    assert next(row for row in settings if row["role"] == "full")["minus_full"] == ""
+    full = next(row for row in settings if row["role"] == "full")
+    assert (full["method"], full["strategy"], full["minus_full"]) == ("full tokens", "full tokens", "")
     assert records[0]["kept_per_tile"] == "[10, 10, 20]"
 
 
 def test_the_latex_table_is_complete(report_folder: Path) -> None:
     text = (report_folder / "report.tex").read_text()
-    for mark in ("\\toprule", "\\midrule", "\\bottomrule", "booktabs", "10\\%"):
+    for mark in ("\\toprule", "\\midrule", "\\bottomrule", "booktabs", "10\\%", "Bold: best of the column"):
         assert mark in text
     lines = [line for line in text.split("\n") if line.endswith("\\\\")]
     assert all(line.count(" & ") == 2 or "multicolumn{2}" in line for line in lines)
     assert text.count("{") == text.count("}")
+    bold = [line for line in lines if "textbf" in line]
+    assert [line.split(" & ")[0] for line in bold] == ["HiRED, allocation=GuidedAllocation"]
+    assert bold[0].count(f"& \\textbf{{{100 * np.mean(make_scores(0.8)):.1f}}}") == 1
 
 
 def test_missing_baselines_are_omitted_with_a_note(tmp_path: Path) -> None:

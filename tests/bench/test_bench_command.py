@@ -119,7 +119,7 @@ class LoudestTokens(ScoreReducer):
 
 def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("loud.py").write_text(PLUGIN)
-    options = "--reducers hired loud.py:LoudestTokens --budgets 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
+    options = "--reducers hired loud.py:LoudestTokens --budget 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
     more_options = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
     assert main(["bench", "run", *options.split(), *more_options.split()]) == 0
     out, err = capsys.readouterr()
@@ -180,8 +180,8 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     [
         ("--sizes 672", "--sizes 672: give height x width in pixels"),
         ("--sizes 0x672", "--sizes 0x672: give height x width"),
-        ("--budgets 1.5", "--budgets 1.5: give ratios above 0 and up to 1"),
-        ("--budgets 0", "--budgets 0: give ratios"),
+        ("--budget 1.5", "--budget 1.5: give ratios above 0 and up to 1"),
+        ("--budget 0", "--budget 0: give ratios"),
         ("--batches 0", "--batches 0: give at least 1"),
         ("--tokens 1", "--tokens 1: give at least 2"),
         ("--repeats 0", "--repeats 0: give at least 1"),
@@ -219,7 +219,7 @@ def test_bad_arguments(arguments: str, message: str, in_empty_folder: Path, caps
 def test_compiled_variants_are_measured_without_counts(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--budgets 1.0 0.2 --batches 1 2 --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
+    options = "--budget 1.0 0.2 --batches 1 2 --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
     assert main(["bench", "run", *options.split(), "--device", "cpu", "--compile", "true", "--json", "--quiet"]) == 0
     for setting in json.loads(capsys.readouterr().out)["settings"]:
         variants = {row["name"]: row for row in setting["variants"]}
@@ -243,7 +243,7 @@ def test_unsupported_strategies_raise_before_the_benchmark(
 
 
 def test_the_baseline_is_compared_at_each_budget(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--baseline release --budgets 100% 0.2 5% --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
+    options = "--baseline release --budget 100% 0.2 5% --sizes 80x160 --tokens 3 --repeats 2 --warmup 0 --threads 1"
     assert main(["bench", "run", *options.split(), "--device", "cpu", "--count", "false", "--json", "--quiet"]) == 0
     result = json.loads(capsys.readouterr().out)
     variants = {row["name"]: row for row in result["settings"][0]["variants"]}
@@ -292,7 +292,7 @@ def test_a_model_without_the_baseline_is_named(in_empty_folder: Path, capsys: py
 
 
 def test_the_baseline_is_a_default_on_cuda(model: Any) -> None:
-    adapter, config = find_adapter(model), BenchConfig(budgets=[1.0, "20%", 0.2, 0.05])
+    adapter, config = find_adapter(model), BenchConfig(budget=[1.0, "20%", 0.2, 0.05, 1, 160])
     assert list_release_budgets(config, adapter, torch.device("cuda")) == ([0.2, 0.05], None)
     assert list_release_budgets(config, adapter, torch.device("cpu")) == ([], None)
     assert list_release_budgets(replace(config, baseline="none"), adapter, torch.device("cuda")) == ([], None)
@@ -311,4 +311,4 @@ def test_shipped_configs_are_valid(in_empty_folder: Path) -> None:
         assert first.startswith(f"# tokenprune bench run --config experiments/configs/bench/{file.name}")
         parser = build_parser("tokenprune bench run", "", BenchConfig, file=True)
         config = select_fields(BenchConfig, parse_options(parser, ["--config", str(file)]))
-        assert config.budgets
+        assert config.budget

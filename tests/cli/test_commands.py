@@ -53,7 +53,7 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], str
     message = run_refused(capsys, "list", "strategies", "--plugin", "twice.py")
     assert "two classes are called HiRED" in message
     assert "two classes are called HiRED" in run_refused(capsys, "run", "--reducer", "twice.py:HiRED")
-    assert "nowhere.py is no Python file" in run_refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
+    assert "nowhere.py is not a Python file" in run_refused(capsys, "list", "strategies", "--plugin", "nowhere.py")
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

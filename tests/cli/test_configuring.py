@@ -12,15 +12,19 @@ import pytest
 import yaml
 
 from tests.helpers.cli import SOME_FAMILIES, STRATEGY_SOURCE, run_json, run_refused
-from tokenprune.budget import Budget, OneTokenWarning
+from tokenprune.budget import Budget, NoTokenWarning, OneTokenWarning, parse_amount
 from tokenprune.catalog import strategies
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.main import main
 from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, parse_reducer
 from tokenprune.configuration import as_config
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer
+from tokenprune.experiments.bench.command import BenchConfig, build_reducers
+from tokenprune.experiments.bench.cost.report import CostConfig
+from tokenprune.experiments.bench.selection_cost import SelectionCostConfig
+from tokenprune.experiments.evaluation.grid import expand, parse_experiment
 from tokenprune.reducer import Composed, TokenReducer
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, PyramidDrop, UniformStride, VisionZip
+from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiRED, PruMerge, PyramidDrop, UniformStride, VisionZip
 from tokenprune.strategies.components import (
     ContextualMerging,
     MaxMinDiversitySelection,
@@ -51,8 +55,8 @@ def test_a_parameter_without_its_class_keeps_the_defaults(capsys: pytest.Capture
 
 
 def test_budgets_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("20%", "20 %", "0.2"):
-        report = run_json(capsys, f"--reducer.budget={text}", "--max-new-tokens", "1")
+    for option in ("--reducer.budget=20%", "--reducer.budget=20 %", "--reducer.budget=0.2", "--budget=20%"):
+        report = run_json(capsys, option, "--max-new-tokens", "1")
         assert report["asked"] == report["kept"] == 100
         assert component_config(report, "budget") == 0.2
     Path("percent.yaml").write_text("reducer:\n  class_path: HiRED\n  init_args:\n    budget: 100%\n")
@@ -61,9 +65,45 @@ def test_budgets_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert component_config(nested, "budget") == {"amount": 0.1, "per": "tile", "of": "encoded", "newlines": "free"}
 
 
+def test_the_budget_has_a_short_option() -> None:
+    parsed = [parse("hired", *words) for words in (["--budget", "160"], ["--budget.amount=160", "--budget.per=image"])]
+    assert parsed == [HiRED(160), HiRED(Budget(160))]
+    assert parse_experiment(["--reducer", "scope", "--budget", "0.3"]).reducer == SCOPE(0.3)
+    grid = {"reducer": ["HiRED", "SCOPE"]}
+    short, long = (expand({"grid": {**grid, name: [0.1, 0.3]}}) for name in ("budget", "reducer.budget"))
+    assert [(setting.experiment, setting.name) for setting in short] == [(s.experiment, s.name) for s in long]
+
+
+@pytest.mark.filterwarnings("ignore::tokenprune.budget.OneTokenWarning")
+def test_1_is_one_token_and_100_percent_is_all_tokens_in_every_command() -> None:
+    texts, amounts = ["1", "1.0", "100%", "160"], [1, 1.0, 1.0, 160]
+    expected = [(amount, type(amount)) for amount in amounts]
+    costs = parse_options(build_parser("tokenprune cost", "", CostConfig), ["--budget", *texts]).budget
+    bench = parse_options(build_parser("tokenprune bench run", "", BenchConfig), ["--budget", *texts]).budget
+    parser = build_parser("tokenprune bench", "", SelectionCostConfig)
+    selections = [parse_options(parser, ["--budget", text]).budget for text in texts]
+    for budgets in (costs, bench, selections):
+        assert [(parse_amount(budget), type(parse_amount(budget))) for budget in budgets] == expected
+    reducers = [parse("hired", "--budget", text) for text in texts]
+    assert [(reducer.budget, type(reducer.budget)) for reducer in reducers] == expected
+    named = build_reducers(["HiRED"], bench, [])
+    assert [name for name, _ in named] == ["HiRED 1 token", "HiRED 100 %", "HiRED 100 %", "HiRED 160 tokens"]
+    assert [reducer for _, reducer in named] == reducers
+
+
 def test_a_budget_of_1_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(OneTokenWarning, match="one token"):
         assert run_json(capsys, "--reducer.budget=1", "--max-new-tokens", "1")["kept"] == 1
+    for make in (lambda part: AtLayer(1, part), lambda part: part >> AtLayer(1, UniformStride(0.5))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", OneTokenWarning)
+            make(UniformStride(1))
+        assert len(caught) == 1
+
+
+def test_a_budget_without_tokens_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(NoTokenWarning, match="HiRED grants no visual token of an image"):
+        assert run_json(capsys, "--budget=0.0001", "--max-new-tokens", "1", "--question", "Where?")["kept"] == 0
 
 
 def test_a_check_warns_only_of_the_passed_budget() -> None:
@@ -76,11 +116,11 @@ def test_a_check_warns_only_of_the_passed_budget() -> None:
 
 @pytest.mark.parametrize("budget", ["120%", "few", "0", "0%"])
 def test_bench_refuses_invalid_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
-    message = run_refused(capsys, "bench", "run", "--model", "mini", "--budgets", budget)
-    assert f"--budgets {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%" in message
+    message = run_refused(capsys, "bench", "run", "--model", "mini", "--budget", budget)
+    assert f"--budget {budget}: give ratios above 0 and up to 1, such as 0.2 or 20%" in message
 
 
-@pytest.mark.parametrize("budget", ["120%", "2", "-0.1"])
+@pytest.mark.parametrize("budget", ["120%", "few", "-0.1"])
 def test_bench_of_strategies_refuses_invalid_ratios(capsys: pytest.CaptureFixture[str], budget: str) -> None:
     message = run_refused(capsys, "bench", "strategies", "--names", "HiRED", f"--budget={budget}")
     assert "is neither a ratio nor a count" in message
@@ -287,6 +327,14 @@ def test_a_file_has_parts_of_a_composition(capsys: pytest.CaptureFixture[str]) -
         ([COMPOSITION, "--reducer.parts.1.budget=0.2"], "there is no parameter 'budget' of AtLayer; it has"),
         ([COMPOSITION, "--reducer.parts.0.budget.per=tile"], "budget is no class with parameters; give its value"),
         (["HiRED", "--reducer.parts.0.budget=0.2"], "--reducer is no composition"),
+        (["+HiRED"], "'+HiRED': a strategy is missing before or after +; write HiRED(0.4)+FastV"),
+        (["HiRED(0.4)+"], "a strategy is missing before or after +"),
+        ([COMPOSITION, "--reducer.parts.x=0.2"], "--reducer.parts.x: the parts of a composition have numbers; write"),
+        ([COMPOSITION, "--reducer.parts.x.budget=0.2"], "parts.x.budget: the parts of a composition have numbers"),
+        ([COMPOSITION, "--budget=0.2"], "a part has its own parameters: --reducer.parts.0.budget"),
+        (["AtLayer(1, Random)", "--budget=0.2"], "the strategy at the cut has its own: --reducer.reducer.budget"),
+        (["PyramidDrop", "--reducer.schedule=((1,),)"], "give a list in brackets, such as [[2, 0.5]]"),
+        (["PyramidDrop", "--reducer.schedule=[[1]]"], "[1] is not valid; give lists of 2 values, such as [[2, 0.5]]"),
     ],
 )
 def test_errors_of_compositions_name_the_mistake(arguments: list[str], message: str) -> None:

@@ -23,7 +23,14 @@ def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
     result = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "trained on" not in result.stderr
-    for word in ("all tokens", "HiRED", "right answer", "KV cache", "visual tokens: 100 asked, 100 kept", "overlay:"):
+    for word in (
+        "all tokens",
+        "HiRED",
+        "right answer",
+        "KV cache",
+        "visual tokens: 100 asked, 100 kept of 500 valid",
+        "overlay:",
+    ):
         assert word in result.stdout
     with Image.open(tmp_path / "tokenprune-out" / "overlay.png") as overlay:
         assert overlay.width > 500

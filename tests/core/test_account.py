@@ -128,10 +128,10 @@ def test_text_of_an_account() -> None:
     account = TokenAccount(SHAPE, attention="cls_attention")
     assert str(account) == "no image was reduced"
     account.add([selection(16)], [(100, 36)])
-    assert str(account).startswith("1 image(s): 16 tokens asked, 16 kept; KV cache 36.0% and prefill FLOPs ")
+    assert str(account).startswith("1 image: 16 tokens asked, 16 kept of 80 valid; KV cache 36.0% and prefill FLOPs ")
     assert str(account).endswith("of full; attention: cls_attention")
     account.add([selection(80, asked=160)], [(100, 100)])
-    assert str(account).startswith("2 image(s): 176 tokens asked, 96 kept of 160 valid; ")
+    assert str(account).startswith("2 images: 176 tokens asked, 96 kept of 160 valid; ")
 
 
 def test_cuts_are_summed_by_layer() -> None:
@@ -148,6 +148,6 @@ def test_cuts_are_summed_by_layer() -> None:
     single = TokenAccount(SHAPE)
     single.add([selection(80)], [RowLengths(100, (100, 60, 40))], {1: [selection(40)], 2: [selection(20, asked=25)]})
     assert str(single).startswith(
-        "1 image(s): 80 tokens asked, 80 kept; from layer 1: 40 asked, 40 kept; from layer 2: 25 asked, 20 kept; "
-        "46.7 visual tokens per prompt on average over 3 layers; KV cache "
+        "1 image: 80 tokens asked, 80 kept of 80 valid; from layer 1: 40 asked, 40 kept; "
+        "from layer 2: 25 asked, 20 kept; 46.7 visual tokens per prompt on average over 3 layers; KV cache "
     )

@@ -122,7 +122,7 @@ def test_invalid_plugin_files_raise(tmp_path: Path) -> None:
     path = write_file(tmp_path, "plugin_a.py", PLUGIN.format(name="Loudest"))
     with pytest.raises(LookupError, match=r"no class 'Quietest'; it has Loudest"):
         load_from_file(f"{path}:Quietest")
-    with pytest.raises(LookupError, match="no Python file"):
+    with pytest.raises(LookupError, match="is not a Python file"):
         load_from_file(f"{tmp_path}/missing.py:Loudest")
     empty = write_file(tmp_path, "plugin_b.py", "score = 3\n")
     with pytest.raises(LookupError, match="it has no class at all"):

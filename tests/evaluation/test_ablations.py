@@ -13,6 +13,8 @@ import yaml
 
 from tests.helpers.small_grid import SMALL, records, remove_times, start, write_config
 from tokenprune.cli.main import main
+from tokenprune.experiments.analysis.report.formatting import format_interval
+from tokenprune.experiments.analysis.results import mean_score
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting
 from tokenprune.experiments.evaluation.grid import expand, format_value, group_by_model, select_shard
 from tokenprune.experiments.evaluation.records import list_recorded_samples
@@ -87,7 +89,10 @@ def test_a_directory_of_another_ablation_is_refused(capsys: pytest.CaptureFixtur
     assert main(["ablate", write_config(config), "--out", "out", "--quiet"]) == 0
     before = records("out")
     assert main(["ablate", write_config(config), "--out", "out"]) == 0
-    assert "0 (all records exist)" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "0 (all records exist)" in err
+    assert out.startswith("1 setting on mini, ")
+    assert out.splitlines()[1:3] == ["method  10%", f"HiRED   {format_interval(mean_score(*before.values()))}"]
     assert records("out") == before
     assert main(["ablate", write_config({**config, "seed": 0, "dtype": "auto"}), "--out", "out", "--quiet"]) == 0
     assert "holds another ablation" in run_refused_ablation(capsys, write_config({**config, "seed": 3}), "--out", "out")

@@ -138,13 +138,17 @@ def test_an_unreadable_image_gives_an_error_record_and_the_run_continues(capsys:
     ]
     for _ in range(2):  # the second run has no new samples and reports the error again
         assert main(command) == 1
-        assert "1 samples failed" in capsys.readouterr().err
+        assert "1 sample failed" in capsys.readouterr().err
     (recorded,) = records("out").values()
     assert [row["error"] is None for row in recorded] == [False, True]
     assert "not an image" in recorded[0]["error"]
     assert recorded[1]["prediction"] == "4"
+    assert recorded[0]["prepare_alone_ms"] is None
+    assert recorded[1]["prepare_alone_ms"] > 0
     Image.open("good.png").save("bad.png")
-    assert main([*command, "--retry-errors"]) == 0
+    capsys.readouterr()
+    assert main([*command[:-1], "--retry-errors"]) == 0
+    assert "HiRED   100.0 [100.0, 100.0]" in capsys.readouterr().out  # --quiet prints no results
     (recorded,) = records("out").values()
     assert sorted((row["image"], row["prediction"]) for row in recorded) == [("bad.png", "4"), ("good.png", "4")]
 

@@ -78,7 +78,7 @@ def test_the_config_of_the_table_is_valid() -> None:
     parser = build_parser("tokenprune bench run", "", BenchConfig, file=True)
     options = parse_options(parser, ["--config", str(ROOT / "research/gpu/llava_next_7b.yaml")])
     config = select_fields(BenchConfig, options)
-    assert (config.batches, config.budgets) == ([1, 8], [1.0, 0.2, 0.0556])
+    assert (config.batches, config.budget) == ([1, 8], [1.0, 0.2, 0.0556])
     assert (config.baseline, config.count) == ("release", True)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenprune.cli.errors import UserError
 from tokenprune.cli.evaluate import RecordConfig
 from tokenprune.cli.options import build_parser, parse_options, select_fields
-from tokenprune.cli.progress import run_with_progress
+from tokenprune.cli.progress import print_settings, run_with_progress
+from tokenprune.display import format_count
+from tokenprune.experiments.analysis.results import read_results
 from tokenprune.experiments.evaluation.experiment import rank_and_world
-from tokenprune.experiments.evaluation.grid import ablate, expand, load_config, select_shard
+from tokenprune.experiments.evaluation.grid import EXPERIMENT_KEYS, ablate, expand, load_config, select_shard
 from tokenprune.experiments.tracking.publish import publish
 
 
@@ -39,11 +45,15 @@ def run(argv: Sequence[str]) -> int:
     """Run the command `ablate`, and return the exit code: 1 if samples failed, otherwise 0."""
     description = "Run or continue a grid of experiments; every image is encoded once for all settings."
     parser = build_parser("tokenprune ablate", description, AblateConfig)
+    keys = [re.split(r"[.=]", word)[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    if key := next((key for key in keys if key in (*EXPERIMENT_KEYS, "budget")), None):
+        option = "reducer.budget" if key == "budget" else key
+        raise UserError(f"--{key} is no option of ablate; set {option} in the YAML file, or vary it under `grid`")
     config = select_fields(AblateConfig, parse_options(parser, argv))
     if config.dry_run:
         settings = select_shard(expand(load_config(config.grid)), config.shard)
         print("\n".join(f"{setting.experiment.hash()}  {setting.role:8}  {setting.name}" for setting in settings))
-        print(f"{len(settings)} settings")
+        print(format_count(len(settings), "setting"))
         return 0
     out = Path(config.out or f"tokenprune-runs/{Path(config.grid).stem}")
     code = run_with_progress(
@@ -60,6 +70,10 @@ def run(argv: Sequence[str]) -> int:
         out,
         config.quiet,
     )
-    if config.wandb is not None and rank_and_world()[0] == 0:
+    is_first = rank_and_world()[0] == 0
+    if is_first and config.wandb is not None:
         publish(out, config.wandb)
+    if is_first and not config.quiet:
+        print_settings(read_results(out).settings)
+        print(f"tokenprune report {shlex.quote(str(out))} writes all tables and figures", file=sys.stderr)
     return code

@@ -39,9 +39,8 @@ class RunConfig:
         image: image files; by default the bundled board.
         question: questions; each is asked about each image.
         reducer: strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class, e.g. with
-            --reducer.budget 0.2 or 20% (ratio), --reducer.budget 160 (tokens), --reducer.selection RandomSelection
-            --reducer.selection.seed 3; or a composition 'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with
-            --reducer.parts.0.budget 0.3.
+            --reducer.selection RandomSelection --reducer.selection.seed 3; or a composition
+            'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with --reducer.parts.0.budget 0.3.
         max_new_tokens: longest answer in tokens.
         repeats: timed runs for the time to first token.
         out: folder for the overlay.
@@ -253,7 +252,7 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         console.print(cost)
         tiles = f"base tile and {first.tile_grid[0]} x {first.tile_grid[1]} sub-images"
         tiles = tiles if any(first.tile_grid) else "one tile"
-        counts = f"{first.asked} asked, {first.kept} kept {first.kept_per_tile}"
+        counts = f"{first.asked} asked, {first.kept} kept of {first.valid} valid {first.kept_per_tile}"
         console.print(f"visual tokens: {counts} ({tiles}), and {first.newlines} newline tokens", soft_wrap=True)
         for cut in first.cuts:
             console.print(f"from layer {cut['layer']}: {cut['asked']} asked, {cut['kept']} kept", soft_wrap=True)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from tokenprune.budget import OneTokenWarning
+from tokenprune.budget import NoTokenWarning, OneTokenWarning
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.listing import print_report
 from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, select_fields
@@ -39,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     if config.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OneTokenWarning)  # the checks themselves use a budget of one token
+        for category in (OneTokenWarning, NoTokenWarning):  # the checks themselves use budgets of one and no token
+            warnings.simplefilter("ignore", category)
         report = check_reducer(config.reducer, config.families)
     if config.json:
         print(json.dumps({"passed": report.passed, **asdict(report)}))

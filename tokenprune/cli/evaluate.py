@@ -10,7 +10,8 @@ from jsonargparse.typing import NonNegativeInt
 
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
-from tokenprune.cli.progress import run_with_progress
+from tokenprune.cli.progress import print_settings, run_with_progress
+from tokenprune.experiments.analysis.results import read_setting
 from tokenprune.experiments.evaluation.experiment import (
     Experiment,
     Setting,
@@ -33,7 +34,7 @@ class RecordConfig:
         fresh: delete existing records and run all samples again.
         images: number of images to store in the run directory, evenly spread, with the kept tokens in their records; a
             report needs them to show failures; 0 stores none.
-        quiet: show no progress.
+        quiet: print neither progress nor the table of results.
     """
 
     retry_errors: bool = False
@@ -83,8 +84,11 @@ def run(argv: Sequence[str]) -> int:
         remove_failed(setting.folder(out))
     check_records([setting], out)  # before W&B receives records of another state
     rank, world = rank_and_world()
-    return run_with_progress(
+    code = run_with_progress(
         lambda on_progress: run_tracked(setting, out, config.wandb, rank, world, on_progress, config.images),
         out,
         config.quiet,
     )
+    if rank == 0 and not config.quiet:
+        print_settings([read_setting(setting.folder(out))])
+    return code

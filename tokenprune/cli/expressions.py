@@ -15,6 +15,8 @@ from typing import Any
 
 PART_OPTION = re.compile(r"--reducer((?:\.\w+)*?\.parts\.\d+(?:\.\w+)*)")
 """An option of a part of a composition: ``--reducer.parts.0.budget``."""
+UNNUMBERED_PART = re.compile(r"--reducer(\.\w+)*\.parts\.(?!\d+(\.|$))")
+"""The beginning of an option that names a part of a composition without its number."""
 EXAMPLE = "HiRED(0.4)+FastV(layer=2, budget=0.5)"
 
 
@@ -67,7 +69,7 @@ def split_plugins(text: str) -> tuple[str, list[str]]:
 
 def is_expression(text: str) -> bool:
     """Return whether a value has the form of a call or of a composition; file names and JSON do not."""
-    return bool(re.match(r"\s*[A-Za-z_][\w.-]*\s*[(+]", text))
+    return bool(re.match(r"\s*([A-Za-z_][\w.-]*\s*[(+]|\+)", text))
 
 
 def parse_expression(text: str) -> Call:
@@ -79,6 +81,9 @@ def parse_expression(text: str) -> Call:
     Raises:
         ValueError: if the text has another form.
     """
+    is_closed = text.count("(") == text.count(")")
+    if text.strip().startswith("+") or (text.strip().endswith("+") and is_closed):
+        raise ValueError(f"{text!r}: a strategy is missing before or after +; write {EXAMPLE}")
     try:
         node = ast.parse(_join_kebab_case(text.strip()), mode="eval").body
     except SyntaxError as error:

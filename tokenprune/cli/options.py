@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+BUDGET_HELP = (
+    "--budget is short for --reducer.budget: 0.2 or 20% (ratios; 1.0 or 100% keeps all tokens), 160 (tokens; 1 keeps "
+    "one token)"
+)
+"""The help of the budget of a strategy."""
 
 
 def build_parser(prog: str, description: str, *configs: type[DataclassInstance], file: bool = False) -> ArgumentParser:
@@ -68,6 +73,8 @@ def add_option(parser: ArgumentParser, option: Field[Any], hint: Any, text: str)
         return
     if isinstance(default, Configurable):
         arguments["help"] = f"{text}; parameters follow as --{option.name}.NAME"
+    if option.name == "reducer":
+        arguments["help"] += f"; {BUDGET_HELP}"
     parser.add_argument(f"--{option.name.replace('_', '-')}", default=as_config(default), **arguments)
 
 

@@ -23,6 +23,7 @@ import yaml
 from tokenprune.catalog import WRAPPERS, components, find_kind, strategies
 from tokenprune.cli.expressions import (
     PART_OPTION,
+    UNNUMBERED_PART,
     Call,
     is_expression,
     parse_expression,
@@ -45,6 +46,24 @@ from tokenprune.source_code import describe_abstract_class, locate_class
 T = TypeVar("T")
 ClassOption: TypeAlias = tuple[type[Configurable], Mapping[str, type[Configurable]]]
 """A base class, and its classes by name."""
+SYNONYMS: Mapping[str, Sequence[str]] = {
+    "--strategy": ("--reducer", "--reducers", "--names"),
+    "--strategies": ("--reducers", "--reducer", "--names"),
+    "--method": ("--reducer", "--reducers", "--names"),
+    "--reducer": ("--reducers", "--names"),
+    "--reducers": ("--reducer", "--names"),
+    "--budgets": ("--budget", "--reducer.budget"),
+    "--ratio": ("--budget", "--reducer.budget"),
+    "--prompt": ("--question",),
+    "--questions": ("--question",),
+    "--images": ("--image",),
+    "--dataset": ("--task",),
+    "--output": ("--out",),
+    "--output-dir": ("--out",),
+}
+"""Options with the same meaning as an unknown option, the most likely first."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Suffixes of image files, for hints."""
 
 
 def presets(strategy: type[TokenReducer]) -> list[str]:
@@ -220,11 +239,16 @@ def describe_file(path: str) -> str:
 
 
 def group_options(argv: Sequence[str]) -> list[list[str]]:
-    """Split arguments into options with their values: `[["--image", "a.png", "b.png"], ["--json"]]`."""
+    """Split arguments into options with their values: `[["--image", "a.png", "b.png"], ["--json"]]`.
+
+    ``--budget`` becomes ``--reducer.budget``, and ``--budget.per`` becomes ``--reducer.budget.per``.
+    """
     groups: list[list[str]] = []
     for word in argv:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
+            if option.split(".")[0] == "--budget":
+                option = f"--reducer.{option[2:]}"
             if option.startswith("--reducer."):  # parameters may be written in kebab case, too
                 option = "--" + option[2:].replace("-", "_")
             groups.append([option, value] if equals else [option])
@@ -308,6 +332,8 @@ def prepare_arguments(argv: Sequence[str], options: Mapping[str, ClassOption] | 
             return [resolve(entry, key) for entry in value]
         return value
 
+    if unnumbered := next((group[0] for group in groups if UNNUMBERED_PART.match(group[0])), None):
+        raise LookupError(f"{unnumbered}: the parts of a composition have numbers; write --reducer.parts.0.budget")
     part_options = [group for group in groups if PART_OPTION.fullmatch(group[0]) and len(group) == 2]
     groups = [group for group in groups if group not in part_options]
     content: dict[str, Any] = {}
@@ -393,14 +419,44 @@ def format_error(error: BaseException, options: Iterable[str] = ()) -> str:
             fields = [field.name for field in dataclasses.fields(cls) if field.init]
             message += f" of {name}{suggest_name(match[1].split('.')[0], fields, 0.5)}; it has {', '.join(fields)}"
             message += "; a part has its own parameters: --reducer.parts.0.budget" if fields == ["parts"] else ""
+            message += "; the strategy at the cut has its own: --reducer.reducer.budget" if "reducer" in fields else ""
     elif match := re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", text):
-        message = f"there is no option {match[1]}{suggest_name(match[1], options, 0.5)}"
+        message = f"there is no option {match[1]}{suggest_option(match[1], list(options))}"
+    elif match := re.search(r"[Uu]nrecognized arguments: (.+)", text):
+        message = f"unexpected argument {match[1]!r}{suggest_file_option(match[1], list(options))}"
     elif (kinds := re.search(r"Subtypes: \[(.*)\]", text)) and (value := re.search(r"Given value: (.*)", text)):
         message = f"{value[1]!r} is not valid; give {_describe_types(kinds[1])}"
+    elif match := re.search(r"Expected a tuple with (\d+) elements. Got value: (.*)", text):
+        message = f"{match[2]} is not valid; give lists of {match[1]} values, such as [[2, 0.5]]"
     elif match := re.search(r"Expected a (typing\.Literal\S*.*?|<class '\w+'>)\. Got value: (.*)", text):
         message = f"{match[2]!r} is not valid; give {_describe_types(match[1])}"
     prefix = "--" + (keys[0].replace("_", "-") if len(keys) == 1 else ".".join(keys)) + ": " if keys else ""
     return prefix + message
+
+
+def suggest_option(option: str, options: Sequence[str]) -> str:
+    """Return a hint to the option of the same meaning or, without one, to the option with the most similar name.
+
+    Args:
+        option: the unknown option.
+        options: all valid options.
+    """
+    root, _, parameter = option.partition(".")
+    meanings = [f"{name}.{parameter}" if parameter else name for name in SYNONYMS.get(root, ())]
+    known = [name for name in meanings if name.split(".")[0] in options]
+    return f" (did you mean {known[0]}?)" if known else suggest_name(option, options, 0.7)
+
+
+def suggest_file_option(argument: str, options: Sequence[str]) -> str:
+    """Return a hint to the option for a file that was given without an option; empty if there is no such option.
+
+    Args:
+        argument: the unexpected argument.
+        options: all valid options.
+    """
+    suffix = Path(argument).suffix.lower()
+    option = "--config" if suffix in (".yaml", ".yml") else "--image" if suffix in IMAGE_SUFFIXES else ""
+    return f" (did you mean {option} {argument}?)" if option in options else ""
 
 
 def _describe_types(types: str) -> str:
@@ -413,4 +469,5 @@ def _describe_types(types: str) -> str:
     types = re.sub(r"<class '[\w.]*\.(\w+)'>", r"a \1", types)
     types = re.sub(r"list\[.*\]", "a list of these", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
-    return " or ".join(part.strip() for part in re.split(r",\s*(?![^{]*\})", types))
+    described = " or ".join(part.strip() for part in re.split(r",\s*(?![^{]*\})", types))
+    return described.replace("<class 'tuple'>", "a list in brackets, such as [[2, 0.5]]")

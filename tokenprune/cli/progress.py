@@ -1,15 +1,17 @@
-"""Runs experiments with a progress bar on stderr, and prints a summary at the end."""
+"""Runs experiments with a progress bar on stderr, and prints a summary and the results at the end."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tokenprune.display import format_count
+from tokenprune.experiments.analysis.results import Setting
 from tokenprune.experiments.evaluation.experiment import Progress
 
 
@@ -49,13 +51,24 @@ def run_with_progress(work: Callable[[Callable[[Progress], None]], Progress], ou
             raise
     if not quiet:
         per_image = f"{progress.encodes / progress.images:g}" if progress.images else "0 (all records exist)"
-        print(f"{progress.done} records in {out}; encodes per image: {per_image}", file=sys.stderr)
+        print(f"{format_count(progress.done, 'record')} in {out}; encodes per image: {per_image}", file=sys.stderr)
         if progress.more_encodes:
             print(f"plus {progress.more_encodes} passes at another resolution (ImageDownsample)", file=sys.stderr)
     if progress.errors:
         print(
-            f"{progress.errors} samples failed; the field `error` of their records holds the reason. Run the same "
-            "command with --retry-errors to try them again",
+            f"{format_count(progress.errors, 'sample')} failed; the field `error` of their records holds the reason. "
+            "Run the same command with --retry-errors to try them again",
             file=sys.stderr,
         )
     return int(progress.errors > 0)
+
+
+def print_settings(settings: Sequence[Setting]) -> None:
+    """Print the scores of settings on stdout.
+
+    Args:
+        settings: the settings with their records.
+    """
+    from tokenprune.experiments.analysis.report import print_results  # matplotlib would slow down the help
+
+    print_results([setting for setting in settings if setting.records], Console())

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.cli.progress import print_settings
 from tokenprune.experiments.analysis.report import write_report
+from tokenprune.experiments.analysis.results import read_results
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class ReportConfig:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run the command `report`, and print the path of each file that it writes."""
+    """Run the command `report`: print the main table, and the path of each file that it writes."""
     description = "Write tables and figures of a run directory as Markdown, LaTeX, HTML and CSV, from its records."
     parser = build_parser("tokenprune report", description, ReportConfig)
     config = select_fields(ReportConfig, parse_options(parser, argv))
     out = None if config.out is None else Path(config.out)
-    for file in write_report(Path(config.directory), out, config.compare, config.parquet):
+    files = write_report(Path(config.directory), out, config.compare, config.parquet)
+    print_settings(read_results(Path(config.directory)).settings)
+    for file in files:
         print(file)

@@ -11,6 +11,7 @@ from typing import Any
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.evaluate import parse_evaluate
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.display import format_count
 from tokenprune.experiments.evaluation.experiment import Setting
 from tokenprune.experiments.evaluation.records import NAME, read_lines
 from tokenprune.experiments.tracking.sweep import command_line, run_local
@@ -43,10 +44,9 @@ def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:
     """
     description = "Run a W&B sweep file on this machine, without an account. Repeat the command to continue."
     config = select_fields(SweepConfig, parse_options(build_parser("tokenprune sweep", description, SweepConfig), argv))
+    content = read_sweep(config.file)
     if not config.local:
         raise UserError(f"add --local to run {config.file} here; with an account, use `wandb sweep` and `wandb agent`")
-
-    content = read_sweep(config.file)
     if content["method"] == "bayes" and (content.get("metric") or {}).get("name") != "eval/score":
         raise UserError(f"{config.file}: method: bayes needs `metric: {{name: eval/score, goal: maximize}}` here")
 
@@ -55,7 +55,7 @@ def run(argv: Sequence[str], command: Callable[[list[str]], int]) -> int:
 
     codes = run_local(config.file, command, config.count, config.seed, measure)
     failed = [code for code in codes if code]
-    print(f"{len(codes)} runs, {len(failed)} of them failed", file=sys.stderr)
+    print(f"{format_count(len(codes), 'run')}, {len(failed)} of them failed", file=sys.stderr)
     return failed[0] if failed else 0
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from tokenprune.experiments.analysis.factors import compare_factors
+from tokenprune.display import format_count
+from tokenprune.experiments.analysis.factors import Factor, compare_factors
+from tokenprune.experiments.analysis.intervals import FEW_GROUPS
 from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.effects import factor_blocks
 from tokenprune.experiments.analysis.report.failures import Comparison, failure_blocks
-from tokenprune.experiments.analysis.report.figures import has_flops
+from tokenprune.experiments.analysis.report.figures import MAX_COLORED, has_flops
 from tokenprune.experiments.analysis.report.formatting import SAME, format_budget, format_interval
 from tokenprune.experiments.analysis.report.rows import (
     format_context,
@@ -20,6 +23,7 @@ from tokenprune.experiments.analysis.report.rows import (
     group_by_context,
     list_budgets,
 )
+from tokenprune.experiments.analysis.report.style import rank_methods
 from tokenprune.experiments.analysis.report.tables import (
     accuracy_table,
     breakdown_blocks,
@@ -32,18 +36,22 @@ from tokenprune.experiments.analysis.report.tables import (
 )
 from tokenprune.experiments.analysis.results import Results, Setting, shorten_value
 
-FEW_GROUPS = 20
-"""Number of groups below which bootstrap intervals are too narrow."""
+MARKS = f"Bold: best of its column. {SAME}: no difference to it seen on common samples."
+"""Explanation of the marks of the main table, the same in all formats."""
 
 
-def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Block]:
+def build_report(
+    results: Results, pairs: Sequence[Comparison] = (), factors: Sequence[Factor] | None = None
+) -> list[Block]:
     """Return the report as a list of blocks.
 
     Args:
         results: the settings of a run directory.
         pairs: pairs of settings whose failures are shown next to each other.
+        factors: the factors of the grid; None computes them.
     """
     settings = results.settings
+    factors = compare_factors(settings) if factors is None else factors
     blocks: list[Block] = [Heading(f"Report of {results.name}", 1), Text([describe_run(settings)])]
     notes = [*results.notes, *completeness_notes(settings)]
     if notes:
@@ -60,9 +68,10 @@ def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Blo
         Heading("Figures"),
         Image(
             "figures/accuracy_vs_tokens.png",
-            "Score against visual tokens, mean over LLM layers and samples, 95 % intervals. Points with the same count "
-            "are moved apart horizontally. The gray line is the Pareto front of the means; the tables show whether two "
-            "of its points differ.",
+            "Score against visual tokens, mean over LLM layers and samples, 95 % intervals. With more than "
+            f"{MAX_COLORED} methods, the best by their mean lead at equal budgets are colored and the others gray. A "
+            "band covers the seeds of random tokens. Points with the same count are moved apart horizontally. The pale "
+            "line is the Pareto front of the means; the tables show whether two of its points differ.",
         ),
         *(
             [
@@ -76,8 +85,18 @@ def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Blo
         ),
         Image(
             "figures/accuracy_vs_time.png",
-            "Score against time for one sample: encoding, selection and generation, median over samples. Times "
-            "depend on the machine and its load.",
+            f"Score against time for one sample, median: {describe_times(settings)} Times depend on the machine and "
+            "its load.",
+        ),
+        *(
+            [
+                Image(
+                    "figures/accuracy_by_method.png",
+                    "Score against visual tokens, one panel for each method, best first; the other methods are gray.",
+                )
+            ]
+            if len(rank_methods(settings)) > MAX_COLORED
+            else []
         ),
     ]
     by_context = group_by_context(settings)
@@ -86,12 +105,29 @@ def build_report(results: Results, pairs: Sequence[Comparison] = ()) -> list[Blo
             blocks.append(Heading(format_context(members[0])))
         blocks += context_blocks(members, 3 if len(by_context) > 1 else 2)
     blocks += [
-        *factor_blocks(compare_factors(settings)),
+        *factor_blocks(factors),
         *failure_blocks(pairs, len(by_context) > 1),
         *error_blocks(settings),
         *environment_blocks(settings),
     ]
     return blocks
+
+
+def describe_times(settings: Sequence[Setting]) -> str:
+    """Return a sentence on the times that the figure of score against time shows.
+
+    Args:
+        settings: the settings.
+    """
+    if all(math.isnan(setting.median("prepare_alone_ms")) for setting in settings):
+        return (
+            "encoding, selection and generation. **All settings share one encoding**, and each is charged its full "
+            "time, so the figure does not show what a strategy saves before the LLM."
+        )
+    return (
+        "encoding, selection and generation of each setting by itself, without image processing. Encoding and "
+        "selection are measured on the first images."
+    )
 
 
 def describe_run(settings: Sequence[Setting]) -> str:
@@ -108,7 +144,8 @@ def describe_run(settings: Sequence[Setting]) -> str:
     )
     metrics = sorted({format_metric(setting) for setting in settings})
     return (
-        f"{len(settings)} settings{context}: {len(samples)} samples in {len(groups)} groups. "
+        f"{format_count(len(settings), 'setting')}{context}: {format_count(len(samples), 'sample')} in "
+        f"{format_count(len(groups), 'group')}. "
         f"Score: {', '.join(metrics)}, in percent."
     )
 
@@ -142,13 +179,22 @@ def completeness_notes(settings: Sequence[Setting]) -> list[str]:
         elif missing:
             listed = ", ".join(map(format_budget, missing))
             notes.append(f"No random tokens at {listed}{context}: differences to random tokens are omitted there.")
-        groups = {record["group"] for setting in members for record in setting.valid_records.values()}
-        if len(groups) < FEW_GROUPS:
-            notes.append(
-                f"{len(groups)} group{'s' if len(groups) != 1 else ''} only{context}: with fewer than {FEW_GROUPS} the "
-                "intervals are too narrow."
-            )
+        notes += list_few_groups(members, context)
     return notes
+
+
+def list_few_groups(settings: Sequence[Setting], context: str = "") -> list[str]:
+    """Return a note if there are fewer than `FEW_GROUPS` groups; otherwise nothing.
+
+    Args:
+        settings: the settings of one context.
+        context: text that names the context.
+    """
+    groups = {record["group"] for setting in settings for record in setting.valid_records.values()}
+    if len(groups) >= FEW_GROUPS:
+        return []
+    count = format_count(len(groups), "group")
+    return [f"{count} only{context}: with fewer than {FEW_GROUPS} the intervals are too narrow."]
 
 
 def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
@@ -165,8 +211,7 @@ def context_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
     blocks += [Text([f"{name}: {format_interval(score)}"]) for name, score in full]
     reduced = [setting for setting in settings if setting.role != "full"]
     if reduced:
-        text = f"Bold: best of its column. {SAME}: no difference to it seen on common samples. Every seed is a row."
-        blocks += [accuracy_table(settings), Text([text])]
+        blocks += [accuracy_table(settings), Text([f"{MARKS} Every seed is a row."])]
     blocks += full_blocks(settings, level)
     blocks += random_blocks(settings, level)
     for name, heading in (("type", "By type of question"), ("split", "By split")):

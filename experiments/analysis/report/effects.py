@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tokenprune.display import format_count
 from tokenprune.experiments.analysis.factors import Factor
-from tokenprune.experiments.analysis.intervals import Interval
-from tokenprune.experiments.analysis.report.blocks import Block, Heading, Table, Text
+from tokenprune.experiments.analysis.intervals import FEW_GROUPS, Interval
+from tokenprune.experiments.analysis.report.blocks import Block, Heading, Image, Table, Text
 from tokenprune.experiments.analysis.report.formatting import DASH, format_interval
 
 
@@ -26,6 +27,12 @@ def factor_blocks(factors: Sequence[Factor]) -> list[Block]:
         "with one value of a factor and loses with another."
     )
     blocks: list[Block] = [Heading("Which levels win"), Text([text])]
+    if any(factor.levels for factor in factors):
+        caption = (
+            "Each level minus the best level of its factor, with the paired 95 % interval, and its mean score. Levels "
+            "behind the best are gray."
+        )
+        blocks.append(Image("figures/effects.png", caption))
     for factor in factors:
         blocks.append(Heading(f"`{factor.name}`", 3))
         if not factor.levels:
@@ -37,7 +44,7 @@ def factor_blocks(factors: Sequence[Factor]) -> list[Block]:
             difference = DASH if level.deficit is None else format_interval(negate(level.deficit), sign=True)
             lines.append([level.name, format_interval(level.score), difference, _format_standing(level.deficit)])
         per_level = factor.n_settings // len(factor.levels)
-        count = f"{per_level} setting{'s' if per_level != 1 else ''} per level"
+        count = f"{format_count(per_level, 'setting')} per level"
         unmatched = f", {factor.n_unmatched} without a match at every level omitted" if factor.n_unmatched else ""
         blocks += [
             Table(["level", "mean score", "minus the best", "standing"], lines),
@@ -69,6 +76,11 @@ def format_verdict(factor: Factor) -> str:
     """
     best = factor.levels[0].name
     rivals = [level.name for level in factor.levels[1:] if level.deficit is not None and level.deficit.contains_zero]
+    if not rivals and factor.levels[0].score.groups < FEW_GROUPS:
+        return (
+            f"{best} is ahead: every other level is behind it, but with fewer than {FEW_GROUPS} groups the intervals "
+            "are too narrow to name a winner."
+        )
     if not rivals:
         return f"**{best} wins**: every other level is behind it."
     if len(rivals) == len(factor.levels) - 1:

@@ -33,7 +33,7 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
             "hash": setting.hash,
             "name": setting.name,
             "method": setting.method,
-            "strategy": setting.strategy,
+            "strategy": setting.method if setting.role == "full" else setting.strategy,
             "budget": setting.budget,
             "role": setting.role,
             "seed": setting.seed,
@@ -49,8 +49,12 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         }
         row |= {name: setting.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
         row |= {"average_tokens": setting.average_tokens, "flops_share": setting.flops_share}
-        row |= {"evidence_coverage": setting.evidence_coverage.mean}
-        row |= {f"{name}_median": setting.median(name) for name in ("encode_ms", "select_ms", "generate_ms")}
+        row |= {
+            f"{name}_median": setting.median(name)
+            for name in ("prepare_alone_ms", "encode_ms", "select_ms", "generate_ms")
+        }
+        row["time_alone"] = setting.time_alone
+        row["evidence_coverage"] = setting.evidence_coverage.mean
         if full:
             row |= _difference_row("minus_full", full.get(setting.hash))
         for seed in sorted({seed for _, seed in random}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def render_latex(settings: Sequence[Setting]) -> str:
 
 def _main_table(members: Sequence[Setting]) -> dict[str, Any]:
     """Return the content of the main table of one model and task."""
-    table = accuracy_table(members, bold="")
+    table = accuracy_table(members)
     caption = [f"{format_metric(members[0])} in percent, 95 % intervals from a bootstrap over groups"]
     if any(map(json.loads, members[0].context)):
         caption.insert(0, format_context(members[0]))
@@ -64,4 +65,5 @@ def _format_entry(text: str) -> str:
     is_same = suffix.endswith(SAME)
     suffix = suffix.removesuffix(SAME).strip()
     interval = f" {{\\scriptsize {_escape(suffix)}}}" if suffix else ""
-    return _escape(mean) + interval + (" $\\approx$" if is_same else "")
+    mean = re.sub(r"^\*\*(.*)\*\*$", r"\\textbf{\1}", _escape(mean))
+    return mean + interval + (" $\\approx$" if is_same else "")

@@ -16,6 +16,8 @@ from tokenprune.experiments.analysis.results import (
 
 Row: TypeAlias = tuple[str, dict[Budget, Setting]]
 """Name of a table row and its settings by budget."""
+ACRONYMS = {"anls", "f1", "mme", "vqa"}
+"""Words in names of metrics that are written in capitals."""
 
 
 def group_by_context(settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]]:
@@ -93,9 +95,9 @@ def format_context(setting: Setting) -> str:
 
 
 def format_metric(setting: Setting) -> str:
-    """Return the metric of a setting as text.
+    """Return the metric of a setting as text, such as ``"exact match"`` and ``"ANLS"``.
 
     Args:
         setting: the setting.
     """
-    return setting.metric.replace("_", " ")
+    return " ".join(word.upper() if word in ACRONYMS else word for word in setting.metric.split("_"))

@@ -24,12 +24,11 @@ from tokenprune.experiments.analysis.report.rows import full_rows, list_budgets,
 from tokenprune.experiments.analysis.results import Budget, Setting, is_random_strategy, scores_by_field
 
 
-def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
-    """Return the main table, with one row per method and one column per budget.
+def accuracy_table(settings: Sequence[Setting]) -> Table:
+    """Return the main table, with one row per method and one column per budget; the best of a column is bold.
 
     Args:
         settings: the settings of one context.
-        bold: mark before and after the best entry of a column.
     """
     columns, lines = list_budgets(settings), method_rows(settings)
     best = {
@@ -47,7 +46,7 @@ def accuracy_table(settings: Sequence[Setting], bold: str = "**") -> Table:
         text = format_interval(setting.score)
         if setting.score.mean == top.score.mean:
             mean, _, suffix = text.partition(" ")
-            return f"{bold}{mean}{bold} {suffix}"
+            return f"**{mean}** {suffix}"
         is_same = setting.score.n and compare(top, setting).score.contains_zero
         return f"{text} {SAME}" if is_same else text
 
@@ -73,7 +72,7 @@ def full_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
                 d = differences[entries[budget].hash]
                 numbers = [str(d.score.n), format_interval(d.score, sign=True), f"{d.only_first} / {d.only_second}"]
                 lines.append([name, *numbers, format_p_value(d.p), format_p_value(d.holm), d.verdict])
-        head = ["n", "minus full tokens", "only it / only full right", "McNemar p", "Holm p", "verdict"]
+        head = ["n", "minus full tokens", "only method correct / only full correct", "McNemar p", "Holm p", "verdict"]
         blocks.append(Table([f"at {format_budget(budget)}", *head], lines))
     return [*blocks, Text([_explain_tests(len(differences))])]
 
@@ -186,7 +185,7 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     def line(name: str, budget: str, setting: Setting) -> list[str]:
         asked, kept = setting.mean("asked"), setting.mean("kept")
         prompt, full_prompt = setting.mean("prompt_length"), setting.mean("prompt_length_full")
-        times = [setting.median("encode_ms"), setting.median("select_ms"), setting.median("generate_ms")]
+        times = [setting.median(name) for name in ("prepare_alone_ms", "generate_ms", "encode_ms", "select_ms")]
         share = kept / asked if asked else math.nan
         return [
             *(name, budget, format_number(asked), format_number(kept), format_percent(share)),
@@ -205,11 +204,18 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
         "kept",
         "kept of asked, %",
         "prompt tokens",
-        "encode ms",
-        "select ms",
-        "generate ms",
+        "encode + select alone, ms",
+        "generate, ms",
+        "shared encode, ms",
+        "select, ms",
     ]
-    return [Table(head, lines), Text(["Tokens are means over samples, times medians."])]
+    text = (
+        "Tokens are means over samples, times medians. **Alone**: the time to encode an image and select its tokens if "
+        "the setting runs by itself, measured on the first images. **Shared encode**: one encoding for all settings of "
+        "the run, with the signals of all; it is no cost of a single setting. **Select** follows the shared encoding, "
+        "and contains an encoding at another resolution."
+    )
+    return [Table(head, lines), Text([text])]
 
 
 def compute_blocks(settings: Sequence[Setting], level: int) -> list[Block]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from tokenprune.experiments.analysis.factors import compare_factors
 from tokenprune.experiments.analysis.report.contents import build_report
 from tokenprune.experiments.analysis.report.failures import compare_failures
 from tokenprune.experiments.analysis.report.figures import draw_figures
@@ -47,7 +48,8 @@ def write_report(
     out = directory if out is None else out
     (out / "figures").mkdir(parents=True, exist_ok=True)
     image_paths = []
-    for name, figure in draw_figures(results.settings).items():
+    factors = compare_factors(results.settings)
+    for name, figure in draw_figures(results.settings, factors).items():
         image_paths.append(out / "figures" / f"{name}.png")
         FigureCanvasAgg(figure).print_png(str(image_paths[-1]))
     for outdated in (out / "figures").glob("failure-*.png"):
@@ -56,7 +58,7 @@ def write_report(
         for name, image in failure.images().items():
             image_paths.append(out / name)
             image.save(image_paths[-1])
-    blocks = build_report(results, pairs)
+    blocks = build_report(results, pairs, factors)
     pages = {
         "report.md": render_markdown(blocks),
         "report.tex": render_latex(results.settings),

@@ -32,7 +32,8 @@ class CostConfig:
     Args:
         model: name of a shipped architecture.
         image_size: height x width of the images in pixels.
-        budget: budgets, in addition to the full prompt: 0.2 or 20% (ratios), 160 (tokens).
+        budget: budgets, in addition to the full prompt: 0.2 or 20% (ratios; 1.0 or 100% keeps all tokens), 160 (tokens;
+            1 keeps one token).
         cut: cuts inside the LLM as layer:budget, such as 2:50%; the budget is a ratio of the tokens that entered the
             LLM, or a number of tokens. Every budget is also counted with these cuts.
         device: names of devices, or all.

@@ -78,6 +78,10 @@ def test_conversations_from_a_reduced_cache_are_refused(model: Any, family: str)
         next_turn = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         with pytest.raises(ValueError, match="continues a conversation"):
             generate(model, next_turn, past_key_values=out.past_key_values)
+        ids = torch.cat([out.sequences, inputs["input_ids"]], dim=1)  # with a second image, whose pixels are passed
+        both = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with pytest.raises(ValueError, match="images cannot be added to a filled cache"):
+            generate(model, both, past_key_values=out.past_key_values)
 
 
 def test_features_without_a_grid_of_patches_are_refused(family: str) -> None:
