@@ -94,10 +94,6 @@ class Pipeline:
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
         self.patch_reducers = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
         """The strategies that drop or merge patches inside the vision tower."""
-        readers = [part for part in reducer.list_parts() if part not in self.patch_reducers]
-        tower_needs = [signal for part in readers for signal in part.needs if signal.kind not in LLM_SIGNALS]
-        self.needs = resolve_needs(tower_needs, self.signal)
-        """The signals to capture in the vision tower for the strategy."""
         if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
             raise ValueError(problem)
         self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
@@ -106,6 +102,9 @@ class Pipeline:
         entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)][-1:]
         self.signal_reader = SignalReader(reducer, adapter, self.signal, question, tokenizer)
         """Adds the signals that do not come from the vision tower of the model."""
+        tower_needs = [signal for signal in self.signal_reader.needs if signal.kind not in LLM_SIGNALS]
+        self.needs = resolve_needs(tower_needs, self.signal)
+        """The signals to capture in the vision tower for the strategy."""
         self.entry: TokenReducer | None = entries[0][0] if entries else None
         """The strategy before the LLM; None without one."""
         self._stage: EntryStage | None = entries[0][1] if entries else None

@@ -37,6 +37,8 @@ class Stage:
     """The name in tables and records."""
     reads_llm: ClassVar[bool] = False
     """Whether a strategy of this stage can read signals of the LLM."""
+    reads_tower_layer: ClassVar[bool] = False
+    """Whether a strategy of this stage reads signals of a layer of the vision tower while the tower runs."""
 
     def __str__(self) -> str:
         """Return the name."""
@@ -128,6 +130,7 @@ class EncoderStage(ProjectorStage):
     """Inside the vision tower: layers from a step on run on the patches that remain (`tokenprune.encoder`)."""
 
     name: ClassVar[str] = "encoder"
+    reads_tower_layer: ClassVar[bool] = True
 
 
 class ImageStage(EntryStage):

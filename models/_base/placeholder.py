@@ -185,8 +185,8 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
         if self.pooling > 1:
             return PatchRecord(None, full, remaining)
-        masks = [mask[..., None] for mask in patches.read_mask()]
-        kept = [mask[..., 0] for mask in self.split_by_image("vision_features", masks, layouts, inputs)]
+        masks = [mask[..., None].float() for mask in patches.read_mask()]
+        kept = [mask[..., 0] >= 0.5 for mask in self.split_by_image("vision_features", masks, layouts, inputs)]
         return PatchRecord(kept, full, remaining)
 
     def run_vision_side(
