@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Integral
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +30,8 @@ class EncoderReducer(TokenReducer, ABC):
 
     Every tile is reduced on its own, to an equal number of patches. `group` receives the tiles of a call at one layer:
     `features` are the hidden states `[tiles, patches, width]`, and signals of this layer are declared in `needs` with
-    the layer choice ``"feature"``. If a visual token is one patch, it enters the LLM only if its patch remains; a merged
-    patch stands at the position of its first member. In other models all tokens enter the LLM, and only the tower
+    the layer choice ``"feature"``. If a visual token is one patch, it enters the LLM only if its patch remains; a
+    merged patch has the position of one of its members. In other models all tokens enter the LLM, and only the tower
     becomes faster.
 
     Args:
@@ -65,7 +64,8 @@ class EncoderReducer(TokenReducer, ABC):
                 )
         for layer, _ in self.schedule:
             is_depth = isinstance(layer, float) and 0 <= layer <= 1
-            if not is_depth and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
+            is_index = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+            if not (is_depth or is_index):
                 raise ValueError(
                     f"layer {layer!r} of the schedule is neither an index from 0 nor a relative depth from 0.0 to 1.0"
                 )
@@ -181,7 +181,9 @@ class EncoderReducer(TokenReducer, ABC):
         for field_name, shape in shapes.items():
             value = getattr(groups, field_name)
             if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name}.group must return {field_name} of shape {list(shape)}, not {list(value.shape)}")
+                raise ValueError(
+                    f"{name}.group must return {field_name} of shape {list(shape)}, not {list(value.shape)}"
+                )
         return groups
 
     def select(self, image: EncodedImage) -> Selection:
@@ -211,6 +213,8 @@ class PatchDropReducer(EncoderReducer, ABC):
                 f"{type(self).__name__}.score must return [tiles, patches] = {list(expected)}, not {shape}"
             )
         raise_if(scores.isnan().any(), f"{type(self).__name__}.score returned NaN; a score must be a number")
+        valid = image.geometry.to(scores.device).valid
+        scores = scores.float().clamp(min=torch.finfo(torch.float32).min).masked_fill(~valid, -torch.inf)
         kept = scores.argsort(dim=1, descending=True, stable=True)[:, :number]
         return PatchGroups(kept.sort(dim=1).values)
 

@@ -172,7 +172,12 @@ class TileGeometry:
     def content(self) -> tuple[Hashable, ...]:
         """A key that equal layouts on the CPU share."""
         tables = (table.numpy().tobytes() for table in (self.regions, self.packed))
-        return self.tile_grid, self.token_grid, *tables, *(None if x is None else x.content for x in (self.entered, self.encoded))
+        return (
+            self.tile_grid,
+            self.token_grid,
+            *tables,
+            *(None if x is None else x.content for x in (self.entered, self.encoded)),
+        )
 
     @property
     def entered_layout(self) -> TileGeometry:

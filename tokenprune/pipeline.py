@@ -122,8 +122,8 @@ class Pipeline:
             )
         if self.compiled is not None and self.patch_reducers:
             raise ValueError(
-                f"compile=True does not support {reducer.label}, which drops patches inside the vision tower; attach it "
-                "without compile=True"
+                f"compile=True does not support {reducer.label}, which drops patches inside the vision tower; attach "
+                "it without compile=True"
             )
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -249,9 +249,7 @@ class Pipeline:
             _GENERATING.reset(token)
             self._local.depth -= 1
 
-    def _encode(
-        self, inputs: Mapping[str, Any], truncated: bool, patch_reducers: Sequence[EncoderReducer]
-    ) -> Encoding:
+    def _encode(self, inputs: Mapping[str, Any], truncated: bool, patch_reducers: Sequence[EncoderReducer]) -> Encoding:
         keep_pixels, text_model = self.run.drawable if self.keep_pixels else 0, self.reducer.text_model
         if self._stage is not None:
             options = (keep_pixels, text_model, truncated or bool(patch_reducers), patch_reducers)

@@ -174,7 +174,8 @@ class Tower:
             dim: the sequence dimension.
             lengths: sequence lengths that the kernel received; None if it received none.
         """
-        parts = self.segments if lengths is None else lengths
+        reduced = None if self.patches is None or self.segments is None else self.patches.lengths
+        parts = (reduced or self.segments) if lengths is None else lengths
         is_joined = parts is not None and len(value) == 1 and value.shape[dim] == sum(parts)
         return list(value.split(list(parts or ()), dim)) if is_joined else [value]
 

@@ -8,10 +8,11 @@ after the reduction, with an attention that returns zeros.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -115,8 +116,8 @@ class PatchReduction:
         sequence: Tensor,
         signals: Mapping[str, Tensor],
         real: Tensor | None,
-    ) -> Tensor:
-        """Return the sequence after a step, `[tiles, length, width]`, and update the patches that remain.
+    ) -> tuple[RemainingPatches, Tensor]:
+        """Reduce the patches that remain; returns them and their sequence, `[tiles, remaining, width]`.
 
         Args:
             layer: index of the layer.
@@ -149,7 +150,7 @@ class PatchReduction:
         groups = parts[0] if len(parts) == 1 else join_groups(parts, self.lengths)
         self.lengths = [part.kept.shape[1] for part in parts]
         self.remaining, sequence = self.remaining.apply(groups, sequence)
-        return sequence
+        return self.remaining, sequence
 
     def expand_captured(
         self, tower: Tower, captured: Mapping[SignalKey, list[Tensor]]
@@ -229,7 +230,7 @@ def reduced_layers(tower: Tower) -> Iterator[None]:
     with ExitStack() as undo:
         for index in range(reduction.first, reduction.layers):
             layer: Any = tower.layers[index]
-            run = partial(_run_layer, reduction, tower, index, layer, layer.forward)
+            run = partial(run_reduced_layer, reduction, tower, index, layer.forward)
             undo.enter_context(replaced_forward(layer, run))
             attention = getattr(layer, tower.attention)
             if reduction.is_proportional and hasattr(attention, "config"):
@@ -238,114 +239,227 @@ def reduced_layers(tower: Tower) -> Iterator[None]:
         yield
 
 
-def _run_layer(
-    reduction: PatchReduction,
-    tower: Tower,
-    index: int,
-    layer: nn.Module,
-    forward: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+@cache
+def list_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the parameters of the `forward` of a layer class; the first is the hidden states."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+class LayerCall:
+    """One call of a layer with hidden states of the full length, run on the entries that remain.
+
+    Args:
+        layer: the layer.
+        forward: its own `forward`.
+        attention: name of its attention module.
+        mlp: name of its MLP.
+        args: positional inputs of the call; the first is the hidden states, `[(tiles,) length, width]`.
+        kwargs: keyword inputs of the call.
+    """
+
+    def __init__(
+        self, layer: nn.Module, forward: Callable[..., Any], attention: str, mlp: str, args: Any, kwargs: Any
+    ) -> None:
+        first, *names = list_parameters(type(layer).forward)
+        self.options: dict[str, Any] = {**dict(zip((first, *names), args, strict=False)), **kwargs}
+        self.source: Tensor = self.options.pop(first)
+        self.forward, self.layer, self.attention_name, self.mlp = forward, layer, attention, mlp
+
+    @property
+    def attention(self) -> Any:
+        """The attention module."""
+        return getattr(self.layer, self.attention_name)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states of the full length, `[tiles, length, width]`."""
+        return self.source if self.source.dim() == 3 else self.source[None]
+
+    def run(self, sequence: Tensor, remaining: RemainingPatches, bias: Tensor | None = None) -> Any:
+        """Return the output of the layer for the entries that remain.
+
+        Args:
+            sequence: their hidden states, `[tiles, remaining, width]`.
+            remaining: the patches that remain.
+            bias: the bias on the keys, `[tiles, remaining]`, for an attention module without a config; such a module
+                takes it as a mask.
+        """
+        options = {name: narrow_input(remaining, name, value) for name, value in self.options.items()}
+        if bias is not None and not hasattr(self.attention, "config"):
+            options["attn_mask"] = add_bias(options.get("attn_mask"), bias, sequence.dtype)
+        return self.forward(sequence if self.source.dim() == 3 else sequence[0], **options)
+
+    def run_attention(
+        self, sequence: Tensor, remaining: RemainingPatches, bias: Tensor | None = None
+    ) -> tuple[Tensor, int | None]:
+        """Return the sequence after attention and its residual, and the number of outputs of the attention module.
+
+        Args:
+            sequence: hidden states of the entries that remain, `[tiles, remaining, width]`.
+            remaining: the patches that remain.
+            bias: the bias on the keys, `[tiles, remaining]`.
+
+        Returns:
+            The sequence, `[tiles, remaining, width]`; and the length of the tuple that the attention module returns,
+            None if it returns a tensor.
+        """
+        lengths: list[int | None] = []
+
+        def store_length(module: nn.Module, args: Any, output: Any) -> None:
+            lengths.append(len(output) if isinstance(output, tuple) else None)
+
+        hook = self.attention.register_forward_hook(store_length)
+        try:
+            with replaced_child(self.layer, self.mlp, ZeroModule(None)):
+                return read_states(self.run(sequence, remaining, bias)), lengths[0]
+        finally:
+            hook.remove()
+
+    def run_mlp(self, sequence: Tensor, remaining: RemainingPatches, length: int | None) -> Any:
+        """Return the output of the layer for a sequence after attention.
+
+        Args:
+            sequence: the result of `run_attention`, possibly reduced, `[tiles, remaining, width]`.
+            remaining: the patches that remain.
+            length: number of outputs of the attention module, from `run_attention`.
+        """
+        with replaced_child(self.layer, self.attention_name, ZeroModule(length)):
+            return self.run(sequence, remaining)
+
+    def find_real(self, remaining: RemainingPatches) -> Tensor | None:
+        """Return the remaining entries that are not padding, bool `[tiles, remaining]`; None without such a mask.
+
+        Args:
+            remaining: the patches that remain.
+        """
+        mask = self.options.get("attention_mask")
+        if not isinstance(mask, Tensor) or len(mask) != len(remaining.index):
+            return None
+        return real_positions(mask).gather(1, remaining.sequence_index)
+
+    def restore(self, output: Any, remaining: RemainingPatches) -> Any:
+        """Return an output of the layer with hidden states of the full length.
+
+        Args:
+            output: the output for the entries that remain.
+            remaining: the patches that remain.
+        """
+        full = remaining.restore(read_states(output), self.hidden)
+        full = full if self.source.dim() == 3 else full[0]
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+
+def run_reduced_layer(
+    reduction: PatchReduction, tower: Tower, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Run one layer on the patches that remain; returns hidden states of the full length."""
+    """Run one layer on the patches that remain, and return its output with hidden states of the full length.
+
+    Args:
+        reduction: the steps inside the tower.
+        tower: the tower.
+        index: index of the layer.
+        forward: its own `forward`.
+        args: positional inputs of the layer.
+        kwargs: keyword inputs of the layer.
+
+    Raises:
+        NotImplementedError: if the layer runs again for gradients.
+    """
+    layer = tower.layers[index]
     if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
         raise NotImplementedError(
             "a strategy inside the vision tower does not support gradient checkpointing of the tower, which runs "
-            "layers again; disable it for the vision tower, or freeze the tower with torch.no_grad"
+            "layers again; disable it for the vision tower, or train with the tower in eval()"
         )
-    if not args:  # the first parameter is the hidden states
-        name = next(iter(kwargs))
-        args = (kwargs.pop(name),)
-    source, *others = args
-    hidden = source if source.dim() == 3 else source[None]
+    call = LayerCall(layer, forward, tower.attention, reduction.mlp, args, kwargs)
     if index == reduction.first:
-        reduction.start_pass(tower, hidden)
-    if reduction.remaining is None:
-        raise RuntimeError(f"layer {index} of the tower ran before layer {reduction.first}")
-    sequence = reduction.remaining.gather(hidden)
-    depth = len(tower.layers)
+        reduction.start_pass(tower, call.hidden)
+    remaining, depth = reduction.remaining, len(tower.layers)
+    if remaining is None:
+        raise RuntimeError(f"layer {index} of the tower ran before layer {reduction.first}, its first step")
+    sequence = remaining.gather(call.hidden)
     for step in reduction.list_steps(index, "before"):
-        real = _find_real(reduction.remaining, kwargs)
-        sequence = reduction.reduce(index, depth, step, sequence, {}, real)
-    reduction.inputs.setdefault(index, []).append(reduction.remaining)
-    narrow = [_narrow(reduction.remaining, None, value) for value in others]
-    options = {name: _narrow(reduction.remaining, name, value) for name, value in kwargs.items()}
-    if reduction.key_bias is not None and not hasattr(getattr(layer, tower.attention), "config"):
-        options["attn_mask"] = _add_bias(options.get("attn_mask"), reduction.key_bias, sequence.dtype)
-
-    def call(states: Tensor) -> Any:
-        return forward(states if source.dim() == 3 else states[0], *narrow, **options)
-
+        remaining, sequence = reduction.reduce(index, depth, step, sequence, {}, call.find_real(remaining))
+    reduction.inputs.setdefault(index, []).append(remaining)
     steps = reduction.list_steps(index, "inside")
-    if steps:
-        kinds = {kind for reducer, _ in steps for kind, _ in resolve_needs(reducer.needs, reduction.attention)}
-        mlp, attention = getattr(layer, reduction.mlp), getattr(layer, tower.attention)
-        single = replace(tower, rows_from={}, segments=None)
-        shapes: list[int | None] = []
-
-        def store_structure(module: nn.Module, args: Any, output: Any) -> None:
-            shapes.append(len(output) if isinstance(output, tuple) else None)
-
-        hook = attention.register_forward_hook(store_structure)
-        try:
-            with capture_signals(single, {index: kinds & ATTENTION}) as captured, replaced_forward(mlp, _return_zeros):
-                attended = _first(call(sequence))
-        finally:
-            hook.remove()
-        sequence = attended if attended.dim() == 3 else attended[None]
-        signals = {kind: torch.cat(values, token_dim(kind)) for (kind, _), values in captured.items()}
-        real = _find_real(reduction.remaining, kwargs)
-        for step in steps:
-            sequence = reduction.reduce(index, depth, step, sequence, signals, real)
-        narrow = [_narrow(reduction.remaining, None, value) for value in others]
-        options = {name: _narrow(reduction.remaining, name, value) for name, value in kwargs.items()}
-        with replaced_forward(attention, partial(_return_structure, shapes[0])):
-            output = call(sequence)
+    if not steps:
+        output = call.run(sequence, remaining, reduction.key_bias)
     else:
-        output = call(sequence)
-    states = _first(output)
-    states = states if states.dim() == 3 else states[None]
-    reduction.counts.append((len(hidden) * reduction.remaining.entry.shape[1], reduction.remaining.index.numel()))
-    full = reduction.remaining.restore(states, hidden)
+        kinds = {kind for reducer, _ in steps for kind, _ in resolve_needs(reducer.needs, reduction.attention)}
+        with capture_signals(replace(tower, rows_from={}), {index: kinds & ATTENTION}) as captured:
+            sequence, length = call.run_attention(sequence, remaining, reduction.key_bias)
+        signals = {kind: torch.cat(values, token_dim(kind)) for (kind, _), values in captured.items()}
+        for step in steps:
+            remaining, sequence = reduction.reduce(index, depth, step, sequence, signals, call.find_real(remaining))
+        output = call.run_mlp(sequence, remaining, length)
+    reduction.counts.append((remaining.entry.numel(), remaining.index.numel()))
     if index == reduction.layers - 1:
-        reduction.passes.append(reduction.remaining)
-    full = full if source.dim() == 3 else full[0]
-    return (full, *output[1:]) if isinstance(output, tuple) else full
+        reduction.passes.append(remaining)
+    return call.restore(output, remaining)
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def read_states(output: Any) -> Tensor:
+    """Return the hidden states in the output of a layer, `[tiles, length, width]`."""
+    states = output[0] if isinstance(output, tuple) else output
+    return states if states.dim() == 3 else states[None]
 
 
-def _return_zeros(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.zeros_like(states)
+class ZeroModule(nn.Module):
+    """A module in place of the attention or the MLP of a layer: returns zeros, so that only the residual remains.
+
+    It replaces the module and not its `forward`, because hooks on the module must run once per layer.
+
+    Args:
+        length: length of the returned tuple, zeros first; None returns a tensor.
+    """
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros in the shape of the first input."""
+        zeros = torch.zeros_like(args[0] if args else next(iter(kwargs.values())))
+        return zeros if self.length is None else (zeros, *[None] * (self.length - 1))
 
 
-def _return_structure(length: int | None, *args: Any, **kwargs: Any) -> Any:
-    """Return zeros in the structure of the output of an attention: a tensor, or a tuple of a given length."""
-    states = args[0] if args else next(iter(kwargs.values()))
-    zeros = torch.zeros_like(states)
-    return zeros if length is None else (zeros, *[None] * (length - 1))
+@contextmanager
+def replaced_child(module: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
+    """Replace a child of a module inside the block.
+
+    Args:
+        module: the module.
+        name: name of the child.
+        child: the module that replaces it.
+    """
+    original = module._modules[name]
+    module._modules[name] = child
+    try:
+        yield
+    finally:
+        module._modules[name] = original
 
 
-def _narrow(remaining: RemainingPatches, name: str | None, value: Any) -> Any:
+def narrow_input(remaining: RemainingPatches, name: str, value: Any) -> Any:
     """Return an input of a layer for the entries that remain.
 
     Args:
         remaining: the patches that remain.
-        name: the name of the input; None for positional inputs.
+        name: the name of the input.
         value: the input for the full length.
     """
     index, length = remaining.sequence_index, remaining.sequence_entry.shape[1]
     if isinstance(value, tuple):
-        return tuple(_narrow(remaining, name, part) for part in value)
+        return tuple(narrow_input(remaining, name, part) for part in value)
     if not isinstance(value, Tensor):
         return value
     if name == "cu_seqlens":
         before = F.pad(remaining.mask[0].cumsum(dim=0), (1, 0))
         return before[value.long()].to(value.dtype)
     if value.dim() == 4 and value.shape[-2:] == (length, length):  # a mask of pairs of positions
-        rows = value.expand(len(index), -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, value.shape[1], -1, length))
+        rows = value.expand(len(index), -1, -1, -1).gather(
+            2, index[:, None, :, None].expand(-1, value.shape[1], -1, length)
+        )
         return rows.gather(3, index[:, None, None, :].expand(-1, value.shape[1], index.shape[1], -1))
     if value.dim() == 2 and tuple(value.shape) == (len(index), length) and name in MASKS:
         return value.gather(1, index)
@@ -356,15 +470,7 @@ def _narrow(remaining: RemainingPatches, name: str | None, value: Any) -> Any:
     return value
 
 
-def _find_real(remaining: RemainingPatches, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the remaining entries that are not padding, bool `[tiles, length]`; None without a mask of padding."""
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or len(mask) != len(remaining.index):
-        return None
-    return real_positions(mask).gather(1, remaining.sequence_index)
-
-
-def _add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask that is added to the logits of attention, `[tiles, 1, 1 or queries, keys]`.
 
     Args:
@@ -391,7 +497,7 @@ def _proportional_attention(
         return kernel(module, query, key, value, attention_mask, **kwargs)
     if is_flash_attention_requested(config.tokenprune_original):
         kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return kernel(module, query, key, value, _add_bias(attention_mask, bias, query.dtype), **kwargs)
+    return kernel(module, query, key, value, add_bias(attention_mask, bias, query.dtype), **kwargs)
 
 
 AttentionInterface.register(PROPORTIONAL_KERNEL, _proportional_attention)

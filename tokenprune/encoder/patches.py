@@ -63,7 +63,9 @@ class RemainingPatches:
     cls: Literal["none", "first", "last"]
 
     @classmethod
-    def all(cls, tiles: int, patches: int, position: Literal["none", "first", "last"], device: torch.device) -> RemainingPatches:
+    def all(
+        cls, tiles: int, patches: int, position: Literal["none", "first", "last"], device: torch.device
+    ) -> RemainingPatches:
         """Return all patches.
 
         Args:

@@ -29,9 +29,7 @@ def select_remaining(
         remaining = mask & geometry.to(mask.device).valid
         newline_mask = kept_newlines(geometry, remaining, newlines)
         selections.append(
-            Selection(
-                geometry, remaining, geometry.valid_tokens, newline_mask=newline_mask, pixels=image.pixels
-            )
+            Selection(geometry, remaining, geometry.valid_tokens, newline_mask=newline_mask, pixels=image.pixels)
         )
     return selections
 
