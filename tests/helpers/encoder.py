@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from tests.helpers.families import FAMILIES
 from tokenprune.adapter import Adapter, Encoding, find_adapter
 from tokenprune.encoder.patches import RemainingPatches
 from tokenprune.encoder_reducer import EncoderReducer, PatchDropReducer
-from tokenprune.image import EncodedImage
+from tokenprune.image import EncodedImage, Signal
 from tokenprune.models._capture.hooks import find_kernel, replaced_forward, swapped_config
 from tokenprune.models._capture.patch_reduction import PatchReduction
 
@@ -57,7 +57,9 @@ def prepare(name: str, *rows: Any, first: int = 0) -> Any:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def encode_reduced(model: Any, inputs: Any, reducer: EncoderReducer) -> tuple[Encoding, PatchReduction]:
+def encode_reduced(
+    model: Any, inputs: Any, reducer: EncoderReducer, needs: Sequence[Signal] = ()
+) -> tuple[Encoding, PatchReduction]:
     """Return the encoding of a call with a strategy inside the tower, and the patches that remained."""
     adapter: Any = find_adapter(model)
     reductions = []
@@ -69,7 +71,7 @@ def encode_reduced(model: Any, inputs: Any, reducer: EncoderReducer) -> tuple[En
 
     adapter.build_patch_reduction = store
     with torch.no_grad():
-        encoding = adapter.encode(inputs, reducer.needs, truncated=True, patch_reducers=[reducer])
+        encoding = adapter.encode(inputs, needs, truncated=True, patch_reducers=[reducer])
     return encoding, reductions[0]
 
 

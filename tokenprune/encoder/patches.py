@@ -207,7 +207,7 @@ class RemainingPatches:
 def merge_groups(patches: Tensor, groups: PatchGroups, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the merged patches, `[tiles, kept, width]`, and the number of patches behind each, `[tiles, kept]`.
 
-    Sums are float32, because sums in half precision are inexact.
+    Sums are at least float32, because sums in half precision are inexact.
 
     Args:
         patches: the patches, `[tiles, patches, width]`.
@@ -221,11 +221,11 @@ def merge_groups(patches: Tensor, groups: PatchGroups, sizes: Tensor | None) -> 
         raise ValueError("merge_groups needs PatchGroups with a group for each patch; group is None")
     tiles, kept = groups.kept.shape
     bins = torch.where(groups.group < 0, kept, groups.group)  # the last bin holds dropped patches
-    ones = torch.ones(bins.shape, device=bins.device)
-    counts = ones if sizes is None else sizes
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    counts = torch.ones(bins.shape, dtype=dtype, device=bins.device) if sizes is None else sizes.to(dtype)
     totals = counts.new_zeros(tiles, kept + 1).scatter_add(1, bins, counts)[:, :kept]
-    weights = counts if groups.weights is None else groups.weights.float()
-    values = patches.float() * weights[..., None]
+    weights = counts if groups.weights is None else groups.weights.to(dtype)
+    values = patches.to(dtype) * weights[..., None]
     sums = values.new_zeros(tiles, kept + 1, values.shape[-1])
     sums = sums.scatter_add(1, bins[..., None].expand_as(values), values)[:, :kept]
     sums = sums / totals[..., None] if groups.weights is None else sums
