@@ -23,6 +23,7 @@ class Idefics2Adapter(NestedTilesAdapter):
     tower_path: ClassVar[str] = "connector.perceiver_resampler"
     layers_path: ClassVar[str] = "layers"
     projector_path: ClassVar[str | None] = None
+    patch_steps: ClassVar[frozenset[str]] = frozenset()  # `tower` is the resampler, whose latents are no patches
 
     @cached_property
     def token_grid(self) -> tuple[int, int]:

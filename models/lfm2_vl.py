@@ -26,6 +26,7 @@ class Lfm2VlAdapter(TiledAdapter):
 
     family: ClassVar[str] = "lfm2_vl"
     model_class: ClassVar[str] = "Lfm2VlForConditionalGeneration"
+    patch_steps: ClassVar[frozenset[str]] = frozenset({"drop"})  # padded patches must not be merged
     text_separator_side: ClassVar[TextSeparatorSide] = "before"
     projector_path: ClassVar[str | None] = None
     llm_mlp_name: ClassVar[str] = "feed_forward"

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenprune.adapter import Encoding, LLMShape
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import Signal
 from tokenprune.models._base.tiled import TiledAdapter
@@ -27,6 +28,7 @@ class Llama4Adapter(TiledAdapter):
     layers_path: ClassVar[str] = "model.layers"
     language_model_path: ClassVar[str] = "language_model.model"
     llm_mlp_name: ClassVar[str] = "feed_forward"
+    patch_steps: ClassVar[frozenset[str]] = frozenset()  # all tiles share one rotary table
     grouped_by: ClassVar[Literal["opening", "closing"]] = "closing"
 
     features_field: ClassVar[str] = "last_hidden_state"
@@ -71,9 +73,10 @@ class Llama4Adapter(TiledAdapter):
         keep_pixels: int = 0,
         text_model: str | None = None,
         truncated: bool = False,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Encode the images; their features are the outputs of the final linear map of the model."""
-        encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated)
+        encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers)
         project = self.model.multi_modal_projector
         with torch.no_grad():
             images = [image.with_features(project(image.features)) for image in encoding.images]

@@ -36,6 +36,7 @@ class MllamaAdapter(PlaceholderAdapter):
     model_class: ClassVar[str] = "MllamaForConditionalGeneration"
     has_prompt_tokens: ClassVar[bool] = False
     tower_path: ClassVar[str] = "vision_model"
+    patch_steps: ClassVar[frozenset[str]] = frozenset()  # a sequence holds four tiles, their CLS tokens and padding
     layers_path: ClassVar[str] = "transformer.layers"
     projector_path: ClassVar[str | None] = None
     required_inputs: ClassVar[tuple[str, ...]] = ("aspect_ratio_ids", "aspect_ratio_mask")

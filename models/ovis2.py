@@ -21,6 +21,7 @@ class Ovis2Adapter(TiledAdapter):
     model_class: ClassVar[str] = "Ovis2ForConditionalGeneration"
     layers_path: ClassVar[str] = "transformer.encoder.layers"
     attention_name: ClassVar[str] = "attention"
+    tower_mlp_name: ClassVar[str] = "ffn"
     projector_path: ClassVar[str | None] = None
     base_first: ClassVar[bool] = True
 

@@ -30,6 +30,7 @@ class Phi4MultimodalAdapter(PlaceholderAdapter, HasDecoder):
 
     family: ClassVar[str] = "phi4_multimodal"
     model_class: ClassVar[str] = "Phi4MultimodalForCausalLM"
+    patch_steps: ClassVar[frozenset[str]] = frozenset({"drop"})  # padded patches must not be merged
     pixels: ClassVar[str] = "image_pixel_values"
     tower_path: ClassVar[str] = "embed_tokens_extend.image_embed.img_processor"
     projector_path: ClassVar[str | None] = None

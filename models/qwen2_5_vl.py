@@ -24,6 +24,7 @@ from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models._capture.compiled_tower import HostLengths
 from tokenprune.models._capture.hooks import Tower, replaced_forward
+from tokenprune.models._capture.patch_reduction import PatchReduction
 from tokenprune.models._capture.vision_run import VisionRun
 
 TOWER_FIELDS = ("last_hidden_state", "pooler_output")
@@ -53,11 +54,12 @@ class Qwen25VLAdapter(MergedPatchesAdapter, CompilableAdapter):
         layouts: Sequence[TileGeometry],
         kinds_by_layer: dict[int, set[str]],
         truncated: bool,
+        patches: PatchReduction | None = None,
     ) -> VisionRun:
         """Run the model's own `get_image_features`, with a compiled tower if there is one and the call is truncated."""
         compiled = self.compiled_tower
         if compiled is None or not truncated or self._output_options(inputs):
-            return super().run_vision_side(inputs, layouts, kinds_by_layer, truncated)
+            return super().run_vision_side(inputs, layouts, kinds_by_layer, truncated, patches)
         grids, parts, captured = read_once(inputs["image_grid_thw"]), self.tower_parts(layouts), {}
         last = {max([self.feature_layer(inputs), *kinds_by_layer]): set[str]()}
 

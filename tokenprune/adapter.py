@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.packing import KeptPositions
 from tokenprune.registry import collect_classes, list_subclasses
 from tokenprune.rewrite import TextSeparatorSide, counted_positions
+
+if TYPE_CHECKING:
+    from tokenprune.encoder_reducer import EncoderReducer
 
 ADAPTERS = "tokenprune.models"
 """The package of the shipped adapters, and the entry point group of plug-ins."""
@@ -102,6 +106,8 @@ class Encoding:
         videos: the model's own output object of the videos of the call; None without videos. Videos are never reduced.
         is_complete: whether `outputs` equals the output object of the unmodified model in every field.
         repeats: how many times the list of images is repeated, for several questions about them.
+        encode_again: encodes the images once more: ``encode_again(needs, patch_reducers=...)``.
+        patches: the patches that remained in the vision tower; None if no strategy acted inside it.
     """
 
     images: list[EncodedImage]
@@ -111,6 +117,8 @@ class Encoding:
     videos: Any = None
     is_complete: bool = False
     repeats: int = 1
+    encode_again: Callable[..., Encoding] | None = None
+    patches: PatchRecord | None = None
 
     @property
     def packed(self) -> list[Tensor]:
@@ -130,6 +138,23 @@ class Encoding:
     def repeat(self, times: int) -> Encoding:
         """Return the encoding with its list of images repeated, for several questions about them."""
         return replace(self, images=self.images * times, repeats=self.repeats * times)
+
+    def reduce_patches(self, needs: Sequence[Signal], patch_reducers: Sequence[EncoderReducer]) -> Encoding:
+        """Return the images encoded once more, with strategies inside the vision tower.
+
+        Args:
+            needs: the signals to capture.
+            patch_reducers: the strategies.
+
+        Raises:
+            ValueError: if the encoding cannot be repeated.
+        """
+        if self.encode_again is None:
+            raise ValueError(
+                "this encoding cannot be computed again for a strategy inside the vision tower; pass the model inputs "
+                "without encoding"
+            )
+        return self.encode_again(needs, patch_reducers=patch_reducers).repeat(self.repeats)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +207,9 @@ class Adapter(ABC):
 
     text_separator_side: ClassVar[TextSeparatorSide] = "none"
     """The side of the visual tokens to which a text separator between rows or tiles belongs."""
+
+    patch_steps: ClassVar[frozenset[str]] = frozenset()
+    """What strategies inside the vision tower can do with patches: ``"drop"`` and ``"merge"``."""
 
     supports_beams: ClassVar[bool] = True
     """Whether the unmodified model supports beam search on prompts with images."""
@@ -241,6 +269,7 @@ class Adapter(ABC):
         keep_pixels: int = 0,
         text_model: str | None = None,
         truncated: bool = False,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Return the encoded images of a call with the required signals, from one run of the vision side.
 
@@ -253,11 +282,22 @@ class Adapter(ABC):
             text_model: the CLIP checkpoint whose projections align features with text.
             truncated: whether the tower may stop after the last required layer, and the projector may run on kept
                 tokens only. Kept features are equal up to rounding; `Encoding.is_complete` is False.
+            patch_reducers: strategies that drop or merge patches inside the tower; the adapter inherits from
+                `ReducesPatches` if it supports them.
 
         Raises:
             ValueError: if a signal names a layer that the vision tower does not have, or if the text model does not
                 match the tower.
         """
+
+    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+        """Return whether strategies inside the vision tower drop and merge no patch of a call.
+
+        Args:
+            patch_reducers: the strategies.
+            inputs: the model inputs of the call.
+        """
+        return not patch_reducers
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether a call contains images that are not yet encoded."""

@@ -85,7 +85,7 @@ class Budget:
         if isinstance(number, int):
             return number * (geometry.tiles if self.per == "tile" else 1)
         ratio = Fraction(number).limit_denominator(MAX_DENOMINATOR)
-        geometry = geometry.entered_layout if self.of == "entered" else geometry
+        geometry = geometry.entered_layout if self.of == "entered" else geometry.encoded_layout
         per_tile = [geometry.tokens] * geometry.tiles if self.of == "encoded" else geometry.valid_per_tile
         newlines = geometry.newlines if self.newlines == "counted" else 0
         if self.per == "tile":

@@ -53,6 +53,8 @@ class TileGeometry:
     packed: Tensor
     entered: TileGeometry | None = field(default=None, repr=False)
     """The layout of the tokens that entered the LLM, for the layout at a later cut; None if nothing was dropped."""
+    encoded: TileGeometry | None = field(default=None, repr=False)
+    """The layout before the vision tower dropped or merged patches; None if it did not."""
     _copied_from: TileGeometry | None = field(default=None, repr=False)
     """The layout that `to` copied; None if this layout is no copy."""
 
@@ -170,7 +172,12 @@ class TileGeometry:
     def content(self) -> tuple[Hashable, ...]:
         """A key that equal layouts on the CPU share."""
         tables = (table.numpy().tobytes() for table in (self.regions, self.packed))
-        return self.tile_grid, self.token_grid, *tables, None if self.entered is None else self.entered.content
+        return (
+            self.tile_grid,
+            self.token_grid,
+            *tables,
+            *(None if x is None else x.content for x in (self.entered, self.encoded)),
+        )
 
     @property
     def entered_layout(self) -> TileGeometry:
@@ -186,6 +193,22 @@ class TileGeometry:
         original = self.original
         packed = original.packed[kept.to(original.packed.device)]
         return replace(original, packed=packed, entered=original.entered_layout)
+
+    @property
+    def encoded_layout(self) -> TileGeometry:
+        """The layout before the vision tower dropped or merged patches; the layout itself if it did not."""
+        return self if self.encoded is None else self.encoded
+
+    def restrict_tokens(self, kept: Tensor) -> TileGeometry:
+        """Return the layout with the tokens that the vision tower kept, and all newline tokens.
+
+        Args:
+            kept: the tokens whose patches remain, bool `[tiles, tokens]`.
+        """
+        original = self.original
+        mask = kept.flatten().to(original.packed.device)[original.packed.clamp(min=0)]
+        packed = original.packed[mask | (original.packed == NEWLINE)]
+        return replace(original, packed=packed, encoded=original.encoded_layout)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return packed features in the order of tiles, `[tiles, tokens, dim]`; tokens that are not valid are zero.

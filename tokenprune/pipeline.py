@@ -10,13 +10,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
-from tokenprune.batch import BatchSelector
+from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.budget import as_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
@@ -25,11 +26,13 @@ from tokenprune.contracts import check_needs
 from tokenprune.decoder.plan import DecoderPlan
 from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
+from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.prepared_call import CallRecord, PreparedCall
-from tokenprune.requirements import describe_attention, describe_missing_signals
+from tokenprune.requirements import describe_attention, describe_missing_signals, describe_missing_steps
 from tokenprune.rewrite import (
     PromptSummary,
     Rows,
@@ -92,17 +95,19 @@ class Pipeline:
         self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
-        tower_needs = [signal for signal in reducer.needs if signal.kind not in LLM_SIGNALS]
-        self.needs = resolve_needs(tower_needs, self.signal)
-        """The signals to capture in the vision tower for the strategy."""
-        if problem := describe_missing_signals(reducer, adapter):
+        self.patch_reducers = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
+        """The strategies that drop or merge patches inside the vision tower."""
+        if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
             raise ValueError(problem)
         self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
-        entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)]
+        entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)][-1:]
         self.signal_reader = SignalReader(reducer, adapter, self.signal, question, tokenizer)
         """Adds the signals that do not come from the vision tower of the model."""
+        tower_needs = [signal for signal in self.signal_reader.needs if signal.kind not in LLM_SIGNALS]
+        self.needs = resolve_needs(tower_needs, self.signal)
+        """The signals to capture in the vision tower for the strategy."""
         self.entry: TokenReducer | None = entries[0][0] if entries else None
         """The strategy before the LLM; None without one."""
         self._stage: EntryStage | None = entries[0][1] if entries else None
@@ -117,6 +122,11 @@ class Pipeline:
             raise ValueError(
                 f"compile=True does not support {reducer.label}, which drops tokens inside the LLM; attach it without "
                 "compile=True"
+            )
+        if self.compiled is not None and self.patch_reducers:
+            raise ValueError(
+                f"compile=True does not support {reducer.label}, which drops patches inside the vision tower; attach "
+                "it without compile=True"
             )
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -140,7 +150,7 @@ class Pipeline:
         Args:
             inputs: the model inputs of the call.
         """
-        return self._encode(inputs, truncated=False)
+        return self._encode(inputs, truncated=False, patch_reducers=())
 
     def prepare(
         self,
@@ -242,10 +252,11 @@ class Pipeline:
             _GENERATING.reset(token)
             self._local.depth -= 1
 
-    def _encode(self, inputs: Mapping[str, Any], truncated: bool) -> Encoding:
+    def _encode(self, inputs: Mapping[str, Any], truncated: bool, patch_reducers: Sequence[EncoderReducer]) -> Encoding:
         keep_pixels, text_model = self.run.drawable if self.keep_pixels else 0, self.reducer.text_model
         if self._stage is not None:
-            return self._stage.encode(self.adapter, inputs, self.needs, keep_pixels, text_model, truncated)
+            options = (keep_pixels, text_model, truncated or bool(patch_reducers), patch_reducers)
+            return self._stage.encode(self.adapter, inputs, self.needs, *options)
         if self.needs:
             return self.adapter.encode(inputs, self.needs, keep_pixels, text_model)
         return require_capability(self.adapter, Resizable).build_unencoded(inputs, keep_pixels)
@@ -253,6 +264,8 @@ class Pipeline:
     def _grants_all_tokens(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether all tokens enter the LLM; the images must then be encoded completely."""
         if self.entry is None:
+            return True
+        if isinstance(self.entry, EncoderReducer):
             return True
         budget = as_budget(self.entry.budget)
         if isinstance(budget.amount, float):
@@ -276,9 +289,14 @@ class Pipeline:
         prompts = summarize_prompts(new_placeholders, new_mask)
         if encoding is None:
             vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
-            encoding, is_shared = self._encode(vision, truncated=not self._grants_all_tokens(inputs)), False
+            keeps_patches = not self.patch_reducers or adapter.keeps_all_patches(self.patch_reducers, inputs)
+            truncated = not (keeps_patches and self._grants_all_tokens(inputs))
+            patch_reducers = () if keeps_patches else self.patch_reducers
+            encoding, is_shared = self._encode(vision, truncated, patch_reducers), False
         else:
             is_shared = True
+            if self.patch_reducers:
+                encoding = encoding.reduce_patches(self.needs, self.patch_reducers)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
@@ -295,7 +313,7 @@ class Pipeline:
             record = CallRecord(selections, prompts, row_of_image, [], saliency_flops)
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate, past)
-        batch = self.batch_selector.select(images)
+        batch = self._select(self.batch_selector, images, encoding)
         packed_mask = pack_masks(batch.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
         emptied = None if side == "none" else find_emptied_text(placeholders, packed_mask, lengths, side)
@@ -336,6 +354,20 @@ class Pipeline:
         entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts, packed)
         return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
 
+    def _select(
+        self, batch_selector: BatchSelector, images: Sequence[EncodedImage], encoding: Encoding
+    ) -> BatchSelection:
+        """Return the selection of each image among the tokens that the vision tower kept."""
+        record = encoding.patches
+        kept = None if record is None or record.kept is None else list(record.kept) * encoding.repeats
+        if isinstance(self.entry, EncoderReducer):
+            return BatchSelection(select_remaining(images, kept, self.entry.newlines), [])
+        if kept is None or self.entry is None:
+            return batch_selector.select(images)
+        restricted = restrict_images(images, kept)
+        batch = batch_selector.select(restricted)
+        return replace(batch, selections=widen_selections(batch.selections, images, self.entry.newlines))
+
     def _prepare_unchanged(
         self,
         inputs: dict[str, Any],
@@ -347,7 +379,7 @@ class Pipeline:
     ) -> PreparedCall:
         """Return the unchanged call, so that its output equals the output of the unmodified model."""
         rows, selections, text = Rows.unchanged(mask), record.selections, self._select_text(inputs)
-        if not (encoding.is_complete or is_shared):
+        if not (encoding.is_complete or is_shared or encoding.patches is not None):
             return PreparedCall(inputs, rows, selections)  # the model encodes the images itself
         if self.adapter.has_vision_positions and inputs.get("position_ids") is None:
             text["position_ids"] = self.adapter.compute_position_ids({**encoding.inputs, **inputs}, for_generate)

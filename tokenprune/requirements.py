@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.image import LLM_SIGNALS
 from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_attention_source, resolve_needs
 
@@ -55,6 +56,26 @@ def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | N
             "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
             "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
         )
+    return None
+
+
+def describe_missing_steps(reducer: TokenReducer, adapter: Adapter) -> str | None:
+    """Return a message if a strategy inside the vision tower needs steps that a model does not support, else None.
+
+    Args:
+        reducer: the strategy.
+        adapter: the adapter of the model.
+    """
+    for part in reducer.list_parts():
+        if not isinstance(part, EncoderReducer):
+            continue
+        step, name = "merge" if part.merges else "drop", type(adapter.model).__name__
+        if step not in adapter.patch_steps:
+            supported = " and ".join(sorted(adapter.patch_steps)) or "neither drop nor merge"
+            return (
+                f"{type(part).__name__} needs to {step} patches inside the vision tower of {name}, which supports: "
+                f"{supported}; use a strategy of another stage, or one that only drops patches"
+            )
     return None
 
 

@@ -37,11 +37,14 @@ class SignalReader:
         tokenizer: Any = None,
     ) -> None:
         self.reducer, self.adapter, self.signal = reducer, adapter, signal
+        readers = [part for part in reducer.list_parts() if not part.stage.reads_tower_layer]
+        self.needs = [need for part in readers for need in part.needs]
+        """The signals that are read after the vision tower has run."""
         self.question, self.tokenizer = question, tokenizer
 
     def add_attention(self, encoding: Encoding) -> tuple[list[EncodedImage], int]:
         """Return the images with the signal that replaces CLS attention, and the FLOPs of the saliency model."""
-        source, needs = self.reducer.attention, self.reducer.needs
+        source, needs = self.reducer.attention, self.needs
         count = len(encoding.images) // encoding.repeats
         unique = encoding.images[:count]
         if not isinstance(source, SaliencyModel) or not list_attention_layers(needs):
@@ -67,7 +70,7 @@ class SignalReader:
         Raises:
             ValueError: if a prompt row has no question, or the number of questions differs from the number of rows.
         """
-        needs = [signal for signal in self.reducer.needs if signal.kind in TEXT_SIGNALS]
+        needs = [signal for signal in self.needs if signal.kind in TEXT_SIGNALS]
         if not needs:
             return images
         questions = self._read_questions(inputs, rows)

@@ -21,6 +21,7 @@ from tokenprune.packing import KeptPositions, group_selections
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter, Encoding
+    from tokenprune.encoder_reducer import EncoderReducer
     from tokenprune.selection import Selection
 
 
@@ -36,6 +37,8 @@ class Stage:
     """The name in tables and records."""
     reads_llm: ClassVar[bool] = False
     """Whether a strategy of this stage can read signals of the LLM."""
+    reads_tower_layer: ClassVar[bool] = False
+    """Whether a strategy of this stage reads signals of a layer of the vision tower while the tower runs."""
 
     def __str__(self) -> str:
         """Return the name."""
@@ -54,6 +57,7 @@ class EntryStage(Stage, ABC):
         keep_pixels: int,
         text_model: str | None,
         truncated: bool,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Return the encoding of the images of a call, as the strategy reads it.
 
@@ -64,6 +68,7 @@ class EntryStage(Stage, ABC):
             keep_pixels: number of images that keep their pixels for drawing.
             text_model: the CLIP checkpoint whose projections align features with text.
             truncated: whether the encoding may stop at the last required layer and complete only the kept tokens.
+            patch_reducers: strategies that drop or merge patches inside the vision tower.
         """
 
     @abstractmethod
@@ -99,9 +104,10 @@ class ProjectorStage(EntryStage):
         keep_pixels: int,
         text_model: str | None,
         truncated: bool,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Run the vision tower and the projector once, and capture the needed signals."""
-        return adapter.encode(inputs, needs, keep_pixels, text_model, truncated)
+        return adapter.encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers)
 
     def gather_features(
         self,
@@ -120,6 +126,13 @@ class ProjectorStage(EntryStage):
         return mix_and_order(adapter, encoding, images, selections, kept_positions, torch.cat(kept))
 
 
+class EncoderStage(ProjectorStage):
+    """Inside the vision tower: layers from a step on run on the patches that remain (`tokenprune.encoder`)."""
+
+    name: ClassVar[str] = "encoder"
+    reads_tower_layer: ClassVar[bool] = True
+
+
 class ImageStage(EntryStage):
     """Before the vision tower: images are encoded at a lower resolution."""
 
@@ -133,6 +146,7 @@ class ImageStage(EntryStage):
         keep_pixels: int,
         text_model: str | None,
         truncated: bool,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Return an encoding with the layouts of the images and without features."""
         return require_capability(adapter, Resizable).build_unencoded(inputs, keep_pixels)

@@ -24,6 +24,7 @@ class MergedPatchesAdapter(PlaceholderAdapter, HasDecoder):
     tower_path: ClassVar[str] = "visual"
     layers_path: ClassVar[str] = "blocks"
     attention_name: ClassVar[str] = "attn"
+    patch_steps: ClassVar[frozenset[str]] = frozenset({"drop"})
     projector_path: ClassVar[str | None] = None
     patch_order: ClassVar[str] = "(h w p q)"
     one_sequence: ClassVar[bool] = True
@@ -87,6 +88,8 @@ class PixtralTowerAdapter(PlaceholderAdapter, HasDecoder):
 
     layers_path: ClassVar[str] = "transformer.layers"
     attention_name: ClassVar[str] = "attention"
+    tower_mlp_name: ClassVar[str] = "feed_forward"
+    patch_steps: ClassVar[frozenset[str]] = frozenset({"drop"})
     one_sequence: ClassVar[bool] = True
     text_separator_side: ClassVar[TextSeparatorSide] = "after"
 

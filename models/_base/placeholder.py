@@ -12,6 +12,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.adapter import Encoding, FeatureInputs, PackedTokens
 from tokenprune.capabilities import ReadsQuestion, Resizable, ShowsTiles
+from tokenprune.encoder.patches import PatchRecord
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.geometry import TileGeometry, share_layouts
 from tokenprune.image import ALIGNED_SIGNALS, Signal
 from tokenprune.models._base.build_images import build_images
@@ -39,6 +42,7 @@ from tokenprune.models._base.vision_inputs import (
 )
 from tokenprune.models._capture.compiled_tower import CompiledTower
 from tokenprune.models._capture.hooks import Tower
+from tokenprune.models._capture.patch_reduction import PatchReduction
 from tokenprune.models._capture.signals import (
     align_signals,
     base_first_order,
@@ -49,6 +53,7 @@ from tokenprune.models._capture.signals import (
 )
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, insert_newlines, skipped_layers
 from tokenprune.models._capture.vision_run import VisionRun, join_tiles, run_and_capture, run_tower_until
+from tokenprune.saliency import resolve_attention_source
 
 
 class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
@@ -73,6 +78,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     and newline tokens, and `project_patches` computes the tokens."""
     passes_output_options: ClassVar[bool] = False
     """Whether the model's `forward` passes `output_attentions` and `output_hidden_states` to its vision side."""
+    patch_steps: ClassVar[frozenset[str]] = frozenset({"drop", "merge"})
     compiled_tower: CompiledTower | None = None
     """The compiled tower that encodes truncated calls; None runs the tower of the model."""
 
@@ -98,6 +104,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         keep_pixels: int = 0,
         text_model: str | None = None,
         truncated: bool = False,
+        patch_reducers: Sequence[EncoderReducer] = (),
     ) -> Encoding:
         """Run the vision side once and return the encoded images with the required signals."""
         self.check_select_strategy(inputs)
@@ -109,10 +116,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
 
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
             align(inputs[self.pixels].new_zeros(1, 1, self.tower.config.hidden_size))
+        patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer)
         if truncated and self.can_leave_early(inputs, needs):
-            run = self.run_tower(inputs, layouts, kinds_by_layer)
+            run = self.run_tower(inputs, layouts, kinds_by_layer, patches)
         else:
-            run = self.run_vision_side(inputs, layouts, kinds_by_layer, truncated)
+            run = self.run_vision_side(inputs, layouts, kinds_by_layer, truncated, patches)
         signals = {key: self.split_by_image(key[0], parts, layouts, inputs) for key, parts in run.captured.items()}
         signals |= align_signals(signals, kinds_by_layer, align)
         images = build_images(
@@ -126,7 +134,60 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             newline=self.newline,
         )
         videos, arguments = self._encode_videos(inputs), self.vision_arguments(inputs)
-        return Encoding(images, run.tokens, run.outputs, arguments, videos, is_complete=not truncated)
+        encode_again = partial(self.encode, inputs, keep_pixels=keep_pixels, text_model=text_model, truncated=True)
+        return Encoding(
+            images,
+            run.tokens,
+            run.outputs,
+            arguments,
+            videos,
+            is_complete=not truncated and patches is None,
+            encode_again=encode_again,
+            patches=None if patches is None else self.read_patch_record(patches, layouts, inputs),
+        )
+
+    def build_patch_reduction(
+        self, reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], feature_layer: int
+    ) -> PatchReduction | None:
+        """Return the steps of strategies inside the tower; None if they drop and merge nothing.
+
+        Args:
+            reducers: the strategies, in the order of their stages.
+            layouts: the layouts of the images.
+            feature_layer: index of the deepest layer whose output the model uses.
+        """
+        active = [reducer for reducer in reducers if not self._keeps_all(reducer, layouts, feature_layer)]
+        if not active:
+            return None
+        source = resolve_attention_source(active[0].attention, self.provides)
+        return PatchReduction(active, self.tower_mlp_name, feature_layer + 1, source)
+
+    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+        """Return whether strategies inside the vision tower drop and merge no patch of a call."""
+        layouts, feature_layer = share_layouts(self.layouts(inputs)), self.feature_layer(inputs)
+        return all(self._keeps_all(reducer, layouts, feature_layer) for reducer in patch_reducers)
+
+    def _keeps_all(self, reducer: EncoderReducer, layouts: Sequence[TileGeometry], feature_layer: int) -> bool:
+        """Return whether a strategy drops and merges no patch of images with the given layouts."""
+        sizes = {layout.tokens * self.pooling**2 for layout in layouts}
+        return all(reducer.keeps_all(size, feature_layer + 1) for size in sizes)
+
+    def read_patch_record(
+        self, patches: PatchReduction, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> PatchRecord:
+        """Return the patches that remained in the tower, by image.
+
+        Args:
+            patches: the steps inside the tower, after it has run.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
+        if self.pooling > 1:
+            return PatchRecord(None, full, remaining)
+        masks = [mask[..., None].float() for mask in patches.read_mask()]
+        kept = [mask[..., 0] >= 0.5 for mask in self.split_by_image("vision_features", masks, layouts, inputs)]
+        return PatchRecord(kept, full, remaining)
 
     def run_vision_side(
         self,
@@ -134,6 +195,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         layouts: Sequence[TileGeometry],
         kinds_by_layer: dict[int, set[str]],
         truncated: bool,
+        patches: PatchReduction | None = None,
     ) -> VisionRun:
         """Run the model's own `get_image_features`; if truncated, without the layers after the last required layer."""
         feature_layer = self.feature_layer(inputs)
@@ -145,12 +207,16 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         projector = self.projector if is_captured("projector_inputs", kinds_by_layer) else None
         run = partial(self.run_vision, arguments, layouts)
         with skipped:
-            parts = self.tower_parts(layouts)
+            parts = replace(self.tower_parts(layouts), patches=patches)
             outputs, captured = run_and_capture(run, parts, kinds_by_layer, feature_layer, projector)
         return VisionRun(PackedTokens(self.split_features(outputs, layouts)), outputs, captured)
 
     def run_tower(
-        self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry], kinds_by_layer: dict[int, set[str]]
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        kinds_by_layer: dict[int, set[str]],
+        patches: PatchReduction | None = None,
     ) -> VisionRun:
         """Run the tower up to the last required layer; its outputs are projected on request.
 
@@ -158,11 +224,12 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             inputs: the model inputs of the call.
             layouts: the layouts of its images.
             kinds_by_layer: kinds of signals per layer index.
+            patches: the steps of strategies inside the tower; None without such a strategy.
 
         Raises:
             ValueError: if the number of tiles differs from the layouts.
         """
-        feature_layers, parts = self.feature_layers(inputs), self.tower_parts(layouts)
+        feature_layers, parts = self.feature_layers(inputs), replace(self.tower_parts(layouts), patches=patches)
         pixels = to_floating_dtype(join_tiles(self.split_pixels(inputs, layouts), layouts, self.pixels), self.tower)
         compiled = self.compiled_tower
         run = partial(run_tower_until, self.tower) if compiled is None else compiled.run_until

@@ -30,6 +30,8 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     """Path of the encoder layers in the tower."""
     attention_name: ClassVar[str] = "self_attn"
     """Name of the attention module in a layer of the tower; the module uses transformers' `AttentionInterface`."""
+    tower_mlp_name: ClassVar[str] = "mlp"
+    """Name of the MLP in a layer of the tower."""
     projector_path: ClassVar[str | None] = "multi_modal_projector"
     """Path in the base model of the module that maps each visual token independently; None if there is none."""
     language_model_path: ClassVar[str] = "language_model"

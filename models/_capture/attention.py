@@ -9,21 +9,24 @@ from einops import einsum, repeat
 from torch import Tensor
 
 
-def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Return the scaled dot products of CLS, the first token, with all other tokens, before the softmax.
 
     Args:
         query: queries, `[tiles, heads, 1 + tokens, head_dim]`.
         key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
         scaling: factor on the dot products.
+        bias: bias of each key, `[tiles, 1 + tokens]`; None without a bias.
 
     Returns:
         float32 `[tiles, heads, tokens]`.
     """
-    return _logits(query[:, :, :1], _match_heads(key, query), scaling)[:, :, 0, 1:].float()
+    return _logits(query[:, :, :1], _match_heads(key, query), scaling, bias)[:, :, 0, 1:].float()
 
 
-def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None) -> Tensor:
+def cls_rows(
+    query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Return the attention of CLS, the first token, to all other tokens.
 
     Args:
@@ -31,11 +34,12 @@ def cls_rows(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = N
         key: keys, `[tiles, key_heads, 1 + tokens, head_dim]`.
         scaling: factor on the dot products.
         real: positions that are not padding, bool `[tiles, 1 + tokens]`; None means all positions.
+        bias: bias of each key, `[tiles, 1 + tokens]`; None without a bias.
 
     Returns:
         Softmax over all keys with the CLS key removed, float32 `[tiles, heads, tokens]`.
     """
-    logits = _without_padding(_logits(query[:, :, :1], _match_heads(key, query), scaling), real)
+    logits = _without_padding(_logits(query[:, :, :1], _match_heads(key, query), scaling, bias), real)
     return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:]
 
 
@@ -59,7 +63,13 @@ def joint_row(query: Tensor, key: Tensor) -> Tensor:
 
 
 def received_attention(
-    query: Tensor, key: Tensor, scaling: float, prefix: int, real: Tensor | None = None, chunk: int = 64
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    prefix: int,
+    real: Tensor | None = None,
+    chunk: int = 64,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return the attention that each token receives, averaged over all queries.
 
@@ -74,38 +84,43 @@ def received_attention(
         prefix: number of tokens before the visual tokens (1 for CLS). Their queries count; their columns are removed.
         real: keys that are not padding, bool `[tiles, context + prefix + tokens]`; None means all keys.
         chunk: number of queries per step.
+        bias: bias of each key, `[tiles, context + prefix + tokens]`; None without a bias.
 
     Returns:
         Column means of the attention map, float32 `[tiles, heads, tokens]`.
     """
     if query.device.type == "cpu" and len(query) > 1:
         masks = [None] * len(query) if real is None else real.split(1)
-        tiles = zip(query.split(1), key.split(1), masks, strict=True)
-        return torch.cat([received_attention(q, k, scaling, prefix, r, chunk) for q, k, r in tiles])
+        biases = [None] * len(query) if bias is None else bias.split(1)
+        tiles = zip(query.split(1), key.split(1), masks, biases, strict=True)
+        return torch.cat([received_attention(q, k, scaling, prefix, r, chunk, b) for q, k, r, b in tiles])
     key = _match_heads(key, query)
     total = torch.zeros(*key.shape[:3], dtype=torch.float32, device=query.device)
     context = key.shape[2] - query.shape[2]
     for part, weights in zip(
         torch.split(query, chunk, dim=2), _query_weights(query, real, context, chunk), strict=True
     ):
-        rows = _without_padding(_logits(part, key, scaling), real).softmax(dim=-1, dtype=torch.float32)
+        rows = _without_padding(_logits(part, key, scaling, bias), real).softmax(dim=-1, dtype=torch.float32)
         total += rows.sum(dim=2) if weights is None else rows.mul_(weights[:, None, :, None]).sum(dim=2)
     n_queries = query.shape[2] if real is None else real[:, context:].float().sum(dim=1)[:, None, None]
     return total[:, :, context + prefix :] / n_queries
 
 
-def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Return scaled dot products, `[tiles, heads, queries, keys]`; float16 inputs give float32 to avoid overflow.
 
     Args:
         query: `[tiles, heads, queries, head_dim]`.
         key: `[tiles, heads, keys, head_dim]`.
         scaling: factor on the dot products.
+        bias: bias of each key, `[tiles, keys]`; None without a bias.
     """
     if query.dtype == torch.float16:  # its largest number is 65,504, and the kernels accumulate in float32
         query, key = query.float(), key.float()
     logits = query @ key.transpose(-1, -2)
     logits *= scaling  # in place: for all queries these are large tensors
+    if bias is not None:
+        logits += bias[:, None, None].to(logits.dtype)
     return logits
 
 

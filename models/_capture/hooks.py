@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from transformers.utils.generic import is_flash_attention_requested
 from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.layers import resolve_layers
 from tokenprune.models._capture.attention import cls_logits, cls_rows, joint_row, received_attention
+
+if TYPE_CHECKING:
+    from tokenprune.models._capture.patch_reduction import PatchReduction
 
 CAPTURE_KERNEL, FLASH_CAPTURE_KERNEL = "tokenprune_capture", "tokenprune_flash_capture"
 """Private names in transformers' attention interface. If the name of its kernel contains "flash", a module passes all
@@ -51,10 +54,10 @@ def _capture_attention(
     with torch.no_grad():  # gradient checkpointing and deepcopy need captured tensors to be free of graphs
         lengths = None if kwargs.get("cu_seq_lens_q") is None else kwargs["cu_seq_lens_q"].diff().tolist()
         config.tokenprune_record(query.detach(), key.detach(), kwargs.get("scaling"), attention_mask, lengths)
-    return _original_kernel(module)(module, query, key, value, attention_mask, **kwargs)
+    return find_kernel(module)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _original_kernel(module: nn.Module) -> Callable[..., Any]:
+def find_kernel(module: nn.Module) -> Callable[..., Any]:
     """Return the kernel of the original config, for an attention module whose config is swapped."""
     swapped: Any = module.config
     # As in transformers' own modules, "eager" is a function of the modeling file and not in the interface.
@@ -143,6 +146,7 @@ class Tower:
         rows_from: index of the layer whose attention rows are captured for a layer, by layer index; missing layers use
             their own rows.
         pooling: the attention of a head that pools the tokens of a tile with a learned query; None without such a head.
+        patches: the steps of strategies inside the tower; None without such a strategy.
     """
 
     layers: Sequence[nn.Module]
@@ -151,6 +155,7 @@ class Tower:
     segments: Sequence[int] | None = None
     rows_from: Mapping[int, int] = field(default_factory=dict)
     pooling: nn.MultiheadAttention | None = None
+    patches: PatchReduction | None = None
 
     @property
     def prefix(self) -> int:
@@ -169,7 +174,8 @@ class Tower:
             dim: the sequence dimension.
             lengths: sequence lengths that the kernel received; None if it received none.
         """
-        parts = self.segments if lengths is None else lengths
+        reduced = None if self.patches is None or self.segments is None else self.patches.lengths
+        parts = (reduced or self.segments) if lengths is None else lengths
         is_joined = parts is not None and len(value) == 1 and value.shape[dim] == sum(parts)
         return list(value.split(list(parts or ()), dim)) if is_joined else [value]
 
@@ -209,15 +215,17 @@ def capture_signals(tower: Tower, kinds_by_layer: dict[int, set[str]]) -> Iterat
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             queries, keys = (tower.split_by_image(tower.with_cls_first(value, 2), 2, lengths) for value in (query, key))
             real = None if mask is None or len(queries) > 1 else tower.with_cls_first(real_positions(mask), 1)
+            bias = None if tower.patches is None else tower.patches.key_bias
+            bias = None if bias is None else tower.with_cls_first(bias, 1)
             for q, k in zip(queries, keys, strict=True):
                 if "cls_attention" in kinds:
-                    add("cls_attention", index, cls_rows(q, k, scale, real))
+                    add("cls_attention", index, cls_rows(q, k, scale, real, bias))
                 if "cls_logits" in kinds:
-                    add("cls_logits", index, cls_logits(q, k, scale))
+                    add("cls_logits", index, cls_logits(q, k, scale, bias))
                 if "joint_attention" in kinds:
                     add("joint_attention", index, joint_row(q, k))
                 if "received_attention" in kinds:
-                    add("received_attention", index, received_attention(q, k, scale, tower.prefix, real))
+                    add("received_attention", index, received_attention(q, k, scale, tower.prefix, real, bias=bias))
                 if "keys" in kinds:
                     add("keys", index, k[:, :, k.shape[2] - q.shape[2] + tower.prefix :])
 

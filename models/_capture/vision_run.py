@@ -14,6 +14,7 @@ from tokenprune.adapter import VisualTokens
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import SignalKey
 from tokenprune.models._capture.hooks import Tower, capture_signals
+from tokenprune.models._capture.patch_reduction import reduced_layers
 from tokenprune.models._capture.truncated_tower import run_until
 
 
@@ -47,8 +48,14 @@ def run_and_capture(
         feature_layer: index of the layer whose output the model uses.
         projector: the module whose inputs are the signal ``"projector_inputs"``; None captures no such signal.
     """
-    with capture_signals(tower, kinds_by_layer) as captured, _captured_inputs(projector) as projector_inputs:
+    with (
+        reduced_layers(tower),
+        capture_signals(tower, kinds_by_layer) as captured,
+        _captured_inputs(projector) as projector_inputs,
+    ):
         outputs = run()
+    if tower.patches is not None:
+        captured = tower.patches.expand_captured(tower, captured)
     if projector is not None:
         captured["projector_inputs", feature_layer] = projector_inputs
     return outputs, captured
@@ -90,8 +97,10 @@ def run_tower_until(
         the outputs without CLS, `[tiles, patches, width]`, and the captured tensors.
     """
     last = max([*feature_layers, *kinds_by_layer])
-    with capture_signals(tower, kinds_by_layer) as captured:
+    with reduced_layers(tower), capture_signals(tower, kinds_by_layer) as captured:
         outputs = run_until(partial(forward, pixels), tower.layers, last, feature_layers)
+    if tower.patches is not None:
+        captured = tower.patches.expand_captured(tower, captured)
     return torch.cat(outputs, dim=-1)[:, tower.prefix :], captured
 
 

@@ -1,0 +1,1 @@
+"""Tests of reduction inside the vision tower."""
