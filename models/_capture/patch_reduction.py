@@ -263,7 +263,7 @@ class LayerCall:
         first, *names = list_parameters(type(layer).forward)
         self.options: dict[str, Any] = {**dict(zip((first, *names), args, strict=False)), **kwargs}
         self.source: Tensor = self.options.pop(first)
-        self.forward, self.layer, self.attention_name, self.mlp = forward, layer, attention, mlp
+        self._run_layer, self.layer, self.attention_name, self.mlp = forward, layer, attention, mlp
 
     @property
     def attention(self) -> Any:
@@ -287,7 +287,7 @@ class LayerCall:
         options = {name: narrow_input(remaining, name, value) for name, value in self.options.items()}
         if bias is not None and not hasattr(self.attention, "config"):
             options["attn_mask"] = add_bias(options.get("attn_mask"), bias, sequence.dtype)
-        return self.forward(sequence if self.source.dim() == 3 else sequence[0], **options)
+        return self._run_layer(sequence if self.source.dim() == 3 else sequence[0], **options)
 
     def run_attention(
         self, sequence: Tensor, remaining: RemainingPatches, bias: Tensor | None = None
