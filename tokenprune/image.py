@@ -52,11 +52,14 @@ ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "align
 """Kinds of signals in the space that the vision tower shares with its text tower; each maps to its source signal."""
 ALIGNED_SIGNALS = frozenset(ALIGNED_FROM)
 """Kinds of signals in the space that the vision tower shares with its text tower."""
-APPLICATION_SIGNALS = frozenset({"projector_inputs", "resolution"})
+APPLICATION_SIGNALS = frozenset({"projector_inputs", "resolution", "patch_removal"})
 """Kinds of signals that applying a selection requires, although `select` never reads them.
 
-Applying a selection mixes ``"projector_inputs"``, or encodes an image again at another ``"resolution"``.
+Applying a selection mixes ``"projector_inputs"``, encodes an image again at another ``"resolution"``, or runs the
+vision tower on the patches of the kept tokens only (``"patch_removal"``).
 """
+BEFORE_TOWER = frozenset({"resolution", "patch_removal"})
+"""Kinds of `APPLICATION_SIGNALS` that have no tensor: abilities of the vision tower for strategies before it."""
 TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 """Kinds of signals that come from the prompt instead of the image, `[..., width]`."""
 

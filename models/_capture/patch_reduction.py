@@ -50,10 +50,20 @@ class PatchReduction:
         mlp: name of the MLP in a layer of the tower.
         layers: number of layers that run.
         attention: the kind of signal that replaces CLS attention.
+        entering: positions in the sequence of the patches of each image that enter the first layer, `[kept]` each; None
+            if all patches enter. Only for towers that run over all images as one sequence.
     """
 
-    def __init__(self, reducers: Sequence[EncoderReducer], mlp: str, layers: int, attention: str) -> None:
+    def __init__(
+        self,
+        reducers: Sequence[EncoderReducer],
+        mlp: str,
+        layers: int,
+        attention: str,
+        entering: Sequence[Tensor] | None = None,
+    ) -> None:
         self.reducers, self.mlp, self.layers, self.attention = tuple(reducers), mlp, layers, attention
+        self.entering = entering
         self.remaining: RemainingPatches | None = None
         """The patches that remain in the pass in progress; None before the first layer with a step."""
         self.passes: list[RemainingPatches] = []
@@ -69,6 +79,8 @@ class PatchReduction:
     @property
     def first(self) -> int:
         """Index of the first layer with a step; a new pass through the tower begins there."""
+        if self.entering is not None:
+            return 0
         return min(min(reducer.list_steps(2, self.layers), default=self.layers) for reducer in self.reducers)
 
     @property
@@ -91,6 +103,9 @@ class PatchReduction:
         patches = hidden.shape[1] - int(tower.cls != "none")
         self.lengths = [patches] if tower.segments is None else list(tower.segments)
         self.remaining = RemainingPatches.all(len(hidden), patches, tower.cls, hidden.device)
+        if self.entering is not None:
+            self.lengths = [len(index) for index in self.entering]
+            self.remaining = self.remaining.narrow(PatchGroups(torch.cat(list(self.entering))[None]))
         self._steps = {}
         for reducer in self.reducers:
             numbers = [reducer.list_steps(length, self.layers) for length in self.lengths]
@@ -343,9 +358,12 @@ def _narrow(remaining: RemainingPatches, name: str | None, value: Any) -> Any:
         return value
     if name == "cu_seqlens":
         before = F.pad(remaining.mask[0].cumsum(dim=0), (1, 0))
-        return before[value.long()].to(value.dtype)
+        bounds = before[value.long()].unique_consecutive()  # a window without patches has no attention
+        return bounds.to(value.dtype)
     if value.dim() == 4 and value.shape[-2:] == (length, length):  # a mask of pairs of positions
-        rows = value.expand(len(index), -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, value.shape[1], -1, length))
+        rows = value.expand(len(index), -1, -1, -1).gather(
+            2, index[:, None, :, None].expand(-1, value.shape[1], -1, length)
+        )
         return rows.gather(3, index[:, None, None, :].expand(-1, value.shape[1], index.shape[1], -1))
     if value.dim() == 2 and tuple(value.shape) == (len(index), length) and name in MASKS:
         return value.gather(1, index)

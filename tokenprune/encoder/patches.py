@@ -32,8 +32,8 @@ class PatchRecord:
     """The patches of a call that remained in the vision tower.
 
     Args:
-        kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if tokens consist of
-            several patches, so that all tokens remain.
+        kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if all tokens remain,
+            because tokens consist of several patches, and no token was dropped before the tower.
         patches_full: patches without reduction, summed over tiles and layers from the first step on.
         patches: patches in the MLP of these layers.
     """
@@ -63,7 +63,9 @@ class RemainingPatches:
     cls: Literal["none", "first", "last"]
 
     @classmethod
-    def all(cls, tiles: int, patches: int, position: Literal["none", "first", "last"], device: torch.device) -> RemainingPatches:
+    def all(
+        cls, tiles: int, patches: int, position: Literal["none", "first", "last"], device: torch.device
+    ) -> RemainingPatches:
         """Return all patches.
 
         Args:
@@ -153,6 +155,18 @@ class RemainingPatches:
         """Return the sequence of the CLS token and the patches, `[tiles, length, width]`."""
         return torch.cat([patches, cls_token] if self.cls == "last" else [cls_token, patches], dim=1)
 
+    def narrow(self, groups: PatchGroups) -> RemainingPatches:
+        """Return the patches that remain after patches are dropped.
+
+        Args:
+            groups: the remaining patches; nothing is merged.
+        """
+        order = torch.arange(groups.kept.shape[1], device=self.index.device).expand_as(groups.kept)
+        entry_of = torch.full_like(self.index, -1).scatter(1, groups.kept, order)
+        entry = torch.where(self.entry < 0, self.entry, entry_of.gather(1, self.entry.clamp(min=0)))
+        sizes = None if self.sizes is None else self.sizes.gather(1, groups.kept)
+        return RemainingPatches(self.index.gather(1, groups.kept), entry, sizes, self.cls)
+
     def apply(self, groups: PatchGroups, sequence: Tensor) -> tuple[RemainingPatches, Tensor]:
         """Return the patches that remain after a step, and the sequence of their hidden states.
 
@@ -161,17 +175,11 @@ class RemainingPatches:
             sequence: hidden states of the remaining entries before the step, `[tiles, length, width]`.
         """
         cls_token, patches = self.split_cls(sequence)
-        sizes = self.sizes
         if groups.group is None:
-            entry_of = torch.full_like(self.index, -1)
-            order = torch.arange(groups.kept.shape[1], device=self.index.device).expand_as(groups.kept)
-            entry_of = entry_of.scatter(1, groups.kept, order)
             states = patches.gather(1, groups.kept[..., None].expand(-1, -1, patches.shape[-1]))
-            sizes = None if sizes is None else sizes.gather(1, groups.kept)
-        else:
-            entry_of = groups.group
-            states, sizes = merge_groups(patches, groups, sizes)
-        entry = torch.where(self.entry < 0, self.entry, entry_of.gather(1, self.entry.clamp(min=0)))
+            return self.narrow(groups), self.join_cls(cls_token, states)
+        states, sizes = merge_groups(patches, groups, self.sizes)
+        entry = torch.where(self.entry < 0, self.entry, groups.group.gather(1, self.entry.clamp(min=0)))
         index = self.index.gather(1, groups.kept)
         return RemainingPatches(index, entry, sizes, self.cls), self.join_cls(cls_token, states)
 
