@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Adapter, LLMShape
 from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
 from tokenprune.decoder.trace import LayerTrace
-from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
+from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
 from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models._base.llm_shape import read_llm_shape
@@ -161,6 +161,8 @@ class TowerAdapter(Adapter, ProjectsMixtures):
             kinds |= {"projector_inputs"}
         if self.resizable:
             kinds |= {"resolution"}
+        if self.patch_steps:
+            kinds |= STEP_SIGNALS
         if self.one_sequence and "drop" in self.patch_steps:
             kinds |= {"patch_removal"}
         if self.has_cls:

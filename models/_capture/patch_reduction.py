@@ -64,6 +64,10 @@ class PatchReduction:
     ) -> None:
         self.reducers, self.mlp, self.layers, self.attention = tuple(reducers), mlp, layers, attention
         self.entering = entering
+        self.previous: Tensor | None = None
+        """Hidden states that entered the last layer that ran, `[tiles, length, width]`; None before a pass."""
+        self.attending: list[tuple[int, RemainingPatches]] = []
+        """Patches on which attention runs although they are dropped, with the first layer without them."""
         self.remaining: RemainingPatches | None = None
         """The patches that remain in the pass in progress; None before the first layer with a step."""
         self.passes: list[RemainingPatches] = []
@@ -78,10 +82,16 @@ class PatchReduction:
 
     @property
     def first(self) -> int:
-        """Index of the first layer with a step; a new pass through the tower begins there."""
+        """Index of the first layer with a step, or of the layer before it that the step reads.
+
+        A new pass through the tower begins there.
+        """
         if self.entering is not None:
             return 0
-        return min(min(reducer.list_steps(2, self.layers), default=self.layers) for reducer in self.reducers)
+        return min(
+            min(reducer.list_steps(2, self.layers), default=self.layers) - int(reducer.reads_change)
+            for reducer in self.reducers
+        )
 
     @property
     def is_proportional(self) -> bool:
@@ -106,7 +116,7 @@ class PatchReduction:
         if self.entering is not None:
             self.lengths = [len(index) for index in self.entering]
             self.remaining = self.remaining.narrow(PatchGroups(torch.cat(list(self.entering))[None]))
-        self._steps = {}
+        self._steps, self.previous, self.attending = {}, None, []
         for reducer in self.reducers:
             numbers = [reducer.list_steps(length, self.layers) for length in self.lengths]
             for layer in numbers[0]:
@@ -145,6 +155,9 @@ class PatchReduction:
             raise RuntimeError("a step inside the tower runs before its pass has started")
         reducer, numbers = step
         cls_token, patches = self.remaining.split_cls(sequence)
+        if reducer.reads_change and self.previous is not None:
+            change = patches - self.remaining.split_cls(self.remaining.gather(self.previous))[1]
+            signals = {**signals, "state_change": change}
         is_real = None if real is None else self.remaining.split_cls(real[..., None])[1][..., 0]
         parts: list[PatchGroups] = []
         for number, (start, length) in zip(numbers, list_segments(self.lengths), strict=True):
@@ -163,8 +176,18 @@ class PatchReduction:
             parts.append(reducer.group_checked(image, min(number, length)))
         groups = parts[0] if len(parts) == 1 else join_groups(parts, self.lengths)
         self.lengths = [part.kept.shape[1] for part in parts]
+        if reducer.full_attention_layers:
+            self.attending = [(layer + reducer.full_attention_layers, self.remaining)]
         self.remaining, sequence = self.remaining.apply(groups, sequence)
         return sequence
+
+    def find_attending(self, layer: int) -> RemainingPatches | None:
+        """Return the patches on which the attention of a layer runs; None before a pass.
+
+        Args:
+            layer: index of the layer.
+        """
+        return next((patches for end, patches in self.attending if layer < end), self.remaining)
 
     def expand_captured(
         self, tower: Tower, captured: Mapping[SignalKey, list[Tensor]]
@@ -193,8 +216,8 @@ class PatchReduction:
         return expanded
 
     def read_mask(self) -> list[Tensor]:
-        """Return the mask of the patches that remain after the tower has run, bool `[tiles, patches]` per pass."""
-        return [state.mask for state in self.passes]
+        """Return the mask of the patches with a state after the tower has run, bool `[tiles, patches]` per pass."""
+        return [state.restored_mask for state in self.passes]
 
 
 @lru_cache(maxsize=256)
@@ -222,12 +245,22 @@ def list_segments(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def join_groups(parts: Sequence[PatchGroups], lengths: Sequence[int]) -> PatchGroups:
     """Return the groups of several segments as groups of one sequence; nothing is merged.
 
+    Segments with fewer neighbors than others get -1 as further neighbors.
+
     Args:
         parts: the groups of each segment.
         lengths: the length of each segment.
     """
     starts = [start for start, _ in list_segments(lengths)]
-    return PatchGroups(torch.cat([part.kept + start for part, start in zip(parts, starts, strict=True)], dim=1))
+    kept = torch.cat([part.kept + start for part, start in zip(parts, starts, strict=True)], dim=1)
+    numbers = [start for start, _ in list_segments([part.kept.shape[1] for part in parts])]
+    pairs = zip(parts, numbers, strict=True)
+    neighbors = [part.neighbors + number for part, number in pairs if part.neighbors is not None]
+    if not neighbors:
+        return PatchGroups(kept)
+    width = max(part.shape[2] for part in neighbors)
+    padded = [F.pad(part, (0, width - part.shape[2]), value=-1) for part in neighbors]
+    return PatchGroups(kept, neighbors=torch.cat(padded, dim=1))
 
 
 @contextmanager
@@ -282,9 +315,12 @@ def _run_layer(
     for step in reduction.list_steps(index, "before"):
         real = _find_real(reduction.remaining, kwargs)
         sequence = reduction.reduce(index, depth, step, sequence, {}, real)
-    reduction.inputs.setdefault(index, []).append(reduction.remaining)
-    narrow = [_narrow(reduction.remaining, None, value) for value in others]
-    options = {name: _narrow(reduction.remaining, name, value) for name, value in kwargs.items()}
+    attending = reduction.find_attending(index) or reduction.remaining
+    if attending is not reduction.remaining:
+        sequence = attending.gather(hidden)
+    reduction.inputs.setdefault(index, []).append(attending)
+    narrow = [_narrow(attending, None, value) for value in others]
+    options = {name: _narrow(attending, name, value) for name, value in kwargs.items()}
     if reduction.key_bias is not None and not hasattr(getattr(layer, tower.attention), "config"):
         options["attn_mask"] = _add_bias(options.get("attn_mask"), reduction.key_bias, sequence.dtype)
 
@@ -292,7 +328,7 @@ def _run_layer(
         return forward(states if source.dim() == 3 else states[0], *narrow, **options)
 
     steps = reduction.list_steps(index, "inside")
-    if steps:
+    if steps or attending is not reduction.remaining:
         kinds = {kind for reducer, _ in steps for kind, _ in resolve_needs(reducer.needs, reduction.attention)}
         mlp, attention = getattr(layer, reduction.mlp), getattr(layer, tower.attention)
         single = replace(tower, rows_from={}, segments=None)
@@ -308,6 +344,8 @@ def _run_layer(
         finally:
             hook.remove()
         sequence = attended if attended.dim() == 3 else attended[None]
+        if attending is not reduction.remaining:
+            sequence = reduction.remaining.gather(attending.restore(sequence, hidden))
         signals = {kind: torch.cat(values, token_dim(kind)) for (kind, _), values in captured.items()}
         real = _find_real(reduction.remaining, kwargs)
         for step in steps:
@@ -321,7 +359,7 @@ def _run_layer(
     states = _first(output)
     states = states if states.dim() == 3 else states[None]
     reduction.counts.append((len(hidden) * reduction.remaining.entry.shape[1], reduction.remaining.index.numel()))
-    full = reduction.remaining.restore(states, hidden)
+    full, reduction.previous = reduction.remaining.restore(states, hidden), hidden
     if index == reduction.layers - 1:
         reduction.passes.append(reduction.remaining)
     full = full if source.dim() == 3 else full[0]

@@ -16,7 +16,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
-from tokenprune.image import APPLICATION_SIGNALS, BEFORE_TOWER, LLM_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image import APPLICATION_SIGNALS, BEFORE_TOWER, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.policies import (
     AllocationPolicy,
@@ -153,7 +153,7 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
                 "stages": ", ".join(
                     ["image"] * bool(provides & BEFORE_TOWER) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
                 ),
-                "signals": ", ".join(sorted(provides - LLM_SIGNALS - BEFORE_TOWER)),
+                "signals": ", ".join(sorted(provides - LLM_SIGNALS - STEP_SIGNALS - BEFORE_TOWER)),
                 "verified": describe_verification(name),
             }
         )
