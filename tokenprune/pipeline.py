@@ -294,7 +294,8 @@ class Pipeline:
         prompts = summarize_prompts(new_placeholders, new_mask)
         by_pixels = self._select_by_pixels(inputs if encoding is None else encoding.inputs)
         drops_tokens = any(not selection.is_identity for selection in by_pixels)
-        tower_tokens = by_pixels if drops_tokens else None
+        keeps_tokens = any(selection.kept_tokens for selection in by_pixels)  # a tower needs at least one patch
+        tower_tokens = by_pixels if drops_tokens and keeps_tokens else None
         if encoding is None:
             vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
             keeps_patches = not self.patch_reducers or adapter.keeps_all_patches(self.patch_reducers, inputs)
@@ -385,7 +386,8 @@ class Pipeline:
             encoding: the encoding of the images.
             by_pixels: the selections before the vision tower.
         """
-        if self.entry is not None and self.entry.stage.reads_pixels:
+        reads_pixels = self.entry is not None and self.entry.stage.reads_pixels
+        if reads_pixels or (by_pixels and not any(selection.kept_tokens for selection in by_pixels)):
             pairs = zip(list(by_pixels) * encoding.repeats, images, strict=True)
             return BatchSelection([replace(selection, pixels=image.pixels) for selection, image in pairs], [])
         record = encoding.patches

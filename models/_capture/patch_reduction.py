@@ -66,8 +66,10 @@ class PatchReduction:
         self.entering = entering
         self.previous: Tensor | None = None
         """Hidden states that entered the last layer that ran, `[tiles, length, width]`; None before a pass."""
-        self.attending: list[tuple[int, RemainingPatches]] = []
-        """Patches on which attention runs although they are dropped, with the first layer without them."""
+        self.attending: RemainingPatches | None = None
+        """Patches on which attention runs before `attending_end`, also dropped ones; None without such layers."""
+        self.attending_end = 0
+        """The first layer whose attention runs on the remaining patches only."""
         self.remaining: RemainingPatches | None = None
         """The patches that remain in the pass in progress; None before the first layer with a step."""
         self.passes: list[RemainingPatches] = []
@@ -116,7 +118,7 @@ class PatchReduction:
         if self.entering is not None:
             self.lengths = [len(index) for index in self.entering]
             self.remaining = self.remaining.narrow(PatchGroups(torch.cat(list(self.entering))[None]))
-        self._steps, self.previous, self.attending = {}, None, []
+        self._steps, self.previous, self.attending = {}, None, None
         for reducer in self.reducers:
             numbers = [reducer.list_steps(length, self.layers) for length in self.lengths]
             for layer in numbers[0]:
@@ -177,17 +179,18 @@ class PatchReduction:
         groups = parts[0] if len(parts) == 1 else join_groups(parts, self.lengths)
         self.lengths = [part.kept.shape[1] for part in parts]
         if reducer.full_attention_layers:
-            self.attending = [(layer + reducer.full_attention_layers, self.remaining)]
+            self.attending, self.attending_end = self.remaining, layer + reducer.full_attention_layers
         self.remaining, sequence = self.remaining.apply(groups, sequence)
         return sequence
 
-    def find_attending(self, layer: int) -> RemainingPatches | None:
-        """Return the patches on which the attention of a layer runs; None before a pass.
+    def find_attending(self, layer: int, remaining: RemainingPatches) -> RemainingPatches:
+        """Return the patches on which the attention of a layer runs.
 
         Args:
             layer: index of the layer.
+            remaining: the patches that remain.
         """
-        return next((patches for end, patches in self.attending if layer < end), self.remaining)
+        return remaining if self.attending is None or layer >= self.attending_end else self.attending
 
     def expand_captured(
         self, tower: Tower, captured: Mapping[SignalKey, list[Tensor]]
@@ -315,7 +318,7 @@ def _run_layer(
     for step in reduction.list_steps(index, "before"):
         real = _find_real(reduction.remaining, kwargs)
         sequence = reduction.reduce(index, depth, step, sequence, {}, real)
-    attending = reduction.find_attending(index) or reduction.remaining
+    attending = reduction.find_attending(index, reduction.remaining)
     if attending is not reduction.remaining:
         sequence = attending.gather(hidden)
     reduction.inputs.setdefault(index, []).append(attending)

@@ -190,7 +190,7 @@ def written_tower(model: Any, inputs: Any, reducer: IPCV) -> Iterator[None]:
 
 
 def batch(family: Any) -> Any:
-    return family.batch([(112, 112)], [(60, 160), (150, 50)])
+    return family.batch([(84, 84)], [(56, 112), (84, 56)])
 
 
 @torch.no_grad()

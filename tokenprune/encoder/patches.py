@@ -40,7 +40,8 @@ class PatchRecord:
     Args:
         kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if all tokens remain,
             because tokens consist of several patches, and no token was dropped before the tower.
-        patches_full: patches without reduction, summed over tiles and layers from the first step on.
+        patches_full: patches without reduction, summed over tiles and layers from the first step on, or from the layer
+            before it if the step reads that layer.
         patches: patches in the MLP of these layers.
     """
 
