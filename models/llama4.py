@@ -16,6 +16,7 @@ from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import Signal
 from tokenprune.models._base.tiled import TiledAdapter
+from tokenprune.selection import Selection
 
 
 class Llama4Adapter(TiledAdapter):
@@ -74,9 +75,10 @@ class Llama4Adapter(TiledAdapter):
         text_model: str | None = None,
         truncated: bool = False,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Encode the images; their features are the outputs of the final linear map of the model."""
-        encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers)
+        encoding = super().encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers, entering)
         project = self.model.multi_modal_projector
         with torch.no_grad():
             images = [image.with_features(project(image.features)) for image in encoding.images]

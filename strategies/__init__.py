@@ -25,6 +25,7 @@ from tokenprune.strategies.hiprune import HiPrune
 from tokenprune.strategies.hired import HiRED
 from tokenprune.strategies.holov import HoloV
 from tokenprune.strategies.image_downsample import ImageDownsample
+from tokenprune.strategies.pixelprune import PixelPrune
 from tokenprune.strategies.prumerge import PruMerge, PruMergePlus
 from tokenprune.strategies.scope import SCOPE
 from tokenprune.strategies.tops import TOPS
@@ -53,6 +54,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "ImageDownsample",
+    "PixelPrune",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",

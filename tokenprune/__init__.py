@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tokenprune.image_reducer import ImageReducer as ImageReducer
     from tokenprune.layers import LayerChoice as LayerChoice
     from tokenprune.pipeline import Pipeline as Pipeline
+    from tokenprune.pixel_reducer import PixelReducer as PixelReducer
     from tokenprune.policies import AllocationPolicy as AllocationPolicy
     from tokenprune.policies import Merged as Merged
     from tokenprune.policies import MergingPolicy as MergingPolicy
@@ -68,6 +69,7 @@ _MODULES = {
     "MergingPolicy": "policies",
     "OrderPolicy": "policies",
     "Pipeline": "pipeline",
+    "PixelReducer": "pixel_reducer",
     "PreparedCall": "prepared_call",
     "RelevancePolicy": "policies",
     "Rows": "rewrite",

@@ -22,6 +22,7 @@ from tokenprune.rewrite import TextSeparatorSide, counted_positions
 
 if TYPE_CHECKING:
     from tokenprune.encoder_reducer import EncoderReducer
+    from tokenprune.selection import Selection
 
 ADAPTERS = "tokenprune.models"
 """The package of the shipped adapters, and the entry point group of plug-ins."""
@@ -106,7 +107,7 @@ class Encoding:
         videos: the model's own output object of the videos of the call; None without videos. Videos are never reduced.
         is_complete: whether `outputs` equals the output object of the unmodified model in every field.
         repeats: how many times the list of images is repeated, for several questions about them.
-        encode_again: encodes the images once more: ``encode_again(needs, patch_reducers=...)``.
+        encode_again: encodes the images once more: ``encode_again(needs, patch_reducers=..., entering=...)``.
         patches: the patches that remained in the vision tower; None if no strategy acted inside it.
     """
 
@@ -139,12 +140,18 @@ class Encoding:
         """Return the encoding with its list of images repeated, for several questions about them."""
         return replace(self, images=self.images * times, repeats=self.repeats * times)
 
-    def reduce_patches(self, needs: Sequence[Signal], patch_reducers: Sequence[EncoderReducer]) -> Encoding:
-        """Return the images encoded once more, with strategies inside the vision tower.
+    def reduce_patches(
+        self,
+        needs: Sequence[Signal],
+        patch_reducers: Sequence[EncoderReducer],
+        entering: Sequence[Selection] | None = None,
+    ) -> Encoding:
+        """Return the images encoded once more, with strategies before or inside the vision tower.
 
         Args:
             needs: the signals to capture.
-            patch_reducers: the strategies.
+            patch_reducers: the strategies inside the vision tower.
+            entering: as in `Adapter.encode`.
 
         Raises:
             ValueError: if the encoding cannot be repeated.
@@ -154,7 +161,7 @@ class Encoding:
                 "this encoding cannot be computed again for a strategy inside the vision tower; pass the model inputs "
                 "without encoding"
             )
-        return self.encode_again(needs, patch_reducers=patch_reducers).repeat(self.repeats)
+        return self.encode_again(needs, patch_reducers=patch_reducers, entering=entering).repeat(self.repeats)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +277,7 @@ class Adapter(ABC):
         text_model: str | None = None,
         truncated: bool = False,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Return the encoded images of a call with the required signals, from one run of the vision side.
 
@@ -284,6 +292,8 @@ class Adapter(ABC):
                 tokens only. Kept features are equal up to rounding; `Encoding.is_complete` is False.
             patch_reducers: strategies that drop or merge patches inside the tower; the adapter inherits from
                 `ReducesPatches` if it supports them.
+            entering: the selection of each image, with the number of its tokens, whose patches enter the tower; None
+                encodes all patches. An adapter that provides ``"patch_removal"`` supports it.
 
         Raises:
             ValueError: if a signal names a layer that the vision tower does not have, or if the text model does not

@@ -117,6 +117,16 @@ class EncoderReducer(TokenReducer, ABC):
         return False
 
     @property
+    def full_attention_layers(self) -> int:
+        """Number of layers from a step on whose attention runs on dropped patches, too; they must be restored."""
+        return 0
+
+    @property
+    def reads_change(self) -> bool:
+        """Whether `group` reads the change of the patches in the layer before the step."""
+        return any(kind == "state_change" for kind, _ in self.needs)
+
+    @property
     def budget_label(self) -> str:
         """The patches that remain, with the layer of the last step: ``"34% of the patches"``."""
         budget = format_budget(self.budget)
@@ -130,12 +140,17 @@ class EncoderReducer(TokenReducer, ABC):
             layers: number of layers that run.
 
         Raises:
-            ValueError: if a step lies after the last layer that runs.
+            ValueError: if a step lies after the last layer that runs, or has no layer before it that it reads.
         """
         amounts = scale_schedule([amount for _, amount in self.schedule], parse_amount(self.budget))
         steps: dict[int, int] = {}
         for (layer, _), amount in zip(self.schedule, amounts, strict=True):
-            index = round(layer * (layers - 1)) if isinstance(layer, float) else int(layer)
+            index = max(round(layer * (layers - 1)), int(self.reads_change)) if isinstance(layer, float) else int(layer)
+            if index < int(self.reads_change):
+                raise ValueError(
+                    f"{type(self).__name__} reads the layer before a step, and layer {index} of the schedule is the "
+                    "first layer; use layers from 1 on"
+                )
             if index >= layers:
                 raise ValueError(
                     f"layer {index} of the schedule does not run: the model uses the output of layer {layers - 1} of "
@@ -184,6 +199,12 @@ class EncoderReducer(TokenReducer, ABC):
                 raise ValueError(
                     f"{name}.group must return {field_name} of shape {list(shape)}, not {list(value.shape)}"
                 )
+        neighbors = groups.neighbors
+        if neighbors is not None and tuple(neighbors.shape[:2]) != (tiles, patches - number):
+            raise ValueError(
+                f"{name}.group must return neighbors of shape [{tiles}, {patches - number}, neighbors], not "
+                f"{list(neighbors.shape)}"
+            )
         return groups
 
     def select(self, image: EncodedImage) -> Selection:

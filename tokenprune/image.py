@@ -54,11 +54,16 @@ ALIGNED_FROM: Mapping[str, str] = {"aligned_features": "vision_features", "align
 """Kinds of signals in the space that the vision tower shares with its text tower; each maps to its source signal."""
 ALIGNED_SIGNALS = frozenset(ALIGNED_FROM)
 """Kinds of signals in the space that the vision tower shares with its text tower."""
-APPLICATION_SIGNALS = frozenset({"projector_inputs", "resolution"})
+APPLICATION_SIGNALS = frozenset({"projector_inputs", "resolution", "patch_removal"})
 """Kinds of signals that applying a selection requires, although `select` never reads them.
 
-Applying a selection mixes ``"projector_inputs"``, or encodes an image again at another ``"resolution"``.
+Applying a selection mixes ``"projector_inputs"``, encodes an image again at another ``"resolution"``, or runs the
+vision tower on the patches of the kept tokens only (``"patch_removal"``).
 """
+STEP_SIGNALS = frozenset({"state_change"})
+"""Kinds of signals that exist only at a step inside the vision tower, for strategies of the encoder stage."""
+BEFORE_TOWER = frozenset({"resolution", "patch_removal"})
+"""Kinds of `APPLICATION_SIGNALS` that have no tensor: abilities of the vision tower for strategies before it."""
 TEXT_SIGNALS = frozenset({"question", "question_tokens", "question_positions"})
 """Kinds of signals that come from the prompt instead of the image, `[..., width]`."""
 
@@ -351,6 +356,13 @@ class EncodedImage:
     def vision_features(self, layer: LayerChoice) -> Tensor:
         """Return the output of a layer of the vision tower, before the projector, `[tiles, tokens, width]`."""
         return self.read(Signal("vision_features", layer))
+
+    def state_change(self, layer: LayerChoice) -> Tensor:
+        """Return the change of the patches in the layer before a step inside the tower, `[tiles, patches, width]`.
+
+        It is the input of the layer of the step minus the input of the layer before it.
+        """
+        return self.read(Signal("state_change", layer))
 
     def projector_inputs(self) -> Tensor:
         """Return the inputs of the projector, `[tiles, tokens, width]`."""

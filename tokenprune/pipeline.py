@@ -31,6 +31,7 @@ from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
+from tokenprune.pixels import PixelSelector
 from tokenprune.prepared_call import CallRecord, PreparedCall
 from tokenprune.requirements import describe_attention, describe_missing_signals, describe_missing_steps
 from tokenprune.rewrite import (
@@ -97,8 +98,11 @@ class Pipeline:
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
         self.patch_reducers = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
         """The strategies that drop or merge patches inside the vision tower."""
+        pixel_part: Any = next((part for part in reducer.list_parts() if part.stage.reads_pixels), None)
         if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
             raise ValueError(problem)
+        self.pixel_selector = None if pixel_part is None else PixelSelector(pixel_part, adapter)
+        """Applies the strategy that drops tokens by their pixels; None without one."""
         self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
@@ -123,10 +127,10 @@ class Pipeline:
                 f"compile=True does not support {reducer.label}, which drops tokens inside the LLM; attach it without "
                 "compile=True"
             )
-        if self.compiled is not None and self.patch_reducers:
+        if self.compiled is not None and (self.patch_reducers or self.pixel_selector is not None):
             raise ValueError(
-                f"compile=True does not support {reducer.label}, which drops patches inside the vision tower; attach "
-                "it without compile=True"
+                f"compile=True does not support {reducer.label}, which drops patches of the vision tower; attach it "
+                "without compile=True"
             )
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -252,10 +256,16 @@ class Pipeline:
             _GENERATING.reset(token)
             self._local.depth -= 1
 
-    def _encode(self, inputs: Mapping[str, Any], truncated: bool, patch_reducers: Sequence[EncoderReducer]) -> Encoding:
+    def _encode(
+        self,
+        inputs: Mapping[str, Any],
+        truncated: bool,
+        patch_reducers: Sequence[EncoderReducer],
+        entering: Sequence[Selection] | None = None,
+    ) -> Encoding:
         keep_pixels, text_model = self.run.drawable if self.keep_pixels else 0, self.reducer.text_model
         if self._stage is not None:
-            options = (keep_pixels, text_model, truncated or bool(patch_reducers), patch_reducers)
+            options = (keep_pixels, text_model, truncated or bool(patch_reducers), patch_reducers, entering)
             return self._stage.encode(self.adapter, inputs, self.needs, *options)
         if self.needs:
             return self.adapter.encode(inputs, self.needs, keep_pixels, text_model)
@@ -263,9 +273,7 @@ class Pipeline:
 
     def _grants_all_tokens(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether all tokens enter the LLM; the images must then be encoded completely."""
-        if self.entry is None:
-            return True
-        if isinstance(self.entry, EncoderReducer):
+        if self.entry is None or self.entry.stage.reduces_patches:
             return True
         budget = as_budget(self.entry.budget)
         if isinstance(budget.amount, float):
@@ -287,16 +295,20 @@ class Pipeline:
             new_mask = attention_mask[:, -new_placeholders.shape[1] :]
         # The device still has no work to wait for.
         prompts = summarize_prompts(new_placeholders, new_mask)
+        by_pixels = self._select_by_pixels(inputs if encoding is None else encoding.inputs)
+        drops_tokens = any(not selection.is_identity for selection in by_pixels)
+        keeps_tokens = any(selection.kept_tokens for selection in by_pixels)  # a tower needs at least one patch
+        tower_tokens = by_pixels if drops_tokens and keeps_tokens else None
         if encoding is None:
             vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
             keeps_patches = not self.patch_reducers or adapter.keeps_all_patches(self.patch_reducers, inputs)
-            truncated = not (keeps_patches and self._grants_all_tokens(inputs))
+            truncated = drops_tokens or not (keeps_patches and self._grants_all_tokens(inputs))
             patch_reducers = () if keeps_patches else self.patch_reducers
-            encoding, is_shared = self._encode(vision, truncated, patch_reducers), False
+            encoding, is_shared = self._encode(vision, truncated, patch_reducers, tower_tokens), False
         else:
             is_shared = True
-            if self.patch_reducers:
-                encoding = encoding.reduce_patches(self.needs, self.patch_reducers)
+            if self.patch_reducers or drops_tokens:
+                encoding = encoding.reduce_patches(self.needs, self.patch_reducers, tower_tokens)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
@@ -313,7 +325,7 @@ class Pipeline:
             record = CallRecord(selections, prompts, row_of_image, [], saliency_flops)
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate, past)
-        batch = self._select(self.batch_selector, images, encoding)
+        batch = self._select(self.batch_selector, images, encoding, by_pixels)
         packed_mask = pack_masks(batch.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
         emptied = None if side == "none" else find_emptied_text(placeholders, packed_mask, lengths, side)
@@ -354,10 +366,35 @@ class Pipeline:
         entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts, packed)
         return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
 
+    def _select_by_pixels(self, vision: Mapping[str, Any]) -> list[Selection]:
+        """Return the selection of each image by its pixels, with counts; empty without such a strategy."""
+        if self.pixel_selector is None:
+            return []
+        batch = self.pixel_selector.select(vision)
+        selections, _, is_checked = read_counts(batch.selections, pack_masks(batch.selections), batch.checks)
+        if not is_checked:
+            self.run.store_checks(batch.checks)
+        return selections
+
     def _select(
-        self, batch_selector: BatchSelector, images: Sequence[EncodedImage], encoding: Encoding
+        self,
+        batch_selector: BatchSelector,
+        images: Sequence[EncodedImage],
+        encoding: Encoding,
+        by_pixels: Sequence[Selection],
     ) -> BatchSelection:
-        """Return the selection of each image among the tokens that the vision tower kept."""
+        """Return the selection of each image among the tokens that the vision tower kept.
+
+        Args:
+            batch_selector: applies the strategy before the LLM.
+            images: the encoded images.
+            encoding: the encoding of the images.
+            by_pixels: the selections before the vision tower.
+        """
+        reads_pixels = self.entry is not None and self.entry.stage.reads_pixels
+        if reads_pixels or (by_pixels and not any(selection.kept_tokens for selection in by_pixels)):
+            pairs = zip(list(by_pixels) * encoding.repeats, images, strict=True)
+            return BatchSelection([replace(selection, pixels=image.pixels) for selection, image in pairs], [])
         record = encoding.patches
         kept = None if record is None or record.kept is None else list(record.kept) * encoding.repeats
         if isinstance(self.entry, EncoderReducer):

@@ -337,7 +337,8 @@ class Composed(TokenReducer):
     ``HiRED(0.4) >> FastV(layer=2, budget=0.5)``.
 
     Args:
-        parts: the strategies in the order of their stages (image, projector, decoder), at most one of each stage.
+        parts: the strategies in the order of their stages (image, encoder, projector, decoder), at most one of each
+            stage. The last part before the LLM determines `positions`.
     """
 
     stage: ClassVar[Stage] = SeveralStages()
@@ -370,10 +371,11 @@ class Composed(TokenReducer):
                 f"the parts act at the stages {', '.join(names)}, but a model runs the stages "
                 f"{', '.join(STAGE_ORDER)} in this order; pass at most one strategy of each stage, in this order"
             )
-        if "image" in names and "projector" in names:
+        if any(part.stage.resizes for part in self.parts) and {"encoder", "projector"} & set(names):
             raise ValueError(
-                "a strategy of the image stage and a strategy of the projector stage cannot be composed, because "
-                "signals are captured at full resolution; compose one of them with a strategy of the decoder stage"
+                "a strategy that resizes images cannot be composed with a strategy of the encoder or projector stage, "
+                "because signals are captured at full resolution; compose one of them with a strategy of the decoder "
+                "stage"
             )
         first = self.parts[0]
         self.budget, self.positions, self.newlines = first.budget, first.positions, first.newlines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenprune.encoder_reducer import EncoderReducer
-from tokenprune.image import LLM_SIGNALS
+from tokenprune.image import LLM_SIGNALS, STEP_SIGNALS
 from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_attention_source, resolve_needs
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ def list_available_signals(reducer: TokenReducer, adapter: Adapter) -> frozenset
         reducer: the strategy.
         adapter: the adapter of the model.
     """
-    reads_llm = any(part.stage.reads_llm for part in reducer.list_parts())
-    return adapter.provides if reads_llm else adapter.provides - LLM_SIGNALS
+    stages = [part.stage for part in reducer.list_parts()]
+    missing = frozenset() if any(stage.reads_llm for stage in stages) else LLM_SIGNALS
+    missing |= frozenset() if any(stage.reads_tower_layer for stage in stages) else STEP_SIGNALS
+    return adapter.provides - missing
 
 
 def list_missing_signals(reducer: TokenReducer, adapter: Adapter) -> list[str]:

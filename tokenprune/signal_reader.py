@@ -37,7 +37,7 @@ class SignalReader:
         tokenizer: Any = None,
     ) -> None:
         self.reducer, self.adapter, self.signal = reducer, adapter, signal
-        readers = [part for part in reducer.list_parts() if not part.stage.reads_tower_layer]
+        readers = [part for part in reducer.list_parts() if not part.stage.reduces_patches]
         self.needs = [need for part in readers for need in part.needs]
         """The signals that are read after the vision tower has run."""
         self.question, self.tokenizer = question, tokenizer

@@ -39,6 +39,15 @@ class Stage:
     """Whether a strategy of this stage can read signals of the LLM."""
     reads_tower_layer: ClassVar[bool] = False
     """Whether a strategy of this stage reads signals of a layer of the vision tower while the tower runs."""
+    reads_pixels: ClassVar[bool] = False
+    """Whether a strategy of this stage reads the pixels of the images before the vision tower runs."""
+    resizes: ClassVar[bool] = False
+    """Whether images are encoded at another resolution."""
+
+    @property
+    def reduces_patches(self) -> bool:
+        """Whether layers of the vision tower run on a part of the patches."""
+        return self.reads_tower_layer or self.reads_pixels
 
     def __str__(self) -> str:
         """Return the name."""
@@ -58,6 +67,7 @@ class EntryStage(Stage, ABC):
         text_model: str | None,
         truncated: bool,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Return the encoding of the images of a call, as the strategy reads it.
 
@@ -69,6 +79,7 @@ class EntryStage(Stage, ABC):
             text_model: the CLIP checkpoint whose projections align features with text.
             truncated: whether the encoding may stop at the last required layer and complete only the kept tokens.
             patch_reducers: strategies that drop or merge patches inside the vision tower.
+            entering: the selection of each image whose patches enter the vision tower; None encodes all patches.
         """
 
     @abstractmethod
@@ -105,9 +116,10 @@ class ProjectorStage(EntryStage):
         text_model: str | None,
         truncated: bool,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Run the vision tower and the projector once, and capture the needed signals."""
-        return adapter.encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers)
+        return adapter.encode(inputs, needs, keep_pixels, text_model, truncated, patch_reducers, entering)
 
     def gather_features(
         self,
@@ -133,10 +145,18 @@ class EncoderStage(ProjectorStage):
     reads_tower_layer: ClassVar[bool] = True
 
 
+class PixelStage(ProjectorStage):
+    """Before the vision tower: it runs on the patches of the kept tokens only."""
+
+    name: ClassVar[str] = "image"
+    reads_pixels: ClassVar[bool] = True
+
+
 class ImageStage(EntryStage):
     """Before the vision tower: images are encoded at a lower resolution."""
 
     name: ClassVar[str] = "image"
+    resizes: ClassVar[bool] = True
 
     def encode(
         self,
@@ -147,6 +167,7 @@ class ImageStage(EntryStage):
         text_model: str | None,
         truncated: bool,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Return an encoding with the layouts of the images and without features."""
         return require_capability(adapter, Resizable).build_unencoded(inputs, keep_pixels)

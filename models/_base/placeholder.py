@@ -46,6 +46,7 @@ from tokenprune.models._capture.patch_reduction import PatchReduction
 from tokenprune.models._capture.signals import (
     align_signals,
     base_first_order,
+    expand_tokens,
     is_captured,
     list_captured_signals,
     pool_patches,
@@ -54,6 +55,7 @@ from tokenprune.models._capture.signals import (
 from tokenprune.models._capture.truncated_tower import ProjectedTokens, insert_newlines, skipped_layers
 from tokenprune.models._capture.vision_run import VisionRun, join_tiles, run_and_capture, run_tower_until
 from tokenprune.saliency import resolve_attention_source
+from tokenprune.selection import Selection, true_indices
 
 
 class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
@@ -67,8 +69,6 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
     """Order of the patches of a tile in the tower; token ``(h, w)`` consists of ``p x q`` patches (einops)."""
     base_first: ClassVar[bool] = True
     """Whether the base tile is encoded and packed before the sub-images, or after them."""
-    one_sequence: ClassVar[bool] = False
-    """Whether the tower runs over all images as one sequence; each image is then one tile of its own size."""
     features_by_tile: ClassVar[bool] = False
     """Whether `get_image_features` returns a tensor with a row for each tile instead of a list."""
     features_field: ClassVar[str] = "pooler_output"
@@ -105,6 +105,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         text_model: str | None = None,
         truncated: bool = False,
         patch_reducers: Sequence[EncoderReducer] = (),
+        entering: Sequence[Selection] | None = None,
     ) -> Encoding:
         """Run the vision side once and return the encoded images with the required signals."""
         self.check_select_strategy(inputs)
@@ -116,7 +117,8 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
 
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
             align(inputs[self.pixels].new_zeros(1, 1, self.tower.config.hidden_size))
-        patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer)
+        positions = None if entering is None else self.select_patches(entering, layouts, inputs)
+        patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer, positions)
         if truncated and self.can_leave_early(inputs, needs):
             run = self.run_tower(inputs, layouts, kinds_by_layer, patches)
         else:
@@ -143,24 +145,51 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             videos,
             is_complete=not truncated and patches is None,
             encode_again=encode_again,
-            patches=None if patches is None else self.read_patch_record(patches, layouts, inputs),
+            patches=None if patches is None else self.read_patch_record(patches, layouts, inputs, entering),
         )
 
     def build_patch_reduction(
-        self, reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], feature_layer: int
+        self,
+        reducers: Sequence[EncoderReducer],
+        layouts: Sequence[TileGeometry],
+        feature_layer: int,
+        entering: Sequence[Tensor] | None = None,
     ) -> PatchReduction | None:
-        """Return the steps of strategies inside the tower; None if they drop and merge nothing.
+        """Return the steps of strategies before and inside the tower; None if they drop and merge nothing.
 
         Args:
             reducers: the strategies, in the order of their stages.
             layouts: the layouts of the images.
             feature_layer: index of the deepest layer whose output the model uses.
+            entering: the patches of each image that enter the tower (`select_patches`); None if all enter.
         """
         active = [reducer for reducer in reducers if not self._keeps_all(reducer, layouts, feature_layer)]
-        if not active:
+        if not active and entering is None:
             return None
-        source = resolve_attention_source(active[0].attention, self.provides)
-        return PatchReduction(active, self.tower_mlp_name, feature_layer + 1, source)
+        source = resolve_attention_source(active[0].attention if active else "auto", self.provides)
+        return PatchReduction(active, self.tower_mlp_name, feature_layer + 1, source, entering)
+
+    def select_patches(
+        self, entering: Sequence[Selection], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Return the positions of the patches of kept tokens in the sequence of all images, `[kept]` per image.
+
+        Args:
+            entering: the selection of each image, with the number of its tokens.
+            layouts: the layouts of the images.
+            inputs: the model inputs of the call.
+        """
+        order, patches = self.sequence_order(inputs), self.pooling**2
+        sizes = [layout.tokens * patches for layout in layouts]
+        numbers = torch.arange(sum(sizes), device=entering[0].kept.device)
+        parts = (numbers if order is None else order.to(numbers.device)).split(sizes)
+        masks = [
+            expand_tokens(selection.kept, layout.token_grid, self.pooling, self.patch_order)
+            for selection, layout in zip(entering, layouts, strict=True)
+        ]
+        counts = [selection.kept_tokens * patches for selection in entering]
+        kept = [true_indices(mask, count) for mask, count in zip(masks, counts, strict=True)]
+        return [part[index].sort().values for part, index in zip(parts, kept, strict=True)]
 
     def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
         """Return whether strategies inside the vision tower drop and merge no patch of a call."""
@@ -173,7 +202,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         return all(reducer.keeps_all(size, feature_layer + 1) for size in sizes)
 
     def read_patch_record(
-        self, patches: PatchReduction, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+        self,
+        patches: PatchReduction,
+        layouts: Sequence[TileGeometry],
+        inputs: Mapping[str, Any],
+        entering: Sequence[Selection] | None = None,
     ) -> PatchRecord:
         """Return the patches that remained in the tower, by image.
 
@@ -181,10 +214,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             patches: the steps inside the tower, after it has run.
             layouts: the layouts of the images.
             inputs: the model inputs of the call.
+            entering: the selection of each image whose patches entered the tower; None if all entered.
         """
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
         if self.pooling > 1:
-            return PatchRecord(None, full, remaining)
+            return PatchRecord(None if entering is None else [part.kept for part in entering], full, remaining)
         masks = [mask[..., None].float() for mask in patches.read_mask()]
         kept = [mask[..., 0] >= 0.5 for mask in self.split_by_image("vision_features", masks, layouts, inputs)]
         return PatchRecord(kept, full, remaining)

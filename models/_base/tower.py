@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Adapter, LLMShape
 from tokenprune.capabilities import DecoderModules, HasDecoder, ProjectsMixtures
 from tokenprune.decoder.trace import LayerTrace
-from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS
+from tokenprune.image import ALIGNED_SIGNALS, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS
 from tokenprune.models._base.feature_layers import check_select_strategy, resolve_feature_layers
 from tokenprune.models._base.linear_weights import linear_weights
 from tokenprune.models._base.llm_shape import read_llm_shape
@@ -48,6 +48,8 @@ class TowerAdapter(Adapter, ProjectsMixtures):
     """Config entry with the number of patches along a side of one visual token; None if a token is one patch."""
     post_norm_path: ClassVar[str | None] = None
     """Path in the tower of the norm that the model applies to the layer outputs; None if it uses them unnormalized."""
+    one_sequence: ClassVar[bool] = False
+    """Whether the tower runs over all images as one sequence; each image is then one tile of its own size."""
     resizable: ClassVar[bool] = False
     """Whether the tower accepts tiles of other sizes (`interpolate_pos_encoding`)."""
 
@@ -159,6 +161,10 @@ class TowerAdapter(Adapter, ProjectsMixtures):
             kinds |= {"projector_inputs"}
         if self.resizable:
             kinds |= {"resolution"}
+        if self.patch_steps:
+            kinds |= STEP_SIGNALS
+        if self.one_sequence and "drop" in self.patch_steps:
+            kinds |= {"patch_removal"}
         if self.has_cls:
             kinds |= {"cls_attention", "cls_logits", "joint_attention", "cls_features"}
         if self.pooling_head is not None:

@@ -51,10 +51,26 @@ class PatchReduction:
         mlp: name of the MLP in a layer of the tower.
         layers: number of layers that run.
         attention: the kind of signal that replaces CLS attention.
+        entering: positions in the sequence of the patches of each image that enter the first layer, `[kept]` each; None
+            if all patches enter. Only for towers that run over all images as one sequence.
     """
 
-    def __init__(self, reducers: Sequence[EncoderReducer], mlp: str, layers: int, attention: str) -> None:
+    def __init__(
+        self,
+        reducers: Sequence[EncoderReducer],
+        mlp: str,
+        layers: int,
+        attention: str,
+        entering: Sequence[Tensor] | None = None,
+    ) -> None:
         self.reducers, self.mlp, self.layers, self.attention = tuple(reducers), mlp, layers, attention
+        self.entering = entering
+        self.previous: Tensor | None = None
+        """Hidden states that entered the last layer that ran, `[tiles, length, width]`; None before a pass."""
+        self.attending: RemainingPatches | None = None
+        """Patches on which attention runs before `attending_end`, also dropped ones; None without such layers."""
+        self.attending_end = 0
+        """The first layer whose attention runs on the remaining patches only."""
         self.remaining: RemainingPatches | None = None
         """The patches that remain in the pass in progress; None before the first layer with a step."""
         self.passes: list[RemainingPatches] = []
@@ -69,8 +85,16 @@ class PatchReduction:
 
     @property
     def first(self) -> int:
-        """Index of the first layer with a step; a new pass through the tower begins there."""
-        return min(min(reducer.list_steps(2, self.layers), default=self.layers) for reducer in self.reducers)
+        """Index of the first layer with a step, or of the layer before it that the step reads.
+
+        A new pass through the tower begins there.
+        """
+        if self.entering is not None:
+            return 0
+        return min(
+            min(reducer.list_steps(2, self.layers), default=self.layers) - int(reducer.reads_change)
+            for reducer in self.reducers
+        )
 
     @property
     def is_proportional(self) -> bool:
@@ -92,7 +116,10 @@ class PatchReduction:
         patches = hidden.shape[1] - int(tower.cls != "none")
         self.lengths = [patches] if tower.segments is None else list(tower.segments)
         self.remaining = RemainingPatches.all(len(hidden), patches, tower.cls, hidden.device)
-        self._steps = {}
+        if self.entering is not None:
+            self.lengths = [len(index) for index in self.entering]
+            self.remaining = self.remaining.narrow(PatchGroups(torch.cat(list(self.entering))[None]))
+        self._steps, self.previous, self.attending = {}, None, None
         for reducer in self.reducers:
             numbers = [reducer.list_steps(length, self.layers) for length in self.lengths]
             for layer in numbers[0]:
@@ -131,6 +158,9 @@ class PatchReduction:
             raise RuntimeError("a step inside the tower runs before its pass has started")
         reducer, numbers = step
         cls_token, patches = self.remaining.split_cls(sequence)
+        if reducer.reads_change and self.previous is not None:
+            change = patches - self.remaining.split_cls(self.remaining.gather(self.previous))[1]
+            signals = {**signals, "state_change": change}
         is_real = None if real is None else self.remaining.split_cls(real[..., None])[1][..., 0]
         parts: list[PatchGroups] = []
         for number, (start, length) in zip(numbers, list_segments(self.lengths), strict=True):
@@ -149,8 +179,19 @@ class PatchReduction:
             parts.append(reducer.group_checked(image, min(number, length)))
         groups = parts[0] if len(parts) == 1 else join_groups(parts, self.lengths)
         self.lengths = [part.kept.shape[1] for part in parts]
+        if reducer.full_attention_layers:
+            self.attending, self.attending_end = self.remaining, layer + reducer.full_attention_layers
         self.remaining, sequence = self.remaining.apply(groups, sequence)
         return self.remaining, sequence
+
+    def find_attending(self, layer: int, remaining: RemainingPatches) -> RemainingPatches:
+        """Return the patches on which the attention of a layer runs.
+
+        Args:
+            layer: index of the layer.
+            remaining: the patches that remain.
+        """
+        return remaining if self.attending is None or layer >= self.attending_end else self.attending
 
     def expand_captured(
         self, tower: Tower, captured: Mapping[SignalKey, list[Tensor]]
@@ -179,8 +220,8 @@ class PatchReduction:
         return expanded
 
     def read_mask(self) -> list[Tensor]:
-        """Return the mask of the patches that remain after the tower has run, bool `[tiles, patches]` per pass."""
-        return [state.mask for state in self.passes]
+        """Return the mask of the patches with a state after the tower has run, bool `[tiles, patches]` per pass."""
+        return [state.restored_mask for state in self.passes]
 
 
 @lru_cache(maxsize=256)
@@ -208,12 +249,22 @@ def list_segments(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def join_groups(parts: Sequence[PatchGroups], lengths: Sequence[int]) -> PatchGroups:
     """Return the groups of several segments as groups of one sequence; nothing is merged.
 
+    Segments with fewer neighbors than others get -1 as further neighbors.
+
     Args:
         parts: the groups of each segment.
         lengths: the length of each segment.
     """
     starts = [start for start, _ in list_segments(lengths)]
-    return PatchGroups(torch.cat([part.kept + start for part, start in zip(parts, starts, strict=True)], dim=1))
+    kept = torch.cat([part.kept + start for part, start in zip(parts, starts, strict=True)], dim=1)
+    numbers = [start for start, _ in list_segments([part.kept.shape[1] for part in parts])]
+    pairs = zip(parts, numbers, strict=True)
+    neighbors = [part.neighbors + number for part, number in pairs if part.neighbors is not None]
+    if not neighbors:
+        return PatchGroups(kept)
+    width = max(part.shape[2] for part in neighbors)
+    padded = [F.pad(part, (0, width - part.shape[2]), value=-1) for part in neighbors]
+    return PatchGroups(kept, neighbors=torch.cat(padded, dim=1))
 
 
 @contextmanager
@@ -380,14 +431,19 @@ def run_reduced_layer(
     sequence = remaining.gather(call.hidden)
     for step in reduction.list_steps(index, "before"):
         remaining, sequence = reduction.reduce(index, depth, step, sequence, {}, call.find_real(remaining))
-    reduction.inputs.setdefault(index, []).append(remaining)
+    attending = reduction.find_attending(index, remaining)
+    if attending is not remaining:  # attention runs on dropped patches, too, which are restored
+        sequence = attending.gather(call.hidden)
+    reduction.inputs.setdefault(index, []).append(attending)
     steps = reduction.list_steps(index, "inside")
-    if not steps:
+    if not steps and attending is remaining:
         output = call.run(sequence, remaining, reduction.key_bias)
     else:
         kinds = {kind for reducer, _ in steps for kind, _ in resolve_needs(reducer.needs, reduction.attention)}
         with capture_signals(replace(tower, rows_from={}), {index: kinds & ATTENTION}) as captured:
-            sequence, length = call.run_attention(sequence, remaining, reduction.key_bias)
+            sequence, length = call.run_attention(sequence, attending, reduction.key_bias)
+        if attending is not remaining:
+            sequence = remaining.gather(attending.restore(sequence, call.hidden))
         signals = {kind: torch.cat(values, token_dim(kind)) for (kind, _), values in captured.items()}
         for step in steps:
             remaining, sequence = reduction.reduce(index, depth, step, sequence, signals, call.find_real(remaining))
@@ -395,6 +451,7 @@ def run_reduced_layer(
     reduction.counts.append((remaining.entry.numel(), remaining.index.numel()))
     if index == reduction.layers - 1:
         reduction.passes.append(remaining)
+    reduction.previous = call.hidden
     return call.restore(output, remaining)
 
 
@@ -454,8 +511,7 @@ def narrow_input(remaining: RemainingPatches, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if name == "cu_seqlens":
-        before = F.pad(remaining.mask[0].cumsum(dim=0), (1, 0))
-        return before[value.long()].to(value.dtype)
+        return remaining.find_bounds(value)
     if value.dim() == 4 and value.shape[-2:] == (length, length):  # a mask of pairs of positions
         rows = value.expand(len(index), -1, -1, -1).gather(
             2, index[:, None, :, None].expand(-1, value.shape[1], -1, length)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from tokenprune.geometry import TileGeometry
@@ -86,6 +86,19 @@ def base_first_order(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later call may record gradients
         tiles = torch.arange(sum(lengths)).split(lengths)
         return torch.cat([part.roll(1) for part in tiles]).to(device)
+
+
+def expand_tokens(kept: Tensor, token_grid: tuple[int, int], pooling: int, order: str) -> Tensor:
+    """Return the mask of the patches of kept tokens, bool `[patches]`.
+
+    Args:
+        kept: the kept tokens of one tile, bool `[1, tokens]`.
+        token_grid: height x width of the tokens of a tile.
+        pooling: number of patches along a side of a token.
+        order: order of the patches as an einops pattern.
+    """
+    sizes = {"h": token_grid[0], "w": token_grid[1], "p": pooling, "q": pooling}
+    return repeat(kept[0], f"(h w) -> {order}", **sizes)
 
 
 def pool_patches(kind: str, value: Tensor, token_grid: tuple[int, int], pooling: int, order: str) -> Tensor:

@@ -17,7 +17,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters, find_kind
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
-from tokenprune.image import APPLICATION_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS, Signal
+from tokenprune.image import APPLICATION_SIGNALS, BEFORE_TOWER, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.reducer import TokenReducer
 from tokenprune.registry import PLUGIN_PREFIX
@@ -145,9 +145,9 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
                 "adapter": name,
                 "attention": resolve_attention_source("auto", provides) if provides else "",
                 "stages": ", ".join(
-                    ["image"] * ("resolution" in provides) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
+                    ["image"] * bool(provides & BEFORE_TOWER) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
                 ),
-                "signals": ", ".join(sorted(provides - LLM_SIGNALS - {"resolution"})),
+                "signals": ", ".join(sorted(provides - LLM_SIGNALS - STEP_SIGNALS - BEFORE_TOWER)),
                 "verified": describe_verification(name),
             }
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tokenprune.encoder.restoration import DroppedPatches, list_dropped, restore_dropped
 
 
 class PatchGroups(NamedTuple):
@@ -20,11 +22,15 @@ class PatchGroups(NamedTuple):
             dropped patch. A patch in `kept` is in its own group. None drops all patches that are not in `kept`.
         weights: weight of each patch in the sum of its group, `[tiles, patches]`. None averages a group; a patch that
             represents several patches then counts as often.
+        neighbors: for methods that restore dropped patches, the numbers in `kept` of the patches whose changes are
+            added to each dropped patch, in ascending order of the dropped patches, `[tiles, dropped, neighbors]`; -1 if
+            a patch has fewer neighbors.
     """
 
     kept: Tensor
     group: Tensor | None = None
     weights: Tensor | None = None
+    neighbors: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +38,10 @@ class PatchRecord:
     """The patches of a call that remained in the vision tower.
 
     Args:
-        kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if tokens consist of
-            several patches, so that all tokens remain.
-        patches_full: patches without reduction, summed over tiles and layers from the first step on.
+        kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if all tokens remain,
+            because tokens consist of several patches, and no token was dropped before the tower.
+        patches_full: patches without reduction, summed over tiles and layers from the first step on, or from the layer
+            before it if the step reads that layer.
         patches: patches in the MLP of these layers.
     """
 
@@ -55,12 +62,14 @@ class RemainingPatches:
         sizes: number of patches that each remaining patch represents, float32 `[tiles, remaining]`; None if nothing is
             merged.
         cls: position of the CLS token in the sequence of the tower.
+        dropped: the dropped patches that later layers restore; None if dropped patches keep their state.
     """
 
     index: Tensor
     entry: Tensor
     sizes: Tensor | None
     cls: Literal["none", "first", "last"]
+    dropped: DroppedPatches | None = None
 
     @classmethod
     def all(
@@ -86,6 +95,11 @@ class RemainingPatches:
     def mask(self) -> Tensor:
         """Mask of the positions with a remaining patch, bool `[tiles, patches]`."""
         return torch.zeros_like(self.entry, dtype=torch.bool).scatter(1, self.index, True)
+
+    @property
+    def restored_mask(self) -> Tensor:
+        """Mask of the positions with a remaining or restored patch, bool `[tiles, patches]`."""
+        return self.mask if self.dropped is None else self.mask.scatter(1, self.dropped.index, True)
 
     @cached_property
     def sequence_index(self) -> Tensor:
@@ -130,7 +144,8 @@ class RemainingPatches:
     def restore(self, remaining: Tensor, before: Tensor) -> Tensor:
         """Return hidden states of the full length, `[tiles, length, width]`.
 
-        Every patch of a group has the state of the group. A dropped patch keeps the state that it had before.
+        Every patch of a group has the state of the group. A dropped patch keeps the state that it had before, or is
+        restored (`restore_dropped`).
 
         Args:
             remaining: hidden states of the remaining entries, `[tiles, remaining, width]`.
@@ -138,7 +153,13 @@ class RemainingPatches:
         """
         entry = self.sequence_entry[..., None]
         states = remaining.gather(1, entry.clamp(min=0).expand(-1, -1, remaining.shape[-1]))
-        return torch.where(entry < 0, before, states)
+        full = torch.where(entry < 0, before, states)
+        if self.dropped is None:
+            return full
+        cls_token, patches = self.split_cls(full)
+        restored = restore_dropped(self.dropped, self.split_cls(remaining)[1])
+        index = self.dropped.index[..., None].expand_as(restored)
+        return self.join_cls(cls_token, patches.scatter(1, index, restored))
 
     def split_cls(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
         """Return the CLS token and the patches of a sequence, `[tiles, 0 or 1, width]` and `[tiles, patches, width]`.
@@ -155,25 +176,42 @@ class RemainingPatches:
         """Return the sequence of the CLS token and the patches, `[tiles, length, width]`."""
         return torch.cat([patches, cls_token] if self.cls == "last" else [cls_token, patches], dim=1)
 
+    def narrow(self, groups: PatchGroups) -> RemainingPatches:
+        """Return the patches that remain after patches are dropped.
+
+        Args:
+            groups: the remaining patches; nothing is merged.
+        """
+        order = torch.arange(groups.kept.shape[1], device=self.index.device).expand_as(groups.kept)
+        entry_of = torch.full_like(self.index, -1).scatter(1, groups.kept, order)
+        entry = torch.where(self.entry < 0, self.entry, entry_of.gather(1, self.entry.clamp(min=0)))
+        sizes = None if self.sizes is None else self.sizes.gather(1, groups.kept)
+        return RemainingPatches(self.index.gather(1, groups.kept), entry, sizes, self.cls)
+
     def apply(self, groups: PatchGroups, sequence: Tensor) -> tuple[RemainingPatches, Tensor]:
         """Return the patches that remain after a step, and the sequence of their hidden states.
 
         Args:
             groups: the result of the step.
             sequence: hidden states of the remaining entries before the step, `[tiles, length, width]`.
+
+        Raises:
+            ValueError: if an earlier step dropped patches that are restored from all patches that it kept.
         """
+        if self.dropped is not None:
+            raise ValueError("a step follows a step whose dropped patches are restored; use one step")
         cls_token, patches = self.split_cls(sequence)
-        sizes = self.sizes
         if groups.group is None:
-            entry_of = torch.full_like(self.index, -1)
-            order = torch.arange(groups.kept.shape[1], device=self.index.device).expand_as(groups.kept)
-            entry_of = entry_of.scatter(1, groups.kept, order)
-            states = patches.gather(1, groups.kept[..., None].expand(-1, -1, patches.shape[-1]))
-            sizes = None if sizes is None else sizes.gather(1, groups.kept)
-        else:
-            entry_of = groups.group
-            states, sizes = merge_groups(patches, groups, sizes)
-        entry = torch.where(self.entry < 0, self.entry, entry_of.gather(1, self.entry.clamp(min=0)))
+            states = gather_patches(patches, groups.kept)
+            remaining = self.narrow(groups)
+            if groups.neighbors is not None:
+                index = list_dropped(groups.kept, self.number)
+                dropped_states = gather_patches(patches, index)
+                dropped = DroppedPatches(self.index.gather(1, index), dropped_states, states, groups.neighbors)
+                remaining = replace(remaining, dropped=dropped)
+            return remaining, self.join_cls(cls_token, states)
+        states, sizes = merge_groups(patches, groups, self.sizes)
+        entry = torch.where(self.entry < 0, self.entry, groups.group.gather(1, self.entry.clamp(min=0)))
         index = self.index.gather(1, groups.kept)
         return RemainingPatches(index, entry, sizes, self.cls), self.join_cls(cls_token, states)
 
@@ -202,6 +240,16 @@ class RemainingPatches:
         shape[dim] = self.entry.shape[1]
         expanded = values.gather(dim, entry.clamp(min=0).expand(shape))
         return expanded.masked_fill(entry < 0, 0)
+
+
+def gather_patches(patches: Tensor, index: Tensor) -> Tensor:
+    """Return patches by their index, `[tiles, entries, width]`.
+
+    Args:
+        patches: the patches, `[tiles, patches, width]`.
+        index: index of each entry, `[tiles, entries]`.
+    """
+    return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 def merge_groups(patches: Tensor, groups: PatchGroups, sizes: Tensor | None) -> tuple[Tensor, Tensor]:

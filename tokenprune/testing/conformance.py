@@ -24,6 +24,7 @@ from tokenprune.decoder_reducer import DecoderReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
+    BEFORE_TOWER,
     LLM_SIGNALS,
     ROW_SIGNALS,
     TEXT_ROW_SIGNALS,
@@ -130,7 +131,7 @@ def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> E
         seed,
         HEADS,
         DIM,
-        keys=[(kind, layer) for kind, layer in sorted(resolve_signals(reducer)) if kind != "resolution"],
+        keys=[(kind, layer) for kind, layer in sorted(resolve_signals(reducer)) if kind not in BEFORE_TOWER],
         draw=draw,
         text_shapes={"question": (1,), "question_tokens": (5,), "question_positions": (1, 12)},
         layers=LAYERS,
