@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-START_SECONDS = 300
+START_SECONDS = 600
 """Longest time for which a server may start."""
 
 

@@ -186,6 +186,7 @@ def test_version_is_the_same_everywhere() -> None:
         ("docs/how-to/run-experiments.md", 1),
         ("docs/how-to/write-an-adapter.md", 3),
         ("docs/how-to/wandb.md", 1),
+        ("docs/how-to/serve-with-vllm.md", 1),
     ],
 )
 def test_code_of_pages_runs(page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
