@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-START_SECONDS = 300
+START_SECONDS = 600
 """Longest time for which a server may start."""
 
 
@@ -39,10 +39,7 @@ def run_server(python: str, checkpoint: Path, log: Path, *options: str, plugins:
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    if plugins is not None:
-        environment["VLLM_PLUGINS"] = plugins
+    environment = build_environment() | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True
@@ -53,6 +50,12 @@ def run_server(python: str, checkpoint: Path, log: Path, *options: str, plugins:
         yield url
     finally:
         stop_server(process)
+
+
+def build_environment() -> dict[str, str]:
+    """Return the environment variables of a process with vLLM on a CPU, which imports tokenprune from this checkout."""
+    variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:

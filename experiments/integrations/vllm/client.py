@@ -31,6 +31,7 @@ def chat(
     question: str,
     encoder: VisionEncoder,
     model: str | None = None,
+    api_key: str | None = None,
     timeout: float = 600.0,
     **options: Any,
 ) -> str:
@@ -39,11 +40,12 @@ def chat(
     >>> chat("http://127.0.0.1:8000", [image], "What is in the image?", encoder, max_tokens=64, temperature=0)
 
     Args:
-        server_url: the address of the server, without ``/v1``.
+        server_url: the address of the server.
         images: the images, in the order of the prompt.
         question: the question.
         encoder: the vision side of the model that the server runs, with the strategy.
         model: the name of the model; None takes the first model of the server.
+        api_key: the key of the server (``--api-key``).
         timeout: seconds to wait for an answer.
         options: further fields of a request, such as `temperature` and `max_tokens`.
 
@@ -52,9 +54,9 @@ def chat(
         ServerError: if the server does not answer, does not accept embeddings, or runs another model.
     """
     tensors = encoder.encode(images, question).tensors
-    name = model or request_json(f"{server_url}/v1/models", None, timeout)["data"][0]["id"]
+    name = model or request_json(join_url(server_url, "models"), None, api_key, timeout)["data"][0]["id"]
     messages = [{"role": "user", "content": build_content(tensors, question)}]
-    response = post_chat(server_url, {"model": name, "messages": messages, **options}, timeout)
+    response = post_chat(server_url, {"model": name, "messages": messages, **options}, api_key, timeout)
     return str(response["choices"][0]["message"]["content"])
 
 
@@ -87,34 +89,44 @@ def encode_tensor(tensor: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def post_chat(server_url: str, request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+def post_chat(
+    server_url: str, request: dict[str, Any], api_key: str | None = None, timeout: float = 600.0
+) -> dict[str, Any]:
     """Send a chat request and return the response of the server.
 
     Args:
-        server_url: the address of the server, without ``/v1``.
+        server_url: the address of the server.
         request: the request, with `model` and `messages`.
+        api_key: the key of the server.
         timeout: seconds to wait for the response.
 
     Raises:
         ServerError: if the server does not answer, does not accept embeddings, or runs another model.
     """
-    return request_json(f"{server_url}/v1/chat/completions", request, timeout)
+    return request_json(join_url(server_url, "chat/completions"), request, api_key, timeout)
 
 
-def request_json(url: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+def join_url(server_url: str, path: str) -> str:
+    """Return the address of a path of the API; the address of the server may end in ``/v1``."""
+    return f"{server_url.rstrip('/').removesuffix('/v1')}/v1/{path}"
+
+
+def request_json(url: str, body: dict[str, Any] | None, api_key: str | None, timeout: float) -> dict[str, Any]:
     """Return the JSON response of a server.
 
     Args:
         url: the address.
         body: the JSON body of a POST request; None sends a GET request.
+        api_key: the key of the server.
         timeout: seconds to wait for the response.
 
     Raises:
         ServerError: if the server does not answer, or refuses the request.
     """
     data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
-        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=timeout) as response:
+        with urlopen(Request(url, data, headers), timeout=timeout) as response:
             content = json.load(response)
     except HTTPError as error:
         raise ServerError(explain_refusal(url, error.code, error.read().decode(errors="replace"))) from error

@@ -49,7 +49,8 @@ def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
                 self.reply(200, json.dumps({"data": [{"id": "served-name"}]}).encode())
 
             def do_POST(self) -> None:
-                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                received.append({**content, "headers": self.headers})
                 self.reply(code, body)
 
             def reply(self, status: int, content: bytes) -> None:
@@ -89,6 +90,13 @@ def test_chat_sends_the_kept_tokens_and_the_question(serve: Any, encoder: Vision
     expected = encoder.encode(images, "what is it?").tensors
     assert all(torch.equal(*pair) for pair in zip(sent, expected, strict=True))
     assert all(len(part["image_embeds"]) < 6 * tensor.numel() + 4000 for part, tensor in zip(parts, sent, strict=True))
+
+
+@pytest.mark.parametrize("suffix", ["/", "/v1", "/v1/"])
+def test_address_and_key(suffix: str, serve: Any) -> None:
+    url, received = serve(json.dumps(ANSWER).encode())
+    assert post_chat(url + suffix, {"model": "m"}, api_key="secret") == ANSWER
+    assert received[0]["headers"]["Authorization"] == "Bearer secret"
 
 
 @pytest.mark.parametrize("message", REFUSALS)
