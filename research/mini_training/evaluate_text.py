@@ -1,6 +1,6 @@
 """Measures how well the text tower finds the patches and tiles of a question on held-out boards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,20 @@ UNNAMED = ("largest", "smallest")
 """Types of questions that name neither their item nor a property of it."""
 
 
-def mark_items(board: Board | Page) -> tuple[Flags, Flags]:
+def mark_board_items(board: Board) -> tuple[Flags, Flags]:
     """Return which patches show each item, bool `[items, tiles, tokens]`, and show none, bool `[tiles, tokens]`."""
-    if isinstance(board, Page):
-        item_masks = make_page_lesson(board).item_masks
-        return item_masks, np.asarray(~item_masks.any(0))
     truth = make_lesson(board)
     return truth.item_masks, truth.dense["shape"] == len(SHAPES)
+
+
+def mark_page_items(page: Page) -> tuple[Flags, Flags]:
+    """Return which patches show each item, bool `[items, tiles, tokens]`, and show none, bool `[tiles, tokens]`."""
+    item_masks = make_page_lesson(page).item_masks
+    return item_masks, np.asarray(~item_masks.any(0))
+
+
+MARK_ITEMS: Mapping[str, Callable[[Any], tuple[Flags, Flags]]] = {"boards": mark_board_items, "pages": mark_page_items}
+"""Functions that find the patches of the items of an image, by generator."""
 
 
 def measure_auc(
@@ -90,7 +97,7 @@ def measure_auc(
     """
     scores_by_name: dict[str, list[float]] = {}
     for board in WORLDS[world](count, "heldout", start):
-        item_masks, empty_patches = mark_items(board)
+        item_masks, empty_patches = MARK_ITEMS[world](board)
         questions = [question for question in board.questions if question.about and question.type not in UNNAMED]
         texts = [question.text for question in questions]
         scores = patch_scores(model, tokenizer, board, texts).flatten(1)
