@@ -63,4 +63,5 @@ def _covered_share(boxes: Tensor, kept: Tensor) -> Tensor:
         kept: the kept tokens of a grid that divides the image, bool `[rows, cols]`.
     """
     areas = region_coverage(boxes, (kept.shape[0], kept.shape[1]))
-    return (areas * kept.flatten()).sum(dim=1) / areas.sum(dim=1)
+    total = areas.sum(dim=1).clamp(min=torch.finfo(areas.dtype).tiny)  # zero if a layout has no valid token
+    return (areas * kept.flatten()).sum(dim=1) / total

@@ -63,7 +63,6 @@ _SIDE = TILE // CELL
 _MIN_ITEMS, _MAX_ITEMS, _MAX_PER_TILE = 8, 24, 5
 _CONTENT_SHARES = (0.36, 0.56)
 _MAX_CONTENT = 0.6
-_QUESTIONS_PER_TYPE = 4
 _COMPARED_GAP = 10
 _EXTREME_GAP = 5
 _DOMAIN = 0x70616765
@@ -137,7 +136,7 @@ class Page:
         layout: The kind of sheet.
         items: The items.
         content: Whether a cell shows an item or clutter, bool `[height / CELL, width / CELL]`.
-        questions: The questions, at most four of each type.
+        questions: The questions, by default at most four of each type.
         index: The number of the page within the split.
         split: ``train`` or ``heldout``.
     """
@@ -183,7 +182,12 @@ class _Slot:
 
 
 def make_page(
-    index: int, split: Split = "heldout", *, grid: tuple[int, int] | None = None, layout: Layout | None = None
+    index: int,
+    split: Split = "heldout",
+    *,
+    grid: tuple[int, int] | None = None,
+    layout: Layout | None = None,
+    per_type: int = 4,
 ) -> Page:
     """Draw a page.
 
@@ -192,6 +196,7 @@ def make_page(
         split: ``train`` or ``heldout``.
         grid: Rows and columns of tiles, one of `GRIDS`; None draws them at random.
         layout: The kind of sheet; None draws it at random.
+        per_type: Largest number of questions of each type; they are drawn at random.
 
     Returns:
         The page.
@@ -214,7 +219,7 @@ def make_page(
     items = tuple(_make_item(slot, *triple, layout) for slot, triple in zip(slots, contents, strict=True))
     pixels, content = _render(rng, items, slots, layout, (rows, columns))
     height, width = CELL * rows, CELL * columns
-    questions = tuple(_draw_questions(rng, items, grid, (height, width)))
+    questions = tuple(_draw_questions(rng, items, grid, (height, width), per_type))
     return Page(pixels, grid, (CELL * offset[0], CELL * offset[1]), layout, items, content, questions, index, split)
 
 
@@ -473,14 +478,14 @@ _CLUTTER = (_draw_fine_print, _draw_barcode, _draw_rule, _draw_stamp, _draw_wate
 
 
 def _draw_questions(
-    rng: np.random.Generator, items: Sequence[Item], grid: tuple[int, int], size: tuple[int, int]
+    rng: np.random.Generator, items: Sequence[Item], grid: tuple[int, int], size: tuple[int, int], per_type: int
 ) -> Iterator[Question]:
-    """Yield at most `_QUESTIONS_PER_TYPE` random questions of each type, in a fixed order of types."""
+    """Yield at most `per_type` random questions of each type, in a fixed order of types."""
     candidates: dict[str, list[Question]] = {}
     for question in _list_questions(items, grid, size):
         candidates.setdefault(question.type, []).append(question)
     for questions in candidates.values():
-        for number in sorted(rng.permutation(len(questions))[:_QUESTIONS_PER_TYPE]):
+        for number in sorted(rng.permutation(len(questions))[:per_type]):
             yield questions[number]
 
 

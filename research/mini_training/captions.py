@@ -27,7 +27,7 @@ _ABOUT_NUMBER = (
     *(("the number on the {shape} is {number}", "sn"), ("{number} is on the {color} shape", "cn")),
 )
 _ABOUT_PAPER = (("{paper} paper", "p"), ("the paper is {paper}", "p"), ("what paper is this?", ""))
-_UNKNOWN = "please "
+UNKNOWN = "please "
 """A word that is not in the vocabulary. Users can write unknown words, and a few of them before a sentence must not
 change the result."""
 
@@ -64,7 +64,7 @@ def draw_caption(rng: np.random.Generator, contents: Integers) -> Caption:
     is_item, shape, color, tens, units, paper = (int(value) for value in row)
     text = template.format(shape=SHAPES[shape], color=COLORS[color], number=10 * tens + units, paper=PAPERS[paper])
     if rng.random() < 0.2:
-        text = _UNKNOWN * int(rng.integers(1, 5)) + text
+        text = UNKNOWN * int(rng.integers(1, 5)) + text
     required = (
         is_item if is_item else ANY,
         shape if "s" in attributes else ANY,

@@ -1,24 +1,28 @@
 """Measures how well the text tower finds the patches and tiles of a question on held-out boards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from research.mini_training.lessons import TOKENS, make_lesson, make_tiles, pack_positions
+from research.mini_training.evaluate import WORLDS
+from research.mini_training.lessons import TOKENS, Flags, make_lesson, make_tiles, pack_positions
+from research.mini_training.page_lessons import make_page_lesson
 from research.mini_training.text_model import embed_features, embed_texts
-from tokenprune.models.mini.boards import SHAPES, Board, make_board
+from tokenprune.models.mini.boards import SHAPES, Board
+from tokenprune.models.mini.pages import Page
 
 
 @torch.no_grad()
-def patch_scores(model: Any, tokenizer: Any, board: Board, questions: Sequence[str]) -> Tensor:
+def patch_scores(model: Any, tokenizer: Any, board: Board | Page, questions: Sequence[str]) -> Tensor:
     """Return the cosine similarity of every patch of the feature layer and every question.
 
     Args:
         model: The CLIP model.
         tokenizer: The tokenizer of the text tower.
-        board: The board.
+        board: The board or page.
         questions: The questions.
 
     Returns:
@@ -30,13 +34,13 @@ def patch_scores(model: Any, tokenizer: Any, board: Board, questions: Sequence[s
 
 
 @torch.no_grad()
-def cls_scores(model: Any, tokenizer: Any, board: Board, questions: Sequence[str]) -> Tensor:
+def cls_scores(model: Any, tokenizer: Any, board: Board | Page, questions: Sequence[str]) -> Tensor:
     """Return the cosine similarity of the CLS token of every tile (last layer) and every question, as in CLIP.
 
     Args:
         model: The CLIP model.
         tokenizer: The tokenizer of the text tower.
-        board: The board.
+        board: The board or page.
         questions: The questions.
 
     Returns:
@@ -52,14 +56,37 @@ def _auc(high: Tensor, low: Tensor) -> float:
     return above.mean().item()
 
 
-def measure_auc(model: Any, tokenizer: Any, start: int = 2000, count: int = 100) -> dict[str, tuple[float, int]]:
-    """Return how well the cosines identify the patches of a question, in the sub-images of held-out boards.
+UNNAMED = ("largest", "smallest")
+"""Types of questions that name neither their item nor a property of it."""
+
+
+def mark_board_items(board: Board) -> tuple[Flags, Flags]:
+    """Return which patches show each item, bool `[items, tiles, tokens]`, and show none, bool `[tiles, tokens]`."""
+    truth = make_lesson(board)
+    return truth.item_masks, truth.dense["shape"] == len(SHAPES)
+
+
+def mark_page_items(page: Page) -> tuple[Flags, Flags]:
+    """Return which patches show each item, bool `[items, tiles, tokens]`, and show none, bool `[tiles, tokens]`."""
+    item_masks = make_page_lesson(page).item_masks
+    return item_masks, np.asarray(~item_masks.any(0))
+
+
+MARK_ITEMS: Mapping[str, Callable[[Any], tuple[Flags, Flags]]] = {"boards": mark_board_items, "pages": mark_page_items}
+"""Functions that find the patches of the items of an image, by generator."""
+
+
+def measure_auc(
+    model: Any, tokenizer: Any, start: int = 2000, count: int = 100, world: str = "boards"
+) -> dict[str, tuple[float, int]]:
+    """Return how well the cosines identify the patches of a question, in the sub-images of held-out boards or pages.
 
     Args:
         model: The CLIP model.
         tokenizer: The tokenizer of the text tower.
-        start: Index of the first board.
-        count: Number of boards.
+        start: Index of the first image.
+        count: Number of images.
+        world: ``boards`` or ``pages``.
 
     Returns:
         Mean area under the ROC curve and number of questions. For questions about one item, the keys name the patches
@@ -69,24 +96,23 @@ def measure_auc(model: Any, tokenizer: Any, start: int = 2000, count: int = 100)
         ``tile by chance`` the expected share of a random sub-image.
     """
     scores_by_name: dict[str, list[float]] = {}
-    for index in range(start, start + count):
-        board = make_board(index, "heldout")
-        truth = make_lesson(board)
-        questions = [question for question in board.questions if question.about]
+    for board in WORLDS[world](count, "heldout", start):
+        item_masks, empty_patches = MARK_ITEMS[world](board)
+        questions = [question for question in board.questions if question.about and question.type not in UNNAMED]
         texts = [question.text for question in questions]
         scores = patch_scores(model, tokenizer, board, texts).flatten(1)
         tile_scores = cls_scores(model, tokenizer, board, texts)[:, 1:]
         order, _ = pack_positions(board)
         positions = order[order >= TOKENS]  # valid tokens of the sub-images
-        empty = torch.from_numpy(truth.dense["shape"].reshape(-1)[positions]) == len(SHAPES)
-        item_masks = torch.from_numpy(truth.item_masks.reshape(len(board.items), -1)[:, positions])
+        empty = torch.from_numpy(empty_patches.reshape(-1)[positions])
+        packed_masks = torch.from_numpy(item_masks.reshape(len(board.items), -1)[:, positions])
         for question, score, tile_score in zip(questions, scores[:, positions], tile_scores, strict=True):
             about = list(question.about)
-            target = item_masks[about].any(0)
+            target = packed_masks[about].any(0)
             compared = {question.type: ~target}
             if question.type != "count":
-                compared |= {"others": ~target, "background": empty, "items": item_masks.any(0) & ~target}
-                holds = torch.from_numpy(truth.item_masks[about[0], 1:]).any(-1).float()
+                compared |= {"others": ~target, "background": empty, "items": packed_masks.any(0) & ~target}
+                holds = torch.from_numpy(item_masks[about[0], 1:]).any(-1).float()
                 scores_by_name.setdefault("tile", []).append(holds[tile_score.argmax()].item())
                 scores_by_name.setdefault("tile by chance", []).append(holds.mean().item())
             for name, mask in compared.items():

@@ -24,18 +24,21 @@ MAX_TOKENS = 32
 _END = "<|endoftext|>"
 
 
-def make_text_tokenizer() -> PreTrainedTokenizerFast:
+def make_text_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Build the tokenizer of the text tower: the tokenizer of the model with an end token as in CLIP.
 
     The words keep their ids. The end token is new and has the highest id. `transformers` finds the end by its id. For
     id 2, which is the end token of the model, it uses the highest id of the sentence instead. The highest id is correct
     in both cases.
 
+    Args:
+        more_words: Words of the tokenizer of the model after the words of boards.
+
     Returns:
         The tokenizer. It adds ``<s>`` at the start and the end token at the end, pads on the right, and truncates to
         `MAX_TOKENS`.
     """
-    core = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    core = json.loads(make_tokenizer(more_words).backend_tokenizer.to_str())
     vocabulary = core["model"]["vocab"]
     vocabulary[_END] = len(vocabulary)
     raw: Any = Tokenizer.from_str(json.dumps(core))
@@ -55,16 +58,17 @@ def make_text_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_text_model(tower: Any) -> CLIPModel:
+def make_text_model(tower: Any, more_words: Sequence[str] = ()) -> CLIPModel:
     """Build an untrained CLIP model with the vision tower of the checkpoint.
 
     Args:
         tower: The vision tower; its weights are copied.
+        more_words: Words of the tokenizer of the model after the words of boards.
 
     Returns:
         The model. Only the parameters that `train_text` trains require gradients.
     """
-    tokenizer = make_text_tokenizer()
+    tokenizer = make_text_tokenizer(more_words)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -98,18 +102,19 @@ def embed_features(model: Any, features: Tensor) -> Tensor:
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(features)), dim=-1)
 
 
-def export_text(model: Any, folder: Path) -> None:
+def export_text(model: Any, folder: Path, more_words: Sequence[str] = ()) -> None:
     """Write a CLIP checkpoint folder of transformers in half precision.
 
     Args:
         model: The model in float32; it is not changed.
         folder: Path of the folder; an existing folder is replaced.
+        more_words: Words of the tokenizer of the model after the words of boards.
     """
     shutil.rmtree(folder, ignore_errors=True)
     half_model: Any = CLIPModel(model.config)
     half_model.load_state_dict(model.state_dict())
     half_model.to(torch.float16).save_pretrained(folder)
-    make_text_tokenizer().save_pretrained(folder)
+    make_text_tokenizer(more_words).save_pretrained(folder)
     # The files use half precision for size. The model loads in single precision, because half is slow on a CPU.
     settings = json.loads((folder / "config.json").read_text())
     for part in (settings, settings["text_config"], settings["vision_config"]):

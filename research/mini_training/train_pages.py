@@ -16,7 +16,8 @@ last step; the same command with ``--resume`` continues it.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,35 @@ QUESTIONS = 20
 """Largest number of questions about each page in a step of stage 2."""
 TOWER_STEPS = 1000
 READER_STEPS = 3600
-SMALL_UNTIL = 600
-"""Before this step of stage 2, only pages of two sub-images are used, which have shorter sequences."""
-FULL_UNTIL = 1200
-"""Before this step of stage 2, no token is removed."""
-TOGETHER_FROM = 1800
+ALIGN_UNTIL = 150
+"""Before this step of stage 2, only projector and embeddings are trained, with the loss of `alignment_loss`."""
+LOOKUP_UNTIL = 700
+"""Before this step of stage 2, pages have two sub-images, and most questions look up the number of an item. Without
+this phase, lookups are not learned in many hundred steps."""
+SPARSE_UNTIL = 1000
+"""Before this step of stage 2, pages keep the patches of items and few others. A lookup among few tokens is learned
+faster, and the sequences are shorter."""
+BACKGROUND_RATE = 0.03
+"""Share of the other patches in these steps."""
+TOGETHER_FROM = 2000
 """From this step of stage 2, the tower is trained in steps without removed tokens."""
 ALIGNMENT_WEIGHT = 0.3
 """Weight of the loss that aligns projected patches with the words that they show."""
 TOWER_RATES = ((0, 0.05), (19, 0.5), (600, 0.5), (TOWER_STEPS, 0.02))
 """Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
-READER_RATES = ((0, 0.05), (19, 0.3), (1800, 0.3), (READER_STEPS, 0.01))
+READER_RATES = ((0, 0.05), (19, 0.3), (2000, 0.3), (READER_STEPS, 0.01))
 """Factors of the learning rate in stage 2."""
 SAVE_SECONDS = 300.0
 """Seconds between two saved states."""
+QUESTION_WEIGHTS = {
+    **dict.fromkeys(("value", "name", "compare"), 4.0),
+    **dict.fromkeys(("color_value", "largest", "smallest", "side", "height", "count"), 2.0),
+}
+"""Weights of question types in stage 2."""
+LOOKUP_WEIGHTS = {**dict.fromkeys(QUESTION_WEIGHTS, 0.25), "value": 8.0, "color_value": 1.0, "name": 1.0}
+"""Weights of question types before `LOOKUP_UNTIL`."""
+MAX_PER_TYPE = 12
+"""Largest number of questions of each type about a page of stage 2, of which `QUESTIONS` are drawn."""
 TOKENIZER = make_tokenizer(list_words())
 WORD_IDS: dict[str, Any] = {
     "name": TOKENIZER.convert_tokens_to_ids(list(NAMES)),
@@ -197,14 +213,22 @@ def reader_step(
     """Return the loss and the scores of one step of stage 2."""
     rng = np.random.default_rng((seed, 2, step))
     start = _INDEX_STEP * seed + _INDEX_STEP // 2 + IMAGES * step
-    gaps = step >= FULL_UNTIL and step // 3 % 2 == 1
+    indices = range(start, start + IMAGES)
+    sparse = step < SPARSE_UNTIL
+    gaps = sparse or step // 4 % 2 == 1
     trains_tower = not gaps and step >= TOGETHER_FROM
-    sub_images = 2 if step < SMALL_UNTIL else (4, 2, 6, 3)[step // 3 % 4]
-    draw = draw_boards if step % 3 == 2 else draw_pages
-    batch = draw(rng, range(start, start + IMAGES), sub_images, tokenize, gaps=gaps)
+    sub_images = 2 if step < LOOKUP_UNTIL else (4, 2, 6, 3)[step // 8 % 4]
+    if step % 4 == 3 and step >= ALIGN_UNTIL:
+        batch = draw_boards(rng, indices, sub_images, tokenize, gaps=gaps)
+    else:
+        weights = LOOKUP_WEIGHTS if step < LOOKUP_UNTIL else QUESTION_WEIGHTS
+        batch = draw_pages(rng, indices, sub_images, tokenize, gaps=gaps, sparse=sparse, weights=weights)
     with torch.set_grad_enabled(trains_tower):
         hidden = tower_output(model, batch.pixels)
     features = model.model.multi_modal_projector(hidden[-2][:, 1:]).split(batch.tiles)
+    if step < ALIGN_UNTIL:
+        loss, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
+        return loss, {"aligned": accuracy}
     loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], batch.prompts)
     scores = {"gaps": float(gaps), f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
     if batch.world == "pages":
@@ -264,18 +288,25 @@ def draw_pages(
     tokenize: Callable[[str], list[int]],
     *,
     gaps: bool,
+    sparse: bool,
+    weights: Mapping[str, float],
 ) -> Batch:
-    """Return a batch of pages with a number of sub-images."""
+    """Return a batch of pages with a number of sub-images.
+
+    If it is sparse, the visual tokens are the patches of items and a few random patches. The weights are the
+    probabilities of question types, up to a common factor.
+    """
     grids = [grid for grid in GRIDS if grid[0] * grid[1] == sub_images]
-    pages = [make_page(index, "train", grid=grids[index % len(grids)]) for index in indices]
+    pages = [make_page(index, "train", grid=grids[index % len(grids)], per_type=MAX_PER_TYPE) for index in indices]
     truths, prompts = [make_page_lesson(page) for page in pages], []
     for page, truth in zip(pages, truths, strict=True):
         kept = draw_kept(rng, truth.item_masks, gaps=gaps)
+        if sparse:
+            kept = truth.item_masks.any(0) | (rng.random(kept.shape) < BACKGROUND_RATE)
         candidates = [question for question in page.questions if is_page_answerable(question, truth, kept)]
-        chances = [1.0] * len(candidates)
-        prompts.append(
-            assemble_prompt(pack_positions(page), kept, candidates, chances, rng, tokenize, gaps=gaps, limit=QUESTIONS)
-        )
+        packing, n_of_type = pack_positions(page), Counter(question.type for question in candidates)
+        chances = [weights[question.type] / n_of_type[question.type] for question in candidates]
+        prompts.append(assemble_prompt(packing, kept, candidates, chances, rng, tokenize, gaps=gaps, limit=QUESTIONS))
     return Batch("pages", *make_tiles(pages), truths, prompts)
 
 
@@ -340,7 +371,7 @@ def train_pages(
         line = json.dumps({name: round(value, 4) for name, value in entry.items()})
         with (out / "log.jsonl").open("a") as log:
             log.write(line + "\n")
-        if done % 20 == 0:
+        if done % 25 == 0:
             print(line, flush=True)
         if done in (tower_steps, last) or time.monotonic() - saved_at > SAVE_SECONDS:
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "done": done}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +54,13 @@ def test_a_layout_without_sub_images_has_its_evidence_in_the_base_tile() -> None
     kept = torch.tensor([[True, True, False, False, True, False, False, False]])
     assert evidence_coverage(geometry, kept, [LEFT], "tiles") == pytest.approx(0.75)
     assert evidence_coverage(geometry, kept, [(0.0, 0.0, 0.5, 0.25)], "tiles") == pytest.approx(1.0)
+
+
+def test_sub_images_without_valid_tokens_cover_nothing() -> None:
+    layout = TileGeometry.tiled((1, 2), (2, 2), base_first=True)
+    geometry = replace(layout, packed=layout.packed[: layout.tokens])
+    assert evidence_coverage(geometry, keep(geometry, 0), [LEFT], "tiles") == 0
+    assert evidence_coverage(geometry, keep(geometry, 0), [LEFT], "either") == 1
 
 
 def test_evidence_of_a_padded_page_lies_at_its_cells() -> None:

@@ -20,13 +20,12 @@ from research.mini_training.evaluate import answer_questions, held_out_samples
 from research.mini_training.lessons import (
     PLACES,
     TOKENS,
-    draw_subset,
     is_answerable,
     make_lesson,
     make_tiles,
     pack_positions,
 )
-from research.mini_training.prompts import make_cached_tokenizer
+from research.mini_training.prompts import draw_kept, make_cached_tokenizer
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import (
     COLORS,
@@ -230,7 +229,7 @@ def test_questions_are_answerable_if_their_tokens_are_kept() -> None:
             assert is_answerable(question, lesson, nothing) == (question.type == "paper")
             assert is_answerable(question, lesson, base) == (question.needs != "tiles")
             assert is_answerable(question, lesson, tiles) == (question.type not in PLACES)
-        assert draw_subset(rng, lesson.item_masks.any(0)).any()
+        assert draw_kept(rng, lesson.item_masks, gaps=True).any()
 
 
 @pytest.mark.parametrize("step", [0, 300, 1000, 1301, 1821, 1990, 2101, 2319])

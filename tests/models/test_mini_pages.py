@@ -22,9 +22,9 @@ from research.mini_training.prompts import make_cached_tokenizer
 from research.mini_training.train import Heads
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import TILE, Split, make_board
+from tokenprune.models.mini.glyphs import COLORS
 from tokenprune.models.mini.pages import (
     CELL,
-    COLORS,
     GRIDS,
     LAYOUTS,
     NAMES,
@@ -178,7 +178,7 @@ def test_lessons_mark_the_patches_of_the_items() -> None:
         truth = make_page_lesson(page)
         tiles, _ = make_tiles([page])
         patches = tiles.mean(1).unflatten(1, (SIDE, CELL)).unflatten(3, (SIDE, CELL)).amin((2, 4)).flatten(1).numpy()
-        assert patches[1:][truth.digit_masks.any(0)[1:]].max() < patches[1:].max() - 0.3
+        assert patches[1:][truth.digit_masks[:, 1:].any(0)].max() < patches[1:].max() - 0.3
         assert (truth.item_masks[:, 1:].sum(0) <= 1).all()
         for number, item in enumerate(page.items):
             assert truth.digit_masks[number].sum() == 2
@@ -201,7 +201,7 @@ def test_page_questions_are_answerable_if_their_tokens_are_kept() -> None:
             assert not (question.needs == "tiles" and is_page_answerable(question, truth, base))
 
 
-@pytest.mark.parametrize("step", [0, training.SMALL_UNTIL + 2, training.FULL_UNTIL + 3, training.TOGETHER_FROM])
+@pytest.mark.parametrize("step", [0, training.ALIGN_UNTIL, training.SPARSE_UNTIL + 7, training.TOGETHER_FROM])
 def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "IMAGES", 2)
     torch.manual_seed(0)
@@ -212,7 +212,10 @@ def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch
     assert loss.isfinite()
     trains_tower = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad is not None
     assert trains_tower == (step >= training.TOGETHER_FROM)
-    assert ("boards_right" in scores) == (step % 3 == 2)
+    assert ("boards_right" in scores) == (step % 4 == 3)
+    assert ("pages_right" in scores) == (step >= training.ALIGN_UNTIL and step % 4 < 3)
+    trains_llm = model.model.language_model.layers[0].mlp.up_proj.weight.grad is not None
+    assert trains_llm == (step >= training.ALIGN_UNTIL)
 
 
 def test_the_start_of_training_answers_questions_about_boards() -> None:

@@ -12,8 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel
 
 from research.mini_training.captions import ANY, ILLEGIBLE, NOTHING, Caption, draw_caption, match_captions
 from research.mini_training.evaluate_text import measure_auc, patch_scores
+from research.mini_training.page_captions import draw_page_caption
 from research.mini_training.text_model import make_text_model
-from research.mini_training.train_text import read_boards, train_text
+from research.mini_training.train_text import read_boards, read_pages, train_text
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import make_board
 
@@ -115,19 +116,22 @@ def test_captions_match_the_tiles_that_they_describe() -> None:
     assert is_legible.tolist() == [[True] * 3, [False, True, True], [True] * 3, [True] * 3]
 
 
-def test_a_caption_matches_its_own_tile(tower: Any) -> None:
-    cache = read_boards(make_text_model(tower), 6)
+@pytest.mark.parametrize(("read", "draw"), [(read_boards, draw_caption), (read_pages, draw_page_caption)])
+def test_a_caption_matches_its_own_tile(tower: Any, read: Any, draw: Any) -> None:
+    cache = read(make_text_model(tower), 6)
     rng = np.random.default_rng(0)
     for _ in range(10):
-        captions = [draw_caption(rng, shows) for shows in cache.contents]
+        captions = [draw(rng, shows) for shows in cache.contents]
         match, is_legible = match_captions(captions, cache.contents)
         assert match.diagonal().all()
         assert is_legible.diagonal().all()
         assert not match.all()
 
 
-def test_the_recipe_runs(tmp_path: Path, tower: Any) -> None:
-    trained: Any = train_text(tmp_path, steps=2, boards=4)
+@pytest.mark.parametrize("pages", [0, 3])
+def test_the_recipe_runs(pages: int, tmp_path: Path, tower: Any) -> None:
+    sign: Any = "opposite" if pages else "aligned"
+    trained: Any = train_text(tmp_path, steps=2, boards=4, pages=pages, sign=sign)
     fresh: Any = make_text_model(tower)
     weight = "encoder.layers.0.mlp.fc1.weight"
     assert torch.equal(trained.vision_model.state_dict()[weight], tower.state_dict()[weight])
