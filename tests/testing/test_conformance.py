@@ -304,6 +304,8 @@ def test_example_models_are_small_and_deterministic(name: str) -> None:
     model = example.adapter.model
     assert kind.matches(model)
     assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
+    text = model.config.get_text_config()  # transformers warns about special tokens outside of the vocabulary
+    assert {getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")} <= {None, *range(text.vocab_size)}
     pairs = zip(model.parameters(), second_model.parameters(), strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
     inputs = example.build_inputs([[(112, 112)], [(60, 160), (40, 40)], []])
