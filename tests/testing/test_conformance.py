@@ -245,11 +245,10 @@ class ScoresAsList(NormScore):
 
 
 def test_a_cause_is_reported_once_with_file_and_line_and_number_of_layouts() -> None:
-    failed = {
-        result.name: result.detail
-        for result in check_reducer(ScoresAsList(), ["llava_next"]).results
-        if result.passed is False
-    }
+    names: list[str] = []
+    report = check_reducer(ScoresAsList(), ["llava_next"], names.append)
+    failed = {result.name: result.detail for result in report.results if result.passed is False}
+    assert names == list(CHECKS)
     line = ScoresAsList.score.__code__.co_firstlineno
     assert failed == {
         "layouts": "reduced 4 of 4 layouts: expected a selection, got TypeError: ScoresAsList.score must return a "

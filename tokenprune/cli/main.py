@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tokenprune.cli.help import read_help
+from tokenprune.cli.status import pause_garbage_collection, show_status
 from tokenprune.source_code import locate_error
 
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
@@ -53,7 +54,8 @@ def run_command(arguments: Sequence[str]) -> int:
     """
     if arguments[0] not in COMMANDS:
         raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-    run = import_module(f"tokenprune.cli.{MODULES.get(arguments[0], arguments[0])}").run
+    with show_status("loading torch and transformers"), pause_garbage_collection():
+        run = import_module(f"tokenprune.cli.{MODULES.get(arguments[0], arguments[0])}").run
     # A sweep runs other commands. It receives `main`, because its module cannot import this one.
     return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from tokenprune.catalog import components, strategies
 from tokenprune.cli.options import build_parser, parse_options, parse_reducer, select_fields
+from tokenprune.cli.status import show_status
 from tokenprune.comparison import Comparison, compare
 from tokenprune.display import encode_png
 from tokenprune.experiments.evaluation.loading import load, model_inputs
@@ -401,7 +402,8 @@ def prepare_page(config: DemoConfig, folder: str) -> tuple[Any, dict[str, Any]]:
         import gradio
     except ImportError:
         raise ValueError('`tokenprune demo` needs gradio; install it with: pip install "tokenprune[demo]"') from None
-    page = build_page(*load(config.model, config.device, config.dtype), config)
+    with show_status("loading the model"):
+        page = build_page(*load(config.model, config.device, config.dtype), config)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # loads no web font
     return page, {
         "server_name": config.host,
