@@ -39,6 +39,12 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], str
     assert main(["list", "strategies", "--plugin", "loud.py", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["LoudestTokens"]["needs"] == "features"
+    Path("own.py").write_text(
+        "from tokenprune.strategies.components import StrideSelection\nclass Own(StrideSelection): ..."
+    )
+    assert main(["list", "components", "--plugin", "own.py", "--json"]) == 0
+    own = next(row for row in json.loads(capsys.readouterr().out) if row["name"] == "Own")
+    assert own["import"] == f"{Path('own.py').resolve()}:Own"
     assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
     assert rows["VisionZip"]["dropped tokens"] == "merged"
     stages = [row["stage"] for row in rows.values()]
