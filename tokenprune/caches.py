@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import Cache
 
 
@@ -23,13 +25,24 @@ def mark_caches(values: Any) -> None:
 
 
 def find_cache(inputs: Mapping[str, Any]) -> Any:
-    """Return the key-value cache in the keyword inputs of a model or of one of its layers; None without a cache.
+    """Return the key-value cache in the inputs or outputs of a model or of one of its layers; None without a cache.
 
     Args:
-        inputs: keyword inputs of `forward` or `generate`.
+        inputs: keyword inputs of `forward` or `generate`, or an output object.
     """
     cache = inputs.get("cache")  # the name since transformers 5.24
     return inputs.get("past_key_values") if cache is None else cache
+
+
+def name_cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument of `forward` that takes a key-value cache.
+
+    It is ``"cache"`` since transformers 5.24, and ``"past_key_values"`` before.
+
+    Args:
+        model: a transformers model.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def count_cached(inputs: Mapping[str, Any]) -> int:

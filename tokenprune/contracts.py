@@ -141,6 +141,27 @@ def require_count(value: Any, instance: object, method: str, meaning: str) -> No
         )
 
 
+def require_grid(grid: Any, instance: object, method: str) -> tuple[int, int] | None:
+    """Return the result of a method if it is a height and a width, or None.
+
+    Args:
+        grid: the result.
+        instance: the strategy.
+        method: name of the method.
+
+    Raises:
+        TypeError: if the result is neither.
+    """
+    if grid is None:
+        return None
+    if not isinstance(grid, Sequence) or [isinstance(side, Integral) for side in grid] != [True, True]:
+        raise TypeError(
+            f"{type(instance).__name__}.{method} must return (height, width) or None, not {grid!r:.80}"
+            f"{locate_method(instance, method)}"
+        )
+    return int(grid[0]), int(grid[1])
+
+
 def check_needs(instance: Any) -> None:
     """Check that the `needs` of a strategy or component are signals.
 

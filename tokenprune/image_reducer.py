@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from tokenprune.budget import as_budget
+from tokenprune.contracts import require_grid
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import TokenReducer
@@ -38,7 +39,7 @@ class ImageReducer(TokenReducer):
 
     def select(self, image: EncodedImage) -> Selection:
         """Return the selection of the resized image: the positions of its tokens in the full-resolution layout."""
-        geometry, grid = image.geometry, self.token_grid(image.geometry)
+        geometry, grid = image.geometry, require_grid(self.token_grid(image.geometry), self, "token_grid")
         kept = torch.zeros(geometry.tiles, geometry.tokens, dtype=torch.bool)
         if grid is not None:
             kept = kept | geometry.valid.cpu() if grid == geometry.token_grid else geometry.resized(grid)[1]

@@ -25,6 +25,7 @@ from tokenprune.selection import (
     kept_newlines,
     top_of_image,
 )
+from tokenprune.source_code import locate_class
 from tokenprune.stages import STAGE_ORDER, ProjectorStage, SeveralStages, Stage
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ class TokenReducer(Configurable, ABC):
             )
         super().__post_init__()
         if self.__dataclass_fields__["budget"].init:  # otherwise a part has it, which already gave the warning
-            self.budget = normalize_budget(self.budget)
+            try:
+                self.budget = normalize_budget(self.budget)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}{locate_class(type(self))}") from None
         check_needs(self)
         if not isinstance(self.attention, SaliencyModel) and self.attention not in ("auto", *SOURCES):
             words = ", ".join(map(repr, ("auto", *SOURCES)))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from tokenprune.contracts import describe_value, locate_method
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice, resolve_layers
 from tokenprune.policies import Component
@@ -147,8 +148,16 @@ def with_saliency(
         model: the saliency model.
         images: the tiles of the image, colors from 0 to 1, base tile first, `[tiles, 3, height, width]`.
         needs: the signals that the strategy declares.
+
+    Raises:
+        TypeError: if the model returns no `SaliencyOutput`.
     """
     output = model.compute_attention(images, image.geometry.token_grid, list_attention_layers(needs))
+    if not isinstance(output, SaliencyOutput):
+        raise TypeError(
+            f"{type(model).__name__}.compute_attention must return a SaliencyOutput, not {describe_value(output)}"
+            f"{locate_method(model, 'compute_attention')}"
+        )
     signals = {(SOURCES["cls"], layer): rows for layer, rows in output.rows.items()}
     return image.with_signals(signals, {SOURCES["cls"]: (output.layers, output.feature_layer)}), output.flops
 

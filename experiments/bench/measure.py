@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from tokenprune.adapter import find_adapter
 from tokenprune.attach import Attachment
 from tokenprune.budget import as_budget
+from tokenprune.caches import find_cache
 from tokenprune.compiled import COMPILED_WIDTH, CompileOptions
 from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
@@ -313,8 +314,9 @@ def count_tokens(
 
     def store_cache_size(out: Any) -> None:
         if not measurement.kv_bytes:
-            measurement.kv_bytes = cache_bytes(out.past_key_values)
-            measurement.prompt = int(out.past_key_values.get_seq_length())
+            cache = find_cache(out)
+            measurement.kv_bytes = cache_bytes(cache)
+            measurement.prompt = int(cache.get_seq_length())
             on_prefill()
 
     _, _, timer, run = generate_once(

@@ -221,12 +221,15 @@ def time_call(call: Callable[[], object]) -> float:
     return 1000 * (perf_counter() - start)
 
 
-def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = None) -> list[Cost]:
+def measure_strategies(
+    config: SelectionCostConfig, size: ModelSize | None = None, on_progress: Callable[[str], object] = str
+) -> list[Cost]:
     """Time strategies and the vision encode of the same image in turns.
 
     Args:
         config: the options.
         size: the size of the image and of the models; None uses the size of LLaVA-NeXT-7B.
+        on_progress: receives the name of each measurement before it starts.
 
     Raises:
         LookupError: if there is no strategy before the LLM of a name.
@@ -248,9 +251,11 @@ def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = Non
     encodes: list[float] = []
     selects: dict[str, list[float]] = {name: [] for name in reducers}
     with torch_threads(config.threads), torch.inference_mode():
-        for _ in range(1 + config.repeats):
+        for number in range(1 + config.repeats):
+            on_progress(f"round {number} of {config.repeats}, vision encode")
             encodes.append(time_call(lambda: tower(pixels)))
             for name, reducer in reducers.items():
+                on_progress(f"round {number} of {config.repeats}, {name}")
                 # A new layout for each call, because a layout caches computed properties.
                 fresh_image = replace(image, geometry=size.geometry, signals=signals[name])
                 selects[name].append(time_call(partial(reducer.reduce, fresh_image)))

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from research import hired_table4 as table4
 from tokenprune.account import kv_bytes, prefill_flops
 from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.caches import find_cache, name_cache_argument
 from tokenprune.cli.main import main
 from tokenprune.cuts import Cut
 from tokenprune.decoder_reducer import AtLayer
@@ -38,6 +39,8 @@ from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.strategies import UniformStride
 from tokenprune.testing.examples import find_example
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 
 SIZE = (112, 112)
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -115,9 +118,9 @@ def test_published_code_encodes_completely() -> None:
 def test_a_decode_step_equals_the_executed_step() -> None:
     model, inputs, text = build_example(LlavaNextAdapter)
     with torch.inference_mode():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = find_cache(model(**inputs, use_cache=True))
         with FlopCounterMode(display=False) as measured:
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **{name_cache_argument(model): cache})
     counted = count_batch(build_meta_example(LlavaNextAdapter), SIZE, text_tokens=text)
     assert counted.decode.flops == measured.get_total_flops()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.helpers.cli import SOME_FAMILIES, STRATEGY_SOURCE, run_refused
 from tokenprune import __version__
+from tokenprune.cli.help import help_file
+from tokenprune.cli.help.__main__ import SUBCOMMANDS, format_help
 from tokenprune.cli.main import COMMANDS, main
 from tokenprune.experiments.bench import selection_cost
 from tokenprune.experiments.bench.selection_cost import ModelSize
@@ -38,6 +41,12 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], str
     assert main(["list", "strategies", "--plugin", "loud.py", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["LoudestTokens"]["needs"] == "features"
+    Path("own.py").write_text(
+        "from tokenprune.strategies.components import StrideSelection\nclass Own(StrideSelection): ..."
+    )
+    assert main(["list", "components", "--plugin", "own.py", "--json"]) == 0
+    own = next(row for row in json.loads(capsys.readouterr().out) if row["name"] == "Own")
+    assert own["import"] == f"{Path('own.py').resolve()}:Own"
     assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
     assert rows["VisionZip"]["dropped tokens"] == "merged"
     stages = [row["stage"] for row in rows.values()]
@@ -102,6 +111,22 @@ def test_check_on_some_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert "HiRED" in capsys.readouterr().out
     assert main(["check", "HiRED", "--families", "lava"]) == 2
     assert "no family is called lava" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
+def test_the_stored_help_is_the_help_of_the_parser(command: list[str]) -> None:
+    """The texts around the options depend on the versions of Python and jsonargparse."""
+
+    def split_options(text: str) -> dict[str, str]:
+        blocks = re.split(r"\n  (?=--[\w-]+)", text.partition("options:")[2])[1:]
+        return {block.split()[0]: " ".join(block.split()) for block in blocks}
+
+    stored, current = split_options(help_file(command).read_text()), split_options(format_help(command))
+    assert stored.keys() == current.keys()
+    own = {name for name in current if name != "--print_config" and not name.endswith(".help")}
+    message = "run `python -m tokenprune.cli.help`"
+    assert {name: stored[name] for name in own} == {name: current[name] for name in own}, message
+    assert len(own) > 1
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "bench run", "bench strategies"])

@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
 from tokenprune.cli.main import main
+from tokenprune.cli.status import show_status
 
 USER_SOURCE = """
 class Unrelated: ...
@@ -123,6 +124,22 @@ def test_every_error_is_one_line(
     Path("empty.py").write_text("")
     Path("user.py").write_text(USER_SOURCE)
     assert message in run_refused(capsys, *arguments)
+
+
+def test_an_error_before_the_first_record_leaves_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.yaml" in run_refused(capsys, "ablate", "none.yaml")
+
+
+def test_status_is_shown_in_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda value=is_terminal: value)
+        with show_status("checking") as show_step:
+            show_step("exact budget")
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("checking" in err) == is_terminal
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -15,6 +15,7 @@ from tokenprune import (
     AllocationPolicy,
     ComponentReducer,
     DecoderReducer,
+    ImageReducer,
     Merged,
     MergingPolicy,
     OrderPolicy,
@@ -27,6 +28,7 @@ from tokenprune import (
     TokenReducer,
 )
 from tokenprune.policies import Component
+from tokenprune.saliency import SaliencyModel, with_saliency
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.components import TopNormSelection, TopRelevanceSelection, UniformAllocation
 from tokenprune.testing.encoded_images import random_encoded_image
@@ -115,6 +117,8 @@ NUMBERS = "Mine.allocate must return 5 numbers of tokens [tiles], not"
             build_user_selection(order=[0]),
             "no permutation of the kept tokens, but list",
         ),
+        (define, ImageReducer, "token_grid", 5, "Mine.token_grid must return (height, width) or None, not 5"),
+        (define, ImageReducer, "token_grid", (2.5, 2), "Mine.token_grid must return (height, width) or None, not (2.5"),
         (compose, SelectionPolicy, "score", [1.0], f"a tensor {MASK}, not list"),
         (compose, PickingSelection, "pick", None, f"a bool mask {MASK}, not NoneType"),
         (compose, PickingSelection, "pick", torch.ones(5, 3), f"a bool mask {MASK}, not torch.float32 [5, 3]"),
@@ -145,6 +149,30 @@ def test_a_wrong_result_is_described(build: Any, base: type, method: str, result
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"Mine.{method}")
     assert str(caught.value).endswith(f"(tests/core/test_contracts.py:{line})")
+
+
+def test_a_saliency_model_returns_a_saliency_output() -> None:
+    class Mine(SaliencyModel):
+        name = "mine"
+
+        def compute_attention(self, *args: Any) -> Any:
+            return {}
+
+    message = r"Mine.compute_attention must return a SaliencyOutput, not dict \(tests/core/test_contracts.py:\d+\)"
+    with pytest.raises(TypeError, match=message):
+        with_saliency(random_encoded_image(LAYOUT), Mine(), torch.ones(5, 3, 8, 8), (Signal("cls_attention"),))
+
+
+def test_a_wrong_budget_names_the_class() -> None:
+    @dataclass
+    class Mine(ScoreReducer):
+        budget: float = 2.0
+
+        def score(self, image: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"Mine: budget 2.0 is neither .* \(tests/core/test_contracts.py:\d+\)"):
+        Mine()
 
 
 def test_valid_results_of_other_types_are_accepted() -> None:

@@ -60,6 +60,7 @@ def test_wheel_holds_one_package(wheel: list[str]) -> None:
         assert f"tokenprune/models/mini/checkpoint/{path}" in wheel
     assert "tokenprune/models/mini/images/board.png" in wheel
     assert "tokenprune/models/verified.json" in wheel
+    assert "tokenprune/cli/help/run.txt" in wheel
     assert not [name for name in wheel if "research" in name or "test_" in name]
     assert "tokenprune/experiments/configs/models/llava-v1.6-vicuna-7b.json" in wheel
     files = {
@@ -87,10 +88,16 @@ def test_links_are_relative(folder: str) -> None:
     assert link.readlink() == Path("..") / folder
 
 
-def test_importing_the_package_loads_no_heavy_dependency() -> None:
+def test_the_package_and_the_help_of_all_commands_load_no_heavy_dependency() -> None:
     heavy = "torch", "transformers", "timm", "wandb", "matplotlib", "numpy"
-    code = f"import sys, tokenprune, tokenprune.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
-    assert run_python(code).stdout.strip() == "[]"
+    code = f"""
+import sys
+import tokenprune
+from tokenprune.cli.main import COMMANDS, main
+codes = [main([*command.split(), "--help"]) for command in ("", *COMMANDS, "bench run", "bench strategies")]
+print(codes == [0] * len(codes), [name for name in {heavy!r} if name in sys.modules])
+"""
+    assert run_python(code).stdout.splitlines()[-1] == "True []"
 
 
 def test_strategies_never_load_transformers() -> None:

@@ -245,11 +245,10 @@ class ScoresAsList(NormScore):
 
 
 def test_a_cause_is_reported_once_with_file_and_line_and_number_of_layouts() -> None:
-    failed = {
-        result.name: result.detail
-        for result in check_reducer(ScoresAsList(), ["llava_next"]).results
-        if result.passed is False
-    }
+    names: list[str] = []
+    report = check_reducer(ScoresAsList(), ["llava_next"], names.append)
+    failed = {result.name: result.detail for result in report.results if result.passed is False}
+    assert names == list(CHECKS)
     line = ScoresAsList.score.__code__.co_firstlineno
     assert failed == {
         "layouts": "reduced 4 of 4 layouts: expected a selection, got TypeError: ScoresAsList.score must return a "
@@ -304,6 +303,8 @@ def test_example_models_are_small_and_deterministic(name: str) -> None:
     model = example.adapter.model
     assert kind.matches(model)
     assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
+    text = model.config.get_text_config()  # transformers warns about special tokens outside of the vocabulary
+    assert {getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")} <= {None, *range(text.vocab_size)}
     pairs = zip(model.parameters(), second_model.parameters(), strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
     inputs = example.build_inputs([[(112, 112)], [(60, 160), (40, 40)], []])

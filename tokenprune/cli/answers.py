@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.cli.status import pause_garbage_collection
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.image_files import load_image, save_image
@@ -42,7 +43,7 @@ class RunConfig:
             --reducer.selection RandomSelection --reducer.selection.seed 3; or a composition
             'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with --reducer.parts.0.budget 0.3.
         max_new_tokens: longest answer in tokens.
-        repeats: timed runs for the time to first token.
+        repeats: timed runs for the time to first token of the first question; with --json, of every question.
         out: folder for the overlay.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto (float32 on a CPU), float32, bfloat16, float16.
@@ -67,7 +68,7 @@ class Answer:
     """The results of one question about one image, answered with all tokens and with the strategy.
 
     `ttft_ms` is the time of a `generate` call for one token, with the vision tower and without input preparation. It is
-    the median of several calls, alternating between full and reduced, after a warm-up of both.
+    the median of several calls, alternating between full and reduced, after a warm-up of both; None without a call.
     """
 
     image: str
@@ -88,8 +89,8 @@ class Answer:
     cuts: list[dict[str, int]]
     prompt_length: int
     prompt_length_full: int
-    ttft_ms: float
-    ttft_full_ms: float
+    ttft_ms: float | None
+    ttft_full_ms: float | None
     kv_bytes: int
     kv_bytes_full: int
     prefill_flops: int
@@ -133,14 +134,16 @@ def answer_all(config: RunConfig) -> list[Answer]:
     for file in files if config.model == "mini" else []:
         if notice := mini.describe_limits(file):
             print(f"tokenprune: {notice}", file=sys.stderr)
-    model, processor = load(config.model, config.device, config.dtype)
+    with pause_garbage_collection():
+        model, processor = load(config.model, config.device, config.dtype)
     answers = list[Answer]()
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
         fault = None
         for position, (question, expected) in enumerate(questions):
             inputs = model_inputs(model, processor, image, [question], file)
-            result, run = answer_question(model, processor, inputs, config, file, question, expected, overlay)
+            timed = config if config.json or position == 0 else replace(config, repeats=0)  # tables show only the first
+            result, run = answer_question(model, processor, inputs, timed, file, question, expected, overlay)
             fault = save_overlay(run, image, overlay) if position == 0 else fault
             answers.append(result if fault is None else replace(result, overlay=None, overlay_error=fault))
     return answers
@@ -206,8 +209,8 @@ def answer_question(
         cuts=run.account.summary()["cuts"],
         prompt_length=after,
         prompt_length_full=before,
-        ttft_ms=statistics.median(times[1]),
-        ttft_full_ms=statistics.median(times[0]),
+        ttft_ms=statistics.median(times[1]) if times[1] else None,
+        ttft_full_ms=statistics.median(times[0]) if times[0] else None,
         kv_bytes=run.account.kv_bytes,
         kv_bytes_full=run.account.kv_bytes_full,
         prefill_flops=run.account.flops,
@@ -243,7 +246,7 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
             cost.add_column(column, justify="left" if column == "" else "right")
         rows: list[tuple[str, float, float, str]] = [
             ("prompt length (tokens)", first.prompt_length_full, first.prompt_length, ",.0f"),
-            ("time to first token (ms)", first.ttft_full_ms, first.ttft_ms, ",.1f"),
+            ("time to first token (ms)", first.ttft_full_ms or 0.0, first.ttft_ms or 0.0, ",.1f"),
             ("KV cache after prefill (kB)", first.kv_bytes_full / 1e3, first.kv_bytes / 1e3, ",.1f"),
             ("LLM prefill (MFLOP)", first.prefill_flops_full / 1e6, first.prefill_flops / 1e6, ",.1f"),
         ]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.cli.status import show_status
 from tokenprune.experiments.bench.command import BenchConfig, run_benchmark
 from tokenprune.experiments.bench.report import print_tables, write_report
 from tokenprune.experiments.bench.selection_cost import SelectionCostConfig, format_costs, measure_strategies
@@ -31,7 +32,9 @@ def run(argv: Sequence[str]) -> int:
     options = parse_options(parser, argv)
     if options.what == "run":
         raise UserError("write `run` before its options: tokenprune bench run --model mini")
-    print(format_costs(measure_strategies(select_fields(SelectionCostConfig, options))))
+    with show_status("measuring") as show_step:
+        costs = measure_strategies(select_fields(SelectionCostConfig, options), on_progress=show_step)
+    print(format_costs(costs))
     return 0
 
 

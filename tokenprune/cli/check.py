@@ -11,6 +11,7 @@ from tokenprune.budget import NoTokenWarning, OneTokenWarning
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.listing import print_report
 from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, select_fields
+from tokenprune.cli.status import show_status
 from tokenprune.testing.conformance import check_reducer
 
 
@@ -38,10 +39,10 @@ def run(argv: Sequence[str]) -> int:
     config = select_fields(CheckConfig, parse_options(parser, arguments, {}))
     if config.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), show_status(f"checking {config.reducer.label}") as show_step:
         for category in (OneTokenWarning, NoTokenWarning):  # the checks themselves use budgets of one and no token
             warnings.simplefilter("ignore", category)
-        report = check_reducer(config.reducer, config.families)
+        report = check_reducer(config.reducer, config.families, show_step)
     if config.json:
         print(json.dumps({"passed": report.passed, **asdict(report)}))
     else:

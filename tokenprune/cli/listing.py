@@ -201,8 +201,8 @@ def format_json(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table without their parameters; names in code font, papers with links to arXiv."""
-    columns = [name for name in rows[0] if name != "parameters"]
+    """Return rows as a Markdown table without parameters and imports; names in code font, papers with arXiv links."""
+    columns = [name for name in rows[0] if name not in ("parameters", "import")]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         settings = [

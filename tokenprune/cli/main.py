@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from tokenprune.cli.help import read_help
+from tokenprune.cli.status import pause_garbage_collection, show_status
 from tokenprune.source_code import locate_error
 
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
@@ -40,6 +42,27 @@ FILE_HINTS = {
 """What to do after an error of the file system, by its number."""
 
 
+def run_command(arguments: Sequence[str]) -> int:
+    """Import and run a command, and return its exit code.
+
+    Args:
+        arguments: the command and its arguments.
+
+    Raises:
+        ValueError: if there is no such command.
+    """
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
+    if not {"-h", "--help"} & set(arguments):  # the help needs no time for the check
+        from tokenprune.dependencies import check_dependencies
+
+        check_dependencies()
+    with show_status("loading torch and transformers"), pause_garbage_collection():
+        run = import_module(f"tokenprune.cli.{arguments[0]}").run
+    # A sweep runs other commands. It receives `main`, because its module cannot import this one.
+    return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -60,16 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
+    if (text := read_help(arguments)) is not None:
+        print(text, end="")
+        return 0
     try:
-        if arguments[0] not in COMMANDS:
-            raise ValueError(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        if not {"-h", "--help"} & set(arguments):  # the help needs no time for the check
-            from tokenprune.dependencies import check_dependencies
-
-            check_dependencies()
-        run = import_module(f"tokenprune.cli.{arguments[0]}").run
-        # A sweep runs other commands. It receives this function, because its module cannot import this one.
-        return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
+        return run_command(arguments)
     except SystemExit as stop:  # --help and --print_config of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:

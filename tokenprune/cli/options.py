@@ -6,13 +6,15 @@ the type, its default the default, and its entry under ``Args:`` in the docstrin
 
 from __future__ import annotations
 
+import re
+from argparse import Action
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from tokenprune.cli.errors import INPUT_ERRORS, user_error
 from tokenprune.cli.parsing import ClassOption, prepare_arguments
@@ -31,6 +33,16 @@ BUDGET_HELP = (
 """The help of the budget of a strategy."""
 
 
+class OptionFormatter(DefaultHelpFormatter):
+    """Formats the help: a class as the value of an option is its name, and the classes that exist are not listed."""
+
+    def _get_help_string(self, action: Action) -> str:
+        """Return the help of an option; jsonargparse would add the parameters of the default class."""
+        if isinstance(action.default, Namespace) and "class_path" in action.default:
+            return f"{action.help} (default: {action.default.class_path.rpartition('.')[2]})"
+        return re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action))
+
+
 def build_parser(prog: str, description: str, *configs: type[DataclassInstance], file: bool = False) -> ArgumentParser:
     """Return a parser with one option for each field of some dataclasses; it raises errors instead of exiting.
 
@@ -40,7 +52,9 @@ def build_parser(prog: str, description: str, *configs: type[DataclassInstance],
         configs: the dataclasses.
         file: whether ``--config FILE`` reads options from a YAML file.
     """
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, allow_abbrev=False, description=description, formatter_class=OptionFormatter
+    )
     if file:
         parser.add_argument("--config", action="config", help="YAML file with any of these options")
     for config in configs:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tokenprune.cli.status import show_status
 from tokenprune.display import format_count
 from tokenprune.experiments.analysis.results import Setting
 from tokenprune.experiments.evaluation.experiment import Progress
@@ -35,10 +37,18 @@ def run_with_progress(work: Callable[[Callable[[Progress], None]], Progress], ou
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Bar(*columns, console=console, disable=quiet) as bar:
+    bar = Bar(*columns, console=console, disable=quiet)
+    with ExitStack() as displays:
+        status = displays.enter_context(ExitStack())
+        if not quiet:
+            status.enter_context(show_status("checking the settings, and loading the model"))
         task = bar.add_task("", total=None, score="")
 
         def update_bar(progress: Progress) -> None:
+            if not bar.live.is_started:  # an error before the first record leaves no bar
+                status.close()
+                displays.callback(bar.stop)
+                bar.start()
             score, number = progress.scores.get(progress.setting, (0.0, 0))
             text = f"{100 * score / number:.1f} %" if number else ""
             bar.update(task, total=progress.total, completed=progress.done, description=progress.setting, score=text)
@@ -46,7 +56,7 @@ def run_with_progress(work: Callable[[Callable[[Progress], None]], Progress], ou
         try:
             progress = work(update_bar)
         except KeyboardInterrupt:
-            bar.stop()
+            displays.close()
             print(f"stopped; run the same command to continue ({out})", file=sys.stderr)
             raise
     if not quiet:

@@ -9,6 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from tokenprune.cli.answers import RunConfig, answer_all, format_json, print_table
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.cli.status import show_status
 
 
 def run(argv: Sequence[str]) -> None:
@@ -17,7 +18,7 @@ def run(argv: Sequence[str]) -> None:
     parser = build_parser("tokenprune run", description, RunConfig, file=True)
     config = select_fields(RunConfig, parse_options(parser, argv, {}))
     # A user's strategy may print. With --json, stdout must hold only the JSON object.
-    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+    with redirect_stdout(sys.stderr) if config.json else nullcontext(), show_status("loading the model, and answering"):
         answers = answer_all(config)
     if config.json:
         print(format_json(config, answers))

@@ -521,12 +521,15 @@ MODEL_CHECKS = frozenset({"batch invariant", "cuts", "leaves no trace"})
 """Checks that run example models; they take the families."""
 
 
-def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None) -> Report:
+def check_reducer(
+    reducer: TokenReducer, families: Collection[str] | None = None, on_check: Callable[[str], object] = str
+) -> Report:
     """Check a strategy against the contract of the library.
 
     Args:
         reducer: an instance of the strategy; the check of budgets replaces its budget.
         families: model families (``"llava_next"``, ...) whose example models run; None runs all families.
+        on_check: receives the name of each check before it runs.
 
     Returns:
         The report; print it, or read `Report.passed`. It names the adapters without an example model, which no check
@@ -544,6 +547,7 @@ def check_reducer(reducer: TokenReducer, families: Collection[str] | None = None
     checks_by_cause: dict[str, str] = {}
     with torch.random.fork_rng():
         for name, check in CHECKS.items():
+            on_check(name)
             try:
                 check(reducer, families) if name in MODEL_CHECKS else check(reducer)
                 results.append(Result(name, True))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
+from tokenprune.caches import find_cache, name_cache_argument
 from tokenprune.capabilities import HasDecoder, require_capability
 from tokenprune.cuts import Cut, as_entered_budget, resolve_cuts
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
@@ -280,11 +281,11 @@ def count_batch(
         out = model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=0 if all_logits else 1,
+            **{name_cache_argument(model): cache},
         )
-        return out.past_key_values, out.logits.float()
+        return find_cache(out), out.logits.float()
 
     with torch.inference_mode():
         with meter.phase() as encoding:

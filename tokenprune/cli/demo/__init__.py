@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenprune.cli.demo.choices import DemoConfig
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.cli.status import show_status
 from tokenprune.experiments.evaluation.loading import load
 
 
@@ -47,7 +48,8 @@ def prepare_page(config: DemoConfig, folder: str) -> tuple[Any, dict[str, Any]]:
         from tokenprune.cli.demo.page import build_page
     except ImportError:
         raise ValueError('`tokenprune demo` needs gradio; install it with: pip install "tokenprune[demo]"') from None
-    page = build_page(*load(config.model, config.device, config.dtype), config)
+    with show_status("loading the model"):
+        page = build_page(*load(config.model, config.device, config.dtype), config)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # loads no web font
     return page, {
         "server_name": config.host,

@@ -77,7 +77,8 @@ def build_mrope_config(**overrides: Any) -> dict[str, Any]:
         overrides: further or different configuration entries.
     """
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return build_decoder_config(num_key_value_heads=2, rope_parameters=rope, **overrides)
+    tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults are outside of the tiny vocabulary
+    return build_decoder_config(**{"num_key_value_heads": 2, "rope_parameters": rope, **tokens, **overrides})
 
 
 def build_llama_config() -> LlamaConfig:

@@ -1,0 +1,40 @@
+"""Shows in a terminal what a command does while it prints nothing."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def show_status(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a text with a moving symbol on stderr during the block; nothing if stderr is no terminal.
+
+    Yields a function that appends the current step to the text.
+
+    Print results after the block: inside it, they would be written to stderr.
+
+    Args:
+        text: the action, such as ``"loading"``.
+    """
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as status:
+        yield lambda step: status.update(f"{text}: {step}")
+
+
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Collect no garbage inside the block. Importing torch and transformers is then a fifth faster."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
