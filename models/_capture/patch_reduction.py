@@ -398,9 +398,7 @@ def _narrow(remaining: RemainingPatches, name: str | None, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if name == "cu_seqlens":
-        before = F.pad(remaining.mask[0].cumsum(dim=0), (1, 0))
-        bounds = before[value.long()].unique_consecutive()  # a window without patches has no attention
-        return bounds.to(value.dtype)
+        return remaining.find_bounds(value)
     if value.dim() == 4 and value.shape[-2:] == (length, length):  # a mask of pairs of positions
         rows = value.expand(len(index), -1, -1, -1).gather(
             2, index[:, None, :, None].expand(-1, value.shape[1], -1, length)

@@ -263,6 +263,28 @@ def test_compositions_with_later_stages(family: Any) -> None:
     assert not any((s.kept & ~kept).any() for s, kept in zip(selections, pixels, strict=True))
 
 
+MERGED = ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl", "glm4v"))]
+
+
+@pytest.mark.parametrize("name", MERGED)
+@torch.no_grad()
+def test_mergers_run_on_kept_tokens(name: str) -> None:
+    model, inputs = FAMILIES[name].model(), batch(FAMILIES[name])
+    adapter, rows = find_adapter(model), []
+
+    def store_rows(module: Any, args: Any, output: Tensor) -> None:
+        rows.append(len(output))
+
+    mergers = adapter.mergers  # type: ignore[attr-defined]
+    hooks = [list(merger.children())[-1].register_forward_hook(store_rows) for merger in mergers]
+    with PixelPrune()(model) as run:
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [sum(selection.kept_tokens for selection in run.selections)] * len(mergers)
+    assert len(mergers) == (3 if name == "qwen3_vl" else 1)
+
+
 @torch.no_grad()
 def test_a_budget_of_zero_keeps_only_text(family: Any) -> None:
     model, inputs = family.model(), batch(family)
