@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.emulated_device import EmulatedDevice, move_model, to_device
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state, kept_mask, oracle_inputs
 from tests.helpers.truncation import prepare_both
@@ -24,7 +25,7 @@ from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import replaced_forward
 from tokenprune.reducer import TokenReducer
-from tokenprune.run import Run
+from tokenprune.run import DRAWABLE, Run
 from tokenprune.selection import Selection
 from tokenprune.strategies import FastV, HiRED, ImageDownsample, PixelPrune, Random
 from tokenprune.strategies.encoder import RandomPatches
@@ -305,3 +306,19 @@ def test_a_shared_encoding_is_reduced(family: Any) -> None:
         *(c.inputs["mm_encoder_outputs"]["image"].pooler_output for c in (shared, separate)), strict=True
     ):
         assert torch.equal(features, expected)
+
+
+@pytest.mark.slow
+def test_the_numbers_of_tokens_are_read_from_an_accelerator_once() -> None:
+    """A random selection whose numbers follow from the budget needs one read less."""
+    model, inputs = move_model(FAMILIES["pixtral"].model()), dict(batch(FAMILIES["pixtral"]))
+
+    def count_reads(reducer: TokenReducer) -> int:
+        with torch.no_grad(), EmulatedDevice(), reducer(model):
+            for _ in range(1 + DRAWABLE // 3):  # the first calls copy tables and keep pixels for drawing
+                model(**to_device(inputs))
+            with EmulatedDevice() as device:
+                model(**to_device(inputs))
+        return sum(device.reads.values())
+
+    assert count_reads(PixelPrune()) == count_reads(Random(0.3, positions="preserve")) + 1
