@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.adapter import Encoding, FeatureInputs
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
@@ -17,6 +17,11 @@ class Qwen3VLAdapter(MergedPatchesAdapter):
 
     family: ClassVar[str] = "qwen3_vl"
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
+
+    @property
+    def mergers(self) -> Sequence[nn.Module]:
+        """The mergers of the last layer and of the earlier levels."""
+        return [*super().mergers, *self.tower.deepstack_merger_list]
 
     @property
     def adds_features_until(self) -> int:

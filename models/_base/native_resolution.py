@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.vision_inputs import read_once
+from tokenprune.models._capture.hooks import replaced_forward
+from tokenprune.models._capture.patch_reduction import PatchReduction
+from tokenprune.models._capture.vision_run import VisionRun
 from tokenprune.rewrite import TextSeparatorSide
 
 
@@ -37,6 +41,11 @@ class MergedPatchesAdapter(PlaceholderAdapter, HasDecoder):
         """Number of patches along a side of one visual token."""
         return int(self.tower.spatial_merge_size)
 
+    @property
+    def mergers(self) -> Sequence[nn.Module]:
+        """The modules of the tower that map the hidden states of each token to a visual token."""
+        return [self.tower.merger]
+
     def layouts(self, inputs: Mapping[str, Any]) -> list[TileGeometry]:
         """Return one tile per image, with the size of its patch grid.
 
@@ -52,6 +61,24 @@ class MergedPatchesAdapter(PlaceholderAdapter, HasDecoder):
                 f"holds {len(inputs[self.pixels])}"
             )
         return [TileGeometry.single((rows // self.pooling, cols // self.pooling)) for _, rows, cols in grids]
+
+    def run_vision_side(
+        self,
+        inputs: Mapping[str, Any],
+        layouts: Sequence[TileGeometry],
+        kinds_by_layer: dict[int, set[str]],
+        truncated: bool,
+        patches: PatchReduction | None = None,
+    ) -> VisionRun:
+        """Run the model's own `get_image_features`; if tokens were dropped before the tower, merge only kept ones."""
+        if patches is None or patches.entering is None:
+            return super().run_vision_side(inputs, layouts, kinds_by_layer, truncated, patches)
+        block, tokens = self.pooling**2, sum(layout.tokens for layout in layouts)
+        kept = torch.cat(list(patches.entering))[::block].div(block, rounding_mode="floor")
+        with ExitStack() as undo:
+            for module in self.mergers:
+                undo.enter_context(replaced_forward(module, partial(merge_kept, module.forward, kept, tokens)))
+            return super().run_vision_side(inputs, layouts, kinds_by_layer, truncated, patches)
 
     def split_pixels(self, inputs: Mapping[str, Any], layouts: Sequence[TileGeometry]) -> Sequence[Tensor]:
         """Return the images assembled from their patches, `[1, 3, height, width]` each."""
@@ -81,6 +108,19 @@ class MergedPatchesAdapter(PlaceholderAdapter, HasDecoder):
     def count_position_ids(self, mask: Tensor) -> Tensor:
         """Return equal positions for text, height and width, `[3, rows, length]`: kept tokens are counted like text."""
         return super().count_position_ids(mask).expand(3, -1, -1)
+
+
+def merge_kept(forward: Callable[[Tensor], Tensor], kept: Tensor, tokens: int, hidden: Tensor) -> Tensor:
+    """Return the visual tokens of all images, `[tokens, dim]`; zero for tokens that were dropped.
+
+    Args:
+        forward: maps the hidden states of tokens to visual tokens.
+        kept: the kept tokens in the order of the tower, `[kept]`.
+        tokens: number of tokens.
+        hidden: hidden states of all patches or tokens, `[patches or tokens, width]`.
+    """
+    merged = forward(hidden.unflatten(0, (tokens, -1))[kept].flatten(0, 1))
+    return merged.new_zeros(tokens, merged.shape[-1]).index_copy(0, kept, merged)
 
 
 class PixtralTowerAdapter(PlaceholderAdapter, HasDecoder):

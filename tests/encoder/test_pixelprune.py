@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.emulated_device import EmulatedDevice, move_model, to_device
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state, kept_mask, oracle_inputs
 from tests.helpers.truncation import prepare_both
@@ -24,7 +25,7 @@ from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import replaced_forward
 from tokenprune.reducer import TokenReducer
-from tokenprune.run import Run
+from tokenprune.run import DRAWABLE, Run
 from tokenprune.selection import Selection
 from tokenprune.strategies import FastV, HiRED, ImageDownsample, PixelPrune, Random
 from tokenprune.strategies.encoder import RandomPatches
@@ -263,6 +264,28 @@ def test_compositions_with_later_stages(family: Any) -> None:
     assert not any((s.kept & ~kept).any() for s, kept in zip(selections, pixels, strict=True))
 
 
+MERGED = ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl", "glm4v"))]
+
+
+@pytest.mark.parametrize("name", MERGED)
+@torch.no_grad()
+def test_mergers_run_on_kept_tokens(name: str) -> None:
+    model, inputs = FAMILIES[name].model(), batch(FAMILIES[name])
+    adapter, rows = find_adapter(model), []
+
+    def store_rows(module: Any, args: Any, output: Tensor) -> None:
+        rows.append(len(output))
+
+    mergers = adapter.mergers  # type: ignore[attr-defined]
+    hooks = [list(merger.children())[-1].register_forward_hook(store_rows) for merger in mergers]
+    with PixelPrune()(model) as run:
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [sum(selection.kept_tokens for selection in run.selections)] * len(mergers)
+    assert len(mergers) == (3 if name == "qwen3_vl" else 1)
+
+
 @torch.no_grad()
 def test_a_budget_of_zero_keeps_only_text(family: Any) -> None:
     model, inputs = family.model(), batch(family)
@@ -283,3 +306,19 @@ def test_a_shared_encoding_is_reduced(family: Any) -> None:
         *(c.inputs["mm_encoder_outputs"]["image"].pooler_output for c in (shared, separate)), strict=True
     ):
         assert torch.equal(features, expected)
+
+
+@pytest.mark.slow
+def test_the_numbers_of_tokens_are_read_from_an_accelerator_once() -> None:
+    """A random selection whose numbers follow from the budget needs one read less."""
+    model, inputs = move_model(FAMILIES["pixtral"].model()), dict(batch(FAMILIES["pixtral"]))
+
+    def count_reads(reducer: TokenReducer) -> int:
+        with torch.no_grad(), EmulatedDevice(), reducer(model):
+            for _ in range(1 + DRAWABLE // 3):  # the first calls copy tables and keep pixels for drawing
+                model(**to_device(inputs))
+            with EmulatedDevice() as device:
+                model(**to_device(inputs))
+        return sum(device.reads.values())
+
+    assert count_reads(PixelPrune()) == count_reads(Random(0.3, positions="preserve")) + 1

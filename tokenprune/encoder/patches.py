@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.encoder.restoration import DroppedPatches, list_dropped, restore_dropped
@@ -132,6 +133,26 @@ class RemainingPatches:
         cls = self.sizes.new_zeros(len(self.sizes), int(self.cls != "none"))
         bias = self.sizes.log()
         return torch.cat([bias, cls] if self.cls == "last" else [cls, bias], dim=1)
+
+    @cached_property
+    def _bounds(self) -> list[tuple[Tensor, Tensor]]:
+        return []
+
+    def find_bounds(self, full: Tensor) -> Tensor:
+        """Return the bounds of images or windows in the sequence of the remaining patches, `[1 + segments]`.
+
+        Segments without a patch are left out: kernels of a single segment accept no empty one. Their number is read
+        from the device once, because all layers share the tensor of the bounds.
+
+        Args:
+            full: the bounds in the full sequence (`cu_seqlens`), `[1 + segments]`.
+        """
+        stored = next((bounds for key, bounds in self._bounds if key is full), None)
+        if stored is None:
+            before = F.pad(self.mask[0].cumsum(dim=0), (1, 0))
+            stored = before[full.long()].unique_consecutive().to(full.dtype)
+            self._bounds.append((full, stored))
+        return stored
 
     def gather(self, sequence: Tensor) -> Tensor:
         """Return the remaining entries of a sequence, `[tiles, remaining, width]`.
