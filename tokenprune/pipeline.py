@@ -27,7 +27,6 @@ from tokenprune.decoder.plan import DecoderPlan
 from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
-from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
@@ -54,6 +53,7 @@ from tokenprune.signal_reader import SignalReader
 from tokenprune.stages import EntryStage, order_positions
 
 if TYPE_CHECKING:
+    from tokenprune.encoder_reducer import EncoderReducer
     from tokenprune.reducer import TokenReducer
 
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
@@ -96,7 +96,8 @@ class Pipeline:
         self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
-        self.patch_reducers = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
+        parts: Sequence[Any] = reducer.list_parts()
+        self.patch_reducers: list[EncoderReducer] = [part for part in parts if part.stage.reads_tower_layer]
         """The strategies that drop or merge patches inside the vision tower."""
         pixel_part: Any = next((part for part in reducer.list_parts() if part.stage.reads_pixels), None)
         if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
@@ -397,7 +398,7 @@ class Pipeline:
             return BatchSelection([replace(selection, pixels=image.pixels) for selection, image in pairs], [])
         record = encoding.patches
         kept = None if record is None or record.kept is None else list(record.kept) * encoding.repeats
-        if isinstance(self.entry, EncoderReducer):
+        if self.entry is not None and self.entry.stage.reads_tower_layer:
             return BatchSelection(select_remaining(images, kept, self.entry.newlines), [])
         if kept is None or self.entry is None:
             return batch_selector.select(images)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.image import LLM_SIGNALS, STEP_SIGNALS
 from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_attention_source, resolve_needs
 
@@ -68,8 +68,9 @@ def describe_missing_steps(reducer: TokenReducer, adapter: Adapter) -> str | Non
         reducer: the strategy.
         adapter: the adapter of the model.
     """
-    for part in reducer.list_parts():
-        if not isinstance(part, EncoderReducer):
+    parts: Sequence[Any] = reducer.list_parts()
+    for part in parts:
+        if not part.stage.reads_tower_layer:
             continue
         step, name = "merge" if part.merges else "drop", type(adapter.model).__name__
         if step not in adapter.patch_steps:
