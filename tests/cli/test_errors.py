@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
 from tokenprune.cli.main import main
-from tokenprune.cli.status import show_status
+from tokenprune.cli.status import hide_transformers_warnings, show_status
 
 USER_SOURCE = """
 class Unrelated: ...
@@ -140,6 +141,15 @@ def test_status_is_shown_in_a_terminal_only(
         out, err = capsys.readouterr()
         assert out == ""
         assert ("checking" in err) == is_terminal
+
+
+def test_warnings_of_transformers_are_hidden_inside_the_block_only() -> None:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    with hide_transformers_warnings():
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    assert logger.level == level
 
 
 def test_debug_shows_the_traceback() -> None:

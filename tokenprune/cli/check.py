@@ -11,7 +11,7 @@ from tokenprune.budget import NoTokenWarning, OneTokenWarning
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.listing import print_report
 from tokenprune.cli.options import ReducerConfig, build_parser, parse_options, select_fields
-from tokenprune.cli.status import show_status
+from tokenprune.cli.status import hide_transformers_warnings, show_status
 from tokenprune.testing.conformance import check_reducer
 
 
@@ -39,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     config = select_fields(CheckConfig, parse_options(parser, arguments, {}))
     if config.reducer is None:
         raise UserError("name the strategy to check: tokenprune check HiRED, or tokenprune check file.py:Class")
-    with warnings.catch_warnings(), show_status(f"checking {config.reducer.label}") as show_step:
+    status = show_status(f"checking {config.reducer.label}")
+    with warnings.catch_warnings(), hide_transformers_warnings(), status as show_step:
         for category in (OneTokenWarning, NoTokenWarning):  # the checks themselves use budgets of one and no token
             warnings.simplefilter("ignore", category)
         report = check_reducer(config.reducer, config.families, show_step)

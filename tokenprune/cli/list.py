@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tokenprune.cli.listing import KINDS, as_markdown, format_json, print_table
 from tokenprune.cli.options import build_parser, parse_options, select_fields
-from tokenprune.cli.status import show_status
+from tokenprune.cli.status import hide_transformers_warnings, show_status
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     """Run the command `list`."""
     description = "List strategies, components or models, with their parameters."
     config = select_fields(ListConfig, parse_options(build_parser("tokenprune list", description, ListConfig), argv))
-    with show_status(f"reading {config.kind}"):
+    with hide_transformers_warnings(), show_status(f"reading {config.kind}"):
         rows = KINDS[config.kind](config.plugin)
     if config.json:
         print(format_json(rows))

@@ -38,3 +38,16 @@ def pause_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def hide_transformers_warnings() -> Iterator[None]:
+    """Print only errors of transformers inside the block; its warnings about example models concern no user."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
