@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from jsonargparse import ArgumentParser
+from PIL import Image
 
 from tokenprune.cli.main import COMMANDS, main
 from tokenprune.cli.options import parse_reducer
@@ -32,8 +33,10 @@ PROGRAMS = ("accelerate", "mkdocs", "pip", "pytest", "python", "tokenprune", "to
 """Programs that pages call."""
 REPOSITORY = ("docs", "examples", "experiments", "research")
 """Folders that commands and code of pages read."""
-FILES = {"photo.jpg": "", "run.yaml": "reducer: HiRED\n"}
-"""Files that commands of pages read and no page shows: an image of the reader, and the output of an earlier command."""
+OUTPUTS = {"run.yaml": "reducer: HiRED\n"}
+"""Files that earlier commands of pages write."""
+IMAGES = ("photo.jpg", "my_data/a.png")
+"""Images of the reader."""
 
 
 class Block(NamedTuple):
@@ -76,9 +79,12 @@ def enter_folder(page: str, folder: Path) -> None:
     for name in REPOSITORY:
         (folder / name).symlink_to(ROOT / name)
     shown = {block.file: block.text for block in read_blocks(page) if block.file}
-    for file, text in (FILES | shown).items():
+    for file, text in (OUTPUTS | shown).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
+    for file in IMAGES:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "red").save(folder / file)
 
 
 def expand_commands(script: str, folder: Path) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.helpers.pages import (
     COMPARED,
@@ -203,3 +205,14 @@ def test_readme_is_short_and_links_exist() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
     for command in ("pip install -e . && tokenprune run", 'pip install -e ".[test]" && pytest -n auto'):
         assert f"\n{command}\n" in text
+
+
+@pytest.mark.slow
+def test_the_image_of_the_readme_is_current() -> None:
+    """Its text states that the answers are equal. To update it, run ``python docs/_site/draw_overlay.py``."""
+    names = runpy.run_path(str(ROOT / "docs/_site/draw_overlay.py"))
+    (header, *lines), overlay = names["answer_questions"]()
+    assert header == ("", "all 500 tokens", "HiRED(0.2): 100 tokens")
+    assert all(full == reduced for _, full, reduced in lines)
+    with Image.open(ROOT / "docs/images/overlay.png") as stored:
+        assert stored.size == names["draw_answers"]([header, *lines], overlay).size
