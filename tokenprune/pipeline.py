@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchSelector
-from tokenprune.budget import as_budget
+from tokenprune.budget import as_budget, format_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
@@ -94,7 +94,8 @@ class Pipeline:
         """The signals to capture in the vision tower for the strategy."""
         if problem := describe_missing_signals(reducer, adapter):
             raise ValueError(problem)
-        self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
+        budget = format_budget(reducer.budget_label)
+        self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter), budget)
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
         entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)]

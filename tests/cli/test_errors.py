@@ -77,6 +77,7 @@ from tokenprune.cli.main import main
         (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["run", "--dtype", "int9"], "--dtype int9 is no torch dtype"),
         (["run", "--max-new-tokens", "0"], "must be at least 1"),
+        (["run", "--figure", "kept.gif"], "--figure kept.gif: give a file that ends in .png, .pdf, .svg"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -109,14 +110,20 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 
-def test_an_unwritable_overlay_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_overlay_does_not_lose_the_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert "tokenprune-out/overlay.png cannot be written: No space left on device" in run_refused(capsys, "run", *FAST)
+    assert main(["run", *FAST, "--question", "How many shapes are there?"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "tokenprune: tokenprune-out/overlay.png cannot be written: No space left on device\n"
+    assert "How many shapes are there?" in out
+    assert "overlay:" not in out
     assert list(Path("tokenprune-out").iterdir()) == []
 
 

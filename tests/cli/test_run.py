@@ -35,6 +35,17 @@ def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
         assert overlay.width > 500
 
 
+def test_existing_drawings_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--question", "How many shapes are there?", "--max-new-tokens", "1", "--figure"]
+    reports = [run_json(capsys, *arguments, name) for name in ("kept.pdf", "kept.pdf", "kept.svg")]
+    assert [report["figure"] for report in reports] == ["kept.pdf", "kept-2.pdf", "kept.svg"]
+    names = [f"tokenprune-out/{name}.png" for name in ("overlay", "overlay-2", "overlay-3")]
+    assert [report["overlay"] for report in reports] == names
+    assert all((tmp_path / name).is_file() for name in names)
+    assert (tmp_path / "kept-2.pdf").read_bytes().startswith(b"%PDF")
+    assert b"<svg" in (tmp_path / "kept.svg").read_bytes()
+
+
 def test_json_is_one_consistent_object(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys)
     for name in ("answer_full", "answer", "asked", "kept", "budgets", "prompt_length", "overlay", "ttft_ms"):

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import load, model_inputs
-from tokenprune.image_files import load_image, save_image
+from tokenprune.image_files import find_free_path, load_image, save_image
 from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
-from tokenprune.viz import draw_report
+from tokenprune.viz import FIGURE_SUFFIXES, draw_mask, draw_report, format_caption, save_figure
 
 DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
 """Question types for the bundled board; each type has one question."""
@@ -41,7 +43,8 @@ class RunConfig:
             'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with --reducer.parts.0.budget 0.3.
         max_new_tokens: longest answer in tokens.
         repeats: timed runs for the time to first token.
-        out: folder for the overlay.
+        out: folder for the overlay; existing files are kept, and the overlay gets the next free number.
+        figure: file of a figure for papers with the kept tokens over the image: .png, .pdf or .svg.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto (float32 on a CPU), float32, bfloat16, float16.
         json: print one JSON object: the fields of the first answer, and all answers under `results`.
@@ -55,6 +58,7 @@ class RunConfig:
     max_new_tokens: int = 32
     repeats: int = 3
     out: str = "tokenprune-out"
+    figure: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     json: bool = False
@@ -94,7 +98,9 @@ class Answer:
     prefill_flops_full: int
     attention: str | None
     saliency_flops: int
-    overlay: str
+    overlay: str | None = None
+    figure: str | None = None
+    file_error: str | None = None
 
 
 def answer_all(config: RunConfig) -> list[Answer]:
@@ -102,8 +108,9 @@ def answer_all(config: RunConfig) -> list[Answer]:
 
     Raises:
         ValueError: if an image, the model or an option cannot be used; the error states the fault and the action.
-        OSError: if the overlay cannot be written.
     """
+    if config.figure is not None and Path(config.figure).suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"--figure {config.figure}: give a file that ends in {', '.join(FIGURE_SUFFIXES)}")
     if config.max_new_tokens < 1 or config.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
     files = list(config.image) if config.image else [str(mini.image_path())]
@@ -128,18 +135,44 @@ def answer_all(config: RunConfig) -> list[Answer]:
         raise ValueError(f"--out {out} cannot be created as a folder ({error.strerror}); give another path") from error
     model, processor = load(config.model, config.device, config.dtype)
     answers = []
-    for number, (file, image) in enumerate(zip(files, images, strict=True)):
-        overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
-        for position, (question, expected) in enumerate(questions):
+    for file, image in zip(files, images, strict=True):
+        written: dict[str, Any] = {}
+        for question, expected in questions:
             inputs = model_inputs(model, processor, image, [question], file)
-            answers.append(answer_question(model, processor, inputs, config, file, question, expected, overlay))
-            run = answers[-1][1]
-            if position == 0:
-                try:
-                    save_image(draw_report(run.selections[0], image, run.find_cuts(0)), overlay)
-                except OSError as error:
-                    raise ValueError(f"{overlay} cannot be written: {error.strerror or error}") from error
-    return [result for result, _ in answers]
+            result, run = answer_question(model, processor, inputs, config, file, question, expected)
+            written = written or write_drawings(config, result, run, image)
+            answers.append(replace(result, **written))
+    return answers
+
+
+def write_drawings(config: RunConfig, result: Answer, run: Run, image: Image.Image) -> dict[str, Any]:
+    """Write the overlay and the figure of an image, and return the fields of `Answer` that name the files.
+
+    An error is a field, too, because the answers must not be lost.
+
+    Args:
+        config: the options.
+        result: the first answer about the image.
+        run: the record of the answer.
+        image: the image.
+    """
+    selection, cuts = run.selections[0], run.find_cuts(0)
+    caption = format_caption(run.strategy, run.budget, selection, result.question, result.answer)
+    drawings: list[tuple[str, Path, Callable[[Path], None]]] = [
+        ("overlay", Path(config.out) / "overlay.png", partial(save_image, draw_report(selection, image, cuts, caption)))
+    ]
+    if config.figure is not None:
+        save = partial(save_figure, draw_mask(selection, image, cuts))
+        drawings.append(("figure", Path(config.figure), save))
+    written: dict[str, Any] = {}
+    for name, path, save in drawings:
+        path = find_free_path(path)
+        try:
+            save(path)
+        except OSError as error:
+            return {**written, "file_error": f"{path} cannot be written: {error.strerror or error}"}
+        written[name] = str(path)
+    return written
 
 
 def answer_question(
@@ -150,7 +183,6 @@ def answer_question(
     file: str,
     question: str,
     expected: str | None,
-    overlay: Path,
 ) -> tuple[Answer, Run]:
     """Answer one question with all tokens and with the strategy, and time the first token of both."""
     length = inputs["input_ids"].shape[1]
@@ -201,7 +233,6 @@ def answer_question(
         prefill_flops_full=run.account.flops_full,
         attention=run.account.attention,
         saliency_flops=run.account.saliency_flops,
-        overlay=str(overlay),
     )
     return result, run
 
@@ -249,4 +280,6 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         if first.attention is not None:
             saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
-        console.print(f"overlay: {first.overlay}", soft_wrap=True)
+        for name, file in (("overlay", first.overlay), ("figure", first.figure)):
+            if file is not None:
+                console.print(f"{name}: {file}", soft_wrap=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from tokenprune.cli.demo import RunConfig, answer_all, format_json, print_table
+from tokenprune.cli.errors import UserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 
 
@@ -22,3 +23,5 @@ def run(argv: Sequence[str]) -> None:
         print(format_json(config, answers))
     else:
         print_table(config, answers)
+    if error := next((entry.file_error for entry in answers if entry.file_error), None):
+        raise UserError(error)
