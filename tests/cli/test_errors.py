@@ -110,6 +110,30 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
 
 
+def test_several_errors_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("grid: {reducer.budget: [1.5, few]}")
+    assert main(["ablate", "bad.yaml", "--dry-run"]) == 2
+    heading, first, second = capsys.readouterr().err.splitlines()
+    assert heading == "tokenprune: 2 settings of the grid are not valid:"
+    assert first.startswith("  budget=1.5: ")
+    assert second.startswith("  budget=few: ")
+
+
+def test_a_setting_without_factors_is_named_by_its_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("single.yaml").write_text("reducer: HiRED\nbaselines: false\n")
+    assert main(["ablate", "single.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("  grid      HiRED\n1 setting\n")
+
+
+def test_a_full_disk_is_no_bare_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    message = run_refused(capsys, "evaluate", "--task.number", "1", "--out", "runs", "--quiet")
+    assert message == "tokenprune: runs/x: No space left on device; give another folder, or free some space\n"
+
+
 def test_an_unwritable_overlay_does_not_lose_the_answers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.image_files import find_free_path, load_image, save_image
 from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
+from tokenprune.policies import Component
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
@@ -243,9 +244,25 @@ def format_json(config: RunConfig, answers: Sequence[Answer]) -> str:
     return json.dumps({"model": config.model, "reducer": as_config(config.reducer), **rows[0], "results": rows})
 
 
+def describe_reducer(reducer: TokenReducer) -> str:
+    """Return the label of a strategy, with the components that replace its own: ``"HiRED (RandomSelection)"``.
+
+    Args:
+        reducer: the strategy.
+    """
+    values = {item.name: getattr(reducer, item.name) for item in fields(reducer)}
+    defaults = {item.name: item.default_factory() for item in fields(reducer) if item.default_factory is not MISSING}
+    replaced = [
+        type(value).__name__
+        for name, value in values.items()
+        if isinstance(value, Component) and value != defaults.get(name)
+    ]
+    return f"{reducer.label} ({', '.join(replaced)})" if replaced else reducer.label
+
+
 def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
     """Print the answers side by side, and the cost of both."""
-    console, name = Console(), config.reducer.label
+    console, name = Console(), describe_reducer(config.reducer)
     for file in dict.fromkeys(entry.image for entry in answers):
         entries = [entry for entry in answers if entry.image == file]
         table = Table(title=file, title_justify="left")

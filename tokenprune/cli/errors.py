@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from argparse import ArgumentError
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
@@ -12,8 +14,40 @@ INPUT_ERRORS = (LookupError, ValueError, TypeError, ArgumentError)
 """Errors that parsing and instantiating wrong options can raise."""
 
 
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Numbers of the errors of a folder in which nothing can be written."""
+
+
 class UserError(ValueError):
     """An error that the user can correct; it is printed as one line."""
+
+
+class MultipleUserError(UserError):
+    """Several errors that the user can correct; each is printed on a line.
+
+    Args:
+        heading: the common fault.
+        problems: the errors.
+    """
+
+    def __init__(self, heading: str, problems: Sequence[str]) -> None:
+        super().__init__("\n  ".join([f"{heading}:", *problems]))
+        self.lines = [f"{heading}:", *(f"  {' '.join(problem.split())}" for problem in problems)]
+
+
+def format_failure(error: Exception) -> str:
+    """Return an error as text for stderr: one line, or one line for each of several errors.
+
+    Args:
+        error: the error.
+    """
+    if isinstance(error, MultipleUserError):
+        return "\n".join(error.lines)
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}: " if error.filename else ""
+        hint = "; give another folder, or free some space" if error.errno in STORAGE_ERRORS else ""
+        return f"{file}{error.strerror}{hint}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def user_error(error: Exception, parser: ArgumentParser) -> UserError:

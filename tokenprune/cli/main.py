@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        from tokenprune.cli.errors import format_failure
+
         is_expected = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
         hint = "" if is_expected else f" ({type(error).__name__}; --debug shows where)"
-        print(f"tokenprune: {text}{hint}", file=sys.stderr)
+        print(f"tokenprune: {format_failure(error)}{hint}", file=sys.stderr)
         return 2
