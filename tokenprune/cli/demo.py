@@ -166,10 +166,10 @@ def write_drawings(config: RunConfig, result: Answer, run: Run, image: Image.Ima
         save = partial(save_figure, draw_mask(selection, image, cuts))
         drawings.append(("figure", Path(config.figure), save))
     written: dict[str, Any] = {}
-    for name, path, save in drawings:
-        path = find_free_path(path)
+    for name, wanted, write in drawings:
+        path = find_free_path(wanted)
         try:
-            save(path)
+            write(path)
         except OSError as error:
             return {**written, "file_error": f"{path} cannot be written: {error.strerror or error}"}
         written[name] = str(path)
@@ -297,6 +297,6 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         if first.attention is not None:
             saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
-        for name, file in (("overlay", first.overlay), ("figure", first.figure)):
-            if file is not None:
-                console.print(f"{name}: {file}", soft_wrap=True)
+        for kind, path in (("overlay", first.overlay), ("figure", first.figure)):
+            if path is not None:
+                console.print(f"{kind}: {path}", soft_wrap=True)
