@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def find_free_path(path: Path) -> Path:
+    """Return the path if there is no such file, otherwise with the first free number: ``overlay-2.png``.
+
+    Args:
+        path: the file to write.
+    """
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return path if not path.exists() else next(name for name in numbered if not name.exists())
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG file atomically.
 
@@ -85,11 +96,24 @@ def save_image(image: Image.Image, path: Path) -> None:
     """
     data = io.BytesIO()
     image.save(data, format="PNG")
+    write_file(data.getvalue(), path)
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write a file atomically.
+
+    Args:
+        data: the content.
+        path: the file; a missing folder is created.
+
+    Raises:
+        OSError: if the folder cannot be written or the disk is full; no partial file remains.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.getvalue())
+            file.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

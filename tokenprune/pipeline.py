@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenprune.adapter import Adapter, Encoding, FeatureInputs
 from tokenprune.batch import BatchSelection, BatchSelector
-from tokenprune.budget import as_budget
+from tokenprune.budget import as_budget, format_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
@@ -105,6 +105,8 @@ class Pipeline:
         self.pixel_selector = None if pixel_part is None else PixelSelector(pixel_part, adapter)
         """Applies the strategy that drops tokens by their pixels; None without one."""
         self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
+        budget = format_budget(reducer.budget_label)
+        self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter), budget)
         """The record of all calls."""
         self._generate: Any = getattr(adapter.model, "generate", None)  # the original method, bound before attaching
         entries = [(part, part.stage) for part in reducer.list_parts() if isinstance(part.stage, EntryStage)][-1:]

@@ -73,10 +73,13 @@ class Run:
         strategy: name of the strategy.
         llm: the shape of the language model.
         attention: the source that the strategy reads as CLS attention; None if it reads no CLS attention.
+        budget: budget of the strategy as text.
     """
 
-    def __init__(self, strategy: str, llm: LLMShape, attention: str | None = None) -> None:
+    def __init__(self, strategy: str, llm: LLMShape, attention: str | None = None, budget: str = "") -> None:
         self.strategy = strategy
+        self.budget = budget
+        """The budget of the strategy as text, such as ``"20%"``."""
         self.attention = attention
         """The source that the strategy reads as CLS attention; None if it reads no CLS attention."""
         self.account = TokenAccount(llm, attention=attention)
@@ -106,23 +109,32 @@ class Run:
         self.raise_failed_checks()
         return [RunCut(layer, self._cuts[layer].read()) for layer in sorted(self._cuts)]
 
-    def overlay(self, number: int = 0, image: Image.Image | None = None) -> Image.Image:
+    def overlay(
+        self,
+        number: int = 0,
+        image: Image.Image | None = None,
+        question: str | None = None,
+        answer: str | None = None,
+    ) -> Image.Image:
         """Draw the tokens of an image that remain, and the stage at which each dropped token left.
 
         Args:
             number: number of the image in `selections`.
             image: the original image, drawn next to the tiles.
+            question: the question, drawn above the tiles below strategy and budget.
+            answer: the answer, drawn below the question.
 
         Raises:
             ValueError: if no image was reduced, or the selection has no pixels (a run keeps the pixels of its first
                 images only).
         """
-        from tokenprune.viz import overlay
+        from tokenprune.viz import format_caption, overlay
 
         selections = self.selections
         if not selections:
             raise ValueError("no image was reduced, so there is nothing to draw; call the model inside the block first")
-        return overlay(selections[number], image, self.find_cuts(number))
+        caption = format_caption(self.strategy, self.budget, selections[number], question, answer)
+        return overlay(selections[number], image, self.find_cuts(number), caption)
 
     def find_cuts(self, number: int) -> dict[int, Selection]:
         """Return the selections of an image at the cuts, by the first layer without dropped tokens.

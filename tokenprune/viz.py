@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
+from tokenprune.display import format_count
+from tokenprune.image_files import write_file
+
 if TYPE_CHECKING:
     from tokenprune.selection import Selection
 
@@ -26,22 +32,33 @@ DROPPED = ("#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
 INK, PADDING = "#222222", "#8A8A8A"
 FADED = "#EBEBEB"
 """Color of the tokens dropped before the LLM in the legend."""
+HATCHED = "hatched"
+"""Stands for the hatching of padding in the legend."""
+BARS_HEIGHT = 2.0
+"""Height of the budget bars in inches."""
+VEIL = (0.12, 0.12, 0.16, 0.68)
+"""Color and opacity of the dark veil over dropped tokens in `draw_mask`; visible on white and on colored images."""
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 TILE_SIDE, GAP, LABEL = 240, 10, 24
 """Smallest side of a drawn tile, space between tiles, and height of a label, in pixels."""
 
 
 def overlay(
-    selection: Selection, image: Image.Image | None = None, cuts: Mapping[int, Selection] = MappingProxyType({})
+    selection: Selection,
+    image: Image.Image | None = None,
+    cuts: Mapping[int, Selection] = MappingProxyType({}),
+    caption: Sequence[str] = (),
 ) -> Image.Image:
     """Draw the kept tokens of every tile: the base tile at the left, the sub-images in their grid.
 
     Kept tokens are clear and outlined, dropped tokens are faded, and padding that the model removes is hatched. Tokens
-    dropped inside the LLM are tinted with the color of their cut, which a legend names.
+    dropped inside the LLM are tinted with the color of their cut. A legend names hatching and tints.
 
     Args:
         selection: the selection of the tokens that enter the LLM, with pixels.
         image: the original image, drawn to the left of the tiles.
         cuts: the selections at the cuts inside the LLM, by the first layer without dropped tokens, ascending.
+        caption: lines above the drawing, such as the result of `format_caption`; long lines are wrapped.
 
     Raises:
         ValueError: if the selection has no pixels.
@@ -57,45 +74,97 @@ def overlay(
     width, height = tiles[0].size
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
     counts = list(zip(*(stage.kept_per_tile for stage in stages), strict=True))
-    legend = _list_legend(selection, cuts) if cuts else []
-    left, scaled, caption = 0, None, ""
+    names = [_name_tile(number, cols) for number in range(len(tiles))]
+    suffixes = ["" if k == g else f" of {g} granted" for k, g in zip(kept, granted, strict=True)]
+    texts = [
+        f"{name}: {' > '.join(map(str, numbers))} kept{suffix}"
+        for name, numbers, suffix in zip(names, counts, suffixes, strict=True)
+    ]
+    base_width = max(width, _measure_width(texts[:1]))
+    column = max(width, _measure_width(texts[1:]))
+    legend = _list_legend(selection, cuts)
+    left, scaled, heading = 0, None, ""
     if image is not None:
-        caption = f"image {image.width} x {image.height}"
+        heading = f"image {image.width} x {image.height}"
         scale = min(2 * width / image.width, 2 * height / image.height)
         scaled = image.convert("RGB").resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
         )
-        left = scaled.width + 3 * GAP
-    sheet_width = left + width + (3 * GAP + cols * (width + GAP) - GAP if rows else 0)
+        left = max(scaled.width, _measure_width([heading])) + 3 * GAP
+    sheet_width = left + base_width + (3 * GAP + cols * (column + GAP) - GAP if rows else 0)
     sheet_height = max(max(rows, 1) * (height + LABEL + GAP) - GAP, 0 if scaled is None else scaled.height + LABEL)
-    legend_width = max((_load_font().getlength(text) for _, text in legend), default=0)
-    sheet_width = max(sheet_width, math.ceil(legend_width) + LABEL)
-    legend_top = sheet_height + 2 * GAP
+    sheet_width = max(sheet_width, _measure_width([text for _, text in legend]) + LABEL)
+    lines = [line for text in caption for line in _wrap(text, sheet_width)]
+    top = LABEL * len(lines)
+    legend_top = top + sheet_height + 2 * GAP
     sheet = Image.new("RGB", (sheet_width + 2 * GAP, legend_top + LABEL * len(legend) + GAP * bool(legend)), "white")
     pen = ImageDraw.Draw(sheet)
-    for line, (color, text) in enumerate(legend):
-        y = legend_top + LABEL * line
-        pen.rectangle((GAP, y + 2, GAP + 14, y + 16), fill=color, outline=KEPT if line == 0 else PADDING)
+    for number, line in enumerate(lines):
+        pen.text((GAP, GAP + LABEL * number), line, INK, _load_font())
+    for number, (color, text) in enumerate(legend):
+        y = legend_top + LABEL * number
+        outline = KEPT if cuts and number == 0 else PADDING
+        pen.rectangle((GAP, y + 2, GAP + 14, y + 16), fill=None if color == HATCHED else color, outline=outline)
+        if color == HATCHED:
+            sheet.paste(Image.fromarray(_draw_stripes(13, 13).repeat(3, axis=2)), (GAP + 1, y + 3))
         pen.text((GAP + LABEL, y), text, INK, _load_font())
     if scaled is not None:
-        pen.text((GAP, GAP), caption, INK, _load_font())
-        sheet.paste(scaled, (GAP, GAP + LABEL))
-    for number, tile in enumerate(tiles):
-        if number == 0:
-            name, x, y = "base tile", GAP + left, GAP
-        else:
+        pen.text((GAP, top + GAP), heading, INK, _load_font())
+        sheet.paste(scaled, (GAP, top + GAP + LABEL))
+    for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+        x, y = GAP + left, top + GAP
+        if number:
             row, col = divmod(number - 1, cols)
-            name, x = f"row {row + 1}, col {col + 1}", GAP + left + width + 3 * GAP + col * (width + GAP)
-            y = GAP + row * (height + LABEL + GAP)
-        suffix = "" if kept[number] == granted[number] else f" of {granted[number]} granted"
-        text = f"{name}: {' > '.join(map(str, counts[number]))} kept{suffix}"
+            x, y = x + base_width + 3 * GAP + col * (column + GAP), y + row * (height + LABEL + GAP)
         pen.text((x, y), text, INK, _load_font())
         sheet.paste(tile, (x, y + LABEL))
     return sheet
 
 
+def format_caption(
+    strategy: str, budget: str, selection: Selection, question: str | None = None, answer: str | None = None
+) -> list[str]:
+    """Return the lines above an overlay: strategy, budget and counts; question and answer.
+
+    Args:
+        strategy: label of the strategy.
+        budget: its budget as text.
+        selection: the selection of the tokens that enter the LLM.
+        question: the question.
+        answer: the answer with the strategy.
+    """
+    counts = f"{selection.kept_tokens} of {selection.geometry.valid_tokens} visual tokens enter the LLM"
+    return [
+        f"{strategy}, {budget}: {counts}",
+        *([f"question: {question}"] if question is not None else []),
+        *([f"answer: {answer}"] if answer is not None else []),
+    ]
+
+
+def _name_tile(number: int, cols: int) -> str:
+    row, col = divmod(number - 1, max(1, cols))
+    return f"row {row + 1}, col {col + 1}" if number else "base tile"
+
+
+def _measure_width(texts: Sequence[str]) -> int:
+    """Return the width of the widest text in pixels; 0 without texts."""
+    return math.ceil(max((_load_font().getlength(text) for text in texts), default=0))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text that fit into a width in pixels."""
+    size = max(10, int(len(text) * width / max(1, _measure_width([text]))))
+    return textwrap.wrap(text, size) or [""]
+
+
 def _list_legend(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
-    """Return color and text of each group of tokens: those that remain, and those dropped at each stage."""
+    """Return color and text of each group of tokens: padding and, with cuts, the remaining and the dropped tokens."""
+    padding = [] if selection.geometry.valid.all() else [(HATCHED, "padding that the model removes")]
+    return [*(_list_stages(selection, cuts) if cuts else []), *padding]
+
+
+def _list_stages(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
+    """Return color and text of the tokens that remain, and of those dropped at each stage."""
     numbers = [selection.geometry.valid_tokens, selection.kept_tokens, *(cut.kept_tokens for cut in cuts.values())]
     lines = [("white", f"{numbers[-1]} of {numbers[0]} tokens remain to the last layer")]
     if numbers[0] > numbers[1]:
@@ -105,16 +174,17 @@ def _list_legend(selection: Selection, cuts: Mapping[int, Selection]) -> list[tu
     return lines
 
 
-def draw_budget_bars(selection: Selection) -> Figure:
+def draw_budget_bars(selection: Selection, size: tuple[float, float] | None = None) -> Figure:
     """Draw one bar per tile with the numbers of granted and kept tokens.
 
     Args:
         selection: the selection.
+        size: width x height in inches; by default the width grows with the number of tiles.
     """
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
     cols = selection.geometry.tile_grid[1]
     names = ["base"] + [f"{1 + n // cols},{1 + n % cols}" for n in range(selection.geometry.sub_images)]
-    figure = Figure(figsize=(max(4.0, 1.4 + 0.7 * len(names)), 2.6), layout="constrained")
+    figure = Figure(figsize=size or (max(4.0, 1.4 + 0.7 * len(names)), BARS_HEIGHT), layout="constrained")
     axes = figure.subplots()
     xs = np.arange(len(names))
     axes.bar(xs, granted, width=0.8, color=GRANTED, label="granted")
@@ -131,16 +201,21 @@ def draw_budget_bars(selection: Selection) -> Figure:
 
 
 def draw_report(
-    selection: Selection, image: Image.Image | None = None, cuts: Mapping[int, Selection] = MappingProxyType({})
+    selection: Selection,
+    image: Image.Image | None = None,
+    cuts: Mapping[int, Selection] = MappingProxyType({}),
+    caption: Sequence[str] = (),
 ) -> Image.Image:
-    """Draw the overlay with the budget bars of the tokens that enter the LLM below it.
+    """Draw the overlay with the budget bars of the tokens that enter the LLM below it, as wide as the overlay.
 
     Args:
         selection: the selection, with pixels.
         image: the original image, drawn to the left of the tiles.
         cuts: the selections at the cuts inside the LLM, as in `overlay`.
+        caption: lines above the drawing, as in `overlay`.
     """
-    top, figure = overlay(selection, image, cuts), draw_budget_bars(selection)
+    top = overlay(selection, image, cuts, caption)
+    figure = draw_budget_bars(selection, (max(4.0, top.width / 100), BARS_HEIGHT))
     figure.set_dpi(100)
     bars = render_figure(figure)
     sheet = Image.new("RGB", (max(top.width, bars.width), top.height + bars.height), "white")
@@ -149,11 +224,72 @@ def draw_report(
     return sheet
 
 
+def draw_mask(selection: Selection, image: Image.Image, cuts: Mapping[int, Selection] = MappingProxyType({})) -> Figure:
+    """Draw the kept tokens over the original image, for papers: dropped regions are darkened.
+
+    One panel shows the tokens of the sub-images, and one the tokens of the base tile. The positions are exact up to the
+    rounding of the resized image to whole tokens. `save_figure` writes PNG, PDF or SVG.
+
+    Args:
+        selection: the selection of the tokens that enter the LLM.
+        image: the original image.
+        cuts: the selections at the cuts inside the LLM; only tokens that remain after the last of them are clear.
+    """
+    kept, geometry = [selection, *cuts.values()][-1].kept.cpu(), selection.geometry
+    (tile_rows, tile_cols), (rows, cols) = geometry.tile_grid, geometry.token_grid
+    masks = {"base tile" if tile_rows else "": (kept[:1], geometry.valid[:1].cpu(), (1, 1))}
+    if tile_rows and geometry.valid[1:].any():
+        masks = {"sub-images": (kept[1:], geometry.valid[1:].cpu(), (tile_rows, tile_cols)), **masks}
+    ratio = image.height / image.width
+    side = 3.2 if ratio < 2 else 2.0
+    figure = Figure(figsize=(side * len(masks), min(side * ratio, 8.0) + 0.3), dpi=300, layout="constrained")
+    panels = figure.subplots(1, len(masks), squeeze=False)[0]
+    for axes, (name, (tokens, valid, grid)) in zip(panels, masks.items(), strict=True):
+        shape = (*grid, rows, cols)
+        mask, inside = (
+            part.reshape(shape).permute(0, 2, 1, 3).reshape(grid[0] * rows, grid[1] * cols).numpy()
+            for part in (tokens, valid)
+        )
+        ys, xs = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+        mask = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+        veil = np.where(mask[..., None], 0.0, np.array(VEIL))
+        extent = (0.0, float(image.width), float(image.height), 0.0)
+        axes.imshow(np.asarray(image.convert("RGB")), extent=extent)
+        axes.imshow(veil, extent=extent, interpolation="nearest")
+        axes.set_title(f"{name}: {format_count(int(tokens.sum()), 'token')}".removeprefix(": "), fontsize=8)
+        axes.set_axis_off()
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, PDF or SVG, by the suffix of the file.
+
+    Args:
+        figure: the figure.
+        path: the file.
+
+    Raises:
+        ValueError: if the suffix names another format.
+        OSError: if the file cannot be written.
+    """
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"{path}: a figure is written as {', '.join(FIGURE_SUFFIXES)}; give a file with such a suffix")
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix.lower().removeprefix("."))
+    write_file(data.getvalue(), path)
+
+
 def render_figure(figure: Figure) -> Image.Image:
     """Return a matplotlib figure as a Pillow image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_stripes(height: int, width: int) -> NDArray[np.uint8]:
+    """Return the hatching of padding, uint8 `[height, width, 1]`."""
+    stripes = (np.arange(height)[:, None] + np.arange(width)[None, :]) // 4 % 2
+    return (stripes[..., None] * 40 + 150).astype(np.uint8)
 
 
 def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -187,8 +323,7 @@ def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
         drawn = np.where(enlarge(stage.geometry.valid[number]), tint, drawn)
     kept = stages[-1].kept[number]
     drawn = np.where(enlarge(kept), pixels, drawn)
-    stripe = ((np.arange(height)[:, None] + np.arange(width)[None, :]) // 4 % 2)[..., None] * 40 + 150
-    drawn = np.where(enlarge(entered.geometry.valid[number]), drawn, stripe)
+    drawn = np.where(enlarge(entered.geometry.valid[number]), drawn, _draw_stripes(height, width))
     tile = Image.fromarray(drawn.round().astype(np.uint8))
     pen = ImageDraw.Draw(tile)
     for row, col in np.argwhere(kept.cpu().numpy().reshape(rows, cols)):

@@ -230,8 +230,10 @@ def print_tables(result: Result, console: Console) -> None:
     for workload in result["settings"]:
         for name, rows in {**build_overview_tables(workload), **build_phase_tables(workload, quartiles=False)}.items():
             table = Table(title=f"{format_title(workload)}: {name}", title_justify="left")
-            for index, column in enumerate(rows[0]):
-                table.add_column(column, justify="right" if index else "left")
+            width = max(len(row[0]) for row in rows)
+            table.add_column(rows[0][0], min_width=min(width, 30), overflow="fold")
+            for column in rows[0][1:]:
+                table.add_column(column, justify="right", overflow="fold")
             for row in rows[1:]:
                 table.add_row(*map(escape, row))
             console.print(table)
@@ -264,6 +266,8 @@ def draw_phases(result: Result) -> Figure:
     left, right = panels[-1]
     left.set_xlabel("ms up to the first token, medians; line: quartiles of the time to first token")
     right.set_xlabel("ms per decoding step")
+    machine = result["environment"]
+    figure.suptitle(f"{result['model']['name']} on {machine['device_name']} ({machine['device']})", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, frameon=False)
     return figure

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from tokenprune.adapter import Adapter, find_adapter
+from tokenprune.cli.errors import MultipleUserError
 from tokenprune.configuration import as_config
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.evaluation.answers import answer_group
@@ -240,7 +241,7 @@ def run_settings(
             device = _resolve_device(shared.device, rank)
             model, processor = load(shared.model, device, shared.dtype)
             if problems := list_unsupported(model, settings):
-                raise ValueError("these settings cannot run:\n  " + "\n  ".join(problems))
+                raise MultipleUserError("these settings cannot run", problems)
             adapter, versions = find_adapter(model), describe_environment(model)
             for setting in settings:
                 attention = describe_attention(setting.experiment.reducer, adapter)

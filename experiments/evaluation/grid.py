@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from tokenprune.cli.errors import MultipleUserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.cli.parsing import format_error, prepare_arguments, read_yaml
 from tokenprune.configuration import as_config
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer
+from tokenprune.display import format_count
 from tokenprune.experiments.evaluation.experiment import (
     Experiment,
     Progress,
@@ -118,11 +120,15 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
         except Exception as error:
             problems.append(f"{factor_text or 'the experiment'}: {format_error(error)}")
             continue
-        name = factor_text if "reducer" in factors else f"{experiment.reducer.label}, {factor_text}"
+        parts = [] if "reducer" in factors else [experiment.reducer.label]
+        name = ", ".join([*parts, *([factor_text] if factor_text else [])])
         formatted = {option: format_value(value) for option, value in factors.items()}
         settings.setdefault(experiment.hash(), Setting(experiment, name, "grid", formatted))
     if problems:
-        raise ValueError(f"{len(problems)} settings of the grid are not valid:\n  " + "\n  ".join(problems))
+        raise MultipleUserError(
+            f"{format_count(len(problems), 'setting')} of the grid {'is' if len(problems) == 1 else 'are'} not valid",
+            problems,
+        )
     if config.get("baselines", True):
         for setting in baselines(
             [setting.experiment for setting in settings.values()], int(config.get("random_seeds", 3))
@@ -270,7 +276,7 @@ def check_groups(groups: Sequence[Sequence[Setting]]) -> None:
         except (ValueError, LookupError, TypeError, OSError) as error:
             problems.append(format_error(error))
     if problems:
-        raise ValueError("these settings cannot run:\n  " + "\n  ".join(dict.fromkeys(problems)))
+        raise MultipleUserError("these settings cannot run", list(dict.fromkeys(problems)))
 
 
 def select_shard(settings: Sequence[Setting], shard: str | None) -> list[Setting]:

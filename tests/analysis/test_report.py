@@ -20,6 +20,7 @@ from tokenprune.experiments.analysis.report.contents import build_report
 from tokenprune.experiments.analysis.report.figures import draw_figures
 from tokenprune.experiments.analysis.report.files import setting_rows, write_parquet
 from tokenprune.experiments.analysis.report.formatting import (
+    DASH,
     format_budget,
     format_interval,
     format_p_value,
@@ -28,6 +29,7 @@ from tokenprune.experiments.analysis.report.formatting import (
 from tokenprune.experiments.analysis.report.latex import render_latex
 from tokenprune.experiments.analysis.report.markdown import render_markdown
 from tokenprune.experiments.analysis.report.rows import method_rows
+from tokenprune.experiments.analysis.report.terminal import split_columns
 from tokenprune.experiments.analysis.results import Results, read_results
 
 
@@ -53,9 +55,13 @@ def test_results_are_printed_with_the_marks_of_the_report(
     rows = [row for row in parse_table(text, "Accuracy") if row[0] != "method"]
     printed = {line.split("  ")[0]: line for line in lines}
     for name, *cells in rows:  # lines do not wrap if the output is no terminal
-        assert printed[name].split() == [*name.split(), *" ".join(cells).replace("**", "").split()]
+        assert printed[name].split() == [*name.split(), *" ".join(cells).split()]
     assert printed["full tokens"].split()[2] == f"{100 * np.mean(make_scores(0.9)):.1f}"
     assert lines[-1] == "In brackets: 95 % intervals. " + text[text.index("Bold: best") : text.index(" Every seed")]
+    names = [
+        [row[0] for row in part] for part in split_columns([["a", "b", "c"], ["x", "1", DASH], ["y", DASH, "2"]], 9)
+    ]
+    assert names == [["a", "x"], ["a", "y"]]
     terminal = Console(force_terminal=True, width=60, color_system="standard", legacy_windows=False)
     print_results([setting([record(0, 0, 1)], metric="anls")], terminal)
     out = capsys.readouterr().out

@@ -168,6 +168,13 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     assert "release-like" not in page.partition("## ")[2]
     figure = draw_phases(result)
     assert len(figure.axes) == 4
+    machine = result["environment"]
+    assert figure.get_suptitle() == f"{result['model']['name']} on {machine['device_name']} ({machine['device']})"
+    narrow = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_tables(result, narrow)
+    tables = narrow.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in tables
+    assert all(phase in tables for phase in PHASES)
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
     print_tables(result, console)
     tables = console.export_text()
@@ -300,7 +307,7 @@ def test_the_baseline_is_a_default_on_cuda(model: Any) -> None:
 
 def test_the_command_run_precedes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--repeats", "1", "run"]) == 2
-    assert "write `run` before its options" in capsys.readouterr().err
+    assert "name the benchmark before its options: tokenprune bench run" in capsys.readouterr().err
 
 
 def test_shipped_configs_are_valid(in_empty_folder: Path) -> None:

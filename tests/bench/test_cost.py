@@ -31,7 +31,8 @@ from tokenprune.experiments.bench.cost.count import (
 )
 from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED, Meter, Work
-from tokenprune.experiments.bench.cost.roofline import predict, predict_seconds
+from tokenprune.experiments.bench.cost.report import format_bounds, format_flops
+from tokenprune.experiments.bench.cost.roofline import Bounds, predict, predict_seconds
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -66,6 +67,12 @@ def build_meta_example(adapter: type[Adapter]) -> Any:
     model = find_example(adapter).build_model().to("meta")
     model.tie_weights()
     return model
+
+
+def test_flops_and_bounds_are_readable() -> None:
+    numbers = (43.382e12, 1.83e12, 14.9e9, 7e6, 12.0)
+    assert [format_flops(number) for number in numbers] == ["43.4 T", "1.83 T", "14.9 G", "7.00 M", "12.0"]
+    assert format_bounds(Bounds(6.17, 5.65), 1) == "5.65 to 6.17"
 
 
 @pytest.mark.parametrize(("adapter", "budget"), [(LlavaNextAdapter, None), *((adapter, 0.3) for adapter in ADAPTERS)])

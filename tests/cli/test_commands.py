@@ -23,9 +23,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {}
     for kind in ("strategies", "components", "models"):
         assert main(["list", kind]) == 0
-        assert capsys.readouterr().out.strip()
+        compact = capsys.readouterr().out.splitlines()
+        assert main(["list", kind, "--details"]) == 0
+        details = capsys.readouterr().out
         assert main(["list", kind, "--json"]) == 0
         rows[kind] = json.loads(capsys.readouterr().out)
+        assert [line.split()[0] for line in compact[1:]] == [next(iter(row.values())) for row in rows[kind]]
+        assert len(details.splitlines()) > 3 * len(rows[kind])
     hired = next(row for row in rows["strategies"] if row["name"] == "HiRED")
     assert hired["presets"] == "HiRED.paper, HiRED.release"
     assert hired["needs"] == "cls_attention(feature), cls_attention(first)"
@@ -76,6 +80,9 @@ def test_bench(capsys: pytest.CaptureFixture[str], strategy_file: Path, monkeypa
     assert "| LoudestTokens |" in out
     assert "Did you mean HiRED" in run_refused(capsys, "bench", "strategies", "--names", "hird")
     assert "no option --repeat (did you mean --repeats?)" in run_refused(capsys, "bench", "strategies", "--repeat", "1")
+    assert "name the benchmark before its options: tokenprune bench run" in run_refused(
+        capsys, "bench", "--repeats", "1"
+    )
 
 
 def test_check(capsys: pytest.CaptureFixture[str], strategy_file: Path) -> None:
@@ -135,4 +142,7 @@ def test_the_help_prints_percent_signs_once(command: str, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert out.startswith("usage: tokenprune")
     assert "%%" not in out
-    assert ("20%" in out) == (command.split()[0] in ("run", "bench", "cost"))
+    has_budget = command in ("run", "evaluate", "check", "bench run", "bench strategies", "cost")
+    assert ("20%" in out) == has_budget
+    assert not has_budget or ("1 keeps one token" in " ".join(out.split()) and "--budget" in out)
+    assert out.startswith(f"usage: tokenprune {command}")

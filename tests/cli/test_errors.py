@@ -115,6 +115,7 @@ class TextNeeds(ScoreReducer):
         (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["run", "--dtype", "int9"], "--dtype int9 is no torch dtype"),
         (["run", "--max-new-tokens", "0"], "must be at least 1"),
+        (["run", "--figure", "kept.gif"], "--figure kept.gif: give a file that ends in .png, .pdf, .svg"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -172,6 +173,21 @@ def test_an_unsupported_model_is_one_line(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(adapter, "adapters", dict)
     monkeypatch.setattr(adapter, "list_subclasses", lambda base: [])
     assert "no adapter supports LlavaNextForConditionalGeneration" in run_refused(capsys, "run", *FAST)
+
+
+def test_several_errors_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("grid: {reducer.budget: [1.5, few]}")
+    assert main(["ablate", "bad.yaml", "--dry-run"]) == 2
+    heading, first, second = capsys.readouterr().err.splitlines()
+    assert heading == "tokenprune: 2 settings of the grid are not valid:"
+    assert first.startswith("  budget=1.5: ")
+    assert second.startswith("  budget=few: ")
+
+
+def test_a_setting_without_factors_is_named_by_its_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("single.yaml").write_text("reducer: HiRED\nbaselines: false\n")
+    assert main(["ablate", "single.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("  grid      HiRED\n1 setting\n")
 
 
 def test_an_unwritable_overlay_does_not_discard_the_answers(

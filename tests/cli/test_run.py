@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 
 from tests.helpers.cli import FAST, run_json
+from tokenprune.cli.demo import describe_reducer
 from tokenprune.cli.main import main
+from tokenprune.decoder_reducer import AtLayer
 from tokenprune.models import mini
+from tokenprune.strategies import HiRED, PruMerge, Random
+from tokenprune.strategies.components import MeanOfRestMerging, RandomSelection
 from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_processor
 
 
@@ -34,6 +38,24 @@ def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
         assert word in result.stdout
     with Image.open(tmp_path / "tokenprune-out" / "overlay.png") as overlay:
         assert overlay.width > 500
+
+
+def test_replaced_components_are_named() -> None:
+    assert describe_reducer(HiRED(selection=RandomSelection())) == "HiRED (RandomSelection)"
+    assert describe_reducer(PruMerge(merging=MeanOfRestMerging())) == "PruMerge (MeanOfRestMerging)"
+    assert describe_reducer(HiRED(0.1)) == "HiRED"
+    assert describe_reducer(HiRED(0.4) >> AtLayer(1, Random(0.5))) == "HiRED+AtLayer(Random)"
+
+
+def test_existing_drawings_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--question", "How many shapes are there?", "--max-new-tokens", "1", "--figure"]
+    reports = [run_json(capsys, *arguments, name) for name in ("kept.pdf", "kept.pdf", "kept.svg")]
+    assert [report["figure"] for report in reports] == ["kept.pdf", "kept-2.pdf", "kept.svg"]
+    names = [f"tokenprune-out/{name}.png" for name in ("overlay", "overlay-2", "overlay-3")]
+    assert [report["overlay"] for report in reports] == names
+    assert all((tmp_path / name).is_file() for name in names)
+    assert (tmp_path / "kept-2.pdf").read_bytes().startswith(b"%PDF")
+    assert b"<svg" in (tmp_path / "kept.svg").read_bytes()
 
 
 def test_json_is_one_consistent_object(capsys: pytest.CaptureFixture[str]) -> None:

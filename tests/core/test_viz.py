@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from tokenprune.viz import (
     LABEL,
     TILE_SIDE,
     draw_budget_bars,
+    draw_mask,
     draw_report,
+    format_caption,
     overlay,
     render_figure,
+    save_figure,
 )
 
 KEPT_RGB = tuple(int(KEPT[k : k + 2], 16) for k in (1, 3, 5))
@@ -82,6 +86,10 @@ def test_padding_is_hatched() -> None:
     x, y = GAP + TILE_SIDE + 3 * GAP, GAP + LABEL
     patch = np.asarray(image)[y + 4 : y + 40, x + 4 : x + 40]
     assert set(np.unique(patch)) == {150, 190}
+    unpadded = overlay(make_selection((1, 2), (40, 80)))
+    assert image.height == unpadded.height + LABEL + GAP  # the legend of the hatching
+    swatch = np.asarray(image)[unpadded.height + 4 : unpadded.height + 12, GAP + 3 : GAP + 12]
+    assert set(np.unique(swatch)) == {150, 190}
 
 
 def test_the_image_is_drawn_next_to_the_tiles() -> None:
@@ -110,6 +118,47 @@ def test_the_report_contains_overlay_and_bars() -> None:
     report, overlay_image = draw_report(selection), overlay(selection)
     assert report.crop((0, 0, *overlay_image.size)).tobytes() == overlay_image.tobytes()
     assert report.height == overlay_image.height + render_figure(draw_budget_bars(selection)).height
+
+
+def test_a_caption_moves_the_tiles_down() -> None:
+    selection = make_selection((0, 0))
+    caption = format_caption("HiRED", "20%", selection, "What is " + "very " * 30 + "long?", "4")
+    assert caption[0] == "HiRED, 20%: 1 of 16 visual tokens enter the LLM"
+    image, plain = overlay(selection, caption=caption), overlay(selection)
+    added = image.height - plain.height
+    assert image.width == plain.width
+    assert added > 4 * LABEL
+    assert image.crop((0, added + GAP, *image.size)).tobytes() == plain.crop((0, GAP, *plain.size)).tobytes()
+
+
+def test_headings_of_a_tall_image_do_not_collide() -> None:
+    selection = make_selection((2, 1), (90, 20))
+    image = overlay(selection, Image.new("RGB", (20, 200), (0, 200, 0)))
+    heading = np.asarray(image)[GAP : GAP + LABEL, :, 0] < 128
+    columns = np.flatnonzero(heading.any(axis=0))
+    gaps = np.diff(columns)
+    assert sum(gap >= 2 * GAP for gap in gaps) == 2  # three headings: image, base tile, row 1
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (0, 0)])
+def test_the_mask_lies_over_the_original_image(grid: tuple[int, int], tmp_path: Path) -> None:
+    selection, photo = make_selection(grid, (80, 80)), Image.new("RGB", (160, 160), (0, 200, 0))
+    kept = torch.zeros_like(selection.kept)
+    kept[-1, 5] = True  # the last sub-image, or the only tile
+    figure = draw_mask(dataclasses.replace(selection, kept=kept), photo)
+    assert [axes.get_title() for axes in figure.axes] == (
+        ["sub-images: 1 token", "base tile: 0 tokens"] if grid[0] else ["1 token"]
+    )
+    picture, veil = (layer.get_array() for layer in figure.axes[0].images)
+    assert np.array_equal(picture, np.asarray(photo))
+    clear = np.argwhere(veil[..., 3] == 0).tolist()
+    assert clear == [[4 + 1, 4 + 1] if grid[0] else [1, 1]]
+    assert [layer.get_extent() for layer in figure.axes[0].images] == [[0, 160, 160, 0]] * 2
+    save_figure(figure, tmp_path / "kept.PNG")
+    with Image.open(tmp_path / "kept.PNG") as image:
+        assert image.format == "PNG"
+    with pytest.raises(ValueError, match=r"kept\.gif: a figure is written as \.png, \.pdf, \.svg"):
+        save_figure(figure, tmp_path / "kept.gif")
 
 
 def test_figures_do_not_change_matplotlib_state() -> None:

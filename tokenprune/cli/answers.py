@@ -6,8 +6,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from rich.table import Table
 from tokenprune.cli.status import pause_garbage_collection
 from tokenprune.configuration import as_config
 from tokenprune.experiments.evaluation.loading import load, model_inputs
-from tokenprune.image_files import load_image, save_image
+from tokenprune.image_files import find_free_path, load_image, save_image
 from tokenprune.models import mini
 from tokenprune.pipeline import call_generate
+from tokenprune.policies import Component
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
 from tokenprune.strategies import HiRED
-from tokenprune.viz import draw_report
+from tokenprune.viz import FIGURE_SUFFIXES, draw_mask, draw_report, format_caption, save_figure
 
 DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
 """Question types for the bundled board; each type has one question."""
@@ -44,7 +46,8 @@ class RunConfig:
             'HiRED(0.4)+AtLayer(2, DivPrune(0.5))', e.g. with --reducer.parts.0.budget 0.3.
         max_new_tokens: longest answer in tokens.
         repeats: timed runs for the time to first token of the first question; with --json, of every question.
-        out: folder for the overlay.
+        out: folder for the overlay; existing files are kept, and the overlay gets the next free number.
+        figure: file of a figure for papers with the kept tokens over the image: .png, .pdf or .svg.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto (float32 on a CPU), float32, bfloat16, float16.
         json: print one JSON object: the fields of the first answer, and all answers under `results`.
@@ -58,6 +61,7 @@ class RunConfig:
     max_new_tokens: int = 32
     repeats: int = 3
     out: str = "tokenprune-out"
+    figure: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     json: bool = False
@@ -97,8 +101,9 @@ class Answer:
     prefill_flops_full: int
     attention: str | None
     saliency_flops: int
-    overlay: str | None
-    overlay_error: str | None = None
+    overlay: str | None = None
+    figure: str | None = None
+    file_error: str | None = None
 
 
 def answer_all(config: RunConfig) -> list[Answer]:
@@ -109,6 +114,8 @@ def answer_all(config: RunConfig) -> list[Answer]:
     Raises:
         ValueError: if an image, the model or an option cannot be used; the error states the fault and the action.
     """
+    if config.figure is not None and Path(config.figure).suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"--figure {config.figure}: give a file that ends in {', '.join(FIGURE_SUFFIXES)}")
     if config.max_new_tokens < 1 or config.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
     files = list(config.image) if config.image else [str(mini.image_path())]
@@ -137,25 +144,45 @@ def answer_all(config: RunConfig) -> list[Answer]:
     with pause_garbage_collection():
         model, processor = load(config.model, config.device, config.dtype)
     answers = list[Answer]()
-    for number, (file, image) in enumerate(zip(files, images, strict=True)):
-        overlay = out / ("overlay.png" if number == 0 else f"overlay-{number + 1}.png")
-        fault = None
+    for file, image in zip(files, images, strict=True):
+        written: dict[str, Any] = {}
         for position, (question, expected) in enumerate(questions):
             inputs = model_inputs(model, processor, image, [question], file)
             timed = config if config.json or position == 0 else replace(config, repeats=0)  # tables show only the first
-            result, run = answer_question(model, processor, inputs, timed, file, question, expected, overlay)
-            fault = save_overlay(run, image, overlay) if position == 0 else fault
-            answers.append(result if fault is None else replace(result, overlay=None, overlay_error=fault))
+            result, run = answer_question(model, processor, inputs, timed, file, question, expected)
+            written = written or write_drawings(config, result, run, image)
+            answers.append(replace(result, **written))
     return answers
 
 
-def save_overlay(run: Run, image: Image.Image, file: Path) -> str | None:
-    """Write the overlay of the first image of a run; return the error if it cannot be written, else None."""
-    try:
-        save_image(draw_report(run.selections[0], image, run.find_cuts(0)), file)
-    except OSError as error:
-        return f"{file} cannot be written: {error.strerror or error}"
-    return None
+def write_drawings(config: RunConfig, result: Answer, run: Run, image: Image.Image) -> dict[str, Any]:
+    """Write the overlay and the figure of an image, and return the fields of `Answer` that name the files.
+
+    An error is a field, too, because the answers must not be lost.
+
+    Args:
+        config: the options.
+        result: the first answer about the image.
+        run: the record of the answer.
+        image: the image.
+    """
+    selection, cuts = run.selections[0], run.find_cuts(0)
+    caption = format_caption(run.strategy, run.budget, selection, result.question, result.answer)
+    drawings: list[tuple[str, Path, Callable[[Path], None]]] = [
+        ("overlay", Path(config.out) / "overlay.png", partial(save_image, draw_report(selection, image, cuts, caption)))
+    ]
+    if config.figure is not None:
+        save = partial(save_figure, draw_mask(selection, image, cuts))
+        drawings.append(("figure", Path(config.figure), save))
+    written: dict[str, Any] = {}
+    for name, wanted, write in drawings:
+        path = find_free_path(wanted)
+        try:
+            write(path)
+        except OSError as error:
+            return {**written, "file_error": f"{path} cannot be written: {error.strerror or error}"}
+        written[name] = str(path)
+    return written
 
 
 def answer_question(
@@ -166,7 +193,6 @@ def answer_question(
     file: str,
     question: str,
     expected: str | None,
-    overlay: Path,
 ) -> tuple[Answer, Run]:
     """Answer one question with all tokens and with the strategy, and time the first token of both."""
     length = inputs["input_ids"].shape[1]
@@ -217,7 +243,6 @@ def answer_question(
         prefill_flops_full=run.account.flops_full,
         attention=run.account.attention,
         saliency_flops=run.account.saliency_flops,
-        overlay=str(overlay),
     )
     return result, run
 
@@ -228,9 +253,25 @@ def format_json(config: RunConfig, answers: Sequence[Answer]) -> str:
     return json.dumps({"model": config.model, "reducer": as_config(config.reducer), **rows[0], "results": rows})
 
 
+def describe_reducer(reducer: TokenReducer) -> str:
+    """Return the label of a strategy, with the components that replace its own: ``"HiRED (RandomSelection)"``.
+
+    Args:
+        reducer: the strategy.
+    """
+    values = {item.name: getattr(reducer, item.name) for item in fields(reducer)}
+    defaults = {item.name: item.default_factory() for item in fields(reducer) if item.default_factory is not MISSING}
+    replaced = [
+        type(value).__name__
+        for name, value in values.items()
+        if isinstance(value, Component) and value != defaults.get(name)
+    ]
+    return f"{reducer.label} ({', '.join(replaced)})" if replaced else reducer.label
+
+
 def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
     """Print the answers side by side, and the cost of both."""
-    console, name = Console(), config.reducer.label
+    console, name = Console(), describe_reducer(config.reducer)
     for file in dict.fromkeys(entry.image for entry in answers):
         entries = [entry for entry in answers if entry.image == file]
         table = Table(title=file, title_justify="left")
@@ -265,5 +306,6 @@ def print_table(config: RunConfig, answers: Sequence[Answer]) -> None:
         if first.attention is not None:
             saliency_cost = f", {first.saliency_flops / 1e6:,.1f} MFLOP" if first.saliency_flops else ""
             console.print(f"attention read: {first.attention}{saliency_cost}", soft_wrap=True)
-        if first.overlay is not None:
-            console.print(f"overlay: {first.overlay}", soft_wrap=True)
+        for kind, path in (("overlay", first.overlay), ("figure", first.figure)):
+            if path is not None:
+                console.print(f"{kind}: {path}", soft_wrap=True)

@@ -12,11 +12,13 @@ from importlib.resources import files
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters, find_kind
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
+from tokenprune.display import align_columns
 from tokenprune.image import APPLICATION_SIGNALS, BEFORE_TOWER, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.reducer import TokenReducer
@@ -195,6 +197,14 @@ KINDS: dict[str, Callable[[Sequence[str]], list[Row]]] = {
 }
 
 
+COMPACT: Mapping[str, Sequence[str]] = {
+    "strategies": ("name", "stage", "description"),
+    "components": ("name", "kind", "description"),
+    "models": ("family", "class", "stages"),
+}
+"""Columns of the compact table of each kind."""
+
+
 def format_json(rows: Sequence[Row]) -> str:
     """Return rows as a JSON list."""
     return json.dumps([dict(row) for row in rows], indent=1)
@@ -221,6 +231,18 @@ def print_report(report: Report) -> None:
         console.print(f"{marks[result.passed]} {result.name}{detail}", soft_wrap=True, highlight=False)
     verdict = "[green]meets the contract[/green]" if report.passed else "[red]breaks the contract[/red]"
     console.print(f"{report.strategy} {verdict}")
+
+
+def print_compact(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print one line per row with some of its columns; lines are cut only in a terminal.
+
+    Args:
+        rows: the rows.
+        columns: names of the columns.
+    """
+    console, texts = Console(), [list(columns), *([row[name] for name in columns] for row in rows)]
+    for line in align_columns(texts).splitlines():
+        console.print(Text(line), no_wrap=True, overflow="ellipsis") if console.is_terminal else print(line)
 
 
 def print_table(rows: Sequence[Row]) -> None:

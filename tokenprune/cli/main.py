@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,16 +29,6 @@ commands:
 
 COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "encode", "list", "check", "bench", "cost")
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
-
-
-FILE_HINTS = {
-    errno.ENOSPC: "free space, then run the same command again",
-    errno.EDQUOT: "free space, then run the same command again",
-    errno.EACCES: "choose a folder that you can write, such as with --out",
-    errno.EPERM: "choose a folder that you can write, such as with --out",
-    errno.EROFS: "choose a folder that you can write, such as with --out",
-}
-"""What to do after an error of the file system, by its number."""
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -101,17 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        place = locate_error(error)
-        text = (f"{place}: " if place else "") + describe_error(error)
+        from tokenprune.cli.errors import format_failure
+
         is_expected = isinstance(error, (ValueError, LookupError, TypeError, OSError, RuntimeError))
         hint = "" if is_expected else f" ({type(error).__name__}; --debug shows where)"
-        print(f"tokenprune: {text}{hint}", file=sys.stderr)
+        place = locate_error(error)
+        print(f"tokenprune: {f'{place}: ' if place else ''}{format_failure(error)}{hint}", file=sys.stderr)
         return 2
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error as one line; an error of the file system as file, reason and what to do, without its number."""
-    if isinstance(error, OSError) and error.strerror:
-        hint = FILE_HINTS.get(error.errno or 0)
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}{f'; {hint}' if hint else ''}"
-    return " ".join(str(error).split()) or type(error).__name__

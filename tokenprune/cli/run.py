@@ -24,5 +24,5 @@ def run(argv: Sequence[str]) -> None:
         print(format_json(config, answers))
     else:
         print_table(config, answers)
-    if errors := dict.fromkeys(entry.overlay_error for entry in answers if entry.overlay_error is not None):
-        raise UserError("; ".join(errors))
+    if error := next((entry.file_error for entry in answers if entry.file_error), None):
+        raise UserError(error)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -112,10 +113,10 @@ def _build_series(groups: Sequence[Sequence[Setting]], cost: Mapping[str, float]
     """Return the series of a method from its settings, grouped by budget."""
     points = []
     for group in groups:
-        scores = [100 * setting.score.mean for setting in group]
+        means = [100 * setting.score.mean for setting in group]
         # With skewed scores the mean can lie slightly outside the bootstrap interval, but lengths must not be negative.
-        ends = scores if len(group) > 1 else [*scores, *_list_ends(group[0].score)]
-        points.append((fmean(cost[setting.hash] for setting in group), fmean(scores), min(ends), max(ends)))
+        ends = means if len(group) > 1 else [*means, *_list_ends(group[0].score)]
+        points.append((fmean(cost[setting.hash] for setting in group), fmean(means), min(ends), max(ends)))
     costs, scores, lows, highs = zip(*sorted(points), strict=True)
     first = groups[0][0]
     return Series(first.method, first.role, costs, scores, lows, highs, max(map(len, groups)))
@@ -157,7 +158,7 @@ def draw_scatter(settings: Sequence[Setting], cost: Mapping[str, float], label: 
             axes_of_row[0].set_title(textwrap.shorten(format_context(members[0]), 80), fontsize=10, loc="left")
         if has_overview and colored:
             _zoom(axes_of_row[1], row, colored)
-        _place_labels(axes_of_row[-1], colored, style_by_method)
+        _place_labels(axes_of_row[-1], colored, style_by_method, figure.get_figheight())
     return figure
 
 
@@ -209,7 +210,7 @@ def _draw_lines(
         if is_logarithmic and series.method in moved and len(moved) > 1:  # at most 6 %, which suggests no other budget
             shift = 1.06 ** (2 * moved.index(series.method) / (len(moved) - 1) - 1)
         xs = [cost * shift for cost in series.costs]
-        options = {"color": style.color, "marker": style.marker, "ls": dashes, "lw": 1.4, "zorder": 4}
+        options: dict[str, Any] = {"color": style.color, "marker": style.marker, "ls": dashes, "lw": 1.4, "zorder": 4}
         if series.n_seeds > 1:
             axes.fill_between(xs, series.lows, series.highs, color=style.color, alpha=0.25, lw=0, zorder=2)
             axes.plot(xs, series.scores, markersize=4, **options)
@@ -240,11 +241,20 @@ def _zoom(axes: Axes, row: Sequence[Series], colored: Sequence[Series]) -> None:
         axes.text(0.99, 0.01, text, transform=axes.transAxes, fontsize=7, color="#666666", ha="right", va="bottom")
 
 
-def _place_labels(axes: Axes, colored: Sequence[Series], style_by_method: Mapping[str, Style]) -> None:
-    """Write the name of each series at the right of a panel, next to its last point, without overlap."""
+def _place_labels(
+    axes: Axes, colored: Sequence[Series], style_by_method: Mapping[str, Style], figure_height: float
+) -> None:
+    """Write the name of each series at the right of a panel, next to its last point, without overlap.
+
+    Args:
+        axes: the panel.
+        colored: the series.
+        style_by_method: color and marker by method.
+        figure_height: height of the figure in inches.
+    """
     low, high = axes.get_ylim()
     visible = [series for series in colored if series.scores[-1] >= low]
-    height = axes.get_position().height * axes.get_figure().get_figheight() * 72  # points
+    height = axes.get_position().height * figure_height * 72  # points
     line = 1.25 * FONT_SIZE / height * (high - low)
     ordered = sorted(visible, key=lambda series: series.scores[-1])
     sizes = [line * (1 + series.label.count("\n")) for series in ordered]

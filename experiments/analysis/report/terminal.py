@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tokenprune.display import align_columns
 from tokenprune.experiments.analysis.report.contents import MARKS, describe_run, list_few_groups
-from tokenprune.experiments.analysis.report.formatting import format_interval
+from tokenprune.experiments.analysis.report.formatting import DASH, format_interval
 from tokenprune.experiments.analysis.report.rows import format_context, full_rows, group_by_context
 from tokenprune.experiments.analysis.report.tables import accuracy_table
 from tokenprune.experiments.analysis.results import Setting
@@ -47,7 +47,7 @@ def list_rows(settings: Sequence[Setting]) -> list[list[str]]:
 
 
 def print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; text between double asterisks is bold in a terminal.
+    """Print a table; text between double asterisks is bold in a terminal, which gets parts of a wide table.
 
     Args:
         console: the console.
@@ -55,15 +55,34 @@ def print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> 
         rows: the texts of each row, headings first.
     """
     if not console.is_terminal:
-        plain = [[text.replace("**", "") for text in row] for row in rows]
+        has_rivals = len(rows) > 2
+        plain = [[text if has_rivals else text.replace("**", "") for text in row] for row in rows]
         print_text(console, "\n".join([*([title] if title else []), align_columns(plain)]))
         return
-    table = Table(title=title or None, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(_format_bold, row))
-    console.print(table)
+    for part in split_columns(rows, console.width):
+        table = Table(title=title or None, title_justify="left")
+        for name in part[0]:
+            table.add_column(name, overflow="fold")
+        for row in part[1:]:
+            table.add_row(*map(_format_bold, row))
+        console.print(table)
+
+
+def split_columns(rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """Return parts of a table that fit into a width; each begins with the first column, and has no empty rows.
+
+    Args:
+        rows: the texts of each row, headings first.
+        width: number of characters.
+    """
+    widths = [max(len(text) for text in column) + 3 for column in zip(*rows, strict=True)]
+    groups: list[list[int]] = [[]]
+    for number in range(1, len(widths)):
+        if groups[-1] and 1 + widths[0] + sum(widths[n] for n in groups[-1]) + widths[number] > width:
+            groups.append([])
+        groups[-1].append(number)
+    parts = [[[row[0], *(row[number] for number in group)] for row in rows] for group in groups]
+    return [[row for row in part if {*row[1:]} - {DASH, ""}] for part in parts]
 
 
 def print_text(console: Console, text: str) -> None:

@@ -184,7 +184,7 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
             _format_budget(cost),
             str(cost.tokens.prompt),
             *(
-                f"{flops / 1e12:.3f} T"
+                format_flops(flops)
                 for flops in (
                     cost.tower_flops,
                     cost.encode.flops - cost.tower_flops,
@@ -203,7 +203,7 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
         "attention as the full square).\nactivations: most live bytes, without weights and the prompt's cache.\n"
     )
     share = "" if config.efficiency == 1 else f" at {config.efficiency:.0%} of both peaks"
-    table = Table(title=f"Roofline{share}, {config.new_tokens} new tokens: fused to by kernel")
+    table = Table(title=f"Roofline{share}, {config.new_tokens} new tokens: between the bounds fused and by kernel")
     for name in ("device", "batch", "budget", "TTFT", "decode step", "tokens/s", "peak memory", "fits"):
         table.add_column(
             name, justify="left" if name in ("device", "fits") else "right", no_wrap=name in ("batch", "budget", "fits")
@@ -214,9 +214,9 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
             prediction.device.name + ("" if prediction.arithmetic == config.dtype else " *"),
             str(cost.batch),
             _format_budget(cost),
-            f"{_format_bounds(prediction.ttft, 1)} s",
-            f"{_format_bounds(prediction.decode, 1e3)} ms",
-            _format_bounds(prediction.tokens_per_second, 1),
+            f"{format_bounds(prediction.ttft, 1)} s",
+            f"{format_bounds(prediction.decode, 1e3)} ms",
+            format_bounds(prediction.tokens_per_second, 1),
             f"{prediction.peak_bytes / GIB:.1f} of {prediction.device.memory / GIB:.0f} GiB",
             "yes" if prediction.fits else "[red]out of memory[/red]",
         )
@@ -224,7 +224,8 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
     if any(prediction.arithmetic != config.dtype for _, prediction in pairs):
         console.print(f"* torch multiplies {config.dtype} at the float32 rate there.")
     console.print(
-        "fused: a phase reads its inputs once and computes at the peak; no program is faster. by kernel: every "
+        "fused (less time, more tokens/s): a phase reads its inputs once and computes at the peak; no program is "
+        "faster.\nby kernel: every "
         "kernel\nreads and writes its tensors, each at a peak. Real runs are slower than both:\n"
         "docs/explanation/benchmark-method.md."
     )
@@ -257,7 +258,15 @@ def parse_cut(text: str) -> Cut:
         ) from error
 
 
-def _format_bounds(bounds: Bounds, factor: float) -> str:
-    values = [bound * factor for bound in (bounds.fused, bounds.by_kernel)]
+def format_flops(flops: float) -> str:
+    """Return a number of FLOPs with three significant digits and a prefix: ``"43.4 T"``, ``"14.9 G"``."""
+    prefix, unit = next(((p, u) for p, u in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if flops >= u), ("", 1.0))
+    value = flops / unit
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {prefix}".strip()
+
+
+def format_bounds(bounds: Bounds, factor: float) -> str:
+    """Return two bounds, the smaller one first."""
+    values = sorted(bound * factor for bound in (bounds.fused, bounds.by_kernel))
     digits = max(0, 2 - math.floor(math.log10(min(values))))
     return " to ".join(f"{value:,.{digits}f}" for value in values)
