@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tokenprune.cli.errors import UserError
 from tokenprune.cli.options import build_parser, parse_options, select_fields
+from tokenprune.cli.status import show_status
 from tokenprune.experiments.bench.command import BenchConfig, run_benchmark
 from tokenprune.experiments.bench.report import print_tables, write_report
 from tokenprune.experiments.bench.selection_cost import SelectionCostConfig, format_costs, measure_strategies

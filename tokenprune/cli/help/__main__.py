@@ -12,7 +12,7 @@ from tokenprune.cli.main import COMMANDS, run_command
 
 WIDTH = "100"
 """Columns of the stored texts."""
-SUBCOMMANDS = (["bench", "run"],)
+SUBCOMMANDS = (["bench", "run"], ["bench", "strategies"])
 """Commands of two words with options of their own."""
 
 
