@@ -233,7 +233,11 @@ def measure_strategies(config: SelectionCostConfig, size: ModelSize | None = Non
         ValueError: if the budget is not a ratio, or a strategy reads a signal of an unknown kind.
     """
     catalog, _ = load_classes(config.plugin)
-    timed = {name: kind for name, kind in catalog.items() if isinstance(kind.stage, EntryStage)}
+    timed = {
+        name: kind
+        for name, kind in catalog.items()
+        if isinstance(kind.stage, EntryStage) and not kind.stage.reads_tower_layer
+    }
     classes = [find_class(name, timed, "strategy before the LLM") for name in config.names or timed]
     budget = parse_ratio(config.budget)
     reducers = {strategy.__name__: strategy(budget) for strategy in classes}

@@ -16,6 +16,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.catalog import adapters
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.image import APPLICATION_SIGNALS, LLM_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.policies import (
@@ -104,6 +105,8 @@ def _describe_dropped(member: type[TokenReducer]) -> str:
         return "depends on its parameters"
     if isinstance(reducer, ImageReducer):
         return "not encoded"
+    if isinstance(reducer, EncoderReducer):
+        return "merged" if reducer.merges else "dropped"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
 
 
@@ -151,13 +154,22 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
                 "adapter": name,
                 "attention": resolve_attention_source("auto", provides) if provides else "",
                 "stages": ", ".join(
-                    ["image"] * ("resolution" in provides) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
+                    ["image"] * ("resolution" in provides)
+                    + _describe_encoder_stage(adapter_class)
+                    + ["projector"]
+                    + ["decoder"] * (provides >= LLM_SIGNALS)
                 ),
                 "signals": ", ".join(sorted(provides - LLM_SIGNALS - {"resolution"})),
                 "verified": describe_verification(name),
             }
         )
     return rows
+
+
+def _describe_encoder_stage(adapter_class: type[Adapter]) -> list[str]:
+    """Return the stage inside the vision tower with the steps that a family supports; empty if it supports none."""
+    steps = sorted(adapter_class.patch_steps)
+    return [f"encoder ({' and '.join(steps)})"] if steps else []
 
 
 def _read_signals(adapter_class: type[Adapter]) -> frozenset[str]:
