@@ -149,6 +149,18 @@ class Pipeline:
         """
         return self._encode(inputs, truncated=False, patch_reducers=())
 
+    def reduce_patches(self, encoding: Encoding) -> Encoding:
+        """Return the images encoded once more by the strategies inside the vision tower.
+
+        Without such a strategy, or if the patches of the encoding are already reduced, the encoding is returned.
+
+        Args:
+            encoding: the complete encoding of `encode`.
+        """
+        if not self.patch_reducers or encoding.patches is not None:
+            return encoding
+        return encoding.reduce_patches(self.needs, self.patch_reducers)
+
     def prepare(
         self,
         inputs: Mapping[str, Any],
@@ -292,8 +304,7 @@ class Pipeline:
             encoding, is_shared = self._encode(vision, truncated, patch_reducers), False
         else:
             is_shared = True
-            if self.patch_reducers:
-                encoding = encoding.reduce_patches(self.needs, self.patch_reducers)
+            encoding = self.reduce_patches(encoding)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             raise ValueError(
@@ -306,7 +317,7 @@ class Pipeline:
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         if self.batch_selector is None or reducer is None or self._stage is None:
             selections = [Selection.all_tokens(image.geometry, image.pixels) for image in images]
-            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops)
+            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops, encoding.patches)
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate, past)
         batch = self._select(self.batch_selector, images, encoding)
@@ -316,7 +327,7 @@ class Pipeline:
         selections, emptied_counts, is_checked = read_counts(batch.selections, packed_mask, batch.checks, emptied)
         if not is_checked:
             self.run.store_checks(batch.checks)
-        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
+        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops, encoding.patches)
         if all(selection.is_identity for selection in selections):
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate)
@@ -435,7 +446,8 @@ class Pipeline:
             signal_flops = decoder.count_signal_flops(plan)
             cuts = plan.list_cuts()
             self.run.store_checks(plan.checks)
-            self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, cuts, signal_flops)
+            flops = (record.saliency_flops, cuts, signal_flops)
+            self.run.add(record.selections, call.rows, row_lengths, *flops, record.patches)
 
         return decoder.add_to_call(call, prompt, images, inputs, add_record)
 
@@ -449,7 +461,7 @@ class Pipeline:
 
     def _record(self, record: CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
         lengths = list(zip(record.prompts.tokens, reduced, strict=True))
-        self.run.add(record.selections, rows, lengths, record.saliency_flops)
+        self.run.add(record.selections, rows, lengths, record.saliency_flops, patches=record.patches)
 
     def _check_without_images(self, inputs: Mapping[str, Any]) -> None:
         """Raise an error if a call without images cannot run.

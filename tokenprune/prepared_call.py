@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.rewrite import PromptSummary, Rows
 from tokenprune.selection import Selection
 
@@ -54,6 +55,7 @@ class CallRecord:
         row_of_image: the prompt row of each image.
         emptied: number of dropped text positions of each row; empty if none are dropped.
         saliency_flops: FLOPs of the saliency model.
+        patches: the patches that remained in the vision tower; None if no strategy acted inside it.
     """
 
     selections: list[Selection]
@@ -61,6 +63,7 @@ class CallRecord:
     row_of_image: Sequence[int]
     emptied: Sequence[int]
     saliency_flops: int
+    patches: PatchRecord | None = None
 
     @property
     def reduced_lengths(self) -> list[int]:

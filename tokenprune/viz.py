@@ -26,22 +26,28 @@ DROPPED = ("#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
 INK, PADDING = "#222222", "#8A8A8A"
 FADED = "#EBEBEB"
 """Color of the tokens dropped before the LLM in the legend."""
+TOWER = "#8C564B"
+"""Tint of the tokens whose patches were dropped or merged inside the vision tower."""
 TILE_SIDE, GAP, LABEL = 240, 10, 24
 """Smallest side of a drawn tile, space between tiles, and height of a label, in pixels."""
 
 
 def overlay(
-    selection: Selection, image: Image.Image | None = None, cuts: Mapping[int, Selection] = MappingProxyType({})
+    selection: Selection,
+    image: Image.Image | None = None,
+    cuts: Mapping[int, Selection] = MappingProxyType({}),
+    tower_mask: Tensor | None = None,
 ) -> Image.Image:
     """Draw the kept tokens of every tile: the base tile at the left, the sub-images in their grid.
 
     Kept tokens are clear and outlined, dropped tokens are faded, and padding that the model removes is hatched. Tokens
-    dropped inside the LLM are tinted with the color of their cut, which a legend names.
+    dropped inside the vision tower or the LLM are tinted with the color of their stage, which a legend names.
 
     Args:
         selection: the selection of the tokens that enter the LLM, with pixels.
         image: the original image, drawn to the left of the tiles.
         cuts: the selections at the cuts inside the LLM, by the first layer without dropped tokens, ascending.
+        tower_mask: the tokens whose patches remained in the vision tower, bool `[tiles, tokens]`; None means all.
 
     Raises:
         ValueError: if the selection has no pixels.
@@ -53,11 +59,11 @@ def overlay(
         )
     rows, cols = selection.geometry.tile_grid
     stages = [selection, *cuts.values()]
-    tiles = [_draw_tile(stages, number) for number in range(selection.geometry.tiles)]
+    tiles = [_draw_tile(stages, number, tower_mask) for number in range(selection.geometry.tiles)]
     width, height = tiles[0].size
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
     counts = list(zip(*(stage.kept_per_tile for stage in stages), strict=True))
-    legend = _list_legend(selection, cuts) if cuts else []
+    legend = _list_legend(selection, cuts, tower_mask) if cuts or tower_mask is not None else []
     left, scaled, caption = 0, None, ""
     if image is not None:
         caption = f"image {image.width} x {image.height}"
@@ -94,12 +100,18 @@ def overlay(
     return sheet
 
 
-def _list_legend(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
+def _list_legend(
+    selection: Selection, cuts: Mapping[int, Selection], tower_mask: Tensor | None
+) -> list[tuple[str, str]]:
     """Return color and text of each group of tokens: those that remain, and those dropped at each stage."""
     numbers = [selection.geometry.valid_tokens, selection.kept_tokens, *(cut.kept_tokens for cut in cuts.values())]
     lines = [("white", f"{numbers[-1]} of {numbers[0]} tokens remain to the last layer")]
-    if numbers[0] > numbers[1]:
-        lines.append((FADED, f"{numbers[0] - numbers[1]} dropped before the LLM"))
+    entering = numbers[0]
+    if tower_mask is not None:
+        entering = int((tower_mask & selection.geometry.valid).sum())
+        lines.append((TOWER, f"{numbers[0] - entering} dropped or merged inside the vision tower"))
+    if entering > numbers[1]:
+        lines.append((FADED, f"{entering - numbers[1]} dropped before the LLM"))
     for layer, color, (before, after) in zip(cuts, cycle(DROPPED), pairwise(numbers[1:]), strict=False):
         lines.append((color, f"{before - after} dropped before layer {layer}"))
     return lines
@@ -160,12 +172,13 @@ def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(14)
 
 
-def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
+def _draw_tile(stages: Sequence[Selection], number: int, tower_mask: Tensor | None = None) -> Image.Image:
     """Draw one tile: remaining tokens outlined, dropped tokens faded or tinted, padding hatched.
 
     Args:
         stages: the selection of the tokens that enter the LLM, with pixels, and the selections at the cuts.
         number: number of the tile.
+        tower_mask: the tokens whose patches remained in the vision tower, bool `[tiles, tokens]`; None means all.
     """
     entered = stages[0]
     assert entered.pixels is not None
@@ -182,6 +195,9 @@ def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
 
     gray = pixels.mean(axis=2, keepdims=True)
     drawn = 0.25 * gray + 0.75 * 235
+    if tower_mask is not None:
+        tint = 0.4 * gray + 0.6 * np.array(ImageColor.getrgb(TOWER))
+        drawn = np.where(enlarge(tower_mask[number]), drawn, tint)
     for stage, color in zip(stages[1:], cycle(DROPPED), strict=False):
         tint = 0.4 * gray + 0.6 * np.array(ImageColor.getrgb(color))
         drawn = np.where(enlarge(stage.geometry.valid[number]), tint, drawn)

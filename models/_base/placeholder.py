@@ -117,6 +117,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
             align(self.model.get_input_embeddings().weight.new_zeros(1, 1, self.tower.config.hidden_size))
         patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer)
+        truncated = truncated and not (patch_reducers and patches is None)  # all patches: as the unmodified model
         if truncated and self.can_leave_early(inputs, needs):
             run = self.run_tower(inputs, layouts, kinds_by_layer, patches)
         else:
@@ -183,6 +184,8 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             inputs: the model inputs of the call.
         """
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
+        before = patches.first * full // (patches.layers - patches.first)  # layers before the first step
+        full, remaining = full + before, remaining + before
         if self.pooling > 1:
             return PatchRecord(None, full, remaining)
         masks = [mask[..., None].float() for mask in patches.read_mask()]
