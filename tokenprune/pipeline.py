@@ -26,12 +26,16 @@ from tokenprune.decoder.plan import DecoderPlan
 from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
-from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
 from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.prepared_call import CallRecord, PreparedCall
-from tokenprune.requirements import describe_attention, describe_missing_signals, describe_missing_steps
+from tokenprune.requirements import (
+    describe_attention,
+    describe_missing_signals,
+    describe_missing_steps,
+    list_patch_reducers,
+)
 from tokenprune.rewrite import (
     PromptSummary,
     Rows,
@@ -52,6 +56,7 @@ from tokenprune.signal_reader import SignalReader
 from tokenprune.stages import EntryStage, order_positions
 
 if TYPE_CHECKING:
+    from tokenprune.encoder_reducer import EncoderReducer
     from tokenprune.reducer import TokenReducer
 
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
@@ -92,7 +97,7 @@ class Pipeline:
         self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
-        self.patch_reducers = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
+        self.patch_reducers: list[EncoderReducer] = list_patch_reducers(reducer)
         """The strategies that drop or merge patches inside the vision tower."""
         if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
             raise ValueError(problem)
@@ -274,7 +279,7 @@ class Pipeline:
         """Return whether all tokens enter the LLM; the images must then be encoded completely."""
         if self.entry is None:
             return True
-        if isinstance(self.entry, EncoderReducer):
+        if self.entry.stage.reads_tower_layer:
             return True
         budget = as_budget(self.entry.budget)
         if isinstance(budget.amount, float):
@@ -366,7 +371,7 @@ class Pipeline:
         """Return the selection of each image among the tokens that the vision tower kept."""
         record = encoding.patches
         kept = None if record is None or record.kept is None else list(record.kept) * encoding.repeats
-        if isinstance(self.entry, EncoderReducer):
+        if self.entry is not None and self.entry.stage.reads_tower_layer:
             return BatchSelection(select_remaining(images, kept, self.entry.newlines), [])
         if kept is None or self.entry is None:
             return batch_selector.select(images)

@@ -182,7 +182,7 @@ def test_version_is_the_same_everywhere() -> None:
     [
         ("README.md", 3),
         ("docs/index.md", 2),
-        ("docs/how-to/write-a-strategy.md", 6),
+        ("docs/how-to/write-a-strategy.md", 7),
         ("docs/how-to/run-experiments.md", 1),
         ("docs/how-to/write-an-adapter.md", 3),
         ("docs/how-to/wandb.md", 1),
