@@ -1,4 +1,7 @@
-"""Published strategies, one file per method; `decoder` contains methods inside the LLM, `components` their parts."""
+"""Published strategies, one file per method.
+
+`decoder` contains methods inside the LLM, `encoder` methods inside the vision tower, and `components` their parts.
+"""
 
 if __name__ != "tokenprune.strategies":
     raise ImportError("import tokenprune.strategies, not strategies: the folder is part of the tokenprune package")
@@ -18,6 +21,7 @@ from tokenprune.strategies.decoder import (
 )
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.strategies.eadp import EADP
+from tokenprune.strategies.encoder import EViT, RandomPatches, ToMe
 from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.strategies.hero import HERO
@@ -47,6 +51,7 @@ __all__ = [
     "BaseTileOnly",
     "CDPruner",
     "DivPrune",
+    "EViT",
     "FastV",
     "FasterVLM",
     "GlobalCom2",
@@ -59,8 +64,10 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "Random",
+    "RandomPatches",
     "SparseVLM",
     "SpatialPooling",
+    "ToMe",
     "TransPrune",
     "UniformStride",
     "V2Drop",

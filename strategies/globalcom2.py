@@ -45,9 +45,9 @@ def enlarge_base_map(base_map: Tensor, geometry: TileGeometry) -> Tensor:
     ys, xs = valid.any(dim=1).nonzero()[:, 0], valid.any(dim=0).nonzero()[:, 0]
     canvas = base_map.new_zeros(valid.shape)
     if len(ys) and len(xs):
-        size = (len(ys), len(xs))
-        enlarged = F.interpolate(base_map.view(1, 1, height, width), size=size, mode="bilinear", align_corners=False)
-        canvas[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] = enlarged[0, 0]
+        region = canvas[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]  # the vision tower can drop rows inside it
+        source, size = base_map.view(1, 1, height, width), tuple(region.shape)
+        region.copy_(F.interpolate(source, size=size, mode="bilinear", align_corners=False)[0, 0])
     return rearrange(canvas, "(rows height) (cols width) -> (rows cols) (height width)", **sizes)
 
 

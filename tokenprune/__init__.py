@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tokenprune.component_reducer import ComponentReducer as ComponentReducer
     from tokenprune.decoder_reducer import AtLayer as AtLayer
     from tokenprune.decoder_reducer import DecoderReducer as DecoderReducer
+    from tokenprune.encoder.patches import PatchGroups as PatchGroups
+    from tokenprune.encoder_reducer import EncoderReducer as EncoderReducer
+    from tokenprune.encoder_reducer import PatchDropReducer as PatchDropReducer
+    from tokenprune.encoder_reducer import PatchMergeReducer as PatchMergeReducer
     from tokenprune.geometry import TileGeometry as TileGeometry
     from tokenprune.image import EncodedImage as EncodedImage
     from tokenprune.image import Signal as Signal
@@ -63,11 +67,15 @@ _MODULES = {
     "DecoderReducer": "decoder_reducer",
     "EncodedImage": "image",
     "ImageEmbeddings": "vision_encoder",
+    "EncoderReducer": "encoder_reducer",
     "ImageReducer": "image_reducer",
     "LayerChoice": "layers",
     "Merged": "policies",
     "MergingPolicy": "policies",
     "OrderPolicy": "policies",
+    "PatchDropReducer": "encoder_reducer",
+    "PatchGroups": "encoder.patches",
+    "PatchMergeReducer": "encoder_reducer",
     "Pipeline": "pipeline",
     "PixelReducer": "pixel_reducer",
     "PreparedCall": "prepared_call",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenprune.adapter import LLMShape
 from tokenprune.display import format_count, format_table
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.selection import Selection
 
 HISTORY = 1000
@@ -210,12 +211,20 @@ class TokenAccount:
         attention: source of the attention that the strategy read; None if it read no attention.
         saliency_flops: FLOPs of a saliency model that read the images; 0 without a saliency model.
         signal_flops: FLOPs of the signals of the LLM that a strategy inside it read.
+        tower_patches: patches in the layers of the vision tower, summed over tiles and layers; 0 if no strategy dropped
+            or merged patches.
+        tower_patches_full: these patches without reduction.
+        shortens_prompt: whether tokens whose patches were dropped or merged in the tower do not enter the LLM. If
+            tokens consist of several patches, all tokens enter.
     """
 
     llm: LLMShape
     attention: str | None = None
     saliency_flops: int = 0
     signal_flops: int = 0
+    tower_patches: int = 0
+    tower_patches_full: int = 0
+    shortens_prompt: bool = False
     prompt_lengths: deque[RowLengths] = field(default_factory=lambda: deque(maxlen=HISTORY), init=False)
     """One entry per prompt row, in the order of the calls; the last `HISTORY` of them."""
 
@@ -266,6 +275,16 @@ class TokenAccount:
             totals = self._cuts.setdefault(layer, ImageTotals())
             for selection in selections_of_cut:
                 totals.add(selection)
+
+    def add_patches(self, patches: PatchRecord) -> None:
+        """Add the patches of the vision tower of one call.
+
+        Args:
+            patches: the patches that remained in the tower.
+        """
+        self.tower_patches += patches.patches
+        self.tower_patches_full += patches.patches_full
+        self.shortens_prompt = patches.kept is not None
 
     @property
     def cuts(self) -> dict[int, ImageTotals]:
@@ -374,6 +393,8 @@ class TokenAccount:
             "prefill_flops_full": self.flops_full,
             "saliency_flops": self.saliency_flops,
             "signal_flops": self.signal_flops,
+            "tower_patches": self.tower_patches,
+            "tower_patches_full": self.tower_patches_full,
             "attention": self.attention,
         }
 
@@ -391,6 +412,9 @@ class TokenAccount:
         if self._cuts:
             average = f"{self.average_tokens:.1f} visual tokens per prompt on average over {self.llm.layers} layers"
             parts.insert(-1, average)
+        if self.tower_patches_full:
+            ratio = f"vision tower: {self.tower_patches / self.tower_patches_full:.1%} of patches x layers"
+            parts.append(f"{ratio} ({'saved in tower and LLM' if self.shortens_prompt else 'saved in the tower only'})")
         if self.attention is not None:
             parts.append(f"attention: {self.attention}")
         if self.signal_flops:
@@ -407,6 +431,8 @@ class TokenAccount:
             ("visual tokens", self.valid, self.kept, "{:,}"),
             ("prompt tokens", self.prompt_length_full, self.prompt_length, "{:,}"),
             ("KV cache after prefill (MB)", self.kv_bytes_full / 1e6, self.kv_bytes / 1e6, "{:,.2f}"),
+            *[("vision tower (patches x layers)", self.tower_patches_full, self.tower_patches, "{:,}")]
+            * bool(self.tower_patches_full),
             ("LLM prefill (GFLOP)", self.flops_full / 1e9, self.flops / 1e9, "{:,.2f}"),
         ]
         rows = [

@@ -161,7 +161,10 @@ class Encoding:
                 "this encoding cannot be computed again for a strategy inside the vision tower; pass the model inputs "
                 "without encoding"
             )
-        return self.encode_again(needs, patch_reducers=patch_reducers, entering=entering).repeat(self.repeats)
+        encoding = self.encode_again(needs, patch_reducers=patch_reducers, entering=entering)
+        pairs = zip(encoding.images, self.images, strict=False)  # the list of images is repeated here
+        images = [replace(image, pixels=source.pixels) for image, source in pairs]
+        return replace(encoding, images=images).repeat(self.repeats)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,12 @@ from tokenprune.image import LLM_SIGNALS, EncodedImage
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.pixels import PixelSelector
 from tokenprune.prepared_call import CallRecord, PreparedCall
-from tokenprune.requirements import describe_attention, describe_missing_signals, describe_missing_steps
+from tokenprune.requirements import (
+    describe_attention,
+    describe_missing_signals,
+    describe_missing_steps,
+    list_patch_reducers,
+)
 from tokenprune.rewrite import (
     PromptSummary,
     Rows,
@@ -96,15 +101,13 @@ class Pipeline:
         self.keep_pixels, self.pad_to_multiple_of = keep_pixels, pad_to_multiple_of
         self.signal = resolve_attention_source(reducer.attention, adapter.provides)
         """The kind of signal that replaces CLS attention, or ``"saliency_model"``."""
-        parts: Sequence[Any] = reducer.list_parts()
-        self.patch_reducers: list[EncoderReducer] = [part for part in parts if part.stage.reads_tower_layer]
+        self.patch_reducers: list[EncoderReducer] = list_patch_reducers(reducer)
         """The strategies that drop or merge patches inside the vision tower."""
         pixel_part: Any = next((part for part in reducer.list_parts() if part.stage.reads_pixels), None)
         if problem := describe_missing_signals(reducer, adapter) or describe_missing_steps(reducer, adapter):
             raise ValueError(problem)
         self.pixel_selector = None if pixel_part is None else PixelSelector(pixel_part, adapter)
         """Applies the strategy that drops tokens by their pixels; None without one."""
-        self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter))
         budget = format_budget(reducer.budget_label)
         self.run = Run(reducer.label, adapter.llm, describe_attention(reducer, adapter), budget)
         """The record of all calls."""
@@ -158,6 +161,21 @@ class Pipeline:
             inputs: the model inputs of the call.
         """
         return self._encode(inputs, truncated=False, patch_reducers=())
+
+    def reduce_patches(self, encoding: Encoding) -> Encoding:
+        """Return the images encoded once more by the strategies before and inside the vision tower.
+
+        Without such a strategy, or if the patches of the encoding are already reduced, the encoding is returned.
+
+        Args:
+            encoding: the complete encoding of `encode`.
+        """
+        if encoding.patches is not None:
+            return encoding
+        entering = select_entering(self._select_by_pixels(encoding.inputs))
+        if not self.patch_reducers and entering is None:
+            return encoding
+        return encoding.reduce_patches(self.needs, self.patch_reducers, entering)
 
     def prepare(
         self,
@@ -300,18 +318,15 @@ class Pipeline:
         prompts = summarize_prompts(new_placeholders, new_mask)
         by_pixels = self._select_by_pixels(inputs if encoding is None else encoding.inputs)
         drops_tokens = any(not selection.is_identity for selection in by_pixels)
-        keeps_tokens = any(selection.kept_tokens for selection in by_pixels)  # a tower needs at least one patch
-        tower_tokens = by_pixels if drops_tokens and keeps_tokens else None
         if encoding is None:
             vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
             keeps_patches = not self.patch_reducers or adapter.keeps_all_patches(self.patch_reducers, inputs)
             truncated = drops_tokens or not (keeps_patches and self._grants_all_tokens(inputs))
             patch_reducers = () if keeps_patches else self.patch_reducers
-            encoding, is_shared = self._encode(vision, truncated, patch_reducers, tower_tokens), False
+            encoding, is_shared = self._encode(vision, truncated, patch_reducers, select_entering(by_pixels)), False
         else:
             is_shared = True
-            if self.patch_reducers or drops_tokens:
-                encoding = encoding.reduce_patches(self.needs, self.patch_reducers, tower_tokens)
+            encoding = self.reduce_patches(encoding)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
@@ -325,7 +340,7 @@ class Pipeline:
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         if self.batch_selector is None or reducer is None or self._stage is None:
             selections = [Selection.all_tokens(image.geometry, image.pixels) for image in images]
-            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops)
+            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops, encoding.patches)
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate, past)
         batch = self._select(self.batch_selector, images, encoding, by_pixels)
@@ -335,7 +350,7 @@ class Pipeline:
         selections, emptied_counts, is_checked = read_counts(batch.selections, packed_mask, batch.checks, emptied)
         if not is_checked:
             self.run.store_checks(batch.checks)
-        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops)
+        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops, encoding.patches)
         if all(selection.is_identity for selection in selections):
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate)
@@ -482,7 +497,8 @@ class Pipeline:
             signal_flops = decoder.count_signal_flops(plan)
             cuts = plan.list_cuts()
             self.run.store_checks(plan.checks)
-            self.run.add(record.selections, call.rows, row_lengths, record.saliency_flops, cuts, signal_flops)
+            flops = (record.saliency_flops, cuts, signal_flops)
+            self.run.add(record.selections, call.rows, row_lengths, *flops, record.patches)
 
         return decoder.add_to_call(call, prompt, images, inputs, add_record)
 
@@ -496,7 +512,7 @@ class Pipeline:
 
     def _record(self, record: CallRecord, rows: Rows, reduced: Sequence[int]) -> None:
         lengths = list(zip(record.prompts.tokens, reduced, strict=True))
-        self.run.add(record.selections, rows, lengths, record.saliency_flops)
+        self.run.add(record.selections, rows, lengths, record.saliency_flops, patches=record.patches)
 
     def _check_without_images(self, inputs: Mapping[str, Any]) -> None:
         """Raise an error if a call without images cannot run.
@@ -559,6 +575,18 @@ class Pipeline:
             if isinstance(pad, int) and pad >= 0 and pad != self.adapter.image_token_id:
                 return pad
         return 0 if self.adapter.image_token_id else 1
+
+
+def select_entering(by_pixels: Sequence[Selection]) -> Sequence[Selection] | None:
+    """Return the selections whose patches enter the vision tower; None if all patches enter it.
+
+    A tower needs at least one patch. If no image keeps a token, the tower runs on all patches.
+
+    Args:
+        by_pixels: the selections before the vision tower.
+    """
+    drops_tokens = any(not selection.is_identity for selection in by_pixels)
+    return by_pixels if drops_tokens and any(selection.kept_tokens for selection in by_pixels) else None
 
 
 def call_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.rewrite import PromptSummary, Rows
 from tokenprune.selection import Selection
 
@@ -59,6 +60,7 @@ class CallRecord:
         row_of_image: the prompt row of each image.
         emptied: number of dropped text positions of each row; empty if none are dropped.
         saliency_flops: FLOPs of the saliency model.
+        patches: the patches that remained in the vision tower; None if no strategy acted inside it.
     """
 
     selections: list[Selection]
@@ -66,6 +68,7 @@ class CallRecord:
     row_of_image: Sequence[int]
     emptied: Sequence[int]
     saliency_flops: int
+    patches: PatchRecord | None = None
 
     @property
     def reduced_lengths(self) -> list[int]:

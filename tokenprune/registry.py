@@ -31,13 +31,13 @@ def _list_aliases(name: str) -> set[str]:
 
 
 def _import_modules(package: str) -> Iterator[ModuleType]:
-    """Import and yield the modules of a package, of its `components` and of its `decoder` folder."""
+    """Import and yield the modules of a package and of its folders of strategies and components."""
     root = importlib.import_module(package)
     yield root
     for info in pkgutil.iter_modules(root.__path__, f"{package}."):
         if not info.ispkg:
             yield importlib.import_module(info.name)
-        elif info.name.endswith((".components", ".decoder")):
+        elif info.name.endswith((".components", ".decoder", ".encoder")):
             yield from _import_modules(info.name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.image import LLM_SIGNALS, STEP_SIGNALS
@@ -10,6 +9,7 @@ from tokenprune.saliency import SaliencyModel, list_attention_layers, resolve_at
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
+    from tokenprune.encoder_reducer import EncoderReducer
     from tokenprune.reducer import TokenReducer
 
 
@@ -61,6 +61,12 @@ def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | N
     return None
 
 
+def list_patch_reducers(reducer: TokenReducer) -> list[EncoderReducer]:
+    """Return the parts of a strategy that drop or merge patches inside the vision tower."""
+    parts: list[Any] = [part for part in reducer.list_parts() if part.stage.reads_tower_layer]
+    return parts
+
+
 def describe_missing_steps(reducer: TokenReducer, adapter: Adapter) -> str | None:
     """Return a message if a strategy inside the vision tower needs steps that a model does not support, else None.
 
@@ -68,10 +74,7 @@ def describe_missing_steps(reducer: TokenReducer, adapter: Adapter) -> str | Non
         reducer: the strategy.
         adapter: the adapter of the model.
     """
-    parts: Sequence[Any] = reducer.list_parts()
-    for part in parts:
-        if not part.stage.reads_tower_layer:
-            continue
+    for part in list_patch_reducers(reducer):
         step, name = "merge" if part.merges else "drop", type(adapter.model).__name__
         if step not in adapter.patch_steps:
             supported = " and ".join(sorted(adapter.patch_steps)) or "neither drop nor merge"

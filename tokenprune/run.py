@@ -12,11 +12,13 @@ from tokenprune.account import HISTORY, RowLengths, TokenAccount
 from tokenprune.adapter import LLMShape
 from tokenprune.budget import NoTokenWarning
 from tokenprune.checks import DeferredCheck, raise_first_failure, stack_failures
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.rewrite import Rows
 from tokenprune.selection import Selection
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 DRAWABLE = 8
 """The number of first images of a run that keep their pixels, scores and mixing matrices."""
@@ -86,6 +88,7 @@ class Run:
         """Tokens, cache bytes and FLOPs of all calls."""
         self._history = SelectionHistory()
         self._cuts: dict[int, SelectionHistory] = {}
+        self._tower_masks: list[Tensor | None] = []
         self._checks: list[DeferredCheck] = []
         self._rows: Rows | None = None
 
@@ -134,7 +137,19 @@ class Run:
         if not selections:
             raise ValueError("no image was reduced, so there is nothing to draw; call the model inside the block first")
         caption = format_caption(self.strategy, self.budget, selections[number], question, answer)
-        return overlay(selections[number], image, self.find_cuts(number), caption)
+        return overlay(selections[number], image, self.find_cuts(number), caption, self.find_tower_mask(number))
+
+    def find_tower_mask(self, number: int) -> Tensor | None:
+        """Return the tokens of an image whose patches remained in the vision tower, bool `[tiles, tokens]`.
+
+        The result is None if no strategy dropped or merged patches there, if a token consists of several patches, or if
+        the image is not among the first images of the run.
+
+        Args:
+            number: number of the image in `selections`.
+        """
+        mask = self._tower_masks[number] if 0 <= number < len(self._tower_masks) else None
+        return None if mask is None else mask.cpu()
 
     def find_cuts(self, number: int) -> dict[int, Selection]:
         """Return the selections of an image at the cuts, by the first layer without dropped tokens.
@@ -186,6 +201,7 @@ class Run:
         saliency_flops: int = 0,
         cuts: Sequence[RunCut] = (),
         signal_flops: int = 0,
+        patches: PatchRecord | None = None,
     ) -> None:
         """Record one call.
 
@@ -197,6 +213,7 @@ class Run:
             saliency_flops: FLOPs of the saliency model.
             cuts: the selections at each cut inside the LLM.
             signal_flops: FLOPs of the signals of the LLM.
+            patches: the patches that remained in the vision tower; None if no strategy acted inside it.
         """
         if any(selection.asked == 0 for selection in selections):
             warnings.warn(
@@ -213,6 +230,12 @@ class Run:
         self.account.add([*complete, *compact], lengths, {cut.layer: cut.selections for cut in cuts})
         self.account.saliency_flops += saliency_flops
         self.account.signal_flops += signal_flops
+        masks: list[Tensor | None] = [None] * len(selections)
+        if patches is not None:
+            self.account.add_patches(patches)
+            if patches.kept is not None:
+                masks = [*patches.kept] * (len(selections) // len(patches.kept))
+        self._tower_masks += masks[:drawable]
         self._rows = rows
         self._history.add(complete, compact)
 

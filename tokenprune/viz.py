@@ -39,6 +39,8 @@ BARS_HEIGHT = 2.0
 VEIL = (0.12, 0.12, 0.16, 0.68)
 """Color and opacity of the dark veil over dropped tokens in `draw_mask`; visible on white and on colored images."""
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+TOWER = "#8C564B"
+"""Tint of the tokens whose patches were dropped or merged inside the vision tower."""
 TILE_SIDE, GAP, LABEL = 240, 10, 24
 """Smallest side of a drawn tile, space between tiles, and height of a label, in pixels."""
 
@@ -48,17 +50,19 @@ def overlay(
     image: Image.Image | None = None,
     cuts: Mapping[int, Selection] = MappingProxyType({}),
     caption: Sequence[str] = (),
+    tower_mask: Tensor | None = None,
 ) -> Image.Image:
     """Draw the kept tokens of every tile: the base tile at the left, the sub-images in their grid.
 
     Kept tokens are clear and outlined, dropped tokens are faded, and padding that the model removes is hatched. Tokens
-    dropped inside the LLM are tinted with the color of their cut. A legend names hatching and tints.
+    dropped inside the vision tower or the LLM are tinted with the color of their stage, which a legend names.
 
     Args:
         selection: the selection of the tokens that enter the LLM, with pixels.
         image: the original image, drawn to the left of the tiles.
         cuts: the selections at the cuts inside the LLM, by the first layer without dropped tokens, ascending.
         caption: lines above the drawing, such as the result of `format_caption`; long lines are wrapped.
+        tower_mask: the tokens whose patches remained in the vision tower, bool `[tiles, tokens]`; None means all.
 
     Raises:
         ValueError: if the selection has no pixels.
@@ -70,7 +74,7 @@ def overlay(
         )
     rows, cols = selection.geometry.tile_grid
     stages = [selection, *cuts.values()]
-    tiles = [_draw_tile(stages, number) for number in range(selection.geometry.tiles)]
+    tiles = [_draw_tile(stages, number, tower_mask) for number in range(selection.geometry.tiles)]
     width, height = tiles[0].size
     granted, kept = selection.granted_per_tile, selection.kept_per_tile
     counts = list(zip(*(stage.kept_per_tile for stage in stages), strict=True))
@@ -82,7 +86,7 @@ def overlay(
     ]
     base_width = max(width, _measure_width(texts[:1]))
     column = max(width, _measure_width(texts[1:]))
-    legend = _list_legend(selection, cuts)
+    legend = _list_legend(selection, cuts, tower_mask)
     left, scaled, heading = 0, None, ""
     if image is not None:
         heading = f"image {image.width} x {image.height}"
@@ -103,7 +107,7 @@ def overlay(
         pen.text((GAP, GAP + LABEL * number), line, INK, _load_font())
     for number, (color, text) in enumerate(legend):
         y = legend_top + LABEL * number
-        outline = KEPT if cuts and number == 0 else PADDING
+        outline = KEPT if color == "white" else PADDING
         pen.rectangle((GAP, y + 2, GAP + 14, y + 16), fill=None if color == HATCHED else color, outline=outline)
         if color == HATCHED:
             sheet.paste(Image.fromarray(_draw_stripes(13, 13).repeat(3, axis=2)), (GAP + 1, y + 3))
@@ -157,18 +161,27 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, size) or [""]
 
 
-def _list_legend(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
-    """Return color and text of each group of tokens: padding and, with cuts, the remaining and the dropped tokens."""
+def _list_legend(
+    selection: Selection, cuts: Mapping[int, Selection], tower_mask: Tensor | None
+) -> list[tuple[str, str]]:
+    """Return color and text of each group of tokens: padding and, with several stages, remaining and dropped tokens."""
     padding = [] if selection.geometry.valid.all() else [(HATCHED, "padding that the model removes")]
-    return [*(_list_stages(selection, cuts) if cuts else []), *padding]
+    has_stages = bool(cuts) or tower_mask is not None
+    return [*(_list_stages(selection, cuts, tower_mask) if has_stages else []), *padding]
 
 
-def _list_stages(selection: Selection, cuts: Mapping[int, Selection]) -> list[tuple[str, str]]:
+def _list_stages(
+    selection: Selection, cuts: Mapping[int, Selection], tower_mask: Tensor | None
+) -> list[tuple[str, str]]:
     """Return color and text of the tokens that remain, and of those dropped at each stage."""
     numbers = [selection.geometry.valid_tokens, selection.kept_tokens, *(cut.kept_tokens for cut in cuts.values())]
     lines = [("white", f"{numbers[-1]} of {numbers[0]} tokens remain to the last layer")]
-    if numbers[0] > numbers[1]:
-        lines.append((FADED, f"{numbers[0] - numbers[1]} dropped before the LLM"))
+    entering = numbers[0]
+    if tower_mask is not None:
+        entering = int((tower_mask & selection.geometry.valid).sum())
+        lines.append((TOWER, f"{numbers[0] - entering} dropped or merged inside the vision tower"))
+    if entering > numbers[1]:
+        lines.append((FADED, f"{entering - numbers[1]} dropped before the LLM"))
     for layer, color, (before, after) in zip(cuts, cycle(DROPPED), pairwise(numbers[1:]), strict=False):
         lines.append((color, f"{before - after} dropped before layer {layer}"))
     return lines
@@ -205,6 +218,7 @@ def draw_report(
     image: Image.Image | None = None,
     cuts: Mapping[int, Selection] = MappingProxyType({}),
     caption: Sequence[str] = (),
+    tower_mask: Tensor | None = None,
 ) -> Image.Image:
     """Draw the overlay with the budget bars of the tokens that enter the LLM below it, as wide as the overlay.
 
@@ -213,8 +227,9 @@ def draw_report(
         image: the original image, drawn to the left of the tiles.
         cuts: the selections at the cuts inside the LLM, as in `overlay`.
         caption: lines above the drawing, as in `overlay`.
+        tower_mask: the tokens whose patches remained in the vision tower, as in `overlay`.
     """
-    top = overlay(selection, image, cuts, caption)
+    top = overlay(selection, image, cuts, caption, tower_mask)
     figure = draw_budget_bars(selection, (max(4.0, top.width / 100), BARS_HEIGHT))
     figure.set_dpi(100)
     bars = render_figure(figure)
@@ -296,12 +311,13 @@ def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(14)
 
 
-def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
+def _draw_tile(stages: Sequence[Selection], number: int, tower_mask: Tensor | None = None) -> Image.Image:
     """Draw one tile: remaining tokens outlined, dropped tokens faded or tinted, padding hatched.
 
     Args:
         stages: the selection of the tokens that enter the LLM, with pixels, and the selections at the cuts.
         number: number of the tile.
+        tower_mask: the tokens whose patches remained in the vision tower, bool `[tiles, tokens]`; None means all.
     """
     entered = stages[0]
     assert entered.pixels is not None
@@ -318,6 +334,9 @@ def _draw_tile(stages: Sequence[Selection], number: int) -> Image.Image:
 
     gray = pixels.mean(axis=2, keepdims=True)
     drawn = 0.25 * gray + 0.75 * 235
+    if tower_mask is not None:
+        tint = 0.4 * gray + 0.6 * np.array(ImageColor.getrgb(TOWER))
+        drawn = np.where(enlarge(tower_mask[number]), drawn, tint)
     for stage, color in zip(stages[1:], cycle(DROPPED), strict=False):
         tint = 0.4 * gray + 0.6 * np.array(ImageColor.getrgb(color))
         drawn = np.where(enlarge(stage.geometry.valid[number]), tint, drawn)

@@ -236,7 +236,11 @@ def measure_strategies(
         ValueError: if the budget is neither a ratio nor a count, or a strategy reads a signal of an unknown kind.
     """
     catalog, _ = load_classes(config.plugin)
-    timed = {name: kind for name, kind in catalog.items() if isinstance(kind.stage, EntryStage)}
+    timed = {
+        name: kind
+        for name, kind in catalog.items()
+        if isinstance(kind.stage, EntryStage) and not kind.stage.reads_tower_layer
+    }
     classes = [find_class(name, timed, "strategy before the LLM") for name in config.names or timed]
     budget = parse_amount(config.budget)
     reducers = {strategy.__name__: strategy(budget) for strategy in classes}

@@ -94,6 +94,7 @@ def answer_group(
 
     for setting, file, missing in pending:
         alone_ms: float | None = None
+        encoded: tuple[Encoding, float] | None = None
         for batch in _split_batches(group, setting.experiment.batch_size):
             missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
             if not missing_ids:
@@ -103,9 +104,8 @@ def answer_group(
             try:
                 before = passes[0]
                 text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
-                records, selections, cuts = _answer_batch(
-                    adapter, processor, setting.experiment, text, batch, encoding, encode_ms
-                )
+                encoded = encoded or _reduce_patches(adapter, setting.experiment, encoding, encode_ms)
+                records, selections, cuts = _answer_batch(adapter, processor, setting.experiment, text, batch, *encoded)
             except Exception as error:
                 records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
                 cuts = [{}] * len(batch)
@@ -155,6 +155,26 @@ def _split_batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]
     return [group[start : start + size] for start in range(0, len(group), size)]
 
 
+def _reduce_patches(
+    adapter: Adapter, experiment: Experiment, encoding: Encoding, encode_ms: float
+) -> tuple[Encoding, float]:
+    """Return the encoding of a setting and its time; the tower runs again for a strategy inside it.
+
+    Args:
+        adapter: the adapter of the model.
+        experiment: the experiment of the setting.
+        encoding: the complete encoding that all settings share.
+        encode_ms: its time in milliseconds.
+    """
+    pipeline = Pipeline(experiment.reducer, adapter)
+    if not pipeline.patch_reducers:
+        return encoding, encode_ms
+    began = time.perf_counter()
+    with torch.no_grad():
+        reduced = pipeline.reduce_patches(encoding)
+    return reduced, (time.perf_counter() - began) * 1000
+
+
 def _answer_batch(
     adapter: Adapter,
     processor: Any,
@@ -198,6 +218,8 @@ def _answer_batch(
             "prefill_flops": LayerSums.from_rows(adapter.llm, lengths.layers).flops(adapter.llm),
             "prefill_flops_full": prefill_flops(adapter.llm, lengths.full),
             "evidence_coverage": _measure_evidence(sample, selections[index], cuts_by_image[index], adapter.llm.layers),
+            "tower_patches": run.account.tower_patches,
+            "tower_patches_full": run.account.tower_patches_full,
             "encode_ms": round(encode_ms, 3),
             "select_ms": round((selected - began) * 1000 / len(batch), 3),
             "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
@@ -244,6 +266,7 @@ EMPTY_NUMBERS: Mapping[str, Any] = {
     "tokens_per_layer": [],
     **dict.fromkeys(("prompt_length", "prompt_length_full", "prefill_flops", "prefill_flops_full"), 0),
     "evidence_coverage": None,
+    **dict.fromkeys(("tower_patches", "tower_patches_full"), 0),
     **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
 }
 """The numbers of a sample that failed."""

@@ -161,7 +161,7 @@ class Progress:
         errors: records of samples that failed, earlier runs included.
         images: images that were encoded.
         encodes: passes through the vision tower that encoded them, counted at the tower; 0 if the adapter has no tower.
-        more_encodes: further passes through the tower, by strategies that encode at another resolution.
+        more_encodes: further passes through the tower, for strategies before or inside it.
         setting: name of the setting that wrote the last record.
         scores: sum of scores and number of records of each setting in this run.
     """

@@ -119,6 +119,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             align(inputs[self.pixels].new_zeros(1, 1, self.tower.config.hidden_size))
         positions = None if entering is None else self.select_patches(entering, layouts, inputs)
         patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer, positions)
+        truncated = truncated and not (patch_reducers and patches is None)  # all patches: as the unmodified model
         if truncated and self.can_leave_early(inputs, needs):
             run = self.run_tower(inputs, layouts, kinds_by_layer, patches)
         else:
@@ -217,6 +218,8 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
             entering: the selection of each image whose patches entered the tower; None if all entered.
         """
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
+        before = patches.first * full // (patches.layers - patches.first)  # layers before the first step
+        full, remaining = full + before, remaining + before
         if self.pooling > 1:
             return PatchRecord(None if entering is None else [part.kept for part in entering], full, remaining)
         masks = [mask[..., None].float() for mask in patches.read_mask()]

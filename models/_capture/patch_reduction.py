@@ -198,7 +198,7 @@ class PatchReduction:
     ) -> dict[SignalKey, list[Tensor]]:
         """Return captured tensors over all patches, after the tower has run.
 
-        Rows of attention are zero at patches without an entry. All patches of a group share their key.
+        Rows of attention and of logits are zero at patches without an entry. All patches of a group share their key.
 
         Args:
             tower: the tower.
@@ -212,9 +212,8 @@ class PatchReduction:
                 expanded[kind, layer] = values
                 continue
             parts = values if tower.segments is None else [torch.cat(values, dim)]
-            fill = -torch.inf if kind == "cls_logits" else 0.0
             expanded[kind, layer] = [
-                state.expand_rows(value, dim, fill) if kind in ROW_SIGNALS else state.expand_groups(value, dim)
+                state.expand_rows(value, dim) if kind in ROW_SIGNALS else state.expand_groups(value, dim)
                 for state, value in zip(states, parts, strict=True)
             ]
         return expanded
@@ -279,7 +278,7 @@ def reduced_layers(tower: Tower) -> Iterator[None]:
         yield
         return
     with ExitStack() as undo:
-        for index in range(reduction.first, reduction.layers):
+        for index in range(reduction.first, len(tower.layers)):  # later layers can run for signals
             layer: Any = tower.layers[index]
             run = partial(run_reduced_layer, reduction, tower, index, layer.forward)
             undo.enter_context(replaced_forward(layer, run))
@@ -448,7 +447,8 @@ def run_reduced_layer(
         for step in steps:
             remaining, sequence = reduction.reduce(index, depth, step, sequence, signals, call.find_real(remaining))
         output = call.run_mlp(sequence, remaining, length)
-    reduction.counts.append((remaining.entry.numel(), remaining.index.numel()))
+    if index < reduction.layers:
+        reduction.counts.append((remaining.entry.numel(), remaining.index.numel()))
     if index == reduction.layers - 1:
         reduction.passes.append(remaining)
     reduction.previous = call.hidden

@@ -251,9 +251,30 @@ class PooledGridMerging(MergingPolicy):
             indices = centers.long().to(picked.device)
             coverage = region_coverage((cells / torch.tensor([height, width, height, width])).float(), (height, width))
             coverage = coverage.to(picked.device) * candidates[tile]
+            if not bool(candidates[tile, indices].all()):  # the vision tower dropped patches inside the rectangle
+                indices = find_nearest_candidates(indices, candidates[tile], width)
+                empty = coverage.sum(dim=1) == 0
+                coverage[empty, indices[empty]] = 1.0
             kind[tile, indices] = 1
             weights[tile, indices] = coverage / coverage.sum(dim=1, keepdim=True)
         return Merged(kind, weights)
+
+
+def find_nearest_candidates(indices: Tensor, candidates: Tensor, width: int) -> Tensor:
+    """Return the nearest candidate of each position that no earlier position has taken, int64 `[positions]`.
+
+    Args:
+        indices: positions in a tile, `[positions]`; at most as many as candidates.
+        candidates: tokens that may be kept, bool `[tokens]`.
+        width: width of the token grid.
+    """
+    order = torch.arange(len(candidates), device=candidates.device)
+    free, nearest = candidates.clone(), []
+    for index in indices:
+        distance = (order // width - index // width) ** 2 + (order % width - index % width) ** 2
+        nearest.append(distance.masked_fill(~free, 2 * len(candidates) ** 2).argmin())
+        free[nearest[-1]] = False
+    return torch.stack(nearest)
 
 
 def divide_into_cells(number: int, rows: int, cols: int) -> Tensor:

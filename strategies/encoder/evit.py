@@ -25,7 +25,6 @@ class EViT(PatchDropReducer):
     """Keeps the patches to which the CLS token attends most, at three layers of the vision tower."""
 
     published: ClassVar[str] = "ICLR 2022, arXiv 2202.07800"
-    parity: ClassVar[str] = "none recorded"
 
     schedule: tuple[tuple[int | float, int | float], ...] = field(
         default=((0.25, 0.7), (0.5, 0.49), (0.75, 0.343)), kw_only=True

@@ -24,7 +24,19 @@ from tokenprune.experiments.bench.cost.report import CostConfig
 from tokenprune.experiments.bench.selection_cost import SelectionCostConfig
 from tokenprune.experiments.evaluation.grid import expand, parse_experiment
 from tokenprune.reducer import Composed, TokenReducer
-from tokenprune.strategies import SCOPE, DivPrune, FasterVLM, HiRED, PruMerge, PyramidDrop, UniformStride, VisionZip
+from tokenprune.strategies import (
+    SCOPE,
+    DivPrune,
+    EViT,
+    FasterVLM,
+    FastV,
+    HiRED,
+    PruMerge,
+    PyramidDrop,
+    ToMe,
+    UniformStride,
+    VisionZip,
+)
 from tokenprune.strategies.components import (
     ContextualMerging,
     MaxMinDiversitySelection,
@@ -296,6 +308,16 @@ def test_values_of_a_call_need_no_quotes() -> None:
     assert reducer == HiRED(9, positions="preserve", selection=RandomSelection(seed=3))
     assert parse("HiRED.release(0.4)") == replace(HiRED.release(), budget=0.4)
     assert parse("PruMerge(selection=MaxMinDiversitySelection)").selection == MaxMinDiversitySelection()  # type: ignore[attr-defined]
+
+
+def test_strategies_inside_the_vision_tower_have_options() -> None:
+    composed = parse("ToMe(r=8)+HiRED(0.2)+FastV(layer=2, budget=0.5)")
+    assert composed == ToMe(r=8) >> HiRED(0.2) >> FastV(layer=2, budget=0.5)
+    assert parse("ToMe", "--reducer.r", "8") == ToMe(r=8)
+    assert parse("ToMe", "--reducer.budget", "0.5") == ToMe(0.5)
+    assert parse("EViT", "--reducer.schedule", "[[0.25, 0.5], [4, 20]]") == EViT(schedule=((0.25, 0.5), (4, 20)))
+    with pytest.raises(UserError, match=r"ToMe got budget=0\.3 and r=8"):
+        parse("ToMe(0.3, r=8)")
 
 
 def test_a_file_has_parts_of_a_composition(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,8 @@ def test_totals_cover_more_than_the_history() -> None:
         "prefill_flops_full": account.flops_full,
         "saliency_flops": 0,
         "signal_flops": 0,
+        "tower_patches": 0,
+        "tower_patches_full": 0,
         "attention": None,
     }
 

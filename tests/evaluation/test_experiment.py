@@ -26,7 +26,7 @@ from tokenprune.experiments.evaluation.records import (
 )
 from tokenprune.experiments.evaluation.tasks import Boards, Sample
 from tokenprune.models import mini
-from tokenprune.strategies import SCOPE, HiRED, ImageDownsample, UniformStride
+from tokenprune.strategies import SCOPE, HiRED, ImageDownsample, ToMe, UniformStride
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
@@ -53,10 +53,11 @@ def test_sharing_an_encoding_does_not_change_records() -> None:
             UniformStride(1.0),
             AtLayer(1, HiRED(0.2)),
             HiRED(0.4) >> AtLayer(1, UniformStride(0.5)),
+            ToMe(r=4) >> HiRED(0.4),
         )
     ]
     progress = run_settings(settings, Path("together"))
-    assert (progress.images, progress.encodes, progress.more_encodes) == (2, 2, 2)
+    assert (progress.images, progress.encodes, progress.more_encodes) == (2, 2, 4)
     for setting in settings:
         run_settings([setting], Path("alone"))
     assert remove_times(records("together")) == remove_times(records("alone"))

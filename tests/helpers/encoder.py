@@ -105,8 +105,8 @@ def full_mask(adapter: Any, remaining: RemainingPatches) -> Tensor:
 def hidden_patches(adapter: Any, reduction: PatchReduction, acts: str) -> Iterator[None]:
     """Run the full tower with hidden keys, and with states of dropped patches frozen, inside the block."""
     layers = adapter.tower_layers
-    states: Mapping[int, RemainingPatches] = {index: passes[0] for index, passes in reduction.inputs.items()}
-    last = reduction.layers - 1
+    last = reduction.layers - 1  # layers after it run for signals only
+    states: Mapping[int, RemainingPatches] = {n: passes[0] for n, passes in reduction.inputs.items() if n <= last}
     with ExitStack() as undo:
         for index, before in states.items():
             attention = getattr(layers[index], adapter.attention_name)

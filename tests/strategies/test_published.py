@@ -402,6 +402,7 @@ RECORDED = {
     "PyramidDrop": "pyramiddrop",
     "SparseVLM": "sparsevlm_v2",
     "DART": "dart",
+    "ToMe": "tome",
 }
 TRANSCRIBED = {"HERO"}
 """Methods recorded from a transcription of the official functions, not from the official files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,25 +14,36 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import REPRESENTATIVES
-from tokenprune import EncodedImage, ScoreReducer, Selection, Signal
+from tokenprune import EncodedImage, PatchDropReducer, PatchGroups, PatchMergeReducer, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
 from tokenprune.decoder_reducer import AtLayer, DecoderReducer, ScheduledReducer
+from tokenprune.encoder_reducer import EncoderReducer
+from tokenprune.strategies import ToMe
+from tokenprune.testing.check_errors import CheckError
 from tokenprune.testing.conformance import (
     CHECKS,
     LAYERS,
+    LAYOUTS,
     MODEL_CHECKS,
-    CheckError,
+    build_image,
     check_precision,
     check_reducer,
 )
+from tokenprune.testing.encoder_checks import ENCODER_CHECKS
 from tokenprune.testing.examples import build_example, find_example
 
 
 @pytest.mark.parametrize(
     "families", [REPRESENTATIVES, pytest.param(None, marks=pytest.mark.slow)], ids=["representatives", "all families"]
 )
-@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("EViT", "RandomPatches") else name
+        for name in sorted(strategies())
+    ],
+)
 def test_shipped_strategies_pass(name: str, families: set[str] | None) -> None:
     reducer = strategies()[name]()  # type: ignore[call-arg]
     if isinstance(reducer, ScheduledReducer):  # the LLMs of the examples have few layers
@@ -194,6 +206,83 @@ class ReverseOrder(NormScore):
     def select(self, image: EncodedImage) -> Selection:
         selection = super().select(image)
         return replace(selection, order=torch.arange(selection.kept_tokens).flip(0))
+
+
+@dataclass
+class LargestPatches(PatchDropReducer):
+    """A correct strategy inside the vision tower; the strategies with mistakes below derive from it."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.float().norm(dim=-1)
+
+
+@dataclass
+class RepeatedPatch(LargestPatches):
+    """Keeps the first patch twice."""
+
+    def group(self, image: EncodedImage, number: int) -> PatchGroups:
+        kept = super().group(image, number).kept
+        return PatchGroups(torch.cat([kept[:, :1], kept[:, :-1]], dim=1))
+
+
+@dataclass
+class WrongShape(LargestPatches):
+    """Returns one patch too few."""
+
+    def group(self, image: EncodedImage, number: int) -> PatchGroups:
+        return PatchGroups(super().group(image, number).kept[:, 1:])
+
+
+@dataclass
+class WrongScores(LargestPatches):
+    """Returns one score per tile."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return super().score(image).mean(dim=1)
+
+
+@dataclass
+class ComparesTiles(LargestPatches):
+    """Subtracts the mean of all tiles of the call."""
+
+    def score(self, image: EncodedImage) -> Tensor:
+        return (image.features.float() - image.features.float().mean(dim=0)).norm(dim=-1) + super().score(image) / 1e6
+
+
+@dataclass
+class StrayGroups(PatchMergeReducer):
+    """Merges all patches into the first, also the patches that are kept."""
+
+    def metric(self, image: EncodedImage) -> Tensor:
+        return image.features
+
+    def match(self, image: EncodedImage, metric: Tensor, number: int) -> PatchGroups:
+        kept = torch.arange(number).expand(len(metric), -1)
+        return PatchGroups(kept, torch.zeros(metric.shape[:2], dtype=torch.long))
+
+
+ENCODER_MISTAKES: list[tuple[EncoderReducer, str, str]] = [
+    (RepeatedPatch(), "patch groups", "RepeatedPatch.group on one tile with 18 of 36 patches: expected kept with 18"),
+    (WrongShape(), "patch groups", "WrongShape.group must return kept of shape [1, 1], not [1, 0]"),
+    (WrongScores(), "patch groups", "WrongScores.score must return [tiles, patches] = [1, 36], not [1]"),
+    (ComparesTiles(), "single tiles", "expected the same groups of tile 1 in a call of its own"),
+    (StrayGroups(), "patch groups", "got 17 kept patches in another group"),
+]
+
+
+@pytest.mark.parametrize(("reducer", "check", "message"), ENCODER_MISTAKES, ids=lambda value: str(value)[:12])
+def test_mistakes_inside_the_vision_tower_are_named(reducer: EncoderReducer, check: str, message: str) -> None:
+    images = {name: build_image(reducer, layout) for name, layout in LAYOUTS.items()}
+    with pytest.raises(CheckError, match=re.escape(message)):
+        ENCODER_CHECKS[check](reducer, images)
+
+
+def test_checks_of_a_strategy_inside_the_vision_tower() -> None:
+    report = check_reducer(LargestPatches(), ["llava"])
+    assert report.passed, str(report)
+    assert {*ENCODER_CHECKS, "all patches"} < {result.name for result in report.results if result.passed}
+    merging = {r.name: r.detail for r in check_reducer(ToMe(), ["qwen2_5_vl"]).results if r.passed is None}
+    assert merging["batch invariant"] == "no adapter provides keys and steps that merge patches"
 
 
 MISTAKES = {

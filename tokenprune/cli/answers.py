@@ -168,8 +168,9 @@ def write_drawings(config: RunConfig, result: Answer, run: Run, image: Image.Ima
     """
     selection, cuts = run.selections[0], run.find_cuts(0)
     caption = format_caption(run.strategy, run.budget, selection, result.question, result.answer)
+    overlay = draw_report(selection, image, cuts, caption, run.find_tower_mask(0))
     drawings: list[tuple[str, Path, Callable[[Path], None]]] = [
-        ("overlay", Path(config.out) / "overlay.png", partial(save_image, draw_report(selection, image, cuts, caption)))
+        ("overlay", Path(config.out) / "overlay.png", partial(save_image, overlay))
     ]
     if config.figure is not None:
         save = partial(save_figure, draw_mask(selection, image, cuts))

@@ -19,6 +19,7 @@ from tokenprune.catalog import adapters, find_kind
 from tokenprune.cli.parsing import load_classes, presets
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.display import align_columns
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.image import APPLICATION_SIGNALS, BEFORE_TOWER, LLM_SIGNALS, STEP_SIGNALS, TEXT_SIGNALS, Signal
 from tokenprune.image_reducer import ImageReducer
 from tokenprune.reducer import TokenReducer
@@ -100,6 +101,8 @@ def _describe_dropped(member: type[TokenReducer]) -> str:
         return "depends on its parameters"
     if isinstance(reducer, ImageReducer):
         return "not encoded"
+    if isinstance(reducer, EncoderReducer):
+        return "merged" if reducer.merges else "dropped"
     return "merged" if isinstance(reducer, ComponentReducer) and reducer.merging is not None else "dropped"
 
 
@@ -147,13 +150,22 @@ def model_rows(plugins: Sequence[str] = ()) -> list[Row]:
                 "adapter": name,
                 "attention": resolve_attention_source("auto", provides) if provides else "",
                 "stages": ", ".join(
-                    ["image"] * bool(provides & BEFORE_TOWER) + ["projector"] + ["decoder"] * (provides >= LLM_SIGNALS)
+                    ["image"] * bool(provides & BEFORE_TOWER)
+                    + _describe_encoder_stage(adapter_class)
+                    + ["projector"]
+                    + ["decoder"] * (provides >= LLM_SIGNALS)
                 ),
                 "signals": ", ".join(sorted(provides - LLM_SIGNALS - STEP_SIGNALS - BEFORE_TOWER)),
                 "verified": describe_verification(name),
             }
         )
     return rows
+
+
+def _describe_encoder_stage(adapter_class: type[Adapter]) -> list[str]:
+    """Return the stage inside the vision tower with the steps that a family supports; empty if it supports none."""
+    steps = sorted(adapter_class.patch_steps)
+    return [f"encoder ({' and '.join(steps)})"] if steps else []
 
 
 def _read_signals(adapter_class: type[Adapter]) -> frozenset[str]:

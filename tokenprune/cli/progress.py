@@ -63,7 +63,9 @@ def run_with_progress(work: Callable[[Callable[[Progress], None]], Progress], ou
         per_image = f"{progress.encodes / progress.images:g}" if progress.images else "0 (all records exist)"
         print(f"{format_count(progress.done, 'record')} in {out}; encodes per image: {per_image}", file=sys.stderr)
         if progress.more_encodes:
-            print(f"plus {progress.more_encodes} passes at another resolution (ImageDownsample)", file=sys.stderr)
+            print(
+                f"plus {progress.more_encodes} passes for strategies before or inside the vision tower", file=sys.stderr
+            )
     if progress.errors:
         print(
             f"{format_count(progress.errors, 'sample')} failed; the field `error` of their records holds the reason. "

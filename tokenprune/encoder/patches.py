@@ -41,9 +41,8 @@ class PatchRecord:
     Args:
         kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if all tokens remain,
             because tokens consist of several patches, and no token was dropped before the tower.
-        patches_full: patches without reduction, summed over tiles and layers from the first step on, or from the layer
-            before it if the step reads that layer.
-        patches: patches in the MLP of these layers.
+        patches_full: patches without reduction, summed over tiles and layers that run.
+        patches: patches in the MLPs of these layers.
     """
 
     kept: list[Tensor] | None
@@ -236,18 +235,17 @@ class RemainingPatches:
         index = self.index.gather(1, groups.kept)
         return RemainingPatches(index, entry, sizes, self.cls), self.join_cls(cls_token, states)
 
-    def expand_rows(self, values: Tensor, dim: int, fill: float = 0.0) -> Tensor:
-        """Return a captured value of each remaining patch at its position.
+    def expand_rows(self, values: Tensor, dim: int) -> Tensor:
+        """Return a captured value of each remaining patch at its position; zero at all other positions.
 
         Args:
             values: values of the remaining patches, with tiles as the first dimension.
             dim: the dimension of the patches.
-            fill: the value of all other positions.
         """
         shape = list(values.shape)
         shape[dim] = self.entry.shape[1]
         index = self.index.view(len(self.index), *[1] * (dim - 1), -1, *[1] * (values.dim() - dim - 1))
-        return values.new_full(shape, fill).scatter(dim, index.expand_as(values), values)
+        return values.new_zeros(shape).scatter(dim, index.expand_as(values), values)
 
     def expand_groups(self, values: Tensor, dim: int) -> Tensor:
         """Return a captured value of each group at all patches of the group; zero at dropped patches.

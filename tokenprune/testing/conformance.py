@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from tokenprune.adapter import Adapter, adapters
 from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.decoder_reducer import DecoderReducer
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.geometry import NEWLINE, TileGeometry
 from tokenprune.image import (
     APPLICATION_SIGNALS,
@@ -33,11 +35,13 @@ from tokenprune.image import (
 )
 from tokenprune.pipeline import call_generate
 from tokenprune.reducer import TokenReducer
-from tokenprune.requirements import list_missing_signals
+from tokenprune.requirements import describe_missing_steps, list_missing_signals
 from tokenprune.run import Run
 from tokenprune.selection import Selection
 from tokenprune.source_code import locate_error
+from tokenprune.testing.check_errors import CheckError, NotApplicableError
 from tokenprune.testing.encoded_images import random_encoded_image
+from tokenprune.testing.encoder_checks import ENCODER_CHECKS, find_tile_layout, select_patches
 from tokenprune.testing.examples import Example, build_example, find_example
 
 LAYERS, FEATURE_LAYER, HEADS, DIM = 24, 22, 4, 8
@@ -52,14 +56,6 @@ LAYOUTS: Mapping[str, TileGeometry] = {
     "1 x 3 sub-images with padding": TileGeometry.anyres((60, 240), (1, 3), (6, 6), 56),
     "3 x 1 sub-images with padding": TileGeometry.anyres((200, 50), (3, 1), (6, 6), 56),
 }
-
-
-class CheckError(Exception):
-    """A check failed; the message states the action, the expected result and the actual result."""
-
-
-class NotApplicableError(Exception):
-    """A check does not apply to a strategy."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> E
         return torch.randn(shape, generator=generator).bfloat16().float()
 
     return random_encoded_image(
-        layout,
+        find_tile_layout(layout) if isinstance(reducer.list_parts()[0], EncoderReducer) else layout,
         seed,
         HEADS,
         DIM,
@@ -137,6 +133,17 @@ def build_image(reducer: TokenReducer, layout: TileGeometry, seed: int = 0) -> E
         layers=LAYERS,
         feature_layer=FEATURE_LAYER,
     )
+
+
+def select_tokens(reducer: TokenReducer, image: EncodedImage) -> Selection:
+    """Return the selection of a strategy; inside the vision tower, the patches that remain after one step.
+
+    Args:
+        reducer: the strategy; of a composition, its first part acts.
+        image: the encoded image.
+    """
+    first = reducer.list_parts()[0]
+    return select_patches(first, image) if isinstance(first, EncoderReducer) else reducer.reduce(image)
 
 
 def iterate_images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:
@@ -150,7 +157,7 @@ def iterate_images(reducer: TokenReducer) -> Iterator[tuple[str, EncodedImage]]:
     accepted = 0
     for name, layout in LAYOUTS.items():
         try:
-            reducer.reduce(build_image(reducer, layout))
+            select_tokens(reducer, build_image(reducer, layout))
         except Exception:
             continue
         accepted += 1
@@ -198,7 +205,7 @@ def check_exact_budget(reducer: TokenReducer) -> None:
     for budget in (0, 1, 7, 0.2, 0.5, 1.0, 10_000):
         strategy = reducer.with_options(budget=budget)
         for name, image in iterate_images(strategy):
-            selection = strategy.reduce(image)
+            selection = select_tokens(strategy, image)
             expected, kept = min(selection.asked, int(image.geometry.valid.sum())), selection.kept_tokens
             if kept > expected or (kept < expected and strategy.exact):
                 limit = "" if strategy.exact else "at most "
@@ -209,18 +216,18 @@ def check_determinism(reducer: TokenReducer) -> None:
     """Check that the same image keeps the same tokens for every global random state."""
     for name, image in iterate_images(reducer):
         torch.manual_seed(1)
-        expected = reducer.reduce(image)
+        expected = select_tokens(reducer, image)
         torch.manual_seed(2)
-        require_equal(f"reduced {name} twice with different global seeds", expected, reducer.reduce(image))
+        require_equal(f"reduced {name} twice with different global seeds", expected, select_tokens(reducer, image))
 
 
 def check_statelessness(reducer: TokenReducer) -> None:
     """Check that an image keeps the same tokens after other images were reduced."""
     for name, image in iterate_images(reducer):
-        expected = reducer.reduce(image)
+        expected = select_tokens(reducer, image)
         for seed in range(1, 4):
-            reducer.reduce(build_image(reducer, LAYOUTS[name], seed))
-        require_equal(f"reduced {name} before and after three other images", expected, reducer.reduce(image))
+            select_tokens(reducer, build_image(reducer, LAYOUTS[name], seed))
+        require_equal(f"reduced {name} before and after three other images", expected, select_tokens(reducer, image))
 
 
 def check_layouts(reducer: TokenReducer) -> None:
@@ -231,7 +238,7 @@ def check_layouts(reducer: TokenReducer) -> None:
     failures: dict[str, dict[str, Exception]] = {}
     for name, layout in LAYOUTS.items():
         try:
-            reducer.reduce(build_image(reducer, layout))
+            select_tokens(reducer, build_image(reducer, layout))
         except MissingSignalError:  # an undeclared signal; `check_needs` reports it
             continue
         except Exception as error:
@@ -251,7 +258,7 @@ def check_layouts(reducer: TokenReducer) -> None:
 def check_spatial_order(reducer: TokenReducer) -> None:
     """Check that tokens keep the packed order, and that a merged token has the position of one of its sources."""
     for name, image in iterate_images(reducer):
-        selection = reducer.reduce(image)
+        selection = select_tokens(reducer, image)
         if selection.order is not None and bool((selection.order.diff() < 0).any()):
             raise CheckError(f"reduced {name}: expected the packed order of tokens, got a different order")
         if selection.mixing is None:
@@ -270,12 +277,12 @@ def check_spatial_order(reducer: TokenReducer) -> None:
 def check_precision(reducer: TokenReducer) -> None:
     """Check that bfloat16, float16 and float32 keep the same tokens for values that all three represent exactly."""
     for name, image in iterate_images(reducer):
-        expected = reducer.reduce(image)
+        expected = select_tokens(reducer, image)
         for dtype in (torch.bfloat16, torch.float16):
             signals = {key: value.to(dtype) for key, value in image.signals.items()}
             cast = replace(image.with_features(image.features.to(dtype)), signals=signals)
             try:
-                require_equal(f"reduced {name} in {dtype} instead of float32", expected, reducer.reduce(cast))
+                require_equal(f"reduced {name} in {dtype} instead of float32", expected, select_tokens(reducer, cast))
             except CheckError as error:
                 raise CheckError(
                     f"{error}; compute scores in float32, such as image.features.float().norm(dim=-1)"
@@ -297,7 +304,7 @@ def check_extreme_signals(reducer: TokenReducer) -> None:
             level = {"zero": 0.0, "huge": 1e18}.get(label, 1.0)
             extreme = replace(image.with_features(torch.full_like(image.features, level)), signals=signals)
             try:
-                selection = reducer.reduce(extreme)
+                selection = select_tokens(reducer, extreme)
             except Exception as error:
                 raise CheckError(
                     f"reduced {name} with {label} signals: expected a selection, got {format_failure(error)}"
@@ -311,7 +318,7 @@ def check_inputs_unchanged(reducer: TokenReducer) -> None:
     for name, image in iterate_images(reducer):
         before = {key: value.clone() for key, value in image.signals.items()}
         features = image.features.clone()
-        reducer.reduce(image)
+        select_tokens(reducer, image)
         changed = [
             f"{kind} of layer {layer}"
             for (kind, layer), v in before.items()
@@ -330,7 +337,7 @@ def check_needs(reducer: TokenReducer) -> None:
         signals = _RecordingSignals(image.signals)
         try:
             for part in reducer.list_parts():
-                part.reduce(replace(image, signals=signals))
+                select_tokens(part, replace(image, signals=signals))
         except MissingSignalError as error:
             raise CheckError(f"reduced with the declared signals only: expected a selection, got: {error}") from error
         except Exception:  # `check_layouts` reports it
@@ -361,7 +368,7 @@ def check_round_trips(reducer: TokenReducer) -> None:
             raise CheckError(f"{action}: expected {reducer!r}, got {restored!r}")
         for name, image in iterate_images(reducer):
             message = f"{action} (all state must be in fields), then reduced {name}"
-            require_equal(message, reducer.reduce(image), restored.reduce(image))
+            require_equal(message, select_tokens(reducer, image), select_tokens(restored, image))
 
 
 def _reload_from_config(reducer: TokenReducer) -> TokenReducer:
@@ -400,10 +407,15 @@ def _list_fitting_examples(reducer: TokenReducer, families: Collection[str] | No
     Raises:
         NotApplicableError: if no adapter with an example provides the signals.
     """
+    encoder_parts = [part for part in reducer.list_parts() if isinstance(part, EncoderReducer)]
     examples = [build_example(example.adapter_class) for example in _find_examples(families)[0]]
     fitting = [example for example in examples if not list_missing_signals(reducer, example.adapter)]
+    fitting = [example for example in fitting if describe_missing_steps(reducer, example.adapter) is None]
     if not fitting:
-        raise NotApplicableError(f"no adapter provides {', '.join(sorted({signal.kind for signal in reducer.needs}))}")
+        needs = ", ".join(sorted({signal.kind for signal in reducer.needs})) or "features"
+        steps = sorted({"merge" if part.merges else "drop" for part in encoder_parts})
+        needs += f" and steps that {' and '.join(steps)} patches" if steps else ""
+        raise NotApplicableError(f"no adapter provides {needs}")
     parts = [part for part in reducer.list_parts() if isinstance(part, DecoderReducer)]
     fitting = [example for example in fitting if can_cut(example.adapter, parts)]
     if not fitting:
@@ -471,6 +483,29 @@ def check_cuts(reducer: TokenReducer, families: Collection[str] | None = None) -
                 expected, kept = min(selection.asked, selection.geometry.valid_tokens), selection.kept_tokens
                 if kept > expected or (kept < expected and reducer.exact):
                     raise CheckError(f"{action}: expected {expected} kept tokens, got {kept}")
+
+
+def check_all_patches(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
+    """Check that a strategy inside the vision tower that keeps all patches gives the logits of the unmodified model.
+
+    Raises:
+        NotApplicableError: if the strategy acts at no layer of the vision tower, or no adapter supports it.
+    """
+    part = reducer.list_parts()[0]
+    if not isinstance(part, EncoderReducer):
+        raise NotApplicableError("it drops and merges no patches inside the vision tower")
+    options = {"budget": 1.0} | ({"r": None} if hasattr(part, "r") else {})
+    for example in _list_fitting_examples(part, families):
+        adapter, inputs = example.adapter, example.build_inputs([[(112, 112)], [(60, 160)]])
+        with torch.no_grad():
+            expected = adapter.model(**inputs).logits
+            with _attach(part.with_options(**options), example):
+                logits = adapter.model(**inputs).logits
+        if not torch.equal(logits, expected):
+            raise CheckError(
+                f"kept all patches of {adapter.model_class} with budget=1.0: expected the logits of the unmodified "
+                f"model, got a difference of {float((logits - expected).abs().max()):.1e}"
+            )
 
 
 def check_model_unchanged(reducer: TokenReducer, families: Collection[str] | None = None) -> None:
@@ -543,13 +578,19 @@ def check_reducer(
         raise ValueError(
             f"no family is called {', '.join(sorted(unknown))}; the families are {', '.join(sorted(names))}"
         )
+    checks = {name: partial(check, reducer, families) for name, check in CHECKS.items() if name in MODEL_CHECKS}
+    checks = {name: checks.get(name, partial(check, reducer)) for name, check in CHECKS.items()}
+    if isinstance(part := reducer.list_parts()[0], EncoderReducer):
+        images = {name: build_image(part, layout) for name, layout in LAYOUTS.items()}
+        checks |= {name: partial(check, part, images) for name, check in ENCODER_CHECKS.items()}
+        checks["all patches"] = partial(check_all_patches, part, families)
     results: list[Result] = []
     checks_by_cause: dict[str, str] = {}
     with torch.random.fork_rng():
-        for name, check in CHECKS.items():
+        for name, check in checks.items():
             on_check(name)
             try:
-                check(reducer, families) if name in MODEL_CHECKS else check(reducer)
+                check()
                 results.append(Result(name, True))
             except NotApplicableError as reason:
                 results.append(Result(name, None, str(reason)))
