@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenprune import Composed, TokenReducer, VisionEncoder
+from tokenprune import Composed, EncodedImage, Selection, TokenReducer, VisionEncoder
 from tokenprune.models import mini
 from tokenprune.strategies import CDPruner, DivPrune, FastV, HiRED, ImageDownsample, VisionZip
 from tokenprune.testing.families import FAMILIES
@@ -81,6 +82,21 @@ def test_tokens_equal_those_in_the_prompt_of_the_complete_model(
     name: str, reducer: TokenReducer, save: Callable[[str], Path]
 ) -> None:
     check_equal_tokens(name, reducer, save)
+
+
+@dataclass
+class KeepAll(TokenReducer):
+    """Keeps all tokens at every budget."""
+
+    def select(self, image: EncodedImage) -> Selection:
+        """Return the selection of all tokens."""
+        return Selection.all_tokens(image.geometry)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl"])
+def test_all_tokens_of_a_strategy_that_could_drop_some(name: str, save: Callable[[str], Path]) -> None:
+    """The complete model then encodes the images itself."""
+    check_equal_tokens(name, KeepAll(budget=0.5), save)
 
 
 @pytest.mark.slow
