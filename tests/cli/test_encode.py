@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenprune import VisionEncoder
-from tokenprune.cli.encode import EncodeConfig, read_requests, write_embeddings
+from tokenprune.cli.encode import EncodeConfig, describe_run, read_requests, write_embeddings
 from tokenprune.cli.main import main
 from tokenprune.embedding_file import EmbeddingWriter, read_embeddings, read_metadata
 from tokenprune.models import mini
@@ -107,6 +107,16 @@ def test_interrupted_files_of_other_options(images: list[str], tmp_path: Path) -
     index.write_text(index.read_text()[:-9])  # the last line is incomplete
     with EmbeddingWriter(file, {"budget": 0.2}, requests) as writer:
         assert writer.done == 0
+
+
+def test_a_hub_checkpoint_is_identified_by_its_commit(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / ("0123456789" * 4)
+    folder.mkdir(parents=True)
+    before = describe_run(EncodeConfig(model=str(folder)))
+    (folder / "model.safetensors").write_bytes(b"downloaded later")
+    assert describe_run(EncodeConfig(model=str(folder))) == before
+    assert before["checkpoint"] == {"commit": folder.name}
+    assert "model.safetensors" in describe_run(EncodeConfig())["checkpoint"]
 
 
 def test_requests_in_a_file(images: list[str], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.configuration import as_config
 from tokenprune.embedding_file import EmbeddingWriter, list_partial_files, read_metadata
 from tokenprune.experiments.evaluation.hashing import hash_file
-from tokenprune.experiments.evaluation.loading import find_checkpoint, resolve_device, resolve_name
+from tokenprune.experiments.evaluation.loading import find_checkpoint, is_hub_snapshot, resolve_device, resolve_name
 from tokenprune.image_files import load_image
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import HiRED
@@ -165,13 +165,16 @@ def describe_run(config: EncodeConfig) -> dict[str, Any]:
         config: the options.
     """
     folder = find_checkpoint(config.model)
-    weights = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")]
+    states = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    # Of a hub checkpoint, files are downloaded when they are needed; its commit identifies it before.
+    checkpoint = {"commit": folder.name} if is_hub_snapshot(folder) else states
     return {
         "model": config.model,
         "reducer": as_config(config.reducer),
         "device": config.device,
         "dtype": config.dtype,
-        "checkpoint": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in weights},
+        "checkpoint": checkpoint,
         "plugin": {Path(file).name: hash_file(Path(file).expanduser()) for file in config.plugin},
         "versions": {package: version(package) for package in LIBRARIES},
     }
