@@ -21,7 +21,7 @@ from tokenprune.strategies.decoder import (
 )
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.strategies.eadp import EADP
-from tokenprune.strategies.encoder import EViT, RandomPatches, ToMe
+from tokenprune.strategies.encoder import IPCV, EViT, PiToMe, RandomPatches, ToMe
 from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.strategies.hero import HERO
@@ -43,6 +43,7 @@ __all__ = [
     "EADP",
     "FEATHER",
     "HERO",
+    "IPCV",
     "SCOPE",
     "TOPS",
     "TRIM",
@@ -59,6 +60,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "ImageDownsample",
+    "PiToMe",
     "PixelPrune",
     "PruMerge",
     "PruMergePlus",
