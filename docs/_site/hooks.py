@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 import tokenprune
 from tokenprune.budget import Budget
 from tokenprune.catalog import components, strategies
-from tokenprune.cli.demo import RunConfig
+from tokenprune.cli.answers import RunConfig
 from tokenprune.cli.listing import as_markdown, component_rows
 from tokenprune.cli.main import COMMANDS, USAGE, main
 from tokenprune.cli.options import read_field_docs

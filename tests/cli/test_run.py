@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.cli import FAST, run_json
-from tokenprune.cli.demo import describe_reducer
+from tokenprune.cli.answers import describe_reducer
 from tokenprune.cli.main import main
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.models import mini
