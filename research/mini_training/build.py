@@ -72,12 +72,17 @@ def make_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, grids: Sequence[tuple[int, int]] = GRIDS) -> LlavaNextConfig:
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, grids: Sequence[tuple[int, int]] = GRIDS, head_dim: int = 32
+) -> LlavaNextConfig:
     """Build the configuration: a five-layer CLIP tower with features of its fourth layer, and a three-layer Llama.
+
+    The base of the rotary frequencies grows with `head_dim`: larger heads have the same frequencies and lower ones.
 
     Args:
         tokenizer: The tokenizer.
         grids: Tile grids as (rows, columns).
+        head_dim: Dimensions of an attention head of the Llama.
     """
     vision = CLIPVisionConfig(
         hidden_size=96,
@@ -96,6 +101,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast, grids: Sequence[tuple[int, i
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0 ** (head_dim / 32)},
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

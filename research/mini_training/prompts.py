@@ -34,6 +34,8 @@ class Prompt:
         text_positions: Position ids of the text, `[text]`.
         block: Index of the question of each text token, `[text]`.
         labels: Next token at positions with a loss, and `IGNORE` elsewhere, `[text]`.
+        early_labels: First token of the answer at the last word of the question and the signs after it, and `IGNORE`
+            elsewhere, `[text]`.
     """
 
     token_indices: Integers
@@ -42,6 +44,7 @@ class Prompt:
     text_positions: Integers
     block: Integers
     labels: Integers
+    early_labels: Integers
 
 
 def make_prompt(
@@ -123,15 +126,20 @@ def assemble_prompt(
     text_positions: list[int] = []
     block: list[int] = []
     labels: list[int] = []
+    early_labels: list[int] = []
     for number, index in enumerate(drawn):
         question_ids = tokenize(f"{candidates[index].text} ASSISTANT:")
         answer_ids = [*tokenize(candidates[index].answer), _END]
         length = len(question_ids) + len(answer_ids) - 1
         ids += [*question_ids, *answer_ids[:-1]]
         labels += [*[IGNORE] * (len(question_ids) - 1), *answer_ids]
+        n_early = len(_AFTER_QUESTION)
+        early = [*[IGNORE] * (len(question_ids) - 1 - n_early), *[answer_ids[0]] * n_early]
+        early_labels += [*early, *[IGNORE] * len(answer_ids)]
         text_positions += range(text_start, text_start + length)
         block += [number] * length
-    return Prompt(order[stays], positions, np.array(ids), np.array(text_positions), np.array(block), np.array(labels))
+    texts = (np.array(values) for values in (ids, text_positions, block, labels, early_labels))
+    return Prompt(order[stays], positions, *texts)
 
 
 def _base_weight(question: Question) -> float:
@@ -143,6 +151,8 @@ TOKENIZER = make_tokenizer()
 _END = int(TOKENIZER.eos_token_id)
 START: list[int] = TOKENIZER("USER: <image>")["input_ids"][:-1]
 _PREFIX_LENGTH = len(START)
+_AFTER_QUESTION: list[int] = TOKENIZER("? ASSISTANT:", add_special_tokens=False)["input_ids"]
+"""Ids of the tokens after the last word of a question."""
 
 
 def make_cached_tokenizer(tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> Callable[[str], list[int]]:

@@ -144,13 +144,17 @@ _PLACES = {"side": 6.0, "height": 6.0}
 _HARD = {"color": 0.4, "shape": 0.4, "paper": 0.4, "number_color": 2.0, "side": 2.5, "height": 2.5, "order": 2.5}
 
 
-def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt]) -> tuple[Tensor, float]:
+def answer_loss(
+    model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt], early_weight: float = 0.0
+) -> tuple[Tensor, float]:
     """Return the loss on the answers, and the share of questions with a correct answer in every token.
 
     Args:
         model: The model.
         features: Projected tokens of each image, `[tiles * tokens, dim]` each.
         prompts: Training sequence of each image.
+        early_weight: Weight of the loss on the early labels. They train a lookup at the word that it depends on, which
+            is learned faster than a lookup after a copy of the word.
 
     Returns:
         The loss and the share of correct answers.
@@ -158,7 +162,8 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
     width = max(len(START) + len(prompt.token_indices) + len(prompt.ids) for prompt in prompts)
     shape = len(prompts), width
     positions, groups = np.zeros(shape, dtype=np.int64), np.full(shape, -2)
-    labels, ids, table_rows = np.full(shape, IGNORE), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    labels, early_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
+    ids, table_rows = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     visual = np.zeros(shape, dtype=bool)
     first = 1
     for row, (feature, prompt) in enumerate(zip(features, prompts, strict=True)):
@@ -168,7 +173,7 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
         positions[row, :begin] = np.arange(begin)
         positions[row, begin:middle], positions[row, middle:end] = prompt.positions, prompt.text_positions
         groups[row, :middle], groups[row, middle:end] = -1, prompt.block
-        labels[row, middle:end] = prompt.labels
+        labels[row, middle:end], early_labels[row, middle:end] = prompt.labels, prompt.early_labels
         # Row 0 of the table below is the newline token.
         table_rows[row, begin:middle] = np.where(prompt.token_indices >= 0, prompt.token_indices + first, 0)
         visual[row, begin:middle] = True
@@ -192,6 +197,10 @@ def answer_loss(model: Any, features: Sequence[Tensor], prompts: Sequence[Prompt
     has_label = target != IGNORE
     logits = model.lm_head(hidden[has_label])
     loss = F.cross_entropy(logits, target[has_label])
+    if early_weight:
+        early = torch.from_numpy(early_labels)
+        is_early = early != IGNORE
+        loss = loss + early_weight * F.cross_entropy(model.lm_head(hidden[is_early]), early[is_early])
     wrong = (logits.argmax(1) != target[has_label]).float()
     limit = int(groups.max()) + 1
     question = (torch.arange(shape[0])[:, None] * limit + group)[has_label]

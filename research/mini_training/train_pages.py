@@ -42,7 +42,7 @@ from research.mini_training.prompts import Prompt, assemble_prompt, draw_kept, m
 from research.mini_training.train import Heads, answer_loss, make_optimizers, set_rates, tower_output
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS as BOARD_GRIDS
-from tokenprune.models.mini.boards import make_board
+from tokenprune.models.mini.boards import SHAPES, make_board
 from tokenprune.models.mini.glyphs import COLORS
 from tokenprune.models.mini.pages import GRIDS, NAMES, Page, list_words, make_page
 
@@ -52,25 +52,33 @@ IMAGES = 8
 """Number of images in a step of stage 2."""
 QUESTIONS = 20
 """Largest number of questions about each page in a step of stage 2."""
+HEAD_DIM = 64
+"""Dimensions of an attention head of the LLM; the shipped model has 32."""
+MATCH_SCALE = 0.1
+"""Standard deviation of the weights of new dimensions of queries and keys."""
+COPY_SCALE = 0.1
+"""Scale of the embeddings that the new dimensions of values read."""
+EARLY_WEIGHT = 0.3
+"""Weight of the loss on early labels, see `answer_loss`."""
 TOWER_STEPS = 1000
 READER_STEPS = 3600
 ALIGN_UNTIL = 150
 """Before this step of stage 2, only projector and embeddings are trained, with the loss of `alignment_loss`."""
-LOOKUP_UNTIL = 700
+LOOKUP_UNTIL = 450
 """Before this step of stage 2, pages have two sub-images, and most questions look up the number of an item. Without
 this phase, lookups are not learned in many hundred steps."""
-SPARSE_UNTIL = 1000
+SPARSE_UNTIL = 800
 """Before this step of stage 2, pages keep the patches of items and few others. A lookup among few tokens is learned
 faster, and the sequences are shorter."""
 BACKGROUND_RATE = 0.03
 """Share of the other patches in these steps."""
-TOGETHER_FROM = 2000
+TOGETHER_FROM = 1800
 """From this step of stage 2, the tower is trained in steps without removed tokens."""
 ALIGNMENT_WEIGHT = 0.3
 """Weight of the loss that aligns projected patches with the words that they show."""
 TOWER_RATES = ((0, 0.05), (19, 0.5), (600, 0.5), (TOWER_STEPS, 0.02))
 """Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
-READER_RATES = ((0, 0.05), (19, 0.3), (2000, 0.3), (READER_STEPS, 0.01))
+READER_RATES = ((0, 0.05), (19, 0.5), (800, 0.5), (1800, 0.3), (READER_STEPS, 0.01))
 """Factors of the learning rate in stage 2."""
 SAVE_SECONDS = 300.0
 """Seconds between two saved states."""
@@ -86,11 +94,12 @@ MAX_PER_TYPE = 12
 TOKENIZER = make_tokenizer(list_words())
 WORD_IDS: dict[str, Any] = {
     "name": TOKENIZER.convert_tokens_to_ids(list(NAMES)),
+    "shape": TOKENIZER.convert_tokens_to_ids(list(SHAPES)),
     "color": TOKENIZER.convert_tokens_to_ids(list(COLORS)),
     "tens": TOKENIZER.convert_tokens_to_ids([str(digit) for digit in range(10)]),
     "units": TOKENIZER.convert_tokens_to_ids([f"##{digit}" for digit in range(10)]),
 }
-"""Token ids of the words of each head of `PAGE_DENSE`, without its last class."""
+"""Token ids of the classes of each head of `PAGE_DENSE` and `DENSE` that are words; the last class is no word."""
 _INDEX_STEP = 100_000_000
 """Distance of the first image of two seeds; half of it separates the stages."""
 
@@ -166,23 +175,56 @@ class PageHeads(nn.Module):
 
 
 def load_start(checkpoint: Path) -> Any:
-    """Load a checkpoint, and return its model with the words and tile grids of pages.
+    """Return a model with the vision tower of a checkpoint, and with a new projector and LLM for boards and pages.
+
+    The LLM of the checkpoint is not continued: its attention is saturated, so that new words are hardly learned. Rotary
+    positions leave only the lowest frequencies of a head for lookups that do not depend on the distance. In a head of
+    32 dimensions these are about 12 dimensions, hardly enough for 32 names. Half of the dimensions of a larger head
+    have frequencies close to zero and start as a lookup, see `add_lookup`.
 
     Args:
         checkpoint: Folder of the checkpoint.
 
     Returns:
-        The model in float32. New words have random embeddings.
+        The model in float32.
     """
     old: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-    model: Any = LlavaNextForConditionalGeneration(make_config(TOKENIZER, GRIDS))
-    state, new_state = old.state_dict(), model.state_dict()
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        embeddings = new_state[name].clone()
-        embeddings[: len(state[name])] = state[name]
-        state[name] = embeddings
-    model.load_state_dict(state)
+    model: Any = LlavaNextForConditionalGeneration(make_config(TOKENIZER, GRIDS, HEAD_DIM))
+    model.model.vision_tower.load_state_dict(old.model.vision_tower.state_dict())
+    for layer in model.model.language_model.layers:
+        add_lookup(layer.self_attn, HEAD_DIM)
     return model
+
+
+@torch.no_grad()
+def add_lookup(attention: Any, head_dim: int) -> None:
+    """Let the dimensions with the lowest rotary frequencies of an attention layer start as a lookup.
+
+    A word attends to projected patches that show it (see `alignment_loss`), and reads the embeddings of all words that
+    these patches show. Training refines the lookup; from random weights it was not learned in several hundred steps.
+
+    Args:
+        attention: The attention layer. A half of the dimensions of all heads together are the dimensions of a token.
+        head_dim: Dimensions of a head.
+    """
+    output, query, key, value = (getattr(attention, f"{kind}_proj").weight for kind in "oqkv")
+    width, half = output.shape[0], head_dim // 2
+    slow = torch.arange(half // 2, half)
+    places = torch.cat([slow, half + slow])  # rotary positions pair dimension i with i + head_dim / 2
+    match = MATCH_SCALE * torch.randn(width, width)
+    copy = torch.linalg.qr(torch.randn(width, width)).Q
+    to_embedding = make_rotation(width).T
+    parts = (match, match @ to_embedding, copy @ to_embedding, COPY_SCALE * copy)
+    for weight, part in zip((query, key, value, output.T), parts, strict=True):
+        weight.view(-1, head_dim, width)[:, places] = part.view(-1, half, width)
+
+
+def make_rotation(width: int) -> Tensor:
+    """Return a fixed random orthogonal matrix, `[width, width]`.
+
+    Projected patches are aligned with rotated embeddings of words. A word then finds its patches and not itself.
+    """
+    return torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
 
 
 def tower_step(model: Any, heads: nn.ModuleDict, seed: int, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -218,7 +260,7 @@ def reader_step(
     gaps = sparse or step // 4 % 2 == 1
     trains_tower = not gaps and step >= TOGETHER_FROM
     sub_images = 2 if step < LOOKUP_UNTIL else (4, 2, 6, 3)[step // 8 % 4]
-    if step % 4 == 3 and step >= ALIGN_UNTIL:
+    if step % 4 == 3:
         batch = draw_boards(rng, indices, sub_images, tokenize, gaps=gaps)
     else:
         weights = LOOKUP_WEIGHTS if step < LOOKUP_UNTIL else QUESTION_WEIGHTS
@@ -229,34 +271,34 @@ def reader_step(
     if step < ALIGN_UNTIL:
         loss, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
         return loss, {"aligned": accuracy}
-    loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], batch.prompts)
+    loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], batch.prompts, EARLY_WEIGHT)
     scores = {"gaps": float(gaps), f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
-    if batch.world == "pages":
-        part, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
-        loss, scores = loss + ALIGNMENT_WEIGHT * part, scores | {"aligned": accuracy}
+    part, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
+    loss, scores = loss + ALIGNMENT_WEIGHT * part, scores | {"aligned": accuracy}
     if trains_tower:
         part, accuracies = heads[batch.world](hidden, batch.truths)
         loss, scores = loss + 0.3 * part, scores | accuracies
     return loss, scores
 
 
-def alignment_loss(model: Any, features: Tensor, lessons: Sequence[PageLesson]) -> tuple[Tensor, float]:
-    """Return a loss that aligns projected patches with the embeddings of the words that they show, and its accuracy.
+def alignment_loss(model: Any, features: Tensor, lessons: Sequence[Any]) -> tuple[Tensor, float]:
+    """Return a loss that aligns projected patches with rotated embeddings of the words they show, and its accuracy.
 
-    A patch shows a word of each head of `PAGE_DENSE`: the name, the color, and the tokens of both digits. The loss
-    classifies the word by cosine similarity. It speeds up the lookup of a name in the visual tokens.
+    A patch shows a word of each head in `WORD_IDS`: name or shape, color, and the tokens of digits. The loss classifies
+    the word by cosine similarity.
 
     Args:
         model: The model.
         features: Projected patches of all tiles, `[tiles * tokens, dim]`.
-        lessons: Ground truth of the pages.
+        lessons: Ground truth of the images, all of one world.
     """
     tokens, table = F.normalize(features, dim=1), model.get_input_embeddings().weight
+    rotation = make_rotation(table.shape[1])
     loss, correct = features.new_zeros(()), []
-    for name, ids in WORD_IDS.items():
+    for name, ids in ((name, ids) for name, ids in WORD_IDS.items() if name in lessons[0].dense):
         target = torch.from_numpy(np.concatenate([lesson.dense[name] for lesson in lessons])).flatten()
         shows_word = (target != IGNORE) & (target < len(ids))
-        logits = 20 * tokens[shows_word] @ F.normalize(table[ids], dim=1).T
+        logits = 20 * tokens[shows_word] @ (F.normalize(table[ids], dim=1) @ rotation.T).T
         loss = loss + F.cross_entropy(logits, target[shows_word])
         correct.append((logits.argmax(1) == target[shows_word]).float().mean().item())
     return loss, sum(correct) / len(correct)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from research.mini_training import train_pages as training
 from research.mini_training.build import SIDE
-from research.mini_training.evaluate import answer_questions, build_inputs
+from research.mini_training.evaluate import answer_questions
 from research.mini_training.lessons import make_tiles
 from research.mini_training.page_lessons import is_page_answerable, make_page_lesson
 from research.mini_training.prompts import make_cached_tokenizer
 from research.mini_training.train import Heads
 from tokenprune.models import mini
-from tokenprune.models.mini.boards import TILE, Split, make_board
+from tokenprune.models.mini.boards import TILE, Split
 from tokenprune.models.mini.glyphs import COLORS
 from tokenprune.models.mini.pages import (
     CELL,
@@ -214,18 +214,29 @@ def test_all_phases_of_the_recipe_run(step: int, monkeypatch: pytest.MonkeyPatch
     assert trains_tower == (step >= training.TOGETHER_FROM)
     assert ("boards_right" in scores) == (step % 4 == 3)
     assert ("pages_right" in scores) == (step >= training.ALIGN_UNTIL and step % 4 < 3)
+    assert "aligned" in scores
     trains_llm = model.model.language_model.layers[0].mlp.up_proj.weight.grad is not None
     assert trains_llm == (step >= training.ALIGN_UNTIL)
 
 
-def test_the_start_of_training_answers_questions_about_boards() -> None:
-    """New words and grids do not change the logits of the shipped words."""
+def test_training_starts_with_the_tower_of_a_checkpoint_and_a_lookup() -> None:
+    """A word matches the patches that are aligned with it, not itself, and reads the words that they show."""
     shipped = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32)
-    processor, words = AutoProcessor.from_pretrained(mini.path()), len(AutoTokenizer.from_pretrained(mini.path()))
-    inputs = build_inputs(processor, make_board(1000).image, ["How many shapes are there?"])
-    with torch.no_grad():
-        logits, expected = (model(**inputs).logits for model in (training.load_start(mini.path()), shipped))
-    assert torch.allclose(logits[..., :words], expected[..., :words], atol=1e-5)
+    torch.manual_seed(0)
+    model = training.load_start(mini.path())
+    tower = model.model.vision_tower.state_dict()
+    assert all(torch.equal(tower[name], value) for name, value in shipped.model.vision_tower.state_dict().items())
+    attention, half = model.model.language_model.layers[0].self_attn, training.HEAD_DIM // 2
+    is_slow = (torch.arange(training.HEAD_DIM) % half >= half // 2).repeat(4)
+    query, key, value, output = (getattr(attention, f"{kind}_proj").weight[:] for kind in "qkvo")
+    words = torch.randn(5, 128)
+    patches = words @ training.make_rotation(128).T
+    queries = words @ query[is_slow].T
+    logits, among_words = (queries @ (keys @ key[is_slow].T).T for keys in (patches, words))
+    is_other = ~torch.eye(len(words), dtype=torch.bool)
+    assert logits.diagonal().min() > 2 * max(logits[is_other].abs().max(), among_words.abs().max())
+    read = patches @ value[is_slow].T @ output[:, is_slow].T
+    assert torch.allclose(read, training.COPY_SCALE * words, atol=1e-5)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
