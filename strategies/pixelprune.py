@@ -39,7 +39,6 @@ class PixelPrune(PixelReducer):
     """
 
     published: ClassVar[str] = "arXiv 2604.00886"
-    parity: ClassVar[str] = "none recorded"
 
     metric: Metric = field(default="max", kw_only=True)
 

@@ -361,7 +361,8 @@ class LayerCall:
         hook = self.attention.register_forward_hook(store_length)
         try:
             with replaced_child(self.layer, self.mlp, ZeroModule(None)):
-                return read_states(self.run(sequence, remaining, bias)), lengths[0]
+                states = read_states(self.run(sequence, remaining, bias))
+            return states, lengths[0] if lengths else None  # a skipped layer runs no attention
         finally:
             hook.remove()
 

@@ -54,7 +54,7 @@ def test_list_of_plugins_and_as_markdown(capsys: pytest.CaptureFixture[str], str
     assert rows["HiRED"]["parity"] == "release(): 12/12 official cases"
     assert rows["VisionZip"]["dropped tokens"] == "merged"
     stages = [row["stage"] for row in rows.values()]
-    assert stages == sorted(stages, key=["image", "projector", "decoder", "several"].index)
+    assert stages == sorted(stages, key=["image", "encoder", "projector", "decoder", "several"].index)
     assert rows["ImageDownsample"]["stage"] == "image"
     assert rows["AtLayer"]["stage"] == "decoder"
     assert rows["AtLayer"]["parameters"] == "positions='preserve', layer, reducer"
@@ -142,7 +142,7 @@ def test_the_help_prints_percent_signs_once(command: str, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert out.startswith("usage: tokenprune")
     assert "%%" not in out
-    has_budget = command in ("run", "evaluate", "check", "bench run", "bench strategies", "cost")
+    has_budget = command in ("run", "evaluate", "encode", "check", "bench run", "bench strategies", "cost")
     assert ("20%" in out) == has_budget
     assert not has_budget or ("1 keeps one token" in " ".join(out.split()) and "--budget" in out)
     assert out.startswith(f"usage: tokenprune {command}")

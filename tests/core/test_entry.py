@@ -31,6 +31,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "models/_capture/truncated_tower.py": "skips layers",
         "models/_capture/patch_reduction.py": "runs layers of the tower on the patches that remain",
         "models/_base/compiled_decoder.py": "runs compiled graphs during a call",
+        "models/_base/native_resolution.py": "runs patch mergers of the tower on the tokens that remain",
         "models/qwen2_5_vl.py": "runs the compiled tower while the model encodes images",
         "models/mllama.py": "passes kept keys through the vision model during a call",
         "models/phi4_multimodal.py": "passes features to the embedding module during a call",

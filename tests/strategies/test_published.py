@@ -403,6 +403,7 @@ RECORDED = {
     "SparseVLM": "sparsevlm_v2",
     "DART": "dart",
     "ToMe": "tome",
+    "PiToMe": "pitome",
 }
 TRANSCRIBED = {"HERO"}
 """Methods recorded from a transcription of the official functions, not from the official files."""
