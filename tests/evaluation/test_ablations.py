@@ -138,6 +138,7 @@ def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
     assert remove_times(records("killed")) == expected
 
 
+@pytest.mark.slow  # starts several processes
 def test_workers_share_the_images_and_shards_the_settings() -> None:
     config = write_config({**SMALL, "baselines": False})
     assert main(["ablate", config, "--out", "one", "--quiet"]) == 0

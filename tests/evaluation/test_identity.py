@@ -184,6 +184,7 @@ def test_fresh_discards_the_records_of_an_ablation(tmp_path: Path, capsys: pytes
     assert main([*words, "--fresh"]) == 0
 
 
+@pytest.mark.slow  # starts several processes
 def test_fresh_and_a_refusal_with_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The command fails before a worker starts, and the records do not change."""
     data, grid = write_data(tmp_path, QUESTIONS), tmp_path / "grid.yaml"
