@@ -170,10 +170,12 @@ class Pipeline:
         Args:
             encoding: the complete encoding of `encode`.
         """
-        if encoding.patches is not None:
-            return encoding
-        entering = select_entering(self._select_by_pixels(encoding.inputs))
-        if not self.patch_reducers and entering is None:
+        return self._reduce_patches(encoding, self._select_by_pixels(encoding.inputs))
+
+    def _reduce_patches(self, encoding: Encoding, by_pixels: Sequence[Selection]) -> Encoding:
+        """Return the images encoded once more; unchanged if nothing is reduced, or if it is reduced already."""
+        entering = select_entering(by_pixels)
+        if encoding.patches is not None or (not self.patch_reducers and entering is None):
             return encoding
         return encoding.reduce_patches(self.needs, self.patch_reducers, entering)
 
@@ -326,7 +328,7 @@ class Pipeline:
             encoding, is_shared = self._encode(vision, truncated, patch_reducers, select_entering(by_pixels)), False
         else:
             is_shared = True
-            encoding = self.reduce_patches(encoding)
+            encoding = self._reduce_patches(encoding, by_pixels)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
