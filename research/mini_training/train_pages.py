@@ -346,6 +346,8 @@ def draw_pages(
         if sparse:
             kept = truth.item_masks.any(0) | (rng.random(kept.shape) < BACKGROUND_RATE)
         candidates = [question for question in page.questions if is_page_answerable(question, truth, kept)]
+        if not candidates:  # all evidence is removed
+            kept, candidates = np.ones_like(kept), list(page.questions)
         packing, n_of_type = pack_positions(page), Counter(question.type for question in candidates)
         chances = [weights[question.type] / n_of_type[question.type] for question in candidates]
         prompts.append(assemble_prompt(packing, kept, candidates, chances, rng, tokenize, gaps=gaps, limit=QUESTIONS))

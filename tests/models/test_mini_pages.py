@@ -239,6 +239,21 @@ def test_training_starts_with_the_tower_of_a_checkpoint_and_a_lookup() -> None:
     assert torch.allclose(read, training.COPY_SCALE * words, atol=1e-5)
 
 
+def test_a_page_without_remaining_evidence_is_trained_with_all_tokens() -> None:
+    step, images = 812, training.IMAGES  # the first step of the recipe in which the evidence of a page is removed
+    start = training._INDEX_STEP // 2 + images * step
+    batch = training.draw_pages(
+        np.random.default_rng((0, 2, step)),
+        range(start, start + images),
+        2,
+        training.make_cached_tokenizer(training.TOKENIZER),
+        gaps=True,
+        sparse=False,
+        weights=training.QUESTION_WEIGHTS,
+    )
+    assert all(len(prompt.labels) for prompt in batch.prompts)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IMAGES", "PAGES", "BOARDS"):
         monkeypatch.setattr(training, name, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,6 +49,9 @@ def run_command(arguments: Sequence[str]) -> int:
         check_dependencies()
     with show_status("loading torch and transformers"), pause_garbage_collection():
         run = import_module(f"tokenprune.cli.{arguments[0]}").run
+    # Modules stay until the exit. Without this line, garbage collection searches all objects of torch and transformers
+    # several times, also at the exit, which takes more than a second.
+    gc.freeze()
     # A sweep runs other commands. It receives `main`, because its module cannot import this one.
     return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
 
