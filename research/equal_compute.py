@@ -89,14 +89,31 @@ def list_settings(average: float) -> Mapping[str, TokenReducer]:
     settings: dict[str, TokenReducer] = {
         name: replace(reducer, budget=budget) for name, reducer in list_projector_strategies().items()
     }
-    behind = (LAYERS * average - CUT) / (LAYERS - CUT)
-    if behind > 0:
+    if (behind := remaining_at_cut(average)) > 0:
         settings |= list_decoder_strategies(behind)
+    return settings | list_compositions(average)
+
+
+def remaining_at_cut(average: float) -> float:
+    """Return the ratio of tokens that a strategy inside the LLM alone keeps at the cut; negative if it cannot.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+    """
+    return (LAYERS * average - CUT) / (LAYERS - CUT)
+
+
+def list_compositions(average: float) -> Mapping[str, TokenReducer]:
+    """Return the compositions of HiRED and a strategy inside the LLM by name; none if more than all tokens would enter.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+    """
     entering = LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET)
-    if entering <= 1:
-        first = HiRED(Budget(entering, of="unpadded"))
-        settings |= {f"HiRED+{n}": first >> reducer for n, reducer in list_decoder_strategies(CUT_BUDGET).items()}
-    return settings
+    if entering > 1:
+        return {}
+    first = HiRED(Budget(entering, of="unpadded"))
+    return {f"HiRED+{name}": first >> reducer for name, reducer in list_decoder_strategies(CUT_BUDGET).items()}
 
 
 def measure(

@@ -27,6 +27,7 @@ from tokenprune.experiments.analysis.intervals import bootstrap_interval
 from tokenprune.experiments.analysis.report.formatting import SAME
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import Board, boards
+from tokenprune.models.mini.pages import Page
 from tokenprune.pipeline import Pipeline
 from tokenprune.reducer import TokenReducer
 from tokenprune.run import Run
@@ -113,9 +114,9 @@ def answer_from_encoding(
 
 
 def measure_board(
-    model: Any, processor: Any, board: Board, settings: Sequence[tuple[str, float, TokenReducer]]
+    model: Any, processor: Any, board: Board | Page, settings: Sequence[tuple[str, float, TokenReducer]]
 ) -> Iterator[tuple[str, float, list[bool], Run]]:
-    """Yield (name, budget, whether each answer is correct, run) of every setting for one board."""
+    """Yield (name, budget, whether each answer is correct, run) of every setting for one board or page."""
     questions = [question.text for question in board.questions]
     image_inputs, inputs = (
         build_inputs(processor, board.image, questions[:1]),
@@ -128,7 +129,8 @@ def measure_board(
         encoding = adapter.encode(image_inputs, needs, text_model="mini")
         for name, budget, reducer in settings:
             texts, run = answer_from_encoding(model, processor, encoding, text, reducer)
-            right = ["".join(t.split()) == q.answer for t, q in zip(texts, board.questions, strict=True)]
+            expected = [question.answer for question in board.questions]
+            right = ["".join(text.split()) == answer for text, answer in zip(texts, expected, strict=True)]
             yield name, budget, right, run
 
 

@@ -112,12 +112,13 @@ def count_records(out: str) -> int:
     return sum(len(list_recorded_samples(setting)) for setting in Path(out, "settings").glob("*"))
 
 
-def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_without_lost_or_repeated_records(kills: int) -> None:
     config = write_config({**SMALL, "batch_size": 1, "baselines": False})
     assert main(["ablate", config, "--out", "whole", "--quiet"]) == 0
     expected = remove_times(records("whole"))
-    kills = 0
-    for number in range(20):
+    killed = 0
+    for _ in range(20):
         process = start(config, "--out", "killed")
         before = count_records("killed")
         deadline = time.monotonic() + 60
@@ -127,14 +128,14 @@ def test_a_killed_run_resumes_without_lost_or_repeated_records() -> None:
                 if Path("killed/settings").is_dir()
                 else 0
             )
-            if number < 3 and count >= before + 30:
+            if killed < kills and count >= before + 30:
                 process.send_signal(signal.SIGKILL)
-                kills += 1
+                killed += 1
                 break
             time.sleep(0.02)
         if process.wait() == 0:
             break
-    assert kills >= 2
+    assert killed == kills
     assert remove_times(records("killed")) == expected
 
 
@@ -149,7 +150,16 @@ def test_workers_share_the_images_and_shards_the_settings() -> None:
     assert not list(Path("two/settings").glob("*/records.part*"))
 
 
-@pytest.mark.parametrize("name", sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("[hm]*/*.yaml")))
+LARGE_GRIDS = ("hired/table3.yaml", "mini/components.yaml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LARGE_GRIDS else ())
+        for name in sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("[hm]*/*.yaml"))
+    ],
+)
 def test_a_shipped_grid_has_the_stated_number_of_runs(name: str) -> None:
     command_line, _, count_line, *_ = (CONFIGS / name).read_text().split("\n")
     assert command_line.startswith(f"# tokenprune ablate experiments/configs/{name}")

@@ -30,7 +30,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "compile" in name else ()) for name in WRAPPERS]
+)
 @torch.no_grad()
 def test_wrappers(inputs: Any, name: str) -> None:
     """The wrapper gives the outputs of the wrapped model, also in `generate` if it has this method."""

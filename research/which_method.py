@@ -1,0 +1,246 @@
+"""Compares the strategies of all stages at equal average tokens, on boards and pages, with the embedded model.
+
+Run it: ``python -m research.which_method --world pages --number 100``
+
+*Average tokens* are the visual tokens of a prompt in one layer of the LLM, averaged over the layers, see
+`research.equal_compute`. Each image is encoded once, except for strategies inside the vision tower. Answers are greedy.
+Questions about one image are not independent, so intervals come from a bootstrap over images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from research.equal_compute import list_compositions, list_decoder_strategies, remaining_at_cut
+from research.heldout import Answers, board_interval, measure_board
+from research.mini_training.evaluate import WORLDS
+from tokenprune.budget import Budget
+from tokenprune.catalog import strategies
+from tokenprune.experiments.analysis.report.formatting import SAME
+from tokenprune.experiments.evaluation.evidence import evidence_coverage
+from tokenprune.experiments.evaluation.tasks.base import to_regions
+from tokenprune.experiments.evaluation.tasks.pages import name_split as name_page_split
+from tokenprune.models import mini
+from tokenprune.models.mini.boards import Split
+from tokenprune.models.mini.pages import Page
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import HiRED, Random
+from tokenprune.strategies.encoder import EViT, PiToMe, RandomPatches, ToMe
+
+FULL = "all tokens"
+AVERAGES = (0.05, 0.1, 0.2, 0.4)
+"""Average tokens as ratios of the tokens that enter the LLM without reduction."""
+
+
+def list_projector_strategies() -> dict[str, TokenReducer]:
+    """Return the strategies before the LLM by name."""
+    kinds = {name: kind for name, kind in strategies().items() if kind.stage.name == "projector" and name != "Random"}
+    reducers: dict[str, TokenReducer] = {
+        name: kind(text_model="mini" if kind().reads_question else None) for name, kind in kinds.items()
+    }
+    return reducers | {f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)}
+
+
+def list_encoder_strategies() -> dict[str, TokenReducer]:
+    """Return compositions of a strategy inside the vision tower and HiRED by name."""
+    towers = {"ToMe(r=12)": ToMe(r=12), "PiToMe(r=12)": PiToMe(r=12), "EViT(0.7)": EViT(0.7)}
+    towers["RandomPatches(0.7)"] = RandomPatches(0.7)
+    return {f"{name}+HiRED": tower >> HiRED() for name, tower in towers.items()}
+
+
+def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None) -> dict[str, TokenReducer]:
+    """Return all strategies by name with budgets that give the same average tokens.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+        more: further strategies before the LLM.
+    """
+    budget = Budget(average, of="unpadded")
+    before = list_projector_strategies() | dict(more or {})
+    settings = {name: replace(reducer, budget=budget) for name, reducer in before.items()}
+    if (behind := remaining_at_cut(average)) > 0:
+        settings |= list_decoder_strategies(behind)
+    return {**settings, **list_compositions(average)}
+
+
+@dataclass
+class WorldResults:
+    """Results of all settings, image by image.
+
+    Args:
+        questions: type and split of each question of each image.
+        right: for each setting, 1 (correct) or 0 per question of each image.
+        coverage: for each setting, coverage of the evidence by the entering tokens per question of each image.
+        tokens: for each setting, average tokens of each image.
+    """
+
+    questions: list[list[tuple[str, str]]] = field(default_factory=list)
+    right: dict[str, list[list[int]]] = field(default_factory=dict)
+    coverage: dict[str, list[list[float]]] = field(default_factory=dict)
+    tokens: dict[str, list[float]] = field(default_factory=dict)
+
+    def __add__(self, other: WorldResults) -> WorldResults:
+        """Return the results of two sets of images together; both must hold the same settings."""
+        return WorldResults(
+            self.questions + other.questions,
+            *({key: rows + second[key] for key, rows in first.items()} for first, second in self._pair(other)),
+        )
+
+    def _pair(self, other: WorldResults) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(getattr(self, name), getattr(other, name)) for name in ("right", "coverage", "tokens")]
+
+    @classmethod
+    def load(cls, path: str | Path) -> WorldResults:
+        """Return the results of a JSON file."""
+        content = json.loads(Path(path).read_text())
+        content["questions"] = [[(kind, split) for kind, split in image] for image in content["questions"]]
+        return cls(**content)
+
+    def answers_of(self, setting: str, kind: str | None = None) -> list[Answers]:
+        """Return 1 (correct) or 0 per question of each image, for one type or split of questions or for all."""
+        rows = zip(self.right[setting], self.questions, strict=True)
+        return [np.array([r for r, k in zip(row, ks, strict=True) if kind is None or kind in k]) for row, ks in rows]
+
+
+def name_split(image: Any, question: Any) -> str:
+    """Return the difficulty of a question: for boards, the tiles that show the answer, see `Question` of the world."""
+    return name_page_split(image, question) if isinstance(image, Page) else question.needs
+
+
+def find_evidence(image: Any, question: Any) -> Sequence[tuple[int, int, int, int]]:
+    """Return the boxes in pixels that show the answer of a question."""
+    if isinstance(image, Page):
+        return question.evidence
+    return [image.items[number].box for number in question.about]
+
+
+def measure_world(
+    world: str, settings: Mapping[str, TokenReducer], number: int, first: int, split: Split = "heldout"
+) -> WorldResults:
+    """Return the results of settings on the images of a world.
+
+    Args:
+        world: ``boards`` or ``pages``.
+        settings: strategies with their budgets by name.
+        number: number of images.
+        first: index of the first image.
+        split: ``heldout``, or ``train`` for images that may be used to choose a strategy.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(mini.path())
+    rows = [(FULL, 1.0, HiRED(1.0)), *((name, 0.0, reducer) for name, reducer in settings.items())]
+    results = WorldResults()
+    image: Any
+    for image in WORLDS[world](number, split, first):
+        results.questions.append([(q.type, name_split(image, q)) for q in image.questions])
+        boxes = [find_evidence(image, question) for question in image.questions]
+        evidence = [(to_regions(b, image.pixels.shape), q.needs) for b, q in zip(boxes, image.questions, strict=True)]
+        for name, _, right, run in measure_board(model, processor, image, rows):
+            cover = partial(evidence_coverage, run.selections[0].geometry, run.selections[0].kept)
+            shares = [round(cover(regions, tiles), 3) if regions else 1.0 for regions, tiles in evidence]
+            results.right.setdefault(name, []).append([int(is_right) for is_right in right])
+            results.coverage.setdefault(name, []).append(shares)
+            results.tokens.setdefault(name, []).append(run.account.average_tokens)
+    return results
+
+
+def format_report(results: WorldResults, subject: str = "HiRED") -> str:
+    """Return the Markdown tables of accuracy, paired differences, coverage and question types.
+
+    Args:
+        results: the results; settings are named ``"average name"``.
+        subject: the strategy that is compared with all others.
+    """
+
+    def cell(rows: Sequence[Answers], sign: str = "") -> str:
+        mean, low, high = board_interval(rows)
+        mark = f" {SAME}" if sign and low <= 0 <= high else ""
+        return f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]{mark}"
+
+    keys = [key for key in results.right if key != FULL]
+    names = list(dict.fromkeys(key.split(" ", 1)[1] for key in keys))
+    averages = sorted({key.split(" ", 1)[0] for key in keys}, key=float)
+    head = f"| {' | '.join(f'{float(average):.0%}' for average in averages)} |\n|---|{'---|' * len(averages)}"
+
+    def row(name: str, make: Callable[[str], str]) -> str:
+        cells = (make(f"{average} {name}") if f"{average} {name}" in results.right else "" for average in averages)
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def difference(key: str) -> str:
+        mine, other = results.answers_of(f"{key.split(' ', 1)[0]} {subject}"), results.answers_of(key)
+        return cell([a - b for a, b in zip(mine, other, strict=True)], "+")
+
+    count = sum(map(len, results.questions))
+    lines = [
+        f"{len(results.questions)} images, {count} questions. Right answers in percent, 95 % intervals from a "
+        f"bootstrap over images.\n\nAll tokens: {cell(results.answers_of(FULL))}\n",
+        f"| strategy {head}",
+        *(row(name, lambda key: cell(results.answers_of(key))) for name in names),
+        f"\n{subject} minus others, paired, in points ({SAME}: no difference seen):\n\n| {subject} minus {head}",
+        *(row(name, difference) for name in names if name != subject),
+        f"\nCoverage of the evidence by the tokens that enter the LLM, in percent:\n\n| strategy {head}",
+        *(row(name, lambda key: f"{100 * np.mean(np.concatenate(results.coverage[key])):.1f}") for name in names),
+    ]
+    kinds = sorted({label for image in results.questions for question in image for label in question})
+    for average in averages:
+        lines.append(f"\nBy type and split at {float(average):.0%}:\n\n| strategy | {' | '.join(kinds)} |")
+        lines.append("|---|" + "---|" * len(kinds))
+        for name in (FULL, *names):
+            key = FULL if name == FULL else f"{average} {name}"
+            if key in results.right:
+                shares = (np.concatenate(results.answers_of(key, kind)).mean() for kind in kinds)
+                lines.append(f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in shares)} |")
+    return "\n".join(lines)
+
+
+def main(
+    world: str = "pages",
+    number: int = 100,
+    first: int = 1000,
+    averages: list[float] | None = None,
+    methods: list[str] | None = None,
+    subject: str = "HiRED",
+    out: str | None = None,
+    merge: list[str] | None = None,
+) -> None:
+    """Measure all strategies on held-out images of a world and print the tables.
+
+    Args:
+        world: ``boards`` or ``pages``.
+        number: number of images; each has about 20 questions.
+        first: index of the first image.
+        averages: average tokens as ratios; by default 5, 10, 20 and 40 %.
+        methods: names of the strategies to measure; by default all.
+        subject: the strategy that is compared with all others.
+        out: JSON file for the results of all questions.
+        merge: JSON files of earlier runs. If given, nothing is measured and their results are reported together.
+    """
+    if merge:
+        results = sum(map(WorldResults.load, merge[1:]), WorldResults.load(merge[0]))
+    else:
+        settings = {
+            f"{average} {name}": reducer
+            for average in averages or AVERAGES
+            for name, reducer in list_settings(average).items()
+            if methods is None or name in methods
+        }
+        results = measure_world(world, settings, number, first)
+    if out is not None:
+        Path(out).write_text(json.dumps(asdict(results)))
+    print(format_report(results, subject))
+
+
+if __name__ == "__main__":
+    import jsonargparse
+
+    jsonargparse.auto_cli(main, as_positional=False)
