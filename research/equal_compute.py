@@ -91,7 +91,7 @@ def list_settings(average: float) -> Mapping[str, TokenReducer]:
     }
     if (behind := remaining_at_cut(average)) > 0:
         settings |= list_decoder_strategies(behind)
-    return settings | list_compositions(average)
+    return {**settings, **list_compositions(average)}
 
 
 def remaining_at_cut(average: float) -> float:

@@ -48,7 +48,7 @@ class TokenReducer(Configurable, ABC):
         newlines: newline tokens: ``"keep_rows"`` keeps the newline token of each row that keeps a visual token;
             ``"drop"`` drops all newline tokens, ``"keep"`` keeps all.
         text_model: for strategies that read the question: the CLIP checkpoint of the vision tower, with its text
-            tower. A folder, a hub id, or ``"mini"`` for the text tower of the embedded model.
+            tower. A folder, a hub id, or ``"mini"`` or ``"mini-pages"`` for an embedded model.
         attention: for strategies that read CLS attention: its source. ``"auto"`` reads CLS attention if the vision
             tower has a CLS token, and otherwise the attention that each token receives. ``"cls"``, ``"received"`` and
             ``"pooling"`` (the query of SigLIP's pooling head) fix the source. A `SaliencyModel` (`TimmSaliency`)

@@ -21,6 +21,7 @@ from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.experiments.bench.architectures import list_architectures, load_architecture
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.evaluation.loading import load, model_inputs
+from tokenprune.models import mini
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 from tokenprune.pipeline import Pipeline
@@ -137,11 +138,11 @@ def find_random_config(name: str) -> Any:
     if name in list_architectures():
         return load_architecture(name)
     if not name.endswith(".json"):
-        if "/" not in name and name != "mini" and not Path(name).is_dir():
+        if "/" not in name and name not in mini.MODELS and not Path(name).is_dir():
             hint = suggest_name(name, list_architectures(), 0.5)
             raise ValueError(
-                f"--model {name}: no such folder or architecture{hint}; give `mini`, a checkpoint folder, a hub id "
-                f"(owner/name), a config.json, or one of {', '.join(list_architectures())}"
+                f"--model {name}: no such folder or architecture{hint}; give `mini`, `mini-pages`, a checkpoint "
+                f"folder, a hub id (owner/name), a config.json, or one of {', '.join(list_architectures())}"
             )
         return None
     try:

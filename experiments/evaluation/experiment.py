@@ -60,7 +60,7 @@ class Experiment(Configurable):
     """The configuration of one experiment: model, strategy, task and generation options.
 
     Args:
-        model: ``mini`` (embedded), a checkpoint folder, or a hub id.
+        model: ``mini`` or ``mini-pages`` (embedded), a checkpoint folder, or a hub id.
         reducer: the strategy.
         task: the task.
         seed: seed of sampling; has no effect on greedy answers.

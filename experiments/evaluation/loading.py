@@ -22,7 +22,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """Load a checkpoint and its processor.
 
     Args:
-        name: `mini`, a folder, or a hub id.
+        name: `mini`, `mini-pages`, a folder, or a hub id.
         device: `auto` or a torch device.
         dtype: `auto` (float32 on a CPU, otherwise the dtype of the checkpoint) or the name of a torch dtype.
 
@@ -72,9 +72,11 @@ def resolve_name(name: str) -> str:
     Raises:
         ValueError: if the name is neither a folder nor a possible hub id.
     """
-    path = str(mini.path()) if name == "mini" else name
+    path = str(mini.path(name)) if name in mini.MODELS else name
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise ValueError(f"--model {name}: no such folder; give `mini`, a checkpoint folder, or a hub id (owner/name)")
+        raise ValueError(
+            f"--model {name}: no such folder; give `mini`, `mini-pages`, a checkpoint folder, or a hub id (owner/name)"
+        )
     return path
 
 
@@ -82,14 +84,14 @@ def find_checkpoint(name: str, option: str = "model") -> Path:
     """Return the folder with the files of a checkpoint: a local folder, or the snapshot in the hub cache.
 
     Args:
-        name: `mini`, a folder, or a hub id.
+        name: `mini`, `mini-pages`, a folder, or a hub id.
         option: the option of the checkpoint, ``"model"`` or ``"text_model"``, also for errors.
 
     Raises:
         ValueError: if there is no such checkpoint.
     """
-    if name == "mini":
-        return mini.path() if option == "model" else mini.text_path()
+    if name in mini.MODELS:
+        return mini.path(name) if option == "model" else mini.text_path(name)
     path = resolve_name(name) if option == "model" else name
     if Path(path).is_dir():
         return Path(path)
@@ -128,7 +130,7 @@ def build_without_weights(name: str) -> Any:
     """Return a model without weights, on the meta device, to check that it exists and which signals it provides.
 
     Args:
-        name: `mini`, a folder, or a hub id.
+        name: `mini`, `mini-pages`, a folder, or a hub id.
 
     Raises:
         ValueError: if the model cannot be built.

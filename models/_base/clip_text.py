@@ -31,13 +31,13 @@ class TextTower:
     """The text tower and the projections of a CLIP checkpoint, without its vision tower; runs in float32.
 
     Args:
-        name: a folder or a hub id of a `CLIPModel`, or ``"mini"``.
+        name: a folder or a hub id of a `CLIPModel`, or the name of an embedded model.
     """
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        folder = str(mini.text_path()) if name == "mini" else name
+        folder = str(mini.text_path(name)) if name in mini.MODELS else name
         try:
             with without_progress_bars():
                 model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -99,7 +99,7 @@ class TextTower:
 
 @cache
 def load_text_tower(name: str | None) -> TextTower:
-    """Return the text tower of a folder, a hub id or ``"mini"``; it is loaded once per process.
+    """Return the text tower of a folder, a hub id or an embedded model; it is loaded once per process.
 
     Raises:
         ValueError: if the name is None, or the checkpoint cannot be loaded.

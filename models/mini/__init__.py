@@ -1,27 +1,39 @@
-"""A trained miniature LLaVA-NeXT inside the package, with images on which it was trained to answer questions.
+"""Two trained miniature LLaVA-NeXT inside the package, with images on which they were trained to answer questions.
 
-The checkpoint is an ordinary folder: ``AutoModelForImageTextToText.from_pretrained(mini.path())`` and
-``AutoProcessor.from_pretrained(mini.path())`` load it without a network. Its images are *notice boards*
-(`tokenprune.models.mini.boards`): colored shapes with small numbers. The module also draws dense *pages*
-(`tokenprune.models.mini.pages`), which this checkpoint was not trained on. Importing it loads no heavy dependency.
+The checkpoints are ordinary folders: ``AutoModelForImageTextToText.from_pretrained(mini.path())`` and
+``AutoProcessor.from_pretrained(mini.path())`` load them without a network. ``mini`` answers questions about *notice
+boards* (`tokenprune.models.mini.boards`): colored shapes with small numbers. ``mini-pages`` answers questions about
+boards and dense *pages* (`tokenprune.models.mini.pages`). Importing this module loads no heavy dependency.
 """
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
-__all__ = ["demo_questions", "describe_limits", "image_path", "path", "text_path"]
+__all__ = ["MODELS", "demo_questions", "describe_limits", "image_path", "path", "text_path"]
 
 _HERE = Path(__file__).parent
+MODELS = MappingProxyType({"mini": "drawn boards", "mini-pages": "drawn boards and pages"})
+"""Names of the embedded models, with the images that they were trained on."""
+_FOLDERS = {"mini": ("checkpoint", "text"), "mini-pages": ("pages_checkpoint", "pages_text")}
 
 
-def path() -> Path:
-    """Return the folder of the trained checkpoint."""
-    return _HERE / "checkpoint"
+def path(name: str = "mini") -> Path:
+    """Return the folder of a trained checkpoint.
+
+    Args:
+        name: a name of `MODELS`.
+    """
+    return _HERE / _FOLDERS[name][0]
 
 
-def text_path() -> Path:
-    """Return the folder of a CLIP model: the vision tower of the checkpoint and a matching text tower."""
-    return _HERE / "text"
+def text_path(name: str = "mini") -> Path:
+    """Return the folder of a CLIP model: the vision tower of a checkpoint and a matching text tower.
+
+    Args:
+        name: a name of `MODELS`.
+    """
+    return _HERE / _FOLDERS[name][1]
 
 
 def image_path() -> Path:
@@ -29,21 +41,22 @@ def image_path() -> Path:
     return _HERE / "images" / "board.png"
 
 
-def describe_limits(image: str | Path) -> str:
-    """Return a notice that the model knows only the images that it was trained on; empty for the demo image.
+def describe_limits(image: str | Path, name: str = "mini") -> str:
+    """Return a notice that an embedded model knows only the images that it was trained on.
 
     Args:
         image: the image file that the model is asked about.
+        name: name or folder of a model.
+
+    Returns:
+        The notice; empty for the demo image and for other models.
     """
-    if Path(image).expanduser().read_bytes() == image_path().read_bytes():
+    if name not in MODELS or Path(image).expanduser().read_bytes() == image_path().read_bytes():
         return ""
     return (
-        f"{Path(image).name}: the embedded model (mini) was trained on drawn boards only; its answers about "
+        f"{Path(image).name}: the embedded model ({name}) was trained on {MODELS[name]} only; its answers about "
         "photographs and other images are meaningless. Load a checkpoint (--model) to ask about them"
     )
-
-
-picture_path = image_path  # the earlier name, which published scripts use
 
 
 def demo_questions() -> list[dict[str, str]]:

@@ -109,7 +109,10 @@ class TextNeeds(ScoreReducer):
         ),
         (["run", "--image", "none.png"], "none.png: no such file"),
         (["run", "--image", "loud.py"], "loud.py: not an image"),
-        (["run", "--model", "./nothing"], "./nothing: no such folder; give `mini`, a checkpoint folder, or a hub id"),
+        (
+            ["run", "--model", "./nothing"],
+            "./nothing: no such folder; give `mini`, `mini-pages`, a checkpoint folder, or a hub id",
+        ),
         (["run", "--model", "."], "--model . cannot be loaded"),
         (["run", "--out", "loud.py"], "--out loud.py cannot be created as a folder"),
         (["run", "--device", "cuda:77"], "--device cuda:77 cannot be used"),

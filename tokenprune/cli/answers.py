@@ -38,7 +38,7 @@ class RunConfig:
 
     Args:
         plugin: Python files with further strategies.
-        model: mini (embedded), a checkpoint folder, or a hub id.
+        model: mini or mini-pages (embedded), a checkpoint folder, or a hub id.
         image: image files; by default the bundled board.
         question: questions; each is asked about each image.
         reducer: strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class, e.g. with
@@ -138,8 +138,8 @@ def answer_all(config: RunConfig) -> list[Answer]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be created as a folder ({error.strerror}); give another path") from error
-    for file in files if config.model == "mini" else []:
-        if notice := mini.describe_limits(file):
+    for file in files:
+        if notice := mini.describe_limits(file, config.model):
             print(f"tokenprune: {notice}", file=sys.stderr)
     with pause_garbage_collection():
         model, processor = load(config.model, config.device, config.dtype)

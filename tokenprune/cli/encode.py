@@ -37,7 +37,7 @@ class EncodeConfig:
 
     Args:
         plugin: Python files with further strategies.
-        model: mini (embedded), a checkpoint folder, or a hub id; its LLM is not loaded.
+        model: mini or mini-pages (embedded), a checkpoint folder, or a hub id; its LLM is not loaded.
         reducer: strategy before the LLM, as in `tokenprune run`.
         images: image files, and folders with image files.
         question: questions; each is asked about each image. A strategy that does not read the question keeps the same

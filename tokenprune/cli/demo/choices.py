@@ -20,7 +20,7 @@ class DemoConfig:
     """Options of `tokenprune demo`.
 
     Args:
-        model: mini (embedded), a checkpoint folder, or a hub id.
+        model: mini or mini-pages (embedded), a checkpoint folder, or a hub id.
         text_model: text tower of strategies that read the question; mini belongs to the embedded model.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto (float32 on a CPU), float32, bfloat16, float16.

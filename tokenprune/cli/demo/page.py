@@ -48,7 +48,7 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
             raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
         columns = "display:grid;gap:24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))"
         overlays = "".join(f"<div>{page}</div>" for page in pages)
-        notice = mini.describe_limits(path) if path is not None and config.model == "mini" else ""
+        notice = "" if path is None else mini.describe_limits(path, config.model)
         note = f"<p><strong>{escape(notice)}</strong></p>" if notice else ""
         answers = f'{note}<div style="overflow-x:auto">{table._repr_html_()}</div>'
         link = format_link(PageState(question, is_compared, first, second), name)
