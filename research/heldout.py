@@ -114,7 +114,11 @@ def answer_from_encoding(
 
 
 def measure_board(
-    model: Any, processor: Any, board: Board | Page, settings: Sequence[tuple[str, float, TokenReducer]]
+    model: Any,
+    processor: Any,
+    board: Board | Page,
+    settings: Sequence[tuple[str, float, TokenReducer]],
+    text_model: str = "mini",
 ) -> Iterator[tuple[str, float, list[bool], Run]]:
     """Yield (name, budget, whether each answer is correct, run) of every setting for one board or page."""
     questions = [question.text for question in board.questions]
@@ -126,7 +130,7 @@ def measure_board(
     adapter = find_adapter(model)
     needs = [signal for _, _, reducer in settings for signal in Pipeline(reducer, adapter).needs]
     with torch.no_grad():
-        encoding = adapter.encode(image_inputs, needs, text_model="mini")
+        encoding = adapter.encode(image_inputs, needs, text_model=text_model)
         for name, budget, reducer in settings:
             texts, run = answer_from_encoding(model, processor, encoding, text, reducer)
             expected = [question.answer for question in board.questions]

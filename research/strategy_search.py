@@ -6,19 +6,29 @@ Only images of the split ``train`` are used. Each image is encoded once for all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from research.which_method import FULL, MODEL, list_projector_strategies, measure_world
+from tokenprune.budget import Budget
+from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import RelevancePolicy, SelectionPolicy, compute_relevance
-from tokenprune.strategies.components import GlobalTopAllocation
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
+from tokenprune.strategies.components import GlobalTopAllocation, SaliencyCoverageSelection, TopRelevanceSelection
 from tokenprune.strategies.components.diversity import pairwise_cosine
-from tokenprune.strategies.components.relevance import AttentionRelevance, TextRelevance
+from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance
+from tokenprune.strategies.eadp import FacilityLocationSelection
+
+PUBLISHED = ("HiRED", "DivPrune", "CDPruner", "TRIM", "EADP", "SCOPE", "VisPruner", "Random, seed 0")
+"""Published strategies that are measured for comparison during the search."""
 
 
 @dataclass
@@ -202,3 +212,85 @@ class AnchoredSelection(SelectionPolicy):
             kept[pick] = True
             nearest = torch.minimum(nearest, distances[pick])
         return kept[None]
+
+
+def spread(**options: Any) -> ComponentReducer:
+    """Return a strategy that ranks the tokens of all tiles by `SpreadSelection`."""
+    return ComponentReducer(allocation=ImageTopAllocation(), selection=SpreadSelection(**options), text_model=MODEL)
+
+
+def anchored(**options: Any) -> ComponentReducer:
+    """Return a strategy that keeps tokens of all tiles by `AnchoredSelection`."""
+    return ComponentReducer(allocation=GlobalTopAllocation(), selection=AnchoredSelection(**options), text_model=MODEL)
+
+
+def pooled(selection: SelectionPolicy) -> ComponentReducer:
+    """Return a published selection over the tokens of all tiles."""
+    return ComponentReducer(allocation=GlobalTopAllocation(), selection=selection, text_model=MODEL)
+
+
+def list_round(name: str) -> dict[str, TokenReducer]:
+    """Return the settings of a round of the search by name."""
+    early, deviation = AttentionRelevance(0), MeanRelevance()
+    mixed = Combined([AttentionRelevance(), deviation], [0.5, 0.5])
+    rounds: dict[str, dict[str, TokenReducer]] = {
+        "published": {n: r for n, r in list_projector_strategies().items() if n in PUBLISHED},
+        "families": {
+            **{f"spread weight={w}": spread(weight=w) for w in (0.0, 0.5, 1.0, 3.0)},
+            **{f"spread discount={d}": spread(weight=1.0, discount=d) for d in (0.0, 0.2, 0.4)},
+            "spread alike": spread(weight=1.0, discount=0.2, alike=True),
+            "spread wide": spread(weight=1.0, rows=1, cols=2),
+            "spread early": spread(weight=1.0, saliency=early),
+            "spread deviation": spread(weight=1.0, saliency=deviation),
+            "spread mixed": spread(weight=1.0, saliency=mixed),
+            "spread without base": spread(weight=1.0, base=-9.0),
+            **{f"anchored share={s}": anchored(share=s) for s in (0.0, 0.3, 0.5, 0.7, 1.0)},
+            **{f"anchored threshold={t}": anchored(threshold=t) for t in (1.0, 3.0)},
+            "anchored attention": anchored(quality=AttentionRelevance()),
+            "anchored deviation": anchored(quality=deviation),
+            "anchored top": anchored(quality=AttentionRelevance(), fill="top"),
+            "pooled CDPruner": pooled(ConditionalDiversitySelection()),
+            "pooled TRIM": pooled(TopRelevanceSelection(TextRelevance(likeness="dot"))),
+            "pooled cosine": pooled(TopRelevanceSelection()),
+            "pooled EADP": pooled(FacilityLocationSelection()),
+            "pooled SCOPE": pooled(SaliencyCoverageSelection()),
+        },
+    }
+    return rounds[name]
+
+
+def main(
+    name: str = "families",
+    world: str = "pages",
+    number: int = 20,
+    first: int = 0,
+    averages: tuple[float, ...] = (0.05, 0.1),
+) -> None:
+    """Measure a round of the search on training images and print right answers and coverage, best first.
+
+    Args:
+        name: name of the round.
+        world: ``boards`` or ``pages``.
+        number: number of images.
+        first: index of the first image.
+        averages: average tokens as ratios.
+    """
+    settings = {
+        f"{average} {key}": replace(reducer, budget=Budget(average, of="unpadded"))
+        for average in averages
+        for key, reducer in list_round(name).items()
+    }
+    results = measure_world(world, settings, number, first, "train")
+    print(f"{sum(map(len, results.questions))} questions, all tokens {np.concatenate(results.right[FULL]).mean():.3f}")
+    for average in averages:
+        keys = [key for key in settings if key.startswith(f"{average} ")]
+        shares = {key: np.concatenate(results.right[key]).mean() for key in keys}
+        for key in sorted(keys, key=lambda key: -shares[key]):
+            coverage = np.concatenate(results.coverage[key]).mean()
+            print(f"{shares[key]:.3f}  coverage {coverage:.3f}  {key}")
+
+
+if __name__ == "__main__":
+    import jsonargparse
+
+    jsonargparse.auto_cli(main, as_positional=False)

@@ -36,6 +36,8 @@ from tokenprune.strategies import HiRED, Random
 from tokenprune.strategies.encoder import EViT, PiToMe, RandomPatches, ToMe
 
 FULL = "all tokens"
+MODEL = "mini-pages"
+"""Name of the embedded model."""
 AVERAGES = (0.05, 0.1, 0.2, 0.4)
 """Average tokens as ratios of the tokens that enter the LLM without reduction."""
 
@@ -44,7 +46,7 @@ def list_projector_strategies() -> dict[str, TokenReducer]:
     """Return the strategies before the LLM by name."""
     kinds = {name: kind for name, kind in strategies().items() if kind.stage.name == "projector" and name != "Random"}
     reducers: dict[str, TokenReducer] = {
-        name: kind(text_model="mini" if kind().reads_question else None) for name, kind in kinds.items()
+        name: kind(text_model=MODEL if kind().reads_question else None) for name, kind in kinds.items()
     }
     return reducers | {f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)}
 
@@ -136,8 +138,8 @@ def measure_world(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(mini.path(), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(mini.path())
+    model = AutoModelForImageTextToText.from_pretrained(mini.path(MODEL), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(mini.path(MODEL))
     rows = [(FULL, 1.0, HiRED(1.0)), *((name, 0.0, reducer) for name, reducer in settings.items())]
     results = WorldResults()
     image: Any
@@ -145,7 +147,7 @@ def measure_world(
         results.questions.append([(q.type, name_split(image, q)) for q in image.questions])
         boxes = [find_evidence(image, question) for question in image.questions]
         evidence = [(to_regions(b, image.pixels.shape), q.needs) for b, q in zip(boxes, image.questions, strict=True)]
-        for name, _, right, run in measure_board(model, processor, image, rows):
+        for name, _, right, run in measure_board(model, processor, image, rows, MODEL):
             cover = partial(evidence_coverage, run.selections[0].geometry, run.selections[0].kept)
             shares = [round(cover(regions, tiles), 3) if regions else 1.0 for regions, tiles in evidence]
             results.right.setdefault(name, []).append([int(is_right) for is_right in right])

@@ -74,11 +74,26 @@ BACKGROUND_RATE = 0.03
 """Share of the other patches in these steps."""
 TOGETHER_FROM = 1800
 """From this step of stage 2, the tower is trained in steps without removed tokens."""
+MATCH_FROM = 2353
+"""From this step of stage 2, `match_loss` is part of the loss. Before, the second digit of a number was not used."""
+MATCH_WEIGHT = 0.3
+"""Weight of this loss."""
+MATCH_HEADS = 2
+"""Number of attention heads that it trains."""
 ALIGNMENT_WEIGHT = 0.3
 """Weight of the loss that aligns projected patches with the words that they show."""
 TOWER_RATES = ((0, 0.05), (19, 0.5), (600, 0.5), (TOWER_STEPS, 0.02))
 """Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
-READER_RATES = ((0, 0.05), (19, 0.5), (800, 0.5), (1800, 0.3), (READER_STEPS, 0.01))
+READER_RATES = (
+    (0, 0.05),
+    (19, 0.5),
+    (800, 0.5),
+    (1800, 0.3),
+    (2650, 0.16),
+    (2670, 0.5),
+    (3150, 0.4),
+    (READER_STEPS, 0.01),
+)
 """Factors of the learning rate in stage 2."""
 SAVE_SECONDS = 300.0
 """Seconds between two saved states."""
@@ -89,6 +104,15 @@ QUESTION_WEIGHTS = {
 """Weights of question types in stage 2."""
 LOOKUP_WEIGHTS = {**dict.fromkeys(QUESTION_WEIGHTS, 0.25), "value": 8.0, "color_value": 1.0, "name": 1.0}
 """Weights of question types before `LOOKUP_UNTIL`."""
+_LATE_WEIGHTS = {"name": 12.0, "count": 8.0, "color_value": 4.0, "value": 3.0, "compare": 2.0, "largest": 1.0}
+_LATE_WEIGHTS |= {"smallest": 1.0, "side": 1.5, "height": 1.5}
+WEIGHTS: tuple[tuple[int, Mapping[str, float]], ...] = (
+    (0, LOOKUP_WEIGHTS),
+    (LOOKUP_UNTIL, QUESTION_WEIGHTS),
+    (2030, _LATE_WEIGHTS | {"name": 16.0, "count": 6.0, "color_value": 3.0, "value": 2.0, "side": 1.0, "height": 1.0}),
+    (2650, _LATE_WEIGHTS),
+)
+"""Weights of question types in stage 2 as (first step, weights). Later, types with few right answers prevail."""
 MAX_PER_TYPE = 12
 """Largest number of questions of each type about a page of stage 2, of which `QUESTIONS` are drawn."""
 TOKENIZER = make_tokenizer(list_words())
@@ -263,7 +287,7 @@ def reader_step(
     if step % 4 == 3:
         batch = draw_boards(rng, indices, sub_images, tokenize, gaps=gaps)
     else:
-        weights = LOOKUP_WEIGHTS if step < LOOKUP_UNTIL else QUESTION_WEIGHTS
+        weights = next(weights for start, weights in reversed(WEIGHTS) if step >= start)
         batch = draw_pages(rng, indices, sub_images, tokenize, gaps=gaps, sparse=sparse, weights=weights)
     with torch.set_grad_enabled(trains_tower):
         hidden = tower_output(model, batch.pixels)
@@ -275,6 +299,9 @@ def reader_step(
     scores = {"gaps": float(gaps), f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
     part, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
     loss, scores = loss + ALIGNMENT_WEIGHT * part, scores | {"aligned": accuracy}
+    if step >= MATCH_FROM:
+        part, share = match_loss(model, features, batch)
+        loss, scores = loss + MATCH_WEIGHT * part, scores | {"matched": share}
     if trains_tower:
         part, accuracies = heads[batch.world](hidden, batch.truths)
         loss, scores = loss + 0.3 * part, scores | accuracies
@@ -302,6 +329,45 @@ def alignment_loss(model: Any, features: Tensor, lessons: Sequence[Any]) -> tupl
         loss = loss + F.cross_entropy(logits, target[shows_word])
         correct.append((logits.argmax(1) == target[shows_word]).float().mean().item())
     return loss, sum(correct) / len(correct)
+
+
+def match_loss(model: Any, features: Sequence[Tensor], batch: Batch) -> tuple[Tensor, float]:
+    """Return a loss that lets words attend to the patches that show them in the first layer, and the attended share.
+
+    Only the first heads of the layer and the dimensions with the lowest rotary frequencies are trained.
+
+    Args:
+        model: The model.
+        features: Projected patches of each image, `[tiles, tokens, dim]`.
+        batch: The images.
+
+    Returns:
+        The loss, and the mean share of the attention that a word pays to its patches.
+    """
+    language_model = model.model.language_model
+    layer, table = language_model.layers[0], model.get_input_embeddings().weight
+    half, width = HEAD_DIM // 2, HEAD_DIM // 4
+    slow = torch.cat([torch.arange(half - width, half), torch.arange(HEAD_DIM - width, HEAD_DIM)])
+
+    def project(linear: nn.Module, hidden: Tensor) -> Tensor:
+        heads = linear(layer.input_layernorm(hidden)).unflatten(-1, (-1, HEAD_DIM))
+        return heads[:, :MATCH_HEADS, slow].transpose(0, 1)
+
+    loss, shares = table.new_zeros(()), []
+    for part, truth in zip(features, batch.truths, strict=True):
+        keys = project(layer.self_attn.k_proj, part.flatten(0, 1))
+        ids, masks = [], []
+        for name, words in ((name, words) for name, words in WORD_IDS.items() if name in truth.dense):
+            labels = torch.from_numpy(np.asarray(truth.dense[name])).flatten()
+            shown = torch.unique(labels[(labels >= 0) & (labels < len(words))])
+            ids += [words[number] for number in shown.tolist()]
+            masks.append(labels == shown[:, None])
+        queries, shows = project(layer.self_attn.q_proj, table[ids]), torch.cat(masks)
+        logits = queries @ keys.transpose(1, 2) / HEAD_DIM**0.5
+        share = logits.logsumexp(-1) - logits.masked_fill(~shows, -torch.inf).logsumexp(-1)
+        loss = loss + share.mean() / len(features)
+        shares.append((-share).exp().mean().item())
+    return loss, sum(shares) / len(shares)
 
 
 def draw_boards(

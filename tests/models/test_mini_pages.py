@@ -239,6 +239,28 @@ def test_training_starts_with_the_tower_of_a_checkpoint_and_a_lookup() -> None:
     assert torch.allclose(read, training.COPY_SCALE * words, atol=1e-5)
 
 
+def test_the_match_loss_trains_words_to_attend_to_their_patches() -> None:
+    torch.manual_seed(0)
+    model = training.load_start(mini.path())
+    tokenize = training.make_cached_tokenizer(training.TOKENIZER)
+    batch = training.draw_pages(
+        np.random.default_rng(0), [0], 2, tokenize, gaps=False, sparse=False, weights=training.QUESTION_WEIGHTS
+    )
+    with torch.no_grad():
+        hidden = training.tower_output(model, batch.pixels)
+        features = model.model.multi_modal_projector(hidden[-2][:, 1:]).split(batch.tiles)
+    attention = model.model.language_model.layers[0].self_attn
+    optimizer = torch.optim.Adam([attention.q_proj.weight, attention.k_proj.weight], lr=0.01)
+    shares = []
+    for _ in range(20):
+        loss, share = training.match_loss(model, features, batch)
+        shares.append(share)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert shares[-1] > 2 * shares[0]
+
+
 def test_a_page_without_remaining_evidence_is_trained_with_all_tokens() -> None:
     step, images = 812, training.IMAGES  # the first step of the recipe in which the evidence of a page is removed
     start = training._INDEX_STEP // 2 + images * step
