@@ -21,6 +21,7 @@ from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import CDPruner, DivPrune, HiRED
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import GlobalTopAllocation, SaliencyCoverageSelection, TopRelevanceSelection
 from tokenprune.strategies.components.diversity import pairwise_cosine
@@ -219,6 +220,11 @@ def spread(**options: Any) -> ComponentReducer:
     return ComponentReducer(allocation=ImageTopAllocation(), selection=SpreadSelection(**options), text_model=MODEL)
 
 
+def chosen(**options: Any) -> ComponentReducer:
+    """Return the best strategy of the first rounds with other options."""
+    return spread(**{"weight": 10.0, "threshold": 2.5, "discount": 0.0, **options})
+
+
 def anchored(**options: Any) -> ComponentReducer:
     """Return a strategy that keeps tokens of all tiles by `AnchoredSelection`."""
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=AnchoredSelection(**options), text_model=MODEL)
@@ -255,8 +261,85 @@ def list_round(name: str) -> dict[str, TokenReducer]:
             "pooled EADP": pooled(FacilityLocationSelection()),
             "pooled SCOPE": pooled(SaliencyCoverageSelection()),
         },
+        "thresholds": {
+            **{
+                f"spread threshold={t} discount={d}": spread(weight=10.0, threshold=t, discount=d)
+                for t in (1.5, 2.0, 2.5, 3.0)
+                for d in (0.0, 0.1, 0.2)
+            },
+            "anchored top": anchored(quality=AttentionRelevance(), fill="top"),
+        },
+        "saliency": {
+            "spread deviation": spread(weight=10.0, threshold=2.0, saliency=deviation),
+            "spread mixed": spread(weight=10.0, threshold=2.0, saliency=mixed),
+            "spread layers": spread(weight=10.0, threshold=2.0, saliency=AttentionRelevance([-3, -2])),
+            "spread early and late": spread(
+                weight=10.0, threshold=2.0, saliency=Combined([early, AttentionRelevance()], [0.5, 0.5])
+            ),
+            "spread alike": spread(weight=10.0, threshold=2.0, alike=True),
+            "spread wide": spread(weight=10.0, threshold=2.0, rows=1, cols=2),
+            "spread square": spread(weight=10.0, threshold=2.0, rows=2, cols=2, discount=0.05),
+            "spread row": spread(weight=10.0, threshold=2.0, rows=0, cols=2, discount=0.2),
+            "spread base -0.2": spread(weight=10.0, threshold=2.0, base=-0.2),
+            "spread base -0.4": spread(weight=10.0, threshold=2.0, base=-0.4),
+            "spread base +0.2": spread(weight=10.0, threshold=2.0, base=0.2),
+            "spread dot": spread(weight=10.0, threshold=2.0, relevance=TextRelevance(likeness="dot")),
+            "pooled CDPruner": pooled(ConditionalDiversitySelection()),
+        },
+        "combined": {
+            "attention": chosen(),
+            "mixed": chosen(saliency=mixed),
+            "deviation": chosen(saliency=deviation),
+            **{f"base {base}": chosen(base=base) for base in (-0.1, -0.2, -0.4)},
+            **{f"threshold {t}": chosen(threshold=t) for t in (2.25, 2.75)},
+            "mixed, base -0.2": chosen(saliency=mixed, base=-0.2),
+            "alike": chosen(alike=True, discount=0.1),
+            "mixed, alike": chosen(saliency=mixed, alike=True, discount=0.1),
+        },
+        "fill": {
+            "max-min": anchored(threshold=2.5, share=1.0),
+            "max-min by attention": anchored(threshold=2.5, share=1.0, quality=AttentionRelevance()),
+            "max-min by mixed": anchored(threshold=2.5, share=1.0, quality=mixed),
+            "max-min by squared mixed": anchored(threshold=2.5, share=1.0, quality=mixed, power=2.0),
+            "top mixed, half": anchored(threshold=2.5, share=0.5, quality=mixed, fill="top"),
+            "max-min by mixed, half": anchored(threshold=2.0, share=0.5, quality=mixed),
+            "dot": chosen(relevance=TextRelevance(likeness="dot")),
+            "CDPruner, pooled": pooled(ConditionalDiversitySelection()),
+            "DivPrune": DivPrune(),
+        },
+        "weights": {
+            **{
+                f"attention {w}": chosen(saliency=Combined([AttentionRelevance(), deviation], [w, 1 - w]))
+                for w in (0.3, 0.5, 0.7)
+            },
+            "image deviation": chosen(saliency=Combined([AttentionRelevance(), MeanRelevance("image")], [0.5, 0.5])),
+            "mixed, threshold 2": chosen(saliency=mixed, threshold=2.0),
+            "mixed, threshold 3": chosen(saliency=mixed, threshold=3.0),
+            "mixed, alike": chosen(saliency=mixed, alike=True, discount=0.1),
+            "mixed, no question": replace(chosen(saliency=mixed, relevance=None), text_model=None),
+            "DivPrune": DivPrune(),
+            "HiRED": HiRED(),
+            "pooled CDPruner": pooled(ConditionalDiversitySelection()),
+            "CDPruner": CDPruner(text_model=MODEL),
+        },
+        "anchors": {
+            **{
+                f"top mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed, fill="top")
+                for s, t in ((0.5, 2.5), (0.5, 3.0), (0.3, 2.5), (0.3, 3.0))
+            },
+            **{
+                f"max-min by mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed)
+                for s, t in ((0.5, 2.5), (0.3, 2.5))
+            },
+        },
     }
     return rounds[name]
+
+
+def list_candidates() -> dict[str, TokenReducer]:
+    """Return the final candidates that are no strategy of the library by name."""
+    mixed = Combined([AttentionRelevance(), MeanRelevance("image")], [0.5, 0.5])
+    return {"QuestionFirst, max-min fill": anchored(threshold=2.5, share=0.5, quality=mixed)}
 
 
 def main(

@@ -61,6 +61,8 @@ def list_encoder_strategies() -> dict[str, TokenReducer]:
 def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None) -> dict[str, TokenReducer]:
     """Return all strategies by name with budgets that give the same average tokens.
 
+    Strategies inside the LLM alone are possible above a third of the tokens, compositions with them are measured below.
+
     Args:
         average: average tokens as a ratio of the tokens that enter the LLM without reduction.
         more: further strategies before the LLM.
@@ -69,7 +71,7 @@ def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None
     before = list_projector_strategies() | dict(more or {})
     settings = {name: replace(reducer, budget=budget) for name, reducer in before.items()}
     if (behind := remaining_at_cut(average)) > 0:
-        settings |= list_decoder_strategies(behind)
+        return {**settings, **list_decoder_strategies(behind)}
     return {**settings, **list_compositions(average)}
 
 
@@ -230,10 +232,12 @@ def main(
     if merge:
         results = sum(map(WorldResults.load, merge[1:]), WorldResults.load(merge[0]))
     else:
+        from research.strategy_search import list_candidates
+
         settings = {
             f"{average} {name}": reducer
             for average in averages or AVERAGES
-            for name, reducer in list_settings(average).items()
+            for name, reducer in list_settings(average, list_candidates()).items()
             if methods is None or name in methods
         }
         results = measure_world(world, settings, number, first)

@@ -31,6 +31,7 @@ from tokenprune.strategies.holov import HoloV
 from tokenprune.strategies.image_downsample import ImageDownsample
 from tokenprune.strategies.pixelprune import PixelPrune
 from tokenprune.strategies.prumerge import PruMerge, PruMergePlus
+from tokenprune.strategies.question_first import QuestionFirst
 from tokenprune.strategies.scope import SCOPE
 from tokenprune.strategies.tops import TOPS
 from tokenprune.strategies.trim import TRIM
@@ -65,6 +66,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
+    "QuestionFirst",
     "Random",
     "RandomPatches",
     "SparseVLM",

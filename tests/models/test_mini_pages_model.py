@@ -1,0 +1,59 @@
+"""The embedded model of boards and pages: its files, its answers and the sign of its text tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+
+from research.mini_training.evaluate import held_out_samples, measure_accuracy
+from research.mini_training.evaluate_text import measure_auc
+from tokenprune.models import mini
+
+NAME = "mini-pages"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForImageTextToText.from_pretrained(mini.path(NAME), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return CLIPModel.from_pretrained(mini.text_path(NAME)).eval()
+
+
+def test_the_files_are_small() -> None:
+    files = [*mini.path(NAME).iterdir(), *mini.text_path(NAME).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 12_000_000
+
+
+def test_the_text_tower_belongs_to_the_vision_tower(model: Any, clip: Any) -> None:
+    actual, expected = clip.vision_model.state_dict(), model.model.vision_tower.state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items() if "post_layernorm" not in name)
+
+
+@pytest.mark.parametrize(("world", "least"), [("pages", 0.75), ("boards", 0.8)])
+def test_answers_about_new_images(model: Any, world: str, least: float) -> None:
+    processor = AutoProcessor.from_pretrained(mini.path(NAME))
+    right = measure_accuracy(model, processor, held_out_samples(60, start=200, world=world))["all"]
+    assert sum(right) / len(right) > least
+
+
+def test_patches_that_show_a_question_are_less_similar_to_it(clip: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(mini.text_path(NAME))
+    for world in ("boards", "pages"):
+        shares = measure_auc(clip, tokenizer, world=world, count=4)
+        assert shares["background"][0] < 0.25
+        assert shares["tile"][0] > shares["tile by chance"][0] + 0.3
+
+
+@pytest.mark.parametrize("name", mini.MODELS)
+def test_a_notice_names_the_images_of_the_training(name: str, tmp_path: Any) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"no demo image")
+    assert f"({name}) was trained on {mini.MODELS[name]} only" in mini.describe_limits(photo, name)
+    assert not mini.describe_limits(mini.image_path(), name)
+    assert not mini.describe_limits(photo, "llava-hf/llava-v1.6-vicuna-7b-hf")
