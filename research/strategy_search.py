@@ -1,6 +1,7 @@
-"""Searches a strategy for dense images on training images: ``python -m research.strategy_search --out FOLDER``.
+"""Searches a strategy for dense images on training images: ``python -m research.strategy_search --name families``.
 
-Only images of the split ``train`` are used. Each image is encoded once for all settings.
+Each round compares some strategies on images of the split ``train``. `QuestionFirst` is the result; the docstrings of
+the selections below describe the tried alternatives. Each image is encoded once for all settings.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from research.heldout import board_interval
 from research.which_method import FULL, MODEL, list_projector_strategies, measure_world
 from tokenprune.budget import Budget
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
+from tokenprune.models.mini.boards import Split
 from tokenprune.policies import RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import CDPruner, DivPrune, HiRED
+from tokenprune.strategies import CDPruner, DivPrune, HiRED, QuestionFirst
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import GlobalTopAllocation, SaliencyCoverageSelection, TopRelevanceSelection
+from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import pairwise_cosine
 from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance
 from tokenprune.strategies.eadp import FacilityLocationSelection
+from tokenprune.strategies.question_first import QuestionFirstSelection
 
 PUBLISHED = ("HiRED", "DivPrune", "CDPruner", "TRIM", "EADP", "SCOPE", "VisPruner", "Random, seed 0")
 """Published strategies that are measured for comparison during the search."""
@@ -230,6 +235,11 @@ def anchored(**options: Any) -> ComponentReducer:
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=AnchoredSelection(**options), text_model=MODEL)
 
 
+def parts(**options: Any) -> QuestionFirst:
+    """Return QuestionFirst with other options of its selection."""
+    return QuestionFirst(text_model=MODEL, selection=QuestionFirstSelection(**options))
+
+
 def pooled(selection: SelectionPolicy) -> ComponentReducer:
     """Return a published selection over the tokens of all tiles."""
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=selection, text_model=MODEL)
@@ -322,6 +332,18 @@ def list_round(name: str) -> dict[str, TokenReducer]:
             "pooled CDPruner": pooled(ConditionalDiversitySelection()),
             "CDPruner": CDPruner(text_model=MODEL),
         },
+        "parts": {
+            "QuestionFirst": QuestionFirst(text_model=MODEL),
+            "without anchors": parts(threshold=1e9),
+            "anchors without limit": parts(share=1.0),
+            "attention only": parts(deviation=AttentionRelevance()),
+            "deviation only": parts(attention=MeanRelevance()),
+            "equal budgets per tile": QuestionFirst(text_model=MODEL, allocation=UniformAllocation()),
+            "threshold 2": parts(threshold=2.0),
+            "threshold 3": parts(threshold=3.0),
+            "HiRED": HiRED(),
+            "DivPrune": DivPrune(),
+        },
         "anchors": {
             **{
                 f"top mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed, fill="top")
@@ -348,8 +370,9 @@ def main(
     number: int = 20,
     first: int = 0,
     averages: tuple[float, ...] = (0.05, 0.1),
+    split: Split = "train",
 ) -> None:
-    """Measure a round of the search on training images and print right answers and coverage, best first.
+    """Measure a round of the search and print right answers in percent with intervals, and coverage, best first.
 
     Args:
         name: name of the round.
@@ -357,20 +380,23 @@ def main(
         number: number of images.
         first: index of the first image.
         averages: average tokens as ratios.
+        split: ``train``; ``heldout`` only for the ablation of the final strategy.
     """
     settings = {
         f"{average} {key}": replace(reducer, budget=Budget(average, of="unpadded"))
         for average in averages
         for key, reducer in list_round(name).items()
     }
-    results = measure_world(world, settings, number, first, "train")
-    print(f"{sum(map(len, results.questions))} questions, all tokens {np.concatenate(results.right[FULL]).mean():.3f}")
+    results = measure_world(world, settings, number, first, split)
+
+    def cell(key: str) -> str:
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value for value in board_interval(results.answers_of(key))))
+
+    print(f"{sum(map(len, results.questions))} questions, all tokens {cell(FULL)}")
     for average in averages:
         keys = [key for key in settings if key.startswith(f"{average} ")]
-        shares = {key: np.concatenate(results.right[key]).mean() for key in keys}
-        for key in sorted(keys, key=lambda key: -shares[key]):
-            coverage = np.concatenate(results.coverage[key]).mean()
-            print(f"{shares[key]:.3f}  coverage {coverage:.3f}  {key}")
+        for key in sorted(keys, key=lambda key: -np.concatenate(results.right[key]).mean()):
+            print(f"{cell(key)}  coverage {100 * np.concatenate(results.coverage[key]).mean():.1f}  {key}")
 
 
 if __name__ == "__main__":

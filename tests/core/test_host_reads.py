@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -25,13 +25,16 @@ from tokenprune.policies import AllocationPolicy
 from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, true_indices
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, VisionZip
+from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, QuestionFirst, VisionZip
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
+from tokenprune.strategies.components.relevance import AttentionRelevance
+from tokenprune.strategies.question_first import QuestionFirstSelection
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
-WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune]
+without_text = QuestionFirstSelection(relevance=AttentionRelevance())
+WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune, partial(QuestionFirst, selection=without_text)]
 """Strategies whose numbers of kept tokens follow from the budget."""
 OPERATORS = {1: 150, 8: 220}
 """Operators beyond the plain model, for one image and for eight images of one layout."""

@@ -23,7 +23,7 @@ class Pages(Task):
     Splits: the evidence of a question of ``base`` is the base tile, because the question is about the place of an item
     in the image. All other questions have their evidence in ``one tile`` or in ``several tiles``.
 
-    The shipped embedded model was not trained on pages.
+    The embedded model ``mini-pages`` was trained on pages; ``mini`` was not.
 
     Args:
         number: number of pages, each with about 22 questions.
