@@ -215,7 +215,7 @@ class TokenAccount:
             or merged patches.
         tower_patches_full: these patches without reduction.
         shortens_prompt: whether tokens whose patches were dropped or merged in the tower do not enter the LLM. If
-            tokens consist of several patches, all tokens enter.
+            tokens consist of several patches, or dropped patches were restored, all tokens enter.
     """
 
     llm: LLMShape

@@ -220,7 +220,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
         before = patches.first * full // (patches.layers - patches.first)  # layers before the first step
         full, remaining = full + before, remaining + before
-        if self.pooling > 1:
+        if self.pooling > 1 or (entering is None and patches.restores):
             return PatchRecord(None if entering is None else [part.kept for part in entering], full, remaining)
         masks = [mask[..., None].float() for mask in patches.read_mask()]
         kept = [mask[..., 0] >= 0.5 for mask in self.split_by_image("vision_features", masks, layouts, inputs)]

@@ -102,6 +102,11 @@ class PatchReduction:
         return any(reducer.proportional_attention for reducer in self.reducers)
 
     @property
+    def restores(self) -> bool:
+        """Whether the tower has restored all dropped patches in every pass."""
+        return all(state.dropped is not None for state in self.passes)
+
+    @property
     def key_bias(self) -> Tensor | None:
         """The bias on the keys of merged patches in the layer that runs, `[tiles, length]`; None without a bias."""
         return self.remaining.key_bias if self.is_proportional and self.remaining is not None else None
