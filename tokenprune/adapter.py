@@ -312,6 +312,15 @@ class Adapter(ABC):
         """
         return not patch_reducers
 
+    def count_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> int:
+        """Return the patches of a call without reduction, summed over tiles and the layers of the tower that run.
+
+        Args:
+            layouts: the layouts of the images.
+            inputs: the vision inputs of the call.
+        """
+        return 0
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether a call contains images that are not yet encoded."""
         return inputs.get(self.pixels) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokenprune.experiments.evaluation.stored_images import (
     store_image,
 )
 from tokenprune.experiments.evaluation.tasks import Sample
+from tokenprune.image import Signal
 from tokenprune.pipeline import Pipeline
 from tokenprune.selection import Selection
 
@@ -84,6 +86,7 @@ def answer_group(
         shared = pending[0][0].experiment
         name = store_image(out, image_name(shared.model, as_config(shared.task), group[0].group), pixels)
     prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    reduced: dict[str, tuple[Encoding, float]] = {}
 
     def prepare_text(questions: Sequence[str]) -> Mapping[str, Any]:
         """Return the text inputs of a batch, shared by all settings, since the processor also processes the pixels."""
@@ -104,7 +107,7 @@ def answer_group(
             try:
                 before = passes[0]
                 text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
-                encoded = encoded or _reduce_patches(adapter, setting.experiment, encoding, encode_ms)
+                encoded = encoded or _reduce_patches(adapter, setting.experiment, encoding, encode_ms, needs, reduced)
                 records, selections, cuts = _answer_batch(adapter, processor, setting.experiment, text, batch, *encoded)
             except Exception as error:
                 records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
@@ -156,23 +159,37 @@ def _split_batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]
 
 
 def _reduce_patches(
-    adapter: Adapter, experiment: Experiment, encoding: Encoding, encode_ms: float
+    adapter: Adapter,
+    experiment: Experiment,
+    encoding: Encoding,
+    encode_ms: float,
+    needs: Sequence[Signal],
+    reduced: dict[str, tuple[Encoding, float]],
 ) -> tuple[Encoding, float]:
-    """Return the encoding of a setting and its time; the tower runs again for a strategy inside it.
+    """Return the encoding of a setting and its time; the tower runs again for a strategy before or inside it.
+
+    Settings share this encoding if their strategies inside the tower and the patches that enter it are equal.
 
     Args:
         adapter: the adapter of the model.
         experiment: the experiment of the setting.
         encoding: the complete encoding that all settings share.
         encode_ms: its time in milliseconds.
+        needs: the signals of all settings.
+        reduced: the encodings of earlier settings of the image with their times; the result is added.
     """
     pipeline = Pipeline(experiment.reducer, adapter)
-    if not pipeline.patch_reducers:
+    if not pipeline.reduces_patches:
         return encoding, encode_ms
     began = time.perf_counter()
     with torch.no_grad():
-        reduced = pipeline.reduce_patches(encoding)
-    return reduced, (time.perf_counter() - began) * 1000
+        entering = pipeline.select_entering(encoding)
+        masks = [] if entering is None else [selection.kept.flatten().tolist() for selection in entering]
+        key = json.dumps([[as_config(reducer) for reducer in pipeline.patch_reducers], masks], default=str)
+        if key not in reduced:
+            shared = pipeline.reduce_patches(encoding, entering, needs)
+            reduced[key] = shared, (time.perf_counter() - began) * 1000
+    return reduced[key]
 
 
 def _answer_batch(

@@ -197,6 +197,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         layouts, feature_layer = share_layouts(self.layouts(inputs)), self.feature_layer(inputs)
         return all(self._keeps_all(reducer, layouts, feature_layer) for reducer in patch_reducers)
 
+    def count_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> int:
+        """Return the patches of a call without reduction, summed over tiles and the layers that run."""
+        tokens = sum(layout.tiles * layout.tokens for layout in layouts)
+        return tokens * self.pooling**2 * (self.feature_layer(inputs) + 1)
+
     def _keeps_all(self, reducer: EncoderReducer, layouts: Sequence[TileGeometry], feature_layer: int) -> bool:
         """Return whether a strategy drops and merges no patch of images with the given layouts."""
         sizes = {layout.tokens * self.pooling**2 for layout in layouts}

@@ -16,7 +16,7 @@ from tokenprune.adapter import find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.pipeline import Pipeline
-from tokenprune.strategies import EViT, HiRED, RandomPatches, ToMe, UniformStride
+from tokenprune.strategies import IPCV, EViT, HiRED, RandomPatches, ToMe, UniformStride
 from tokenprune.testing.families import FAMILIES
 from tokenprune.testing.tiny_models import batch, tiny_model
 from tokenprune.viz import TOWER, overlay
@@ -196,13 +196,20 @@ def test_account_counts_patches_of_all_layers(reducer: Any) -> None:
     assert account.tower_patches == tiles * count_by_layer(reducer, 16, 3)
     assert f"{account.tower_patches / (tiles * 48):.1%} of patches x layers (saved in tower and LLM)" in str(account)
     assert account.summary()["tower_patches"] == account.tower_patches
+    with torch.no_grad(), type(reducer)(1.0)(model) as unreduced:
+        model(**inputs)
+    assert unreduced.account.tower_patches == unreduced.account.tower_patches_full == account.tower_patches_full
+    assert "vision tower: 100.0% of patches x layers" in str(unreduced.account)
+    assert "saved in" not in str(unreduced.account)
     assert "vision tower" in account._repr_html_()
 
 
-def test_account_says_that_all_tokens_of_several_patches_enter() -> None:
-    family = FAMILIES["qwen2_5_vl"]
+@pytest.mark.parametrize(("name", "reducer"), [("qwen2_5_vl", RandomPatches()), ("llava_next", IPCV())])
+def test_account_says_that_all_tokens_enter(name: str, reducer: Any) -> None:
+    """All tokens enter the LLM if a token is several patches, or if dropped patches are restored."""
+    family = FAMILIES[name]
     model, inputs = family.model(torch.float32), family.batch(*family.rows[:1])
-    with torch.no_grad(), RandomPatches()(model) as run:
+    with torch.no_grad(), reducer(model) as run:
         model(**inputs)
     assert run.account.kept == run.account.valid
     assert "of patches x layers (saved in the tower only)" in str(run.account)
