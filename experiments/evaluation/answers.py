@@ -13,6 +13,7 @@ import torch
 from tokenprune.account import LayerSums, average_over_layers, prefill_flops
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.configuration import as_config
+from tokenprune.experiments.bench.tower_flops import count_tower_flops
 from tokenprune.experiments.evaluation.evidence import evidence_coverage
 from tokenprune.experiments.evaluation.loading import model_inputs
 from tokenprune.experiments.evaluation.records import RecordFile
@@ -97,6 +98,7 @@ def answer_group(
 
     for setting, file, missing in pending:
         alone_ms: float | None = None
+        tower_flops: tuple[int, int] | None = None
         encoded: tuple[Encoding, float] | None = None
         for batch in _split_batches(group, setting.experiment.batch_size):
             missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
@@ -115,9 +117,11 @@ def answer_group(
             progress.more_encodes += passes[0] - before
             if progress.images <= TIMED_IMAGES and alone_ms is None and records[0]["error"] is None:
                 alone_ms = round(_time_preparation(adapter, processor, setting.experiment, inputs), 3)
+                tower_flops = _count_tower_flops(adapter, processor, setting.experiment, inputs)
             for record, selection, cuts_of_image in zip(records, selections, cuts, strict=True):
                 record["stored_image"] = name
                 record["prepare_alone_ms"] = alone_ms
+                record["tower_flops"], record["tower_flops_full"] = tower_flops or (None, None)
                 record["selection"] = (
                     selection_to_record(selection, cuts_of_image)
                     if name is not None and selection is not None
@@ -146,6 +150,24 @@ def _time_preparation(adapter: Adapter, processor: Any, experiment: Experiment, 
         pipeline.prepare(inputs, for_generate=True)
         _wait_for_device(adapter.model.device)
         return (time.perf_counter() - began) * 1000
+
+
+def _count_tower_flops(
+    adapter: Adapter, processor: Any, experiment: Experiment, inputs: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Return the FLOPs of the tower for a setting and for the unmodified model; None if no patch can leave.
+
+    Args:
+        adapter: the adapter of the model.
+        processor: the processor of the model.
+        experiment: the experiment of the setting.
+        inputs: the processed image and question.
+    """
+    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+    if not pipeline.reduces_patches:
+        return None
+    reduced = count_tower_flops(adapter, lambda: pipeline.prepare(inputs, for_generate=True), pipeline)
+    return reduced, count_tower_flops(adapter, lambda: adapter.encode(inputs, ()))
 
 
 def _wait_for_device(device: torch.device) -> None:
@@ -237,6 +259,8 @@ def _answer_batch(
             "evidence_coverage": _measure_evidence(sample, selections[index], cuts_by_image[index], adapter.llm.layers),
             "tower_patches": run.account.tower_patches,
             "tower_patches_full": run.account.tower_patches_full,
+            "tower_flops": None,
+            "tower_flops_full": None,
             "encode_ms": round(encode_ms, 3),
             "select_ms": round((selected - began) * 1000 / len(batch), 3),
             "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
@@ -284,6 +308,7 @@ EMPTY_NUMBERS: Mapping[str, Any] = {
     **dict.fromkeys(("prompt_length", "prompt_length_full", "prefill_flops", "prefill_flops_full"), 0),
     "evidence_coverage": None,
     **dict.fromkeys(("tower_patches", "tower_patches_full"), 0),
+    **dict.fromkeys(("tower_flops", "tower_flops_full")),
     **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
 }
 """The numbers of a sample that failed."""
