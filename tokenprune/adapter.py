@@ -303,12 +303,15 @@ class Adapter(ABC):
                 match the tower.
         """
 
-    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+    def keeps_all_patches(
+        self, patch_reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> bool:
         """Return whether strategies inside the vision tower drop and merge no patch of a call.
 
         Args:
             patch_reducers: the strategies.
-            inputs: the model inputs of the call.
+            layouts: the layouts of the images.
+            inputs: the vision inputs of the call.
         """
         return not patch_reducers
 

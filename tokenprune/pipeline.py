@@ -30,6 +30,7 @@ from tokenprune.decoder.strategy import BoundDecoderReducer
 from tokenprune.encoder.patches import PatchRecord
 from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
+from tokenprune.geometry import TileGeometry
 from tokenprune.image import LLM_SIGNALS, EncodedImage, Signal
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.pixels import PixelSelector
@@ -185,14 +186,17 @@ class Pipeline:
     ) -> Encoding:
         """Return the images encoded once more by the strategies before and inside the vision tower.
 
-        Without such a strategy, or if the patches of the encoding are already reduced, the encoding is returned.
+        If all patches remain, or if the patches of the encoding are already reduced, the encoding is returned.
 
         Args:
             encoding: the complete encoding of `encode`.
             entering: the result of `select_entering`.
             needs: the signals to capture, if other strategies share the result; None captures those of this strategy.
         """
-        if encoding.patches is not None or (not self.patch_reducers and entering is None):
+        if encoding.patches is not None:
+            return encoding
+        layouts = [image.geometry for image in encoding.images]
+        if entering is None and self._keeps_all_patches(layouts, encoding.inputs):
             return encoding
         return encoding.reduce_patches(self.needs if needs is None else needs, self.patch_reducers, entering)
 
@@ -411,11 +415,15 @@ class Pipeline:
         if shared is not None:
             return self.reduce_patches(shared, entering), True
         vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
-        keeps_patches = not self.patch_reducers or self.adapter.keeps_all_patches(self.patch_reducers, inputs)
+        keeps_patches = not self.patch_reducers or self._keeps_all_patches(self.adapter.layouts(inputs), inputs)
         drops_tokens = any(not selection.is_identity for selection in by_pixels)
         truncated = drops_tokens or not (keeps_patches and self._grants_all_tokens(inputs))
         patch_reducers = () if keeps_patches else self.patch_reducers
         return self._encode(vision, truncated, patch_reducers, entering), False
+
+    def _keeps_all_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> bool:
+        """Return whether no strategy inside the vision tower drops or merges a patch of images."""
+        return not self.patch_reducers or self.adapter.keeps_all_patches(self.patch_reducers, layouts, inputs)
 
     def _record_patches(self, encoding: Encoding) -> PatchRecord | None:
         """Return the patches that remained in the vision tower; None without a strategy before or inside it."""

@@ -192,9 +192,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         kept = [true_indices(mask, count) for mask, count in zip(masks, counts, strict=True)]
         return [part[index].sort().values for part, index in zip(parts, kept, strict=True)]
 
-    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+    def keeps_all_patches(
+        self, patch_reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> bool:
         """Return whether strategies inside the vision tower drop and merge no patch of a call."""
-        layouts, feature_layer = share_layouts(self.layouts(inputs)), self.feature_layer(inputs)
+        feature_layer = self.feature_layer(inputs)
         return all(self._keeps_all(reducer, layouts, feature_layer) for reducer in patch_reducers)
 
     def count_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> int:

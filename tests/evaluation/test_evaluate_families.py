@@ -13,7 +13,7 @@ from tests.helpers.families import FAMILIES
 from tokenprune.experiments.evaluation import experiment
 from tokenprune.experiments.evaluation.experiment import Experiment, Setting, run_settings
 from tokenprune.experiments.evaluation.tasks import Boards
-from tokenprune.strategies import HiRED, PixelPrune, UniformStride
+from tokenprune.strategies import HiRED, PixelPrune, RandomPatches, UniformStride
 from tokenprune.testing.families.mllama import FAMILY as MLLAMA
 
 MODELS = {"mllama": MLLAMA, "phi4_multimodal": FAMILIES["phi4_multimodal"], "qwen2_vl": FAMILIES["qwen2_vl"]}
@@ -37,10 +37,13 @@ def save_model(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_strategies_before_the_tower_encode_an_image_once_per_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All batches of questions about an image, and settings with equal masks, share an encoding."""
+    """All batches of questions about an image, and settings with equal masks, share an encoding.
+
+    If all patches remain, the encoding of the other settings is used.
+    """
     folder = save_model("qwen2_vl", tmp_path / "model", monkeypatch)
     base = Experiment(folder, task=Boards(1), max_new_tokens=1, batch_size=1)
-    reducers = (PixelPrune(3), PixelPrune(3) >> HiRED(1), PixelPrune(2))
+    reducers = (PixelPrune(3), PixelPrune(3) >> HiRED(1), PixelPrune(2), RandomPatches(1.0))
     settings = [Setting(replace(base, reducer=reducer), repr(reducer)) for reducer in reducers]
     progress = run_settings(settings, tmp_path / "out")
     assert (progress.errors, progress.images, progress.encodes) == (0, 1, 1)
