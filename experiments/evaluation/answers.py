@@ -210,7 +210,8 @@ def _reduce_patches(
         key = json.dumps([[as_config(reducer) for reducer in pipeline.patch_reducers], masks], default=str)
         if key not in reduced:
             shared = pipeline.reduce_patches(encoding, entering, needs)
-            reduced[key] = shared, (time.perf_counter() - began) * 1000
+            milliseconds = encode_ms if shared is encoding else (time.perf_counter() - began) * 1000
+            reduced[key] = shared, milliseconds
     return reduced[key]
 
 
