@@ -114,9 +114,9 @@ def compare_tower(measurement: Measurement, plain: Measurement) -> dict[str, Any
         plain: the measurement of the plain model.
     """
     flops, plain_flops = measurement.sum_flops(TOWER_PHASES), plain.sum_flops(TOWER_PHASES)
-    shares = None if flops is None or not plain_flops else flops / plain_flops
+    share = None if flops is None or not plain_flops else flops / plain_flops
     seconds, plain_seconds = measurement.sum_seconds(ENCODE_PHASES), plain.sum_seconds(ENCODE_PHASES)
-    return {"tower_flops_share": shares, "encode_time_share": Ratio.of(seconds, plain_seconds).as_data()}
+    return {"tower_flops_share": share, "encode_time_share": Ratio.of(seconds, plain_seconds).as_data()}
 
 
 def compare_times(

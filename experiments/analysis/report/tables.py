@@ -223,7 +223,8 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     if has_tower:
         text += (
             " **Tower patches**: patches in the layers of the vision tower, summed over layers, in percent of all. "
-            "**Tower FLOPs**: in percent of the unmodified model, which runs all layers, on the first images."
+            "**Tower FLOPs**: in percent of the unmodified model, which runs all layers, on the first images. Settings "
+            "with equal strategies before and inside the tower share an encoding of their own."
         )
     return [Table(head, lines), Text([text])]
 
