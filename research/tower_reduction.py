@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from research.heldout import Answers, board_interval, measure_board
 from research.mini_training.evaluate import build_inputs
 from tokenprune.account import prefill_flops
 from tokenprune.adapter import find_adapter
 from tokenprune.encoder_reducer import EncoderReducer
+from tokenprune.experiments.bench.tower_flops import count_tower_flops
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import TokenReducer
@@ -53,17 +53,16 @@ SCHEDULES: Mapping[str, EncoderReducer] = {
 """The strategies of the speed table; the depth of ViT-L/14 allows more steps."""
 
 
-def count_tower_flops(adapter: Any, inputs: Mapping[str, Any], reducer: EncoderReducer | None) -> int:
-    """Return the FLOPs of an encoding up to the feature layer, without the projector.
+def count_encode_flops(adapter: Any, inputs: Mapping[str, Any], reducer: EncoderReducer | None) -> int:
+    """Return the FLOPs of the tower in an encoding up to the feature layer, without the projector.
 
     Args:
         adapter: the adapter of a model with eager attention.
         inputs: the vision inputs of a call.
         reducer: the strategy inside the tower; None runs the tower on all patches.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        adapter.encode(inputs, (), truncated=True, patch_reducers=[] if reducer is None else [reducer])
-    return int(counter.get_total_flops())
+    reducers = [] if reducer is None else [reducer]
+    return count_tower_flops(adapter, lambda: adapter.encode(inputs, (), truncated=True, patch_reducers=reducers))
 
 
 def find_budget(target: float, tower: int, flops_of: Callable[[int], float], tokens: int) -> float:
@@ -95,7 +94,7 @@ def measure_accuracy(number: int, first: int) -> dict[str, Any]:
     flops: dict[str, list[float]] = {}
     for board in boards(number, "heldout", first):
         inputs = build_inputs(processor, board.image, [board.questions[0].text])
-        count = partial(count_tower_flops, adapter, inputs)
+        count = partial(count_encode_flops, adapter, inputs)
         tower = {"": count(None)} | {name: count(reducer) for name, reducer in TOWER.items()}
         tokens = adapter.layouts(inputs)[0].tiles * adapter.layouts(inputs)[0].tokens
         text = inputs["input_ids"].shape[1] - len(adapter.layouts(inputs)[0].packed)
@@ -204,7 +203,7 @@ def speed(repeats: int = 3, out: str | None = None) -> None:
                 adapter.encode(inputs, (), truncated=True, patch_reducers=[] if reducer is None else [reducer])
             times[name] = min(times[name], time.process_time() - start)
     model.set_attn_implementation("eager")
-    flops = {name: count_tower_flops(adapter, inputs, reducer) for name, reducer in variants.items()}
+    flops = {name: count_encode_flops(adapter, inputs, reducer) for name, reducer in variants.items()}
     rows = {
         name: {
             "patches": 576 if reducer is None else min(reducer.list_steps(576, 23).values()),

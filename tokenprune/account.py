@@ -211,11 +211,11 @@ class TokenAccount:
         attention: source of the attention that the strategy read; None if it read no attention.
         saliency_flops: FLOPs of a saliency model that read the images; 0 without a saliency model.
         signal_flops: FLOPs of the signals of the LLM that a strategy inside it read.
-        tower_patches: patches in the layers of the vision tower, summed over tiles and layers; 0 if no strategy dropped
-            or merged patches.
+        tower_patches: patches in the layers of the vision tower, summed over tiles and layers; 0 if no strategy acts
+            before or inside it.
         tower_patches_full: these patches without reduction.
         shortens_prompt: whether tokens whose patches were dropped or merged in the tower do not enter the LLM. If
-            tokens consist of several patches, all tokens enter.
+            tokens consist of several patches, or dropped patches were restored, all tokens enter.
     """
 
     llm: LLMShape
@@ -414,7 +414,8 @@ class TokenAccount:
             parts.insert(-1, average)
         if self.tower_patches_full:
             ratio = f"vision tower: {self.tower_patches / self.tower_patches_full:.1%} of patches x layers"
-            parts.append(f"{ratio} ({'saved in tower and LLM' if self.shortens_prompt else 'saved in the tower only'})")
+            place = "saved in tower and LLM" if self.shortens_prompt else "saved in the tower only"
+            parts.append(ratio if self.tower_patches == self.tower_patches_full else f"{ratio} ({place})")
         if self.attention is not None:
             parts.append(f"attention: {self.attention}")
         if self.signal_flops:

@@ -303,14 +303,26 @@ class Adapter(ABC):
                 match the tower.
         """
 
-    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+    def keeps_all_patches(
+        self, patch_reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> bool:
         """Return whether strategies inside the vision tower drop and merge no patch of a call.
 
         Args:
             patch_reducers: the strategies.
-            inputs: the model inputs of the call.
+            layouts: the layouts of the images.
+            inputs: the vision inputs of the call.
         """
         return not patch_reducers
+
+    def count_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> int:
+        """Return the patches of a call without reduction, summed over tiles and the layers of the tower that run.
+
+        Args:
+            layouts: the layouts of the images.
+            inputs: the vision inputs of the call.
+        """
+        return 0
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether a call contains images that are not yet encoded."""

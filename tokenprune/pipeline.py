@@ -21,14 +21,17 @@ from tokenprune.batch import BatchSelection, BatchSelector
 from tokenprune.budget import as_budget, format_budget
 from tokenprune.caches import count_cached, find_reduced_cache, mark_caches
 from tokenprune.capabilities import Resizable, require_capability
+from tokenprune.checks import defer_checks
 from tokenprune.compiled import CompiledLLM, CompileOptions, check_gradients, compile_llm
 from tokenprune.contracts import check_needs
 from tokenprune.decoder.plan import DecoderPlan
 from tokenprune.decoder.prompt import PromptLayout, restrict_layouts
 from tokenprune.decoder.strategy import BoundDecoderReducer
+from tokenprune.encoder.patches import PatchRecord
 from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
 from tokenprune.generation import GenerateOptions, check_arguments, generate_reduced
-from tokenprune.image import LLM_SIGNALS, EncodedImage
+from tokenprune.geometry import TileGeometry
+from tokenprune.image import LLM_SIGNALS, EncodedImage, Signal
 from tokenprune.packing import KeptPositions, pack_masks, read_counts
 from tokenprune.pixels import PixelSelector
 from tokenprune.prepared_call import CallRecord, PreparedCall
@@ -162,22 +165,40 @@ class Pipeline:
         """
         return self._encode(inputs, truncated=False, patch_reducers=())
 
-    def reduce_patches(self, encoding: Encoding) -> Encoding:
-        """Return the images encoded once more by the strategies before and inside the vision tower.
+    @property
+    def reduces_patches(self) -> bool:
+        """Whether a strategy drops or merges patches before or inside the vision tower."""
+        return bool(self.patch_reducers) or self.pixel_selector is not None
 
-        Without such a strategy, or if the patches of the encoding are already reduced, the encoding is returned.
+    def select_entering(self, encoding: Encoding) -> Sequence[Selection] | None:
+        """Return the selection of each image whose patches enter the vision tower; None if all patches enter it.
 
         Args:
             encoding: the complete encoding of `encode`.
         """
-        return self._reduce_patches(encoding, self._select_by_pixels(encoding.inputs))
+        return select_entering(self._select_by_pixels(encoding.inputs))
 
-    def _reduce_patches(self, encoding: Encoding, by_pixels: Sequence[Selection]) -> Encoding:
-        """Return the images encoded once more; unchanged if nothing is reduced, or if it is reduced already."""
-        entering = select_entering(by_pixels)
-        if encoding.patches is not None or (not self.patch_reducers and entering is None):
+    def reduce_patches(
+        self,
+        encoding: Encoding,
+        entering: Sequence[Selection] | None,
+        needs: Sequence[Signal] | None = None,
+    ) -> Encoding:
+        """Return the images encoded once more by the strategies before and inside the vision tower.
+
+        If all patches remain, or if the patches of the encoding are already reduced, the encoding is returned.
+
+        Args:
+            encoding: the complete encoding of `encode`.
+            entering: the result of `select_entering`.
+            needs: the signals to capture, if other strategies share the result; None captures those of this strategy.
+        """
+        if encoding.patches is not None:
             return encoding
-        return encoding.reduce_patches(self.needs, self.patch_reducers, entering)
+        layouts = [image.geometry for image in encoding.images]
+        if entering is None and self._keeps_all_patches(layouts, encoding.inputs):
+            return encoding
+        return encoding.reduce_patches(self.needs if needs is None else needs, self.patch_reducers, entering)
 
     def prepare(
         self,
@@ -319,16 +340,8 @@ class Pipeline:
         # The device still has no work to wait for.
         prompts = summarize_prompts(new_placeholders, new_mask)
         by_pixels = self._select_by_pixels(inputs if encoding is None else encoding.inputs)
-        drops_tokens = any(not selection.is_identity for selection in by_pixels)
-        if encoding is None:
-            vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
-            keeps_patches = not self.patch_reducers or adapter.keeps_all_patches(self.patch_reducers, inputs)
-            truncated = drops_tokens or not (keeps_patches and self._grants_all_tokens(inputs))
-            patch_reducers = () if keeps_patches else self.patch_reducers
-            encoding, is_shared = self._encode(vision, truncated, patch_reducers, select_entering(by_pixels)), False
-        else:
-            is_shared = True
-            encoding = self._reduce_patches(encoding, by_pixels)
+        with defer_checks() as checks:
+            encoding, is_shared = self._encode_call(inputs, for_generate, encoding, by_pixels)
         lengths = [len(image.geometry.packed) for image in encoding.images]
         if adapter.has_prompt_tokens and sum(prompts.placeholders) != sum(lengths):
             check_arguments(inputs, for_generate)  # a filled cache is the cause if only the new images are passed
@@ -336,23 +349,24 @@ class Pipeline:
                 f"Image features and image tokens do not match, tokens: {sum(prompts.placeholders)}, "
                 f"features: {sum(lengths)}; make the inputs with the processor that belongs to the model"
             )
-        row_of_image = prompts.find_rows(lengths)
+        row_of_image, patches = prompts.find_rows(lengths), self._record_patches(encoding)
         images, saliency_flops = self.signal_reader.add_attention(encoding)
         images = self.signal_reader.add_questions(images, inputs, row_of_image, len(placeholders))
         mask = placeholders.new_ones(placeholders.shape) if attention_mask is None else attention_mask
         if self.batch_selector is None or reducer is None or self._stage is None:
             selections = [Selection.all_tokens(image.geometry, image.pixels) for image in images]
-            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops, encoding.patches)
+            record = CallRecord(selections, prompts, row_of_image, [], saliency_flops, patches)
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate, past)
         batch = self._select(self.batch_selector, images, encoding, by_pixels)
+        batch = replace(batch, checks=[*checks, *batch.checks])
         packed_mask = pack_masks(batch.selections)
         side = adapter.text_separator_side if reducer.text_separators == "drop_empty" else "none"
         emptied = None if side == "none" else find_emptied_text(placeholders, packed_mask, lengths, side)
         selections, emptied_counts, is_checked = read_counts(batch.selections, packed_mask, batch.checks, emptied)
         if not is_checked:
             self.run.store_checks(batch.checks)
-        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops, encoding.patches)
+        record = CallRecord(selections, prompts, row_of_image, emptied_counts, saliency_flops, patches)
         if all(selection.is_identity for selection in selections):
             entering = self._prepare_unchanged(inputs, encoding, is_shared, record, mask, for_generate)
             return self._add_cuts(entering, record, images, inputs, for_generate)
@@ -385,6 +399,39 @@ class Pipeline:
         contexts = self._list_contexts(features, self.compiled)
         entering = PreparedCall({**reduced, **features.inputs}, rows, selections, True, contexts, packed)
         return self._add_cuts(entering, record, images, inputs, for_generate, kept=kept)
+
+    def _encode_call(
+        self, inputs: Mapping[str, Any], for_generate: bool, shared: Encoding | None, by_pixels: Sequence[Selection]
+    ) -> tuple[Encoding, bool]:
+        """Return the encoding of a call as its strategies read it, and whether it was shared by the caller.
+
+        Args:
+            inputs: keyword inputs of `forward` or `generate`.
+            for_generate: whether `inputs` are passed to `generate`.
+            shared: the encoding that the caller passed; None encodes the pixels of `inputs`.
+            by_pixels: the selections before the vision tower.
+        """
+        entering = select_entering(by_pixels)
+        if shared is not None:
+            return self.reduce_patches(shared, entering), True
+        vision = {k: v for k, v in inputs.items() if not (for_generate and k.startswith("output_"))}
+        keeps_patches = not self.patch_reducers or self._keeps_all_patches(self.adapter.layouts(inputs), inputs)
+        drops_tokens = any(not selection.is_identity for selection in by_pixels)
+        truncated = drops_tokens or not (keeps_patches and self._grants_all_tokens(inputs))
+        patch_reducers = () if keeps_patches else self.patch_reducers
+        return self._encode(vision, truncated, patch_reducers, entering), False
+
+    def _keeps_all_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> bool:
+        """Return whether no strategy inside the vision tower drops or merges a patch of images."""
+        return not self.patch_reducers or self.adapter.keeps_all_patches(self.patch_reducers, layouts, inputs)
+
+    def _record_patches(self, encoding: Encoding) -> PatchRecord | None:
+        """Return the patches that remained in the vision tower; None without a strategy before or inside it."""
+        if encoding.patches is not None or not self.reduces_patches:
+            return encoding.patches
+        images = encoding.images[: len(encoding.images) // encoding.repeats]
+        full = self.adapter.count_patches([image.geometry for image in images], encoding.inputs)
+        return PatchRecord(None, full, full)
 
     def _select_by_pixels(self, vision: Mapping[str, Any]) -> list[Selection]:
         """Return the selection of each image by its pixels, with counts; empty without such a strategy."""

@@ -134,6 +134,19 @@ class Setting:
         return self.mean("prefill_flops") / full if full else math.nan
 
     @property
+    def tower_patches_share(self) -> float:
+        """Patches in the layers of the vision tower as a share of all; NaN without a strategy before or inside it."""
+        full = self.mean("tower_patches_full")
+        return self.mean("tower_patches") / full if full else math.nan
+
+    @property
+    def tower_flops_share(self) -> float:
+        """FLOPs of the vision tower as a share of those of the unmodified model, on the counted samples; else NaN."""
+        counted = [row for row in self.valid_records.values() if row.get("tower_flops_full")]
+        full = sum(row["tower_flops_full"] for row in counted)
+        return sum(row["tower_flops"] for row in counted) / full if full else math.nan
+
+    @property
     def time_alone(self) -> float:
         """Median time of a sample in milliseconds as if the setting ran by itself: preparation and generation.
 

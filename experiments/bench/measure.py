@@ -131,6 +131,8 @@ class Measurement:
         memory: bytes at the peak; see `peak_memory`. If counted, ``"tensors"`` are the bytes alive at once.
         prompt: length in tokens of the longest prompt that enters the LLM.
         visual: visual tokens in all prompts, including newline tokens.
+        tower_patches_share: patches in the layers of the vision tower as a share of the patches without reduction; None
+            if no strategy dropped or merged patches.
         error: the reason for missing measurements; None if they are present.
     """
 
@@ -145,6 +147,7 @@ class Measurement:
     memory: dict[str, int] = field(default_factory=dict)
     prompt: int = 0
     visual: int = 0
+    tower_patches_share: float | None = None
     error: str | None = None
 
     def series(self, workload: Workload, tokens: int) -> dict[str, list[float]]:
@@ -334,6 +337,8 @@ def count_tokens(
     measurement.visual = int(bench_model.adapter.placeholders(inputs).sum()) - rows * (length - measurement.prompt)
     if run is not None:
         measurement.prompt = max(reduced for _, reduced in run.account.prompt_lengths)
+        if full := run.account.tower_patches_full:
+            measurement.tower_patches_share = run.account.tower_patches / full
         measurement.visual = sum(image.kept + image.newlines for image in run.account.images[-rows:])
     return timer
 

@@ -35,6 +35,8 @@ FIRST_TOKEN_PHASES = (
 """Phases of a call up to its first token."""
 ENCODE_PHASES = FIRST_TOKEN_PHASES[:6]
 """Phases that produce the inputs of the LLM."""
+TOWER_PHASES = FIRST_TOKEN_PHASES[:1]
+"""Phases of the vision tower."""
 REDUCER_PHASES = ("signal capture", "reducer", "rewrite")
 """Phases that a reducer adds to the call."""
 DECODE = "decode"
@@ -44,7 +46,7 @@ PREPROCESS = "preprocess"
 PHASES = (PREPROCESS, *FIRST_TOKEN_PHASES, DECODE)
 MEANING = {
     PREPROCESS: "images and text become tensors on the device",
-    "vision encode": "the vision tower",
+    "vision encode": "the vision tower, with the strategies inside it",
     "signal capture": "reading the signals that a reducer needs, and laying them out by image",
     "projector": "from the tower's width to the LLM's width",
     "packing": "unpadding and newline tokens: the remaining part of `get_image_features`",
@@ -171,7 +173,7 @@ def instrument(
                 wrap_phase(attrgetter(adapter.projector_path)(model.base_model), "forward", "projector")
         if pipeline is not None:
             wrap_phase(pipeline, "prepare", "rewrite")
-            for selector in (pipeline.batch_selector, pipeline.decoder):
+            for selector in (pipeline.pixel_selector, pipeline.batch_selector, pipeline.decoder):
                 if selector is not None:
                     wrap_phase(selector, "select", "reducer")
             for kind, phases in ADAPTER_PHASES.items():

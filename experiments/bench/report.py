@@ -102,7 +102,8 @@ Tables = dict[str, list[list[str]]]
 def build_overview_tables(workload: Result) -> Tables:
     """Return the tables of a workload that have one row per variant.
 
-    Columns of counts are empty if nothing was counted. Columns of the release-like baseline exist if it was measured.
+    Columns of counts are empty if nothing was counted. Columns of the release-like baseline exist if it was measured,
+    and the table of the vision tower if a strategy reduced patches.
 
     Args:
         workload: an element of the result's ``"settings"``.
@@ -118,6 +119,7 @@ def build_overview_tables(workload: Result) -> Tables:
             "FLOP ratio",
             "capture + reducer + rewrite, % of plain vision encode",
         ],
+        "vision tower": ["patches x layers, % of all", "tower FLOPs, % of plain", "encode time, % of plain"],
         "encode and prefill": [
             "visual tokens",
             "encode + prefill, ms",
@@ -129,6 +131,8 @@ def build_overview_tables(workload: Result) -> Tables:
         "generation": ["TTFT, ms", "speed-up", *over_baseline, "ms per decode step", "new tokens/s"],
         "work and memory": ["prompt", "TFLOP to 1st token", "KV cache, MB", "tensors alive, MB", "peak memory, MB"],
     }
+    if not any(variant.get("tower_patches_share") for variant in workload["variants"]):
+        del heads["vision tower"]
     if launches:
         heads["work of the host up to the 1st token"] = list(launches)
     tables = {name: [["variant", *head]] for name, head in heads.items()}
@@ -149,6 +153,11 @@ def build_overview_tables(workload: Result) -> Tables:
                 *compare_to_baseline("encode"),
                 format_optional(ratios and ratios["flops_encode"]),
                 format_percent(ratios["own_share_of_vision_encode"]) if ratios else "",
+            ],
+            "vision tower": [
+                format_share(variant.get("tower_patches_share")),
+                format_share(ratios and ratios["tower_flops_share"]),
+                format_percent(ratios["encode_time_share"]) if ratios else "",
             ],
             "encode and prefill": [
                 f"{variant['visual_tokens']:,}",
@@ -178,9 +187,14 @@ def build_overview_tables(workload: Result) -> Tables:
             cells["work of the host up to the 1st token"] = [
                 f"{numbers[name]:,}" if name in numbers else "" for name in launches
             ]
-        for name, row in cells.items():
-            tables[name].append([variant["name"], *row])
+        for name in heads:
+            tables[name].append([variant["name"], *cells[name]])
     return tables
+
+
+def format_share(share: float | None) -> str:
+    """Return a share in percent with one decimal, or an empty text if it is missing."""
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def format_optional(ratio: float | None) -> str:

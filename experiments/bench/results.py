@@ -7,7 +7,13 @@ from typing import Any
 
 from tokenprune.configuration import as_config
 from tokenprune.experiments.bench.measure import BenchProtocol, Measurement, Workload
-from tokenprune.experiments.bench.phase_timer import DECODE, ENCODE_PHASES, FIRST_TOKEN_PHASES, REDUCER_PHASES
+from tokenprune.experiments.bench.phase_timer import (
+    DECODE,
+    ENCODE_PHASES,
+    FIRST_TOKEN_PHASES,
+    REDUCER_PHASES,
+    TOWER_PHASES,
+)
 from tokenprune.experiments.bench.samples import Ratio, Samples
 
 
@@ -35,6 +41,7 @@ def as_data(measurements: Sequence[Measurement], workload: Workload, protocol: B
             row |= {
                 "prompt_length": measurement.prompt,
                 "visual_tokens": measurement.visual,
+                "tower_patches_share": measurement.tower_patches_share,
                 "kv_bytes": measurement.kv_bytes,
                 "memory": measurement.memory,
                 "flops": None
@@ -93,9 +100,23 @@ def compare_with_plain(
     for name, (plain_flops, variant_flops) in flops.items():
         ratios[name] = None if plain_flops is None or variant_flops is None else plain_flops / max(1, variant_flops)
     ratios["kv_bytes"] = plain.kv_bytes / measurement.kv_bytes if measurement.kv_bytes else None
+    ratios |= compare_tower(measurement, plain)
     flop_ratio = ratios["flops_to_first_token"]
     ratios["attained"] = None if flop_ratio is None else ratios["encode_prefill"]["median"] / flop_ratio
     return ratios | compare_memory(measurement, plain)
+
+
+def compare_tower(measurement: Measurement, plain: Measurement) -> dict[str, Any]:
+    """Return the shares variant / plain of the FLOPs of the vision tower and of the time to encode.
+
+    Args:
+        measurement: the measurement of a variant.
+        plain: the measurement of the plain model.
+    """
+    flops, plain_flops = measurement.sum_flops(TOWER_PHASES), plain.sum_flops(TOWER_PHASES)
+    share = None if flops is None or not plain_flops else flops / plain_flops
+    seconds, plain_seconds = measurement.sum_seconds(ENCODE_PHASES), plain.sum_seconds(ENCODE_PHASES)
+    return {"tower_flops_share": share, "encode_time_share": Ratio.of(seconds, plain_seconds).as_data()}
 
 
 def compare_times(

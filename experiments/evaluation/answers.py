@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tokenprune.account import LayerSums, average_over_layers, prefill_flops
 from tokenprune.adapter import Adapter, Encoding
 from tokenprune.configuration import as_config
+from tokenprune.experiments.bench.tower_flops import count_tower_flops
 from tokenprune.experiments.evaluation.evidence import evidence_coverage
 from tokenprune.experiments.evaluation.loading import model_inputs
 from tokenprune.experiments.evaluation.records import RecordFile
@@ -22,6 +24,7 @@ from tokenprune.experiments.evaluation.stored_images import (
     store_image,
 )
 from tokenprune.experiments.evaluation.tasks import Sample
+from tokenprune.image import Signal
 from tokenprune.pipeline import Pipeline
 from tokenprune.selection import Selection
 
@@ -84,6 +87,7 @@ def answer_group(
         shared = pending[0][0].experiment
         name = store_image(out, image_name(shared.model, as_config(shared.task), group[0].group), pixels)
     prompts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    reduced: dict[str, tuple[Encoding, float]] = {}
 
     def prepare_text(questions: Sequence[str]) -> Mapping[str, Any]:
         """Return the text inputs of a batch, shared by all settings, since the processor also processes the pixels."""
@@ -94,6 +98,7 @@ def answer_group(
 
     for setting, file, missing in pending:
         alone_ms: float | None = None
+        tower_flops: tuple[int, int] | None = None
         encoded: tuple[Encoding, float] | None = None
         for batch in _split_batches(group, setting.experiment.batch_size):
             missing_ids = {sample.id for sample in missing} & {sample.id for sample in batch}
@@ -104,7 +109,7 @@ def answer_group(
             try:
                 before = passes[0]
                 text = prepare_text([setting.experiment.task.prompt(sample) for sample in batch])
-                encoded = encoded or _reduce_patches(adapter, setting.experiment, encoding, encode_ms)
+                encoded = encoded or _reduce_patches(adapter, setting.experiment, encoding, encode_ms, needs, reduced)
                 records, selections, cuts = _answer_batch(adapter, processor, setting.experiment, text, batch, *encoded)
             except Exception as error:
                 records, selections = [_error_record(sample, error) for sample in batch], [None] * len(batch)
@@ -112,9 +117,11 @@ def answer_group(
             progress.more_encodes += passes[0] - before
             if progress.images <= TIMED_IMAGES and alone_ms is None and records[0]["error"] is None:
                 alone_ms = round(_time_preparation(adapter, processor, setting.experiment, inputs), 3)
+                tower_flops = _count_tower_flops(adapter, processor, setting.experiment, inputs)
             for record, selection, cuts_of_image in zip(records, selections, cuts, strict=True):
                 record["stored_image"] = name
                 record["prepare_alone_ms"] = alone_ms
+                record["tower_flops"], record["tower_flops_full"] = tower_flops or (None, None)
                 record["selection"] = (
                     selection_to_record(selection, cuts_of_image)
                     if name is not None and selection is not None
@@ -145,6 +152,24 @@ def _time_preparation(adapter: Adapter, processor: Any, experiment: Experiment, 
         return (time.perf_counter() - began) * 1000
 
 
+def _count_tower_flops(
+    adapter: Adapter, processor: Any, experiment: Experiment, inputs: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Return the FLOPs of the tower for a setting and for the unmodified model; None if no patch can leave.
+
+    Args:
+        adapter: the adapter of the model.
+        processor: the processor of the model.
+        experiment: the experiment of the setting.
+        inputs: the processed image and question.
+    """
+    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+    if not pipeline.reduces_patches:
+        return None
+    reduced = count_tower_flops(adapter, lambda: pipeline.prepare(inputs, for_generate=True), pipeline)
+    return reduced, count_tower_flops(adapter, lambda: adapter.encode(inputs, ()))
+
+
 def _wait_for_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -156,23 +181,38 @@ def _split_batches(group: Sequence[Sample], size: int) -> list[Sequence[Sample]]
 
 
 def _reduce_patches(
-    adapter: Adapter, experiment: Experiment, encoding: Encoding, encode_ms: float
+    adapter: Adapter,
+    experiment: Experiment,
+    encoding: Encoding,
+    encode_ms: float,
+    needs: Sequence[Signal],
+    reduced: dict[str, tuple[Encoding, float]],
 ) -> tuple[Encoding, float]:
-    """Return the encoding of a setting and its time; the tower runs again for a strategy inside it.
+    """Return the encoding of a setting and its time; the tower runs again for a strategy before or inside it.
+
+    Settings share this encoding if their strategies inside the tower and the patches that enter it are equal.
 
     Args:
         adapter: the adapter of the model.
         experiment: the experiment of the setting.
         encoding: the complete encoding that all settings share.
         encode_ms: its time in milliseconds.
+        needs: the signals of all settings.
+        reduced: the encodings of earlier settings of the image with their times; the result is added.
     """
     pipeline = Pipeline(experiment.reducer, adapter)
-    if not pipeline.patch_reducers:
+    if not pipeline.reduces_patches:
         return encoding, encode_ms
     began = time.perf_counter()
     with torch.no_grad():
-        reduced = pipeline.reduce_patches(encoding)
-    return reduced, (time.perf_counter() - began) * 1000
+        entering = pipeline.select_entering(encoding)
+        masks = [] if entering is None else [selection.kept.flatten().tolist() for selection in entering]
+        key = json.dumps([[as_config(reducer) for reducer in pipeline.patch_reducers], masks], default=str)
+        if key not in reduced:
+            shared = pipeline.reduce_patches(encoding, entering, needs)
+            milliseconds = encode_ms if shared is encoding else (time.perf_counter() - began) * 1000
+            reduced[key] = shared, milliseconds
+    return reduced[key]
 
 
 def _answer_batch(
@@ -220,6 +260,8 @@ def _answer_batch(
             "evidence_coverage": _measure_evidence(sample, selections[index], cuts_by_image[index], adapter.llm.layers),
             "tower_patches": run.account.tower_patches,
             "tower_patches_full": run.account.tower_patches_full,
+            "tower_flops": None,
+            "tower_flops_full": None,
             "encode_ms": round(encode_ms, 3),
             "select_ms": round((selected - began) * 1000 / len(batch), 3),
             "generate_ms": round((ended - selected) * 1000 / len(batch), 3),
@@ -267,6 +309,7 @@ EMPTY_NUMBERS: Mapping[str, Any] = {
     **dict.fromkeys(("prompt_length", "prompt_length_full", "prefill_flops", "prefill_flops_full"), 0),
     "evidence_coverage": None,
     **dict.fromkeys(("tower_patches", "tower_patches_full"), 0),
+    **dict.fromkeys(("tower_flops", "tower_flops_full")),
     **dict.fromkeys(("encode_ms", "select_ms", "generate_ms"), 0.0),
 }
 """The numbers of a sample that failed."""

@@ -140,7 +140,8 @@ def expand(config: Mapping[str, Any]) -> list[Setting]:
 def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting]:
     """Yield the baselines: all tokens, and for each budget random, strided, base-tile, pooled and downsampled tokens.
 
-    Strategies inside the LLM and compositions are compared with random and strided tokens at the same stages.
+    Strategies inside the LLM and compositions are compared with random and strided tokens at the same stages, after the
+    same strategies before and inside the vision tower.
 
     Args:
         experiments: the experiments of the grid.
@@ -160,7 +161,8 @@ def baselines(experiments: Sequence[Experiment], seeds: int) -> Iterator[Setting
             *((f", seed {seed}", partial(Random.seeded, seed=seed)) for seed in range(seeds)),
             ("", UniformStride),
         ]
-        if not any(isinstance(part, DecoderReducer) for part in experiment.reducer.list_parts()):
+        parts = experiment.reducer.list_parts()
+        if len(parts) == 1 and not isinstance(parts[0], DecoderReducer):
             makers += [("", kind) for kind in (BaseTileOnly, SpatialPooling, ImageDownsample)]
         for suffix, make in makers:
             reducer = replace_strategy(experiment.reducer, make)
@@ -173,12 +175,15 @@ def replace_strategy(reducer: TokenReducer, make: Callable[..., TokenReducer]) -
     """Return another strategy with the budgets and cuts of a strategy; None if a part has several cuts.
 
     Args:
-        reducer: the strategy; each part of a composition is replaced.
+        reducer: the strategy; each part of a composition is replaced, except parts before and inside the vision tower.
         make: returns a strategy of the projector stage with a budget.
     """
     parts: list[TokenReducer] = []
+    is_composed = len(reducer.list_parts()) > 1
     for part in reducer.list_parts():
-        if not isinstance(part, DecoderReducer):
+        if is_composed and part.stage.reduces_patches:
+            parts.append(part)
+        elif not isinstance(part, DecoderReducer):
             parts.append(make(part.budget))
         elif len(part.cuts) == 1:
             parts.append(AtLayer(part.cuts[0].layer, make(part.cuts[0].budget), positions=part.positions))

@@ -42,6 +42,8 @@ RECORD_FIELDS: Mapping[str, str] = {
     "evidence_coverage": "share of the evidence of the answer that kept tokens cover; null without evidence",
     "tower_patches": "patches in the vision tower, summed over tiles and layers; 0 if no strategy acts inside it",
     "tower_patches_full": "these patches without reduction",
+    "tower_flops": "FLOPs of the vision tower, on the first images if a strategy acts before or inside it; else null",
+    "tower_flops_full": "FLOPs of the vision tower of the unmodified model, for the same samples; else null",
     "encode_ms": "milliseconds of encoding the image, shared by all settings of an ablation",
     "select_ms": "milliseconds of selecting tokens and preparing the inputs, per question",
     "generate_ms": "milliseconds of `generate`, per question",

@@ -192,10 +192,17 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         kept = [true_indices(mask, count) for mask, count in zip(masks, counts, strict=True)]
         return [part[index].sort().values for part, index in zip(parts, kept, strict=True)]
 
-    def keeps_all_patches(self, patch_reducers: Sequence[EncoderReducer], inputs: Mapping[str, Any]) -> bool:
+    def keeps_all_patches(
+        self, patch_reducers: Sequence[EncoderReducer], layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]
+    ) -> bool:
         """Return whether strategies inside the vision tower drop and merge no patch of a call."""
-        layouts, feature_layer = share_layouts(self.layouts(inputs)), self.feature_layer(inputs)
+        feature_layer = self.feature_layer(inputs)
         return all(self._keeps_all(reducer, layouts, feature_layer) for reducer in patch_reducers)
+
+    def count_patches(self, layouts: Sequence[TileGeometry], inputs: Mapping[str, Any]) -> int:
+        """Return the patches of a call without reduction, summed over tiles and the layers that run."""
+        tokens = sum(layout.tiles * layout.tokens for layout in layouts)
+        return tokens * self.pooling**2 * (self.feature_layer(inputs) + 1)
 
     def _keeps_all(self, reducer: EncoderReducer, layouts: Sequence[TileGeometry], feature_layer: int) -> bool:
         """Return whether a strategy drops and merges no patch of images with the given layouts."""
@@ -220,7 +227,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         full, remaining = (sum(numbers) for numbers in zip(*patches.counts, strict=True))
         before = patches.first * full // (patches.layers - patches.first)  # layers before the first step
         full, remaining = full + before, remaining + before
-        if self.pooling > 1:
+        if self.pooling > 1 or (entering is None and patches.restores):
             return PatchRecord(None if entering is None else [part.kept for part in entering], full, remaining)
         masks = [mask[..., None].float() for mask in patches.read_mask()]
         kept = [mask[..., 0] >= 0.5 for mask in self.split_by_image("vision_features", masks, layouts, inputs)]

@@ -1,46 +1,20 @@
-"""Runs the layers of a vision tower on the patches that remain.
-
-Hidden states have the full length between layers: a layer runs on the entries that remain, and each position of a
-merged group receives the state of the group. Captured features, CLS tokens, pooling and projectors of the model
-therefore stay unchanged. A step inside a layer calls the unmodified layer twice: with an MLP that returns zeros, and,
-after the reduction, with an attention that returns zeros.
-"""
+"""The steps of strategies before and inside a vision tower, and the patches that remain while it runs."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import cache, lru_cache, partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import is_flash_attention_requested
+from torch import Tensor
 
 from tokenprune.encoder.patches import PatchGroups, RemainingPatches
 from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import ROW_SIGNALS, EncodedImage, SignalKey, token_dim
-from tokenprune.models._capture.hooks import (
-    ATTENTION,
-    Tower,
-    capture_signals,
-    find_kernel,
-    real_positions,
-    replaced_forward,
-    swapped_config,
-)
-from tokenprune.saliency import resolve_needs, with_cls_substitute
-
-PROPORTIONAL_KERNEL, FLASH_PROPORTIONAL_KERNEL = "tokenprune_proportional", "tokenprune_flash_proportional"
-"""Private names in transformers' attention interface; the kernel adds the bias of merged patches to the logits."""
-MASKS = ("attention_mask", "attn_mask")
-"""Names of the inputs of a layer that mask pairs of positions."""
+from tokenprune.models._capture.hooks import ATTENTION, Tower
+from tokenprune.saliency import with_cls_substitute
 
 
 class PatchReduction:
@@ -100,6 +74,11 @@ class PatchReduction:
     def is_proportional(self) -> bool:
         """Whether a strategy requires that attention counts merged patches as often as their patches."""
         return any(reducer.proportional_attention for reducer in self.reducers)
+
+    @property
+    def restores(self) -> bool:
+        """Whether the tower has restored all dropped patches in every pass."""
+        return all(state.dropped is not None for state in self.passes)
 
     @property
     def key_bias(self) -> Tensor | None:
@@ -264,298 +243,3 @@ def join_groups(parts: Sequence[PatchGroups], lengths: Sequence[int]) -> PatchGr
     width = max(part.shape[2] for part in neighbors)
     padded = [F.pad(part, (0, width - part.shape[2]), value=-1) for part in neighbors]
     return PatchGroups(kept, neighbors=torch.cat(padded, dim=1))
-
-
-@contextmanager
-def reduced_layers(tower: Tower) -> Iterator[None]:
-    """Run the layers of a tower on the patches that remain inside the block.
-
-    Args:
-        tower: the tower; without `patches`, nothing changes.
-    """
-    reduction = tower.patches
-    if reduction is None:
-        yield
-        return
-    with ExitStack() as undo:
-        for index in range(reduction.first, len(tower.layers)):  # later layers can run for signals
-            layer: Any = tower.layers[index]
-            run = partial(run_reduced_layer, reduction, tower, index, layer.forward)
-            undo.enter_context(replaced_forward(layer, run))
-            attention = getattr(layer, tower.attention)
-            if reduction.is_proportional and hasattr(attention, "config"):
-                names = (PROPORTIONAL_KERNEL, FLASH_PROPORTIONAL_KERNEL)
-                undo.enter_context(swapped_config(attention, names, tokenprune_reduction=reduction))
-        yield
-
-
-@cache
-def list_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the parameters of the `forward` of a layer class; the first is the hidden states."""
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-class LayerCall:
-    """One call of a layer with hidden states of the full length, run on the entries that remain.
-
-    Args:
-        layer: the layer.
-        forward: its own `forward`.
-        attention: name of its attention module.
-        mlp: name of its MLP.
-        args: positional inputs of the call; the first is the hidden states, `[(tiles,) length, width]`.
-        kwargs: keyword inputs of the call.
-    """
-
-    def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], attention: str, mlp: str, args: Any, kwargs: Any
-    ) -> None:
-        first, *names = list_parameters(type(layer).forward)
-        self.options: dict[str, Any] = {**dict(zip((first, *names), args, strict=False)), **kwargs}
-        self.source: Tensor = self.options.pop(first)
-        self._run_layer, self.layer, self.attention_name, self.mlp = forward, layer, attention, mlp
-
-    @property
-    def attention(self) -> Any:
-        """The attention module."""
-        return getattr(self.layer, self.attention_name)
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states of the full length, `[tiles, length, width]`."""
-        return self.source if self.source.dim() == 3 else self.source[None]
-
-    def run(self, sequence: Tensor, remaining: RemainingPatches, bias: Tensor | None = None) -> Any:
-        """Return the output of the layer for the entries that remain.
-
-        Args:
-            sequence: their hidden states, `[tiles, remaining, width]`.
-            remaining: the patches that remain.
-            bias: the bias on the keys, `[tiles, remaining]`, for an attention module without a config; such a module
-                takes it as a mask.
-        """
-        options = {name: narrow_input(remaining, name, value) for name, value in self.options.items()}
-        if bias is not None and not hasattr(self.attention, "config"):
-            options["attn_mask"] = add_bias(options.get("attn_mask"), bias, sequence.dtype)
-        return self._run_layer(sequence if self.source.dim() == 3 else sequence[0], **options)
-
-    def run_attention(
-        self, sequence: Tensor, remaining: RemainingPatches, bias: Tensor | None = None
-    ) -> tuple[Tensor, int | None]:
-        """Return the sequence after attention and its residual, and the number of outputs of the attention module.
-
-        Args:
-            sequence: hidden states of the entries that remain, `[tiles, remaining, width]`.
-            remaining: the patches that remain.
-            bias: the bias on the keys, `[tiles, remaining]`.
-
-        Returns:
-            The sequence, `[tiles, remaining, width]`; and the length of the tuple that the attention module returns,
-            None if it returns a tensor.
-        """
-        lengths: list[int | None] = []
-
-        def store_length(module: nn.Module, args: Any, output: Any) -> None:
-            lengths.append(len(output) if isinstance(output, tuple) else None)
-
-        hook = self.attention.register_forward_hook(store_length)
-        try:
-            with replaced_child(self.layer, self.mlp, ZeroModule(None)):
-                states = read_states(self.run(sequence, remaining, bias))
-            return states, lengths[0] if lengths else None  # a skipped layer runs no attention
-        finally:
-            hook.remove()
-
-    def run_mlp(self, sequence: Tensor, remaining: RemainingPatches, length: int | None) -> Any:
-        """Return the output of the layer for a sequence after attention.
-
-        Args:
-            sequence: the result of `run_attention`, possibly reduced, `[tiles, remaining, width]`.
-            remaining: the patches that remain.
-            length: number of outputs of the attention module, from `run_attention`.
-        """
-        with replaced_child(self.layer, self.attention_name, ZeroModule(length)):
-            return self.run(sequence, remaining)
-
-    def find_real(self, remaining: RemainingPatches) -> Tensor | None:
-        """Return the remaining entries that are not padding, bool `[tiles, remaining]`; None without such a mask.
-
-        Args:
-            remaining: the patches that remain.
-        """
-        mask = self.options.get("attention_mask")
-        if not isinstance(mask, Tensor) or len(mask) != len(remaining.index):
-            return None
-        return real_positions(mask).gather(1, remaining.sequence_index)
-
-    def restore(self, output: Any, remaining: RemainingPatches) -> Any:
-        """Return an output of the layer with hidden states of the full length.
-
-        Args:
-            output: the output for the entries that remain.
-            remaining: the patches that remain.
-        """
-        full = remaining.restore(read_states(output), self.hidden)
-        full = full if self.source.dim() == 3 else full[0]
-        return (full, *output[1:]) if isinstance(output, tuple) else full
-
-
-def run_reduced_layer(
-    reduction: PatchReduction, tower: Tower, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Run one layer on the patches that remain, and return its output with hidden states of the full length.
-
-    Args:
-        reduction: the steps inside the tower.
-        tower: the tower.
-        index: index of the layer.
-        forward: its own `forward`.
-        args: positional inputs of the layer.
-        kwargs: keyword inputs of the layer.
-
-    Raises:
-        NotImplementedError: if the layer runs again for gradients.
-    """
-    layer = tower.layers[index]
-    if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
-        raise NotImplementedError(
-            "a strategy inside the vision tower does not support gradient checkpointing of the tower, which runs "
-            "layers again; disable it for the vision tower, or train with the tower in eval()"
-        )
-    call = LayerCall(layer, forward, tower.attention, reduction.mlp, args, kwargs)
-    if index == reduction.first:
-        reduction.start_pass(tower, call.hidden)
-    remaining, depth = reduction.remaining, len(tower.layers)
-    if remaining is None:
-        raise RuntimeError(f"layer {index} of the tower ran before layer {reduction.first}, its first step")
-    sequence = remaining.gather(call.hidden)
-    for step in reduction.list_steps(index, "before"):
-        remaining, sequence = reduction.reduce(index, depth, step, sequence, {}, call.find_real(remaining))
-    attending = reduction.find_attending(index, remaining)
-    if attending is not remaining:  # attention runs on dropped patches, too, which are restored
-        sequence = attending.gather(call.hidden)
-    reduction.inputs.setdefault(index, []).append(attending)
-    steps = reduction.list_steps(index, "inside")
-    if not steps and attending is remaining:
-        output = call.run(sequence, remaining, reduction.key_bias)
-    else:
-        kinds = {kind for reducer, _ in steps for kind, _ in resolve_needs(reducer.needs, reduction.attention)}
-        with capture_signals(replace(tower, rows_from={}), {index: kinds & ATTENTION}) as captured:
-            sequence, length = call.run_attention(sequence, attending, reduction.key_bias)
-        if attending is not remaining:
-            sequence = remaining.gather(attending.restore(sequence, call.hidden))
-        signals = {kind: torch.cat(values, token_dim(kind)) for (kind, _), values in captured.items()}
-        for step in steps:
-            remaining, sequence = reduction.reduce(index, depth, step, sequence, signals, call.find_real(remaining))
-        output = call.run_mlp(sequence, remaining, length)
-    if index < reduction.layers:
-        reduction.counts.append((remaining.entry.numel(), remaining.index.numel()))
-    if index == reduction.layers - 1:
-        reduction.passes.append(remaining)
-    reduction.previous = call.hidden
-    return call.restore(output, remaining)
-
-
-def read_states(output: Any) -> Tensor:
-    """Return the hidden states in the output of a layer, `[tiles, length, width]`."""
-    states = output[0] if isinstance(output, tuple) else output
-    return states if states.dim() == 3 else states[None]
-
-
-class ZeroModule(nn.Module):
-    """A module in place of the attention or the MLP of a layer: returns zeros, so that only the residual remains.
-
-    It replaces the module and not its `forward`, because hooks on the module must run once per layer.
-
-    Args:
-        length: length of the returned tuple, zeros first; None returns a tensor.
-    """
-
-    def __init__(self, length: int | None) -> None:
-        super().__init__()
-        self.length = length
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros in the shape of the first input."""
-        zeros = torch.zeros_like(args[0] if args else next(iter(kwargs.values())))
-        return zeros if self.length is None else (zeros, *[None] * (self.length - 1))
-
-
-@contextmanager
-def replaced_child(module: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
-    """Replace a child of a module inside the block.
-
-    Args:
-        module: the module.
-        name: name of the child.
-        child: the module that replaces it.
-    """
-    original = module._modules[name]
-    module._modules[name] = child
-    try:
-        yield
-    finally:
-        module._modules[name] = original
-
-
-def narrow_input(remaining: RemainingPatches, name: str, value: Any) -> Any:
-    """Return an input of a layer for the entries that remain.
-
-    Args:
-        remaining: the patches that remain.
-        name: the name of the input.
-        value: the input for the full length.
-    """
-    index, length = remaining.sequence_index, remaining.sequence_entry.shape[1]
-    if isinstance(value, tuple):
-        return tuple(narrow_input(remaining, name, part) for part in value)
-    if not isinstance(value, Tensor):
-        return value
-    if name == "cu_seqlens":
-        return remaining.find_bounds(value)
-    if value.dim() == 4 and value.shape[-2:] == (length, length):  # a mask of pairs of positions
-        rows = value.expand(len(index), -1, -1, -1).gather(
-            2, index[:, None, :, None].expand(-1, value.shape[1], -1, length)
-        )
-        return rows.gather(3, index[:, None, None, :].expand(-1, value.shape[1], index.shape[1], -1))
-    if value.dim() == 2 and tuple(value.shape) == (len(index), length) and name in MASKS:
-        return value.gather(1, index)
-    if name == "rope":  # of the patches only, shared by all tiles
-        return value[remaining.index][:, None]
-    if name == "position_embeddings":
-        return value[index[0]] if value.dim() == 2 else value[:, index[0]]
-    return value
-
-
-def add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask that is added to the logits of attention, `[tiles, 1, 1 or queries, keys]`.
-
-    Args:
-        mask: a mask as kernels take it; None without a mask.
-        bias: the bias of each key, `[tiles, keys]`.
-        dtype: the dtype of the logits.
-    """
-    added = bias[:, None, None].to(dtype)
-    if mask is None:
-        return added
-    return added.masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask + added
-
-
-def _proportional_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Any:
-    """Add the bias of merged patches to the mask, then call the kernel of the original config.
-
-    Flash kernels accept no bias; the call then uses torch's scaled dot product attention.
-    """
-    config: Any = module.config
-    bias, kernel = config.tokenprune_reduction.key_bias, find_kernel(module)
-    if bias is None:
-        return kernel(module, query, key, value, attention_mask, **kwargs)
-    if is_flash_attention_requested(config.tokenprune_original):
-        kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return kernel(module, query, key, value, add_bias(attention_mask, bias, query.dtype), **kwargs)
-
-
-AttentionInterface.register(PROPORTIONAL_KERNEL, _proportional_attention)
-AttentionInterface.register(FLASH_PROPORTIONAL_KERNEL, _proportional_attention)

@@ -14,7 +14,7 @@ from tokenprune.adapter import VisualTokens
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import SignalKey
 from tokenprune.models._capture.hooks import Tower, capture_signals
-from tokenprune.models._capture.patch_reduction import reduced_layers
+from tokenprune.models._capture.reduced_layers import reduced_layers
 from tokenprune.models._capture.truncated_tower import run_until
 
 

@@ -39,6 +39,7 @@ class IPCV(PatchDropReducer):
     """
 
     published: ClassVar[str] = "arXiv 2512.18747"
+    parity: ClassVar[str] = "group and restored states: 6/6 official cases"
     acts: ClassVar[Literal["inside", "before"]] = "before"
 
     schedule: tuple[tuple[int | float, int | float], ...] = field(default=((0.11, 0.35),), kw_only=True)

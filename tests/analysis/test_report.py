@@ -120,6 +120,18 @@ def test_each_setting_is_charged_the_time_that_it_takes_by_itself() -> None:
     assert [row["time_alone"] for row in setting_rows([older, newer])] == [28.5, 25.0]
 
 
+def test_columns_of_the_vision_tower_exist_if_a_strategy_acts_there() -> None:
+    plain = setting(board_records([[1]] * 2), hash="a")
+    flops = [{"tower_flops": 30, "tower_flops_full": 40}, {"tower_flops": None, "tower_flops_full": None}]
+    rows = [record(n, 0, 1, tower_patches=60 - 20 * n, tower_patches_full=100, **flops[n]) for n in range(2)]
+    reduced = setting(rows, hash="b", strategy="ToMe")
+    head, *lines = parse_table(render_markdown(build_report(Results("x", [plain, reduced]))), "Tokens and time")
+    assert head[-2:] == ["tower patches, %", "tower FLOPs, %"]
+    assert [line[-2:] for line in lines] == [[DASH, DASH], ["50.0", "75.0"]]
+    head, _ = parse_table(render_markdown(build_report(Results("x", [plain]))), "Tokens and time")
+    assert head[-1] == "select, ms"
+
+
 def test_errors_are_counted_and_quoted(tmp_path: Path) -> None:
     write_setting(tmp_path, [*board_records([[1], [1]]), failed(2, 0), failed(2, 1, "other\n`x`"), failed(3, 0)])
     write_report(tmp_path)

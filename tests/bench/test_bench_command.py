@@ -27,19 +27,23 @@ from tokenprune.experiments.bench.command import BenchConfig, list_release_budge
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
     PLAIN,
+    BenchProtocol,
     Measurement,
     Variant,
+    Workload,
     count_work,
+    measure_variants,
 )
 from tokenprune.experiments.bench.phase_timer import PHASES
-from tokenprune.experiments.bench.report import as_markdown, draw_phases, print_tables
+from tokenprune.experiments.bench.report import as_markdown, build_overview_tables, draw_phases, print_tables
+from tokenprune.experiments.bench.results import as_data
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
 from tokenprune.models.qwen2_vl import Qwen2VLAdapter
-from tokenprune.strategies import Random
+from tokenprune.strategies import PixelPrune, Random, RandomPatches
 from tokenprune.testing.examples import find_example
 
 
@@ -76,6 +80,23 @@ def test_architectures_run_without_weights(adapter: type[Adapter], tmp_path: Pat
     assert measurement.visual // 2 < full
     assert measurement.prompt == inputs["input_ids"].shape[1] - full + measurement.visual // 2
     assert measurement.kv_bytes == 2 * kv_bytes(bench_model.adapter.llm, measurement.prompt)
+
+
+def test_strategies_before_and_inside_the_tower_of_one_sequence(tmp_path: Path) -> None:
+    """The tower runs on about half of the patches; selecting by pixels belongs to the phase of the reducer."""
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(find_example(Qwen25VLAdapter).build_model().config.to_dict()))
+    bench_model = load_bench_model(str(config), "cpu", prompt_tokens=5)
+    reducers = {PLAIN: None, "pixels": PixelPrune(0.5), "both": PixelPrune(0.5) >> RandomPatches(0.5)}
+    variants = [Variant(name, reducer) for name, reducer in reducers.items()]
+    protocol, workload = BenchProtocol(tokens=2, repeats=1, warmup=0), Workload(1, (112, 112))
+    data = as_data(measure_variants(bench_model, workload, variants, protocol), workload, protocol)
+    plain, pixels, both = data["variants"]
+    assert both["tower_patches_share"] < pixels["tower_patches_share"] == 0.5
+    assert both["ratios"]["tower_flops_share"] < pixels["ratios"]["tower_flops_share"] < 1
+    assert plain["phases_ms"]["reducer"]["median"] == 0 < pixels["phases_ms"]["reducer"]["median"]
+    table = build_overview_tables(data)["vision tower"]
+    assert table[2][:3] == ["pixels", "50.0", f"{100 * pixels['ratios']['tower_flops_share']:.1f}"]
 
 
 def test_checkpoints_can_be_cut() -> None:
@@ -119,9 +140,10 @@ class LoudestTokens(ScoreReducer):
 
 def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("loud.py").write_text(PLUGIN)
-    options = "--reducers hired loud.py:LoudestTokens --budget 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
+    reducers = ["--reducers", "hired", "loud.py:LoudestTokens", "ToMe(r=8)+HiRED(0.2)"]
+    options = "--budget 0.2 --batches 1 2 --sizes 80x160 --tokens 3"
     more_options = "--repeats 2 --warmup 0 --threads 1 --device cpu --llm-layers 2 --json --quiet --out found"
-    assert main(["bench", "run", *options.split(), *more_options.split()]) == 0
+    assert main(["bench", "run", *reducers, *options.split(), *more_options.split()]) == 0
     out, err = capsys.readouterr()
     assert err.replace("scoring\n", "") == ""
     result = json.loads(out)
@@ -132,7 +154,7 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     assert result["model"]["attention"] == {"llm": "sdpa", "vision": "sdpa"}
     assert (result["model"]["dtype"], result["model"]["cut"]) == ("float32", True)
     assert [(row["batch"], row["height"], row["width"]) for row in result["settings"]] == [(1, 80, 160), (2, 80, 160)]
-    names = [PLAIN, "hired 20 %", "LoudestTokens 20 %"]
+    names = [PLAIN, "hired 20 %", "LoudestTokens 20 %", "ToMe(r=8)+HiRED(0.2)"]
     for setting in result["settings"]:
         assert [row["name"] for row in setting["variants"]] == names
         plain = setting["variants"][0]
@@ -153,9 +175,16 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
                 "attained",
             }
             assert row["ratios"]["encode_prefill"]["coverage"] == 0.5
-            assert row["reducer"]["init_args"]["budget"] == 0.2
             assert 0 < row["flops"]["phases"]["vision encode"] < plain["flops"]["phases"]["vision encode"]
-        reduced = setting["variants"][1]
+        assert [row["reducer"]["init_args"]["budget"] for row in setting["variants"][1:3]] == [0.2, 0.2]
+        reduced, composed = setting["variants"][1], setting["variants"][3]
+        flops = [row["flops"]["phases"]["vision encode"] for row in (composed, plain)]
+        assert composed["ratios"]["tower_flops_share"] == flops[0] / flops[1] < reduced["ratios"]["tower_flops_share"]
+        assert composed["tower_patches_share"] < 1
+        assert reduced["tower_patches_share"] is None
+        times = [[row["measures"]["encode_ms"]["values"][n] for row in (composed, plain)] for n in range(2)]
+        shares = [variant / reference for variant, reference in times]
+        assert composed["ratios"]["encode_time_share"]["median"] == pytest.approx(sum(shares) / 2)
         assert reduced["ratios"]["kv_bytes"] == plain["prompt_length"] / reduced["prompt_length"]
     assert result["traces"] == []
     assert Path("found/phases.png").read_bytes().startswith(b"\x89PNG")
@@ -163,7 +192,9 @@ def test_the_mini_model_end_to_end(in_empty_folder: Path, capsys: pytest.Capture
     assert page == as_markdown(result)
     assert "CUT: 1 LLM layers are missing" in page
     assert "2 of 3 LLM layers" in page
-    assert page.count("\n| hired 20 % |") == 5 * 2
+    assert page.count("\n| hired 20 % |") == 6 * 2
+    share = 100 * result["settings"][0]["variants"][3]["ratios"]["tower_flops_share"]
+    assert f"| {share:.1f} |" in page.partition("vision tower:")[2].partition("\n\n")[2].partition("\n\n")[0]
     assert "| variant | dispatched operators |" in page
     assert "release-like" not in page.partition("## ")[2]
     figure = draw_phases(result)

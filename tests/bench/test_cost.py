@@ -17,6 +17,7 @@ from tokenprune.account import kv_bytes, prefill_flops
 from tokenprune.adapter import Adapter, find_adapter
 from tokenprune.caches import find_cache, name_cache_argument
 from tokenprune.cli.main import main
+from tokenprune.configuration import as_config
 from tokenprune.cuts import Cut
 from tokenprune.decoder_reducer import AtLayer
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
@@ -31,14 +32,14 @@ from tokenprune.experiments.bench.cost.count import (
 )
 from tokenprune.experiments.bench.cost.devices import DEVICES, GIB, Device, find_device
 from tokenprune.experiments.bench.cost.meter import FUSED, Meter, Work
-from tokenprune.experiments.bench.cost.report import format_bounds, format_flops
+from tokenprune.experiments.bench.cost.report import CostConfig, as_json, format_bounds, format_flops
 from tokenprune.experiments.bench.cost.roofline import Bounds, predict, predict_seconds
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava import LlavaAdapter
 from tokenprune.models.llava_next import LlavaNextAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.qwen2_5_vl import Qwen25VLAdapter
-from tokenprune.strategies import UniformStride
+from tokenprune.strategies import IPCV, EViT, RandomPatches, ToMe, UniformStride
 from tokenprune.testing.examples import find_example
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
@@ -91,6 +92,42 @@ def test_counts_equal_the_executed_model(adapter: type[Adapter], budget: float |
     assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
     assert counted.prefill.flops == run.account.flops
     assert counted.weight_bytes == sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tower", "budget"),
+    [
+        (LlavaNextAdapter, EViT(), None),
+        (LlavaOnevisionAdapter, ToMe(0.5), 0.3),
+        (InternVLAdapter, IPCV(), None),
+        pytest.param(LlavaNextAdapter, ToMe(r=2), None, marks=pytest.mark.slow),
+        pytest.param(LlavaOnevisionAdapter, IPCV(), 0.3, marks=pytest.mark.slow),
+    ],
+)
+def test_counts_with_a_strategy_in_the_tower(adapter: type[Adapter], tower: Any, budget: float | None) -> None:
+    """Counts from shapes equal the FLOPs that torch counts in an executed call, with a tolerance of 0.
+
+    The numbers of kept newline tokens and of padding depend on the positions of the kept patches: newline tokens are
+    dropped, and images without a budget have no padding.
+    """
+    model, inputs, text = build_example(adapter)
+    meta = build_meta_example(adapter)
+    entry = replace(tower, newlines="drop") if budget is None else tower >> UniformStride(budget, newlines="drop")
+    with torch.inference_mode(), entry(model) as run, FlopCounterMode(display=False) as measured:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    counted = count_batch(meta, SIZE, budget, text_tokens=text, newlines="drop", tower=tower)
+    assert counted.encode.flops + counted.prefill.flops == measured.get_total_flops()
+    assert counted.tokens.prompt == run.account.prompt_lengths[0].reduced
+    assert counted.tower_flops < count_batch(meta, SIZE, budget, text_tokens=text).tower_flops
+    (batch,) = as_json(CostConfig(), [(counted, [])])["batches"]
+    assert (batch["tower"], batch["tower_flops"]) == (as_config(tower), counted.tower_flops)
+
+
+def test_towers_whose_flops_do_not_follow_from_shapes() -> None:
+    with pytest.raises(ValueError, match="ToMe needs to merge patches"):
+        count_batch(build_meta_example(Qwen25VLAdapter), SIZE, tower=ToMe(r=1))
+    with pytest.raises(ValueError, match="depend on the positions of the kept patches"):
+        count_batch(build_meta_example(Qwen25VLAdapter), SIZE, tower=RandomPatches(0.5))
 
 
 @pytest.mark.parametrize("budget", [None, 0.6])
@@ -283,6 +320,17 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert half["phases"]["prefill"]["flops"] < full["phases"]["prefill"]["flops"]
 
 
+@pytest.mark.slow
+def test_the_command_counts_strategies_in_the_tower(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", *CUT, "--budget", "100", "--tower", "ToMe(r=8)", "--device", "h100", "--json"]) == 0
+    full, merged, reduced, both = json.loads(capsys.readouterr().out)["batches"]
+    assert (full["tower"], merged["tower"]["init_args"]["r"]) == (None, 8)
+    assert [entry["tokens"]["kept"] for entry in (full, merged, reduced, both)] == [576, 576 - 23 * 8, 100, 100]
+    assert merged["tower_flops"] == both["tower_flops"] < reduced["tower_flops"]
+    assert main(["cost", *CUT, "--tower", "ToMe(r=8)", "--device", "h100"]) == 0
+    assert "ToMe r=8 per layer + 20%" in capsys.readouterr().out
+
+
 def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cost", *CUT, "--batch", "1000", "--device", "all"]) == 0
     out = capsys.readouterr().out
@@ -300,6 +348,7 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (("--batch", "0"), "--batch 0: give at least 1"),
         (("--llm-layers", "1", "--budget", "1.5"), "neither a ratio nor a count"),
         (("--dtype", "int8"), "int8"),
+        (("--tower", "HiRED(0.2)"), "acts at the stage projector, not inside the vision tower"),
     ],
 )
 def test_the_command_names_the_error(

@@ -29,7 +29,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
     "replaces forward": {
         "models/_capture/hooks.py": "`replaced_forward`",
         "models/_capture/truncated_tower.py": "skips layers",
-        "models/_capture/patch_reduction.py": "runs layers of the tower on the patches that remain",
+        "models/_capture/reduced_layers.py": "runs layers of the tower on the patches that remain",
         "models/_base/compiled_decoder.py": "runs compiled graphs during a call",
         "models/_base/native_resolution.py": "runs patch mergers of the tower on the tokens that remain",
         "models/qwen2_5_vl.py": "runs the compiled tower while the model encodes images",
@@ -44,7 +44,7 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "models/_capture/hooks.py": "captures signals while the tower runs",
         "models/_capture/truncated_tower.py": "ends the tower after the last required layer",
         "models/_capture/compiled_tower.py": "reads the feature layers of a copy of the tower",
-        "models/_capture/patch_reduction.py": "reads the structure of the output of an attention module",
+        "models/_capture/layer_call.py": "reads the structure of the output of an attention module",
         "models/_capture/vision_run.py": "captures the inputs of the projector",
         "models/mllama.py": "shortens the cross-attention mask during a call",
         "strategies/components/saliency_model.py": "places hooks on the saliency model",

@@ -19,13 +19,14 @@ from tokenprune.catalog import strategies
 from tokenprune.checks import defer_checks, raise_first_failure, stack_failures
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.decoder_reducer import AtLayer
+from tokenprune.encoder_reducer import PatchDropReducer
 from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, share_layouts
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy
 from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, true_indices
-from tokenprune.strategies import DivPrune, FasterVLM, HiRED, PruMerge, QuestionFirst, VisionZip
+from tokenprune.strategies import IPCV, DivPrune, EViT, FasterVLM, HiRED, PruMerge, QuestionFirst, ToMe, VisionZip
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
 from tokenprune.strategies.components.relevance import AttentionRelevance
@@ -36,6 +37,8 @@ from tokenprune.testing.tiny_models import batch, tiny_model
 without_text = QuestionFirstSelection(relevance=AttentionRelevance())
 WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune, partial(QuestionFirst, selection=without_text)]
 """Strategies whose numbers of kept tokens follow from the budget."""
+IN_TOWER = [ToMe(r=2), EViT(), IPCV(), EViT() >> HiRED(0.2, newlines="drop")]
+"""Strategies inside the vision tower, of which each step that drops patches has a check."""
 OPERATORS = {1: 150, 8: 220}
 """Operators beyond the plain model, for one image and for eight images of one layout."""
 WIDE = TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)
@@ -75,6 +78,18 @@ def test_operators_and_reads_beyond_the_plain_model(strategy: Any, images: int, 
     assert sum(reduced.operators.values()) - sum(plain.operators.values()) <= OPERATORS[images]
     assert sum(reduced.reads.values()) - sum(plain.reads.values()) <= (newlines == "keep_rows")
     assert sum(reduced.copies.values()) <= sum(plain.copies.values())
+
+
+@pytest.mark.parametrize("reducer", IN_TOWER, ids=lambda reducer: reducer.label)
+def test_reads_of_strategies_inside_the_tower(reducer: TokenReducer) -> None:
+    """The checks of all steps are read with the numbers of newline tokens, or at the end of the block.
+
+    A later strategy before the LLM selects in layouts of the tokens that remain, which are read once for all images.
+    """
+    *earlier, last = reducer.list_parts()
+    reads = [sum(run_reduced(reducer, images)[0].reads.values()) for images in (1, 8)]
+    expected = [sum(run_reduced(HiRED(0.2, newlines=last.newlines), n)[0].reads.values()) for n in (1, 8)]
+    assert reads == [number + len(earlier) for number in expected]
 
 
 @pytest.mark.parametrize("strategy", WITHOUT_READS)
@@ -144,6 +159,12 @@ class ReadsValues(ScoreReducer):
 
 @dataclass
 class NaNScores(ScoreReducer):
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.features.norm(dim=-1) * torch.nan
+
+
+@dataclass
+class NaNPatches(PatchDropReducer):
     def score(self, image: EncodedImage) -> Tensor:
         return image.features.norm(dim=-1) * torch.nan
 
@@ -302,6 +323,8 @@ def test_a_failed_check_on_an_accelerator_raises_at_the_end_of_the_block() -> No
             load_model()(**inputs)
         # With kept rows, newline tokens are counted, so the call itself reads the checks.
         with NaNScores(5)(load_model()), pytest.raises(ValueError, match="returned NaN"):
+            load_model()(**inputs)
+        with pytest.raises(ValueError, match="returned NaN"), NaNPatches(newlines="drop")(load_model()):
             load_model()(**inputs)
         handle = NaNScores(5, newlines="drop").attach(load_model())
         load_model()(**inputs)

@@ -15,8 +15,11 @@ from tokenprune import Budget, EncodedImage, PatchGroups, TokenReducer
 from tokenprune.adapter import find_adapter
 from tokenprune.catalog import strategies
 from tokenprune.decoder_reducer import AtLayer
+from tokenprune.encoder.patches import RemainingPatches
+from tokenprune.geometry import TileGeometry
 from tokenprune.pipeline import Pipeline
-from tokenprune.strategies import EViT, HiRED, RandomPatches, ToMe, UniformStride
+from tokenprune.strategies import IPCV, EViT, HiRED, RandomPatches, ToMe, UniformStride
+from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.families import FAMILIES
 from tokenprune.testing.tiny_models import batch, tiny_model
 from tokenprune.viz import TOWER, overlay
@@ -196,13 +199,20 @@ def test_account_counts_patches_of_all_layers(reducer: Any) -> None:
     assert account.tower_patches == tiles * count_by_layer(reducer, 16, 3)
     assert f"{account.tower_patches / (tiles * 48):.1%} of patches x layers (saved in tower and LLM)" in str(account)
     assert account.summary()["tower_patches"] == account.tower_patches
+    with torch.no_grad(), type(reducer)(1.0)(model) as unreduced:
+        model(**inputs)
+    assert unreduced.account.tower_patches == unreduced.account.tower_patches_full == account.tower_patches_full
+    assert "vision tower: 100.0% of patches x layers" in str(unreduced.account)
+    assert "saved in" not in str(unreduced.account)
     assert "vision tower" in account._repr_html_()
 
 
-def test_account_says_that_all_tokens_of_several_patches_enter() -> None:
-    family = FAMILIES["qwen2_5_vl"]
+@pytest.mark.parametrize(("name", "reducer"), [("qwen2_5_vl", RandomPatches()), ("llava_next", IPCV())])
+def test_account_says_that_all_tokens_enter(name: str, reducer: Any) -> None:
+    """All tokens enter the LLM if a token is several patches, or if dropped patches are restored."""
+    family = FAMILIES[name]
     model, inputs = family.model(torch.float32), family.batch(*family.rows[:1])
-    with torch.no_grad(), RandomPatches()(model) as run:
+    with torch.no_grad(), reducer(model) as run:
         model(**inputs)
     assert run.account.kept == run.account.valid
     assert "of patches x layers (saved in the tower only)" in str(run.account)
@@ -250,6 +260,37 @@ def test_errors_of_models_and_layers() -> None:
         RandomPatches(schedule=((3, 0.5),))(model),
     ):
         model(**inputs)
+
+
+def test_evit_fuses_the_dropped_patches() -> None:
+    """The last patch is the sum of the dropped patches, weighted by the CLS attention."""
+    image, number = random_encoded_image(TileGeometry.single((4, 5))), 6
+    scores = image.cls_attention("feature").mean(dim=1)[0]
+    patches = RemainingPatches.all(1, 20, "first", image.device)
+    states = torch.randn(1, 21, 3)
+    remaining, sequence = patches.apply(EViT(fuse=True).group(image, number), states)
+    order = scores.argsort(descending=True)
+    kept, dropped = order[: number - 1].sort().values, order[number - 1 :]
+    assert remaining.index[0].tolist() == [*kept.tolist(), int(dropped[0])]
+    assert torch.equal(sequence[0, :number], states[0, [0, *(kept + 1)]])
+    expected = sum(scores[n] * states[0, n + 1] for n in dropped)
+    assert torch.allclose(sequence[0, number], expected)
+    assert EViT().group(image, number).group is None
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl"])
+def test_evit_with_a_fused_patch_in_a_tower(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.model(torch.float32), family.batch(*family.rows[:1])
+    logits = []
+    with torch.no_grad():
+        for reducer in (EViT(fuse=True), EViT(), EViT(fuse=True) >> HiRED(0.3)):
+            with reducer(model) as run:
+                logits.append(model(**inputs).logits)
+            assert run.account.tower_patches < run.account.tower_patches_full
+    assert not torch.equal(logits[0][:, -1], logits[1][:, -1])
+    with pytest.raises(ValueError, match="EViT needs to merge patches"):
+        EViT(fuse=True)(FAMILIES["qwen2_5_vl"].model(torch.float32)).__enter__()
 
 
 def test_wrapped_models() -> None:

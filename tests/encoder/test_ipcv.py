@@ -12,12 +12,14 @@ from torch import Tensor
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state
+from tests.helpers.published import CASES, Case
 from tokenprune import Composed
 from tokenprune.adapter import find_adapter
-from tokenprune.encoder.patches import PatchGroups
+from tokenprune.encoder.patches import PatchGroups, RemainingPatches
 from tokenprune.encoder.restoration import DroppedPatches, list_dropped, nearest_kept, restore_dropped
+from tokenprune.image import EncodedImage
 from tokenprune.models._capture.hooks import replaced_forward
-from tokenprune.models._capture.patch_reduction import join_groups
+from tokenprune.models._capture.patch_reduction import find_geometry, join_groups
 from tokenprune.strategies import FastV, HiRED, PixelPrune
 from tokenprune.strategies.encoder import IPCV
 
@@ -51,6 +53,25 @@ def test_images_with_few_patches_have_fewer_neighbors() -> None:
     assert joined.kept.tolist() == [[0, 3, 5]]
     assert joined.neighbors is not None
     assert joined.neighbors.tolist() == [[[0, -1], [2, 1], [1, 2]]]
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_patches_and_restored_states_equal_the_official_code(number: int) -> None:
+    """The kept patches, their neighbors, and the states that attention and projector receive."""
+    case = Case("ipcv", number)
+    current, change = case["current"][None], (case["current"] - case["previous"])[None]
+    image = EncodedImage(find_geometry(1, current.shape[1]), current, {("state_change", 2): change}, feature_layer=2)
+    groups = IPCV(neighbors=case["topk"]).group(image, case["number"])
+    assert groups.kept[0].tolist() == case["kept"].nonzero()[:, 0].tolist()
+    assert groups.neighbors is not None
+    assert torch.equal(groups.neighbors[0].sort(dim=1).values, case["neighbors"].sort(dim=1).values)
+    patches = RemainingPatches.all(1, current.shape[1], "none", current.device)
+    remaining, states = patches.apply(groups, current)
+    assert torch.equal(states[0], current[0, case["kept"]])
+    for name, result in (("middle", "attended"), ("last", "restored")):
+        restored = remaining.restore(case[name][None], current)[0]
+        assert (restored - case[result]).abs().max() <= 1e-6
+        assert (current[0] - case[result]).abs().max() > 1
 
 
 def test_options_are_checked() -> None:

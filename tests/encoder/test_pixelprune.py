@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from tests.helpers.emulated_device import EmulatedDevice, move_model, to_device
 from tests.helpers.families import FAMILIES
 from tests.helpers.oracle import collect_state, kept_mask, oracle_inputs
+from tests.helpers.published import CASES, Case
 from tests.helpers.truncation import prepare_both
 from tokenprune import Composed
 from tokenprune.adapter import find_adapter
@@ -81,6 +82,14 @@ def test_a_decoder_restores_the_image_up_to_the_threshold(size, levels, threshol
     decoded, expected = reconstruct(colors, kept, threshold)
     assert torch.equal(kept, expected)
     assert (decoded - colors).abs().max() <= threshold
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_kept_tokens_equal_the_official_code(number: int) -> None:
+    case = Case("pixelprune", number)
+    kept = select(case["pixels"], metric=case["metric"], threshold=case["threshold"])
+    assert torch.equal(kept, case["kept"])
+    assert 0 < kept.sum() < kept.numel()
 
 
 @pytest.mark.parametrize("metric", ["max", "mae", "rmse"])

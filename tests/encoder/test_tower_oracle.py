@@ -18,8 +18,9 @@ from tests.helpers.encoder import (
 )
 from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
+from tokenprune.encoder.patches import RemainingPatches
 from tokenprune.encoder_reducer import EncoderReducer
-from tokenprune.models._capture.patch_reduction import LayerCall, RemainingPatches
+from tokenprune.models._capture.layer_call import LayerCall
 from tokenprune.strategies import HiRED
 from tokenprune.strategies.encoder import EViT, RandomPatches, ToMe
 

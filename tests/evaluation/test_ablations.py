@@ -222,6 +222,12 @@ def test_a_grid_varies_a_part_of_a_composition() -> None:
     assert {setting.experiment.reducer.label for setting in settings if setting.role == "full"} == {"UniformStride"}
 
 
+def test_baselines_of_a_composition_keep_strategies_inside_the_tower() -> None:
+    config = {"grid": {"reducer": ["ToMe(r=8)+HiRED(0.2)+AtLayer(1, DivPrune(0.5))"]}, "random_seeds": 1}
+    labels = [setting.experiment.reducer.label for setting in expand(config) if setting.role == "baseline"]
+    assert labels == ["ToMe+Random+AtLayer(Random)", "ToMe+UniformStride+AtLayer(UniformStride)"]
+
+
 def test_a_grid_compares_strategies_of_all_stages() -> None:
     config = {"grid": {"reducer": ["HiRED(0.2)", "AtLayer(1, DivPrune(0.2))"]}, "random_seeds": 2}
     names = [setting.name for setting in expand(config) if setting.role == "baseline"]

@@ -54,13 +54,20 @@ def test_sharing_an_encoding_does_not_change_records() -> None:
             AtLayer(1, HiRED(0.2)),
             HiRED(0.4) >> AtLayer(1, UniformStride(0.5)),
             ToMe(r=4) >> HiRED(0.4),
+            ToMe(r=4) >> SCOPE(0.1),
         )
     ]
     progress = run_settings(settings, Path("together"))
+    # Both settings with ToMe share an encoding.
     assert (progress.images, progress.encodes, progress.more_encodes) == (2, 2, 4)
     for setting in settings:
         run_settings([setting], Path("alone"))
     assert remove_times(records("together")) == remove_times(records("alone"))
+    for setting in settings:
+        rows = records("together")[setting.folder(Path("together")).name]
+        counts = {(row["tower_flops"], row["tower_flops_full"]) for row in rows}
+        acts_in_tower = setting.name.startswith("ToMe")
+        assert all((0 < flops < full) if acts_in_tower else flops is full is None for flops, full in counts)
     assert progress.done == progress.total == sum(map(len, records("together").values()))
 
 

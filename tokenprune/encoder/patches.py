@@ -40,7 +40,8 @@ class PatchRecord:
 
     Args:
         kept: the visual tokens of each image whose patches remain, bool `[tiles, tokens]`; None if all tokens remain,
-            because tokens consist of several patches, and no token was dropped before the tower.
+            because tokens consist of several patches, or because dropped patches were restored, and no token was
+            dropped before the tower.
         patches_full: patches without reduction, summed over tiles and layers that run.
         patches: patches in the MLPs of these layers.
     """

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tokenprune.image import EncodedImage
+from tokenprune.packing import with_counts
 from tokenprune.selection import Newlines, Selection, kept_newlines
 
 
@@ -37,14 +39,19 @@ def select_remaining(
 def restrict_images(images: Sequence[EncodedImage], kept: Sequence[Tensor]) -> list[EncodedImage]:
     """Return the images whose layouts contain only the tokens that the vision tower kept.
 
+    Layouts are on the CPU: the masks of all images are read from the device at once.
+
     Args:
         images: the encoded images.
         kept: the tokens of each image whose patches remain, bool `[tiles, tokens]`.
     """
-    restricted: dict[EncodedImage, EncodedImage] = {}
-    for image, mask in zip(images, kept, strict=True):
-        if image not in restricted:
-            restricted[image] = replace(image, geometry=image.geometry.restrict_tokens(mask))
+    masks = dict(zip(images, kept, strict=True))  # an image occurs several times for several questions
+    flat = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
+    parts = flat.split([mask.numel() for mask in masks.values()])
+    restricted = {
+        image: replace(image, geometry=image.geometry.restrict_tokens(mask))
+        for image, mask in zip(masks, parts, strict=True)
+    }
     return [restricted[image] for image in images]
 
 
@@ -58,9 +65,12 @@ def widen_selections(
         images: the encoded images with their full layouts.
         newlines: as in `TokenReducer`.
     """
-    return [
-        replace(
-            selection, geometry=image.geometry, newline_mask=kept_newlines(image.geometry, selection.kept, newlines)
-        )
-        for selection, image in zip(selections, images, strict=True)
-    ]
+    widened = []
+    for selection, image in zip(selections, images, strict=True):
+        newline_mask = kept_newlines(image.geometry, selection.kept, newlines)
+        wide = replace(selection, geometry=image.geometry, newline_mask=newline_mask)
+        tokens, count = selection.token_count, selection.newline_count
+        if newlines != "keep_rows" and tokens is not None and count is not None:
+            wide = with_counts(wide, tokens, count)  # both layouts have all newline tokens
+        widened.append(wide)
+    return widened

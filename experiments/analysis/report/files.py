@@ -49,6 +49,7 @@ def setting_rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         }
         row |= {name: setting.mean(name) for name in ("asked", "kept", "prompt_length", "prompt_length_full")}
         row |= {"average_tokens": setting.average_tokens, "flops_share": setting.flops_share}
+        row |= {name: getattr(setting, name) for name in ("tower_patches_share", "tower_flops_share")}
         row |= {
             f"{name}_median": setting.median(name)
             for name in ("prepare_alone_ms", "encode_ms", "select_ms", "generate_ms")

@@ -178,9 +178,12 @@ def evidence_blocks(settings: Sequence[Setting], level: int) -> list[Block]:
 def token_blocks(settings: Sequence[Setting]) -> list[Block]:
     """Return the table of asked and kept tokens, prompt lengths and times.
 
+    Columns of the vision tower exist if a strategy acts before or inside it.
+
     Args:
         settings: the settings of one context.
     """
+    has_tower = any(not math.isnan(setting.tower_patches_share) for setting in settings)
 
     def line(name: str, budget: str, setting: Setting) -> list[str]:
         asked, kept = setting.mean("asked"), setting.mean("kept")
@@ -191,6 +194,7 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
             *(name, budget, format_number(asked), format_number(kept), format_percent(share)),
             f"{format_number(prompt)} of {format_number(full_prompt)}",
             *(format_number(time, 2) for time in times),
+            *([format_percent(setting.tower_patches_share), format_percent(setting.tower_flops_share)] * has_tower),
         ]
 
     lines = [line(name, "all", setting) for name, setting in full_rows(settings)]
@@ -208,6 +212,7 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
         "generate, ms",
         "shared encode, ms",
         "select, ms",
+        *(["tower patches, %", "tower FLOPs, %"] * has_tower),
     ]
     text = (
         "Tokens are means over samples, times medians. **Alone**: the time to encode an image and select its tokens if "
@@ -215,6 +220,12 @@ def token_blocks(settings: Sequence[Setting]) -> list[Block]:
         "the run, with the signals of all; it is no cost of a single setting. **Select** follows the shared encoding, "
         "and contains an encoding at another resolution."
     )
+    if has_tower:
+        text += (
+            " **Tower patches**: patches in the layers of the vision tower, summed over layers, in percent of all. "
+            "**Tower FLOPs**: in percent of the unmodified model, which runs all layers, on the first images. Settings "
+            "with equal strategies before and inside the tower share an encoding of their own."
+        )
     return [Table(head, lines), Text([text])]
 
 

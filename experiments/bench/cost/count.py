@@ -15,10 +15,13 @@ from tokenprune.adapter import find_adapter
 from tokenprune.budget import Budget, as_budget
 from tokenprune.caches import find_cache, name_cache_argument
 from tokenprune.capabilities import HasDecoder, require_capability
+from tokenprune.checks import defer_checks
 from tokenprune.cuts import Cut, as_entered_budget, resolve_cuts
 from tokenprune.decoder.narrow_layers import CutStep, NarrowLayers
 from tokenprune.decoder.placement import Entries
 from tokenprune.decoder.trace import LayerTrace
+from tokenprune.encoder.tokens import restrict_images, select_remaining, widen_selections
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.experiments.bench.cost.meter import Meter, Work
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.geometry import TileGeometry
@@ -26,6 +29,7 @@ from tokenprune.image import EncodedImage
 from tokenprune.models._base.placeholder import PlaceholderAdapter
 from tokenprune.models._base.tiled import TiledAdapter
 from tokenprune.packing import KeptPositions
+from tokenprune.requirements import describe_missing_signals, describe_missing_steps
 from tokenprune.selection import Selection
 from tokenprune.strategies import UniformStride
 
@@ -71,6 +75,7 @@ class BatchCost:
         tower_flops: FLOPs of the vision tower, a part of ``encode``. If the tower contains the projector, these are all
             FLOPs of ``encode``.
         cuts: the cuts inside the LLM.
+        tower: the strategy inside the vision tower; None if all patches remain.
     """
 
     batch: int
@@ -84,6 +89,7 @@ class BatchCost:
     decode: Work
     tower_flops: int
     cuts: tuple[Cut, ...] = ()
+    tower: EncoderReducer | None = None
 
     @property
     def phases(self) -> dict[str, Work]:
@@ -136,6 +142,27 @@ def select_evenly(layout: TileGeometry, budget: int | float | str | Budget, newl
     return UniformStride(budget, newlines=newlines).reduce(image)
 
 
+def select_after_tower(
+    layout: TileGeometry, patches: int, budget: int | float | str | Budget | None, newlines: Any
+) -> Selection:
+    """Return a selection of evenly spaced tokens among evenly spaced patches that remain in the tower.
+
+    Args:
+        layout: the layout of the image; a token is one patch.
+        patches: number of patches of a tile that remain.
+        budget: budget of visual tokens; a ratio refers to all tokens. None keeps all tokens that remain.
+        newlines: rule for newline tokens, as in `TokenReducer.newlines`.
+    """
+    kept = torch.zeros(layout.tiles, layout.tokens, dtype=torch.bool)
+    kept[:, torch.arange(patches) * layout.tokens // patches] = True
+    images = [EncodedImage(geometry=layout, features=torch.zeros(layout.tiles, layout.tokens, 1))]
+    if budget is None:
+        return select_remaining(images, [kept], newlines)[0]
+    (restricted,) = restrict_images(images, [kept])
+    selection = UniformStride(budget, newlines=newlines).reduce(restricted)
+    return widen_selections([selection], images, newlines)[0]
+
+
 def count_tokens(layout: TileGeometry, selection: Selection | None, text: int) -> Tokens:
     """Return the token counts of a prompt with one image.
 
@@ -175,6 +202,49 @@ def encode_images(
         return adapter.model.base_model.get_image_features(**inputs, return_dict=True)
     tokens = adapter.run_tower(inputs, [layout] * batch, {}).tokens
     return tokens.gather(KeptPositions.from_selections([selection] * batch))
+
+
+def encode_with_reduction(
+    adapter: PlaceholderAdapter,
+    inputs: Mapping[str, Any],
+    layout: TileGeometry,
+    batch: int,
+    reducer: EncoderReducer,
+    select: Callable[[int | None], Selection | None],
+) -> tuple[Any, Selection | None]:
+    """Encode the images with a strategy inside the tower; returns their features and the selection of each image.
+
+    Args:
+        adapter: the adapter of the model.
+        inputs: the vision inputs of the batch.
+        layout: the layout of each image.
+        batch: number of images.
+        reducer: the strategy inside the tower.
+        select: returns the selection for a number of remaining patches of a tile; None if all tokens remain.
+
+    Raises:
+        ValueError: if the tower runs over all images as one sequence.
+    """
+    layouts = [layout] * batch
+    if adapter.one_sequence:
+        raise ValueError(
+            f"the FLOPs of {reducer.label} in the vision tower of {adapter.family} depend on the positions of the kept "
+            "patches, because attention runs in parts of one sequence; measure them with `tokenprune bench run`"
+        )
+    patches = adapter.build_patch_reduction([reducer], layouts, adapter.feature_layer(inputs))
+    if patches is None:
+        selection = select(None)
+        return encode_images(adapter, inputs, layout, batch, selection), selection
+    with defer_checks():  # tensors on the meta device have no values to check
+        if adapter.can_leave_early(inputs, ()):
+            run = adapter.run_tower(inputs, layouts, {}, patches)
+        else:
+            run = adapter.run_vision_side(inputs, layouts, {}, True, patches)
+    record = adapter.read_patch_record(patches, layouts, inputs)
+    selection = select(None if record.kept is None else patches.passes[-1].number)
+    if selection is None:
+        return run.tokens.all(), None
+    return run.tokens.gather(KeptPositions.from_selections([selection] * batch)), selection
 
 
 class MetaPlan:
@@ -244,6 +314,7 @@ def count_batch(
     all_logits: bool = False,
     encode_all: bool = False,
     cuts: Sequence[Cut] = (),
+    tower: EncoderReducer | None = None,
 ) -> BatchCost:
     """Count the work and memory of one batch: encode, prefill and one decode step.
 
@@ -258,10 +329,11 @@ def count_batch(
             default only the last token has logits.
         encode_all: whether to encode images completely before the selection, as published code does.
         cuts: cuts inside the LLM; ratios refer to the tokens that entered it.
+        tower: strategy inside the vision tower; its own work, such as matching, is counted as well.
 
     Raises:
         TypeError: if no adapter supports the model, or if its adapter has no image layouts.
-        ValueError: if `build_image_processor` does not support the family.
+        ValueError: if `build_image_processor` does not support the family, or the tower does not support the strategy.
     """
     adapter = find_adapter(model)
     if not isinstance(adapter, PlaceholderAdapter):
@@ -269,10 +341,16 @@ def count_batch(
             f"the cost of {adapter.family} cannot be counted: {type(adapter).__name__} has no image layouts"
         )
     inputs, layout = process_image(adapter, image_size)
-    selection = None if budget is None else select_evenly(layout, budget, newlines)
-    tokens = count_tokens(layout, selection, text_tokens)
+    if tower is not None and (
+        message := describe_missing_steps(tower, adapter) or describe_missing_signals(tower, adapter)
+    ):
+        raise ValueError(message)
     dim, meter, dtype = model.config.get_text_config().hidden_size, Meter(), model.dtype
-    plan = MetaPlan(adapter, layout, selection, tokens, batch, cuts)
+
+    def select(patches: int | None) -> Selection | None:
+        if patches is not None:
+            return select_after_tower(layout, patches, budget, newlines)
+        return None if budget is None else select_evenly(layout, budget, newlines)
 
     def run_llm(length: int, start: int, cache: Any) -> Any:
         embeds = torch.empty(batch, length, dim, dtype=dtype, device="meta")
@@ -294,7 +372,13 @@ def count_batch(
                 name: _build_meta_pixels(value, batch, dtype) if name == adapter.pixels else torch.cat([value] * batch)
                 for name, value in inputs.items()
             }
-            encoded = encode_images(adapter, batch_inputs, layout, batch, None if encode_all else selection)
+            if tower is None:
+                selection = select(None)
+                encoded = encode_images(adapter, batch_inputs, layout, batch, None if encode_all else selection)
+            else:
+                encoded, selection = encode_with_reduction(adapter, batch_inputs, layout, batch, tower, select)
+        tokens = count_tokens(layout, selection, text_tokens)
+        plan = MetaPlan(adapter, layout, selection, tokens, batch, cuts)
         with meter.phase() as prefill, plan.run():
             cache, logits = run_llm(tokens.prompt, 0, None)
         stored = [(layer.keys.shape[2], layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers]
@@ -316,4 +400,5 @@ def count_batch(
         decode=decode,
         tower_flops=encoding.flops - projected,
         cuts=tuple(cuts),
+        tower=tower,
     )

@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.budget import as_budget, format_budget, parse_amount
+from tokenprune.cli.options import parse_reducer
+from tokenprune.configuration import as_config
 from tokenprune.cuts import Cut
+from tokenprune.encoder_reducer import EncoderReducer
 from tokenprune.experiments.bench.architectures import build_meta_model, load_architecture
 from tokenprune.experiments.bench.bench_model import parse_image_size
 from tokenprune.experiments.bench.cost.count import BatchCost, count_batch
@@ -36,6 +39,8 @@ class CostConfig:
             1 keeps one token).
         cut: cuts inside the LLM as layer:budget, such as 2:50%; the budget is a ratio of the tokens that entered the
             LLM, or a number of tokens. Every budget is also counted with these cuts.
+        tower: strategies inside the vision tower as calls, such as "ToMe(r=8)". Every budget is also counted with each
+            of them.
         device: names of devices, or all.
         batch: prompts per batch, with one image each.
         text_tokens: text tokens of each prompt.
@@ -51,6 +56,7 @@ class CostConfig:
     image_size: str = "672x672"
     budget: list[int | float | str] = field(default_factory=lambda: [0.2])
     cut: list[str] = field(default_factory=list)
+    tower: list[str] = field(default_factory=list)
     device: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"{', '.join(DEVICES)}, or all"})
     batch: list[int] = field(default_factory=lambda: [1])
     text_tokens: int = 60
@@ -87,10 +93,12 @@ def run(config: CostConfig) -> None:
     architecture = load_architecture(config.model, config.llm_layers)
     model = build_meta_model(architecture, getattr(torch, config.dtype), ATTENTION[config.attention])
     cuts = [parse_cut(text) for text in config.cut]
+    towers = [None, *map(parse_tower, config.tower)]
     costs = [
-        count_batch(model, size, budget, batch, config.text_tokens, cuts=parts)
+        count_batch(model, size, budget, batch, config.text_tokens, cuts=parts, tower=tower)
         for batch in config.batch
         for budget in dict.fromkeys(budgets)
+        for tower in towers
         for parts in ([(), cuts] if cuts else [()])
     ]
     rows = [(cost, [predict_with_options(cost, device, config) for device in devices]) for cost in costs]
@@ -128,6 +136,7 @@ def as_json(config: CostConfig, rows: Rows) -> dict[str, Any]:
                 "batch": cost.batch,
                 "budget": None if cost.budget is None else cost.budget.number,
                 "cuts": [{"layer": cut.layer, "budget": cut.budget} for cut in cost.cuts],
+                "tower": None if cost.tower is None else as_config(cost.tower),
                 "tokens": {**vars(cost.tokens), "prompt": cost.tokens.prompt},
                 "weight_bytes": cost.weight_bytes,
                 "kv_bytes": cost.kv_bytes,
@@ -232,9 +241,10 @@ def print_tables(config: CostConfig, rows: Rows) -> None:
 
 
 def _format_budget(cost: BatchCost) -> str:
-    """Return the budget before the LLM, and the budget of each cut with its layer."""
+    """Return the strategy inside the tower, the budget before the LLM, and the budget of each cut with its layer."""
+    tower = [] if cost.tower is None else [f"{cost.tower.label} {cost.tower.budget_label}"]
     entering = "full" if cost.budget is None else format_budget(cost.budget)
-    return " + ".join([entering, *(f"{format_budget(cut.budget)} from layer {cut.layer}" for cut in cost.cuts)])
+    return " + ".join([*tower, entering, *(f"{format_budget(cut.budget)} from layer {cut.layer}" for cut in cost.cuts)])
 
 
 def parse_cut(text: str) -> Cut:
@@ -256,6 +266,24 @@ def parse_cut(text: str) -> Cut:
             f"--cut {text!r} is not layer:budget; write the first layer without the dropped tokens and what remains, "
             "such as 2:50% or 2:0.5 (a ratio of the tokens that entered the LLM) or 2:100 (tokens)"
         ) from error
+
+
+def parse_tower(text: str) -> EncoderReducer:
+    """Return a strategy inside the vision tower from a call such as ``"ToMe(r=8)"``.
+
+    Args:
+        text: the call.
+
+    Raises:
+        ValueError: if the strategy has another stage.
+    """
+    reducer = parse_reducer(["--reducer", text])
+    if not isinstance(reducer, EncoderReducer):
+        raise ValueError(
+            f"--tower {text!r} acts at the stage {reducer.stage}, not inside the vision tower; write a strategy such "
+            'as "ToMe(r=8)", and budgets before and inside the LLM as --budget and --cut'
+        )
+    return reducer
 
 
 def format_flops(flops: float) -> str:
