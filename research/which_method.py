@@ -22,6 +22,7 @@ import torch
 from research.equal_compute import list_compositions, list_decoder_strategies, remaining_at_cut
 from research.heldout import Answers, board_interval, measure_board
 from research.mini_training.evaluate import WORLDS
+from research.tried_selections import MODEL, list_candidates
 from tokenprune.budget import Budget
 from tokenprune.catalog import strategies
 from tokenprune.experiments.analysis.report.formatting import SAME
@@ -36,8 +37,6 @@ from tokenprune.strategies import HiRED, Random
 from tokenprune.strategies.encoder import EViT, PiToMe, RandomPatches, ToMe
 
 FULL = "all tokens"
-MODEL = "mini-pages"
-"""Name of the embedded model."""
 AVERAGES = (0.05, 0.1, 0.2, 0.4)
 """Average tokens as ratios of the tokens that enter the LLM without reduction."""
 
@@ -232,8 +231,6 @@ def main(
     if merge:
         results = sum(map(WorldResults.load, merge[1:]), WorldResults.load(merge[0]))
     else:
-        from research.strategy_search import list_candidates
-
         settings = {
             f"{average} {name}": reducer
             for average in averages or AVERAGES

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from tokenprune.strategies.prumerge import OutlierThenSpacedSelection as OutlierThenSpacedSelection
     from tokenprune.strategies.prumerge import ReleasedCountAllocation as ReleasedCountAllocation
     from tokenprune.strategies.prumerge import ReleasedOrder as ReleasedOrder
+    from tokenprune.strategies.question_first import QuestionFirstSelection as QuestionFirstSelection
     from tokenprune.strategies.tops import OptimalPreservationSelection as OptimalPreservationSelection
     from tokenprune.strategies.trim import OutlierAllocation as OutlierAllocation
     from tokenprune.strategies.visionzip import ClsDominantContextualOrder as ClsDominantContextualOrder
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 _METHODS = {
     "ClsDominantContextualOrder": "visionzip",
     "ConditionalDiversitySelection": "cdpruner",
+    "QuestionFirstSelection": "question_first",
     "DenseTextRelevance": "eadp",
     "EarlyLateAttentionSelection": "hero",
     "FacilityLocationSelection": "eadp",
@@ -107,6 +109,7 @@ __all__ = [
     "OutlierThenSpacedSelection",
     "PooledGridMerging",
     "ProportionalAllocation",
+    "QuestionFirstSelection",
     "RandomSelection",
     "ReleasedCountAllocation",
     "ReleasedOrder",

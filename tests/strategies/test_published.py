@@ -404,6 +404,8 @@ RECORDED = {
     "DART": "dart",
     "ToMe": "tome",
     "PiToMe": "pitome",
+    "IPCV": "ipcv",
+    "PixelPrune": "pixelprune",
 }
 TRANSCRIBED = {"HERO"}
 """Methods recorded from a transcription of the official functions, not from the official files."""
