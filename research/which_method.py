@@ -102,10 +102,16 @@ class WorldResults:
 
     @classmethod
     def load(cls, path: str | Path) -> WorldResults:
-        """Return the results of a JSON file."""
+        """Return the results of a JSON file; a file without coverage gives results without coverage."""
         content = json.loads(Path(path).read_text())
         content["questions"] = [[(kind, split) for kind, split in image] for image in content["questions"]]
+        content["right"] = {key: [[int(c) for c in row] for row in rows] for key, rows in content["right"].items()}
         return cls(**content)
+
+    def save(self, path: str | Path) -> None:
+        """Write the results to a JSON file, with one character per answer."""
+        right = {key: ["".join(map(str, row)) for row in rows] for key, rows in self.right.items()}
+        Path(path).write_text(json.dumps(asdict(self) | {"right": right}))
 
     def answers_of(self, setting: str, kind: str | None = None) -> list[Answers]:
         """Return 1 (correct) or 0 per question of each image, for one type or split of questions or for all."""
@@ -191,9 +197,10 @@ def format_report(results: WorldResults, subject: str = "HiRED") -> str:
         *(row(name, lambda key: cell(results.answers_of(key))) for name in names),
         f"\n{subject} minus others, paired, in points ({SAME}: no difference seen):\n\n| {subject} minus {head}",
         *(row(name, difference) for name in names if name != subject),
-        f"\nCoverage of the evidence by the tokens that enter the LLM, in percent:\n\n| strategy {head}",
-        *(row(name, lambda key: f"{100 * np.mean(np.concatenate(results.coverage[key])):.1f}") for name in names),
     ]
+    if results.coverage:
+        lines.append(f"\nCoverage of the evidence by the tokens that enter the LLM, in percent:\n\n| strategy {head}")
+        lines += [row(n, lambda key: f"{100 * np.mean(np.concatenate(results.coverage[key])):.1f}") for n in names]
     kinds = sorted({label for image in results.questions for question in image for label in question})
     for average in averages:
         lines.append(f"\nBy type and split at {float(average):.0%}:\n\n| strategy | {' | '.join(kinds)} |")
@@ -239,7 +246,7 @@ def main(
         }
         results = measure_world(world, settings, number, first)
     if out is not None:
-        Path(out).write_text(json.dumps(asdict(results)))
+        results.save(out)
     print(format_report(results, subject))
 
 

@@ -35,17 +35,17 @@ def test_the_text_tower_belongs_to_the_vision_tower(model: Any, clip: Any) -> No
     assert all(torch.equal(actual[name], value) for name, value in expected.items() if "post_layernorm" not in name)
 
 
-@pytest.mark.parametrize(("world", "least"), [("pages", 0.75), ("boards", 0.8)])
+@pytest.mark.parametrize(("world", "least"), [("pages", 0.75), pytest.param("boards", 0.8, marks=pytest.mark.slow)])
 def test_answers_about_new_images(model: Any, world: str, least: float) -> None:
     processor = AutoProcessor.from_pretrained(mini.path(NAME))
-    right = measure_accuracy(model, processor, held_out_samples(60, start=200, world=world))["all"]
+    right = measure_accuracy(model, processor, held_out_samples(40, start=200, world=world))["all"]
     assert sum(right) / len(right) > least
 
 
 def test_patches_that_show_a_question_are_less_similar_to_it(clip: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(mini.text_path(NAME))
     for world in ("boards", "pages"):
-        shares = measure_auc(clip, tokenizer, world=world, count=4)
+        shares = measure_auc(clip, tokenizer, world=world, count=2)
         assert shares["background"][0] < 0.25
         assert shares["tile"][0] > shares["tile by chance"][0] + 0.3
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ def test_results_of_two_runs_equal_the_results_of_one(world: str, tmp_path: Path
     parts = [measure_world(world, settings, 1, first, "train") for first in (0, 1)]
     merged = parts[0] + parts[1]
     assert merged == both
-    (tmp_path / "results.json").write_text(json.dumps(asdict(both)))
+    both.save(tmp_path / "results.json")
     assert WorldResults.load(tmp_path / "results.json") == both
     assert all(len(image) == len(row) for image, row in zip(both.questions, both.right[FULL], strict=True))
     assert min(map(min, both.coverage[FULL])) == 1.0
