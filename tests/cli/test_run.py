@@ -21,7 +21,11 @@ from tokenprune.testing.tiny_models import random_image, tiny_model, tiny_proces
 
 
 @pytest.mark.parametrize(
-    "program", [[str(Path(sys.executable).parent / "tokenprune")], [sys.executable, "-m", "tokenprune"]]
+    "program",
+    [
+        [str(Path(sys.executable).parent / "tokenprune")],
+        pytest.param([sys.executable, "-m", "tokenprune"], marks=pytest.mark.slow),
+    ],
 )
 def test_run_without_arguments(program: list[str], tmp_path: Path) -> None:
     result = subprocess.run([*program, "run", *FAST], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -34,8 +34,9 @@ from tokenprune.strategies.question_first import QuestionFirstSelection
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
+CLASSES_WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune]
 without_text = QuestionFirstSelection(relevance=AttentionRelevance())
-WITHOUT_READS = [HiRED, FasterVLM, VisionZip, DivPrune, partial(QuestionFirst, selection=without_text)]
+WITHOUT_READS = [*CLASSES_WITHOUT_READS, partial(QuestionFirst, selection=without_text)]
 """Strategies whose numbers of kept tokens follow from the budget."""
 IN_TOWER = [ToMe(r=2), EViT(), IPCV(), EViT() >> HiRED(0.2, newlines="drop")]
 """Strategies inside the vision tower, of which each step that drops patches has a check."""
@@ -80,7 +81,10 @@ def test_operators_and_reads_beyond_the_plain_model(strategy: Any, images: int, 
     assert sum(reduced.copies.values()) <= sum(plain.copies.values())
 
 
-@pytest.mark.parametrize("reducer", IN_TOWER, ids=lambda reducer: reducer.label)
+@pytest.mark.parametrize(
+    "reducer",
+    [pytest.param(r, marks=pytest.mark.slow if r.label in ("ToMe", "IPCV") else (), id=r.label) for r in IN_TOWER],
+)
 def test_reads_of_strategies_inside_the_tower(reducer: TokenReducer) -> None:
     """The checks of all steps are read with the numbers of newline tokens, or at the end of the block.
 
@@ -136,7 +140,7 @@ def test_images_reduced_together_keep_the_tokens_of_each_image(name: str) -> Non
             assert value is None or torch.allclose(value.float(), expected.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", WITHOUT_READS)
+@pytest.mark.parametrize("strategy", [*CLASSES_WITHOUT_READS, QuestionFirst])
 def test_strategies_without_reads_run_once_for_a_group(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     select = strategy.select

@@ -63,8 +63,9 @@ def test_sharing_an_encoding_does_not_change_records() -> None:
     for setting in settings:
         run_settings([setting], Path("alone"))
     assert remove_times(records("together")) == remove_times(records("alone"))
+    together = records("together")
     for setting in settings:
-        rows = records("together")[setting.folder(Path("together")).name]
+        rows = together[setting.folder(Path("together")).name]
         counts = {(row["tower_flops"], row["tower_flops_full"]) for row in rows}
         acts_in_tower = setting.name.startswith("ToMe")
         assert all((0 < flops < full) if acts_in_tower else flops is full is None for flops, full in counts)

@@ -10,7 +10,7 @@ from research.which_method import FULL, WorldResults, format_report, list_settin
 from tokenprune.strategies import HiRED, Random
 
 
-@pytest.mark.parametrize("world", [pytest.param("boards", marks=pytest.mark.slow), "pages"])
+@pytest.mark.parametrize("world", ["boards", pytest.param("pages", marks=pytest.mark.slow)])
 def test_results_of_two_runs_equal_the_results_of_one(world: str, tmp_path: Path) -> None:
     settings = {"0.1 HiRED": HiRED(0.1), "0.1 Random": Random(0.1)}
     both = measure_world(world, settings, 2, 0, "train")
