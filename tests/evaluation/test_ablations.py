@@ -150,7 +150,10 @@ def test_workers_share_the_images_and_shards_the_settings() -> None:
     assert not list(Path("two/settings").glob("*/records.part*"))
 
 
-LARGE_GRIDS = ("hired/table3.yaml", "hired/table5.yaml", "mini/components.yaml", "mini/encoder.yaml")
+LARGE_GRIDS = (
+    *("hired/alpha.yaml", "hired/benchmarks.yaml", "hired/table3.yaml", "hired/table5.yaml"),
+    *("mini/components.yaml", "mini/encoder.yaml", "mini/hired_layers.yaml"),
+)
 
 
 @pytest.mark.parametrize(
