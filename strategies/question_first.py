@@ -1,12 +1,9 @@
 """QuestionFirst: keeps tokens that stand out for the question, and fills the budget with salient tokens of all tiles.
 
-A strategy of this library, without a paper. It was selected on training images of the embedded worlds, see
-docs/explanation/question-first.md.
-
-All tiles share one budget. A token is an *anchor* if its relevance to the question exceeds the mean of the image by
-more than ``threshold`` standard deviations. At most a ``share`` of the budget goes to anchors, the most relevant first.
-All other tokens are ranked by ``(rank(a) + rank(d)) / 2``: ``a`` is the CLS attention, ``d`` the negative cosine of a
-token and the mean token of the image, and ``rank`` is the rank among the tokens of the image, from 0 to 1.
+A strategy of this library, without a paper, see docs/explanation/question-first.md. All tiles share one budget. A token
+is an *anchor* if its relevance exceeds the mean of the image by more than ``threshold`` standard deviations. At most a
+``share`` of the budget goes to anchors, the most relevant first. All other tokens are ranked by two ranks in the image:
+by the CLS attention, and by the negative cosine of a token and the mean token.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenprune.budget import check_share
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
@@ -43,6 +41,11 @@ class QuestionFirstSelection(SelectionPolicy):
     threshold: float = 2.5
     share: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Check the options when the component is created."""
+        super().__post_init__()
+        check_share("share", self.share)
+
     @property
     def needs(self) -> Sequence[Signal]:
         """The signals of the three policies."""
@@ -55,10 +58,9 @@ class QuestionFirstSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return the mean of the ranks by attention and deviation, 0 to 1, `[tiles, tokens]`."""
-        parts = (compute_relevance(part, image) for part in (self.attention, self.deviation))
-        return (
-            torch.stack([part.argsort(dim=1).argsort(dim=1) for part in parts]).float().mean(0) / image.geometry.tokens
-        )
+        signals = (compute_relevance(part, image) for part in (self.attention, self.deviation))
+        first, second = (signal.argsort(dim=1).argsort(dim=1) for signal in signals)
+        return (first + second) / (2 * image.geometry.tokens)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep anchors up to their share, then the candidates with the largest scores."""

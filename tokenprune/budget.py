@@ -142,6 +142,20 @@ def parse_ratio(amount: float | str) -> float:
     return float(parse_amount(amount if isinstance(amount, str) else float(amount)))
 
 
+def check_share(name: str, value: float) -> None:
+    """Check that an option is a share.
+
+    Args:
+        name: name of the option.
+        value: its value.
+
+    Raises:
+        ValueError: if the value is not from 0 to 1.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r} must be from 0.0 to 1.0")
+
+
 def as_budget(value: Budget | float | int | str) -> Budget:
     """Return a budget whose amount is a Python number; an amount becomes a `Budget` with default options.
 

@@ -116,8 +116,9 @@ def answer_group(
                 cuts = [{}] * len(batch)
             progress.more_encodes += passes[0] - before
             if progress.images <= TIMED_IMAGES and alone_ms is None and records[0]["error"] is None:
-                alone_ms = round(_time_preparation(adapter, processor, setting.experiment, inputs), 3)
-                tower_flops = _count_tower_flops(adapter, processor, setting.experiment, inputs)
+                alone = Pipeline(setting.experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+                alone_ms = round(_time_preparation(alone, inputs), 3)
+                tower_flops = _count_tower_flops(alone, inputs)
             for record, selection, cuts_of_image in zip(records, selections, cuts, strict=True):
                 record["stored_image"] = name
                 record["prepare_alone_ms"] = alone_ms
@@ -131,39 +132,33 @@ def answer_group(
                     yield setting, file, record, selection
 
 
-def _time_preparation(adapter: Adapter, processor: Any, experiment: Experiment, inputs: Mapping[str, Any]) -> float:
+def _time_preparation(pipeline: Pipeline, inputs: Mapping[str, Any]) -> float:
     """Return the milliseconds that a setting needs by itself to encode an image and select its tokens.
 
     The encoding that all settings share computes the signals of all settings, and all features. Alone, a strategy
     encodes at its own resolution, up to its last required layer, and projects only kept tokens.
 
     Args:
-        adapter: the adapter of the model.
-        processor: the processor of the model.
-        experiment: the experiment of the setting.
+        pipeline: the pipeline of the setting.
         inputs: the processed image and question.
     """
-    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+    device = pipeline.adapter.model.device
     with torch.no_grad():
-        _wait_for_device(adapter.model.device)
+        _wait_for_device(device)
         began = time.perf_counter()
         pipeline.prepare(inputs, for_generate=True)
-        _wait_for_device(adapter.model.device)
+        _wait_for_device(device)
         return (time.perf_counter() - began) * 1000
 
 
-def _count_tower_flops(
-    adapter: Adapter, processor: Any, experiment: Experiment, inputs: Mapping[str, Any]
-) -> tuple[int, int] | None:
+def _count_tower_flops(pipeline: Pipeline, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the FLOPs of the tower for a setting and for the unmodified model; None if no patch can leave.
 
     Args:
-        adapter: the adapter of the model.
-        processor: the processor of the model.
-        experiment: the experiment of the setting.
+        pipeline: the pipeline of the setting.
         inputs: the processed image and question.
     """
-    pipeline = Pipeline(experiment.reducer, adapter, tokenizer=processor, keep_pixels=False)
+    adapter = pipeline.adapter
     if not pipeline.reduces_patches:
         return None
     reduced = count_tower_flops(adapter, lambda: pipeline.prepare(inputs, for_generate=True), pipeline)

@@ -11,7 +11,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from tokenprune.budget import apportion, apportion_tensor, as_device_tensor
+from tokenprune.budget import apportion, apportion_tensor, as_device_tensor, check_share
 from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry, region_coverage
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
@@ -90,8 +90,7 @@ class VisualContentAllocation(AllocationPolicy):
     def __post_init__(self) -> None:
         """Check the options when the component is created."""
         super().__post_init__()
-        if not 0.0 <= self.base_share <= 1.0:
-            raise ValueError(f"base_share={self.base_share!r} must be from 0.0 to 1.0")
+        check_share("base_share", self.base_share)
 
     @property
     def needs(self) -> Sequence[Signal]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import re
@@ -17,6 +18,14 @@ from tokenprune.cli.help.__main__ import SUBCOMMANDS, format_help
 from tokenprune.cli.main import COMMANDS, main
 from tokenprune.experiments.bench import selection_cost
 from tokenprune.experiments.bench.selection_cost import ModelSize
+
+
+def test_a_second_command_does_not_freeze_the_garbage_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "models"]) == 0
+    frozen = gc.get_freeze_count()
+    assert frozen
+    assert main(["list", "models"]) == 0
+    assert gc.get_freeze_count() <= frozen
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,12 @@ def test_a_high_threshold_leaves_only_saliency(image: EncodedImage) -> None:
     assert set(list_kept(make_reducer(12, threshold=1e6), image)) == set(list_salient(image)[:12])
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share=.* must be from 0.0 to 1.0"):
+        QuestionFirstSelection(share=share)
+
+
 @pytest.mark.parametrize("number", [0, 1, 7, GEOMETRY.valid_tokens])
 def test_the_budget_is_spent_exactly(image: EncodedImage, number: int) -> None:
     assert len(list_kept(make_reducer(number), image)) == number

@@ -50,8 +50,10 @@ def run_command(arguments: Sequence[str]) -> int:
     with show_status("loading torch and transformers"), pause_garbage_collection():
         run = import_module(f"tokenprune.cli.{arguments[0]}").run
     # Modules stay until the exit. Without this line, garbage collection searches all objects of torch and transformers
-    # several times, also at the exit, which takes more than a second.
-    gc.freeze()
+    # several times, also at the exit, which takes more than a second. Later commands of the process, such as the runs
+    # of a sweep, must not freeze the garbage of earlier ones.
+    if not gc.get_freeze_count():
+        gc.freeze()
     # A sweep runs other commands. It receives `main`, because its module cannot import this one.
     return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
 
