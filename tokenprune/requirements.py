@@ -56,7 +56,7 @@ def describe_missing_signals(reducer: TokenReducer, adapter: Adapter) -> str | N
         return (
             f"{name} reads the question, which requires the text tower that belongs to the vision "
             "tower: set text_model to the CLIP checkpoint that the tower comes from (LLaVA: "
-            "'openai/clip-vit-large-patch14-336'; the embedded model: 'mini')"
+            "'openai/clip-vit-large-patch14-336'; embedded models: their own name, 'mini' or 'mini-pages')"
         )
     return None
 

@@ -43,8 +43,8 @@ class BenchConfig:
     >>> BenchConfig(model="mini", budget=[0.2], repeats=3)
 
     Args:
-        model: mini, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture such as
-            llava-v1.6-vicuna-7b.
+        model: mini, mini-pages, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture
+            such as llava-v1.6-vicuna-7b.
         baseline: release also measures HiRED as in its published code at each budget below 100 %; auto does so on CUDA
             if the model supports it; none.
         reducers: strategies or presets by name, file.py:Class, or a call with its budget
