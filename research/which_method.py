@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tokenprune.models.mini.boards import Split
 from tokenprune.models.mini.pages import Page
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import HiRED, Random
-from tokenprune.strategies.encoder import EViT, PiToMe, RandomPatches, ToMe
+from tokenprune.strategies.encoder import IPCV, EViT, PiToMe, RandomPatches, ToMe
 
 FULL = "all tokens"
 AVERAGES = (0.05, 0.1, 0.2, 0.4)
@@ -50,11 +50,31 @@ def list_projector_strategies() -> dict[str, TokenReducer]:
     return reducers | {f"Random, seed {seed}": Random.seeded(seed=seed) for seed in range(3)}
 
 
-def list_encoder_strategies() -> dict[str, TokenReducer]:
-    """Return compositions of a strategy inside the vision tower and HiRED by name."""
-    towers = {"ToMe(r=12)": ToMe(r=12), "PiToMe(r=12)": PiToMe(r=12), "EViT(0.7)": EViT(0.7)}
-    towers["RandomPatches(0.7)"] = RandomPatches(0.7)
-    return {f"{name}+HiRED": tower >> HiRED() for name, tower in towers.items()}
+def list_encoder_strategies(average: float) -> dict[str, TokenReducer]:
+    """Return the strategies inside the vision tower by name, alone and in compositions with HiRED.
+
+    Alone, the patches that leave the tower are the tokens; IPCV restores all patches, and has compositions only. In a
+    composition, the strategy has its default schedule (merging: 12 patches per layer), and HiRED the budget.
+
+    Args:
+        average: tokens that enter the LLM as a ratio of the tokens without reduction.
+    """
+    steps = tuple((depth, average ** (number / 3)) for number, depth in enumerate((0.25, 0.5, 0.75), start=1))
+    alone = {
+        "ToMe": ToMe(average),
+        "PiToMe": PiToMe(average),
+        "EViT": EViT(schedule=steps),
+        "RandomPatches": RandomPatches(average),
+    }
+    towers = {
+        "ToMe": ToMe(r=12),
+        "PiToMe": PiToMe(r=12),
+        "EViT": EViT(),
+        "IPCV": IPCV(),
+        "RandomPatches": RandomPatches(0.5),
+    }
+    hired = HiRED(Budget(average, of="unpadded"))
+    return alone | {f"{name}+HiRED": tower >> hired for name, tower in towers.items()}
 
 
 def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None) -> dict[str, TokenReducer]:
@@ -69,6 +89,7 @@ def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None
     budget = Budget(average, of="unpadded")
     before = list_projector_strategies() | dict(more or {})
     settings = {name: replace(reducer, budget=budget) for name, reducer in before.items()}
+    settings |= list_encoder_strategies(average)
     if (behind := remaining_at_cut(average)) > 0:
         return {**settings, **list_decoder_strategies(behind)}
     return {**settings, **list_compositions(average)}
@@ -96,6 +117,12 @@ class WorldResults:
             self.questions + other.questions,
             *({key: rows + second[key] for key, rows in first.items()} for first, second in self._pair(other)),
         )
+
+    def combine(self, other: WorldResults) -> WorldResults:
+        """Return the results together: other settings on the same images, or the same settings on other images."""
+        if self.questions != other.questions:
+            return self + other
+        return WorldResults(self.questions, *(first | second for first, second in self._pair(other)))
 
     def _pair(self, other: WorldResults) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         return [(getattr(self, name), getattr(other, name)) for name in ("right", "coverage", "tokens")]
@@ -132,7 +159,12 @@ def find_evidence(image: Any, question: Any) -> Sequence[tuple[int, int, int, in
 
 
 def measure_world(
-    world: str, settings: Mapping[str, TokenReducer], number: int, first: int, split: Split = "heldout"
+    world: str,
+    settings: Mapping[str, TokenReducer],
+    number: int,
+    first: int,
+    split: Split = "heldout",
+    out: str | Path | None = None,
 ) -> WorldResults:
     """Return the results of settings on the images of a world.
 
@@ -142,15 +174,21 @@ def measure_world(
         number: number of images.
         first: index of the first image.
         split: ``heldout``, or ``train`` for images that may be used to choose a strategy.
+        out: JSON file that is written after each image; images that it contains are not measured again.
+
+    Raises:
+        ValueError: if the file contains the results of other settings.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(mini.path(MODEL), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(mini.path(MODEL))
     rows = [(FULL, 1.0, HiRED(1.0)), *((name, 0.0, reducer) for name, reducer in settings.items())]
-    results = WorldResults()
+    results = WorldResults.load(out) if out is not None and Path(out).exists() else WorldResults()
+    if results.questions and set(results.right) != {FULL, *settings}:
+        raise ValueError(f"{out} contains the results of other settings; name another file")
     image: Any
-    for image in WORLDS[world](number, split, first):
+    for image in WORLDS[world](number - len(results.questions), split, first + len(results.questions)):
         results.questions.append([(q.type, name_split(image, q)) for q in image.questions])
         boxes = [find_evidence(image, question) for question in image.questions]
         evidence = [(to_regions(b, image.pixels.shape), q.needs) for b, q in zip(boxes, image.questions, strict=True)]
@@ -160,6 +198,8 @@ def measure_world(
             results.right.setdefault(name, []).append([int(is_right) for is_right in right])
             results.coverage.setdefault(name, []).append(shares)
             results.tokens.setdefault(name, []).append(run.account.average_tokens)
+        if out is not None:
+            results.save(out)
     return results
 
 
@@ -232,11 +272,12 @@ def main(
         averages: average tokens as ratios; by default 5, 10, 20 and 40 %.
         methods: names of the strategies to measure; by default all.
         subject: the strategy that is compared with all others.
-        out: JSON file for the results of all questions.
-        merge: JSON files of earlier runs. If given, nothing is measured and their results are reported together.
+        out: JSON file for the results of all questions, written after each image; the same command resumes.
+        merge: JSON files of earlier runs, on other images or with other methods. If given, nothing is measured and
+            their results are reported together.
     """
     if merge:
-        results = sum(map(WorldResults.load, merge[1:]), WorldResults.load(merge[0]))
+        results = reduce(WorldResults.combine, map(WorldResults.load, merge))
     else:
         settings = {
             f"{average} {name}": reducer
@@ -244,8 +285,8 @@ def main(
             for name, reducer in list_settings(average, list_candidates()).items()
             if methods is None or name in methods
         }
-        results = measure_world(world, settings, number, first)
-    if out is not None:
+        results = measure_world(world, settings, number, first, out=out)
+    if merge and out is not None:
         results.save(out)
     print(format_report(results, subject))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 
 from tokenprune.cli.help import read_help
@@ -32,6 +33,17 @@ COMMANDS = ("run", "demo", "evaluate", "ablate", "report", "sweep", "encode", "l
 """The commands; the module `tokenprune.cli.COMMAND` runs each."""
 
 
+@cache
+def freeze_loaded_objects() -> None:
+    """Exclude all objects from garbage collection, once per process.
+
+    Modules stay until the exit. Otherwise garbage collection searches all objects of torch and transformers several
+    times, also at the exit, which takes more than a second. Later commands of the process, such as the runs of a
+    sweep, must not freeze the garbage of earlier ones.
+    """
+    gc.freeze()
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Import and run a command, and return its exit code.
 
@@ -49,11 +61,7 @@ def run_command(arguments: Sequence[str]) -> int:
         check_dependencies()
     with show_status("loading torch and transformers"), pause_garbage_collection():
         run = import_module(f"tokenprune.cli.{arguments[0]}").run
-    # Modules stay until the exit. Without this line, garbage collection searches all objects of torch and transformers
-    # several times, also at the exit, which takes more than a second. Later commands of the process, such as the runs
-    # of a sweep, must not freeze the garbage of earlier ones.
-    if not gc.get_freeze_count():
-        gc.freeze()
+    freeze_loaded_objects()
     # A sweep runs other commands. It receives `main`, because its module cannot import this one.
     return (run(arguments[1:], main) if arguments[0] == "sweep" else run(arguments[1:])) or 0
 

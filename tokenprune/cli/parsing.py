@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
@@ -149,6 +150,12 @@ def resolve_component(name: str, classes: Mapping[str, type[Configurable]], kind
     return format_class(find_class(name, classes, kind))
 
 
+@cache
+def read_hints(cls: type) -> Mapping[str, Any]:
+    """Return the types of the fields of a class by name; evaluated once per class."""
+    return get_type_hints(cls)
+
+
 def collect_fields(classes: Iterable[type], base: type) -> set[str]:
     """Return the names of all fields of strategies and components that hold an object of a class, or several.
 
@@ -156,7 +163,7 @@ def collect_fields(classes: Iterable[type], base: type) -> set[str]:
         classes: strategies and components.
         base: the class, `Component` or `TokenReducer`.
     """
-    hints = [hint for cls in classes for hint in get_type_hints(cls).items()]
+    hints = [hint for cls in classes for hint in read_hints(cls).items()]
     return {
         name
         for name, hint in hints
@@ -169,7 +176,7 @@ def collect_literals(classes: Iterable[type]) -> dict[str, set[str]]:
     """Return the literal values that a field accepts instead of a component, by field name."""
     literals: dict[str, set[str]] = {}
     for cls in classes:
-        for name, hint in get_type_hints(cls).items():
+        for name, hint in read_hints(cls).items():
             for kind in (hint, *get_args(hint)):
                 if get_origin(kind) is Literal:
                     literals.setdefault(name, set()).update(map(str, get_args(kind)))
