@@ -53,26 +53,20 @@ def list_projector_strategies() -> dict[str, TokenReducer]:
 def list_encoder_strategies(average: float) -> dict[str, TokenReducer]:
     """Return the strategies inside the vision tower by name, alone and in compositions with HiRED.
 
-    Alone, the patches that leave the tower are the tokens; IPCV restores all patches, and has compositions only. In a
-    composition, the strategy has its default schedule (merging: 12 patches per layer), and HiRED the budget.
+    Alone, the patches that leave the tower are the tokens. IPCV restores all patches, and has compositions only. A layer
+    merges at most half of its patches, so that merging alone leaves 15 % of the tokens, and is listed from 20 % on. In a
+    composition the strategy has its default schedule (merging: 12 patches per layer), and HiRED the budget.
 
     Args:
         average: tokens that enter the LLM as a ratio of the tokens without reduction.
     """
     steps = tuple((depth, average ** (number / 3)) for number, depth in enumerate((0.25, 0.5, 0.75), start=1))
-    alone = {
-        "ToMe": ToMe(average),
-        "PiToMe": PiToMe(average),
-        "EViT": EViT(schedule=steps),
-        "RandomPatches": RandomPatches(average),
-    }
-    towers = {
-        "ToMe": ToMe(r=12),
-        "PiToMe": PiToMe(r=12),
-        "EViT": EViT(),
-        "IPCV": IPCV(),
-        "RandomPatches": RandomPatches(0.5),
-    }
+    alone: dict[str, TokenReducer] = {"EViT": EViT(schedule=steps), "RandomPatches": RandomPatches(average)}
+    if average >= 0.2:
+        alone |= {"ToMe": ToMe(average), "PiToMe": PiToMe(average)}
+    towers = {"ToMe": ToMe(r=12), "PiToMe": PiToMe(r=12), "IPCV": IPCV(), "RandomPatches": RandomPatches(0.5)}
+    if average < EViT().schedule[-1][1]:
+        towers["EViT"] = EViT()
     hired = HiRED(Budget(average, of="unpadded"))
     return alone | {f"{name}+HiRED": tower >> hired for name, tower in towers.items()}
 

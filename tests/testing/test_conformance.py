@@ -32,7 +32,6 @@ from tokenprune.testing.conformance import (
 from tokenprune.testing.encoder_checks import ENCODER_CHECKS
 from tokenprune.testing.examples import build_example, find_example
 
-
 THREE_FAMILIES = {"llava_next", "gemma3", "qwen2_5_vl"}
 """Tiles with CLS attention, crops, and native resolution. The checks of all families run with ``-m slow``."""
 
