@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tokenprune.models import mini
+
+MIN_SIMILARITY = 0.99
+"""Cosine of the patch embeddings of two vision towers below which they count as different towers."""
 
 
 @contextmanager
@@ -50,6 +54,7 @@ class TextTower:
         self.text: Any = model.text_model
         self.text_projection: nn.Module = model.text_projection
         vision: Any = model.vision_model
+        self.patch_embedding: Tensor = vision.embeddings.patch_embedding.weight
         self.norm: nn.Module = vision.post_layernorm
         self.projection: nn.Module = model.visual_projection
 
@@ -95,6 +100,27 @@ class TextTower:
             )
         self.norm.to(features.device), self.projection.to(features.device)
         return self.projection(self.norm(features.float()))
+
+    @torch.no_grad()
+    def warn_of_another_tower(self, tower: nn.Module) -> None:
+        """Warn if the patch embeddings of the checkpoint's vision tower and of a model's tower are not similar.
+
+        A fine-tuned tower stays similar. Towers with patches of another size are not compared.
+
+        Args:
+            tower: the vision tower of the model.
+        """
+        own = self.patch_embedding.flatten()
+        for module in tower.modules():
+            if isinstance(module, nn.Conv2d) and module.weight.shape == self.patch_embedding.shape:
+                similarity = F.cosine_similarity(own, module.weight.flatten().to(own), dim=0)
+                if similarity < MIN_SIMILARITY:
+                    warnings.warn(
+                        f"text_model={self.name!r} belongs to another vision tower (cosine of the patch embeddings: "
+                        f"{float(similarity):.2f}), so that the relevance of tokens to the question is not meaningful; "
+                        "name the CLIP checkpoint that the model's tower comes from",
+                        stacklevel=2,
+                    )
 
 
 @cache

@@ -95,6 +95,11 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
         """
         return list_feature_parameters(self.model, "image") | list_feature_parameters(self.model, "video")
 
+    @cached_property
+    def compared_text_models(self) -> set[str | None]:
+        """The text models whose vision tower was compared with the tower of the model."""
+        return set()
+
     # --- Encoding and capture ----------------------------------------------------------------------------------------
 
     def encode(
@@ -117,6 +122,9 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
 
         if any(signal.kind in ALIGNED_SIGNALS for signal in needs):  # if the checkpoint does not fit, raise first
             align(inputs[self.pixels].new_zeros(1, 1, self.tower.config.hidden_size))
+            if text_model not in self.compared_text_models:
+                self.compared_text_models.add(text_model)
+                load_text_tower(text_model).warn_of_another_tower(self.tower)
         positions = None if entering is None else self.select_patches(entering, layouts, inputs)
         patches = self.build_patch_reduction(patch_reducers, layouts, feature_layer, positions)
         truncated = truncated and not (patch_reducers and patches is None)  # all patches: as the unmodified model

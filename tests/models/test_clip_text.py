@@ -122,6 +122,19 @@ def test_a_text_tower_of_another_width_raises(kind: Any) -> None:
         model(**inputs)
 
 
+def test_a_text_tower_of_another_vision_tower_warns(recwarn: pytest.WarningsRecorder) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(mini.path("mini-pages"))
+    processor = AutoProcessor.from_pretrained(mini.path("mini-pages"))
+    (board,) = boards(1, "heldout", 1000)
+    inputs = build_inputs(processor, board.image, [board.questions[0].text])
+    with torch.no_grad(), TRIM(text_model="mini-pages")(model):
+        model(**inputs)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"'mini' belongs to another vision tower \(cosine .* 0.96\)"), torch.no_grad():  # noqa: SIM117
+        with TRIM(text_model="mini")(model):
+            model(**inputs)
+
+
 def test_siglip_towers_provide_no_text_signals() -> None:
     with pytest.raises(ValueError, match="missing: aligned_features, question"):
         CDPruner(text_model="mini")(tiny_model("llava_next", tower="siglip")).__enter__()
