@@ -16,6 +16,8 @@ _HERE = Path(__file__).parent
 MODELS = MappingProxyType({"mini": "drawn boards", "mini-pages": "drawn boards and pages"})
 """Names of the embedded models, with the images that they were trained on."""
 _FOLDERS = {"mini": ("checkpoint", "text"), "mini-pages": ("pages_checkpoint", "pages_text")}
+_IMAGES = {"mini": ("board",), "mini-pages": ("page", "board")}
+"""Demo images that a model can answer questions about; the first one is the default."""
 
 
 def path(name: str = "mini") -> Path:
@@ -36,9 +38,13 @@ def text_path(name: str = "mini") -> Path:
     return _HERE / _FOLDERS[name][1]
 
 
-def image_path() -> Path:
-    """Return the file of the demo image, a board of the held-out split."""
-    return _HERE / "images" / "board.png"
+def image_path(name: str = "mini") -> Path:
+    """Return the file of a demo image of the held-out split.
+
+    Args:
+        name: name of a model: ``mini-pages`` has a page, every other model the board of ``mini``.
+    """
+    return _HERE / "images" / f"{_IMAGES.get(name, _IMAGES['mini'])[0]}.png"
 
 
 def describe_limits(image: str | Path, name: str = "mini") -> str:
@@ -51,7 +57,10 @@ def describe_limits(image: str | Path, name: str = "mini") -> str:
     Returns:
         The notice; empty for the demo image and for other models.
     """
-    if name not in MODELS or Path(image).expanduser().read_bytes() == image_path().read_bytes():
+    if name not in MODELS:
+        return ""
+    content = Path(image).expanduser().read_bytes()
+    if any((_HERE / "images" / f"{known}.png").read_bytes() == content for known in _IMAGES[name]):
         return ""
     return (
         f"{Path(image).name}: the embedded model ({name}) was trained on {MODELS[name]} only; its answers about "
@@ -59,10 +68,13 @@ def describe_limits(image: str | Path, name: str = "mini") -> str:
     )
 
 
-def demo_questions() -> list[dict[str, str]]:
-    """Return the questions about the demo image.
+def demo_questions(name: str = "mini") -> list[dict[str, str]]:
+    """Return the questions about the demo image of a model.
+
+    Args:
+        name: the name of the model, as for `image_path`.
 
     Returns:
         One dictionary per question with the keys ``question``, ``answer``, ``type`` and ``needs``.
     """
-    return json.loads((_HERE / "images" / "board.json").read_text())
+    return json.loads(image_path(name).with_suffix(".json").read_text())

@@ -35,6 +35,7 @@ __all__ = [
     "Page",
     "Question",
     "list_words",
+    "make_demo",
     "make_page",
     "pages",
 ]
@@ -236,6 +237,11 @@ def pages(count: int, split: Split = "heldout", start: int = 0) -> Iterator[Page
     """
     for index in range(start, start + count):
         yield make_page(index, split)
+
+
+def make_demo() -> Page:
+    """Return the page of the bundled image: a table with 3 x 2 tiles, selected from twelve held-out pages."""
+    return make_page(10, "heldout")
 
 
 def list_words() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tokenprune.models.mini import pages
 from tokenprune.models.mini.boards import GRIDS, TILE, all_words, as_dict, make_demo
 
 __all__ = ["PATCH", "SIDE", "export", "make_config", "make_processor", "make_tokenizer", "write_demo"]
@@ -184,12 +186,26 @@ def export(
 
 
 def write_demo(folder: Path) -> None:
-    """Write the demo image and its questions.
+    """Write the demo images and their questions.
 
     Args:
         folder: The folder of the images.
     """
-    board = make_demo()
     folder.mkdir(parents=True, exist_ok=True)
-    board.image.save(folder / "board.png")
-    (folder / "board.json").write_text(json.dumps([as_dict(item) for item in board.questions], indent=1) + "\n")
+    page = pages.make_demo()
+    questions = [{"question": q.text, "answer": q.answer, "type": q.type, "needs": q.needs} for q in page.questions]
+    write_image(folder / "page.png", page.image, questions)
+    board = make_demo()
+    write_image(folder / "board.png", board.image, [as_dict(item) for item in board.questions])
+
+
+def write_image(path: Path, image: Image.Image, questions: list[dict[str, str]]) -> None:
+    """Write an image and its questions, in a JSON file of the same name.
+
+    Args:
+        path: the file of the image.
+        image: the image.
+        questions: question, answer, type and needs of each question.
+    """
+    image.save(path)
+    path.with_suffix(".json").write_text(json.dumps(questions, indent=1) + "\n")

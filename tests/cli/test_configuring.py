@@ -206,6 +206,12 @@ def test_yaml_accepts_the_names_of_the_command_line(capsys: pytest.CaptureFixtur
     assert component_config(inline, "selection")["init_args"] == {"seed": 5}
 
 
+def test_strings_in_an_expression_are_not_changed() -> None:
+    reducer = parse_reducer(["--reducer", "cd-pruner(0.2, text_model='a/clip-vit-large-patch14')+fastv(layer=2)"])
+    assert reducer.list_parts()[0].text_model == "a/clip-vit-large-patch14"
+    assert parse_reducer(["--reducer", 'cd-pruner(text_model="mini-pages")']).text_model == "mini-pages"
+
+
 def test_repeated_options_and_kebab_case_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, "--question", "One?", "--question", "Two?", "--reducer.allocation.base-share", "0.3")
     assert [result["question"] for result in report["results"]] == ["One?", "Two?"]

@@ -153,10 +153,10 @@ def test_text_from_visitors_is_escaped(mini_model: tuple[Any, Any]) -> None:
 def test_images_are_checked_before_decoding(tmp_path: Path) -> None:
     Image.new("1", (3000, 2000)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="3000 x 2000 pixels; the limit is 5 million"):
-        open_image(str(tmp_path / "large.png"), 5)
+        open_image(str(tmp_path / "large.png"), DemoConfig(max_megapixels=5))
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="not an image"):
-        open_image(str(tmp_path / "text.png"), 5)
+        open_image(str(tmp_path / "text.png"), CONFIG)
 
 
 def test_the_bundled_board_needs_no_file_name(tmp_path: Path) -> None:
@@ -313,3 +313,11 @@ def test_files_outside_the_temporary_folder_are_not_read(page_url: str, tmp_path
     assert "event: complete" not in events
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{page_url}gradio_api/file={tmp_path / 'private.png'}", timeout=60)
+
+
+@pytest.mark.parametrize(("model", "tower"), [("mini", "mini"), ("mini-pages", "mini-pages"), ("folder", None)])
+def test_the_text_tower_is_the_one_of_the_embedded_model(model: str, tower: str | None) -> None:
+    choice = Choice("CDPruner")
+    reducer = build_reducer(choice, DemoConfig(model=model).text_tower)
+    assert reducer.text_model == tower
+    assert f"mini.image_path({model!r})" in format_python(choice, DemoConfig(model=model), "", "What?")

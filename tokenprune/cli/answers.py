@@ -28,8 +28,10 @@ from tokenprune.run import Run
 from tokenprune.strategies import HiRED
 from tokenprune.viz import FIGURE_SUFFIXES, draw_mask, draw_report, format_caption, save_figure
 
-DEMO_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
-"""Question types for the bundled board; each type has one question."""
+PAGE_TYPES = ("value", "name", "color_value", "largest", "compare")
+BOARD_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
+DEMO_TYPES = (*PAGE_TYPES, *BOARD_TYPES)
+"""Question types of the bundled images in the order of the table; each type has one question."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class RunConfig:
     Args:
         plugin: Python files with further strategies.
         model: mini or mini-pages (embedded), a checkpoint folder, or a hub id.
-        image: image files; by default the bundled board.
+        image: image files; by default the bundled board (mini-pages: the bundled page).
         question: questions; each is asked about each image.
         reducer: strategy: a class name (HiRED, hired), a preset (HiRED.release) or file.py:Class, e.g. with
             --reducer.selection RandomSelection --reducer.selection.seed 3; or a composition
@@ -118,14 +120,14 @@ def answer_all(config: RunConfig) -> list[Answer]:
         raise ValueError(f"--figure {config.figure}: give a file that ends in {', '.join(FIGURE_SUFFIXES)}")
     if config.max_new_tokens < 1 or config.repeats < 1:
         raise ValueError("--max-new-tokens and --repeats must be at least 1")
-    files = list(config.image) if config.image else [str(mini.image_path())]
+    files = list(config.image) if config.image else [str(mini.image_path(config.model))]
     images = [load_image(file) for file in files]
     if config.question:
         questions: list[tuple[str, str | None]] = [(question, None) for question in config.question]
     elif config.image:
         questions = [("What is in the image?", None)]
     else:
-        bundled = mini.demo_questions()
+        bundled = mini.demo_questions(config.model)
         first = {kind: next((q for q in bundled if q["type"] == kind), None) for kind in DEMO_TYPES}
         questions = [(q["question"], q["answer"]) for q in first.values() if q is not None]
     for question, _ in questions:

@@ -96,8 +96,8 @@ def parse_expression(text: str) -> Call:
 
 
 def _join_kebab_case(text: str) -> str:
-    """Return a text whose kebab-case names are written with underscores, which are aliases as well."""
-    return re.sub(r"(?<=[A-Za-z_])-(?=[A-Za-z_])", "_", text)
+    """Return a text whose kebab-case names are written with underscores, which are aliases; strings stay unchanged."""
+    return re.sub(r"""('[^']*'|"[^"]*")|(?<=[A-Za-z_])-(?=[A-Za-z_])""", lambda match: match[1] or "_", text)
 
 
 def _list_summands(node: ast.expr) -> list[ast.expr]:

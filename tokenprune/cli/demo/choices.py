@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from tokenprune.catalog import components, strategies
 from tokenprune.cli.options import parse_reducer
 from tokenprune.cuts import resolve_cuts
+from tokenprune.models import mini
 from tokenprune.policies import AllocationPolicy, Component, SelectionPolicy
 from tokenprune.reducer import TokenReducer
 
@@ -21,7 +22,7 @@ class DemoConfig:
 
     Args:
         model: mini or mini-pages (embedded), a checkpoint folder, or a hub id.
-        text_model: text tower of strategies that read the question; mini belongs to the embedded model.
+        text_model: text tower of strategies that read the question; by default the one of the embedded model.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto (float32 on a CPU), float32, bfloat16, float16.
         host: address to listen on; by default only this machine can open the page.
@@ -32,7 +33,7 @@ class DemoConfig:
     """
 
     model: str = "mini"
-    text_model: str = "mini"
+    text_model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     host: str = "127.0.0.1"
@@ -40,6 +41,11 @@ class DemoConfig:
     max_megabytes: int = 10
     max_megapixels: int = 25
     max_new_tokens: int = 32
+
+    @property
+    def text_tower(self) -> str | None:
+        """The text model; by default the name of an embedded model, and None for other models."""
+        return self.text_model or (self.model if self.model in mini.MODELS else None)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def format_ratio(percent: float) -> str:
     return str(float(percent) / 100)
 
 
-def list_parts(choice: Choice, text_model: str = "mini") -> list[str]:
+def list_parts(choice: Choice, text_model: str | None = "mini") -> list[str]:
     """Return the parts of the chosen strategy as Python expressions, in the order of their stages.
 
     Args:
@@ -135,7 +141,7 @@ def list_parts(choice: Choice, text_model: str = "mini") -> list[str]:
                 if name not in {field.name for field in fields(classes[choice.before])}:
                     raise ValueError(f"{choice.before} has no {name} component; choose {NONE}, or HiRED")
                 arguments.append(f"{name}={component}()")
-        if classes[choice.before]().reads_question:
+        if classes[choice.before]().reads_question and text_model is not None:
             arguments.append(f"text_model={text_model!r}")
         parts.append(f"{choice.before}({', '.join(arguments)})")
     if choice.inside != NONE:
@@ -149,7 +155,7 @@ def list_parts(choice: Choice, text_model: str = "mini") -> list[str]:
     return parts
 
 
-def build_reducer(choice: Choice, text_model: str = "mini") -> TokenReducer:
+def build_reducer(choice: Choice, text_model: str | None = "mini") -> TokenReducer:
     """Return the chosen strategy.
 
     Args:
@@ -168,22 +174,22 @@ def format_command(choice: Choice, config: DemoConfig, image: str, question: str
     Args:
         choice: the strategy.
         config: the options of the page.
-        image: the name of the image file; empty for the bundled board.
+        image: the name of the image file; empty for the bundled image.
         question: the question.
     """
     words = ["tokenprune", "run", "--model", config.model, *(["--image", image] if image else [])]
-    words += ["--question", question, "--reducer", "+".join(list_parts(choice, config.text_model))]
+    words += ["--question", question, "--reducer", "+".join(list_parts(choice, config.text_tower))]
     return shlex.join(words)
 
 
 def format_python(choice: Choice, config: DemoConfig, image: str, question: str) -> str:
     """Return a Python script with the same result; takes the arguments of `format_command`."""
-    parts = list_parts(choice, config.text_model)
+    parts = list_parts(choice, config.text_tower)
     names = [name for name in (choice.before, choice.inside) if name != NONE]
     classes: list[type] = [strategies()[name] for name in names]
     classes += [components()[name] for name in (choice.selection, choice.allocation) if name != NONE]
     imports = "\n".join(f"from {cls.__module__} import {cls.__name__}" for cls in classes)
-    path = repr(image) if image else "mini.image_path()"
+    path = repr(image) if image else f"mini.image_path({config.model!r})"
     return f"""from tokenprune.experiments.evaluation.loading import load, model_inputs
 from tokenprune.image_files import load_image
 from tokenprune.models import mini

@@ -41,7 +41,7 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
         choices = [first, *([second] if is_compared else [])]
         try:
             table, pages = answer(model, processor, config, path, question, choices)
-            name = name_upload(path)
+            name = name_upload(path, config.model)
             commands = "\n".join(format_command(choice, config, name, question) for choice in choices)
             scripts = "\n\n".join(format_python(choice, config, name, question) for choice in choices)
         except (ValueError, LookupError, TypeError) as error:
@@ -86,16 +86,17 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
             ]
 
     initial = PageState()
-    board = str(mini.image_path())
-    questions = list(dict.fromkeys(entry["question"] for entry in mini.demo_questions()))
+    file = str(mini.image_path(config.model))
+    questions = list(dict.fromkeys(entry["question"] for entry in mini.demo_questions(config.model)))
+    question_value = initial.question if initial.question in questions else questions[0]
     with gradio.Blocks(title="tokenprune", analytics_enabled=False) as page:
         gradio.Markdown("# tokenprune\nAsk about an image, with all visual tokens and with a strategy.")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=320):
-                image = gradio.Image(board, type="filepath", sources=["upload", "clipboard"], label="image", height=240)
+                image = gradio.Image(file, type="filepath", sources=["upload", "clipboard"], label="image", height=240)
                 # gradio would decode the file; `open_image` checks its size first. A subclass has no frontend.
                 image.preprocess = lambda payload: None if payload is None else payload.path
-                question = gradio.Dropdown(questions, value=initial.question, allow_custom_value=True, label="question")
+                question = gradio.Dropdown(questions, value=question_value, allow_custom_value=True, label="question")
                 button = gradio.Button("Answer", variant="primary")
                 first = add_choice(1, initial.first)
                 is_compared = gradio.Checkbox(label="compare with a second strategy")

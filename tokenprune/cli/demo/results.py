@@ -60,31 +60,38 @@ def format_tiles(run: Run) -> str:
     return f'<div class="tiles" style="{style}">{"".join(tiles)}</div>'
 
 
-def open_image(path: str | None, max_megapixels: int) -> Image.Image:
-    """Return an uploaded image, or the bundled board without a file. The size is checked before decoding.
+def open_image(path: str | None, config: DemoConfig) -> Image.Image:
+    """Return an uploaded image, or the bundled image without a file. The size is checked before decoding.
 
     Args:
-        path: the file; None for the bundled board.
-        max_megapixels: largest number of pixels, in millions.
+        path: the file; None for the bundled image.
+        config: the options of the page, with the largest number of pixels.
 
     Raises:
         ValueError: if the file is no image, or too large.
     """
-    file = path or str(mini.image_path())
+    file = path or str(mini.image_path(config.model))
     try:
         with Image.open(file) as image:
             width, height = image.size
     except (OSError, Image.DecompressionBombError):
         raise ValueError("this file is not an image that can be read; use PNG or JPEG") from None
-    if width * height > max_megapixels * 1e6:
-        raise ValueError(f"the image has {width} x {height} pixels; the limit is {max_megapixels} million pixels")
+    if width * height > config.max_megapixels * 1e6:
+        raise ValueError(
+            f"the image has {width} x {height} pixels; the limit is {config.max_megapixels} million pixels"
+        )
     return load_image(file)
 
 
-def name_upload(path: str | None) -> str:
-    """Return the name of an uploaded file; empty for the bundled board, which the page copies under another path."""
-    is_board = path is None or Path(path).read_bytes() == mini.image_path().read_bytes()
-    return "" if path is None or is_board else Path(path).name
+def name_upload(path: str | None, model: str = "mini") -> str:
+    """Return the name of an uploaded file; empty for the bundled image, which the page copies under another path.
+
+    Args:
+        path: the file; None for the bundled image.
+        model: name of the model.
+    """
+    is_bundled = path is None or Path(path).read_bytes() == mini.image_path(model).read_bytes()
+    return "" if path is None or is_bundled else Path(path).name
 
 
 def answer(
@@ -96,7 +103,7 @@ def answer(
         model: the model.
         processor: its processor.
         config: the options of the page.
-        path: the image file; None for the bundled board.
+        path: the image file; None for the bundled image.
         question: the question.
         choices: the strategies.
 
@@ -108,8 +115,8 @@ def answer(
     """
     if not question.strip() or "<image>" in question or len(question) > 2000:
         raise ValueError("ask a question of at most 2000 characters, without <image>")
-    image = open_image(path, config.max_megapixels)
-    reducers = [build_reducer(choice, config.text_model) for choice in choices]
+    image = open_image(path, config)
+    reducers = [build_reducer(choice, config.text_tower) for choice in choices]
     inputs = model_inputs(model, processor, image, [question], "the image")
     table = compare(model, inputs, [Random(1.0), *reducers], processor=processor, max_new_tokens=config.max_new_tokens)
     table = replace(table, rows=[replace(table.rows[0], strategy="all tokens"), *table.rows[1:]])
