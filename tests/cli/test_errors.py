@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from unittest.mock import Mock
 import pytest
 
 from tests.helpers.cli import FAST, STRATEGY_SOURCE, run_refused
+from tokenprune.budget import NoTokenWarning
 from tokenprune.cli.main import main
-from tokenprune.cli.status import hide_transformers_warnings, show_status
+from tokenprune.cli.status import hide_transformers_warnings, print_short_warnings, show_status
 
 USER_SOURCE = """
 class Unrelated: ...
@@ -280,3 +282,11 @@ def test_urls_of_data_sets_and_other_schemes_are_not_downloaded(
     assert f"{address} is a URL" in run_refused(capsys, "run", "--image", address)
     message = run_refused(capsys, "evaluate", "--task", "folder", "--task.path", address, "--quiet")
     assert f"{address} is a URL, and URLs are not downloaded; download the data set" in message
+
+
+def test_warnings_are_one_line_in_the_form_of_errors() -> None:
+    original = warnings.formatwarning
+    with print_short_warnings():
+        assert warnings.formatwarning("no token", NoTokenWarning, "pipeline.py", 564) == "tokenprune: no token\n"
+        assert "FutureWarning" in warnings.formatwarning("later", FutureWarning, "other.py", 3)
+    assert warnings.formatwarning is original

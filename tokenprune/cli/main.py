@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 
 from tokenprune.cli.help import read_help
-from tokenprune.cli.status import pause_garbage_collection, show_status
+from tokenprune.cli.status import pause_garbage_collection, print_short_warnings, show_status
 from tokenprune.source_code import locate_error
 
 USAGE = """usage: tokenprune COMMAND [OPTIONS]
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, end="")
         return 0
     try:
-        return run_command(arguments)
+        with nullcontext() if debug else print_short_warnings():
+            return run_command(arguments)
     except SystemExit as stop:  # --help and --print_config of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
