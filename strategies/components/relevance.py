@@ -85,10 +85,12 @@ class MeanRelevance(RelevancePolicy):
     def relevance(self, image: EncodedImage) -> Tensor:
         """Return the signed cosine similarity to the mean, `[tiles, tokens]`."""
         features = image.features.float()
-        valid = image.geometry.valid.to(features.device)[..., None]
-        dims = (1,) if self.over == "tile" else (0, 1)
-        mean = (features * valid).sum(dims, keepdim=True) / valid.sum(dims, keepdim=True).clamp(min=1)
-        return SIGNS[self.sign] * F.cosine_similarity(features, mean, dim=-1)
+        valid = image.geometry.valid.to(features)[:, None]
+        mean = valid @ features  # the length of the mean has no influence; products need no copy of all features
+        if self.over == "image":
+            mean = mean.sum(dim=0, keepdim=True).expand_as(mean)
+        length = features.norm(dim=-1) * mean.norm(dim=-1)
+        return SIGNS[self.sign] * (features @ mean.mT).squeeze(-1) / length.clamp(min=1e-8)
 
 
 def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
