@@ -6,11 +6,13 @@ the selections below describe the tried alternatives. Each image is encoded once
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from research.equal_compute import CUT, CUT_BUDGET, LAYERS, list_decoder_strategies
 from research.heldout import board_interval
 from research.tried_selections import MODEL, Combined, ImageTopAllocation, SpreadSelection, anchored
 from research.which_method import FULL, list_projector_strategies, measure_world
@@ -164,6 +166,38 @@ def list_round(name: str) -> dict[str, TokenReducer]:
     return rounds[name]
 
 
+def list_two_stages(average: float) -> dict[str, TokenReducer]:
+    """Return compositions that drop few tokens before the LLM and more at an early layer, by name.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+    """
+    entering = Budget(LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET), of="unpadded")
+    inside = list_decoder_strategies(CUT_BUDGET)
+    names = ("TransPrune", "PyramidDrop", "FEATHER", "DivPrune at the cut", "Random at the cut")
+    return {
+        "QuestionFirst": QuestionFirst(Budget(average, of="unpadded"), text_model=MODEL),
+        **{f"QuestionFirst+{name}": QuestionFirst(entering, text_model=MODEL) >> inside[name] for name in names},
+        **{f"{kind.__name__}+TransPrune": kind(entering) >> inside["TransPrune"] for kind in (HiRED, DivPrune)},
+    }
+
+
+def list_settings(name: str, averages: Sequence[float]) -> dict[str, TokenReducer]:
+    """Return the settings of a round with budgets that give the average tokens, by average and name.
+
+    Args:
+        name: name of the round; ``two stages`` contains compositions, see `list_two_stages`.
+        averages: average tokens as ratios.
+    """
+    if name == "two stages":
+        return {f"{average} {key}": value for average in averages for key, value in list_two_stages(average).items()}
+    return {
+        f"{average} {key}": replace(reducer, budget=Budget(average, of="unpadded"))
+        for average in averages
+        for key, reducer in list_round(name).items()
+    }
+
+
 def main(
     name: str = "families",
     world: str = "pages",
@@ -182,11 +216,7 @@ def main(
         averages: average tokens as ratios.
         split: ``train``; ``heldout`` only for the ablation of the final strategy.
     """
-    settings = {
-        f"{average} {key}": replace(reducer, budget=Budget(average, of="unpadded"))
-        for average in averages
-        for key, reducer in list_round(name).items()
-    }
+    settings = list_settings(name, averages)
     results = measure_world(world, settings, number, first, split)
 
     def cell(key: str) -> str:
