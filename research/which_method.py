@@ -223,6 +223,9 @@ def format_report(results: WorldResults, subject: str = "HiRED") -> str:
         mine, other = results.answers_of(f"{key.split(' ', 1)[0]} {subject}"), results.answers_of(key)
         return cell([a - b for a, b in zip(mine, other, strict=True)], "+")
 
+    def coverage_cell(key: str) -> str:
+        return f"{100 * np.mean(np.concatenate(results.coverage[key])):.1f}" if key in results.coverage else ""
+
     count = sum(map(len, results.questions))
     lines = [
         f"{len(results.questions)} images, {count} questions. Right answers in percent, 95 % intervals from a "
@@ -234,7 +237,7 @@ def format_report(results: WorldResults, subject: str = "HiRED") -> str:
     ]
     if results.coverage:
         lines.append(f"\nCoverage of the evidence by the tokens that enter the LLM, in percent:\n\n| strategy {head}")
-        lines += [row(n, lambda key: f"{100 * np.mean(np.concatenate(results.coverage[key])):.1f}") for n in names]
+        lines += [row(n, coverage_cell) for n in names if any(f"{a} {n}" in results.coverage for a in averages)]
     kinds = sorted({label for image in results.questions for question in image for label in question})
     for average in averages:
         lines.append(f"\nBy type and split at {float(average):.0%}:\n\n| strategy | {' | '.join(kinds)} |")
