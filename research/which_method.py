@@ -232,9 +232,11 @@ def format_report(results: WorldResults, subject: str = "HiRED") -> str:
         f"bootstrap over images.\n\nAll tokens: {cell(results.answers_of(FULL))}\n",
         f"| strategy {head}",
         *(row(name, lambda key: cell(results.answers_of(key))) for name in names),
-        f"\n{subject} minus others, paired, in points ({SAME}: no difference seen):\n\n| {subject} minus {head}",
-        *(row(name, difference) for name in names if name != subject),
     ]
+    if subject in names:
+        lines.append(f"\n{subject} minus others, paired, in points ({SAME}: no difference seen):\n")
+        lines.append(f"| {subject} minus {head}")
+        lines += [row(name, difference) for name in names if name != subject]
     if results.coverage:
         lines.append(f"\nCoverage of the evidence by the tokens that enter the LLM, in percent:\n\n| strategy {head}")
         lines += [row(n, coverage_cell) for n in names if any(f"{a} {n}" in results.coverage for a in averages)]
