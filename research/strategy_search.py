@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from research.equal_compute import CUT, CUT_BUDGET, LAYERS, list_decoder_strategies
 from research.heldout import board_interval
 from research.tried_selections import MODEL, Combined, ImageTopAllocation, SpreadSelection, anchored
-from research.which_method import FULL, list_projector_strategies, measure_world
+from research.which_method import FULL, list_projector_strategies, list_two_stages, measure_world
 from tokenprune.budget import Budget
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.models.mini.boards import Split
@@ -164,22 +163,6 @@ def list_round(name: str) -> dict[str, TokenReducer]:
         },
     }
     return rounds[name]
-
-
-def list_two_stages(average: float) -> dict[str, TokenReducer]:
-    """Return compositions that drop few tokens before the LLM and more at an early layer, by name.
-
-    Args:
-        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
-    """
-    entering = Budget(LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET), of="unpadded")
-    inside = list_decoder_strategies(CUT_BUDGET)
-    names = ("TransPrune", "PyramidDrop", "FEATHER", "DivPrune at the cut", "Random at the cut")
-    return {
-        "QuestionFirst": QuestionFirst(Budget(average, of="unpadded"), text_model=MODEL),
-        **{f"QuestionFirst+{name}": QuestionFirst(entering, text_model=MODEL) >> inside[name] for name in names},
-        **{f"{kind.__name__}+TransPrune": kind(entering) >> inside["TransPrune"] for kind in (HiRED, DivPrune)},
-    }
 
 
 def list_settings(name: str, averages: Sequence[float]) -> dict[str, TokenReducer]:

@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from research.equal_compute import list_compositions, list_decoder_strategies, remaining_at_cut
+from research.equal_compute import (
+    CUT,
+    CUT_BUDGET,
+    LAYERS,
+    list_compositions,
+    list_decoder_strategies,
+    remaining_at_cut,
+)
 from research.heldout import Answers, board_interval, measure_board
 from research.mini_training.evaluate import WORLDS
 from research.tried_selections import MODEL, list_candidates
@@ -33,7 +40,7 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import Split
 from tokenprune.models.mini.pages import Page
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import HiRED, Random
+from tokenprune.strategies import TOPS, CDPruner, DivPrune, HiRED, QuestionFirst, Random
 from tokenprune.strategies.encoder import IPCV, EViT, PiToMe, RandomPatches, ToMe
 
 FULL = "all tokens"
@@ -71,6 +78,23 @@ def list_encoder_strategies(average: float) -> dict[str, TokenReducer]:
     return alone | {f"{name}+HiRED": tower >> hired for name, tower in towers.items()}
 
 
+def list_two_stages(average: float) -> dict[str, TokenReducer]:
+    """Return compositions that drop few tokens before the LLM and more at an early layer, by name.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+    """
+    entering = Budget(LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET), of="unpadded")
+    inside = list_decoder_strategies(CUT_BUDGET)
+    names = ("TransPrune", "PyramidDrop", "FEATHER", "DivPrune at the cut", "Random at the cut")
+    return {
+        "QuestionFirst": QuestionFirst(Budget(average, of="unpadded"), text_model=MODEL),
+        **{f"QuestionFirst+{name}": QuestionFirst(entering, text_model=MODEL) >> inside[name] for name in names},
+        **{f"{kind.__name__}+TransPrune": kind(entering) >> inside["TransPrune"] for kind in (HiRED, DivPrune, TOPS)},
+        "CDPruner+TransPrune": CDPruner(entering, text_model=MODEL) >> inside["TransPrune"],
+    }
+
+
 def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None) -> dict[str, TokenReducer]:
     """Return all strategies by name with budgets that give the same average tokens.
 
@@ -86,7 +110,7 @@ def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None
     settings |= list_encoder_strategies(average)
     if (behind := remaining_at_cut(average)) > 0:
         return {**settings, **list_decoder_strategies(behind)}
-    return {**settings, **list_compositions(average)}
+    return {**settings, **list_compositions(average), **list_two_stages(average)}
 
 
 @dataclass
