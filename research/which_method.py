@@ -9,9 +9,8 @@ Questions about one image are not independent, so intervals come from a bootstra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from research.equal_compute import (
 from research.heldout import Answers, board_interval, measure_board
 from research.mini_training.evaluate import WORLDS
 from research.tried_selections import MODEL, list_candidates
+from research.world_results import WorldResults
 from tokenprune.budget import Budget
 from tokenprune.catalog import strategies
 from tokenprune.experiments.analysis.report.formatting import SAME
@@ -110,58 +110,31 @@ def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None
     settings |= list_encoder_strategies(average)
     if (behind := remaining_at_cut(average)) > 0:
         return {**settings, **list_decoder_strategies(behind)}
-    return {**settings, **list_compositions(average), **list_two_stages(average)}
+    return {**settings, **list_compositions(average)}
 
 
-@dataclass
-class WorldResults:
-    """Results of all settings, image by image.
+def choose_settings(averages: Sequence[float], methods: Sequence[str] | None = None) -> dict[str, TokenReducer]:
+    """Return the settings of a run by average and name.
 
     Args:
-        questions: type and split of each question of each image.
-        right: for each setting, 1 (correct) or 0 per question of each image.
-        coverage: for each setting, coverage of the evidence by the entering tokens per question of each image.
-        tokens: for each setting, average tokens of each image.
+        averages: average tokens as ratios.
+        methods: names of strategies, also of `list_two_stages`; by default all strategies of `list_settings`.
+
+    Raises:
+        ValueError: if there is no strategy of a name.
     """
-
-    questions: list[list[tuple[str, str]]] = field(default_factory=list)
-    right: dict[str, list[list[int]]] = field(default_factory=dict)
-    coverage: dict[str, list[list[float]]] = field(default_factory=dict)
-    tokens: dict[str, list[float]] = field(default_factory=dict)
-
-    def __add__(self, other: WorldResults) -> WorldResults:
-        """Return the results of two sets of images together; both must hold the same settings."""
-        return WorldResults(
-            self.questions + other.questions,
-            *({key: rows + second[key] for key, rows in first.items()} for first, second in self._pair(other)),
-        )
-
-    def combine(self, other: WorldResults) -> WorldResults:
-        """Return the results together: other settings on the same images, or the same settings on other images."""
-        if self.questions != other.questions:
-            return self + other
-        return WorldResults(self.questions, *(first | second for first, second in self._pair(other)))
-
-    def _pair(self, other: WorldResults) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        return [(getattr(self, name), getattr(other, name)) for name in ("right", "coverage", "tokens")]
-
-    @classmethod
-    def load(cls, path: str | Path) -> WorldResults:
-        """Return the results of a JSON file; a file without coverage gives results without coverage."""
-        content = json.loads(Path(path).read_text())
-        content["questions"] = [[(kind, split) for kind, split in image] for image in content["questions"]]
-        content["right"] = {key: [[int(c) for c in row] for row in rows] for key, rows in content["right"].items()}
-        return cls(**content)
-
-    def save(self, path: str | Path) -> None:
-        """Write the results to a JSON file, with one character per answer."""
-        right = {key: ["".join(map(str, row)) for row in rows] for key, rows in self.right.items()}
-        Path(path).write_text(json.dumps(asdict(self) | {"right": right}))
-
-    def answers_of(self, setting: str, kind: str | None = None) -> list[Answers]:
-        """Return 1 (correct) or 0 per question of each image, for one type or split of questions or for all."""
-        rows = zip(self.right[setting], self.questions, strict=True)
-        return [np.array([r for r, k in zip(row, ks, strict=True) if kind is None or kind in k]) for row, ks in rows]
+    known = {average: list_settings(average, list_candidates()) for average in averages}
+    if methods is not None:
+        known = {average: settings | list_two_stages(average) for average, settings in known.items()}
+        names = dict.fromkeys(name for settings in known.values() for name in settings)
+        if unknown := next((name for name in methods if name not in names), None):
+            raise ValueError(f"there is no strategy {unknown!r}; the names are {', '.join(names)}")
+    return {
+        f"{average} {name}": reducer
+        for average, settings in known.items()
+        for name, reducer in settings.items()
+        if methods is None or name in methods
+    }
 
 
 def name_split(image: Any, question: Any) -> str:
@@ -195,7 +168,7 @@ def measure_world(
         out: JSON file that is written after each image; images that it contains are not measured again.
 
     Raises:
-        ValueError: if the file contains the results of other settings.
+        ValueError: if the file contains results of other settings or images.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -203,19 +176,22 @@ def measure_world(
     processor = AutoProcessor.from_pretrained(mini.path(MODEL))
     rows = [(FULL, 1.0, HiRED(1.0)), *((name, 0.0, reducer) for name, reducer in settings.items())]
     results = WorldResults.load(out) if out is not None and Path(out).exists() else WorldResults()
-    if results.questions and set(results.right) != {FULL, *settings}:
-        raise ValueError(f"{out} contains the results of other settings; name another file")
+    names = [f"{world} {split} {index}" for index in range(first, first + number)]
+    done = len(results.images)
+    if done and (set(results.right) != {FULL, *settings} or results.images != names[:done]):
+        raise ValueError(f"{out} contains the results of other settings or images; name another file")
     image: Any
-    for image in WORLDS[world](number - len(results.questions), split, first + len(results.questions)):
+    for name, image in zip(names[done:], WORLDS[world](number - done, split, first + done), strict=True):
+        results.images.append(name)
         results.questions.append([(q.type, name_split(image, q)) for q in image.questions])
         boxes = [find_evidence(image, question) for question in image.questions]
         evidence = [(to_regions(b, image.pixels.shape), q.needs) for b, q in zip(boxes, image.questions, strict=True)]
-        for name, _, right, run in measure_board(model, processor, image, rows, MODEL):
+        for setting, _, right, run in measure_board(model, processor, image, rows, MODEL):
             cover = partial(evidence_coverage, run.selections[0].geometry, run.selections[0].kept)
             shares = [round(cover(regions, tiles), 3) if regions else 1.0 for regions, tiles in evidence]
-            results.right.setdefault(name, []).append([int(is_right) for is_right in right])
-            results.coverage.setdefault(name, []).append(shares)
-            results.tokens.setdefault(name, []).append(run.account.average_tokens)
+            results.right.setdefault(setting, []).append([int(is_right) for is_right in right])
+            results.coverage.setdefault(setting, []).append(shares)
+            results.tokens.setdefault(setting, []).append(run.account.average_tokens)
         if out is not None:
             results.save(out)
     return results
@@ -302,13 +278,7 @@ def main(
     if merge:
         results = reduce(WorldResults.combine, map(WorldResults.load, merge))
     else:
-        settings = {
-            f"{average} {name}": reducer
-            for average in averages or AVERAGES
-            for name, reducer in list_settings(average, list_candidates()).items()
-            if methods is None or name in methods
-        }
-        results = measure_world(world, settings, number, first, out=out)
+        results = measure_world(world, choose_settings(averages or AVERAGES, methods), number, first, out=out)
     if merge and out is not None:
         results.save(out)
     print(format_report(results, subject))
