@@ -183,8 +183,8 @@ def normalize_budget(value: Budget | float | int | str) -> Budget | float | int:
     budget = as_budget(value)
     if budget.amount == 1 and isinstance(budget.amount, int):
         warnings.warn(
-            f"a budget of 1 keeps one token per {budget.per}; to keep all tokens, write 100% or 1.0 (in sweeps only "
-            "100%: W&B turns 1.0 into 1)",
+            f"a budget of 1 keeps one token per {budget.per}; to keep all tokens, write 1.0 or '100%' (in sweeps "
+            "only '100%': W&B turns 1.0 into 1)",
             OneTokenWarning,
             stacklevel=4,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,10 @@ from tokenprune.models import mini
 
 MIN_SIMILARITY = 0.99
 """Cosine of the patch embeddings of two vision towers below which they count as different towers."""
+
+
+class TextTowerWarning(UserWarning):
+    """A text tower belongs to another vision tower than that of the model."""
 
 
 @contextmanager
@@ -47,7 +52,9 @@ class TextTower:
                 model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"text_model={name!r} could not be loaded as a CLIP model: {error}") from error
+            similar = get_close_matches(name, mini.MODELS, n=1, cutoff=0.8)
+            hint = f"did you mean {similar[0]!r}? " if similar else ""
+            raise ValueError(f"text_model={name!r} could not be loaded as a CLIP model: {hint}{error}") from error
         self.name = name
         self.max_length: int = model.config.text_config.max_position_embeddings
         self.width: int = model.config.vision_config.hidden_size
@@ -112,13 +119,15 @@ class TextTower:
         """
         own = self.patch_embedding.flatten()
         for module in tower.modules():
-            if isinstance(module, nn.Conv2d) and module.weight.shape == self.patch_embedding.shape:
+            is_comparable = isinstance(module, nn.Conv2d) and module.weight.shape == self.patch_embedding.shape
+            if is_comparable and not module.weight.is_meta:  # accelerate offloads weights to the meta device
                 similarity = F.cosine_similarity(own, module.weight.flatten().to(own), dim=0)
                 if similarity < MIN_SIMILARITY:
                     warnings.warn(
                         f"text_model={self.name!r} belongs to another vision tower (cosine of the patch embeddings: "
                         f"{float(similarity):.2f}), so that the relevance of tokens to the question is not meaningful; "
                         "name the CLIP checkpoint that the model's tower comes from",
+                        TextTowerWarning,
                         stacklevel=2,
                     )
 

@@ -97,7 +97,7 @@ class PlaceholderAdapter(TowerAdapter, ReadsQuestion, Resizable, ShowsTiles):
 
     @cached_property
     def compared_text_models(self) -> set[str | None]:
-        """The text models whose vision tower was compared with the tower of the model."""
+        """The text models whose vision tower was compared with that of the model; empty when a strategy is attached."""
         return set()
 
     # --- Encoding and capture ----------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def describe_limits(image: str | Path, name: str = "mini") -> str:
         name: name or folder of a model.
 
     Returns:
-        The notice; empty for the demo image and for other models.
+        The notice; empty for the demo images of the model and for other models.
     """
     if name not in MODELS:
         return ""

@@ -288,5 +288,14 @@ def test_warnings_are_one_line_in_the_form_of_errors() -> None:
     original = warnings.formatwarning
     with print_short_warnings():
         assert warnings.formatwarning("no token", NoTokenWarning, "pipeline.py", 564) == "tokenprune: no token\n"
-        assert "FutureWarning" in warnings.formatwarning("later", FutureWarning, "other.py", 3)
+        assert warnings.formatwarning("no token", NoTokenWarning, "pipeline.py", 564) == ""
+        assert "UserWarning" in warnings.formatwarning("of a library", UserWarning, "other.py", 3)
     assert warnings.formatwarning is original
+
+
+def test_the_command_line_prints_a_warning_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tokenprune", "run", *FAST, "--budget", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    lines = [line for line in result.stderr.splitlines() if "grants no visual token" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("tokenprune: the budget of HiRED")

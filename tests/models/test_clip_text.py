@@ -15,7 +15,7 @@ from research.mini_training.evaluate import build_inputs
 from tokenprune.adapter import find_adapter
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.models import mini
-from tokenprune.models._base.clip_text import load_text_tower
+from tokenprune.models._base.clip_text import TextTowerWarning, load_text_tower
 from tokenprune.models._base.question import extract_question
 from tokenprune.models.mini.boards import boards
 from tokenprune.reducer import ScoreReducer
@@ -129,10 +129,23 @@ def test_a_text_tower_of_another_vision_tower_warns(recwarn: pytest.WarningsReco
     inputs = build_inputs(processor, board.image, [board.questions[0].text])
     with torch.no_grad(), TRIM(text_model="mini-pages")(model):
         model(**inputs)
+    assert not [warning for warning in recwarn if warning.category is TextTowerWarning]
+    message = r"'mini' belongs to another vision tower \(cosine .* 0.96\)"
+    with pytest.warns(TextTowerWarning, match=message), torch.no_grad(), TRIM(text_model="mini")(model):
+        model(**inputs)
+
+
+def test_a_tower_without_values_is_not_compared(recwarn: pytest.WarningsRecorder) -> None:
+    """Offloaded weights are on the meta device between two calls."""
+    tower = load_text_tower("mini")
+    channels, _, side, _ = tower.patch_embedding.shape
+    patches = torch.nn.Conv2d(3, channels, side, side, bias=False)
+    with pytest.warns(TextTowerWarning):
+        tower.warn_of_another_tower(patches)
+    recwarn.clear()
+    tower.warn_of_another_tower(patches.to("meta"))
+    tower.warn_of_another_tower(torch.nn.Conv2d(3, channels, 2 * side, 2 * side))
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"'mini' belongs to another vision tower \(cosine .* 0.96\)"), torch.no_grad():  # noqa: SIM117
-        with TRIM(text_model="mini")(model):
-            model(**inputs)
 
 
 def test_siglip_towers_provide_no_text_signals() -> None:

@@ -58,7 +58,7 @@ def test_results_of_other_settings_or_other_images_are_combined() -> None:
     combined = build_results("boards train 0", "0.1 A").combine(build_results("boards train 1", "0.1 A"))
     assert combined.right["0.1 A"] == [[1], [1]]
     assert combined.images == ["boards train 0", "boards train 1"]
-    with pytest.raises(ValueError, match="other settings, such as '0.1 B'"):
+    with pytest.raises(ValueError, match=r"other settings, such as '0\.1 B'"):
         build_results("boards train 0", "0.1 A").combine(build_results("boards train 1", "0.1 A", "0.1 B"))
     with pytest.raises(ValueError, match="1 of the images are in both results, such as boards train 1"):
         combined.combine(build_results("boards train 1", "0.1 A"))

@@ -43,15 +43,18 @@ def pause_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def print_short_warnings() -> Iterator[None]:
-    """Print a `UserWarning` inside the block in the form of an error, without a line of source code."""
-    original = warnings.formatwarning
+    """Print each warning of tokenprune inside the block once, as one line and without a line of source code."""
+    original, printed = warnings.formatwarning, set[str]()
 
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
-        if issubclass(category, UserWarning):
-            return f"tokenprune: {message}\n"
-        return original(message, category, filename, lineno, line)
+        if not category.__module__.startswith("tokenprune."):
+            return original(message, category, filename, lineno, line)
+        if str(message) in printed:  # libraries reset the filter of Python that shows a warning once
+            return ""
+        printed.add(str(message))
+        return f"tokenprune: {message}\n"
 
     warnings.formatwarning = format_warning
     try:

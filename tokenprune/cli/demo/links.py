@@ -17,13 +17,13 @@ class PageState:
     """The values on the page, without the image: a link cannot contain an uploaded file.
 
     Args:
-        question: the question.
+        question: the question; empty for the first question of the page.
         is_compared: whether the second strategy also answers.
         first: the first strategy.
         second: the second strategy.
     """
 
-    question: str = "How many shapes are there?"
+    question: str = ""
     is_compared: bool = False
     first: Choice = field(default_factory=Choice)
     second: Choice = field(default_factory=lambda: Choice("Random"))
@@ -116,7 +116,7 @@ def format_link(state: PageState, image: str) -> str:
 
     Args:
         state: the state.
-        image: name of the uploaded file; empty for the bundled board.
+        image: name of the uploaded file; empty for the bundled image.
     """
     hint = f"; upload {escape(image)} again, because a link contains no image" if image else ""
     return f'<a class="state" href="?{escape(format_query(state))}">Link to these settings</a>{hint}'

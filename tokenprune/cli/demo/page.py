@@ -27,6 +27,9 @@ CHOICE_SIZE = len(fields(Choice))
 """Number of controls of one strategy."""
 
 
+DEFAULT_QUESTION = "How many shapes are there?"
+
+
 def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
     """Return the page as gradio blocks. Calls of all visitors run one after another, because they share the model.
 
@@ -68,7 +71,7 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
         if state == PageState():
             return [gradio.skip()] * (3 + 2 * CHOICE_SIZE)
         choices = (getattr(choice, field.name) for choice in (state.first, state.second) for field in fields(Choice))
-        return [state.question, state.is_compared, *choices, format_query(state)]
+        return [state.question or question_value, state.is_compared, *choices, format_query(state)]
 
     def add_dropdown(names: Mapping[str, type], value: str, label: str, info: str | None = None) -> Any:
         return gradio.Dropdown([NONE, *names], value=value, label=label, info=info)
@@ -88,7 +91,7 @@ def build_page(model: Any, processor: Any, config: DemoConfig) -> Any:
     initial = PageState()
     file = str(mini.image_path(config.model))
     questions = list(dict.fromkeys(entry["question"] for entry in mini.demo_questions(config.model)))
-    question_value = initial.question if initial.question in questions else questions[0]
+    question_value = DEFAULT_QUESTION if DEFAULT_QUESTION in questions else questions[0]
     with gradio.Blocks(title="tokenprune", analytics_enabled=False) as page:
         gradio.Markdown("# tokenprune\nAsk about an image, with all visual tokens and with a strategy.")
         with gradio.Row():
