@@ -216,3 +216,17 @@ def test_the_image_of_the_readme_is_current() -> None:
     assert all(full == reduced for _, full, reduced in lines)
     with Image.open(ROOT / "docs/images/overlay.png") as stored:
         assert stored.size == names["draw_answers"]([header, *lines], overlay).size
+
+
+@pytest.mark.slow
+def test_the_figures_of_question_first_are_current() -> None:
+    """Its text states which answers are right. To update them, run ``python docs/_site/draw_failures.py``."""
+    names = runpy.run_path(str(ROOT / "docs/_site/draw_failures.py"))
+    results, figure = names["draw_figure"](names["FAILURES"], names["STRATEGIES"][:1])
+    assert results == [[False], [False], [False]]
+    with Image.open(ROOT / "docs/images/question-first-failures.png") as stored:
+        assert stored.size == figure.size
+    results, figure = names["draw_figure"](names["COMPARED"], names["STRATEGIES"])
+    assert results == [[False, True, False, True], [True, False, False, False], [True, False, True, False]]
+    with Image.open(ROOT / "docs/images/question-first-side-by-side.png") as stored:
+        assert stored.size == figure.size
