@@ -36,6 +36,10 @@ class OneTokenWarning(UserWarning):
     """A budget is the count 1, to which W&B's server also converts the ratio 1.0."""
 
 
+class UnreachableBudgetWarning(UserWarning):
+    """A strategy cannot reach its budget, and keeps more."""
+
+
 class NoTokenWarning(UserWarning):
     """A budget grants no visual token of an image, so the model answers without the image."""
 

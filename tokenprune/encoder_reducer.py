@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import MAX_DENOMINATOR, Budget, format_budget, parse_amount
+from tokenprune.budget import MAX_DENOMINATOR, Budget, UnreachableBudgetWarning, format_budget, parse_amount
 from tokenprune.checks import raise_if
 from tokenprune.decoder_reducer import scale_schedule
 from tokenprune.encoder.matching import match_bipartite
@@ -289,13 +290,29 @@ class PatchMergeReducer(EncoderReducer, ABC):
         return super().budget_label if self.r is None else f"r={self.r} per layer"
 
     def list_steps(self, patches: int, layers: int) -> Mapping[int, int]:
-        """Return the number of patches of a tile that remain after each layer; a layer merges at most half of them."""
+        """Return the number of patches of a tile that remain after each layer.
+
+        A layer merges at most half of its patches. If the budget cannot be reached, a warning states how many patches
+        remain.
+
+        Args:
+            patches: number of patches of a tile.
+            layers: number of layers that run.
+        """
         steps, left = {}, patches
         total = patches - count_patches(parse_amount(self.budget), patches)
         for layer in range(layers):
             merged = self.r if self.r is not None else total * (layer + 1) // layers - (patches - left)
             left -= min(max(merged, 0), left // 2)
             steps[layer] = left
+        if self.r is None and left > patches - total:
+            warnings.warn(
+                f"{type(self).__name__} leaves {left} of {patches} patches of a tile, not {patches - total}: a layer "
+                f"merges at most half of its patches, and {layers} layers run; set a larger budget, or drop tokens "
+                "after the tower, such as ToMe(r=8) >> HiRED(0.1)",
+                UnreachableBudgetWarning,
+                stacklevel=2,
+            )
         return steps
 
     @abstractmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.helpers.encoder import encode_reduced, load
 from tokenprune.adapter import find_adapter
+from tokenprune.budget import UnreachableBudgetWarning
 from tokenprune.encoder.matching import match_bipartite
 from tokenprune.encoder.patches import PatchGroups, merge_groups
 from tokenprune.image import Signal
@@ -125,3 +126,11 @@ def test_weights_replace_the_mean() -> None:
     merged, sizes = merge_groups(torch.tensor([[[2.0], [4.0], [8.0]]]), groups, None)
     assert merged.tolist() == [[[4.0]]]
     assert sizes.tolist() == [[2.0]]
+
+
+def test_a_budget_that_merging_cannot_reach_warns(recwarn: pytest.WarningsRecorder) -> None:
+    assert ToMe(0.25).list_steps(100, 4)[3] == 25
+    assert ToMe(r=80).list_steps(100, 2) == {0: 50, 1: 25}
+    assert not recwarn
+    with pytest.warns(UnreachableBudgetWarning, match=r"leaves 28 of 100 patches of a tile, not 10: .* 2 layers run"):
+        assert ToMe(0.1).list_steps(100, 2) == {0: 55, 1: 28}
