@@ -37,7 +37,8 @@ def resolve_cut(layer: int | float, layers: int) -> int:
     if not 1 <= index < layers:
         raise ValueError(
             f"a cut at layer {layer!r} is not inside an LLM with {layers} layers; use a layer from 1 to {layers - 1}, "
-            "or a relative depth. To drop tokens before the first layer, use a strategy of the projector stage"
+            "or a relative depth (several cuts: schedule=[[1, 0.5]]). To drop tokens before the first layer, use a "
+            "strategy of the projector stage"
         )
     return index
 

@@ -352,6 +352,7 @@ def test_a_file_has_parts_of_a_composition(capsys: pytest.CaptureFixture[str]) -
             [COMPOSITION, "--reducer.parts.2.budget=0.2"],
             "--reducer.parts.2.budget: the composition has the parts 0 to 1",
         ),
+        (["TransPrune(layer=1)"], r"no parameter 'layer' of TransPrune (write its cuts as schedule=[[2, 0.5]])"),
         ([COMPOSITION, "--reducer.parts.1.budget=0.2"], "there is no parameter 'budget' of AtLayer; it has"),
         ([COMPOSITION, "--reducer.parts.0.budget.per=tile"], "budget is no class with parameters; give its value"),
         (["HiRED", "--reducer.parts.0.budget=0.2"], "--reducer is no composition"),

@@ -419,12 +419,15 @@ def format_error(error: BaseException, options: Iterable[str] = ()) -> str:
     message = lines[-1] if keys and len(lines) > 1 else re.sub(r'^Parser key "[\w.]+":\s*', "", " ".join(lines))
     if match := re.search(r"Option '([\w.]+)' is not accepted", text):
         classes = re.findall(r"class_path '([\w.]+)'", text)
-        message = f"there is no parameter {match[1]!r}"
+        parameter = match[1].split(".")[0]
+        message = f"there is no parameter {parameter!r}"
         if classes:
             module, _, name = classes[-1].rpartition(".")
             cls = getattr(importlib.import_module(module), name)
             fields = [field.name for field in dataclasses.fields(cls) if field.init]
-            message += f" of {name}{suggest_name(match[1].split('.')[0], fields, 0.5)}; it has {', '.join(fields)}"
+            has_schedule = parameter == "layer" and "schedule" in fields
+            hint = " (write its cuts as schedule=[[2, 0.5]])" if has_schedule else suggest_name(parameter, fields, 0.5)
+            message += f" of {name}{hint}; it has {', '.join(fields)}"
             message += "; a part has its own parameters: --reducer.parts.0.budget" if fields == ["parts"] else ""
             message += "; the strategy at the cut has its own: --reducer.reducer.budget" if "reducer" in fields else ""
     elif match := re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", text):
