@@ -149,8 +149,11 @@ def test_commands_run(page: str, tmp_path: Path) -> None:
     enter_folder(page, tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     script = "\n".join(block.text for block in read_blocks(page) if block.language == "bash")
+    is_skipped = False
     for words in expand_commands(script, tmp_path / "stubs"):
-        if needs_other_machines(words):
+        reads_skipped_run = is_skipped and words[1:2] == ["report"] and not (tmp_path / words[2]).exists()
+        if needs_other_machines(words) or reads_skipped_run:
+            is_skipped = True
             continue
         program = [sys.executable, "-m", "tokenprune"] if words[0] == "tokenprune" else [sys.executable]
         command = [*program, *words[1:]]
