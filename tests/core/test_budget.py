@@ -253,7 +253,8 @@ def test_counts_are_not_ratios() -> None:
 
 @pytest.mark.parametrize(("budget", "unit"), [(1, "image"), (np.int64(1), "image"), (Budget(1, per="tile"), "tile")])
 def test_a_budget_of_one_token_warns(budget: Any, unit: str) -> None:
-    with pytest.warns(OneTokenWarning, match=f'one token per {unit}; .* 1.0 in Python and YAML, and "100%" in sweeps'):
+    message = rf"one token per {unit}; .* write 1\.0 or '100%' \(in sweeps only '100%'"
+    with pytest.warns(OneTokenWarning, match=message):
         HiRED(budget)
 
 
