@@ -61,8 +61,8 @@ def list_encoder_strategies(average: float) -> dict[str, TokenReducer]:
     """Return the strategies inside the vision tower by name, alone and in compositions with HiRED.
 
     Alone, the patches that leave the tower are the tokens. IPCV restores all patches, and has compositions only. A
-    layer merges at most half of its patches, so that merging alone leaves 15 % of the tokens, and is listed from 20 %
-    on. In a composition the strategy has its default schedule (merging: 12 patches per layer), and HiRED the budget.
+    layer merges at most half of its patches. Merging alone therefore cannot reach 10 %, and is listed from 20 % on. In
+    a composition the strategy has its default schedule (merging: 12 patches per layer), and HiRED the budget.
 
     Args:
         average: tokens that enter the LLM as a ratio of the tokens without reduction.
