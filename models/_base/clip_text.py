@@ -118,18 +118,19 @@ class TextTower:
             tower: the vision tower of the model.
         """
         own = self.patch_embedding.flatten()
-        for module in tower.modules():
-            is_comparable = isinstance(module, nn.Conv2d) and module.weight.shape == self.patch_embedding.shape
-            if is_comparable and not module.weight.is_meta:  # accelerate offloads weights to the meta device
-                similarity = F.cosine_similarity(own, module.weight.flatten().to(own), dim=0)
-                if similarity < MIN_SIMILARITY:
-                    warnings.warn(
-                        f"text_model={self.name!r} belongs to another vision tower (cosine of the patch embeddings: "
-                        f"{float(similarity):.2f}), so that the relevance of tokens to the question is not meaningful; "
-                        "name the CLIP checkpoint that the model's tower comes from",
-                        TextTowerWarning,
-                        stacklevel=2,
-                    )
+        embeddings = [module.weight for module in tower.modules() if isinstance(module, nn.Conv2d)]
+        for weight in embeddings:
+            if weight.shape != self.patch_embedding.shape or weight.is_meta:  # accelerate offloads to the meta device
+                continue
+            similarity = F.cosine_similarity(own, weight.flatten().to(own), dim=0)
+            if similarity < MIN_SIMILARITY:
+                warnings.warn(
+                    f"text_model={self.name!r} belongs to another vision tower (cosine of the patch embeddings: "
+                    f"{float(similarity):.2f}), so that the relevance of tokens to the question is not meaningful; "
+                    "name the CLIP checkpoint that the model's tower comes from",
+                    TextTowerWarning,
+                    stacklevel=2,
+                )
 
 
 @cache
