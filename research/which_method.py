@@ -40,7 +40,7 @@ from tokenprune.models import mini
 from tokenprune.models.mini.boards import Split
 from tokenprune.models.mini.pages import Page
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import TOPS, CDPruner, DivPrune, HiRED, QuestionFirst, Random
+from tokenprune.strategies import TOPS, CDPruner, DivPrune, HiRED, ImageDownsample, QuestionFirst, Random
 from tokenprune.strategies.encoder import IPCV, EViT, PiToMe, RandomPatches, ToMe
 
 FULL = "all tokens"
@@ -107,7 +107,7 @@ def list_settings(average: float, more: Mapping[str, TokenReducer] | None = None
     budget = Budget(average, of="unpadded")
     before = list_projector_strategies() | dict(more or {})
     settings = {name: replace(reducer, budget=budget) for name, reducer in before.items()}
-    settings |= list_encoder_strategies(average)
+    settings |= {"ImageDownsample": ImageDownsample(budget), **list_encoder_strategies(average)}
     if (behind := remaining_at_cut(average)) > 0:
         return {**settings, **list_decoder_strategies(behind)}
     return {**settings, **list_compositions(average)}
