@@ -123,15 +123,15 @@ def choose_settings(averages: Sequence[float], methods: Sequence[str] | None = N
     Raises:
         ValueError: if there is no strategy of a name.
     """
-    known = {average: list_settings(average, list_candidates()) for average in averages}
+    tables = {average: list_settings(average, list_candidates()) for average in averages}
     if methods is not None:
-        known = {average: settings | list_two_stages(average) for average, settings in known.items()}
-        names = dict.fromkeys(name for settings in known.values() for name in settings)
+        tables = {average: settings | list_two_stages(average) for average, settings in tables.items()}
+        names = dict.fromkeys(name for settings in tables.values() for name in settings)
         if unknown := next((name for name in methods if name not in names), None):
             raise ValueError(f"there is no strategy {unknown!r}; the names are {', '.join(names)}")
     return {
         f"{average} {name}": reducer
-        for average, settings in known.items()
+        for average, settings in tables.items()
         for name, reducer in settings.items()
         if methods is None or name in methods
     }
@@ -177,11 +177,11 @@ def measure_world(
     rows = [(FULL, 1.0, HiRED(1.0)), *((name, 0.0, reducer) for name, reducer in settings.items())]
     results = WorldResults.load(out) if out is not None and Path(out).exists() else WorldResults()
     names = [f"{world} {split} {index}" for index in range(first, first + number)]
-    done = len(results.images)
-    if done and (set(results.right) != {FULL, *settings} or results.images != names[:done]):
+    count = len(results.images)
+    if count and (set(results.right) != {FULL, *settings} or results.images != names[:count]):
         raise ValueError(f"{out} contains the results of other settings or images; name another file")
     image: Any
-    for name, image in zip(names[done:], WORLDS[world](number - done, split, first + done), strict=True):
+    for name, image in zip(names[count:], WORLDS[world](number - count, split, first + count), strict=True):
         results.images.append(name)
         results.questions.append([(q.type, name_split(image, q)) for q in image.questions])
         boxes = [find_evidence(image, question) for question in image.questions]

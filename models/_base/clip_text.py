@@ -117,12 +117,12 @@ class TextTower:
         Args:
             tower: the vision tower of the model.
         """
-        own = self.patch_embedding.flatten()
+        reference = self.patch_embedding.flatten()
         embeddings = [module.weight for module in tower.modules() if isinstance(module, nn.Conv2d)]
         for weight in embeddings:
             if weight.shape != self.patch_embedding.shape or weight.is_meta:  # accelerate offloads to the meta device
                 continue
-            similarity = F.cosine_similarity(own, weight.flatten().to(own), dim=0)
+            similarity = F.cosine_similarity(reference, weight.flatten().to(reference), dim=0)
             if similarity < MIN_SIMILARITY:
                 warnings.warn(
                     f"text_model={self.name!r} belongs to another vision tower (cosine of the patch embeddings: "
