@@ -103,13 +103,22 @@ def remaining_at_cut(average: float) -> float:
     return (LAYERS * average - CUT) / (LAYERS - CUT)
 
 
+def entering_tokens(average: float) -> float:
+    """Return the ratio of tokens that enter the LLM before a cut that keeps `CUT_BUDGET` of them.
+
+    Args:
+        average: average tokens as a ratio of the tokens that enter the LLM without reduction.
+    """
+    return LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET)
+
+
 def list_compositions(average: float) -> Mapping[str, TokenReducer]:
     """Return the compositions of HiRED and a strategy inside the LLM by name; none if more than all tokens would enter.
 
     Args:
         average: average tokens as a ratio of the tokens that enter the LLM without reduction.
     """
-    entering = LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET)
+    entering = entering_tokens(average)
     if entering > 1:
         return {}
     first = HiRED(Budget(entering, of="unpadded"))

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from research.equal_compute import (
-    CUT,
     CUT_BUDGET,
-    LAYERS,
+    entering_tokens,
     list_compositions,
     list_decoder_strategies,
     remaining_at_cut,
@@ -84,7 +83,7 @@ def list_two_stages(average: float) -> dict[str, TokenReducer]:
     Args:
         average: average tokens as a ratio of the tokens that enter the LLM without reduction.
     """
-    entering = Budget(LAYERS * average / (CUT + (LAYERS - CUT) * CUT_BUDGET), of="unpadded")
+    entering = Budget(entering_tokens(average), of="unpadded")
     inside = list_decoder_strategies(CUT_BUDGET)
     names = ("TransPrune", "PyramidDrop", "FEATHER", "DivPrune at the cut", "Random at the cut")
     return {

@@ -16,7 +16,7 @@ _HERE = Path(__file__).parent
 MODELS = MappingProxyType({"mini": "drawn boards", "mini-pages": "drawn boards and pages"})
 """Names of the embedded models, with the images that they were trained on."""
 _FOLDERS = {"mini": ("checkpoint", "text"), "mini-pages": ("pages_checkpoint", "pages_text")}
-_IMAGES = {"mini": ("board",), "mini-pages": ("page", "board")}
+_IMAGES = {"mini": ("board.png",), "mini-pages": ("page.png", "board.png")}
 """Demo images that a model can answer questions about; the first one is the default."""
 
 
@@ -44,7 +44,7 @@ def image_path(name: str = "mini") -> Path:
     Args:
         name: name of a model: ``mini-pages`` has a page, every other model the board of ``mini``.
     """
-    return _HERE / "images" / f"{_IMAGES.get(name, _IMAGES['mini'])[0]}.png"
+    return _HERE / "images" / _IMAGES.get(name, _IMAGES["mini"])[0]
 
 
 def describe_limits(image: str | Path, name: str = "mini") -> str:
@@ -60,7 +60,7 @@ def describe_limits(image: str | Path, name: str = "mini") -> str:
     if name not in MODELS:
         return ""
     content = Path(image).expanduser().read_bytes()
-    if any((_HERE / "images" / f"{known}.png").read_bytes() == content for known in _IMAGES[name]):
+    if any((_HERE / "images" / file).read_bytes() == content for file in _IMAGES[name]):
         return ""
     return (
         f"{Path(image).name}: the embedded model ({name}) was trained on {MODELS[name]} only; its answers about "

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -366,8 +366,3 @@ def _generate_questions(
             text = f"Is the {items[first].name} left of the {items[second].name}?"
             answer = "yes" if gap > 0 else "no"
             yield Question(text, answer, "order", "base" if grid[1] > 1 else "either", (first, second))
-
-
-def as_dict(question: Question) -> dict[str, Any]:
-    """Return a question in the format of the file of the demo image."""
-    return {"question": question.text, "answer": question.answer, "type": question.type, "needs": question.needs}

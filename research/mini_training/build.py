@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import (
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from tokenprune.models.mini import pages
-from tokenprune.models.mini.boards import GRIDS, TILE, all_words, as_dict, make_demo
+from tokenprune.models.mini.boards import GRIDS, TILE, all_words, make_demo
 
 __all__ = ["PATCH", "SIDE", "export", "make_config", "make_processor", "make_tokenizer", "write_demo"]
 
@@ -192,20 +191,10 @@ def write_demo(folder: Path) -> None:
         folder: The folder of the images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = pages.make_demo()
-    questions = [{"question": q.text, "answer": q.answer, "type": q.type, "needs": q.needs} for q in page.questions]
-    write_image(folder / "page.png", page.image, questions)
-    board = make_demo()
-    write_image(folder / "board.png", board.image, [as_dict(item) for item in board.questions])
-
-
-def write_image(path: Path, image: Image.Image, questions: list[dict[str, str]]) -> None:
-    """Write an image and its questions, in a JSON file of the same name.
-
-    Args:
-        path: the file of the image.
-        image: the image.
-        questions: question, answer, type and needs of each question.
-    """
-    image.save(path)
-    path.with_suffix(".json").write_text(json.dumps(questions, indent=1) + "\n")
+    for name, example in (("page", pages.make_demo()), ("board", make_demo())):
+        example.image.save(folder / f"{name}.png")
+        questions = [
+            {"question": question.text, "answer": question.answer, "type": question.type, "needs": question.needs}
+            for question in example.questions
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(questions, indent=1) + "\n")

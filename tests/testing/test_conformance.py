@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.families import REPRESENTATIVES
 from tokenprune import EncodedImage, PatchDropReducer, PatchGroups, PatchMergeReducer, ScoreReducer, Selection, Signal
 from tokenprune.adapter import adapters
 from tokenprune.catalog import strategies
@@ -307,17 +308,17 @@ MISTAKES = {
 def test_each_check_has_a_mistake() -> None:
     assert list(MISTAKES) == list(CHECKS)
     for reducer in (NormScore(), AttentionScore()):
-        results = check_reducer(reducer, THREE_FAMILIES).results
+        results = check_reducer(reducer, REPRESENTATIVES).results
         assert all(result.passed for result in results if result.name != "cuts")
     for decoder_reducer in (AtLayer(1, NormScore(0.5)), AttentionScore(0.5) >> AtLayer(0.5, AttentionScore(0.5))):
-        assert all(result.passed for result in check_reducer(decoder_reducer, THREE_FAMILIES).results)
-    results = check_reducer(AtLayer(9, NormScore()), THREE_FAMILIES).results
+        assert all(result.passed for result in check_reducer(decoder_reducer, REPRESENTATIVES).results)
+    results = check_reducer(AtLayer(9, NormScore()), REPRESENTATIVES).results
     assert {result.name for result in results if result.passed is None} == MODEL_CHECKS
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_fails_only_its_check(name: str) -> None:
-    report = check_reducer(MISTAKES[name], THREE_FAMILIES)
+    report = check_reducer(MISTAKES[name], REPRESENTATIVES)
     assert [result.name for result in report.results if result.passed is False] == [name], str(report)
     assert not report.passed
     (failed,) = [result for result in report.results if result.passed is False]
@@ -357,7 +358,7 @@ def test_a_failure_of_precision_suggests_float32() -> None:
 def test_an_undeclared_signal_is_named() -> None:
     failed = {
         result.name: result.detail
-        for result in check_reducer(UndeclaredSignal(), THREE_FAMILIES).results
+        for result in check_reducer(UndeclaredSignal(), REPRESENTATIVES).results
         if result.passed is False
     }
     assert "cls_attention of layer 0 was not captured" in failed["needs"]
@@ -373,7 +374,7 @@ def test_checks_of_a_signal_that_no_adapter_provides_are_skipped() -> None:
         def score(self, image: EncodedImage) -> Tensor:
             return image.read(Signal("gaze", "first"))[..., 0]
 
-    results = {result.name: result for result in check_reducer(UnknownSignal(), THREE_FAMILIES).results}
+    results = {result.name: result for result in check_reducer(UnknownSignal(), REPRESENTATIVES).results}
     assert results["batch invariant"].passed is None
     assert "no adapter provides gaze" in results["batch invariant"].detail
     assert results["exact budget"].passed
@@ -383,7 +384,7 @@ def test_checks_do_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    check_reducer(NormScore(), THREE_FAMILIES)
+    check_reducer(NormScore(), REPRESENTATIVES)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -28,9 +28,10 @@ from tokenprune.run import Run
 from tokenprune.strategies import HiRED
 from tokenprune.viz import FIGURE_SUFFIXES, draw_mask, draw_report, format_caption, save_figure
 
-PAGE_TYPES = ("value", "name", "color_value", "largest", "compare")
-BOARD_TYPES = ("number_pair", "number_shape", "color", "shape", "side", "count", "paper")
-DEMO_TYPES = (*PAGE_TYPES, *BOARD_TYPES)
+DEMO_TYPES = (
+    *("value", "name", "color_value", "largest", "compare"),  # pages
+    *("number_pair", "number_shape", "color", "shape", "side", "count", "paper"),
+)
 """Question types of the bundled images in the order of the table; each type has one question."""
 
 
