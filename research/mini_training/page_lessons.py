@@ -27,7 +27,9 @@ class PageLesson:
     Attributes:
         mark_masks: Whether a patch shows the mark of an item, bool `[items, tiles, tokens]`. In the base tile these are
             the patches with an eighth of their area in the color of the item, at least one patch.
-        digit_masks: Whether a patch shows a digit of an item, bool `[items, tiles, tokens]`; False in the base tile.
+        digit_masks: Whether a patch shows the tens digit and the units digit of an item, bool
+            `[2, items, tiles, tokens]`; False in the base tile. If patches of a number show both digits, the two masks
+            are equal.
         item_masks: Whether a patch shows any part of an item, bool `[items, tiles, tokens]`.
         dense: Class of each patch, by head, `[tiles, tokens]`.
         presence: Whether a class is present in a tile (0 or 1), by head, `[tiles, classes]`.
@@ -43,24 +45,31 @@ class PageLesson:
     places: dict[str, Integers]
 
 
-def make_page_lesson(page: Page) -> PageLesson:
+def make_page_lesson(page: Page, *, separate_digits: bool = False) -> PageLesson:
     """Return the ground truth of the patches and the CLS token of each tile of a page.
 
-    A digit and a name are words of several letters, and a tower reads words in their context: each patch of a name or
-    of a number has the class of the name, and each patch of a number has the classes of both digits. All patches of an
-    item have its color. Names and digits of the base tile are ignored, because they are too coarse.
+    A tower reads words in their context: each patch of a name or of a number has the class of the name. All patches of
+    an item have its color. Names and digits of the base tile are ignored, because they are too coarse.
+
+    Args:
+        page: The page.
+        separate_digits: Whether a patch of a number has the class of its own digit only. If False, it has the classes
+            of both digits, and one patch of a number is enough to read the number.
     """
     tiles = 1 + page.grid[0] * page.grid[1]
     shape = len(page.items), tiles, TOKENS
-    labels, digits, marks = (np.zeros(shape, dtype=bool) for _ in range(3))
+    labels, marks = (np.zeros(shape, dtype=bool) for _ in range(2))
+    digits = np.zeros((2, *shape), dtype=bool)
     shares = np.zeros((len(page.items), TOKENS), np.float32)
     for number, item in enumerate(page.items):
         labels[number, 1:] = _mark_cells(page, [item.label])
-        digits[number, 1:] = _mark_cells(page, item.digits)
+        for place, box in enumerate(item.digits):
+            digits[place, number, 1:] = _mark_cells(page, [box] if separate_digits else item.digits)
         marks[number, 1:] = _mark_cells(page, [item.mark])
         shares[number] = sum(_base_share(page, box) for box in _colored_boxes(page, item))
     marks[:, 0] = (shares >= 0.125) | (shares == shares.max(1, keepdims=True))
-    item_masks = labels | digits | marks
+    values: Flags = np.asarray(digits.any(0))
+    item_masks = labels | values | marks
     dense = {name: np.full((tiles, TOKENS), size - 1, dtype=np.int64) for name, size in PAGE_DENSE.items()}
     for name in ("name", "tens", "units"):
         dense[name][0] = IGNORE
@@ -72,9 +81,9 @@ def make_page_lesson(page: Page) -> PageLesson:
     owner = shares.argmax(0)
     for number, item in enumerate(page.items):
         tens, units = divmod(item.number, 10)
-        dense["name"][labels[number] | digits[number]] = item.name
-        dense["tens"][digits[number]], dense["units"][digits[number]] = tens, units
-        shows_digits, shows_item = digits[number].any(-1), item_masks[number].any(-1)
+        dense["name"][labels[number] | values[number]] = item.name
+        dense["tens"][digits[0, number]], dense["units"][digits[1, number]] = tens, units
+        shows_digits, shows_item = values[number].any(-1), item_masks[number].any(-1)
         presence["name"][shows_digits, item.name] = 1
         presence["tens"][shows_digits, tens], presence["units"][shows_digits, units] = 1, 1
         if item.color == PLAIN:
@@ -127,16 +136,17 @@ def _base_share(page: Page, box: Box) -> np.ndarray:
 def is_page_answerable(question: Question, truth: PageLesson, kept: Flags) -> bool:
     """Return whether the kept tokens still show the answer of a question.
 
-    A question about names and numbers requires a token of the number of each item. A place requires a token of the mark
-    in the base tile, and a count a token of each mark in the base tile or in the sub-images.
+    A question about names and numbers requires a token of each digit of the number of each item. A place requires a
+    token of the mark in the base tile, and a count a token of each mark in the base tile or in the sub-images.
 
     Args:
         question: The question.
         truth: The ground truth of the page.
         kept: The kept tokens, bool `[tiles, tokens]`.
     """
-    masks = truth.digit_masks if question.needs == "tiles" else truth.mark_masks
-    kept_of_items = masks[list(question.about)] & kept
+    if question.needs == "tiles":
+        return bool((truth.digit_masks[:, list(question.about)] & kept).any((-2, -1)).all())
+    kept_of_items = truth.mark_masks[list(question.about)] & kept
     if question.type in PAGE_PLACES and question.type != "count":
         kept_of_items = kept_of_items[:, :1]
     return bool(kept_of_items.any((-2, -1)).all())

@@ -1,6 +1,6 @@
 """Training sequences: the kept visual tokens of a board, and questions that they can answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ def make_prompt(
     tokenize: Callable[[str], list[int]],
     *,
     gaps: bool,
-    weights: dict[str, float],
+    weights: Mapping[str, float],
 ) -> Prompt:
     """Return a training sequence with random visual tokens of a board and random questions that they can answer.
 

@@ -14,8 +14,6 @@ last step; the same command with ``--resume`` continues it.
 """
 
 import argparse
-import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from research.mini_training.build import export, make_config, make_tokenizer
+from research.mini_training.build import make_config, make_tokenizer
 from research.mini_training.lessons import IGNORE, make_lesson, make_tiles, pack_positions
 from research.mini_training.page_lessons import (
     PAGE_DENSE,
@@ -39,7 +37,8 @@ from research.mini_training.page_lessons import (
     make_page_lesson,
 )
 from research.mini_training.prompts import Prompt, assemble_prompt, draw_kept, make_cached_tokenizer, make_prompt
-from research.mini_training.train import Heads, answer_loss, make_optimizers, set_rates, tower_output
+from research.mini_training.stages import Stage, run_stages
+from research.mini_training.train import Heads, answer_loss, make_optimizers, tower_output
 from tokenprune.models import mini
 from tokenprune.models.mini.boards import GRIDS as BOARD_GRIDS
 from tokenprune.models.mini.boards import SHAPES, make_board
@@ -95,8 +94,6 @@ READER_RATES = (
     (READER_STEPS, 0.01),
 )
 """Factors of the learning rate in stage 2."""
-SAVE_SECONDS = 300.0
-"""Seconds between two saved states."""
 QUESTION_WEIGHTS = {
     **dict.fromkeys(("value", "name", "compare"), 4.0),
     **dict.fromkeys(("color_value", "largest", "smallest", "side", "height", "count"), 2.0),
@@ -150,8 +147,9 @@ class Batch:
 class PageHeads(nn.Module):
     """Classification heads for pages; they are not part of the model."""
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, place_weight: float = 0.5) -> None:
         super().__init__()
+        self.place_weight = place_weight
         self.dense = nn.Linear(width, sum(PAGE_DENSE.values()))
         self.places = nn.Linear(width, sum(PAGE_PLACES.values()))
         n_presence = sum(PAGE_PRESENCE.values())
@@ -184,7 +182,7 @@ class PageHeads(nn.Module):
         parts = self.places(patches[is_base]).flatten(0, 1).split(list(PAGE_PLACES.values()), dim=1)
         for name, logits in zip(PAGE_PLACES, parts, strict=True):
             target = torch.from_numpy(np.concatenate([lesson.places[name] for lesson in lessons]))
-            loss = loss + 0.5 * F.cross_entropy(logits, target, ignore_index=IGNORE)
+            loss = loss + self.place_weight * F.cross_entropy(logits, target, ignore_index=IGNORE)
             scores[name] = (logits.argmax(1) == target)[target != IGNORE].float().mean().item()
         target = torch.from_numpy(
             np.concatenate(
@@ -260,17 +258,24 @@ def tower_step(model: Any, heads: nn.ModuleDict, seed: int, step: int) -> tuple[
 
 
 def tower_loss(
-    model: Any, heads: nn.ModuleDict, pages: Sequence[Page], boards: Sequence[Any]
+    model: Any,
+    heads: nn.ModuleDict,
+    pages: Sequence[Page],
+    boards: Sequence[Any],
+    *,
+    board_weight: float = 0.3,
+    separate_digits: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of the tower on pages and boards, and the accuracy of each head."""
     pixels, _ = make_tiles([*pages, *boards])
     hidden = tower_output(model, pixels)
     n_page_tiles = sum(1 + page.grid[0] * page.grid[1] for page in pages)
-    loss, scores = heads["pages"]([part[:n_page_tiles] for part in hidden], [make_page_lesson(page) for page in pages])
+    lessons = [make_page_lesson(page, separate_digits=separate_digits) for page in pages]
+    loss, scores = heads["pages"]([part[:n_page_tiles] for part in hidden], lessons)
     board_loss, board_scores = heads["boards"](
         [part[n_page_tiles:] for part in hidden], [make_lesson(board) for board in boards], places=True
     )
-    return loss + 0.3 * board_loss, scores | {f"board_{name}": value for name, value in board_scores.items()}
+    return loss + board_weight * board_loss, scores | {f"board_{name}": value for name, value in board_scores.items()}
 
 
 def reader_step(
@@ -285,7 +290,7 @@ def reader_step(
     trains_tower = not gaps and step >= TOGETHER_FROM
     sub_images = 2 if step < LOOKUP_UNTIL else (4, 2, 6, 3)[step // 8 % 4]
     if step % 4 == 3:
-        batch = draw_boards(rng, indices, sub_images, tokenize, gaps=gaps)
+        batch = draw_boards(rng, indices, sub_images, tokenize, gaps=gaps, weights={})
     else:
         weights = next(weights for start, weights in reversed(WEIGHTS) if step >= start)
         batch = draw_pages(rng, indices, sub_images, tokenize, gaps=gaps, sparse=sparse, weights=weights)
@@ -377,13 +382,17 @@ def draw_boards(
     tokenize: Callable[[str], list[int]],
     *,
     gaps: bool,
+    weights: Mapping[str, float],
 ) -> Batch:
-    """Return a batch of boards with at most four sub-images."""
+    """Return a batch of boards with at most four sub-images.
+
+    The weights are the probabilities of question types, up to a common factor; 1 if absent.
+    """
     grids = [grid for grid in BOARD_GRIDS if grid[0] * grid[1] == min(sub_images, 4)]
     boards = [make_board(index, "train", grid=grids[index % len(grids)]) for index in indices]
     truths = [make_lesson(board) for board in boards]
     prompts = [
-        make_prompt(board, truth, rng, tokenize, gaps=gaps, weights={})
+        make_prompt(board, truth, rng, tokenize, gaps=gaps, weights=weights)
         for board, truth in zip(boards, truths, strict=True)
     ]
     return Batch("boards", *make_tiles(boards), truths, prompts)
@@ -398,6 +407,7 @@ def draw_pages(
     gaps: bool,
     sparse: bool,
     weights: Mapping[str, float],
+    separate_digits: bool = False,
 ) -> Batch:
     """Return a batch of pages with a number of sub-images.
 
@@ -406,7 +416,8 @@ def draw_pages(
     """
     grids = [grid for grid in GRIDS if grid[0] * grid[1] == sub_images]
     pages = [make_page(index, "train", grid=grids[index % len(grids)], per_type=MAX_PER_TYPE) for index in indices]
-    truths, prompts = [make_page_lesson(page) for page in pages], []
+    truths = [make_page_lesson(page, separate_digits=separate_digits) for page in pages]
+    prompts = []
     for page, truth in zip(pages, truths, strict=True):
         kept = draw_kept(rng, truth.item_masks, gaps=gaps)
         if sparse:
@@ -441,55 +452,27 @@ def train_pages(
         resume: Whether to resume from the state in ``out``.
         stop_after: Number of steps of both stages after which to stop; the run can be resumed later.
     """
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = load_start(start)
     vision = model.config.vision_config
     sizes = vision.hidden_size, vision.num_hidden_layers
     heads = nn.ModuleDict({"pages": PageHeads(*sizes), "boards": Heads(*sizes)})
     tokenize = make_cached_tokenizer(TOKENIZER)
-    done, spent = 0, 0.0
-    state = torch.load(out / "state.pt", weights_only=True) if resume else None
-    if state is not None:
-        done, spent = state["done"], state["seconds"]
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-    opts = make_optimizers(model, heads, reader=done >= tower_steps)
-    if state is not None and done != tower_steps:
-        for opt, saved in zip(opts, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-    since = time.monotonic() - spent
-    saved_at = time.monotonic()
-    last = min(tower_steps + reader_steps, stop_after or tower_steps + reader_steps)
-    model.train()
-    while done < last:
-        if done == tower_steps:
-            opts = make_optimizers(model, heads, reader=True)
-        if done < tower_steps:
-            set_rates(opts, done, TOWER_RATES)
-            loss, scores = tower_step(model, heads, seed, done)
-        else:
-            set_rates(opts, done - tower_steps, READER_RATES)
-            loss, scores = reader_step(model, heads, tokenize, seed, done - tower_steps)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for opt in opts for group in opt.param_groups for p in group["params"]], 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        done += 1
-        entry = {"step": done, "seconds": time.monotonic() - since, "loss": loss.item(), **scores}
-        line = json.dumps({name: round(value, 4) for name, value in entry.items()})
-        with (out / "log.jsonl").open("a") as log:
-            log.write(line + "\n")
-        if done % 25 == 0:
-            print(line, flush=True)
-        if done in (tower_steps, last) or time.monotonic() - saved_at > SAVE_SECONDS:
-            state = {"model": model.state_dict(), "heads": heads.state_dict(), "done": done}
-            state |= {"seconds": time.monotonic() - since, "optimizers": [opt.state_dict() for opt in opts]}
-            torch.save(state, out / "state.new")
-            (out / "state.new").rename(out / "state.pt")
-            export(model, out / "checkpoint", list_words(), GRIDS)
-            saved_at = time.monotonic()
+    stages = (
+        Stage(
+            tower_steps,
+            TOWER_RATES,
+            lambda: make_optimizers(model, heads, reader=False),
+            lambda step: tower_step(model, heads, seed, step),
+        ),
+        Stage(
+            reader_steps,
+            READER_RATES,
+            lambda: make_optimizers(model, heads, reader=True),
+            lambda step: reader_step(model, heads, tokenize, seed, step),
+        ),
+    )
+    run_stages(out, model, heads, stages, resume=resume, stop_after=stop_after)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
+from research.mini_training import refine_pages as refinement
 from research.mini_training import train_pages as training
 from research.mini_training.build import SIDE
 from research.mini_training.evaluate import answer_questions
+from research.mini_training.evaluate_patches import collect_patches, probe_accuracy
 from research.mini_training.lessons import make_tiles
+from research.mini_training.muon import Muon, orthogonalize
 from research.mini_training.page_lessons import is_page_answerable, make_page_lesson
 from research.mini_training.prompts import make_cached_tokenizer
 from research.mini_training.train import Heads
@@ -169,20 +172,60 @@ def test_every_layout_fills_every_grid(layout: str, grid: tuple[int, int]) -> No
         assert 0.3 <= page.content.mean() <= 0.6
 
 
+def test_probes_find_what_patches_show() -> None:
+    """In pixels, a patch of the tens digit shows the tens digit and not the units digit."""
+    pages = [make_page(index) for index in range(60)]
+    numbers = torch.tensor([item.number for page in pages for item in page.items])
+    boxes = [(page, item.digits[0]) for page in pages for item in page.items]
+    patches = [torch.from_numpy(page.pixels[t:b, le:r].astype(np.float32)).flatten() for page, (t, le, b, r) in boxes]
+    features = torch.stack(patches)
+    assert probe_accuracy(features, numbers // 10) > 0.9
+    assert probe_accuracy(features, numbers % 10) < 0.25
+
+
+def test_collected_patches_belong_to_the_items() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(mini.path("mini-pages"), dtype=torch.float32)
+    features, words = collect_patches(model, 2)
+    pages = [make_page(index, "heldout") for index in range(2)]
+    assert words["tens"].tolist() == [item.number // 10 for page in pages for item in page.items]
+    assert features["tens"].shape == features["units"].shape == (len(words["name"]), 96)
+    assert not torch.equal(features["tens"], features["units"])
+
+
+def test_patches_of_the_refined_tower_show_their_own_digit() -> None:
+    folder = Path(refinement.__file__).parent / "refined"
+    model = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint", dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(folder / "text")
+    tower = model.model.vision_tower.state_dict()
+    assert all(
+        torch.equal(tower[name], value) for name, value in clip.vision_model.state_dict().items() if "post" not in name
+    )
+    features, words = collect_patches(model, 30)
+    for own, other in (("tens", "units"), ("units", "tens")):
+        assert probe_accuracy(features[own], words[own]) > 0.95
+        assert probe_accuracy(features[own], words[other]) < 0.7
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_lessons_mark_the_patches_of_the_items() -> None:
+@pytest.mark.parametrize("separate_digits", [False, True])
+def test_lessons_mark_the_patches_of_the_items(separate_digits: bool) -> None:
     """The marked patches of the sub-images show the ink of the page, and masks of different items are disjoint."""
     for page in sample()[:20]:
-        truth = make_page_lesson(page)
+        truth = make_page_lesson(page, separate_digits=separate_digits)
         tiles, _ = make_tiles([page])
         patches = tiles.mean(1).unflatten(1, (SIDE, CELL)).unflatten(3, (SIDE, CELL)).amin((2, 4)).flatten(1).numpy()
-        assert patches[1:][truth.digit_masks[:, 1:].any(0)].max() < patches[1:].max() - 0.3
+        assert patches[1:][truth.digit_masks[:, :, 1:].any((0, 1))].max() < patches[1:].max() - 0.3
         assert (truth.item_masks[:, 1:].sum(0) <= 1).all()
         for number, item in enumerate(page.items):
-            assert truth.digit_masks[number].sum() == 2
-            assert set(truth.dense["tens"][truth.digit_masks[number]]) == {item.number // 10}
+            tens, units = truth.digit_masks[:, number]
+            assert tens.sum() == units.sum() == (1 if separate_digits else 2)
+            assert (tens == units).all() != separate_digits
+            assert (tens | units).sum() == 2
+            assert set(truth.dense["tens"][tens]) == {item.number // 10}
+            assert set(truth.dense["units"][units]) == {item.number % 10}
+            assert set(truth.dense["units"][tens & ~units]) <= {10}
             assert (truth.dense["name"] == item.name).sum() == 5
             on_item = truth.dense["color"][truth.item_masks[number] & (np.arange(len(tiles)) > 0)[:, None]]
             assert set(on_item) == {item.color}
@@ -190,7 +233,7 @@ def test_lessons_mark_the_patches_of_the_items() -> None:
 
 def test_page_questions_are_answerable_if_their_tokens_are_kept() -> None:
     for page in sample()[:20]:
-        truth = make_page_lesson(page)
+        truth = make_page_lesson(page, separate_digits=True)
         everything = np.ones(truth.item_masks.shape[1:], dtype=bool)
         base, tiles = everything.copy(), everything.copy()
         base[1:], tiles[0] = False, False
@@ -198,7 +241,11 @@ def test_page_questions_are_answerable_if_their_tokens_are_kept() -> None:
             assert not is_page_answerable(question, truth, ~everything)
             assert is_page_answerable(question, truth, everything)
             assert is_page_answerable(question, truth, tiles) == (question.type not in ("side", "height"))
-            assert not (question.needs == "tiles" and is_page_answerable(question, truth, base))
+            if question.needs == "tiles":
+                assert not is_page_answerable(question, truth, base)
+                assert not is_page_answerable(question, truth, ~truth.digit_masks[0].any(0))
+                both = make_page_lesson(page)
+                assert is_page_answerable(question, both, ~truth.digit_masks[0].any(0))
 
 
 @pytest.mark.parametrize("step", [0, training.ALIGN_UNTIL, training.SPARSE_UNTIL + 7, training.TOGETHER_FROM])
@@ -276,13 +323,58 @@ def test_a_page_without_remaining_evidence_is_trained_with_all_tokens() -> None:
     assert all(len(prompt.labels) for prompt in batch.prompts)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_all_kinds_of_refinement_steps_run(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "IMAGES", 2)
+    torch.manual_seed(0)
+    model = refinement.load_start(mini.path("mini-pages"), mini.path())
+    loss, scores = refinement.refine_reader(model, make_cached_tokenizer(training.TOKENIZER), step)
+    loss.backward()
+    assert loss.isfinite()
+    assert ("boards_right" in scores) == (step in (0, 3))
+    assert scores["gaps"] == (step in (0, 4))
+    assert model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad is None
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("rows", [6, 20])
+def test_muon_equals_the_one_of_torch_up_to_its_precision(rows: int) -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(3, rows, 10)
+    values = torch.linalg.svdvals(orthogonalize(gradients[0]))
+    assert 0.6 < values.min() < values.max() < 1.3
+    results = []
+    for make in (Muon, partial(torch.optim.Muon, weight_decay=0.0)):
+        matrix = nn.Parameter(torch.zeros(rows, 10))
+        optimizer = make([matrix], lr=0.02)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        results.append(matrix.detach())
+    assert results[0].abs().mean() > 0.005
+    assert torch.allclose(*results, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "train", "options"),
+    [
+        (training, training.train_pages, {"start": mini.path(), "tower_steps": 1, "reader_steps": 2}),
+        (
+            refinement,
+            refinement.refine_pages,
+            {"start": mini.path("mini-pages"), "tower": mini.path(), "tower_steps": 1, "projector_steps": 2}
+            | {"reader_steps": 1},
+        ),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_run(
+    module: Any, train: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("IMAGES", "PAGES", "BOARDS"):
-        monkeypatch.setattr(training, name, 1)
-    options: dict[str, Any] = {"start": mini.path(), "tower_steps": 1, "reader_steps": 2}
-    training.train_pages(tmp_path / "complete", **options)
-    training.train_pages(tmp_path / "resumed", **options, stop_after=2)
-    training.train_pages(tmp_path / "resumed", **options, resume=True)
+        monkeypatch.setattr(module, name, 1)
+    train(tmp_path / "complete", **options)
+    train(tmp_path / "resumed", **options, stop_after=2)
+    train(tmp_path / "resumed", **options, resume=True)
     complete, resumed = (
         torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("complete", "resumed")
     )
