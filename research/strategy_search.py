@@ -13,14 +13,21 @@ from typing import Any
 import numpy as np
 
 from research.heldout import board_interval
-from research.tried_selections import MODEL, Combined, ImageTopAllocation, SpreadSelection, anchored
+from research.tried_selections import (
+    MODEL,
+    Combined,
+    ImageTopAllocation,
+    NeighborRelevance,
+    SpreadSelection,
+    anchored,
+)
 from research.which_method import FULL, list_projector_strategies, list_two_stages, measure_world
 from tokenprune.budget import Budget
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.models.mini.boards import Split
 from tokenprune.policies import SelectionPolicy
 from tokenprune.reducer import TokenReducer
-from tokenprune.strategies import CDPruner, DivPrune, HiRED, QuestionFirst
+from tokenprune.strategies import EADP, SCOPE, TOPS, CDPruner, DivPrune, HiRED, QuestionFirst
 from tokenprune.strategies.cdpruner import ConditionalDiversitySelection
 from tokenprune.strategies.components import GlobalTopAllocation, SaliencyCoverageSelection, TopRelevanceSelection
 from tokenprune.strategies.components.allocation import UniformAllocation
@@ -150,6 +157,30 @@ def list_round(name: str) -> dict[str, TokenReducer]:
             "threshold 3": parts(threshold=3.0),
             "HiRED": HiRED(),
             "DivPrune": DivPrune(),
+        },
+        "separate digits": {
+            "QuestionFirst": QuestionFirst(text_model=MODEL),
+            **{f"QuestionFirst share={s}": parts(share=s) for s in (0.7, 1.0)},
+            **{
+                f"QuestionFirst threshold={t} share={s}": parts(threshold=t, share=s)
+                for t in (1.5, 2.0)
+                for s in (0.5, 1.0)
+            },
+            "QuestionFirst attention": parts(deviation=AttentionRelevance()),
+            "spread": chosen(saliency=mixed),
+            **{f"spread cols={c}": chosen(saliency=mixed, relevance=NeighborRelevance(cols=c)) for c in (1, 2, 3)},
+            "spread both cols=1": chosen(
+                saliency=Combined([NeighborRelevance(AttentionRelevance()), NeighborRelevance(deviation)], [0.5, 0.5]),
+                relevance=NeighborRelevance(cols=2),
+            ),
+            "max-min by mixed": anchored(threshold=2.5, share=1.0, quality=mixed),
+            "max-min by mixed, half": anchored(threshold=2.5, share=0.5, quality=mixed),
+            "HiRED": HiRED(),
+            "DivPrune": DivPrune(),
+            "CDPruner": CDPruner(text_model=MODEL),
+            "TOPS": TOPS(),
+            "SCOPE": SCOPE(),
+            "EADP": EADP(text_model=MODEL),
         },
         "anchors": {
             **{

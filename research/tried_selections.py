@@ -98,6 +98,30 @@ def count_better(scores: Tensor, grid: tuple[int, int], rows: int, cols: int, fe
 
 
 @dataclass
+class NeighborRelevance(RelevancePolicy):
+    """Uses the largest value of the tokens that are near in the same row, so that the tokens of a word stay together.
+
+    Args:
+        part: the signal.
+        cols: columns of the neighborhood, on each side.
+    """
+
+    part: RelevancePolicy = field(default_factory=TextRelevance)
+    cols: int = 1
+
+    @property
+    def needs(self) -> Sequence[Signal]:
+        """The signals of the part."""
+        return self.part.needs
+
+    def relevance(self, image: EncodedImage) -> Tensor:
+        """Return the largest value in each neighborhood, `[tiles, tokens]`."""
+        values = compute_relevance(self.part, image)
+        rows = rearrange(values, "tiles (height width) -> (tiles height) 1 width", height=image.geometry.token_grid[0])
+        return F.max_pool1d(rows, 2 * self.cols + 1, stride=1, padding=self.cols).reshape(values.shape)
+
+
+@dataclass
 class SpreadSelection(SelectionPolicy):
     """Ranks tokens by saliency and relevance, and discounts tokens with better neighbors.
 
