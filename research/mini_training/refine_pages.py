@@ -1,13 +1,13 @@
 """Refines the model of boards and pages: ``python -m research.mini_training.refine_pages``.
 
 In a tower of `train_pages`, each patch of a number shows both digits, so that one kept patch of an item answers every
-question about its number. Here a new tower is trained, whose patches show their own digit only, as a glyph of a page
-does. A number then requires two tokens, and strategies differ at larger budgets. (A tower of `train_pages` does not
-forget the other digit: after 900 steps on the same labels, a linear probe still found it in every patch.)
+question about its number. Here a new tower is trained, whose patches are trained to show their own digit only. A number
+then requires two tokens, and strategies differ at larger budgets. (A tower of `train_pages` does not forget the other
+digit: after 900 steps on the same labels, a linear probe still read it from every patch.)
 
-Stage 1 trains the tower, which starts from the shipped tower for boards. Stage 2 trains a new projector, with the loss
-of `train_pages.alignment_loss`: patches of the new tower then look like words to the LLM. Stage 3 trains projector and
-LLM behind the frozen tower.
+Stage 1 trains the tower, which starts from the shipped tower for boards. Stage 2 trains the projector with the loss of
+`train_pages.alignment_loss`, so that patches of the new tower are aligned with the words that they show. Stage 3 trains
+projector and LLM behind the frozen tower.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from research.mini_training.muon import Muon
 from research.mini_training.prompts import make_cached_tokenizer
 from research.mini_training.stages import Stage, run_stages
-from research.mini_training.train import Heads, answer_loss, tower_output
+from research.mini_training.train import Heads, answer_loss, split_parameters, tower_output
 from research.mini_training.train_pages import (
     ALIGNMENT_WEIGHT,
     EARLY_WEIGHT,
@@ -51,7 +51,8 @@ TOWER_RATES = (
     *((0, 0.025), (20, 0.5), (600, 0.5), (999, 0.01)),
     *((1000, 0.025), (1020, 0.4), (1400, 0.4), (TOWER_STEPS, 0.005)),
 )
-"""Factors of the learning rate in stage 1 as (step, factor), with linear interpolation."""
+"""Factors of the learning rate in stage 1 as (step, factor), with linear interpolation. For the stored weights, the
+optimizers started anew at step 1000."""
 PROJECTOR_RATES = ((0, 0.05), (20, 0.5), (PROJECTOR_STEPS, 0.1))
 """Factors of the learning rate in stage 2."""
 READER_RATES = ((0, 0.02), (20, 0.3), (838, 0.3), (839, 0.4), (1560, 0.4), (1561, 0.3), (READER_STEPS, 0.002))
@@ -91,18 +92,17 @@ def load_start(checkpoint: Path, tower: Path) -> Any:
 
 def refine_tower(model: Any, heads: nn.ModuleDict, step: int) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 1."""
-    start = _FIRST + step * PAGES
+    start = _FIRST + step * PAGES  # consecutive steps share two boards
     pages = [make_page(start + k, "train") for k in range(PAGES)]
     boards = [make_board(start + k, "train", crowded=k % 2 == 0) for k in range(BOARDS)]
     return tower_loss(model, heads, pages, boards, board_weight=BOARD_WEIGHT, separate_digits=True)
 
 
-def draw_batch(tokenize: Callable[[str], list[int]], stage: int, step: int) -> Batch:
-    """Return the images and questions of one step of stage 2 or 3."""
+def draw_batch(tokenize: Callable[[str], list[int]], stage: int, step: int, *, gaps: bool) -> Batch:
+    """Return the images and questions of one step of stage 2 or 3, with or without removed tokens."""
     rng = np.random.default_rng((stage, step))
     start = _FIRST + stage * _STAGE + IMAGES * step
     indices = range(start, start + IMAGES)
-    gaps = stage == 3 and step % GAPS_EVERY == 0
     sub_images = (4, 2, 6, 3)[step // 8 % 4]
     if step % 8 in (0, 3, 5):
         return draw_boards(rng, indices, sub_images, tokenize, gaps=gaps, weights=BOARD_WEIGHTS)
@@ -121,18 +121,18 @@ def project(model: Any, batch: Batch) -> list[Tensor]:
 
 def align_projector(model: Any, tokenize: Callable[[str], list[int]], step: int) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 2."""
-    batch = draw_batch(tokenize, 2, step)
+    batch = draw_batch(tokenize, 2, step, gaps=False)
     loss, accuracy = alignment_loss(model, torch.cat(project(model, batch)).flatten(0, 1), batch.truths)
     return loss, {"aligned": accuracy}
 
 
 def refine_reader(model: Any, tokenize: Callable[[str], list[int]], step: int) -> tuple[Tensor, dict[str, float]]:
     """Return the loss and the scores of one step of stage 3."""
-    batch = draw_batch(tokenize, 3, step)
+    gaps = step % GAPS_EVERY == 0
+    batch = draw_batch(tokenize, 3, step, gaps=gaps)
     features = project(model, batch)
     loss, right = answer_loss(model, [part.flatten(0, 1) for part in features], batch.prompts, EARLY_WEIGHT)
-    gaps = float(step % GAPS_EVERY == 0)
-    scores = {"gaps": gaps, f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
+    scores = {"gaps": float(gaps), f"{batch.world}_loss": loss.item(), f"{batch.world}_right": right}
     aligned, accuracy = alignment_loss(model, torch.cat(features).flatten(0, 1), batch.truths)
     matched, share = match_loss(model, features, batch)
     loss = loss + ALIGNMENT_WEIGHT * aligned + MATCH_WEIGHT * matched
@@ -147,13 +147,14 @@ def make_optimizers(model: Any, heads: nn.Module, part: str) -> list[torch.optim
         heads: The heads of stage 1, which are trained with the tower.
         part: ``tower``, ``projector`` or ``reader`` (projector and LLM).
     """
-    matrices: list[nn.Parameter] = []
-    remaining = list(heads.parameters()) if part == "tower" else []
-    for name, parameter in model.named_parameters():
-        owner = "tower" if "vision_tower" in name else "projector" if "projector" in name else "reader"
-        if owner == part or (part, owner) == ("reader", "projector"):
-            is_matrix = parameter.ndim == 2 and ("layers" in name or "projector" in name)
-            (matrices if is_matrix else remaining).append(parameter)
+    is_trained = {
+        "tower": lambda name: "vision_tower" in name,
+        "projector": lambda name: "projector" in name,
+        "reader": lambda name: "vision_tower" not in name,
+    }[part]
+    matrices, remaining = split_parameters(model, is_trained)
+    if part == "tower":
+        remaining = [*heads.parameters(), *remaining]
     return [Muon(matrices), torch.optim.AdamW(remaining, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 

@@ -209,6 +209,24 @@ def answer_loss(
     return loss, (failed[count > 0] == 0).float().mean().item()
 
 
+def split_parameters(
+    model: nn.Module, is_trained: Callable[[str], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the matrices in layers and projector, and all other parameters.
+
+    Args:
+        model: The model.
+        is_trained: Returns whether the parameter of a name is trained; others are left out.
+    """
+    matrices: list[nn.Parameter] = []
+    remaining: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if is_trained(name):
+            is_matrix = parameter.ndim == 2 and ("layers" in name or "projector" in name)
+            (matrices if is_matrix else remaining).append(parameter)
+    return matrices, remaining
+
+
 def make_optimizers(model: Any, heads: nn.Module, *, reader: bool) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices in layers and projector, and AdamW for all other parameters.
 
@@ -220,15 +238,10 @@ def make_optimizers(model: Any, heads: nn.Module, *, reader: bool) -> list[torch
     Returns:
         The two optimizers.
     """
-    matrices: list[nn.Parameter] = []
-    remaining = list(heads.parameters())
-    for name, parameter in model.named_parameters():
-        if "vision_tower" in name or reader:
-            is_matrix = parameter.ndim == 2 and ("layers" in name or "projector" in name)
-            (matrices if is_matrix else remaining).append(parameter)
+    matrices, remaining = split_parameters(model, lambda name: reader or "vision_tower" in name)
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(remaining, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW([*heads.parameters(), *remaining], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
