@@ -1,7 +1,7 @@
 """The optimizer Muon in the precision of the parameters.
 
-`torch.optim.Muon` orthogonalizes in bfloat16. On CPUs without bfloat16 units, a product of its matrices takes about 20
-times as long as in float32, so that a step of the optimizer took as long as the rest of a training step.
+`torch.optim.Muon` orthogonalizes in bfloat16. On an AMD EPYC with two threads, a product of matrices of 128 rows took
+13 to 17 times as long as in float32, and the optimizer 43 % of a training step of the reader.
 """
 
 from collections.abc import Iterable
