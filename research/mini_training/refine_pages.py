@@ -46,7 +46,7 @@ PAGES, BOARDS = 6, 8
 """Number of pages and boards in a step of stage 1."""
 TOWER_STEPS = 1800
 PROJECTOR_STEPS = 150
-READER_STEPS = 3061
+READER_STEPS = 4511
 TOWER_RATES = (
     *((0, 0.025), (20, 0.5), (600, 0.5), (999, 0.01)),
     *((1000, 0.025), (1020, 0.4), (1400, 0.4), (TOWER_STEPS, 0.005)),
@@ -55,7 +55,11 @@ TOWER_RATES = (
 optimizers started anew at step 1000."""
 PROJECTOR_RATES = ((0, 0.05), (20, 0.5), (PROJECTOR_STEPS, 0.1))
 """Factors of the learning rate in stage 2."""
-READER_RATES = ((0, 0.02), (20, 0.3), (838, 0.3), (839, 0.4), (1560, 0.4), (1561, 0.3), (READER_STEPS, 0.002))
+READER_RATES = (
+    *((0, 0.02), (20, 0.3), (838, 0.3), (839, 0.4), (1560, 0.4), (1561, 0.3), (3061, 0.002)),
+    *((3062, 0.01), (3080, 0.25), (3961, 0.002)),
+    *((3962, 0.01), (3980, 0.22), (READER_STEPS, 0.002)),
+)
 """Factors of the learning rate in stage 3."""
 BOARD_WEIGHT = 1.0
 """Weight of the loss on boards in stage 1."""
@@ -74,6 +78,9 @@ PAGE_WEIGHTS = {
 LATE_FROM = 839
 """From this step of stage 3 on, weak types of questions about pages get more weight."""
 LATE_PAGE_WEIGHTS = {**PAGE_WEIGHTS, "name": 14.0, "color_value": 6.0, "count": 6.0, "value": 3.0}
+LAST_FROM = 3961
+"""From this step of stage 3 on, the types of questions that are still weak get more weight."""
+LAST_PAGE_WEIGHTS = {**LATE_PAGE_WEIGHTS, "count": 12.0, "largest": 4.0, "smallest": 4.0}
 BOARD_WEIGHTS = {"count": 4.0, "number_color": 2.0, "number_shape": 2.0, "color": 0.5, "shape": 0.5, "paper": 0.5}
 """Weights of types of questions about boards in stage 3."""
 _FIRST = 1_000_000_000
@@ -106,7 +113,7 @@ def draw_batch(tokenize: Callable[[str], list[int]], stage: int, step: int, *, g
     sub_images = (4, 2, 6, 3)[step // 8 % 4]
     if step % 8 in (0, 3, 5):
         return draw_boards(rng, indices, sub_images, tokenize, gaps=gaps, weights=BOARD_WEIGHTS)
-    weights = PAGE_WEIGHTS if step < LATE_FROM else LATE_PAGE_WEIGHTS
+    weights = PAGE_WEIGHTS if step < LATE_FROM else LATE_PAGE_WEIGHTS if step < LAST_FROM else LAST_PAGE_WEIGHTS
     return draw_pages(
         rng, indices, sub_images, tokenize, gaps=gaps, sparse=False, weights=weights, separate_digits=True
     )
