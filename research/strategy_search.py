@@ -1,7 +1,8 @@
 """Searches a strategy for dense images on training images: ``python -m research.strategy_search --name families``.
 
 Each round compares some strategies on images of the split ``train``. `QuestionFirst` is the result; the docstrings of
-the selections below describe the tried alternatives. Each image is encoded once for all settings.
+the selections in `research.tried_selections` describe the tried alternatives. Each image is encoded once for all
+settings. The rounds up to "anchors" led to the first version of `QuestionFirst`, with the weights of commit 0a7a71d.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from research.tried_selections import (
     ImageTopAllocation,
     NeighborRelevance,
     SpreadSelection,
+    TopWeightSelection,
     anchored,
+    first_version,
 )
 from research.which_method import FULL, list_projector_strategies, list_two_stages, measure_world
 from tokenprune.budget import Budget
@@ -146,27 +149,22 @@ def list_round(name: str) -> dict[str, TokenReducer]:
             "pooled CDPruner": pooled(ConditionalDiversitySelection()),
             "CDPruner": CDPruner(text_model=MODEL),
         },
-        "parts": {
-            "QuestionFirst": QuestionFirst(text_model=MODEL),
-            "without anchors": parts(threshold=1e9),
-            "anchors without limit": parts(share=1.0),
-            "attention only": parts(deviation=AttentionRelevance()),
-            "deviation only": parts(attention=MeanRelevance()),
-            "equal budgets per tile": QuestionFirst(text_model=MODEL, allocation=UniformAllocation()),
-            "threshold 2": parts(threshold=2.0),
-            "threshold 3": parts(threshold=3.0),
-            "HiRED": HiRED(),
-            "DivPrune": DivPrune(),
+        "anchors": {
+            **{
+                f"top mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed, fill="top")
+                for s, t in ((0.5, 2.5), (0.5, 3.0), (0.3, 2.5), (0.3, 3.0))
+            },
+            **{
+                f"max-min by mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed)
+                for s, t in ((0.5, 2.5), (0.3, 2.5))
+            },
         },
         "separate digits": {
-            "QuestionFirst": QuestionFirst(text_model=MODEL),
-            **{f"QuestionFirst share={s}": parts(share=s) for s in (0.7, 1.0)},
             **{
-                f"QuestionFirst threshold={t} share={s}": parts(threshold=t, share=s)
-                for t in (1.5, 2.0)
-                for s in (0.5, 1.0)
+                f"first version, threshold {t}, share {share}": first_version(threshold=t, share=share)
+                for t in (1.5, 2.0, 2.5)
+                for share in (0.5, 1.0)
             },
-            "QuestionFirst attention": parts(deviation=AttentionRelevance()),
             "spread": chosen(saliency=mixed),
             **{f"spread cols={c}": chosen(saliency=mixed, relevance=NeighborRelevance(cols=c)) for c in (1, 2, 3)},
             "spread both cols=1": chosen(
@@ -182,15 +180,56 @@ def list_round(name: str) -> dict[str, TokenReducer]:
             "SCOPE": SCOPE(),
             "EADP": EADP(text_model=MODEL),
         },
-        "anchors": {
+        "weighted distances": {
             **{
-                f"top mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed, fill="top")
-                for s, t in ((0.5, 2.5), (0.5, 3.0), (0.3, 2.5), (0.3, 3.0))
+                f"anchors, cols={c}": anchored(
+                    relevance=NeighborRelevance(cols=c), threshold=2.5, share=0.5, quality=mixed
+                )
+                for c in (1, 2, 3)
             },
             **{
-                f"max-min by mixed, share {s}, threshold {t}": anchored(threshold=t, share=s, quality=mixed)
-                for s, t in ((0.5, 2.5), (0.3, 2.5))
+                f"weights, neighbors={n}, threshold={t}, weight={w}": parts(
+                    saliency=mixed, neighbors=n, threshold=t, weight=w
+                )
+                for n in (0, 2)
+                for t, w in ((1.0, 1.0), (1.0, 4.0), (2.0, 4.0))
             },
+            "without question": parts(saliency=mixed, weight=0.0),
+            "DivPrune": DivPrune(),
+            "CDPruner": CDPruner(text_model=MODEL),
+        },
+        "neighborhoods": {
+            **{f"neighbors={n}": parts(saliency=mixed, neighbors=n) for n in (1, 2, 3, 4)},
+            **{f"threshold={t}": parts(saliency=mixed, neighbors=2, threshold=t) for t in (0.5, 1.5)},
+            **{f"weight={w}": parts(saliency=mixed, neighbors=2, weight=w) for w in (4.0, 8.0)},
+            **{f"power={p}": parts(saliency=mixed, neighbors=2, power=p) for p in (0.0, 0.25, 1.0)},
+            "attention": parts(neighbors=2),
+            "dot": parts(saliency=mixed, neighbors=2, relevance=TextRelevance(likeness="dot")),
+        },
+        "saliency of weights": {
+            **{
+                f"{label}, threshold={t}, weight={w}": parts(saliency=mixed, threshold=t, weight=w, power=p)
+                for label, p in (("mixed", 0.5), ("no saliency", 0.0))
+                for t, w in ((1.0, 2.0), (1.0, 4.0), (0.5, 4.0))
+            },
+            "attention": parts(),
+            "deviation": parts(saliency=MeanRelevance("image")),
+            "no neighbors": parts(saliency=mixed, neighbors=0),
+            "no question": parts(saliency=mixed, weight=0.0),
+            "DivPrune": DivPrune(),
+        },
+        "parts": {
+            "QuestionFirst": QuestionFirst(text_model=MODEL),
+            "without relevance": parts(weight=0.0),
+            "without neighbors": parts(neighbors=0),
+            "without saliency": parts(power=0.0),
+            "without distances": pooled(TopWeightSelection()),
+            "equal budgets per tile": QuestionFirst(text_model=MODEL, allocation=UniformAllocation()),
+            "deviation from the mean as saliency": parts(saliency=MeanRelevance()),
+            "threshold 0.5": parts(threshold=0.5),
+            "threshold 1.5": parts(threshold=1.5),
+            "HiRED": HiRED(),
+            "DivPrune": DivPrune(),
         },
     }
     return rounds[name]

@@ -17,7 +17,8 @@ from tokenprune.policies import RelevancePolicy, SelectionPolicy, compute_releva
 from tokenprune.reducer import TokenReducer
 from tokenprune.strategies.components import GlobalTopAllocation
 from tokenprune.strategies.components.diversity import pairwise_cosine
-from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance
+from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance, TextRelevance, standardize
+from tokenprune.strategies.question_first import QuestionFirstSelection
 
 MODEL = "mini-pages"
 """Name of the embedded model, whose text tower reads the questions."""
@@ -60,12 +61,6 @@ def rank_valid(values: Tensor, valid: Tensor) -> Tensor:
     ranks = torch.empty_like(flat).scatter(0, flat.argsort(), torch.arange(len(flat), dtype=flat.dtype))
     n_invalid = (~valid).sum()
     return ((ranks - n_invalid) / valid.sum()).clamp(min=0).view_as(values)
-
-
-def standardize(values: Tensor, valid: Tensor) -> Tensor:
-    """Return values minus their mean over valid tokens, divided by the standard deviation, `[tiles, tokens]`."""
-    part = values[valid]
-    return (values - part.mean()) / part.std().clamp(min=1e-9)
 
 
 def count_better(scores: Tensor, grid: tuple[int, int], rows: int, cols: int, features: Tensor | None = None) -> Tensor:
@@ -230,12 +225,31 @@ class AnchoredSelection(SelectionPolicy):
         return kept[None]
 
 
+@dataclass
+class TopWeightSelection(QuestionFirstSelection):
+    """Keeps the tokens with the largest weights of QuestionFirst, without distances between tokens."""
+
+    pick = SelectionPolicy.pick
+
+
 def anchored(**options: Any) -> ComponentReducer:
     """Return a strategy that keeps tokens of all tiles by `AnchoredSelection`."""
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=AnchoredSelection(**options), text_model=MODEL)
 
 
-def list_candidates() -> dict[str, TokenReducer]:
-    """Return the final candidates that are no strategy of the library by name."""
+def weighted(**options: Any) -> ComponentReducer:
+    """Return a strategy that keeps tokens of all tiles by `QuestionFirstSelection`."""
+    return ComponentReducer(
+        allocation=GlobalTopAllocation(), selection=QuestionFirstSelection(**options), text_model=MODEL
+    )
+
+
+def first_version(**options: Any) -> ComponentReducer:
+    """Return the first version of QuestionFirst with other options: anchors, then tokens by two ranks of saliency."""
     mixed = Combined([AttentionRelevance(), MeanRelevance("image")], [0.5, 0.5])
-    return {"QuestionFirst, max-min fill": anchored(threshold=2.5, share=0.5, quality=mixed)}
+    return anchored(**{"quality": mixed, "threshold": 2.5, "share": 0.5, "fill": "top", **options})
+
+
+def list_candidates() -> dict[str, TokenReducer]:
+    """Return the variants of QuestionFirst that are compared with all strategies, by name."""
+    return {"QuestionFirst, first version": first_version()}

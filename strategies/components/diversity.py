@@ -29,20 +29,28 @@ def pairwise_cosine(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def max_min_diverse(features: Tensor, number: int, candidates: Tensor | None = None) -> Tensor:
+def max_min_diverse(
+    features: Tensor, number: int, candidates: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Pick tokens greedily by their smallest distance to the picked tokens (DivPrune), `[number]`.
 
     The distance is one minus the cosine similarity. The first pick is the token with the most distant nearest neighbor.
-    The picks stay on the device, so the host does not wait for each of them.
+    If there are weights, each pick has the largest product of its weight and its distance. The picks stay on the
+    device, so the host does not wait for each of them.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
         number: number of tokens to pick.
         candidates: tokens that may be picked, bool `[tokens]`; None means all tokens.
+        weights: weight of each token, above 0, `[tokens]`; None means equal weights.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
+
+    def find_largest(distances: Tensor) -> Tensor:
+        return (distances if weights is None else weights * distances).argmax(dim=1)
+
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
     distances = pairwise_cosine(features).neg_().add_(1)
@@ -52,14 +60,14 @@ def max_min_diverse(features: Tensor, number: int, candidates: Tensor | None = N
         distances = distances.masked_fill(~candidates, torch.inf)
     # The smallest distance of a token is the distance to itself, so the second smallest determines the first pick.
     isolation = distances.topk(min(2, len(distances)), dim=1, largest=False)[0][:, -1]
-    pick = torch.minimum(isolation, nearest).argmax(dim=1)
+    pick = find_largest(torch.minimum(isolation, nearest))
     # A pick is never picked again, although rounding can make it the most distant of several equal tokens.
     is_self = torch.eye(len(distances), dtype=torch.bool, device=distances.device)
     distances = distances.masked_fill(is_self, -torch.inf)
     picks = [pick]
     while len(picks) < number:
         nearest = torch.minimum(nearest, distances.index_select(0, pick))
-        pick = nearest.argmax(dim=1)
+        pick = find_largest(nearest)
         picks.append(pick)
     return torch.cat(picks)
 
@@ -266,7 +274,10 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
 
 @dataclass
 class MaxMinDiversitySelection(SelectionPolicy):
-    """Keeps tokens with large distances to each other (DivPrune). Requires no attention."""
+    """Keeps tokens with large distances to each other (DivPrune). Requires no attention.
+
+    A subclass can weight the distances: `pick` multiplies the distances of a token by its score.
+    """
 
     @property
     def is_exact(self) -> bool:
@@ -274,14 +285,14 @@ class MaxMinDiversitySelection(SelectionPolicy):
         return True
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return zeros, `[tiles, tokens]`, because the selection depends only on distances."""
-        return image.features.new_zeros(image.features.shape[:2])
+        """Return the weight of each token, above 0, `[tiles, tokens]`; here ones."""
+        return image.features.new_ones(image.features.shape[:2])
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep tokens by greedy max-min distance of the features."""
-        numbers, kept = read_numbers(budgets), []
-        for tile, number in enumerate(numbers):
-            picks = max_min_diverse(image.features[tile], number, candidates[tile])
+        """Keep tokens by greedy max-min distance of the features, multiplied by their scores."""
+        weights, kept = scores.masked_fill(~candidates, 1), []
+        for tile, number in enumerate(read_numbers(budgets)):
+            picks = max_min_diverse(image.features[tile], number, candidates[tile], weights[tile])
             kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
         return torch.stack(kept)
 

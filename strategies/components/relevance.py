@@ -111,6 +111,21 @@ def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tenso
     return (values - low + floor) / spread if bool(spread > 0) else torch.ones_like(values)
 
 
+def standardize(values: Tensor, valid: Tensor) -> Tensor:
+    """Return values minus their mean over valid tokens, divided by their standard deviation, `[tiles, tokens]`.
+
+    The result is 0 for invalid tokens, and if all valid values are equal.
+
+    Args:
+        values: one number per token, `[tiles, tokens]`.
+        valid: tokens of mean and standard deviation, which are computed per tile, bool `[tiles, tokens]`.
+    """
+    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = values.masked_fill(~valid, 0).sum(dim=1, keepdim=True) / count
+    centered = (values - mean).masked_fill(~valid, 0)
+    return centered / (centered.square().sum(dim=1, keepdim=True) / count).sqrt().clamp(min=1e-9)
+
+
 @dataclass
 class TopRelevanceSelection(SelectionPolicy):
     """Keeps the tokens with the largest relevance to the question.

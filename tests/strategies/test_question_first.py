@@ -1,6 +1,9 @@
-"""QuestionFirst: anchors come first, up to their share; the other tokens follow by two ranks of saliency."""
+"""QuestionFirst: greedy picks by weight times distance; the weights contain saliency and the relevance of neighbors."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ from tokenprune.budget import Budget
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.policies import RelevancePolicy
-from tokenprune.strategies import QuestionFirst
-from tokenprune.strategies.components.relevance import AttentionRelevance, MeanRelevance
+from tokenprune.strategies import DivPrune, QuestionFirst
+from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.relevance import AttentionRelevance, standardize
 from tokenprune.strategies.question_first import QuestionFirstSelection
 from tokenprune.testing.encoded_images import random_encoded_image
 
@@ -19,9 +23,9 @@ GEOMETRY = TileGeometry.anyres((90, 160), (1, 2), (10, 10), 80)
 
 
 class Spikes(RelevancePolicy):
-    """A relevance of 0, and of 5, 6, 7, ... at some tokens of the pool."""
+    """A relevance of 0, and of 5, 6, 7, ... at some tokens."""
 
-    spikes = (3, 50, 51, 120, 130)
+    spikes = (3, 50, 51, 80, 90)
 
     def relevance(self, image: EncodedImage) -> Tensor:
         values = torch.zeros(image.geometry.tiles, image.geometry.tokens)
@@ -29,23 +33,42 @@ class Spikes(RelevancePolicy):
         return values
 
 
-def make_reducer(budget: float | int | Budget, **options: float) -> QuestionFirst:
+def make_reducer(budget: float | int | Budget, **options: Any) -> QuestionFirst:
     return QuestionFirst(budget, selection=QuestionFirstSelection(relevance=Spikes(), **options))
 
 
-def list_kept(reducer: QuestionFirst, image: EncodedImage) -> list[int]:
+def list_kept(reducer: QuestionFirst | DivPrune, image: EncodedImage) -> list[int]:
     """Return the indices of the kept tokens in the pool of all tiles."""
     geometry = image.geometry
     return reducer.reduce(image).kept.flatten()[geometry.token_order].nonzero()[:, 0].tolist()
 
 
-def list_salient(image: EncodedImage) -> list[int]:
-    """Return the tokens of the pool by the sum of two ranks, the largest first; written as loops."""
+def weigh(image: EncodedImage, neighbors: int, threshold: float, weight: float, power: float) -> list[float]:
+    """Return the weight of each token of the pool, written as loops."""
     flat = image.flatten_tiles()
-    signals = [policy.relevance(flat)[0].tolist() for policy in (AttentionRelevance(), MeanRelevance())]
-    places = [sorted(range(len(values)), key=values.__getitem__) for values in signals]
-    ranks = [sum(order.index(token) for order in places) for token in range(len(signals[0]))]
-    return sorted(range(len(ranks)), key=lambda token: -ranks[token])
+    saliency = AttentionRelevance().relevance(flat)[0].tolist()
+    order = sorted(range(len(saliency)), key=saliency.__getitem__)
+    relevance = Spikes().relevance(flat)[0].tolist()
+    near = [max(relevance[max(0, i - neighbors) : i + neighbors + 1]) for i in range(len(relevance))]
+    mean = sum(near) / len(near)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in near) / len(near))
+    return [
+        ((order.index(i) + 1) / len(near)) ** power + weight * max(0, (near[i] - mean) / spread - threshold)
+        for i in range(len(near))
+    ]
+
+
+def pick(image: EncodedImage, weights: list[float], number: int) -> list[int]:
+    """Return the tokens with the largest weight times distance, one by one, written as loops."""
+    features = torch.nn.functional.normalize(image.flatten_tiles().features[0].double(), dim=-1)
+    distances = (1 - features @ features.T).tolist()
+    tokens = range(len(weights))
+    isolation = [min(distances[i][j] for j in tokens if j != i) for i in tokens]
+    picks = [max(tokens, key=lambda i: weights[i] * isolation[i])]
+    while len(picks) < number:
+        remaining = (i for i in tokens if i not in picks)
+        picks.append(max(remaining, key=lambda i: weights[i] * min(distances[i][j] for j in picks)))
+    return picks
 
 
 @pytest.fixture
@@ -53,24 +76,60 @@ def image() -> EncodedImage:
     return random_encoded_image(GEOMETRY, 0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_anchors_get_at_most_their_share(image: EncodedImage, share: float) -> None:
-    number, salient = 8, list_salient(image)
-    anchors = sorted(Spikes.spikes, reverse=True)[: int(share * number)]  # the last spikes are the most relevant
-    expected = {*anchors, *[token for token in salient if token not in anchors][: number - len(anchors)]}
-    assert set(list_kept(make_reducer(number, share=share), image)) == expected
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"neighbors": 1, "threshold": 1.0, "weight": 2.0, "power": 0.5},
+        {"neighbors": 0, "threshold": 0.0, "weight": 0.5, "power": 1.0},
+        {"neighbors": 3, "threshold": 2.0, "weight": 4.0, "power": 0.0},
+    ],
+)
+def test_each_pick_has_the_largest_product_of_weight_and_distance(image: EncodedImage, options: dict[str, Any]) -> None:
+    expected = pick(image, weigh(image, **options), 30)
+    assert set(list_kept(make_reducer(30, **options), image)) == set(expected)
 
 
-def test_a_high_threshold_leaves_only_saliency(image: EncodedImage) -> None:
-    assert set(list_kept(make_reducer(12, threshold=1e6), image)) == set(list_salient(image)[:12])
+def test_equal_weights_are_divprune(image: EncodedImage) -> None:
+    assert list_kept(make_reducer(30, weight=0.0, power=0.0), image) == list_kept(DivPrune(30), image)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"share=.* must be from 0.0 to 1.0"):
-        QuestionFirstSelection(share=share)
+@pytest.mark.parametrize("neighbors", [0, 1, 2])
+def test_neighbors_of_relevant_tokens_are_preferred(image: EncodedImage, neighbors: int) -> None:
+    relevant = {i + step for i in Spikes.spikes for step in range(-neighbors, neighbors + 1)}
+    assert (
+        set(list_kept(make_reducer(len(relevant), neighbors=neighbors, threshold=0.0, weight=1e6), image)) == relevant
+    )
+
+
+def test_padding_has_no_influence_on_the_weights() -> None:
+    image = random_encoded_image(TileGeometry.anyres((90, 160), (2, 2), (10, 10), 80), 0)
+    valid = image.geometry.valid
+    assert not valid.all()
+
+    class AtPadding(RelevancePolicy):
+        def relevance(self, image: EncodedImage) -> Tensor:
+            return torch.where(valid, torch.arange(valid.numel()).view(valid.shape) % 7, self.value)
+
+    kept = []
+    for AtPadding.value in (-1e6, 1e6):
+        selection = QuestionFirstSelection(relevance=AtPadding(), saliency=AtPadding())
+        kept.append(QuestionFirst(0.2, selection=selection, allocation=UniformAllocation()).reduce(image).kept)
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("name", ["neighbors", "threshold", "weight", "power"])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_negative_option_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be 0 or larger"):
+        QuestionFirstSelection(**{name: value})
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, GEOMETRY.valid_tokens])
 def test_the_budget_is_spent_exactly(image: EncodedImage, number: int) -> None:
     assert len(list_kept(make_reducer(number), image)) == number
+
+
+def test_values_are_standardized_per_tile_over_valid_tokens() -> None:
+    values = torch.tensor([[1.0, 3.0, 900.0], [5.0, 5.0, 5.0]])
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    assert standardize(values, valid).tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
