@@ -57,17 +57,26 @@ def run_stages(
         stages: The stages.
         resume: Whether to resume from the state in ``out``.
         stop_after: Number of steps of all stages after which to stop; the run can be resumed later.
+
+    Raises:
+        ValueError: If the saved state is from stages with other numbers of steps.
     """
     out.mkdir(parents=True, exist_ok=True)
     ends = list(accumulate(stage.steps for stage in stages))
     state: dict[str, Any] = {"done": 0, "seconds": 0.0}
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
+        completed = [end for end in state["ends"] if end < state["done"]]
+        if ends[: len(completed)] != completed or ends[len(completed)] < state["done"]:
+            raise ValueError(
+                f"the state in {out} was saved after {state['done']} steps of stages that end at {state['ends']}; here "
+                f"they end at {ends}; resume with the same numbers of steps, or start in another folder"
+            )
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
     optimizers: list[torch.optim.Optimizer] = []
     since, saved_at = time.monotonic() - state["seconds"], time.monotonic()
-    last = min(ends[-1], stop_after or ends[-1])
+    last = ends[-1] if stop_after is None else min(ends[-1], stop_after)
     model.train()
     for done in range(state["done"], last):
         number = bisect_right(ends, done)
@@ -92,7 +101,7 @@ def run_stages(
         if (done + 1) % 25 == 0:
             print(line, flush=True)
         if done + 1 in (*ends, last) or time.monotonic() - saved_at > SAVE_SECONDS:
-            new = {"model": model.state_dict(), "heads": heads.state_dict(), "done": done + 1}
+            new = {"model": model.state_dict(), "heads": heads.state_dict(), "done": done + 1, "ends": ends}
             new |= {"seconds": entry["seconds"], "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             torch.save(new, out / "state.new")
             (out / "state.new").rename(out / "state.pt")
