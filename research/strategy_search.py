@@ -58,7 +58,7 @@ def parts(**options: Any) -> QuestionFirst:
 
 
 def pooled(selection: SelectionPolicy) -> ComponentReducer:
-    """Return a published selection over the tokens of all tiles."""
+    """Return a selection over the tokens of all tiles."""
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=selection, text_model=MODEL)
 
 

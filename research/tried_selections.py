@@ -152,7 +152,8 @@ class SpreadSelection(SelectionPolicy):
         valid = image.geometry.valid.to(image.device)
         scores = rank_valid(compute_relevance(self.saliency, image), valid)
         if self.relevance is not None:
-            relevance = standardize(compute_relevance(self.relevance, image), valid)
+            values = compute_relevance(self.relevance, image)
+            relevance = standardize(values.flatten()[None], valid.flatten()[None]).view_as(values)  # over all tiles
             scores = scores + self.weight * (relevance - self.threshold).clamp(min=0)
         if image.geometry.sub_images:
             scores = torch.cat([scores[:1] + self.base, scores[1:]])
@@ -237,15 +238,14 @@ def anchored(**options: Any) -> ComponentReducer:
     return ComponentReducer(allocation=GlobalTopAllocation(), selection=AnchoredSelection(**options), text_model=MODEL)
 
 
-def weighted(**options: Any) -> ComponentReducer:
-    """Return a strategy that keeps tokens of all tiles by `QuestionFirstSelection`."""
-    return ComponentReducer(
-        allocation=GlobalTopAllocation(), selection=QuestionFirstSelection(**options), text_model=MODEL
-    )
-
-
 def first_version(**options: Any) -> ComponentReducer:
-    """Return the first version of QuestionFirst with other options: anchors, then tokens by two ranks of saliency."""
+    """Return the first version of QuestionFirst: anchors, then tokens by two ranks of saliency.
+
+    The number of anchors is rounded down; in the first version it was rounded up.
+
+    Args:
+        options: other options of the selection.
+    """
     mixed = Combined([AttentionRelevance(), MeanRelevance("image")], [0.5, 0.5])
     return anchored(**{"quality": mixed, "threshold": 2.5, "share": 0.5, "fill": "top", **options})
 

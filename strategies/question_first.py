@@ -7,6 +7,7 @@ of the rank of the saliency, plus the relevance above a threshold, of the token 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
-from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
+from tokenprune.strategies.components.diversity import MaxMinDiversitySelection, keep_max_min_diverse
 from tokenprune.strategies.components.relevance import AttentionRelevance, TextRelevance, standardize
 
 
@@ -30,7 +31,7 @@ class QuestionFirstSelection(MaxMinDiversitySelection):
         relevance: relevance of tokens to the question.
         saliency: saliency of tokens.
         neighbors: number of neighbors on each side, in the order of the tokens, whose relevance counts for a token.
-        threshold: relevance above which it counts, in standard deviations above the mean of the tokens.
+        threshold: smallest relevance that counts, in standard deviations above the mean of the tokens.
         weight: weight of the relevance.
         power: exponent of the rank of the saliency; 0 ignores the saliency.
     """
@@ -45,9 +46,10 @@ class QuestionFirstSelection(MaxMinDiversitySelection):
     def __post_init__(self) -> None:
         """Check the options when the component is created."""
         super().__post_init__()
-        for name in ("neighbors", "threshold", "weight", "power"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or larger")
+        for name, kind in (("neighbors", int), ("threshold", float), ("weight", float), ("power", float)):
+            value = getattr(self, name)
+            if not (0 <= value < math.inf and value == kind(value)):
+                raise ValueError(f"{name}={value!r} must be a finite {'whole ' * (kind is int)}number, 0 or larger")
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -55,13 +57,18 @@ class QuestionFirstSelection(MaxMinDiversitySelection):
         return (*self.relevance.needs, *self.saliency.needs)
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the weight of each token, above 0, `[tiles, tokens]`."""
+        """Return the weight of each token, `[tiles, tokens]`."""
         valid = image.geometry.valid.to(image.device)
-        saliency = compute_relevance(self.saliency, image).masked_fill(~valid, -torch.inf)
-        relevance = compute_relevance(self.relevance, image).masked_fill(~valid, -torch.inf)
-        ranks = (saliency.argsort(dim=1).argsort(dim=1) + 1) / image.geometry.tokens
+        signals = (compute_relevance(part, image).float() for part in (self.saliency, self.relevance))
+        saliency, relevance = (signal.masked_fill(~valid, -torch.inf) for signal in signals)
+        ranks = saliency.argsort(dim=1, stable=True).argsort(dim=1) + 1 - (~valid).sum(dim=1, keepdim=True)
+        share = (ranks / valid.sum(dim=1, keepdim=True).clamp(min=1)).clamp(min=0)
         largest = F.max_pool1d(relevance[:, None], 2 * self.neighbors + 1, stride=1, padding=self.neighbors)[:, 0]
-        return ranks**self.power + self.weight * (standardize(largest, valid) - self.threshold).clamp(min=0)
+        return share**self.power + self.weight * (standardize(largest, valid) - self.threshold).clamp(min=0)
+
+    def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+        """Keep tokens by greedy max-min distance of the features, multiplied by the scores."""
+        return keep_max_min_diverse(image.features, budgets, candidates, scores)
 
 
 @dataclass

@@ -81,6 +81,8 @@ LATE_PAGE_WEIGHTS = {**PAGE_WEIGHTS, "name": 14.0, "color_value": 6.0, "count": 
 LAST_FROM = 3961
 """From this step of stage 3 on, the types of questions that are still weak get more weight."""
 LAST_PAGE_WEIGHTS = {**LATE_PAGE_WEIGHTS, "count": 12.0, "largest": 4.0, "smallest": 4.0}
+PAGE_WEIGHTS_FROM = ((LAST_FROM, LAST_PAGE_WEIGHTS), (LATE_FROM, LATE_PAGE_WEIGHTS), (0, PAGE_WEIGHTS))
+"""Weights of stage 3 by their first step, the last ones first."""
 BOARD_WEIGHTS = {"count": 4.0, "number_color": 2.0, "number_shape": 2.0, "color": 0.5, "shape": 0.5, "paper": 0.5}
 """Weights of types of questions about boards in stage 3."""
 _FIRST = 1_000_000_000
@@ -113,7 +115,7 @@ def draw_batch(tokenize: Callable[[str], list[int]], stage: int, step: int, *, g
     sub_images = (4, 2, 6, 3)[step // 8 % 4]
     if step % 8 in (0, 3, 5):
         return draw_boards(rng, indices, sub_images, tokenize, gaps=gaps, weights=BOARD_WEIGHTS)
-    weights = PAGE_WEIGHTS if step < LATE_FROM else LATE_PAGE_WEIGHTS if step < LAST_FROM else LAST_PAGE_WEIGHTS
+    weights = next(weights for first, weights in PAGE_WEIGHTS_FROM if step >= first)
     return draw_pages(
         rng, indices, sub_images, tokenize, gaps=gaps, sparse=False, weights=weights, separate_digits=True
     )

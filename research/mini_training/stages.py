@@ -59,17 +59,19 @@ def run_stages(
         stop_after: Number of steps of all stages after which to stop; the run can be resumed later.
 
     Raises:
-        ValueError: If the saved state is from stages with other numbers of steps.
+        ValueError: If the completed stages of the saved state have other numbers of steps, or if the current stage has
+            fewer steps than were done.
     """
     out.mkdir(parents=True, exist_ok=True)
     ends = list(accumulate(stage.steps for stage in stages))
     state: dict[str, Any] = {"done": 0, "seconds": 0.0}
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
-        completed = [end for end in state["ends"] if end < state["done"]]
-        if ends[: len(completed)] != completed or ends[len(completed)] < state["done"]:
+        saved_ends = state.get("ends", [])
+        completed = [end for end in saved_ends if end < state["done"]]
+        if not saved_ends or ends[: len(completed)] != completed or max(ends[: len(completed) + 1]) < state["done"]:
             raise ValueError(
-                f"the state in {out} was saved after {state['done']} steps of stages that end at {state['ends']}; here "
+                f"the state in {out} was saved after {state['done']} steps of stages that end at {saved_ends}; here "
                 f"they end at {ends}; resume with the same numbers of steps, or start in another folder"
             )
         model.load_state_dict(state["model"])

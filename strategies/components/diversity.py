@@ -42,17 +42,19 @@ def max_min_diverse(
         features: one vector per token, `[tokens, dim]`.
         number: number of tokens to pick.
         candidates: tokens that may be picked, bool `[tokens]`; None means all tokens.
-        weights: weight of each token, above 0, `[tokens]`; None means equal weights.
+        weights: weight of each token, `[tokens]`; None means equal weights. A weight below the smallest positive
+            number counts as this number.
 
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-
-    def find_largest(distances: Tensor) -> Tensor:
-        return (distances if weights is None else weights * distances).argmax(dim=1)
-
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
+    factor = 1.0 if weights is None else weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+    def find_largest(values: Tensor) -> Tensor:
+        return (values if weights is None else factor * values).argmax(dim=1)
+
     distances = pairwise_cosine(features).neg_().add_(1)
     nearest = torch.full_like(distances[:1], torch.inf)
     if candidates is not None:
@@ -70,6 +72,25 @@ def max_min_diverse(
         pick = find_largest(nearest)
         picks.append(pick)
     return torch.cat(picks)
+
+
+def keep_max_min_diverse(
+    features: Tensor, budgets: Tensor, candidates: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Apply `max_min_diverse` to each tile and return the mask of kept tokens, bool `[tiles, tokens]`.
+
+    Args:
+        features: one vector per token, `[tiles, tokens, dim]`.
+        budgets: number of tokens to keep in each tile, `[tiles]`.
+        candidates: tokens that may be kept, bool `[tiles, tokens]`.
+        weights: weight of each token, `[tiles, tokens]`; None means equal weights.
+    """
+    kept = []
+    for tile, number in enumerate(read_numbers(budgets)):
+        weight = None if weights is None else weights[tile]
+        picks = max_min_diverse(features[tile], number, candidates[tile], weight)
+        kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
+    return torch.stack(kept)
 
 
 def lazy_coverage(
@@ -274,10 +295,7 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
 
 @dataclass
 class MaxMinDiversitySelection(SelectionPolicy):
-    """Keeps tokens with large distances to each other (DivPrune). Requires no attention.
-
-    A subclass can weight the distances: `pick` multiplies the distances of a token by its score.
-    """
+    """Keeps tokens with large distances to each other (DivPrune). Requires no attention."""
 
     @property
     def is_exact(self) -> bool:
@@ -285,16 +303,12 @@ class MaxMinDiversitySelection(SelectionPolicy):
         return True
 
     def score(self, image: EncodedImage) -> Tensor:
-        """Return the weight of each token, above 0, `[tiles, tokens]`; here ones."""
-        return image.features.new_ones(image.features.shape[:2])
+        """Return zeros, `[tiles, tokens]`, because the selection depends only on distances."""
+        return image.features.new_zeros(image.features.shape[:2])
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
-        """Keep tokens by greedy max-min distance of the features, multiplied by their scores."""
-        weights, kept = scores.masked_fill(~candidates, 1), []
-        for tile, number in enumerate(read_numbers(budgets)):
-            picks = max_min_diverse(image.features[tile], number, candidates[tile], weights[tile])
-            kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
-        return torch.stack(kept)
+        """Keep tokens by greedy max-min distance of the features."""
+        return keep_max_min_diverse(image.features, budgets, candidates)
 
 
 @dataclass

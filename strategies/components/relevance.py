@@ -114,16 +114,18 @@ def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tenso
 def standardize(values: Tensor, valid: Tensor) -> Tensor:
     """Return values minus their mean over valid tokens, divided by their standard deviation, `[tiles, tokens]`.
 
-    The result is 0 for invalid tokens, and if all valid values are equal.
+    The result is 0 for invalid tokens, and if all valid values are equal up to rounding.
 
     Args:
         values: one number per token, `[tiles, tokens]`.
         valid: tokens of mean and standard deviation, which are computed per tile, bool `[tiles, tokens]`.
     """
+    values = values.float().masked_fill(~valid, 0)
     count = valid.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = values.masked_fill(~valid, 0).sum(dim=1, keepdim=True) / count
-    centered = (values - mean).masked_fill(~valid, 0)
-    return centered / (centered.square().sum(dim=1, keepdim=True) / count).sqrt().clamp(min=1e-9)
+    centered = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~valid, 0)
+    spread = (centered.square().sum(dim=1, keepdim=True) / count).sqrt()
+    is_rounding = spread <= 1e-6 * values.abs().amax(dim=1, keepdim=True)
+    return (centered / spread.clamp(min=torch.finfo(spread.dtype).tiny)).masked_fill(is_rounding, 0)
 
 
 @dataclass

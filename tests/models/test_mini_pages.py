@@ -368,8 +368,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
         monkeypatch.setattr(module, name, 1)
     train(tmp_path / "complete", **options)
     train(tmp_path / "resumed", **options, stop_after=2)
-    with pytest.raises(ValueError, match=r"saved after 2 steps of stages that end at \[1, 3"):
-        train(tmp_path / "resumed", **options | {"tower_steps": 2}, resume=True)
+    for other in ({"tower_steps": 2}, {"tower_steps": 0, "projector_steps": 0, "reader_steps": 1}):
+        known = {name: value for name, value in other.items() if name in options}
+        with pytest.raises(ValueError, match=r"saved after 2 steps of stages that end at \[1, 3"):
+            train(tmp_path / "resumed", **options | known, resume=True)
     train(tmp_path / "resumed", **options, resume=True)
     complete, resumed = (
         torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("complete", "resumed")

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from research.tried_selections import TopWeightSelection, first_version
 from tokenprune.budget import Budget
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
 from tokenprune.policies import RelevancePolicy
 from tokenprune.strategies import DivPrune, QuestionFirst
 from tokenprune.strategies.components.allocation import UniformAllocation
+from tokenprune.strategies.components.diversity import max_min_diverse
 from tokenprune.strategies.components.relevance import AttentionRelevance, standardize
 from tokenprune.strategies.question_first import QuestionFirstSelection
 from tokenprune.testing.encoded_images import random_encoded_image
@@ -101,7 +103,7 @@ def test_neighbors_of_relevant_tokens_are_preferred(image: EncodedImage, neighbo
     )
 
 
-def test_padding_has_no_influence_on_the_weights() -> None:
+def test_values_at_padding_have_no_influence() -> None:
     image = random_encoded_image(TileGeometry.anyres((90, 160), (2, 2), (10, 10), 80), 0)
     valid = image.geometry.valid
     assert not valid.all()
@@ -117,11 +119,24 @@ def test_padding_has_no_influence_on_the_weights() -> None:
     assert torch.equal(*kept)
 
 
+def test_ranks_count_valid_tokens_only() -> None:
+    image = random_encoded_image(TileGeometry.anyres((90, 160), (2, 2), (10, 10), 80), 0)
+    weights = QuestionFirstSelection(relevance=Spikes(), weight=0.0, power=1.0).score(image)
+    for values, valid in zip(weights, image.geometry.valid, strict=True):
+        count = int(valid.sum())
+        assert values[valid].sort().values.tolist() == pytest.approx([(i + 1) / count for i in range(count)])
+
+
 @pytest.mark.parametrize("name", ["neighbors", "threshold", "weight", "power"])
-@pytest.mark.parametrize("value", [-1, float("nan")])
-def test_a_negative_option_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name}={value} must be 0 or larger"):
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_an_impossible_option_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be a finite .*number, 0 or larger"):
         QuestionFirstSelection(**{name: value})
+
+
+def test_half_a_neighbor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"neighbors=1.5 must be a finite whole number"):
+        QuestionFirstSelection(neighbors=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, GEOMETRY.valid_tokens])
@@ -133,3 +148,30 @@ def test_values_are_standardized_per_tile_over_valid_tokens() -> None:
     values = torch.tensor([[1.0, 3.0, 900.0], [5.0, 5.0, 5.0]])
     valid = torch.tensor([[True, True, False], [True, True, True]])
     assert standardize(values, valid).tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1 / 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_values_are_standardized_to_zero(value: float, dtype: torch.dtype) -> None:
+    values = torch.full((1, 2880), value, dtype=dtype)
+    assert not standardize(values, torch.ones(1, 2880, dtype=torch.bool)).any()
+
+
+def test_weights_of_zero_or_below_pick_each_token_once() -> None:
+    features = torch.randn(6, 8)
+    for weights in (torch.zeros(6), -torch.ones(6), torch.tensor([1.0, 0, 0, 0, 0, 0])):
+        assert sorted(max_min_diverse(features, 6, weights=weights).tolist()) == list(range(6))
+
+
+def test_weights_apply_to_candidates_only() -> None:
+    candidates = torch.tensor([True, False, True, False, True, False])
+    weights = torch.tensor([1.0, 1e9, 1.0, torch.inf, 1e6, -torch.inf])
+    picks = max_min_diverse(torch.randn(6, 8), 3, candidates, weights)
+    assert picks[0] == 4
+    assert sorted(picks.tolist()) == [0, 2, 4]
+
+
+def test_variants_of_the_search_reduce_an_image() -> None:
+    image = random_encoded_image(GEOMETRY, 0)
+    for selection in (TopWeightSelection(relevance=Spikes()), first_version(relevance=Spikes()).selection):
+        assert len(list_kept(QuestionFirst(12, selection=selection), image)) == 12
