@@ -20,9 +20,9 @@ from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import CDPruner, DivPrune, HiRED, QuestionFirst
 
 FOLDER = Path(__file__).parents[1] / "images"
-FAILURES = ((3000, 10), (3000, 0), (3001, 14))
+FAILURES = ((6021, 3), (6021, 18), (6021, 15))
 """Questions that `QuestionFirst` answers wrong: index of the page, and number of the question."""
-COMPARED = ((3045, 0), (3045, 13), (3085, 9))
+COMPARED = ((6021, 12), (6021, 0), (6026, 13))
 """Questions that are answered by all strategies; the first one is a failure of `QuestionFirst`."""
 BUDGET = Budget(0.05, of="unpadded")
 STRATEGIES = (

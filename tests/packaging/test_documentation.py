@@ -230,6 +230,6 @@ def test_the_figures_of_question_first_are_current() -> None:
     with Image.open(ROOT / "docs/images/question-first-failures.png") as stored:
         assert stored.size == figure.size
     results, figure = names["draw_figure"](names["COMPARED"], names["STRATEGIES"])
-    assert results == [[False, True, False, True], [True, False, False, False], [True, False, True, False]]
+    assert results == [[False, False, True, True], [True, False, False, False], [True, True, False, False]]
     with Image.open(ROOT / "docs/images/question-first-side-by-side.png") as stored:
         assert stored.size == figure.size
