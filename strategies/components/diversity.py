@@ -50,11 +50,6 @@ def max_min_diverse(
     """
     if not number:
         return torch.empty(0, dtype=torch.long, device=features.device)
-    factor = 1.0 if weights is None else weights.clamp(min=torch.finfo(weights.dtype).tiny)
-
-    def find_largest(values: Tensor) -> Tensor:
-        return (values if weights is None else factor * values).argmax(dim=1)
-
     distances = pairwise_cosine(features).neg_().add_(1)
     nearest = torch.full_like(distances[:1], torch.inf)
     if candidates is not None:
@@ -62,14 +57,17 @@ def max_min_diverse(
         distances = distances.masked_fill(~candidates, torch.inf)
     # The smallest distance of a token is the distance to itself, so the second smallest determines the first pick.
     isolation = distances.topk(min(2, len(distances)), dim=1, largest=False)[0][:, -1]
-    pick = find_largest(torch.minimum(isolation, nearest))
+    if weights is not None:  # the product with the smallest distance is the smallest product, for positive weights
+        weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        isolation, distances = weights * isolation, weights * distances
+    pick = torch.minimum(isolation, nearest).argmax(dim=1)
     # A pick is never picked again, although rounding can make it the most distant of several equal tokens.
     is_self = torch.eye(len(distances), dtype=torch.bool, device=distances.device)
     distances = distances.masked_fill(is_self, -torch.inf)
     picks = [pick]
     while len(picks) < number:
         nearest = torch.minimum(nearest, distances.index_select(0, pick))
-        pick = find_largest(nearest)
+        pick = nearest.argmax(dim=1)
         picks.append(pick)
     return torch.cat(picks)
 

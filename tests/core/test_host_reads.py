@@ -42,6 +42,8 @@ IN_TOWER = [ToMe(r=2), EViT(), IPCV(), EViT() >> HiRED(0.2, newlines="drop")]
 """Strategies inside the vision tower, of which each step that drops patches has a check."""
 OPERATORS = {1: 150, 8: 220}
 """Operators beyond the plain model, for one image and for eight images of one layout."""
+OPERATORS_OF_WEIGHTS = 40
+"""Operators that QuestionFirst requires in addition, for the weights of its distances."""
 WIDE = TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)
 
 
@@ -76,7 +78,8 @@ def run_reduced(reducer: TokenReducer, images: int) -> tuple[EmulatedDevice, Any
 @pytest.mark.parametrize("newlines", ["keep_rows", "drop", "keep"])
 def test_operators_and_reads_beyond_the_plain_model(strategy: Any, images: int, newlines: Any) -> None:
     plain, (reduced, _) = run_plain(images), run_reduced(strategy(0.2, newlines=newlines), images)
-    assert sum(reduced.operators.values()) - sum(plain.operators.values()) <= OPERATORS[images]
+    limit = OPERATORS[images] + (OPERATORS_OF_WEIGHTS if isinstance(strategy, partial) else 0)
+    assert sum(reduced.operators.values()) - sum(plain.operators.values()) <= limit
     assert sum(reduced.reads.values()) - sum(plain.reads.values()) <= (newlines == "keep_rows")
     assert sum(reduced.copies.values()) <= sum(plain.copies.values())
 
