@@ -40,6 +40,11 @@ class ConditionalDiversitySelection(SelectionPolicy):
     among: Literal["valid", "all"] = "valid"
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The signals of the relevance policy."""
         return self.relevance.needs

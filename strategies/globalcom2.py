@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportion, parse_ratio
+from tokenprune.budget import Budget, apportion_tensor, as_device_tensor, parse_ratio
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
@@ -73,18 +73,18 @@ class GuidedAllocation(AllocationPolicy):
         """The CLS logits of the configured layer."""
         return (Signal("cls_logits", self.layer),)
 
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> Tensor:
         """Divide the budget by capacity and by the factors of the sub-images."""
-        factors = [1.0]
+        limits = as_device_tensor(tuple(capacity), image.device)
+        factors = torch.ones_like(limits, dtype=torch.float64)
         if image.geometry.sub_images:
-            logits = image.cls_logits(self.layer)[0].mean(dim=0).double().cpu()
-            sums = base_tile_coverage(image.geometry, self.region).double().cpu() @ logits
+            logits = image.cls_logits(self.layer)[0].mean(dim=0).double()
+            sums = base_tile_coverage(image.geometry.to(image.device), self.region).double() @ logits
             sigma = (sums / self.temperature).softmax(dim=0)
-            factors += (1 + sigma - sigma.mean()).tolist()
+            factors = torch.cat([factors[:1], 1 + sigma - sigma.mean()])
         if self.retention is not None:
-            shares = [self.retention * factor for factor in factors]
-            return [int(limit * min(1.0, share)) for limit, share in zip(capacity, shares, strict=True)]
-        return apportion(total, [limit * factor for limit, factor in zip(capacity, factors, strict=True)], capacity)
+            return (limits * (self.retention * factors).clamp(max=1)).long()
+        return apportion_tensor(total, limits * factors, capacity)
 
 
 @dataclass

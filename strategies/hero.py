@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.budget import apportion, parse_ratio
+from tokenprune.budget import apportion_tensor, as_device_tensor, parse_ratio
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
@@ -60,12 +60,19 @@ class SaliencyRelevanceAllocation(AllocationPolicy):
     retention: float | None = None
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the budget is spent in full."""
+        return self.retention is None
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The CLS tokens; unless ``saliency`` is 1.0, also CLS tokens and question in the shared embedding space."""
         text = () if self.saliency == 1.0 else (Signal("aligned_cls", self.layer), Signal("question"))
         return (Signal("cls_features", self.layer), *text)
 
-    def allocate(self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor) -> list[int]:
+    def allocate(
+        self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
+    ) -> Sequence[int] | Tensor:
         """Grant the base tile an even share, and divide the remaining budget by the weights."""
         tokens, sub_images = image.geometry.tokens, image.geometry.sub_images
         base = min(total if self.retention is None else int(tokens * self.retention), capacity[0])
@@ -78,15 +85,16 @@ class SaliencyRelevanceAllocation(AllocationPolicy):
             tiles = F.normalize(image.aligned_cls(self.layer)[1:, 0], dim=-1)
             similarity = (tiles @ F.normalize(image.question(), dim=-1).T).mean(dim=-1)
             weights = weights + (1 - self.saliency) * (similarity / self.relevance_temperature).softmax(dim=0)
-        limits = torch.tensor(capacity[1:], dtype=weights.dtype, device=weights.device)
+        limits = as_device_tensor(tuple(capacity), weights.device)
+        densities = limits[1:].to(weights.dtype)
         if self.retention is not None:
-            density = limits / tokens
+            density = densities / tokens
             density = density / (density.sum() + 1e-6)  # float32 as in the release: rounding down depends on it
             shares = (self.density * density + (1 - self.density) * weights) * int(sub_images * tokens * self.retention)
-            return [base, *(min(int(share), limit) for share, limit in zip(shares.tolist(), capacity[1:], strict=True))]
-        weights = self.density * limits / limits.sum().clamp(min=1) + (1 - self.density) * weights
+            return torch.cat([limits.new_full((1,), base), shares.long()]).minimum(limits)
+        weights = self.density * densities / densities.sum().clamp(min=1) + (1 - self.density) * weights
         weights = weights / weights.sum().clamp(min=1e-12)
-        return apportion(total, [1.0, *(weights * sub_images).tolist()], capacity)
+        return apportion_tensor(total, torch.cat([weights.new_ones(1), weights * sub_images]), capacity)
 
 
 def _softmaxed_attention(image: EncodedImage, choice: LayerChoice) -> Tensor:

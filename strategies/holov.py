@@ -19,42 +19,45 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Budget, apportion
+from tokenprune.budget import Budget, apportion_tensor, as_device_tensor, read_numbers
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import AllocationPolicy, OrderPolicy, SelectionPolicy
+from tokenprune.selection import count_rows, true_indices
 from tokenprune.strategies.components.allocation import GlobalTopAllocation
 
 
-def published_stripe_budgets(attention: Sequence[float], total: int) -> list[int]:
+def published_stripe_budgets(attention: Tensor, total: int) -> Tensor:
     """Divide a budget over stripes as the release does, and return the tokens per stripe, `[stripes]`.
 
     Shares are rounded down, the stripes with the largest scores get the remainder, and stripe sizes are ignored.
 
     Args:
-        attention: mean attention of each stripe, `[stripes]`.
+        attention: mean attention of each stripe, float64 `[stripes]`.
         total: number of tokens to divide.
     """
-    scores = 1.09 * 1000 * torch.tensor(attention, dtype=torch.float64)
+    scores = 1.09 * 1000 * attention
     budgets = (total * scores / (scores.sum() + 1e-6)).floor().long()
-    order = scores.argsort(descending=True, stable=True)
-    for index in range(total - int(budgets.sum())):
-        budgets[order[index % len(order)]] += 1
-    return budgets.tolist()
+    rank = scores.argsort(descending=True, stable=True).argsort()
+    missing = total - budgets.sum()
+    return budgets + missing // len(rank) + (rank < missing % len(rank))
 
 
-def stripe_indices(length: int, stripes: int) -> Tensor:
-    """Return the stripe index of each position of a sequence, int64 `[length]`.
+def divide_into_stripes(length: int, stripes: int, device: torch.device) -> tuple[list[int], Tensor]:
+    """Return the size of each stripe of a sequence, and the stripe index of each position, int64 `[length]`.
 
     If the length is not divisible by the number of stripes, the first stripes are longer by one.
 
     Args:
         length: length of the sequence.
         stripes: number of stripes; at most ``length`` are used.
+        device: the device of the stripe indices.
     """
-    chunks = torch.arange(length).tensor_split(max(1, min(stripes, length)))
-    return torch.cat([torch.full_like(chunk, index) for index, chunk in enumerate(chunks)])
+    number = max(1, min(stripes, length))
+    sizes = [length // number + (index < length % number) for index in range(number)]
+    index = torch.arange(number, device=device)
+    return sizes, index.repeat_interleave(as_device_tensor(tuple(sizes), device), output_size=length)
 
 
 @dataclass
@@ -72,7 +75,7 @@ class StripeOrder(OrderPolicy):
         rank = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
         for tile in range(len(kept)):
             indices = (scores[tile] > -torch.inf).nonzero()[:, 0]
-            stripe = stripe_indices(len(indices), self.stripes).to(indices.device)
+            _, stripe = divide_into_stripes(len(indices), self.stripes, indices.device)
             fraction = scores[tile, indices].argsort(descending=True, stable=True).argsort().double()
             fraction = fraction / (1 + len(indices))
             n_kept = torch.bincount(stripe[kept[tile, indices]], minlength=int(stripe[-1]) + 1)
@@ -96,6 +99,11 @@ class StripedAttentionSelection(SelectionPolicy):
     rounding: Literal["largest_remainder", "release"] = "largest_remainder"
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return self.rounding == "largest_remainder"
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The CLS attention of the configured layer."""
         return (Signal("cls_attention", self.layer),)
@@ -106,22 +114,23 @@ class StripedAttentionSelection(SelectionPolicy):
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Divide the budget of each tile over its stripes, and keep the most attended tokens of each stripe."""
-        kept = torch.zeros_like(candidates)
-        for tile, budget in enumerate(budgets.tolist()):
-            indices = candidates[tile].nonzero()[:, 0]
-            values, stripe = scores[tile, indices], stripe_indices(len(indices), self.stripes).to(indices.device)
-            sizes = torch.bincount(stripe)
+        kept = []
+        for tile, (budget, length) in enumerate(zip(read_numbers(budgets), count_rows(candidates), strict=True)):
+            indices, device = true_indices(candidates[tile], length), candidates.device
+            sizes, stripe = divide_into_stripes(length, self.stripes, device)
+            values, size = scores[tile, indices], as_device_tensor(tuple(sizes), device)
             attention = values.double().clamp(min=0)
-            mean_attention = (attention.new_zeros(len(sizes)).index_add(0, stripe, attention) / sizes).tolist()
+            mean_attention = torch.zeros_like(size, dtype=torch.float64).index_add(0, stripe, attention) / size
             if self.rounding == "release":
                 shares = published_stripe_budgets(mean_attention, budget)
             else:
-                shares = apportion(budget, mean_attention, sizes.tolist())
+                shares = apportion_tensor(budget, mean_attention, sizes)
             order = values.argsort(descending=True, stable=True)
             order = order[stripe[order].argsort(stable=True)]  # by stripe, then by descending attention
-            rank_in_stripe = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[stripe]
-            kept[tile, indices[order[rank_in_stripe < torch.tensor(shares, device=order.device)[stripe]]]] = True
-        return kept
+            rank_in_stripe = torch.arange(length, device=device) - (size.cumsum(0) - size)[stripe]
+            is_kept = rank_in_stripe < shares[stripe]
+            kept.append(torch.zeros_like(candidates[tile]).scatter(0, indices[order], is_kept))
+        return torch.stack(kept)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.budget import check_share
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy, MergingPolicy, OrderPolicy, SelectionPolicy
@@ -28,7 +29,7 @@ from tokenprune.selection import top_per_tile
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.merging import NeighborMerging
 from tokenprune.strategies.components.order import tile_indices
-from tokenprune.strategies.components.selection import TopAttentionSelection, evenly_spaced_indices
+from tokenprune.strategies.components.selection import TopAttentionSelection, sample_mask
 from tokenprune.strategies.trim import outlier_share
 
 
@@ -120,14 +121,21 @@ class ImportantThenSpacedSelection(TopAttentionSelection):
 
     important_share: float = 0.25
 
+    def __post_init__(self) -> None:
+        """Check the options when the component is created."""
+        super().__post_init__()
+        check_share("important_share", self.important_share)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
+
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep the most attended tokens, then evenly spaced tokens among the remaining ones."""
         important = (budgets * self.important_share).round().long()
         kept = top_per_tile(scores, important, candidates)
-        for tile, number in enumerate((budgets - important).tolist()):
-            remaining = (candidates[tile] & ~kept[tile]).nonzero()[:, 0]
-            kept[tile, remaining[evenly_spaced_indices(len(remaining), number).to(remaining.device)]] = True
-        return kept
+        return kept | sample_mask(candidates & ~kept, (budgets - important)[:, None])
 
 
 @dataclass

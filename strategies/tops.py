@@ -29,17 +29,46 @@ from tokenprune.component_reducer import ComponentReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, RelevancePolicy, SelectionPolicy, compute_relevance
 from tokenprune.strategies.components.allocation import UniformAllocation
-from tokenprune.strategies.components.diversity import ROW_CHUNK, pairwise_cosine, select_per_tile
+from tokenprune.strategies.components.diversity import ROW_CHUNK, pairwise_cosine, reads_are_fast, select_per_tile
 from tokenprune.strategies.components.relevance import AttentionRelevance
 
 
 def _rescale(values: Tensor, remaining: Tensor, rescaling: str) -> Tensor:
     """Rescale values by the mean or by the range of the remaining tokens, `[tokens]`."""
-    remaining_values = values[remaining]
     if rescaling == "mean":
-        return values / remaining_values.mean().clamp(min=1e-12)
-    low, high = remaining_values.aminmax()
+        mean = values.masked_fill(~remaining, 0).sum() / remaining.sum()
+        return values / mean.clamp(min=1e-12)
+    low = values.masked_fill(~remaining, torch.inf).amin()
+    high = values.masked_fill(~remaining, -torch.inf).amax()
     return (values - low) / (high - low).clamp(min=1e-12)
+
+
+def _sum_gains(similarity: Tensor, covered: Tensor) -> Tensor:
+    """Return by how much each token would increase the coverage of all tokens, `[tokens]`."""
+    return torch.cat([(rows - covered).relu_().sum(dim=1) for rows in similarity.split(ROW_CHUNK)])
+
+
+def _update_gains(gain: Tensor, similarity: Tensor, covered: Tensor, row: Tensor) -> Tensor:
+    """Return the gains after a pick, `[tokens]`, from the terms of tokens whose coverage it increases.
+
+    The number of these tokens is read, so this is faster than `_sum_gains` only on the CPU.
+
+    Args:
+        gain: the gains before the pick, `[tokens]`.
+        similarity: similarity of every pair of tokens, `[tokens, tokens]`.
+        covered: largest similarity of each token to an earlier pick, `[tokens]`.
+        row: similarity of each token to the pick, `[tokens]`.
+    """
+    improved = (row > covered).nonzero()[:, 0]
+    old_coverage, new_coverage = covered[improved, None], row[improved, None]
+    # Each chunk has at most as many elements as `ROW_CHUNK` rows of the similarity matrix.
+    width = ROW_CHUNK * max(1, len(gain) // max(1, len(improved)))
+    chunks = []
+    for start in range(0, len(gain), width):
+        columns = similarity[:, start : start + width].index_select(0, improved)  # columns as rows: symmetric
+        lost = (columns - old_coverage).clamp_(min=0).sum(dim=0)
+        chunks.append(gain[start : start + width] - lost + columns.sub_(new_coverage).clamp_(min=0).sum(dim=0))
+    return torch.cat(chunks)
 
 
 def optimal_preservation(
@@ -47,7 +76,8 @@ def optimal_preservation(
 ) -> Tensor:
     """Pick tokens greedily by relevance, coverage and diversity (arXiv 2606.27161, Alg. 1), `[number]`.
 
-    The coverage gains are updated incrementally: a pick changes only the terms of tokens whose coverage it increases.
+    On a CPU the coverage gains are updated: a pick changes only the terms of tokens whose coverage it increases.
+    Elsewhere they are summed again, so that nothing is read from the device.
 
     Args:
         features: one vector per token, `[tokens, dim]`.
@@ -63,30 +93,24 @@ def optimal_preservation(
     similarity, relevance = pairwise_cosine(features), relevance.float()
     covered, gain = torch.zeros_like(relevance), torch.zeros_like(relevance)
     remaining = torch.ones_like(relevance, dtype=torch.bool)
-    picks: list[int] = []
-    while len(picks) < number:
+    picks = [torch.zeros_like(relevance[:0], dtype=torch.long)]
+    is_updated = reads_are_fast(similarity)
+    for step in range(number):
         total = _rescale(relevance, remaining, rescaling)
-        if picks:
+        if step:
             total = total + coverage * _rescale(gain, remaining, rescaling)
             total = total + diversity * _rescale(1 - covered, remaining, rescaling)
-        picks.append(int(total.masked_fill(~remaining, -torch.inf).argmax()))
-        remaining[picks[-1]] = False
-        row = similarity[picks[-1]]
-        if len(picks) == 1:
-            covered = row.clone()
-            gain = torch.cat([(rows - row).clamp_(min=0).sum(dim=1) for rows in similarity.split(ROW_CHUNK)])
-            continue
-        improved = (row > covered).nonzero()[:, 0]
-        old_coverage, new_coverage = covered[improved, None], row[improved, None]
-        # Each chunk has at most as many elements as `ROW_CHUNK` rows of the similarity matrix.
-        width = ROW_CHUNK * max(1, len(gain) // max(1, len(improved)))
-        for start in range(0, len(gain), width):
-            columns = similarity[:, start : start + width].index_select(0, improved)  # columns as rows: symmetric
-            chunk = gain[start : start + width]
-            chunk -= (columns - old_coverage).clamp_(min=0).sum(dim=0)
-            chunk += columns.sub_(new_coverage).clamp_(min=0).sum(dim=0)
-        covered = torch.maximum(covered, row)
-    return torch.tensor(picks, dtype=torch.long, device=features.device)
+        pick = total.masked_fill(~remaining, -torch.inf).argmax(dim=0, keepdim=True)
+        remaining = remaining.index_fill(0, pick, False)
+        row = similarity.index_select(0, pick)[0]
+        new_coverage = torch.maximum(covered, row) if step else row
+        if step and is_updated:
+            gain = _update_gains(gain, similarity, covered, row)
+        else:
+            gain = _sum_gains(similarity, new_coverage)
+        covered = new_coverage
+        picks.append(pick)
+    return torch.cat(picks)
 
 
 @dataclass
@@ -104,6 +128,11 @@ class OptimalPreservationSelection(SelectionPolicy):
     coverage: float = 0.5
     diversity: float = 0.5
     rescaling: Literal["minmax", "mean"] = "minmax"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
 
     @property
     def needs(self) -> Sequence[Signal]:

@@ -17,7 +17,7 @@ from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.policies import AllocationPolicy, Merged, MergingPolicy, OrderPolicy, SelectionPolicy
 from tokenprune.reducer import TokenReducer, score_candidates
-from tokenprune.selection import Selection, true_indices
+from tokenprune.selection import Selection, store_row_counts, true_indices
 
 
 @dataclass
@@ -85,8 +85,8 @@ class ComponentReducer(TokenReducer):
         else:
             flat_index = torch.arange(geometry.tiles * geometry.tokens, device=device).view(geometry.tiles, -1)
         layout = image.geometry.to(device)
-        candidates = self._find_candidates(layout.valid)
         capacity = layout.valid_per_tile if self.padding == "exclude" else (layout.tokens,) * layout.tiles
+        candidates = store_row_counts(self._find_candidates(layout.valid), capacity)
         scores = score_candidates(self.selection, image, candidates)
         attempts: list[tuple[Tensor, Tensor, Merged | None]] = []  # one entry per call of select_tokens
 

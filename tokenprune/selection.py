@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
@@ -299,6 +300,34 @@ def count_newlines(geometry: TileGeometry, tokens: int | None, newlines: Newline
     if newlines == "keep" or tokens == geometry.valid_tokens:
         return geometry.newlines
     return 0 if tokens == 0 else None
+
+
+def store_row_counts(mask: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return a view of a mask for which `count_rows` reads nothing from the device, bool `[rows, entries]`.
+
+    A modification of the mask in place makes the numbers void.
+
+    Args:
+        mask: bool `[rows, entries]`.
+        numbers: number of true entries of each row, `[rows]`.
+    """
+    if not torch.compiler.is_compiling() and _stored_tensor(mask).is_inference():  # modifications are not counted
+        return mask
+    view = mask.view_as(mask)
+    view.row_counts, view.row_version = tuple(numbers), count_modifications(view)  # type: ignore[attr-defined]
+    return view
+
+
+def count_rows(mask: Tensor) -> list[int]:
+    """Return the number of true entries of each row, `[rows]`; stored numbers are not read from the device.
+
+    Args:
+        mask: bool `[rows, entries]`.
+    """
+    numbers = getattr(mask, "row_counts", None)
+    if numbers is None or mask.row_version != count_modifications(mask):  # type: ignore[attr-defined]
+        return mask.sum(dim=1).tolist()
+    return list(numbers)
 
 
 def true_indices(mask: Tensor, number: int) -> Tensor:

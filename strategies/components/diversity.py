@@ -9,14 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.budget import read_numbers
+from tokenprune.budget import check_share, read_numbers
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import SelectionPolicy
-from tokenprune.selection import top_per_tile
+from tokenprune.selection import count_rows, top_per_tile, top_ranked, true_indices
 
 ROW_CHUNK = 64
 """Number of rows of a similarity matrix that a greedy step copies at a time."""
+
+
+def reads_are_fast(tensor: Tensor) -> bool:
+    """Return whether the host can read values without a wait, and outside of a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pairwise_cosine(features: Tensor) -> Tensor:
@@ -91,13 +96,42 @@ def keep_max_min_diverse(
     return torch.stack(kept)
 
 
+def greedy_coverage(
+    similarity: Tensor, number: int, saliency: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Pick tokens greedily by their gain in coverage, `[number]`; nothing is read from the device.
+
+    The gain of token ``u`` is ``saliency_u * sum_i weights_i * max(0, similarity_ui - m_i)``. Here ``m_i`` is the
+    largest similarity of token ``i`` to a picked token, 0 before the first pick.
+
+    Args:
+        similarity: similarity of every pair of tokens, `[tokens, tokens]`.
+        number: number of tokens to pick.
+        saliency: weight of each token as a pick, `[tokens]`; 1 by default.
+        weights: weight of each token as a covered token, not negative, `[tokens]`; 1 by default.
+
+    Returns:
+        Token indices in the order of picking, `[number]`.
+    """
+    covered, penalty = torch.zeros_like(similarity[0]), torch.zeros_like(similarity[0])
+    picks = [covered.new_zeros(0, dtype=torch.long)]
+    for _ in range(number):
+        added = (similarity - covered).relu()
+        gain = (added if weights is None else added * weights).sum(dim=1)
+        gain = gain if saliency is None else saliency * gain
+        pick = (gain + penalty).argmax(dim=0, keepdim=True)
+        penalty = penalty.index_fill(0, pick, -torch.inf)
+        covered = torch.maximum(covered, similarity.index_select(0, pick)[0])
+        picks.append(pick)
+    return torch.cat(picks)
+
+
 def lazy_coverage(
     similarity: Tensor, number: int, saliency: Tensor | None = None, weights: Tensor | None = None, batch: int = 16
 ) -> Tensor:
-    """Pick tokens greedily by their gain in coverage, `[number]`, and recompute only the gains that can win.
+    """Pick the tokens of `greedy_coverage`, `[number]`, and recompute only the gains that can win.
 
-    The gain of token ``u`` is ``saliency_u * sum_i weights_i * max(0, similarity_ui - m_i)``. Here ``m_i`` is the
-    largest similarity of token ``i`` to a picked token, 0 before the first pick. A gain never grows as ``m`` grows,
+    Each step reads from the device, so this is faster only on the CPU. A gain never grows as the coverage grows,
     rounding included, because every gain is summed in the same order. So a gain from an earlier step is an upper bound.
     If the recomputed gain of a token is the largest of all gains, then the token is the pick of the plain greedy
     algorithm, ties included.
@@ -144,6 +178,11 @@ def lazy_coverage(
     return torch.tensor(picks, dtype=torch.long, device=similarity.device)
 
 
+def _cover(similarity: Tensor, number: int, **options: Tensor) -> Tensor:
+    """Return the picks of the function that is faster on the device of the similarity, `[number]`."""
+    return (lazy_coverage if reads_are_fast(similarity) else greedy_coverage)(similarity, number, **options)
+
+
 def saliency_coverage(features: Tensor, saliency: Tensor, number: int) -> Tensor:
     """Pick tokens greedily by their gain in coverage, weighted by saliency (SCOPE), `[number]`.
 
@@ -158,7 +197,7 @@ def saliency_coverage(features: Tensor, saliency: Tensor, number: int) -> Tensor
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    return lazy_coverage(pairwise_cosine(features), number, saliency=saliency.float())
+    return _cover(pairwise_cosine(features), number, saliency=saliency.float())
 
 
 def facility_location(features: Tensor, weights: Tensor, number: int) -> Tensor:
@@ -175,7 +214,7 @@ def facility_location(features: Tensor, weights: Tensor, number: int) -> Tensor:
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    return lazy_coverage(pairwise_cosine(features).add_(1).div_(2), number, weights=weights.float().clamp(min=0))
+    return _cover(pairwise_cosine(features).add_(1).div_(2), number, weights=weights.float().clamp(min=0))
 
 
 def greedy_dpp(features: Tensor, relevance: Tensor, number: int, tolerance: float = 1e-5) -> Tensor:
@@ -199,22 +238,21 @@ def greedy_dpp(features: Tensor, relevance: Tensor, number: int, tolerance: floa
     # same tolerance fits all tokens there.
     variance, quality = similarity.diagonal().clone(), relevance.float().square()
     factors = similarity.new_zeros(number, len(similarity))
-    picked = torch.zeros_like(variance, dtype=torch.bool)
-    picks: list[int] = []
-    while len(picks) < number:
-        gain = (quality * variance).masked_fill_(picked | (variance <= tolerance), 0)
-        best = int(gain.argmax())
-        if not gain[best] > 0:
-            remaining = relevance.masked_fill(picked, -torch.inf).argsort(descending=True, stable=True)
-            picks += remaining[: number - len(picks)].tolist()
-            break
-        earlier_factors = factors[: len(picks)]
-        factor = (similarity[best] - earlier_factors[:, best] @ earlier_factors) / variance[best].sqrt()
+    remaining = relevance.float()  # relevance of the tokens that are not picked
+    picks = [torch.zeros_like(variance[:0], dtype=torch.long)]
+    for step in range(number):
+        gain = (quality * variance).masked_fill_((remaining == -torch.inf) | (variance <= tolerance), 0)
+        has_gain = gain.amax() > 0
+        pick = torch.where(has_gain, gain, remaining).argmax(dim=0, keepdim=True)
+        row, spread = similarity.index_select(0, pick)[0], variance.index_select(0, pick).sqrt()
+        earlier_factors = factors[:step]
+        factor = (row - earlier_factors.index_select(1, pick)[:, 0] @ earlier_factors) / spread
+        factor = factor.masked_fill(~has_gain, 0)  # without gain, the variance is 0 up to rounding
         variance -= factor.square()
-        factors[len(picks)] = factor
-        picked[best] = True
-        picks.append(best)
-    return torch.tensor(picks, dtype=torch.long, device=features.device)
+        factors[step] = factor
+        remaining = remaining.index_fill(0, pick, -torch.inf)
+        picks.append(pick)
+    return torch.cat(picks)
 
 
 def important_then_diverse(features: Tensor, scores: Tensor, number: int, important: int, step: int = 8) -> Tensor:
@@ -249,29 +287,25 @@ def important_then_diverse(features: Tensor, scores: Tensor, number: int, import
     return torch.cat([most_important, remaining[:n_diverse]])
 
 
-def neighbor_indices(anchors: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
-    """Return the indices of the direct neighbors (left, right, above, below) of the anchors, `[neighbors]`.
+def find_neighbors(is_anchor: Tensor, token_grid: tuple[int, int], wrap: bool) -> Tensor:
+    """Return the direct neighbors (left, right, above, below) of the anchors, bool `[tiles, tokens]`.
 
     Args:
-        anchors: token indices, `[anchors]`.
+        is_anchor: the anchors, bool `[tiles, tokens]`.
         token_grid: height x width of the tokens.
         wrap: whether neighbors wrap around to the next or previous row, as in HiPrune's release: steps follow the flat
             sequence and are clamped to its ends. Otherwise, neighbors outside the grid are omitted.
-
-    Returns:
-        Token indices, sorted and without duplicates.
     """
-    height, width = token_grid
-    if wrap:
-        neighbors = torch.cat([anchors - 1, anchors + 1, anchors - width, anchors + width]).clamp(0, height * width - 1)
-    else:
-        row, col = anchors // width, anchors % width
-        steps = [(anchors - 1, col > 0), (anchors + 1, col < width - 1)]
-        steps += [(anchors - width, row > 0), (anchors + width, row < height - 1)]
-        neighbors = torch.cat([indices[inside] for indices, inside in steps])
-    is_neighbor = torch.zeros(height * width, dtype=torch.bool, device=anchors.device)
-    is_neighbor[neighbors] = True
-    return is_neighbor.nonzero()[:, 0]
+    (height, width), last = token_grid, is_anchor.shape[1] - 1
+    index = torch.arange(last + 1, device=is_anchor.device)
+    row, col = index // width, index % width
+    steps = {-1: col > 0, 1: col < width - 1, -width: row > 0, width: row < height - 1}
+    counts = torch.zeros(len(is_anchor), last + 2, dtype=torch.long, device=is_anchor.device)
+    for step, is_inside in steps.items():
+        # The additional last entry counts the neighbors outside the grid.
+        target = (index + step).clamp(0, last) if wrap else torch.where(is_inside, index + step, last + 1)
+        counts = counts.scatter_add(1, target.expand_as(is_anchor), is_anchor.long())
+    return counts[:, :-1] > 0
 
 
 def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, Tensor, int], Tensor]) -> Tensor:
@@ -283,12 +317,14 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
         select: function of tile index, token indices of its candidates `[candidates]` and budget. It returns positions
             in this list of candidates, `[budget]`.
     """
-    kept = torch.zeros_like(candidates)
-    for tile, budget in enumerate(read_numbers(budgets)):
-        indices = candidates[tile].nonzero()[:, 0]
+    kept = []
+    for tile, (budget, number) in enumerate(zip(read_numbers(budgets), count_rows(candidates), strict=True)):
+        picks = candidates.new_zeros(0, dtype=torch.long)
         if budget:
-            kept[tile, indices[select(tile, indices, budget)]] = True
-    return kept
+            indices = true_indices(candidates[tile], number)
+            picks = indices[select(tile, indices, budget)]
+        kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
+    return torch.stack(kept)
 
 
 @dataclass
@@ -322,6 +358,11 @@ class SaliencyCoverageSelection(SelectionPolicy):
     alpha: float = 1.0
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The CLS attention, and the features before the projector."""
         return (Signal("cls_attention", self.layer), Signal("vision_features", self.layer))
@@ -351,6 +392,16 @@ class ImportantThenDiverseSelection(SelectionPolicy):
 
     layer: LayerChoice = "feature"
     important_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the options when the component is created."""
+        super().__post_init__()
+        check_share("important_share", self.important_share)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -388,6 +439,16 @@ class AnchorBufferRegisterSelection(SelectionPolicy):
     anchor_share: float = 0.1
     wrap: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the options when the component is created."""
+        super().__post_init__()
+        check_share("anchor_share", self.anchor_share)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
+
     @property
     def needs(self) -> Sequence[Signal]:
         """The received attention of both layers."""
@@ -400,11 +461,9 @@ class AnchorBufferRegisterSelection(SelectionPolicy):
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep anchors, then their neighbors, then the tokens with the largest scores."""
         objects = image.received_attention(self.object_layer).mean(dim=1).masked_fill(~candidates, -torch.inf)
-        order = objects.argsort(dim=1, descending=True, stable=True)
+        is_anchor = top_ranked(objects, (budgets.double() * self.anchor_share / 5).round())
+        is_neighbor = find_neighbors(is_anchor, image.geometry.token_grid, self.wrap)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        for tile_rank, tile_order, budget in zip(rank, order, budgets.tolist(), strict=True):
-            anchors = tile_order[: round(budget * self.anchor_share / 5)]
-            # Anchors rank before their neighbors, and the neighbors before all remaining tokens.
-            tile_rank[neighbor_indices(anchors, image.geometry.token_grid, self.wrap)] -= candidates.shape[1]
-            tile_rank[anchors] -= 2 * candidates.shape[1]
+        # Anchors rank before their neighbors, and the neighbors before all remaining tokens.
+        rank = rank - candidates.shape[1] * (is_neighbor + 2 * is_anchor.long())
         return top_per_tile(-rank, budgets, candidates)

@@ -15,19 +15,26 @@ from tokenprune.geometry import region_coverage
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import Merged, MergingPolicy, identity_weights
+from tokenprune.strategies.components.selection import sample_mask
 
 RELEASE_WEIGHTS = "release"
 """Option value that selects the weights of the published code."""
 
 
-def representative_index(scores: Tensor, dropped: Tensor) -> int:
-    """Return the index of the dropped token with the largest score; its position receives the merged token.
+def find_representatives(scores: Tensor, dropped: Tensor, reserved: Tensor) -> Tensor:
+    """Return the dropped token with the largest score of each tile with a reserved token, bool `[tiles, tokens]`.
+
+    Its position receives the merged token.
 
     Args:
-        scores: scores of the tokens, `[tokens]`.
-        dropped: mask of dropped tokens, bool `[tokens]`.
+        scores: scores of the tokens, `[tiles, tokens]`.
+        dropped: dropped tokens, bool `[tiles, tokens]`.
+        reserved: number of reserved tokens, `[tiles]`.
     """
-    return int(scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~dropped, -torch.inf).argmax())
+    finite = scores.clamp(min=torch.finfo(scores.dtype).min)
+    index = finite.masked_fill(~dropped, -torch.inf).argmax(dim=1, keepdim=True)
+    is_largest = torch.arange(scores.shape[1], device=scores.device) == index
+    return is_largest & dropped & (reserved > 0)[:, None]
 
 
 @dataclass
@@ -35,6 +42,11 @@ class MeanOfRestMerging(MergingPolicy):
     """Adds one token per tile, the mean of its dropped tokens (TRIM)."""
 
     before_projector: ClassVar[bool] = True
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tile gets its reserved number of merged tokens."""
+        return True
 
     @property
     def needs(self) -> Sequence[Signal]:
@@ -49,14 +61,11 @@ class MeanOfRestMerging(MergingPolicy):
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
         """Insert the mean of the dropped tokens at the position of the dropped token with the largest score."""
-        kind = torch.zeros_like(picked, dtype=torch.long)
-        weights = identity_weights(picked)
-        for tile in reserved.nonzero()[:, 0].tolist():
-            dropped = candidates[tile] & ~picked[tile]
-            index = representative_index(scores[tile], dropped)
-            kind[tile, index] = 1
-            weights[tile, index] = dropped / dropped.sum()
-        return Merged(kind, weights)
+        dropped = candidates & ~picked
+        is_merged = find_representatives(scores, dropped, reserved)
+        mean = dropped / dropped.sum(dim=1, keepdim=True).clamp(min=1)
+        weights = torch.where(is_merged[..., None], mean[:, None], identity_weights(picked))
+        return Merged(is_merged.long(), weights)
 
 
 @dataclass
@@ -81,6 +90,11 @@ class NeighborMerging(MergingPolicy):
     before_projector: ClassVar[bool] = True
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every tile gets its reserved number of merged tokens."""
+        return True
+
+    @property
     def needs(self) -> Sequence[Signal]:
         """The joint attention of all heads, the keys, and the inputs of the projector."""
         return (Signal("joint_attention", self.layer), Signal("keys", self.layer), Signal("projector_inputs"))
@@ -99,26 +113,20 @@ class NeighborMerging(MergingPolicy):
         attention = image.joint_attention(self.layer)[:, 0]
         keys = rearrange(image.keys(self.layer), "tiles heads tokens dim -> tiles tokens (heads dim)")
         keys = F.normalize(keys, dim=-1)
-        kind = torch.zeros_like(picked, dtype=torch.long)
-        weights = identity_weights(picked)
-        for tile, reserve in enumerate(reserved.tolist()):
-            kept = picked[tile].nonzero()[:, 0]
-            similarity = keys[tile, kept] @ keys[tile].T
-            similarity.masked_fill_(~candidates[tile], -torch.inf)
-            similarity[torch.arange(len(kept)), kept] = -torch.inf
-            n_neighbors = min(self.neighbors, max(int(candidates[tile].sum()) - 1, 0))
-            nearest = similarity.topk(n_neighbors, dim=1)[1]
-            rows = weights[tile, kept].scatter_add(1, nearest, attention[tile][nearest])
-            weights[tile, kept] = rows / rows.sum(dim=1, keepdim=True) if self.weights == "mean" else rows
-            dropped = candidates[tile] & ~picked[tile]
-            if reserve and bool(dropped.any()):
-                index = representative_index(scores[tile], dropped)
-                kind[tile, index] = 1
-                row = attention[tile] * dropped
-                if self.weights == "mean":  # if no dropped token draws attention, all have the same weight
-                    row = row / row.sum() if bool(row.sum() > 0) else dropped / dropped.sum()
-                weights[tile, index] = row
-        return Merged(kind, weights)
+        identity = identity_weights(picked)
+        similarity = (keys @ keys.mT).masked_fill(~candidates[:, None] | (identity > 0), -torch.inf)
+        likeness, nearest = similarity.topk(min(self.neighbors, keys.shape[1]), dim=2)
+        added = attention[:, None].expand_as(similarity).gather(2, nearest).masked_fill(likeness == -torch.inf, 0)
+        dropped = candidates & ~picked
+        rest = attention * dropped
+        rows = identity.scatter_add(2, nearest, added)
+        if self.weights == "mean":
+            rows = rows / rows.sum(dim=2, keepdim=True)
+            total = rest.sum(dim=1, keepdim=True)  # if no dropped token draws attention, all have the same weight
+            rest = torch.where(total > 0, rest / total, dropped / dropped.sum(dim=1, keepdim=True).clamp(min=1))
+        is_merged = find_representatives(scores, dropped, reserved)
+        weights = torch.where(picked[..., None], rows, identity)
+        return Merged(is_merged.long(), torch.where(is_merged[..., None], rest[:, None], weights))
 
 
 @dataclass
@@ -172,7 +180,7 @@ class ContextualMerging(MergingPolicy):
         keys = F.normalize(image.keys(self.layer).mean(dim=1), dim=-1)
         dropped = candidates & ~picked & (reserved > 0)[:, None]
         number = ((reserved - 1).clamp(min=0) if self.cls else reserved)[:, None]
-        is_target = dropped & sample_mask(dropped, number, self.spacing)
+        is_target = sample_mask(dropped, number, self.spacing)
         is_source = dropped & ~is_target
         similarity = (keys @ keys.transpose(1, 2)).masked_fill(~is_target[:, None], -torch.inf)
         target = similarity.argmax(dim=2)
@@ -200,26 +208,6 @@ class ContextualMerging(MergingPolicy):
         return Merged(kind + 2 * is_cls, weights)
 
 
-def sample_mask(mask: Tensor, number: Tensor, spacing: str) -> Tensor:
-    """Return samples of the true entries of each row, bool `[rows, entries]`; entries outside the mask are undefined.
-
-    Args:
-        mask: bool `[rows, entries]`.
-        number: number of samples of each row, `[rows, 1]`.
-        spacing: ``"even"`` takes sample n at ``(2 n + 1) / (2 number)`` of the true entries, ``"step"`` takes every
-            (count // number)-th true entry from the first.
-    """
-    count, n = mask.sum(dim=1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)
-    divisor = number.clamp(min=1)
-    if spacing == "even":
-        rank = ((2 * n + 1) * count).div(2 * divisor, rounding_mode="floor")
-    else:
-        rank = n * count.div(divisor, rounding_mode="floor").clamp(min=1)
-    rank = torch.where((n < number) & (rank < count), rank, mask.shape[1])  # others: additional last place
-    is_sample = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter(1, rank, True)
-    return is_sample.gather(1, (mask.long().cumsum(dim=1) - 1).clamp(min=0))
-
-
 @dataclass
 class PooledGridMerging(MergingPolicy):
     """Divides the valid rectangle of a tile into as many cells as its budget, and averages the tokens of each.
@@ -227,6 +215,11 @@ class PooledGridMerging(MergingPolicy):
     Any number of cells is supported. They form bands of equal height, and the number of cells per band differs by at
     most one. If a cell covers part of a token, the token is weighted by the covered area.
     """
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tile gets its reserved number of merged tokens."""
+        return True
 
     def reserve(self, budgets: Tensor, capacity: Tensor) -> Tensor:
         """Return the full budget of each tile that drops tokens, so that the selection picks none, `[tiles]`."""
@@ -236,9 +229,10 @@ class PooledGridMerging(MergingPolicy):
         self, image: EncodedImage, scores: Tensor, picked: Tensor, reserved: Tensor, candidates: Tensor
     ) -> Merged:
         """Insert the mean of each cell at the position of the token at its center."""
-        height, width = image.geometry.token_grid
-        kind = torch.zeros_like(picked, dtype=torch.long)
-        weights = identity_weights(picked)
+        (height, width), device = image.geometry.token_grid, picked.device
+        candidates = candidates.cpu()  # cells depend on layout and budgets only, so they are computed on the host
+        kind = torch.zeros_like(candidates, dtype=torch.long)
+        weights = identity_weights(candidates)
         for tile, number in enumerate(reserved.tolist()):
             if not number:
                 continue
@@ -248,16 +242,16 @@ class PooledGridMerging(MergingPolicy):
             cells = divide_into_cells(number, rows, cols)
             cells = cells * torch.tensor([rows, cols, rows, cols]) + torch.tensor([top, left, top, left])
             centers = (cells[:, 0] + cells[:, 2]).div(2).floor() * width + (cells[:, 1] + cells[:, 3]).div(2).floor()
-            indices = centers.long().to(picked.device)
+            indices = centers.long()
             coverage = region_coverage((cells / torch.tensor([height, width, height, width])).float(), (height, width))
-            coverage = coverage.to(picked.device) * candidates[tile]
+            coverage = coverage * candidates[tile]
             if not bool(candidates[tile, indices].all()):  # the vision tower dropped patches inside the rectangle
                 indices = find_nearest_candidates(indices, candidates[tile], width)
                 empty = coverage.sum(dim=1) == 0
                 coverage[empty, indices[empty]] = 1.0
             kind[tile, indices] = 1
             weights[tile, indices] = coverage / coverage.sum(dim=1, keepdim=True)
-        return Merged(kind, weights)
+        return Merged(kind.to(device), weights.to(device))
 
 
 def find_nearest_candidates(indices: Tensor, candidates: Tensor, width: int) -> Tensor:

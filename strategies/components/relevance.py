@@ -103,12 +103,10 @@ def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tenso
         valid: tokens whose minimum and maximum define the range, bool `[tiles, tokens]`.
         floor: added to the values before the division, so that the smallest result is above 0.
     """
-    valid_values = values[valid]
-    if not valid_values.numel():
-        return torch.zeros_like(values)
-    low, high = valid_values.min(), valid_values.max()
-    spread = high - low
-    return (values - low + floor) / spread if bool(spread > 0) else torch.ones_like(values)
+    low = values.masked_fill(~valid, torch.inf).amin()
+    spread = values.masked_fill(~valid, -torch.inf).amax() - low
+    unit = torch.where(spread > 0, (values - low + floor) / spread, 1.0)
+    return torch.where(valid.any(), unit, 0.0).to(values.dtype)
 
 
 def standardize(values: Tensor, valid: Tensor) -> Tensor:

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tokenprune.geometry import RECENT_LAYOUTS
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.layers import LayerChoice
 from tokenprune.policies import SelectionPolicy
 
 
-def evenly_spaced_indices(length: int, number: int) -> Tensor:
-    """Return evenly spaced indices of a sequence, the first after half a step, int64 `[number]`."""
-    return (2 * torch.arange(number) + 1) * length // (2 * max(number, 1))
+def sample_mask(mask: Tensor, number: Tensor, spacing: str = "even") -> Tensor:
+    """Return samples of the true entries of each row, bool `[rows, entries]`.
+
+    Args:
+        mask: bool `[rows, entries]`.
+        number: number of samples of each row, `[rows, 1]`.
+        spacing: ``"even"`` takes sample n at ``(2 n + 1) / (2 number)`` of the true entries, ``"step"`` takes every
+            (count // number)-th true entry from the first.
+    """
+    count, n = mask.sum(dim=1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)
+    divisor = number.clamp(min=1)
+    if spacing == "even":
+        rank = ((2 * n + 1) * count).div(2 * divisor, rounding_mode="floor")
+    else:
+        rank = n * count.div(divisor, rounding_mode="floor").clamp(min=1)
+    rank = torch.where((n < number) & (rank < count), rank, mask.shape[1])  # others: additional last place
+    is_sample = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter(1, rank, True)
+    return mask & is_sample.gather(1, (mask.long().cumsum(dim=1) - 1).clamp(min=0))
+
+
+@lru_cache(maxsize=RECENT_LAYOUTS)
+def _cache_random_numbers(seed: int, tiles: int, tokens: int, device: str) -> Tensor:
+    with torch.inference_mode(False):  # a later call may record gradients
+        return torch.rand(tiles, tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a generator is part of no graph
+def _random_numbers(seed: int, tiles: int, tokens: int, device: str) -> Tensor:
+    return _cache_random_numbers(seed, tiles, tokens, device)
 
 
 @dataclass
@@ -73,14 +101,17 @@ class RandomSelection(SelectionPolicy):
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return uniform random numbers, `[tiles, tokens]`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (image.geometry.tiles, image.geometry.tokens)
-        return torch.rand(shape, generator=generator).to(image.device)
+        return _random_numbers(self.seed, image.geometry.tiles, image.geometry.tokens, str(image.device)).clone()
 
 
 @dataclass
 class StrideSelection(SelectionPolicy):
     """Keeps evenly spaced tokens, in row-major order of the valid tokens of a tile."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget of each tile is spent in full."""
+        return True
 
     def score(self, image: EncodedImage) -> Tensor:
         """Return a low-discrepancy sequence, `[tiles, tokens]`: its top-k is nearly evenly spaced for every k.
@@ -88,17 +119,13 @@ class StrideSelection(SelectionPolicy):
         The values are multiples of the golden ratio modulo 1 (Weyl sequence). Only allocations that rank all tiles in
         one pool read them.
         """
-        index = torch.arange(image.geometry.tiles * image.geometry.tokens, dtype=torch.float64)
-        weyl = (index * ((5**0.5 - 1) / 2)).frac().float()
-        return weyl.view(image.geometry.tiles, image.geometry.tokens).to(image.device)
+        shape = (image.geometry.tiles, image.geometry.tokens)
+        index = torch.arange(shape[0] * shape[1], dtype=torch.float64, device=image.device)
+        return (index * ((5**0.5 - 1) / 2)).frac().float().view(shape)
 
     def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
         """Keep every (candidates / budget)-th candidate of each tile, the first after half a step."""
-        kept = torch.zeros_like(candidates)
-        for tile, budget in enumerate(budgets.tolist()):
-            indices = candidates[tile].nonzero()[:, 0]
-            kept[tile, indices[evenly_spaced_indices(len(indices), budget).to(indices.device)]] = True
-        return kept
+        return sample_mask(candidates, budgets[:, None])
 
 
 @dataclass

@@ -23,7 +23,7 @@ from tokenprune.decoder_reducer import ScheduledReducer
 from tokenprune.image import EncodedImage, Signal
 from tokenprune.reducer import ScoreReducer, score_candidates
 from tokenprune.selection import Selection
-from tokenprune.strategies.components.merging import sample_mask
+from tokenprune.strategies.components.selection import sample_mask
 from tokenprune.strategies.decoder._flat import unflatten_mask, unflatten_mixing
 
 

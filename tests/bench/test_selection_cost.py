@@ -27,6 +27,7 @@ from tokenprune.experiments.bench.selection_cost import (
 from tokenprune.image import Signal
 from tokenprune.strategies.components.diversity import (
     facility_location,
+    greedy_coverage,
     greedy_dpp,
     important_then_diverse,
     lazy_coverage,
@@ -97,15 +98,17 @@ def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 @settings(deadline=None)
 @given(drawn=tokens(), batch=st.integers(1, 50), sign=st.booleans())
-def test_lazy_coverage_equals_the_plain_definition(drawn, batch: int, sign: bool) -> None:
+def test_coverage_equals_the_plain_definition(drawn, batch: int, sign: bool) -> None:
     """For all sizes of the first batch, and for negative saliency."""
     features, weights, number = drawn
     saliency, equal = weights - 1 if sign else weights, torch.ones(len(features))
     plain = plain_coverage(pairwise_cosine(features), saliency, equal, number)
     assert lazy_coverage(pairwise_cosine(features), number, saliency=saliency, batch=batch).tolist() == plain
+    assert greedy_coverage(pairwise_cosine(features), number, saliency=saliency).tolist() == plain
     assert saliency_coverage(features, saliency, number).tolist() == plain
     plain = plain_coverage(pairwise_cosine(features), equal, weights, number)
     assert lazy_coverage(pairwise_cosine(features), number, weights=weights, batch=batch).tolist() == plain
+    assert greedy_coverage(pairwise_cosine(features), number, weights=weights).tolist() == plain
     shifted = (1 + pairwise_cosine(features)) / 2
     assert facility_location(features, weights, number).tolist() == plain_coverage(shifted, equal, weights, number)
 

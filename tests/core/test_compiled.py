@@ -16,7 +16,7 @@ from tokenprune.budget import Budget, apportion, apportion_tensor
 from tokenprune.component_reducer import ComponentReducer
 from tokenprune.geometry import TileGeometry
 from tokenprune.image import EncodedImage
-from tokenprune.strategies import VTCCLS, BaseTileOnly, FasterVLM, HiRED, VisPruner
+from tokenprune.strategies import VTCCLS, BaseTileOnly, FasterVLM, HiRED, VisionZip
 from tokenprune.strategies.components.allocation import (
     GlobalTopAllocation,
     ProportionalAllocation,
@@ -129,10 +129,10 @@ def test_mask_compiles_to_one_graph(reducer: ComponentReducer) -> None:
 @pytest.mark.parametrize(
     "reducer",
     [
-        VisPruner(0.2),
+        VisionZip(0.2),
         HiRED(Budget(100, newlines="counted")),
     ],
-    ids=["VisPruner", "counted"],
+    ids=["VisionZip", "counted"],
 )
 def test_mask_refuses_reducers_without_a_single_graph(reducer: ComponentReducer) -> None:
     with pytest.raises(ValueError, match=r"is no single graph: .* use select"):

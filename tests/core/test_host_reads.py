@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.emulated_device import EmulatedDevice, move_model, to_cpu, to_device
+from tests.helpers.emulated_device import DEVICE, EmulatedDevice, move_model, to_cpu, to_device
 from tests.helpers.families import FAMILIES
 from tokenprune.adapter import find_adapter
 from tokenprune.batch import BatchSelector, group_images
@@ -25,7 +25,7 @@ from tokenprune.image import EncodedImage
 from tokenprune.policies import AllocationPolicy
 from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
-from tokenprune.selection import MaskCount, Selection, true_indices
+from tokenprune.selection import MaskCount, Selection, count_rows, store_row_counts, true_indices
 from tokenprune.strategies import IPCV, DivPrune, EViT, FasterVLM, HiRED, PruMerge, QuestionFirst, ToMe, VisionZip
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
@@ -141,6 +141,39 @@ def test_images_reduced_together_keep_the_tokens_of_each_image(name: str) -> Non
             value, expected = getattr(selection, part), getattr(alone, part)
             assert (value is None) == (expected is None)
             assert value is None or torch.allclose(value.float(), expected.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, kind in strategies().items() if kind.stage.name in ("image", "projector"))
+)
+def test_reads_of_all_strategies(name: str) -> None:
+    """Only EADP (the budget of each tile, for each image) and SpatialPooling (once for a layout) read values."""
+    make = strategies()[name]
+    images = [random_encoded_image(WIDE, seed) for seed in range(3)]
+    on_device = [
+        replace(
+            image, signals=to_device(image.signals), features=to_device(image.features), device=torch.device(DEVICE)
+        )
+        for image in images
+    ]
+    selector = BatchSelector(make(0.3))
+    for number in (1, 3):
+        with EmulatedDevice():
+            selector.select(on_device[:number])  # copies index tables to the device
+        with EmulatedDevice() as device:
+            selections = selector.select(on_device[:number]).selections
+        assert sum(device.reads.values()) == {"EADP": number, "SpatialPooling": 2}.get(name, 0)
+    for image, selection in zip(images, selections, strict=True):
+        assert torch.equal(to_cpu(selection.kept), make(0.3).reduce(image).kept)
+
+
+def test_stored_row_counts_are_void_after_a_modification() -> None:
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    counted = store_row_counts(mask, [7, 8])
+    assert count_rows(counted) == [7, 8]
+    assert count_rows(mask) == [2, 1]
+    mask[1, 0] = True
+    assert count_rows(counted) == [2, 2]
 
 
 @pytest.mark.parametrize("strategy", [*CLASSES_WITHOUT_READS, QuestionFirst])

@@ -26,7 +26,7 @@ from tokenprune.strategies.components import (
     UniformAllocation,
 )
 from tokenprune.strategies.components.merging import divide_into_cells
-from tokenprune.strategies.components.selection import evenly_spaced_indices
+from tokenprune.strategies.components.selection import sample_mask
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.tiny_models import batch, tiny_model
 
@@ -115,9 +115,13 @@ def test_pooling_accepts_any_budget(number: int) -> None:
     )
 
 
-def test_evenly_spaced_indices() -> None:
-    assert evenly_spaced_indices(10, 2).tolist() == [2, 7]
-    assert evenly_spaced_indices(3, 0).tolist() == []
+def test_samples_are_evenly_spaced() -> None:
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 3:8] = False
+    samples = sample_mask(mask, torch.tensor([[2], [5]]))
+    assert [row.nonzero()[:, 0].tolist() for row in samples] == [[2, 7], [0, 1, 2, 8, 9]]
+    assert not sample_mask(mask, torch.tensor([[0], [0]])).any()
+    assert sample_mask(mask, torch.tensor([[3], [2]]), "step")[0].nonzero()[:, 0].tolist() == [0, 3, 6]
 
 
 def test_order_by_score() -> None:
