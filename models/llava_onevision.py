@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.geometry import NEWLINE, TileGeometry
+from tokenprune.geometry import NEWLINE, RECENT_LAYOUTS, TileGeometry
 from tokenprune.image import ROW_SIGNALS, Signal
 from tokenprune.models._base.vision_inputs import read_once
 from tokenprune.models.llava_next import LlavaNextAdapter
@@ -64,13 +64,28 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     ) -> list[Tensor]:
         """Return a captured signal for each image, shrunk where the model shrinks features."""
         signals = super().split_by_image(kind, captured, layouts, inputs)
-        images = zip(signals, self.unshrunk_layouts(inputs), layouts, strict=True)
-        return [shrink_signal(kind, signal, unshrunk, layout) for signal, unshrunk, layout in images]
+        groups: dict[tuple[TileGeometry, TileGeometry], list[int]] = {}
+        for number, pair in enumerate(zip(self.unshrunk_layouts(inputs), layouts, strict=True)):
+            if len(pair[0].packed) != len(pair[1].packed):
+                groups.setdefault(pair, []).append(number)
+        for (unshrunk, layout), numbers in groups.items():  # images of one layout together
+            tiles = torch.cat([signals[number] for number in numbers])
+            shrunk = shrink_signal(kind, tiles, unshrunk, layout).split(layout.tiles)
+            for number, signal in zip(numbers, shrunk, strict=True):
+                signals[number] = signal
+        return signals
 
 
-def canvas_tokens(layout: TileGeometry) -> Tensor:
-    """Return the number of the sub-image token at each position of the unpadded canvas, `[rows, cols]`."""
-    return layout.packed[layout.tokens :].view(layout.newlines, -1)[:, :-1]
+@lru_cache(maxsize=2 * RECENT_LAYOUTS)
+def canvas_tokens(layout: TileGeometry, device: torch.device) -> Tensor:
+    """Return the number of the sub-image token at each position of the unpadded canvas, `[rows, cols]`.
+
+    Args:
+        layout: a layout with sub-images and newline tokens.
+        device: the device of the table.
+    """
+    with torch.inference_mode(False):  # a later call may record gradients
+        return layout.packed[layout.tokens :].view(layout.newlines, -1)[:, :-1].contiguous().to(device)
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +98,7 @@ def shrink_layout(layout: TileGeometry, limit: int) -> TileGeometry:
     """
     if not layout.sub_images or not layout.newlines:
         return layout
-    tokens = canvas_tokens(layout)
+    tokens = canvas_tokens(layout, layout.packed.device)
     rows, cols = tokens.shape
     ratio = math.sqrt(rows * cols / (limit * layout.token_grid[0] ** 2))
     if ratio <= 1.1:
@@ -100,18 +115,17 @@ def shrink_signal(kind: str, value: Tensor, unshrunk: TileGeometry, layout: Tile
 
     Args:
         kind: the kind of the signal.
-        value: the signal, with tiles as the first dimension.
-        unshrunk: the layout before shrinking.
-        layout: the layout after shrinking.
+        value: the signal of one or more images, with the tiles of all images as the first dimension.
+        unshrunk: the layout of each image before shrinking.
+        layout: the layout of each image after shrinking.
     """
     if len(unshrunk.packed) == len(layout.packed):
         return value
     has_heads = kind in ROW_SIGNALS or kind == "keys"
     by_token = value.movedim(2, 1) if has_heads else value
-    flat = by_token.flatten(2).flatten(0, 1)
-    old, new = canvas_tokens(unshrunk).to(value.device), canvas_tokens(layout).to(value.device)
-    small = F.interpolate(flat[old].permute(2, 0, 1)[None], tuple(new.shape), mode="bilinear")[0].permute(1, 2, 0)
-    flat = flat.clone()
-    flat[new] = small * (old.numel() / new.numel()) if kind in ROW_SIGNALS else small
-    flat = flat.view(by_token.shape)
-    return flat.movedim(1, 2) if has_heads else flat
+    by_image = by_token.reshape(-1, layout.tiles * layout.tokens, by_token.shape[2:].numel())
+    old, new = canvas_tokens(unshrunk, value.device), canvas_tokens(layout, value.device)
+    small = F.interpolate(by_image[:, old].permute(0, 3, 1, 2), tuple(new.shape), mode="bilinear").permute(0, 2, 3, 1)
+    small = small * (old.numel() / new.numel()) if kind in ROW_SIGNALS else small
+    shrunk = by_image.index_copy(1, new.flatten(), small.flatten(1, 2)).view(by_token.shape)
+    return shrunk.movedim(1, 2) if has_heads else shrunk

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from tokenprune.adapter import PackedTokens
-from tokenprune.geometry import TileGeometry
+from tokenprune.geometry import RECENT_LAYOUTS, TileGeometry
 from tokenprune.models._base.compilable import CompilableAdapter
 from tokenprune.models._base.native_resolution import MergedPatchesAdapter
 from tokenprune.models._base.vision_inputs import read_once
@@ -95,11 +95,27 @@ class Qwen25VLAdapter(MergedPatchesAdapter, CompilableAdapter):
 
     def sequence_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the index of each patch in the tower, which orders merge blocks by window, `[patches]`."""
-        tower, block = self.tower, self.pooling**2
-        windows, _ = get_vision_window_index(
-            inputs["image_grid_thw"], self.pooling, tower.window_size, tower.patch_size
-        )
-        return (windows.argsort()[:, None] * block + torch.arange(block, device=windows.device)).flatten()
+        grids = tuple(read_once(inputs["image_grid_thw"]).flatten().tolist())
+        tower, device = self.tower, inputs[self.pixels].device
+        return window_order(grids, self.pooling, tower.window_size, tower.patch_size, device)
+
+
+@lru_cache(maxsize=RECENT_LAYOUTS)
+def window_order(
+    grids: tuple[int, ...], pooling: int, window_size: int, patch_size: int, device: torch.device
+) -> Tensor:
+    """Return the index of each patch in a tower that orders merge blocks by window, `[patches]`.
+
+    Args:
+        grids: number of frames, rows and columns of all images, one after another.
+        pooling: number of patches along a side of a merge block.
+        window_size: side of a window in pixels.
+        patch_size: side of a patch in pixels.
+        device: the device of the table.
+    """
+    with torch.inference_mode(False):  # a later call may record gradients
+        windows, _ = get_vision_window_index(torch.tensor(grids).view(-1, 3), pooling, window_size, patch_size)
+        return (windows.argsort()[:, None] * pooling**2 + torch.arange(pooling**2)).flatten().to(device)
 
 
 def nearest_layer(layer: int, candidates: Sequence[int]) -> int:

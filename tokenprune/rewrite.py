@@ -172,14 +172,17 @@ def summarize_prompts(placeholders: Tensor, attention_mask: Tensor | None) -> Pr
         placeholders: positions of image placeholders, bool `[rows, length]`.
         attention_mask: attention mask of the full prompts, `[rows, length]`; None if there is no padding.
     """
-    numbers = placeholders.sum(dim=1)
     if attention_mask is None:
-        return PromptSummary(tuple(numbers.tolist()), (placeholders.shape[1],) * len(placeholders))
-    is_token = attention_mask.bool()
-    hidden = (placeholders & ~is_token).any(dim=1)
-    columns = [numbers, is_token.sum(dim=1), hidden, ~is_token[:, -1], is_token[:, 0]]
-    table = torch.stack([column.long() for column in columns]).tolist()
-    return PromptSummary(tuple(table[0]), tuple(table[1]), any(table[2]), any(table[3]), all(table[4]))
+        return PromptSummary(tuple(placeholders.sum(dim=1).tolist()), (placeholders.shape[1],) * len(placeholders))
+    # The masks are small: the host computes the numbers with fewer operators on the device.
+    is_image, is_token = torch.stack([placeholders, attention_mask.bool()]).cpu()
+    return PromptSummary(
+        tuple(is_image.sum(dim=1).tolist()),
+        tuple(is_token.sum(dim=1).tolist()),
+        hides_images=bool((is_image & ~is_token).any()),
+        ends_with_padding=not bool(is_token[:, -1].all()),
+        starts_with_tokens=bool(is_token[:, 0].all()),
+    )
 
 
 def find_emptied_text(placeholders: Tensor, kept: Tensor, lengths: Sequence[int], side: TextSeparatorSide) -> Tensor:
@@ -197,7 +200,7 @@ def find_emptied_text(placeholders: Tensor, kept: Tensor, lengths: Sequence[int]
     if side == "none" or total == 0:
         return torch.zeros_like(placeholders)
     flat = placeholders.flatten()
-    image = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)], device=flat.device)
+    image = torch.repeat_interleave(torch.tensor(lengths)).to(flat.device)
     count = flat.long().cumsum(dim=0)  # placeholders up to each position
     last, following = (count - 1).clamp(min=0), count.clamp(max=total - 1)
     inside = ~flat & (count > 0) & (count < total) & (image[last] == image[following])

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -183,18 +184,21 @@ def resample_attention(attention: Tensor, grid: tuple[int, int], token_grid: tup
     """
     if grid == token_grid:
         return attention
-    rows, cols = (_axis_shares(old, new).to(attention) for old, new in zip(grid, token_grid, strict=True))
+    device, dtype = attention.device, attention.dtype
+    rows, cols = (_axis_shares(old, new, device, dtype) for old, new in zip(grid, token_grid, strict=True))
     on_grid = rearrange(attention, "tiles heads (h w) -> tiles heads h w", h=grid[0])
     resampled = einsum(rows, cols, on_grid, "rows h, cols w, tiles heads h w -> tiles heads rows cols")
     return rearrange(resampled, "tiles heads rows cols -> tiles heads (rows cols)")
 
 
-def _axis_shares(old: int, new: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _axis_shares(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the share of each old cell in each new cell along one axis, `[new, old]`; columns sum to 1."""
-    if new > old:
-        shares = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].T
-        return shares / shares.sum(dim=0)
-    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
-    cells = torch.arange(old, dtype=torch.float64)
-    inside = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
-    return inside.clamp(min=0)
+    with torch.inference_mode(False):  # a later call may record gradients
+        if new > old:
+            shares = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].T
+            return (shares / shares.sum(dim=0)).to(device, dtype)
+        edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+        cells = torch.arange(old, dtype=torch.float64)
+        inside = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+        return inside.clamp(min=0).to(device, dtype)

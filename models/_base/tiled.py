@@ -11,6 +11,7 @@ from the processor, each tile that its text does not group counts as one image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tokenprune.capabilities import HasDecoder
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base.placeholder import PlaceholderAdapter
-from tokenprune.models._base.vision_inputs import read_once
+from tokenprune.models._base.vision_inputs import compute_once, read_once
 
 THUMBNAIL_SIDE = 32
 """Side in pixels to which tiles and base tile are shrunk for comparison."""
@@ -73,7 +74,8 @@ class TiledAdapter(PlaceholderAdapter, HasDecoder):
             inputs: the model inputs of the call.
             parts: the tiles of each image in the model's order, `[tiles, 3, height, width]` each.
         """
-        return self.find_grids(parts)
+        key = ("grids", self.base_first, *(len(tiles) for tiles in parts))
+        return list(compute_once(inputs[self.pixels], key, partial(self.find_grids, parts)))
 
     def find_grids(self, parts: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Return rows x cols of the sub-images of each image, from its pixels.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from transformers.utils.generic import ModelOutput
 
 from tokenprune.adapter import FeatureInputs
 
-_VALUES = WeakTensorKeyDictionary()
-"""The values of model inputs that were read from a device, with the version of the tensor."""
+T = TypeVar("T")
+
+_RESULTS = WeakTensorKeyDictionary()
+"""Results that were computed from model inputs on a device, by key, with the version of the tensor."""
 
 
 def read_once(tensor: Tensor) -> Tensor:
@@ -26,13 +28,27 @@ def read_once(tensor: Tensor) -> Tensor:
     Args:
         tensor: a model input.
     """
+    return compute_once(tensor, "values", tensor.cpu)
+
+
+def compute_once(tensor: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
+    """Return a result that depends on a model input; on a device it is computed once until the input is modified.
+
+    Args:
+        tensor: a model input.
+        key: identifies the result among those of the tensor.
+        compute: computes the result, which does not refer to the tensor.
+    """
     if tensor.device.type == "cpu" or tensor.is_inference():  # inference tensors do not count modifications
-        return tensor.cpu()
-    version, values = _VALUES.get(tensor, (None, tensor))
+        return compute()
+    version, results = _RESULTS.get(tensor, (None, None))
     if version != tensor._version:
-        values = tensor.cpu()
-        _VALUES[tensor] = (tensor._version, values)
-    return values
+        results = {}
+        _RESULTS[tensor] = (tensor._version, results)
+    if key not in results:
+        results[key] = compute()
+    result: T = results[key]
+    return result
 
 
 def list_feature_parameters(model: Any, modality: Literal["image", "video"]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "emulated"
@@ -50,6 +50,19 @@ class _UnavailableHook(backend_registration._DummyPrivateUse1Hook):
 
 if torch._C._get_privateuse1_backend_name() != NAME:
     backend_registration._setup_privateuseone_for_python_backend(NAME, _UnavailableBackend(), _UnavailableHook())
+_KERNELS = torch.library.Library("aten", "IMPL")
+"""Holds the kernel of `_read_scalar`, which PyTorch removes with this object."""
+
+
+def _read_scalar(tensor: DeviceTensor) -> Any:
+    """Return the value of a scalar that `torch.tensor` reads from a list, without a call of `__torch_dispatch__`."""
+    if isinstance(device := _get_current_dispatch_mode(), EmulatedDevice):
+        device.operators["_local_scalar_dense"] += 1
+        device.reads["_local_scalar_dense"] += 1
+    return tensor.value.item()
+
+
+_KERNELS.impl("_local_scalar_dense", _read_scalar, "PrivateUse1")
 
 
 class DeviceTensor(Tensor):
