@@ -236,21 +236,21 @@ def greedy_dpp(features: Tensor, relevance: Tensor, number: int, tolerance: floa
     similarity = pairwise_cosine(features)
     # Relevance only scales rows and columns, so the Cholesky steps run on the cosines. The
     # same tolerance fits all tokens there.
-    variance, quality = similarity.diagonal().clone(), relevance.float().square()
+    quality = relevance.float().square()
+    variance = similarity.diagonal().masked_fill(quality == 0, 0)
+    # Tokens without gain follow by relevance: their score is the negative rank, and -inf after the pick.
+    fallback = -1.0 - relevance.argsort(descending=True, stable=True).argsort()
     factors = similarity.new_zeros(number, len(similarity))
-    remaining = relevance.float()  # relevance of the tokens that are not picked
     picks = [torch.zeros_like(variance[:0], dtype=torch.long)]
     for step in range(number):
-        gain = (quality * variance).masked_fill_((remaining == -torch.inf) | (variance <= tolerance), 0)
-        has_gain = gain.amax() > 0
-        pick = torch.where(has_gain, gain, remaining).argmax(dim=0, keepdim=True)
-        row, spread = similarity.index_select(0, pick)[0], variance.index_select(0, pick).sqrt()
-        earlier_factors = factors[:step]
+        has_gain = variance > tolerance
+        pick = torch.where(has_gain, quality * variance, fallback).argmax(dim=0, keepdim=True)
+        spread = torch.where(has_gain, variance, torch.inf).index_select(0, pick).sqrt()
+        row, earlier_factors = similarity.index_select(0, pick)[0], factors[:step]
         factor = (row - earlier_factors.index_select(1, pick)[:, 0] @ earlier_factors) / spread
-        factor = factor.masked_fill(~has_gain, 0)  # without gain, the variance is 0 up to rounding
-        variance -= factor.square()
+        variance = (variance - factor.square()).index_fill(0, pick, 0)
         factors[step] = factor
-        remaining = remaining.index_fill(0, pick, -torch.inf)
+        fallback = fallback.index_fill(0, pick, -torch.inf)
         picks.append(pick)
     return torch.cat(picks)
 
