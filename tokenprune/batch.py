@@ -132,9 +132,10 @@ class BatchSelector:
         with defer_checks():  # this call copies the index tables of the layout to the device
             template = self.reducer.reduce(replace(image, compute_features=read_features, pixels=None))
         counts = {"kept": template.token_count, "newline_mask": template.newline_count}
-        reducer, layout = self.reducer, replace(image, signals={}, compute_features=_refuse_features, pixels=None)
+        reducer, device = self.reducer, image.device
+        layout = replace(image, signals={}, compute_features=_refuse_features, pixels=None)
 
-        def reduce_image(signals: Mapping[SignalKey, Tensor], features: Tensor | None) -> Any:
+        def reduce_image(signals: Mapping[SignalKey, Tensor], features: Tensor | None, number: Tensor) -> Any:
             compute = _refuse_features if features is None else (lambda: features)
             selection = reducer.reduce(replace(layout, signals=signals, compute_features=compute))
             values = {name: getattr(selection, name) for name in TENSOR_FIELDS}
@@ -143,8 +144,9 @@ class BatchSelector:
         def reduce_images(signals: list[dict[SignalKey, Tensor]], features: list[Tensor] | None) -> Any:
             stacked = {key: torch.stack([entry[key] for entry in signals]) for key in signals[0]}
             stacked_features = None if features is None else torch.stack(features)
-            in_dims = (0, None if features is None else 0)
-            return torch.vmap(reduce_image, in_dims=in_dims)(stacked, stacked_features)
+            numbers = torch.arange(len(signals), device=device)  # as in `_vectorize`
+            in_dims = (0, None if features is None else 0, 0)
+            return torch.vmap(reduce_image, in_dims=in_dims)(stacked, stacked_features, numbers)
 
         run = compile_function(reduce_images, options, type(reducer).__name__)
         return _ReducerGraph(run, template, counts, bool(reads))

@@ -175,10 +175,10 @@ def summarize_prompts(placeholders: Tensor, attention_mask: Tensor | None) -> Pr
     if attention_mask is None:
         return PromptSummary(tuple(placeholders.sum(dim=1).tolist()), (placeholders.shape[1],) * len(placeholders))
     # The masks are small: the host computes the numbers with fewer operators on the device.
-    is_image, is_token = torch.stack([placeholders, attention_mask.bool()]).cpu()
+    is_image, is_token = torch.stack([placeholders, attention_mask.bool()]).cpu().numpy()
     return PromptSummary(
-        tuple(is_image.sum(dim=1).tolist()),
-        tuple(is_token.sum(dim=1).tolist()),
+        tuple(is_image.sum(axis=1).tolist()),
+        tuple(is_token.sum(axis=1).tolist()),
         hides_images=bool((is_image & ~is_token).any()),
         ends_with_padding=not bool(is_token[:, -1].all()),
         starts_with_tokens=bool(is_token[:, 0].all()),

@@ -236,11 +236,6 @@ class SubImagesAllocation(AllocationPolicy):
 
     pooled: bool = False
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the budget is spent in full, up to the capacity of the sub-images."""
-        return not self.pooled
-
     def allocate(
         self, image: EncodedImage, total: int, capacity: Sequence[int], scores: Tensor
     ) -> Sequence[int] | Tensor:

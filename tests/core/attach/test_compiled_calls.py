@@ -19,11 +19,13 @@ from tokenprune import EncodedImage, ScoreReducer, compiled
 from tokenprune.adapter import find_adapter
 from tokenprune.batch import BatchSelector
 from tokenprune.capabilities import Compilable
+from tokenprune.catalog import strategies
 from tokenprune.checks import raise_first_failure, stack_failures
 from tokenprune.compiled import CompileOptions, GraphCache, compile_function
 from tokenprune.geometry import TileGeometry
 from tokenprune.models._base import compiled_decoder
 from tokenprune.models._capture.compiled_tower import copy_sharing_weights
+from tokenprune.reducer import TokenReducer
 from tokenprune.strategies import DivPrune, FasterVLM, HiRED
 from tokenprune.testing.encoded_images import random_encoded_image
 from tokenprune.testing.families.base import Family
@@ -33,6 +35,17 @@ TRACED = CompileOptions("eager", None)
 """Traces graphs and runs them without a compiler, in a second instead of minutes."""
 LAYOUT = TileGeometry.anyres((112, 112), (2, 2), (4, 4), 56)
 COMPILED = sorted(name for name, family in FAMILIES.items() if issubclass(family.adapter, Compilable))
+
+
+def is_compiled_without_text(kind: type[TokenReducer]) -> bool:
+    """Return whether the default instance of a strategy before the LLM is one graph and needs no text model."""
+    if kind.stage.name not in ("image", "projector"):
+        return False
+    reducer = kind(0.3)
+    return reducer.is_single_graph and not reducer.reads_question
+
+
+SINGLE_GRAPHS = sorted(name for name, kind in strategies().items() if is_compiled_without_text(kind))
 
 
 def count_graphs() -> int:
@@ -170,6 +183,23 @@ def test_only_the_strategy_is_compiled_at_the_full_budget() -> None:
         assert torch.equal(forward(model, inputs).logits, expected.logits)
         assert torch.equal(generate(model, inputs), tokens)
     assert count_graphs() == start + 1
+
+
+@pytest.mark.parametrize("name", SINGLE_GRAPHS)
+def test_strategies_that_are_a_single_graph_keep_the_same_tokens(name: str) -> None:
+    reducer, model, inputs = strategies()[name](0.3), tiny_model("llava_next"), batch("llava_next", [SQUARE], [SQUARE])
+    with reducer(model) as run:
+        forward(model, inputs)
+    start = count_graphs()
+    with reducer(model, compile=TRACED) as compiled_run:
+        forward(model, inputs)
+    assert count_graphs() == start + 3  # tower, strategy and prefill
+    for selection, expected in zip(compiled_run.selections, run.selections, strict=True):
+        assert torch.equal(selection.kept, expected.kept)
+
+
+def test_the_strategies_of_the_guide_are_single_graphs() -> None:
+    assert {"FasterVLM", "HiRED", "VTCCLS"} <= set(SINGLE_GRAPHS)
 
 
 def test_strategies_that_are_no_graph_run_without_compilation() -> None:
