@@ -13,7 +13,6 @@ from tokenprune.adapter import Adapter
 from tokenprune.budget import parse_amount
 from tokenprune.cli.expressions import is_expression, split_plugins
 from tokenprune.cli.options import parse_reducer
-from tokenprune.display import format_count
 from tokenprune.experiments.bench.bench_model import BenchModel, load_bench_model, parse_image_size
 from tokenprune.experiments.bench.environment import describe_environment
 from tokenprune.experiments.bench.flame import profile_variants
@@ -21,6 +20,9 @@ from tokenprune.experiments.bench.measure import (
     BenchProtocol,
     Variant,
     Workload,
+    find_release_budget,
+    format_amount,
+    keeps_all_tokens,
     list_variants,
     measure_variants,
 )
@@ -45,8 +47,8 @@ class BenchConfig:
     Args:
         model: mini, mini-pages, a checkpoint folder or a hub id; with random weights: a config.json, or an architecture
             such as llava-v1.6-vicuna-7b.
-        baseline: release also measures HiRED as in its published code at each budget below 100 %; auto does so on CUDA
-            if the model supports it; none.
+        baseline: release also measures HiRED as in its published code at each budget below 100 %, of --budget and of
+            calls; auto does so on CUDA if the model supports it; none.
         reducers: strategies or presets by name, file.py:Class, or a call with its budget
             "HiRED(0.4)+AtLayer(2, DivPrune(0.5))".
         budget: budgets: 0.2 or 20% (ratios; 1.0 or 100% keeps all tokens), 160 (tokens; 1 keeps one token).
@@ -141,8 +143,7 @@ def build_reducers(
             amount = parse_positive_amount(budget)
             argv = ["--plugin", *plugins, "--reducer", name, "--reducer.budget", repr(amount)]
             reducer = parse_reducer(argv)
-            label = format_count(amount, "token") if isinstance(amount, int) else f"{100 * amount:g} %"
-            reducers.append((f"{name.rpartition(':')[2]} {label}", reducer))
+            reducers.append((f"{name.rpartition(':')[2]} {format_amount(amount)}", reducer))
     return reducers
 
 
@@ -175,7 +176,7 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
             config.model, config.device, config.dtype, config.attn, config.llm_layers, config.prompt_tokens
         )
         device = bench_model.model.device
-        release_budgets, omitted = list_release_budgets(config, bench_model.adapter, device)
+        release_budgets, omitted = list_release_budgets(config, reducers, bench_model.adapter, device)
         variants = list_variants(reducers, release_budgets, config.compile)
         check_signals(bench_model, variants)
         settings, traces = [], list[Path]()
@@ -203,11 +204,17 @@ def run_benchmark(config: BenchConfig, on_progress: Callable[[str], None] = lamb
         }
 
 
-def list_release_budgets(config: BenchConfig, adapter: Adapter, device: torch.device) -> tuple[list[float], str | None]:
-    """Return the ratios of the release-like baseline, and the reason if the model cannot run it.
+def list_release_budgets(
+    config: BenchConfig, reducers: Sequence[tuple[str, TokenReducer]], adapter: Adapter, device: torch.device
+) -> tuple[list[int | float], str | None]:
+    """Return the budgets of the release-like baseline, and the reason if the model cannot run it.
+
+    The budgets are those of the options, and those of strategies that are written as calls. Ratios are floats, numbers
+    of tokens are ints. A budget of 100 % is omitted.
 
     Args:
         config: the options; ``baseline="auto"`` includes the baseline on CUDA only.
+        reducers: names and strategies, the result of `build_reducers`.
         adapter: the adapter of the model.
         device: the device of the model.
 
@@ -222,8 +229,10 @@ def list_release_budgets(config: BenchConfig, adapter: Adapter, device: torch.de
         if config.baseline == "release":
             raise ValueError(f"--baseline release: {error}") from error
         return [], str(error)
-    amounts = dict.fromkeys(parse_positive_amount(budget) for budget in config.budget)
-    return [amount for amount in amounts if isinstance(amount, float) and amount < 1], None
+    amounts = [parse_positive_amount(budget) for budget in config.budget]
+    listed = [amount for amount in amounts if not keeps_all_tokens(amount)]
+    of_calls = [amount for _, reducer in reducers if (amount := find_release_budget(reducer)) is not None]
+    return list(dict.fromkeys([*listed, *of_calls])), None
 
 
 def check_signals(bench_model: BenchModel, variants: Sequence[Variant]) -> None:

@@ -19,9 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from tokenprune.adapter import find_adapter
 from tokenprune.attach import Attachment
-from tokenprune.budget import as_budget
+from tokenprune.budget import Budget, as_budget
 from tokenprune.caches import find_cache
 from tokenprune.compiled import COMPILED_WIDTH, CompileOptions
+from tokenprune.display import format_count
 from tokenprune.experiments.bench.bench_model import BenchModel, Size, random_image
 from tokenprune.experiments.bench.cost.meter import Meter
 from tokenprune.experiments.bench.environment import peak_memory, wait_for
@@ -54,7 +55,8 @@ class Variant:
     Args:
         name: name in tables.
         reducer: the attached strategy; None for the unmodified model and the baseline.
-        release_budget: share of tokens that the release-like baseline keeps (`release_like.py`); None otherwise.
+        release_budget: tokens of each image that the release-like baseline keeps (`release_like.py`): a share as a
+            float, or a number as an int; None otherwise.
         reference: name of the release-like variant with the same budget, to which this variant is compared.
         is_compiled: whether tower, strategy and LLM run as compiled graphs. FLOPs and operators are then not counted,
             because the counters do not see inside graphs.
@@ -62,7 +64,7 @@ class Variant:
 
     name: str
     reducer: TokenReducer | None = None
-    release_budget: float | None = None
+    release_budget: int | float | None = None
     reference: str | None = None
     is_compiled: bool = False
 
@@ -517,25 +519,59 @@ def time_variant(
     measurement.phases.setdefault(PREPROCESS, []).append(preprocess_seconds)
 
 
+def format_amount(amount: int | float) -> str:
+    """Return a budget as text for tables: ``"20 %"``, ``"160 tokens"``.
+
+    Args:
+        amount: a share of the tokens as a float, or a number of tokens as an int.
+    """
+    return format_count(amount, "token") if isinstance(amount, int) else f"{100 * amount:g} %"
+
+
+def keeps_all_tokens(amount: int | float) -> bool:
+    """Return whether a budget is 100 %. The count 1, which equals 1.0 in Python, keeps one token."""
+    return isinstance(amount, float) and amount == 1.0
+
+
+def find_release_budget(reducer: TokenReducer) -> int | float | None:
+    """Return the budget at which the release-like baseline is comparable to a strategy.
+
+    Args:
+        reducer: the strategy.
+
+    Returns:
+        A share of the encoded tokens as a float, or a number of tokens as an int. None if the strategy keeps all tokens
+        or none, if its budget has other options (``per="tile"``, counted newline tokens, ...), which the baseline does
+        not have, and if it is a composition or acts inside the tower or the LLM.
+    """
+    label = reducer.budget_label
+    if isinstance(label, str):
+        return None
+    budget = as_budget(label)
+    amount = budget.number
+    return amount if budget == Budget(amount) and amount and not keeps_all_tokens(amount) else None
+
+
 def list_variants(
-    reducers: Sequence[tuple[str, TokenReducer]], release_budgets: Sequence[float] = (), compiled: bool = False
+    reducers: Sequence[tuple[str, TokenReducer]], release_budgets: Sequence[int | float] = (), compiled: bool = False
 ) -> list[Variant]:
     """Return the plain model, the release-like baseline at some budgets, and named reducers.
 
     Args:
         reducers: names and strategies.
-        release_budgets: budgets of the baseline; a reducer with an equal budget is compared to it.
+        release_budgets: budgets of the baseline below 100 %: shares as floats, numbers of tokens as ints. A reducer
+            with an equal budget is compared to it.
         compiled: whether each reducer before the LLM with a budget below 100 % is also measured with compiled graphs.
     """
     baselines = {
-        budget: Variant(f"{RELEASE_LIKE} {100 * budget:g} %", release_budget=budget) for budget in release_budgets
+        budget: Variant(f"{RELEASE_LIKE} {format_amount(budget)}", release_budget=budget) for budget in release_budgets
     }
     variants = [Variant(PLAIN), *baselines.values()]
     for name, reducer in reducers:
-        label = reducer.budget_label
-        baseline = None if isinstance(label, str) else baselines.get(as_budget(label).number)
+        label, amount = reducer.budget_label, find_release_budget(reducer)
+        baseline = None if amount is None else baselines.get(amount)
         variant = Variant(name, reducer, reference=None if baseline is None else baseline.name)
         variants.append(variant)
-        if compiled and not isinstance(label, str) and as_budget(label).number != 1.0:
+        if compiled and not isinstance(label, str) and not keeps_all_tokens(as_budget(label).number):
             variants.append(replace(variant, name=f"{name} compiled", is_compiled=True))
     return variants

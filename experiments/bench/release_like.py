@@ -67,7 +67,7 @@ def eager_attention(tower: Any) -> Iterator[None]:
 def build_inputs_embeds(
     adapter: PlaceholderAdapter,
     inputs: Mapping[str, Any],
-    budget: float,
+    budget: int | float,
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
 ) -> dict[str, Tensor]:
     """Encode images, select tokens, and return the inputs of the LLM: `inputs_embeds` and `attention_mask`.
@@ -75,7 +75,7 @@ def build_inputs_embeds(
     Args:
         adapter: the adapter; its tower is inside `eager_attention`.
         inputs: model inputs with one image per prompt, and images of one size, as those of the benchmark.
-        budget: share of the encoded tokens to keep.
+        budget: tokens of each image to keep: a share of the encoded tokens as a float, or a number as an int.
         phase: returns a context manager that books the time of its block to a phase; None books nothing.
     """
     phase = phase or nullcontext
@@ -101,7 +101,9 @@ def build_inputs_embeds(
         return {"inputs_embeds": torch.stack(embeddings), "attention_mask": torch.stack(masks)}
 
 
-def select_top_tokens(early: Tensor, late: Tensor, layouts: Sequence[TileGeometry], budget: float) -> list[Tensor]:
+def select_top_tokens(
+    early: Tensor, late: Tensor, layouts: Sequence[TileGeometry], budget: int | float
+) -> list[Tensor]:
     """Return the flat indices of the kept tokens of each image in packed order, int64 `[kept]`.
 
     Half of the budget belongs to the base tile. Sub-images share the remaining half by the early attention in their
@@ -112,7 +114,7 @@ def select_top_tokens(early: Tensor, late: Tensor, layouts: Sequence[TileGeometr
         early: CLS attention of the first layer, summed over heads, `[tiles of all images, tokens]`.
         late: CLS attention of the feature layer, summed over heads, `[tiles of all images, tokens]`.
         layouts: the layout of each image.
-        budget: share of the encoded tokens to keep.
+        budget: tokens of each image to keep: a share of the encoded tokens as a float, or a number as an int.
     """
     tiles = [layout.tiles for layout in layouts]
     base_tiles = [attention[0].float() for attention in early.split(tiles)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from tokenprune.display import format_count
 from tokenprune.experiments.bench.report import describe_run, format_number, format_ratio
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "gpu"
@@ -19,6 +20,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 BATCHES = (1, 8)
 PHASES = ("vision encode", "signal capture", "reducer", "rewrite", "generate", "prefill")
 """Phases of the table, in the order of a call."""
+COUNTED = ("operators", "reads")
+"""The counted quantities."""
 
 PAGE = Template(
     """# H100
@@ -70,19 +73,34 @@ $checks
 
 **Not timed on a GPU so far.** After this measurement, the images of a call are reduced together and the index tables
 of a layout stay on the device. This path was counted on an emulated accelerator (`tests/core/test_host_reads.py`):
-operators and reads of one call beyond those of the plain model, $model, budget $budget, newline tokens of kept rows.
+operators and reads of one call beyond those of the plain model, $model, budget $budget. The columns name the option
+`newlines` of the strategy; "before" has `keep_rows`.
 
 $operators
 
 Negative numbers: the model's own packing of the images is replaced. A read is an operation for which the host waits.
 Counts show what the host no longer does; they do not show the time on a GPU.
 
+- **Reads that remain.** The plain model itself reads $plain_reads, and
+  tokenprune avoids some of these reads. So a difference of 0 does not mean that nothing is read.
+  `tests/core/test_host_reads_of_families.py` counts the reads of other families.
+- **"Before".** It was counted on the same emulated accelerator with the same model, at commit 24c00fb, in the second
+  call. With one image, this call still stores pixels for drawing; later calls of HiRED had 147 operators and 29 reads.
+- **Other counters.** An earlier count with another counter gave 356 and 1,436 operators, and 24 and 101 reads, for
+  HiRED with one image and with eight. The counting differs, so these numbers cannot be compared with the table. That
+  counter is not in this repository. Counting all dispatched operators on a CPU at commit 24c00fb gives 298 and 1,187
+  operators in the first call, and 215 and 1,031 in the second.
+
+To count again, run `python -m research.gpu.count_operators`. It replaces "after" in
+[operators.json](gpu/operators.json) and keeps "before".
+
 ## Compiled graphs
 
-**Never run on a GPU so far.** With `compile=True` (see [the guide](../how-to/compile.md)), tower, strategy, prefill and
-decoding step are one graph each. On a CPU their results equal those of calls without compilation, and their number does
-not grow in later calls (`tests/core/attach/test_compiled_calls.py`). Not run on a GPU: recording and replay of the CUDA
-graphs, their memory, and every time. `research/gpu/run.sh` measures them.
+**Never run on a GPU so far.** With `compile=True` (see [the guide](../how-to/compile.md)), tower, prefill and decoding
+step are one graph each. A strategy is a graph only if it has the property `is_single_graph`, such as HiRED, FasterVLM
+and VTCCLS; other strategies run eagerly between the graphs. On a CPU the results equal those of calls without
+compilation, and the number of graphs does not grow in later calls (`tests/core/attach/test_compiled_calls.py`). Not run
+on a GPU: recording and replay of the CUDA graphs, their memory, and every time. `research/gpu/run.sh` measures them.
 """
 )
 
@@ -135,18 +153,19 @@ def format_operators(counts: Sequence[Mapping[str, Any]]) -> str:
     """Return the counts of operators and reads before and after the change as a Markdown table.
 
     Args:
-        counts: an entry per strategy and number of images.
+        counts: an entry per strategy, number of images and treatment of newline tokens.
     """
-    head = ["images", "strategy", "operators before", "operators after", "reads before", "reads after"]
-    rows = [
-        [
-            entry["images"],
-            entry["strategy"],
-            *(entry[version][name] for name in ("operators", "reads") for version in ("before", "after")),
-        ]
-        for entry in counts
-    ]
-    return format_table([head, *rows])
+    head, newlines = ["images", "strategy"], list(dict.fromkeys(entry["newlines"] for entry in counts))
+    rows: dict[tuple[int, str], dict[str, int]] = {}
+    for entry in counts:
+        cells = rows.setdefault((entry["images"], entry["strategy"]), {})
+        for kind in COUNTED:
+            cells[f"{kind}, {entry['newlines']}"] = entry["after"][kind]
+            if "before" in entry:
+                cells[f"{kind} before"] = entry["before"][kind]
+    for kind in COUNTED:
+        head += [f"{kind} before", *(f"{kind}, {name}" for name in newlines)]
+    return format_table([head, *([*key, *(cells.get(name, "") for name in head[2:])] for key, cells in rows.items())])
 
 
 def build_page(folder: Path = FOLDER) -> str:
@@ -200,6 +219,9 @@ def build_page(folder: Path = FOLDER) -> str:
         model=operators["model"],
         budget=f"{100 * operators['budget']:g} %",
         operators=format_operators(operators["counts"]),
+        plain_reads=" and ".join(
+            f"{entry['reads']} times for {format_count(entry['images'], 'image')}" for entry in operators["plain"]
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from tokenprune.experiments.bench.bench_model import (
     load_bench_model,
     random_image,
 )
-from tokenprune.experiments.bench.command import BenchConfig, list_release_budgets
+from tokenprune.experiments.bench.command import BenchConfig, build_reducers, list_release_budgets
 from tokenprune.experiments.bench.image_processors import build_image_processor
 from tokenprune.experiments.bench.measure import (
     PLAIN,
@@ -313,6 +313,25 @@ NAMES_AND_BUDGETS = [
 ]
 
 
+def test_the_baseline_is_compared_at_numbers_of_tokens_and_budgets_of_calls(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        "--baseline release --budget 60 --sizes 80x160 --tokens 2 --repeats 1 --warmup 0 --threads 1 --count false"
+    )
+    command = ["bench", "run", *options.split(), "--reducers", "HiRED", "HiRED(0.3)", "--device", "cpu"]
+    assert main([*command, "--json", "--quiet"]) == 0
+    variants = json.loads(capsys.readouterr().out)["settings"][0]["variants"]
+    assert {row["name"]: row.get("release_ratios", {}).get("reference") for row in variants} == {
+        PLAIN: None,
+        "release-like 60 tokens": None,
+        "release-like 30 %": None,
+        "HiRED 60 tokens": "release-like 60 tokens",
+        "HiRED(0.3)": "release-like 30 %",
+    }
+    assert variants[1]["visual_tokens"] == 60
+
+
 def test_a_model_without_the_baseline_is_named(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = find_example(Qwen2VLAdapter).build_model().config.to_dict()
     Path("qwen.json").write_text(json.dumps(config))
@@ -321,19 +340,29 @@ def test_a_model_without_the_baseline_is_named(in_empty_folder: Path, capsys: py
     message = "the release-like baseline cannot run qwen2_vl with this vision tower: it requires a CLS token"
     assert f"--baseline release: {message}" in capsys.readouterr().err
     adapter = find_adapter(find_example(Qwen2VLAdapter).build_model())
-    budgets, omitted = list_release_budgets(BenchConfig(), adapter, torch.device("cuda"))
+    budgets, omitted = list_release_budgets(BenchConfig(), [], adapter, torch.device("cuda"))
     assert budgets == []
     assert omitted is not None
     assert omitted.startswith(message)
     # By default, the CPU measures no baseline, so nothing is omitted.
-    assert list_release_budgets(BenchConfig(), adapter, torch.device("cpu")) == ([], None)
+    assert list_release_budgets(BenchConfig(), [], adapter, torch.device("cpu")) == ([], None)
 
 
 def test_the_baseline_is_a_default_on_cuda(model: Any) -> None:
     adapter, config = find_adapter(model), BenchConfig(budget=[1.0, "20%", 0.2, 0.05, 1, 160])
-    assert list_release_budgets(config, adapter, torch.device("cuda")) == ([0.2, 0.05], None)
-    assert list_release_budgets(config, adapter, torch.device("cpu")) == ([], None)
-    assert list_release_budgets(replace(config, baseline="none"), adapter, torch.device("cuda")) == ([], None)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    budgets, omitted = list_release_budgets(config, [], adapter, cuda)
+    assert [repr(budget) for budget in budgets] == ["0.2", "0.05", "1", "160"]
+    assert omitted is None
+    assert list_release_budgets(config, [], adapter, cpu) == ([], None)
+    assert list_release_budgets(replace(config, baseline="none"), [], adapter, cuda) == ([], None)
+
+
+def test_the_baseline_has_the_budgets_of_calls(model: Any) -> None:
+    calls = ["HiRED(0.2)", "HiRED(64)", "HiRED(1.0)", "FasterVLM(0.1)", "ToMe(r=2)+HiRED(0.3)", "FastV(budget=0.5)"]
+    reducers, config = build_reducers(calls, [0.2], []), BenchConfig(reducers=calls, budget=[0.2])
+    budgets, _ = list_release_budgets(config, reducers, find_adapter(model), torch.device("cuda"))
+    assert budgets == [0.2, 64, 0.1]
 
 
 def test_the_command_run_precedes_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.helpers.bench import SIZES
 from tokenprune.adapter import find_adapter
+from tokenprune.budget import Budget, OneTokenWarning
 from tokenprune.experiments.bench.bench_model import BenchModel
 from tokenprune.experiments.bench.measure import (
     PLAIN,
@@ -19,6 +20,7 @@ from tokenprune.experiments.bench.measure import (
     Variant,
     count_tokens,
     count_work,
+    find_release_budget,
     generate_once,
     list_variants,
 )
@@ -32,7 +34,8 @@ from tokenprune.geometry import NEWLINE
 from tokenprune.models.internvl import InternVLAdapter
 from tokenprune.models.llava_onevision import LlavaOnevisionAdapter
 from tokenprune.models.vipllava import VipLlavaAdapter
-from tokenprune.strategies import HiRED
+from tokenprune.reducer import TokenReducer
+from tokenprune.strategies import FastV, HiRED, ToMe
 from tokenprune.strategies.components.allocation import VisualContentAllocation
 from tokenprune.testing.examples import find_example
 from tokenprune.testing.tiny_models import batch, tiny_model
@@ -41,16 +44,17 @@ PADDED = [[(60, 112)], [(60, 112)]]
 """Images of which half of the tokens of each sub-image are not valid."""
 
 
-def run_baseline(family: str, sizes: Any, budget: float) -> tuple[Any, Mapping[str, Any], dict[str, Tensor]]:
+def run_baseline(family: str, sizes: Any, budget: int | float) -> tuple[Any, Mapping[str, Any], dict[str, Tensor]]:
     model, inputs = tiny_model(family), dict(batch(family, *sizes))
     adapter = as_supported(find_adapter(model))
     with torch.inference_mode(), eager_attention(adapter.tower):
         return adapter, inputs, build_inputs_embeds(adapter, inputs, budget)
 
 
-@pytest.mark.parametrize("budget", [0.05, 0.2, 0.0556, 0.5, 0.99])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.0556, 0.5, 0.99, 1, 7])
 @pytest.mark.parametrize(("family", "sizes"), [("llava_next", SIZES), ("llava_next", PADDED), ("llava", SIZES)])
-def test_as_many_tokens_as_hired(family: str, sizes: Any, budget: float) -> None:
+@pytest.mark.filterwarnings("ignore::tokenprune.budget.OneTokenWarning")
+def test_as_many_tokens_as_hired(family: str, sizes: Any, budget: int | float) -> None:
     model, inputs = tiny_model(family), dict(batch(family, *sizes))
     bench_model = BenchModel("tiny", model, find_adapter(model), "random", 2, 2, lambda images: inputs)
     baseline = Measurement(Variant("release-like", release_budget=budget))
@@ -62,8 +66,9 @@ def test_as_many_tokens_as_hired(family: str, sizes: Any, budget: float) -> None
     assert baseline.visual < int(bench_model.adapter.placeholders(inputs).sum())
 
 
+@pytest.mark.parametrize("budget", [0.3, 9])
 @pytest.mark.parametrize("sizes", [SIZES, PADDED])
-def test_the_tokens_of_hired_with_stripes(sizes: Any) -> None:
+def test_the_tokens_of_hired_with_stripes(sizes: Any, budget: int | float) -> None:
     """HiRED's own capture and allocation select the same tokens, if sub-images map to stripes."""
     model, inputs = tiny_model("llava_next"), dict(batch("llava_next", *sizes))
     adapter = as_supported(find_adapter(model))
@@ -72,9 +77,9 @@ def test_the_tokens_of_hired_with_stripes(sizes: Any) -> None:
     with torch.inference_mode(), eager_attention(adapter.tower):
         maps = adapter.tower(pixels, output_attentions=True).attentions
     early, late = (maps[index].sum(dim=1)[:, 0, 1:] for index in (0, layer))
-    indices = select_top_tokens(early, late, layouts, 0.3)
+    indices = select_top_tokens(early, late, layouts, budget)
     allocation = VisualContentAllocation(region="stripe")
-    with torch.inference_mode(), HiRED(0.3, newlines="drop", allocation=allocation)(model) as run:
+    with torch.inference_mode(), HiRED(budget, newlines="drop", allocation=allocation)(model) as run:
         model(**inputs)
     for index, selection, layout in zip(indices, run.selections, layouts, strict=True):
         assert sorted(index.tolist()) == selection.kept.flatten().nonzero()[:, 0].tolist()
@@ -83,10 +88,11 @@ def test_the_tokens_of_hired_with_stripes(sizes: Any) -> None:
         assert positions == sorted(positions)
 
 
+@pytest.mark.parametrize("budget", [1.0, 10_000], ids=["100 %", "more tokens than the image has"])
 @pytest.mark.parametrize(("family", "sizes"), [("llava_next", PADDED), ("llava", SIZES)])
-def test_the_complete_embeddings_are_those_of_the_model(family: str, sizes: Any) -> None:
-    """At 100 %, the prompt is that of the model without newline tokens."""
-    adapter, inputs, reduced = run_baseline(family, sizes, 1.0)
+def test_the_complete_embeddings_are_those_of_the_model(family: str, sizes: Any, budget: int | float) -> None:
+    """If all tokens are kept, the prompt is that of the model without newline tokens."""
+    adapter, inputs, reduced = run_baseline(family, sizes, budget)
     model, layouts = adapter.model, adapter.layouts(inputs)
     captured: list[Tensor] = []
     hook = model.base_model.language_model.register_forward_pre_hook(
@@ -153,8 +159,41 @@ def test_reducers_are_compared_to_the_baseline_of_their_budget() -> None:
     assert [variant.is_plain for variant in variants] == [True] + 5 * [False]
 
 
+def test_numbers_of_tokens_are_compared_to_the_baseline_of_that_number() -> None:
+    with pytest.warns(OneTokenWarning):
+        reducers = [("full", HiRED(1.0)), ("one", HiRED(1)), ("many", HiRED(160)), ("share", HiRED(0.2))]
+    variants = list_variants(reducers, [1, 160])
+    assert [variant.name for variant in variants[1:3]] == ["release-like 1 token", "release-like 160 tokens"]
+    references = [None, "release-like 1 token", "release-like 160 tokens", None]
+    assert [variant.reference for variant in variants[3:]] == references
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        HiRED(1.0),
+        HiRED(0),
+        HiRED(Budget(0.2, per="tile")),
+        HiRED(Budget(0.2, of="unpadded")),
+        HiRED(Budget(0.2, newlines="counted")),
+        FastV(0.2),
+        ToMe(r=2) >> HiRED(0.2),
+    ],
+    ids=lambda reducer: str(reducer.budget_label),
+)
+def test_budgets_that_the_baseline_does_not_have(reducer: TokenReducer) -> None:
+    assert find_release_budget(reducer) is None
+    assert [variant.reference for variant in list_variants([("a", reducer)], [0.2])][2:] == [None]
+
+
 def test_compiled_variants_follow_the_variants_below_the_full_budget() -> None:
     variants = list_variants([("full", HiRED(1.0)), ("a", HiRED(0.2))], [0.2], compiled=True)
     names = [(variant.name, variant.is_compiled, variant.reference) for variant in variants[2:]]
     baseline = "release-like 20 %"
     assert names == [("full", False, None), ("a", False, baseline), ("a compiled", True, baseline)]
+    with pytest.warns(OneTokenWarning):
+        one_token = HiRED(1)
+    assert [variant.name for variant in list_variants([("one", one_token)], compiled=True)][1:] == [
+        "one",
+        "one compiled",
+    ]

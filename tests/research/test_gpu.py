@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from research.gpu import checks, profile_calls
-from research.gpu.report import build_page
+from research.gpu import checks, count_operators, profile_calls
+from research.gpu.report import FOLDER, build_page, format_operators
+from tests.helpers.pages import parse_command
 from tokenprune.cli.options import build_parser, parse_options, select_fields
 from tokenprune.experiments.bench.command import BenchConfig
+from tokenprune.strategies import HiRED
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "research/gpu/run.sh"
 ON_A_CPU = ["--device", "cpu", "--model", "mini", "--size", "80x160"]
 
 
@@ -87,6 +90,83 @@ def test_the_page_shows_the_recorded_numbers() -> None:
     assert (ROOT / "docs/results/gpu.md").read_text() == build_page()
 
 
+def test_counts_of_operators_replace_those_after_and_keep_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, keys = tmp_path / "operators.json", ("images", "newlines", "strategy")
+    earlier = {"operators": 159, "reads": 28}
+    old = {**dict(zip(keys, (1, "keep_rows", "HiRED"), strict=True)), "before": earlier, "after": {"operators": 7}}
+    file.write_text(json.dumps({"counts": [old]}))
+    monkeypatch.setattr(count_operators, "IMAGES", (1,))
+    monkeypatch.setattr(count_operators, "STRATEGIES", {"HiRED": HiRED})
+    assert count_operators.main(["--out", str(file)]) == 0
+    result = json.loads(file.read_text())
+    counts = {entry["newlines"]: entry for entry in result["counts"]}
+    assert list(counts) == ["keep_rows", "drop", "keep"]
+    assert [entry.get("before") for entry in counts.values()] == [earlier, None, None]
+    (plain,) = result["plain"]
+    assert 0 < counts["drop"]["after"]["operators"] < counts["keep_rows"]["after"]["operators"] < plain["operators"]
+    reads = [plain["reads"] + counts[newlines]["after"]["reads"] for newlines in ("drop", "keep_rows")]
+    assert 0 <= reads[0] <= reads[1] <= plain["reads"] + 1
+    table = format_operators(result["counts"]).splitlines()
+    assert len(table) == 3
+    assert table[0].split(" | ")[2:6] == ["operators before", *(f"operators, {name}" for name in counts)]
+
+
+def test_the_strategies_of_the_page_are_counted() -> None:
+    recorded = json.loads((FOLDER / "operators.json").read_text())
+    strategies = {entry["strategy"] for entry in recorded["counts"]}
+    assert strategies <= set(count_operators.STRATEGIES)
+    assert [entry["images"] for entry in recorded["plain"]] == list(count_operators.IMAGES)
+
+
+def record_commands(folder: Path, **variables: str) -> list[list[str]]:
+    """Return the arguments of each call of Python by the script, which runs none of them.
+
+    Args:
+        folder: the output folder of the script.
+        variables: environment variables of the script.
+    """
+    program, log = folder / "python", folder / "log"
+    program.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" $'\\n' >> '{log}'\n")
+    program.chmod(0o755)
+    log.unlink(missing_ok=True)
+    environment = {**os.environ, **variables, "PYTHON": str(program)}
+    result = subprocess.run([str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [line.rstrip("\0").split("\0") for line in log.read_text().split("\n\0") if line]
+
+
+def read_option(command: list[str], name: str) -> list[str]:
+    """Return the values of an option of a command."""
+    values = command[command.index(name) + 1 :]
+    return values[: next((number for number, value in enumerate(values) if value.startswith("--")), len(values))]
+
+
+def test_the_commands_of_the_script_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tests, *commands = record_commands(tmp_path)
+    assert tests[:4] == ["-m", "pytest", "-m", "gpu"]
+    assert all(Path(file).is_file() for file in tests[6:])
+    for command in commands:
+        parse_command(["python", *command])
+    modules = ["research.gpu.checks", "tokenprune", "tokenprune", "tokenprune", "research.gpu.profile_calls"]
+    assert [command[1] for command in commands] == modules
+    assert [read_option(command, "--batches") for command in commands[1:]] == [["1", "8"], ["1"], ["8"], ["1"]]
+    assert ["--compile" in command for command in commands] == [False, False, True, True, True]
+
+
+def test_steps_of_the_script_can_be_selected(tmp_path: Path) -> None:
+    (command,) = record_commands(tmp_path, STEPS="compiled", COMPILED_BATCHES="8")
+    assert read_option(command, "--batches") == ["8"]
+    assert read_option(command, "--out") == [str(tmp_path / "bench-compiled-8")]
+    checked, profiled = record_commands(tmp_path, STEPS="checks profile", PROFILE_BATCHES="1 8")
+    assert (checked[1], profiled[1]) == ("research.gpu.checks", "research.gpu.profile_calls")
+    assert read_option(profiled, "--batches") == ["1", "8"]
+    steps = (tmp_path / "steps.txt").read_text().splitlines()
+    assert [line.partition(":")[0] for line in steps] == ["compiled-8", "checks", "profile"]
+
+
 @pytest.mark.slow
 def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = {
@@ -95,14 +175,15 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
         "MODEL": "mini",
         "SIZE": "80x160",
         "BATCHES": "1",
+        "COMPILED_BATCHES": "1",
         "PYTHON": sys.executable,
     }
-    command = [str(ROOT / "research/gpu/run.sh"), str(tmp_path), "--repeats", "1", "--tokens", "2"]
+    command = [str(SCRIPT), str(tmp_path), "--repeats", "1", "--tokens", "2"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     steps = (tmp_path / "steps.txt").read_text().splitlines()
     assert [line.partition(", ")[0] for line in steps] == [
-        f"{name}: exit code 0" for name in ("tests", "checks", "table", "compiled", "profile")
+        f"{name}: exit code 0" for name in ("tests", "checks", "table", "compiled-1", "profile")
     ]
     assert result.returncode == 0
-    names = ("checks.json", "bench/bench.json", "bench-compiled/bench.json", "profile/profile.json")
+    names = ("checks.json", "bench/bench.json", "bench-compiled-1/bench.json", "profile/profile.json")
     assert all((tmp_path / name).is_file() for name in names)
