@@ -42,7 +42,7 @@ IN_TOWER = [ToMe(r=2), EViT(), IPCV(), EViT() >> HiRED(0.2, newlines="drop")]
 """Strategies inside the vision tower, of which each step that drops patches has a check."""
 OPERATORS = {1: 150, 8: 220}
 """Operators beyond the plain model, for one image and for eight images of one layout."""
-OPERATORS_OF_WEIGHTS = 40
+OPERATORS_OF_WEIGHTS = 25
 """Operators that QuestionFirst requires in addition, for the weights of its distances."""
 WIDE = TileGeometry.anyres((40, 160), (1, 2), (4, 4), 56)
 
