@@ -75,11 +75,11 @@ class StripeOrder(OrderPolicy):
         rank = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
         for tile in range(len(kept)):
             indices = (scores[tile] > -torch.inf).nonzero()[:, 0]
-            _, stripe = divide_into_stripes(len(indices), self.stripes, indices.device)
+            sizes, stripe = divide_into_stripes(len(indices), self.stripes, indices.device)
             fraction = scores[tile, indices].argsort(descending=True, stable=True).argsort().double()
             fraction = fraction / (1 + len(indices))
-            n_kept = torch.bincount(stripe[kept[tile, indices]], minlength=int(stripe[-1]) + 1)
-            is_complete = torch.bincount(stripe) == n_kept
+            n_kept = torch.bincount(stripe[kept[tile, indices]], minlength=len(sizes))
+            is_complete = as_device_tensor(tuple(sizes), indices.device) == n_kept
             rank[tile, indices] = stripe + fraction.masked_fill(is_complete[stripe], 0)
         return rank
 

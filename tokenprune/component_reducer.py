@@ -144,7 +144,9 @@ class ComponentReducer(TokenReducer):
                 copies the index tables of the layout to the device.
 
         Raises:
-            ValueError: if a component cannot be part of one graph, or newline tokens are counted.
+            ValueError: if a component cannot be part of one graph, or newline tokens are counted. A selection that
+                picks tile by tile, such as that of DivPrune, also requires an allocation that divides on the host, such
+                as `UniformAllocation`; with others it reads the budgets.
         """
         is_exact = self.allocation.is_exact and self.selection.is_exact and self.merging is None and self.order is None
         if not is_exact or as_budget(self.budget).newlines == "counted":

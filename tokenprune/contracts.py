@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenprune.checks import raise_if
 from tokenprune.image import Signal
 from tokenprune.source_code import format_place, locate_class
 
@@ -101,7 +102,7 @@ def _has_kind(dtype: torch.dtype, kind: str) -> bool:
 def require_allocation(granted: Any, policy: object, tiles: int) -> Sequence[int] | Tensor:
     """Return the result of an allocation if it is a number of tokens for each tile.
 
-    The values of a tensor are not read from the device.
+    The values of a tensor are not read from the device: inside `defer_checks`, a negative entry raises later.
 
     Args:
         granted: the result of `allocate`.
@@ -113,7 +114,13 @@ def require_allocation(granted: Any, policy: object, tiles: int) -> Sequence[int
         ValueError: if it has another length, or an entry is negative or no number.
     """
     if isinstance(granted, Tensor):
-        return require_tensor(granted, policy, "allocate", "[tiles]", (tiles,), "real")
+        value = require_tensor(granted, policy, "allocate", "[tiles]", (tiles,), "real")
+        raise_if(
+            ~(value >= 0).all(),
+            f"{type(policy).__name__}.allocate returned a negative number of tokens or NaN; a signal that it reads can "
+            "contain NaN or infinite values",
+        )
+        return value
     expected = f"{type(policy).__name__}.allocate must return {tiles} numbers of tokens [tiles]"
     if not isinstance(granted, Sequence | np.ndarray) or isinstance(granted, str):
         raise TypeError(f"{expected}, not {describe_value(granted)}{locate_method(policy, 'allocate')}")

@@ -303,19 +303,18 @@ def count_newlines(geometry: TileGeometry, tokens: int | None, newlines: Newline
 
 
 def store_row_counts(mask: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return a view of a mask for which `count_rows` reads nothing from the device, bool `[rows, entries]`.
+    """Return a copy of a mask for which `count_rows` reads nothing from the device, bool `[rows, entries]`.
 
-    A modification of the mask in place makes the numbers void.
+    A modification of the copy in place makes the numbers void.
 
     Args:
         mask: bool `[rows, entries]`.
         numbers: number of true entries of each row, `[rows]`.
     """
-    if not torch.compiler.is_compiling() and _stored_tensor(mask).is_inference():  # modifications are not counted
-        return mask
-    view = mask.view_as(mask)
-    view.row_counts, view.row_version = tuple(numbers), count_modifications(view)  # type: ignore[attr-defined]
-    return view
+    with torch.inference_mode(False):  # an inference tensor does not count its modifications
+        copy = mask.clone()
+    copy.row_counts, copy.row_version = tuple(numbers), count_modifications(copy)  # type: ignore[attr-defined]
+    return copy
 
 
 def count_rows(mask: Tensor) -> list[int]:

@@ -81,9 +81,9 @@ $operators
 Negative numbers: the model's own packing of the images is replaced. A read is an operation for which the host waits.
 Counts show what the host no longer does; they do not show the time on a GPU.
 
-- **Other strategies.** Before the LLM, `select` reads nothing from the device, except in EADP (the budget of each tile, once
-  for each image), SpatialPooling (twice for a layout) and some `release()` presets. SCOPE, for example, read 61
-  values for one image before.
+- **Other strategies.** Before the LLM, `select` reads nothing from the device, except in EADP (the budget of each
+  tile, once for each image), SpatialPooling (twice for a layout) and some `release()` presets. SCOPE, for example, read
+  61 values for one image before.
 - **Reads that remain.** The plain model itself reads $plain_reads, and
   tokenprune avoids some of these reads. So a difference of 0 does not mean that nothing is read.
   `tests/core/test_host_reads_of_families.py` counts the reads of other families.

@@ -113,14 +113,14 @@ def greedy_coverage(
     Returns:
         Token indices in the order of picking, `[number]`.
     """
-    covered, penalty = torch.zeros_like(similarity[0]), torch.zeros_like(similarity[0])
+    covered, picked = torch.zeros_like(similarity[0]), torch.zeros_like(similarity[0], dtype=torch.bool)
     picks = [covered.new_zeros(0, dtype=torch.long)]
     for _ in range(number):
         added = (similarity - covered).relu()
         gain = (added if weights is None else added * weights).sum(dim=1)
         gain = gain if saliency is None else saliency * gain
-        pick = (gain + penalty).argmax(dim=0, keepdim=True)
-        penalty = penalty.index_fill(0, pick, -torch.inf)
+        pick = gain.masked_fill(picked, -torch.inf).argmax(dim=0, keepdim=True)
+        picked = picked.index_fill(0, pick, True)
         covered = torch.maximum(covered, similarity.index_select(0, pick)[0])
         picks.append(pick)
     return torch.cat(picks)

@@ -103,6 +103,7 @@ def rescale_to_unit(values: Tensor, valid: Tensor, floor: float = 1e-6) -> Tenso
         valid: tokens whose minimum and maximum define the range, bool `[tiles, tokens]`.
         floor: added to the values before the division, so that the smallest result is above 0.
     """
+    values = values if values.is_floating_point() else values.float()
     low = values.masked_fill(~valid, torch.inf).amin()
     spread = values.masked_fill(~valid, -torch.inf).amax() - low
     unit = torch.where(spread > 0, (values - low + floor) / spread, 1.0)

@@ -39,7 +39,8 @@ def sample_mask(mask: Tensor, number: Tensor, spacing: str = "even") -> Tensor:
 @lru_cache(maxsize=RECENT_LAYOUTS)
 def _cache_random_numbers(seed: int, tiles: int, tokens: int, device: str) -> Tensor:
     with torch.inference_mode(False):  # a later call may record gradients
-        return torch.rand(tiles, tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(tiles, tokens, generator=generator, dtype=torch.float32).to(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a generator is part of no graph

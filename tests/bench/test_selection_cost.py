@@ -113,6 +113,14 @@ def test_coverage_equals_the_plain_definition(drawn, batch: int, sign: bool) -> 
     assert facility_location(features, weights, number).tolist() == plain_coverage(shifted, equal, weights, number)
 
 
+@pytest.mark.parametrize("cover", [greedy_coverage, lazy_coverage])
+def test_coverage_picks_different_tokens_despite_nan(cover: Callable[..., Tensor]) -> None:
+    features = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    features[2] = torch.nan
+    picks = cover(pairwise_cosine(features), 5, saliency=torch.rand(8)).tolist()
+    assert len(set(picks)) == 5
+
+
 @settings(deadline=None)
 @given(drawn=tokens(), share=st.floats(0, 1))
 def test_diverse_picks_equal_the_plain_definitions(drawn, share: float) -> None:

@@ -26,7 +26,7 @@ from tokenprune.policies import AllocationPolicy
 from tokenprune.reducer import ScoreReducer, TokenReducer
 from tokenprune.run import DRAWABLE
 from tokenprune.selection import MaskCount, Selection, count_rows, store_row_counts, true_indices
-from tokenprune.strategies import IPCV, DivPrune, EViT, FasterVLM, HiRED, PruMerge, QuestionFirst, ToMe, VisionZip
+from tokenprune.strategies import HERO, IPCV, DivPrune, EViT, FasterVLM, HiRED, PruMerge, QuestionFirst, ToMe, VisionZip
 from tokenprune.strategies.components.allocation import UniformAllocation
 from tokenprune.strategies.components.diversity import MaxMinDiversitySelection
 from tokenprune.strategies.components.relevance import AttentionRelevance
@@ -169,11 +169,34 @@ def test_reads_of_all_strategies(name: str) -> None:
 
 def test_stored_row_counts_are_void_after_a_modification() -> None:
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    counted = store_row_counts(mask, [7, 8])
-    assert count_rows(counted) == [7, 8]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            counted = store_row_counts(mask, [7, 8])
+            assert count_rows(counted) == [7, 8]
+            counted[1, 0] = True
+            assert count_rows(counted) == [2, 2]
     assert count_rows(mask) == [2, 1]
-    mask[1, 0] = True
-    assert count_rows(counted) == [2, 2]
+
+
+def test_a_budget_of_nan_is_an_error() -> None:
+    image = random_encoded_image(WIDE, 1)
+    signals = {key: value * torch.nan if key[0] == "cls_features" else value for key, value in image.signals.items()}
+    for reducer in (HERO(0.3), HERO.release(0.3), HERO(0, padding="ignore")):
+        with pytest.raises(ValueError, match=r"SaliencyRelevanceAllocation\.allocate returned a negative number"):
+            reducer.reduce(image.with_signals(signals))
+
+
+def test_a_selection_can_change_candidates_in_place() -> None:
+    @dataclass
+    class ChangesCandidates(MaxMinDiversitySelection):
+        def pick(self, image: EncodedImage, scores: Tensor, budgets: Tensor, candidates: Tensor) -> Tensor:
+            candidates[:, ::2] = False
+            return super().pick(image, scores, budgets, candidates)
+
+    image = random_encoded_image(WIDE)
+    valid = image.geometry.valid.clone()
+    ComponentReducer(3, allocation=UniformAllocation(), selection=ChangesCandidates()).reduce(image)
+    assert torch.equal(image.geometry.valid, valid)
 
 
 @pytest.mark.parametrize("strategy", [*CLASSES_WITHOUT_READS, QuestionFirst])
