@@ -34,6 +34,16 @@ def pairwise_cosine(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
+def mark_picks(picks: Tensor, tokens: int) -> Tensor:
+    """Return the mask of picked tokens, bool `[tokens]`.
+
+    Args:
+        picks: token indices, `[picks]`.
+        tokens: number of tokens.
+    """
+    return picks.new_zeros(tokens, dtype=torch.bool).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool))
+
+
 def max_min_diverse(
     features: Tensor, number: int, candidates: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
@@ -92,7 +102,7 @@ def keep_max_min_diverse(
     for tile, number in enumerate(read_numbers(budgets)):
         weight = None if weights is None else weights[tile]
         picks = max_min_diverse(features[tile], number, candidates[tile], weight)
-        kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
+        kept.append(mark_picks(picks, candidates.shape[1]))
     return torch.stack(kept)
 
 
@@ -323,7 +333,7 @@ def select_per_tile(candidates: Tensor, budgets: Tensor, select: Callable[[int, 
         if budget:
             indices = true_indices(candidates[tile], number)
             picks = indices[select(tile, indices, budget)]
-        kept.append(torch.zeros_like(candidates[tile]).scatter(0, picks, torch.ones_like(picks, dtype=torch.bool)))
+        kept.append(mark_picks(picks, candidates.shape[1]))
     return torch.stack(kept)
 
 
